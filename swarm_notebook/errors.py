@@ -1,0 +1,119 @@
+"""Everything that can go wrong between a notebook and a swarm, as one tree.
+
+    SwarmError
+    ├── AddressError          an address in the input is malformed
+    ├── ConnectionFailed      no peer of the swarm answered
+    ├── ModelNotFound         no config or weights under this name
+    ├── ModelNotServed        the swarm is there, but nobody announces this model
+    ├── MissingBlocks         some blocks of the model have no server (any more)
+    ├── ContextTooLong        more tokens than the model has positions
+    ├── Unsupported           what a remote block cannot do, and what to use instead
+    ├── ServerStartError      a local server process did not come up
+    └── RemoteError           a server answered with an error
+        ├── BadRequest        … it found the request invalid      (code ``bad_request``)
+        ├── CacheFull         … its KV cache has no room          (code ``cache_full``)
+        ├── SessionLost       … it dropped this session's cache   (code ``session_lost``)
+        ├── ShuttingDown      … it is leaving the swarm           (code ``shutting_down``)
+        └── ServerFailed      … or died, hung, lied               (code ``internal``)
+
+A message says what happened, at which block and peer, and what to do next. On the wire an error
+is the text ``code: message`` (hivemind's ``RPCError.message``); `to_wire` and `from_wire` are the
+two directions. Text from a peer is hostile: it is cut to a bounded length and never evaluated.
+"""
+
+from __future__ import annotations
+
+MAX_WIRE_TEXT = 2000
+
+
+class SwarmError(Exception):
+    """Base of every error that swarm_notebook raises on purpose."""
+
+
+class AddressError(SwarmError, ValueError):
+    """A multiaddr in the input cannot be parsed."""
+
+
+class ConnectionFailed(SwarmError, ConnectionError):
+    """None of the given peers could be reached."""
+
+
+class ModelNotFound(SwarmError, FileNotFoundError):
+    """A model name leads to no config or no weights."""
+
+
+class ModelNotServed(SwarmError, LookupError):
+    """The swarm answers, but no server announces blocks of this model."""
+
+
+class MissingBlocks(SwarmError):
+    """Some blocks of the model have no server."""
+
+
+class ContextTooLong(SwarmError, ValueError):
+    """A sequence is longer than the model's context."""
+
+
+class Unsupported(SwarmError, NotImplementedError):
+    """Something a remote block cannot do; the message names what to use instead."""
+
+
+class ServerStartError(SwarmError, RuntimeError):
+    """A local server process did not become ready; the message carries the end of its log."""
+
+
+class RemoteError(SwarmError):
+    """A server answered a request with an error."""
+
+    code = "internal"
+
+
+class BadRequest(RemoteError, ValueError):
+    """The server found the request invalid; sending it elsewhere would not help."""
+
+    code = "bad_request"
+
+
+class CacheFull(RemoteError):
+    """The server has no room for this session's keys and values."""
+
+    code = "cache_full"
+
+
+class SessionLost(RemoteError):
+    """The server dropped this session's cache; the client rebuilds it from its history."""
+
+    code = "session_lost"
+
+
+class ShuttingDown(RemoteError):
+    """The server is leaving the swarm and takes no more requests."""
+
+    code = "shutting_down"
+
+
+class ServerFailed(RemoteError):
+    """The server died, hung, broke the protocol or failed inside."""
+
+    code = "internal"
+
+
+_BY_CODE = {
+    kind.code: kind for kind in (BadRequest, CacheFull, SessionLost, ShuttingDown, ServerFailed)
+}
+
+
+def to_wire(error: BaseException) -> str:
+    """The text that travels for `error`; anything but a `RemoteError` becomes ``internal``."""
+    if isinstance(error, RemoteError):
+        return f"{error.code}: {error}"[:MAX_WIRE_TEXT]
+    return f"{ServerFailed.code}: {type(error).__name__}: {error}"[:MAX_WIRE_TEXT]
+
+
+def from_wire(text: str, peer: str) -> RemoteError:
+    """The error that a peer sent as `text`; text of an unknown form (Petals') is `ServerFailed`."""
+    code, separator, message = text[:MAX_WIRE_TEXT].partition(": ")
+    kind = _BY_CODE.get(code) if separator else None
+    if kind is None:
+        return ServerFailed(f"server {peer}: {text[:MAX_WIRE_TEXT]}")
+    return kind(f"server {peer}: {message}")
