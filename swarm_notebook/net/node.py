@@ -1,0 +1,151 @@
+"""A peer of the swarm: one p2pd daemon and one DHT node, living in the caller's asyncio loop.
+
+hivemind's own `DHT` class forks the process to get its loop; `DHTNode` and `P2P` run as well in a
+loop that is already there (contract C4). A notebook's node is a client: it stores nothing for
+others and accepts no connections. A server's node does both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.utils.multiaddr import Multiaddr
+
+from swarm_notebook.errors import AddressError, ConnectionFailed
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT = 30.0
+CONNECT_TIMEOUT = 5.0
+LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
+
+
+def parse_peers(addresses: Sequence[str]) -> list[Multiaddr]:
+    """The multiaddrs of bootstrap peers.
+
+    Raises:
+        AddressError: an address is malformed or lacks the peer's id.
+    """
+    if isinstance(addresses, str):
+        addresses = [addresses]
+    parsed = []
+    for address in addresses:
+        try:
+            multiaddr = Multiaddr(str(address))
+            peer = multiaddr["p2p"]
+        except Exception as error:  # hivemind's parser raises a different type per malformation
+            raise AddressError(
+                f"initial_peers: {address!r} is not a peer's address ({error}); "
+                "expected the form /ip4/<address>/tcp/<port>/p2p/<peer id>"
+            ) from None
+        if not peer:
+            raise AddressError(f"initial_peers: {address!r} lacks the peer id (/p2p/…)")
+        parsed.append(multiaddr)
+    return parsed
+
+
+class Node:
+    """P2P and DHT of one swarm. All methods belong to the loop that started it."""
+
+    def __init__(self, p2p: P2P, dht: DHTNode, initial_peers: Sequence[Multiaddr]):
+        self.p2p, self.dht = p2p, dht
+        self._initial_peers = list(initial_peers)
+
+    @classmethod
+    async def start(
+        cls,
+        initial_peers: Sequence[str] = (),
+        *,
+        client: bool,
+        host_maddrs: Sequence[str] = LOOPBACK,
+        identity: Path | None = None,
+    ) -> Node:
+        """Start a daemon, connect to the peers and join their DHT.
+
+        Args:
+            initial_peers: multiaddrs with peer ids; none begins a new swarm.
+            client: only call others (a notebook), instead of being called as well (a server).
+            host_maddrs: where a server listens.
+            identity: file of the private key that makes the peer id permanent; made if missing.
+
+        Raises:
+            AddressError: an address is malformed.
+            ConnectionFailed: no initial peer could be reached.
+        """
+        peers = parse_peers(initial_peers)
+        try:
+            p2p = await P2P.create(
+                initial_peers=[str(peer) for peer in peers] or None,
+                dht_mode="client" if client else "server",
+                host_maddrs=None if client else list(host_maddrs),
+                no_listen=client,
+                identity_path=str(identity) if identity else None,
+                startup_timeout=START_TIMEOUT,
+                use_relay=not client or bool(peers),
+                auto_nat=not client,
+                nat_port_map=False,
+            )
+        except P2PDaemonError as error:
+            if not peers:
+                raise
+            raise _unreachable(initial_peers, error) from None
+        try:
+            dht = await DHTNode.create(
+                p2p=p2p,
+                initial_peers=[str(peer) for peer in peers],
+                client_mode=client,
+                # A notebook wants what the swarm says now, not what it said a minute ago.
+                cache_locally=False,
+                cache_on_store=False,
+                num_workers=8,
+            )
+        except RuntimeError as error:
+            await p2p.shutdown()
+            raise _unreachable(initial_peers, error) from None
+        except BaseException:
+            await p2p.shutdown()
+            raise
+        return cls(p2p, dht, peers)
+
+    @property
+    def peer_id(self) -> PeerID:
+        return self.p2p.peer_id
+
+    async def addresses(self) -> list[str]:
+        """The multiaddrs, with peer id, under which others reach this node."""
+        return [str(maddr) for maddr in await self.p2p.get_visible_maddrs()]
+
+    async def redial(self) -> None:
+        """Connect again to the initial peers that have gone away (and may have come back)."""
+        dials = [self._dial(maddr) for maddr in self._initial_peers]
+        await asyncio.gather(*dials)
+
+    async def _dial(self, maddr: Multiaddr) -> None:
+        peer = PeerID.from_base58(maddr["p2p"])
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await self.p2p._client.connect(peer, [maddr])
+                await self.dht.protocol.call_ping(peer)
+        except (ControlFailure, TimeoutError, OSError, P2PDaemonError) as error:
+            logger.debug("initial peer %s does not answer: %s", peer, error)
+
+    async def stop(self) -> None:
+        """Leave the DHT and end the daemon."""
+        await self.dht.shutdown()
+        with contextlib.suppress(ProcessLookupError):
+            await self.p2p.shutdown()
+
+
+def _unreachable(initial_peers: Sequence[str], error: Exception) -> ConnectionFailed:
+    listed = ", ".join(str(peer) for peer in initial_peers)
+    return ConnectionFailed(
+        f"none of the initial peers answered: {listed}. Check that a server runs there "
+        f"(swarm-notebook serve prints its address) and that its port is open ({error})"
+    )

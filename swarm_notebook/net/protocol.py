@@ -1,0 +1,123 @@
+"""The requests between notebook and servers: names, metadata keys, tensor slots.
+
+This is Petals' protocol (the RPCs of its ``TransformerConnectionHandler``) with additions that
+only servers which announce ``swarm_notebook`` in their record are sent:
+
+- inference requests may carry an attention mask and position ids of the new tokens (tensor slots
+  3 and 4; forward requests: 2 and 3), and name any sub-range of the hosted blocks in ``uid``;
+- ``states`` in the metadata lists block indices whose outputs come back after the result;
+- row indices (slot 2, Petals' ``hypo_ids``) may change the batch size.
+
+A slot that is not used holds a dummy, an empty tensor, as in Petals. Metadata is msgpack in
+hivemind's dialect; it is read under a size bound and yields a plain dict.
+"""
+
+from __future__ import annotations
+
+import msgpack
+import torch
+from hivemind.proto import runtime_pb2
+from hivemind.utils import MSGPackSerializer
+
+from swarm_notebook.errors import BadRequest
+from swarm_notebook.net import tensors
+
+PROTOCOL_VERSION = 1
+EXTENSION_KEY = "swarm_notebook"
+
+_SERVICER = "TransformerConnectionHandler"
+RPC_INFO = f"{_SERVICER}.rpc_info"
+RPC_FORWARD = f"{_SERVICER}.rpc_forward"
+RPC_FORWARD_STREAM = f"{_SERVICER}.rpc_forward_stream"
+RPC_BACKWARD = f"{_SERVICER}.rpc_backward"
+RPC_BACKWARD_STREAM = f"{_SERVICER}.rpc_backward_stream"
+RPC_INFERENCE = f"{_SERVICER}.rpc_inference"
+RPC_PUSH = f"{_SERVICER}.rpc_push"
+
+UID_DELIMITER = "."
+CHAIN_DELIMITER = " "
+
+# A unary message above 4 MiB is refused by p2pd, an answer above it is lost without a word.
+MAX_UNARY_BYTES = 4 * 1024**2 - 64 * 1024
+PART_BYTES = 4 * 1024**2
+MAX_METADATA_BYTES = 1 << 20
+MAX_BLOCKS = 4096
+
+DUMMY = torch.empty(0)
+DUMMY_INT64 = torch.empty(0, dtype=torch.int64)
+_PACKED_DUMMY = tensors.pack(DUMMY)
+_PACKED_DUMMY_INT64 = tensors.pack(DUMMY_INT64)
+
+
+def is_dummy(tensor: torch.Tensor) -> bool:
+    """Whether a slot is unused (Petals' test: no elements in a one-dimensional tensor)."""
+    return tensor.numel() == 0 and tensor.dim() < 3
+
+
+def block_uid(prefix: str, index: int) -> str:
+    """The DHT key of one block."""
+    return f"{prefix}{UID_DELIMITER}{index}"
+
+
+def uid_chain(prefix: str, start: int, end: int) -> str:
+    """The ``uid`` of a request for blocks ``[start, end)``."""
+    return CHAIN_DELIMITER.join(block_uid(prefix, index) for index in range(start, end))
+
+
+def parse_uid_chain(text: str, prefix: str) -> tuple[int, int]:
+    """The block range ``[start, end)`` that a request's ``uid`` names.
+
+    Raises:
+        BadRequest: another model's prefix, no integer index, or blocks that are not contiguous.
+    """
+    uids = text.split(CHAIN_DELIMITER)
+    if len(uids) > MAX_BLOCKS:
+        raise BadRequest(f"a request names {len(uids)} blocks, at most {MAX_BLOCKS} are read")
+    indices = []
+    for uid in uids:
+        found, delimiter, index = uid.rpartition(UID_DELIMITER)
+        if not delimiter or found != prefix or not (index.isascii() and index.isdigit()):
+            raise BadRequest(f"block uid {uid[:80]!r} is not of the form '{prefix}.<index>'")
+        indices.append(int(index[:8]))
+    start, end = indices[0], indices[0] + len(indices)
+    if indices != list(range(start, end)):
+        raise BadRequest(f"the blocks {indices[:8]}… of a request are not contiguous")
+    return start, end
+
+
+def pack_metadata(values: dict) -> bytes:
+    return MSGPackSerializer.dumps(values)
+
+
+def unpack_metadata(data: bytes) -> dict:
+    """The metadata dict of a request or response; an empty one for no bytes.
+
+    Raises:
+        BadRequest: too long, no msgpack, or not a dict with string keys.
+    """
+    if not data:
+        return {}
+    if len(data) > MAX_METADATA_BYTES:
+        raise BadRequest(f"metadata of {len(data)} bytes, at most {MAX_METADATA_BYTES} are read")
+    try:
+        values = MSGPackSerializer.loads(data)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raise BadRequest(f"the metadata is no msgpack: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise BadRequest(f"the metadata is a {type(values).__name__}, expected a dict of names")
+    return values
+
+
+def pack_slots(slots: list[torch.Tensor | None]) -> list[runtime_pb2.Tensor]:
+    """The tensors of a request by position; None becomes a dummy, trailing Nones are dropped.
+
+    Slot 0 is the hidden states; slots 1 and 2 always travel (Petals insists on them).
+    """
+    while len(slots) > 3 and slots[-1] is None:
+        slots = slots[:-1]
+    return [
+        tensors.pack(slot)
+        if slot is not None
+        else (_PACKED_DUMMY_INT64 if position >= 2 else _PACKED_DUMMY)
+        for position, slot in enumerate(slots)
+    ]

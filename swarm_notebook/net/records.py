@@ -1,0 +1,135 @@
+"""What servers say of themselves in the DHT, and what a reader makes of it.
+
+Petals' records: under the key of every block it hosts, a server stores (subkey: its peer id) the
+tuple ``(state, throughput, extra)``. Records are unsigned and anybody can write any subkey, so a
+reader checks each field; a record that does not hold water hides its peer, never more. Unknown
+keys are ignored: ours (``swarm_notebook``, ``cache_tokens_total``) travel among Petals'.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MODEL_INDEX_KEY = "_petals.models"
+MAX_BLOCK = 1 << 16
+
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(max_length=200)]
+Block = Annotated[int, Field(ge=0, le=MAX_BLOCK)]
+
+
+class ServerState(enum.IntEnum):
+    OFFLINE = 0
+    JOINING = 1
+    ONLINE = 2
+
+
+class ServerInfo(BaseModel):
+    """One server's record. Rates are tokens per second through one block (Petals' definition)."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    state: Annotated[ServerState, Field(strict=False)]
+    throughput: Rate
+    start_block: Block | None = None
+    end_block: Block | None = None
+    public_name: Name | None = None
+    version: Name | None = None
+    network_rps: Rate | None = None
+    forward_rps: Rate | None = None
+    inference_rps: Rate | None = None
+    adapters: tuple[Name, ...] | list[Name] = ()
+    torch_dtype: Name | None = None
+    quant_type: Name | None = None
+    using_relay: bool | None = None
+    cache_tokens_left: Annotated[int, Field(ge=0)] | None = None
+    next_pings: dict[Name, float] | None = None
+    swarm_notebook: int | None = None
+    cache_tokens_total: Annotated[int, Field(ge=0)] | None = None
+
+    def to_record(self) -> tuple[int, float, dict[str, Any]]:
+        """The tuple that is stored; keys without a value are left out."""
+        extra = self.model_dump(exclude={"state", "throughput"}, exclude_none=True)
+        extra["adapters"] = tuple(extra["adapters"])
+        return int(self.state), float(self.throughput), extra
+
+
+def parse_record(value: object) -> ServerInfo | None:
+    """The record in a DHT value, or None when it is not one that we believe."""
+    if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
+        return None
+    extra = value[2] if len(value) == 3 else {}
+    if not isinstance(extra, Mapping):
+        return None
+    try:
+        return ServerInfo.model_validate(
+            {**extra, "state": value[0], "throughput": value[1]}, strict=None
+        )
+    except (ValidationError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class ServerSpan:
+    """Blocks ``[start, end)`` that the server `peer` (base58 id) says it hosts."""
+
+    peer: str
+    start: int
+    end: int
+    info: ServerInfo
+
+    @property
+    def name(self) -> str:
+        """What to call the server: its public name, or the end of its peer id."""
+        return self.info.public_name or f"…{self.peer[-6:]}"
+
+    @property
+    def extended(self) -> bool:
+        """Whether the server speaks our additions to Petals' protocol."""
+        return (self.info.swarm_notebook or 0) >= 1
+
+
+def spans_of(blocks: Mapping[int, Mapping[str, ServerInfo]]) -> list[ServerSpan]:
+    """The spans of all servers, from the records found under each block.
+
+    A server counts for exactly the blocks under which it stored a record: contiguous ones are one
+    span. What a record claims about blocks where it does not stand is not believed.
+    """
+    spans: list[ServerSpan] = []
+    open_spans: dict[str, ServerSpan] = {}
+    for index in sorted(blocks):
+        current: dict[str, ServerSpan] = {}
+        for peer, info in blocks[index].items():
+            before = open_spans.get(peer)
+            if before is not None and before.end == index and before.info.state == info.state:
+                current[peer] = ServerSpan(peer, before.start, index + 1, info)
+            else:
+                current[peer] = ServerSpan(peer, index, index + 1, info)
+                if before is not None:
+                    spans.append(before)
+        spans.extend(span for peer, span in open_spans.items() if peer not in current)
+        open_spans = current
+    spans.extend(open_spans.values())
+    return sorted(spans, key=lambda span: (span.start, span.end, span.peer))
+
+
+class ModelRecord(BaseModel):
+    """An entry of the model index: a served model's number of blocks and where it comes from."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    num_blocks: Annotated[int, Field(ge=1, le=MAX_BLOCK)]
+    repository: Annotated[str, Field(max_length=500)] | None = None
+
+
+def parse_model_record(value: object) -> ModelRecord | None:
+    """The model record in a DHT value, or None when it is not one that we believe."""
+    try:
+        return ModelRecord.model_validate(value)
+    except ValidationError:
+        return None

@@ -1,0 +1,153 @@
+"""Protobuf messages over one long-lived libp2p stream, in hivemind's framing.
+
+A frame is one byte (0 message, 1 error), eight bytes big-endian length, and the protobuf. An
+error frame with an empty `RPCError` ends the sender's direction; one with a text is a failure
+(see `errors.to_wire`). We frame by ourselves over hivemind's binary streams, instead of its
+async-generator handlers, because a decode step is one message each way: no task and no queue per
+message, a bound on the length that a peer may declare, and typed errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+from hivemind.p2p import P2P, PeerID
+from hivemind.proto.p2pd_pb2 import RPCError
+
+from swarm_notebook.errors import BadRequest, RemoteError, from_wire, to_wire
+
+logger = logging.getLogger(__name__)
+
+MAX_FRAME_BYTES = 1 << 30
+_HEADER_BYTES = 9
+_MESSAGE, _ERROR = 0, 1
+# Below this a frame is written as one piece: one system call instead of two.
+_JOIN_BYTES = 1 << 16
+
+M = TypeVar("M", bound=Message)
+
+
+class StreamClosed(ConnectionError):
+    """The other side is gone: the stream ended in the middle or between two frames."""
+
+
+class Stream:
+    """One direction-pair of frames with ``peer`` (its base58 id, for messages)."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        peer: str,
+        max_frame: int = MAX_FRAME_BYTES,
+    ):
+        self._reader, self._writer = reader, writer
+        self.peer, self.max_frame = peer, max_frame
+
+    async def send(self, message: Message) -> None:
+        """Write one message and wait until the buffer has room again."""
+        self._write(_MESSAGE, message.SerializeToString())
+        await self._drain()
+
+    async def send_end(self) -> None:
+        """Tell the other side that nothing more comes in this direction."""
+        self._write(_ERROR, b"")
+        await self._drain()
+
+    async def send_error(self, error: BaseException) -> None:
+        """Tell the other side why this stream ends."""
+        self._write(_ERROR, RPCError(message=to_wire(error)).SerializeToString())
+        await self._drain()
+
+    async def receive(self, kind: type[M]) -> M | None:
+        """The next message, or None when the other side has said its last.
+
+        Raises:
+            StreamClosed: the other side is gone.
+            BadRequest: the bytes are no frame or no message, or are too many.
+            RemoteError: the other side sent an error frame.
+        """
+        try:
+            header = await self._reader.readexactly(_HEADER_BYTES)
+            marker, length = header[0], int.from_bytes(header[1:], "big")
+            if marker not in (_MESSAGE, _ERROR):
+                raise BadRequest(f"a frame begins with byte {marker}, expected 0 or 1")
+            if length > self.max_frame:
+                raise BadRequest(f"a frame of {length} bytes, at most {self.max_frame} are read")
+            data = await self._reader.readexactly(length)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise StreamClosed(f"peer {self.peer} closed the stream") from error
+        if marker == _MESSAGE:
+            return _parse(kind, data)
+        failure = _parse(RPCError, data)
+        if not failure.message:
+            return None
+        raise from_wire(failure.message, self.peer)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, marker: int, data: bytes) -> None:
+        header = bytes((marker,)) + len(data).to_bytes(8, "big")
+        if len(data) < _JOIN_BYTES:
+            self._writer.write(header + data)
+        else:
+            self._writer.write(header)
+            self._writer.write(data)
+
+    async def _drain(self) -> None:
+        try:
+            await self._writer.drain()
+        except ConnectionError as error:
+            raise StreamClosed(f"peer {self.peer} closed the stream") from error
+
+
+def _parse(kind: type[M], data: bytes) -> M:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise BadRequest(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
+
+
+async def open_stream(p2p: P2P, peer: PeerID, handler: str) -> Stream:
+    """A new stream to `handler` of `peer`; P2PDaemonError when the peer cannot be reached."""
+    _, reader, writer = await p2p.call_binary_stream_handler(peer, handler)
+    return Stream(reader, writer, peer.to_base58())
+
+
+async def add_stream_handler(
+    p2p: P2P,
+    name: str,
+    handler: Callable[[Stream, PeerID], Awaitable[None]],
+    max_frame: int = MAX_FRAME_BYTES,
+) -> None:
+    """Serve `name`: `handler` runs once per stream; what it raises travels as an error frame."""
+
+    async def on_stream(info, reader, writer) -> None:
+        stream = Stream(reader, writer, info.peer_id.to_base58(), max_frame)
+        try:
+            await _guarded(stream, handler(stream, info.peer_id))
+        except StreamClosed:
+            logger.debug("%s: peer %s left", name, stream.peer)
+        finally:
+            stream.close()
+
+    await p2p.add_binary_stream_handler(name, on_stream)
+
+
+async def _guarded(stream: Stream, work: Awaitable[None]) -> None:
+    """Run a handler; what it raises is logged and sent to the peer before the stream ends."""
+    try:
+        await work
+    except StreamClosed:
+        raise
+    except RemoteError as error:
+        logger.info("refused a request of %s: %s", stream.peer, error)
+        await stream.send_error(error)
+    except Exception as error:
+        logger.exception("a request of %s failed", stream.peer)
+        await stream.send_error(error)

@@ -1,0 +1,141 @@
+"""Tensors on the wire: hivemind's `Tensor` protobuf, read with suspicion.
+
+The format is hivemind's (proto/runtime.proto): raw little-endian elements, a dtype name and a
+shape. We write bfloat16 as two bytes per element; hivemind's older form, which sends it as
+float32, is recognised when reading by the length of the buffer.
+
+`unpack` believes nothing: an unknown dtype, a shape that does not match the bytes, or a
+compression that we do not read is a `BadRequest` before any memory beyond the received bytes is
+taken. 8-bit compressions are not read: hivemind 1.1.12 cannot decode them with numpy >= 2.4.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.errors import BadRequest
+
+NONE = runtime_pb2.CompressionType.NONE
+FLOAT16 = runtime_pb2.CompressionType.FLOAT16
+
+MAX_DIMENSIONS = 6
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """The torch dtype of a wire name such as ``"bfloat16"``."""
+    try:
+        return _DTYPES[name]
+    except KeyError:
+        raise BadRequest(f"dtype {name[:40]!r} is not one of {', '.join(_DTYPES)}") from None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The wire name of a torch dtype."""
+    return _NAMES[dtype]
+
+
+def pack(tensor: torch.Tensor, compression: int = NONE) -> runtime_pb2.Tensor:
+    """`tensor` as a protobuf; ``compression`` is `NONE` or `FLOAT16`."""
+    tensor = tensor.detach()
+    name = _NAMES[tensor.dtype]
+    if compression == FLOAT16:
+        tensor = tensor.to(torch.float16)
+    raw = tensor.cpu().contiguous()
+    if raw.dtype == torch.bfloat16:
+        raw = raw.view(torch.int16)
+    return runtime_pb2.Tensor(
+        buffer=raw.numpy().tobytes(),
+        size=tensor.shape,
+        dtype=name,
+        compression=compression,
+        requires_grad=False,
+    )
+
+
+def unpack(message: runtime_pb2.Tensor) -> torch.Tensor:
+    """The tensor in a protobuf, as an own writable CPU tensor.
+
+    Raises:
+        BadRequest: unknown dtype or compression, or bytes that do not match the shape.
+    """
+    dtype = dtype_from_name(message.dtype)
+    shape = tuple(message.size)
+    if len(shape) > MAX_DIMENSIONS:
+        raise BadRequest(f"a tensor has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are read")
+    stored = _stored_dtype(message, dtype, math.prod(shape))
+    if not message.buffer:
+        return torch.empty(shape, dtype=dtype)
+    tensor = torch.frombuffer(bytearray(message.buffer), dtype=stored).reshape(shape)
+    return tensor if stored == dtype else tensor.to(dtype)
+
+
+def _stored_dtype(message: runtime_pb2.Tensor, dtype: torch.dtype, elements: int) -> torch.dtype:
+    """The dtype of the bytes in the buffer, checked against their number."""
+    if message.compression == FLOAT16:
+        candidates = [torch.float16]
+    elif message.compression == NONE:
+        candidates = [dtype, torch.float32] if dtype == torch.bfloat16 else [dtype]
+    else:
+        raise BadRequest(
+            f"compression {message.compression} is not read here, send NONE ({NONE}) "
+            f"or FLOAT16 ({FLOAT16})"
+        )
+    for candidate in candidates:
+        if elements * candidate.itemsize == len(message.buffer):
+            return candidate
+    raise BadRequest(
+        f"a {message.dtype} tensor of shape {list(message.size)} needs "
+        f"{elements * candidates[0].itemsize} bytes, its buffer has {len(message.buffer)}"
+    )
+
+
+def split(message: runtime_pb2.Tensor, part_bytes: int) -> list[runtime_pb2.Tensor]:
+    """`message` cut into parts of at most ``part_bytes``, as hivemind streams large tensors.
+
+    The first part carries dtype, shape and the number of parts, the others only bytes.
+    """
+    buffer = message.buffer
+    count = max(1, math.ceil(len(buffer) / part_bytes))
+    first = runtime_pb2.Tensor()
+    first.CopyFrom(message)
+    first.buffer, first.chunks = buffer[:part_bytes], count
+    rest = [
+        runtime_pb2.Tensor(buffer=buffer[offset : offset + part_bytes])
+        for offset in range(part_bytes, len(buffer), part_bytes)
+    ]
+    return [first, *rest]
+
+
+def join(parts: list[runtime_pb2.Tensor]) -> list[runtime_pb2.Tensor]:
+    """The tensors of a sequence of `split` parts; a part with a dtype begins a new tensor."""
+    tensors: list[runtime_pb2.Tensor] = []
+    pieces: list[list[bytes]] = []
+    for part in parts:
+        if part.dtype:
+            tensors.append(part)
+            pieces.append([part.buffer])
+        elif not tensors:
+            raise BadRequest("a stream of tensor parts begins without a dtype")
+        else:
+            pieces[-1].append(part.buffer)
+    for tensor, buffers in zip(tensors, pieces, strict=True):
+        if tensor.chunks > 1 and tensor.chunks != len(buffers):
+            raise BadRequest(f"a tensor announced {tensor.chunks} parts, {len(buffers)} came")
+        if len(buffers) > 1:
+            tensor.buffer = b"".join(buffers)
+    return tensors
