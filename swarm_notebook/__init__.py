@@ -1,0 +1,78 @@
+"""Attach a notebook to a swarm of machines and get an ordinary Hugging Face model.
+
+    import swarm_notebook as sn
+    swarm = sn.connect()                  # or sn.connect(["/ip4/…/p2p/Qm…"], model="org/name")
+    swarm.model.generate(...)             # the model's own transformers class, blocks remote
+
+Importing this package, or loading it as an IPython extension, imports nothing heavy: the public
+names below are looked up on first use, because torch, transformers and hivemind together take
+seconds to import (contract C8).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from swarm_notebook.errors import SwarmError as SwarmError
+    from swarm_notebook.local import LocalServer as LocalServer
+    from swarm_notebook.local import LocalSwarm as LocalSwarm
+    from swarm_notebook.status import RouteTable as RouteTable
+    from swarm_notebook.status import SwarmStatus as SwarmStatus
+    from swarm_notebook.swarm import Swarm as Swarm
+    from swarm_notebook.swarm import connect as connect
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_PUBLIC = {
+    "LocalServer": "local",
+    "LocalSwarm": "local",
+    "RouteTable": "status",
+    "Swarm": "swarm",
+    "SwarmStatus": "status",
+    "connect": "swarm",
+    "SwarmError": "errors",
+}
+__all__ = [
+    "LocalServer",
+    "LocalSwarm",
+    "RouteTable",
+    "Swarm",
+    "SwarmError",
+    "SwarmStatus",
+    "__version__",
+    "connect",
+    "errors",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "errors":
+        return import_module(f"{__name__}.errors")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """What ``%load_ext swarm_notebook`` does: the magics, and imports warmed up meanwhile."""
+    from swarm_notebook.magics import load
+
+    load(shell)
+
+
+def unload_ipython_extension(shell: InteractiveShell) -> None:
+    """Undo exactly what loading did."""
+    from swarm_notebook.magics import unload
+
+    unload(shell)
