@@ -1,0 +1,64 @@
+"""Numbers, blocks and tables as plain text for people; no part of it knows what a swarm is.
+
+Blocks are written as Python slices are: ``0:15`` is blocks 0 to 14. A value that is not known is a
+dash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+UNKNOWN = "-"
+
+
+def runs(counts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Neighbours with the same count as ``(start, end, count)``."""
+    found: list[tuple[int, int, int]] = []
+    for index, count in enumerate(counts):
+        if found and found[-1][2] == count:
+            found[-1] = (found[-1][0], index + 1, count)
+        else:
+            found.append((index, index + 1, count))
+    return found
+
+
+def format_runs(blocks: Iterable[int]) -> str:
+    """Block numbers as slices: ``0:15, 20:22``."""
+    found: list[list[int]] = []
+    for block in sorted(blocks):
+        if found and found[-1][1] == block:
+            found[-1][1] = block + 1
+        else:
+            found.append([block, block + 1])
+    return ", ".join(f"{start}:{end}" for start, end in found)
+
+
+def number(value: float | None) -> str:
+    """A measured number for people: three digits or so, thousands grouped."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """A duration for people."""
+    return UNKNOWN if seconds is None else f"{seconds * 1000:.1f} ms"
+
+
+def clean(text: str) -> str:
+    """Text from elsewhere without line breaks and terminal escapes."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str | None]]) -> list[str]:
+    """Lines of a table with aligned columns."""
+    cells = [
+        list(head),
+        *([UNKNOWN if cell is None else clean(cell) for cell in row] for row in rows),
+    ]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    return [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]

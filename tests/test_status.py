@@ -1,0 +1,99 @@
+"""What status and route show, as facts, text, HTML and data frames. No network."""
+
+from __future__ import annotations
+
+import pytest
+
+from swarm_notebook.status import RouteHop, RouteTable, ServerRow, SwarmStatus
+
+PEERS = [
+    "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N",
+    "QmbLHAnMoJPWSCR5Zhtx6BHJX9KiKNN6tpvbUcqanj75Nb",
+    "QmSoLPppuBtQSGwKDZT2M73ULpjvfd3aZ6ha4oFGL1KrGM",
+]
+
+
+@pytest.fixture
+def torn() -> SwarmStatus:
+    """Ten blocks: 0:4 once, 4:6 twice, 6:8 once; the holder of 8:10 has just failed."""
+    return SwarmStatus(
+        model="tiny",
+        num_blocks=10,
+        servers=(
+            ServerRow(
+                "left",
+                PEERS[0],
+                0,
+                6,
+                "online",
+                rtt=0.0012,
+                block_rps=600.0,
+                dtype="float32",
+                cache_left=8192,
+                version="0.1.0",
+            ),
+            ServerRow("<b>right</b>\n", PEERS[1], 4, 8, "online", dtype="bfloat16", quant="nf4"),
+            ServerRow("gone", PEERS[2], 8, 10, "avoided", note="timed out"),
+        ),
+    )
+
+
+def test_coverage_counts_only_servers_that_answer(torn: SwarmStatus) -> None:
+    assert torn.servers_per_block == [1, 1, 1, 1, 2, 2, 1, 1, 0, 0]
+    assert torn.missing == [8, 9]
+    assert torn.headline == "2 servers online, MISSING blocks 8:10: nobody serves them"
+
+
+def test_a_server_that_claims_too_much_breaks_nothing() -> None:
+    status = SwarmStatus("m", 2, (ServerRow("liar", PEERS[0], 1, 500, "online"),))
+    assert status.servers_per_block == [0, 1]
+    assert "text/html" in status._repr_mimebundle_()
+
+
+def test_plain_text_has_nothing_that_varies_between_runs(torn: SwarmStatus) -> None:
+    assert repr(torn).splitlines() == [
+        "tiny: 2 servers online, MISSING blocks 8:10: nobody serves them",
+        "  server         blocks  state    dtype",
+        "  left           0:6     online   float32",
+        "  <b>right</b>?  4:8     online   bfloat16 (nf4)",
+        "  gone           8:10    avoided  -",
+    ]
+    assert torn._repr_mimebundle_()["text/plain"] == repr(torn)
+
+
+def test_printing_tells_all(torn: SwarmStatus) -> None:
+    text = str(torn)
+    assert PEERS[0] in text
+    assert "1.2 ms" in text
+    assert " 100 " in text  # 600 tokens/s through a block, six blocks
+    assert "8,192" in text
+    assert "timed out" in text
+    assert text.endswith("servers per block: 0:4 x1, 4:6 x2, 6:8 x1, 8:10 x0")
+
+
+def test_html_escapes_what_servers_say_and_shouts_about_missing_blocks(torn: SwarmStatus) -> None:
+    html = torn._repr_mimebundle_()["text/html"]
+    assert "<b>right" not in html
+    assert "&lt;b&gt;right" in html
+    assert 'class="sn-alarm"' in html
+    assert "8:10 none" in html
+    whole = SwarmStatus("m", 1, (ServerRow("a", PEERS[0], 0, 1, "online"),))
+    assert 'class="sn-alarm"' not in whole._repr_mimebundle_()["text/html"]
+
+
+def test_data_frames(torn: SwarmStatus) -> None:
+    frame = torn.to_pandas()
+    assert list(frame["blocks"]) == ["0:6", "4:8", "8:10"]
+    assert frame["throughput"][0] == 100.0
+    assert frame["peer_id"][2] == PEERS[2]
+
+
+def test_route() -> None:
+    hops = (RouteHop(0, 6, PEERS[0], "left", 2.5), RouteHop(6, 10, PEERS[1], "right", 4.0))
+    route = RouteTable("tiny", hops)
+    assert repr(route) == "tiny: left [0:6] -> right [6:10]"
+    assert route.expected_ms == 6.5
+    assert "6.5 ms/token" in str(route)
+    assert PEERS[1] in str(route)
+    assert "right" in route._repr_mimebundle_()["text/html"]
+    assert list(route.to_pandas()["expected_ms"]) == [2.5, 4.0]
