@@ -108,12 +108,13 @@ def unpack_metadata(data: bytes) -> dict:
     return values
 
 
-def pack_slots(slots: list[torch.Tensor | None]) -> list[runtime_pb2.Tensor]:
-    """The tensors of a request by position; None becomes a dummy, trailing Nones are dropped.
+def pack_slots(slots: list[torch.Tensor | None], always: int = 3) -> list[runtime_pb2.Tensor]:
+    """The tensors of a request by position; None becomes a dummy.
 
-    Slot 0 is the hidden states; slots 1 and 2 always travel (Petals insists on them).
+    The first ``always`` slots travel in any case (Petals insists on them: three for inference,
+    two for forward), trailing unused ones behind them do not.
     """
-    while len(slots) > 3 and slots[-1] is None:
+    while len(slots) > always and slots[-1] is None:
         slots = slots[:-1]
     return [
         tensors.pack(slot)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto.p2pd_pb2 import RPCError
 
 from swarm_notebook.errors import BadRequest, RemoteError, from_wire, to_wire
@@ -127,7 +128,9 @@ async def add_stream_handler(
 ) -> None:
     """Serve `name`: `handler` runs once per stream; what it raises travels as an error frame."""
 
-    async def on_stream(info, reader, writer) -> None:
+    async def on_stream(
+        info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         stream = Stream(reader, writer, info.peer_id.to_base58(), max_frame)
         try:
             await _guarded(stream, handler(stream, info.peer_id))

@@ -1,0 +1,229 @@
+"""Who serves which blocks of one model, kept fresh in the background.
+
+The directory reads the records of all blocks from the DHT, pings the servers, and remembers who
+failed. A failed peer is avoided at once and for a time that doubles with each failure in a row;
+an answered request forgives. Readers in other threads see immutable snapshots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.proto import runtime_pb2
+from hivemind.utils import ValueWithExpiration
+
+from swarm_notebook.client import routing
+from swarm_notebook.errors import BadRequest, MissingBlocks
+from swarm_notebook.net import protocol, records
+from swarm_notebook.net.node import Node
+from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
+
+logger = logging.getLogger(__name__)
+
+REFRESH_PERIOD = 10.0
+REFRESH_PERIOD_MISSING = 1.0
+PING_TIMEOUT = 3.0
+PING_SMOOTHING = 0.3
+PATIENCE = 30.0
+WAIT_PERIOD = 0.5
+BAN_SECONDS = 3.0
+BAN_SECONDS_MAX = 60.0
+
+
+@dataclass
+class _Standing:
+    """How a peer has behaved: failures in a row, and until when it is avoided."""
+
+    failures: int = 0
+    until: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What was known at one moment; replaced as a whole, never changed."""
+
+    spans: tuple[ServerSpan, ...] = ()
+    when: float = 0.0
+
+
+@dataclass
+class Directory:
+    """Servers of the model `prefix` with `num_blocks` blocks, as seen by `node`.
+
+    Attributes:
+        patience: seconds to wait for a server when some blocks have none.
+        rtt: measured round trip in seconds by peer.
+        snapshot: what the last reading found.
+    """
+
+    node: Node
+    prefix: str
+    num_blocks: int
+    patience: float = PATIENCE
+    rtt: dict[str, float] = field(default_factory=dict)
+    snapshot: Snapshot = Snapshot()
+    _standing: dict[str, _Standing] = field(default_factory=dict)
+    _last_holders: dict[int, set[str]] = field(default_factory=dict)
+    _refreshing: asyncio.Task | None = None
+    _background: asyncio.Task | None = None
+
+    async def start(self) -> None:
+        """Read the records once, then keep reading them in the background."""
+        await self.refresh()
+        self._background = asyncio.create_task(self._keep_fresh())
+
+    async def stop(self) -> None:
+        for task in (self._background, self._refreshing):
+            if task is not None:
+                task.cancel()
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            missing = bool(self.missing())
+            await asyncio.sleep(REFRESH_PERIOD_MISSING if missing else REFRESH_PERIOD)
+            try:
+                if missing:
+                    await self.node.redial()
+                await self.refresh()
+            except Exception:
+                logger.exception("reading the records of %s failed; trying again", self.prefix)
+
+    async def refresh(self) -> None:
+        """Read all records now; calls while a reading is under way share it."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._refresh())
+        await asyncio.shield(self._refreshing)
+
+    async def _refresh(self) -> None:
+        uids = [protocol.block_uid(self.prefix, index) for index in range(self.num_blocks)]
+        found = await self.node.dht.get_many(uids, sufficient_expiration_time=float("inf"))
+        blocks = {index: _holders(found.get(uid)) for index, uid in enumerate(uids)}
+        spans = tuple(records.spans_of(blocks))
+        self.snapshot = Snapshot(spans, time.time())
+        for span in spans:
+            if span.info.state == ServerState.ONLINE:
+                for block in range(span.start, span.end):
+                    self._last_holders.setdefault(block, set()).add(span.name)
+        online = {span.peer for span in spans if span.info.state == ServerState.ONLINE}
+        await asyncio.gather(*(self.ping(peer) for peer in online))
+
+    async def ping(self, peer: str) -> bool:
+        """Ask the server for a sign of life; its round trip goes into `rtt`."""
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(PING_TIMEOUT):
+                await self.info(peer)
+        except (TimeoutError, P2PDaemonError, P2PHandlerError, OSError, BadRequest) as error:
+            logger.debug("ping of %s: %s", peer, error)
+            return False
+        seconds = time.perf_counter() - began
+        known = self.rtt.get(peer, seconds)
+        # The first call dials the peer: a lower later value is the truth, not noise.
+        self.rtt[peer] = min(seconds, known + PING_SMOOTHING * (seconds - known))
+        return True
+
+    async def info(self, peer: str) -> dict:
+        """The server's answer to rpc_info."""
+        answer = await self.node.p2p.call_protobuf_handler(
+            PeerID.from_base58(peer),
+            protocol.RPC_INFO,
+            runtime_pb2.ExpertUID(uid=""),
+            runtime_pb2.ExpertInfo,
+        )
+        return protocol.unpack_metadata(answer.serialized_info)
+
+    def missing(self) -> list[int]:
+        """Blocks that no server in good standing holds."""
+        online = [span for span in self.usable() if span.info.state == ServerState.ONLINE]
+        return routing.uncovered(online, 0, self.num_blocks)
+
+    def usable(self) -> list[ServerSpan]:
+        """The announced spans without those of peers that are avoided just now."""
+        now = time.monotonic()
+        return [
+            span
+            for span in self.snapshot.spans
+            if (standing := self._standing.get(span.peer)) is None or standing.until <= now
+        ]
+
+    def chain(self, start: int, end: int, exclude: Collection[str] = ()) -> list[routing.Leg]:
+        """The best chain over ``[start, end)``; MissingBlocks names who had missing blocks."""
+        usable = self.usable()
+        try:
+            return routing.best_chain(usable, start, end, self.rtt, exclude)
+        except MissingBlocks as error:
+            raise MissingBlocks(f"{error} of {self.prefix}{self._who_had(start, end)}") from None
+
+    async def await_chain(self, start: int, end: int) -> list[routing.Leg]:
+        """`chain`, waited for up to `patience` when some blocks have no server just now."""
+        deadline = time.monotonic() + self.patience
+        announced = False
+        while True:
+            try:
+                return self.chain(start, end)
+            except MissingBlocks as error:
+                if time.monotonic() > deadline:
+                    raise MissingBlocks(
+                        f"{error}. Waited {self.patience:.0f} s for a server; start one with "
+                        f"`swarm-notebook serve … --blocks {start}:{end}` and call again"
+                    ) from None
+                if not announced:
+                    logger.warning("%s; waiting up to %.0f s", error, self.patience)
+                    announced = True
+            await self.node.redial()
+            await self.refresh()
+            await asyncio.sleep(WAIT_PERIOD)
+
+    def _who_had(self, start: int, end: int) -> str:
+        online = [span for span in self.usable() if span.info.state == ServerState.ONLINE]
+        missing = routing.uncovered(online, start, end)
+        names = sorted(set().union(*(self._last_holders.get(block, set()) for block in missing)))
+        had = f"; until now {', '.join(names)} had them" if names else ""
+        return had + "".join(
+            f"; {span.name} is avoided for now: {reason}"
+            for span in self.snapshot.spans
+            if (reason := self.avoided(span.peer)) and span.start < end and start < span.end
+        )
+
+    def failed(self, peer: str, reason: str) -> None:
+        """Avoid a peer from now on, for longer each time it fails again."""
+        standing = self._standing.setdefault(peer, _Standing())
+        seconds = min(BAN_SECONDS * 2**standing.failures, BAN_SECONDS_MAX)
+        standing.failures += 1
+        standing.until, standing.reason = time.monotonic() + seconds, reason
+
+    def succeeded(self, peer: str) -> None:
+        """An answered request restores a peer's standing."""
+        if peer in self._standing:
+            del self._standing[peer]
+
+    def avoided(self, peer: str) -> str:
+        """Why a peer is avoided just now; an empty text if it is not."""
+        standing = self._standing.get(peer)
+        return standing.reason if standing and standing.until > time.monotonic() else ""
+
+
+def _holders(found: ValueWithExpiration | None) -> dict[str, ServerInfo]:
+    """The believable records under one block's key, by peer id."""
+    if found is None or not isinstance(found.value, dict):
+        return {}
+    holders = {}
+    for peer, entry in found.value.items():
+        info = records.parse_record(entry.value)
+        if info is not None and isinstance(peer, str) and _is_peer_id(peer):
+            holders[peer] = info
+    return holders
+
+
+def _is_peer_id(text: str) -> bool:
+    try:
+        PeerID.from_base58(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,199 @@
+"""What a session has fed to the blocks, kept so that any server's cache can be rebuilt. Pure code.
+
+The servers' caches are a function of the inputs: for each pass over the model the notebook keeps
+the input of the first block, of every block where a server's part begins, and of every block
+whose input was changed on the way by a hook (an *edit*). A lost cache is rebuilt by replaying
+them. Appending costs nothing: passes stay separate tensors, row selections (beam search) are
+noted and applied only when something is replayed, a rollback cuts off the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+
+@dataclass
+class Pass:
+    """One pass of ``length`` tokens from ``position`` on.
+
+    Attributes:
+        inputs: input of a block, ``[batch, length, hidden]``, by block; derived from the chain.
+        edits: the same where a hook (or the embedding) decided it; these cannot be recomputed.
+        mask: attention mask of these tokens, ``[batch, length]`` uint8, or None for ones.
+        position_ids: ``[batch or 1, length]`` int64, or None for the model's own count.
+    """
+
+    position: int
+    length: int
+    edits: dict[int, torch.Tensor] = field(default_factory=dict)
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+
+    @property
+    def end(self) -> int:
+        return self.position + self.length
+
+    def input_of(self, block: int) -> torch.Tensor | None:
+        """The known input of `block`, if any."""
+        known = self.edits.get(block)
+        return known if known is not None else self.inputs.get(block)
+
+    def cuts(self, start: int, end: int) -> list[int]:
+        """``[start, …edits between…, end]``: the pieces that must be run one by one."""
+        return [start, *sorted(block for block in self.edits if start < block < end), end]
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Pass:
+        """The same pass with ``change`` applied to every tensor that has the batch's rows."""
+        ids = self.position_ids
+        return replace(
+            self,
+            edits={block: change(tensor) for block, tensor in self.edits.items()},
+            inputs={block: change(tensor) for block, tensor in self.inputs.items()},
+            mask=None if self.mask is None else change(self.mask),
+            position_ids=ids if ids is None or ids.shape[0] == 1 else change(ids),
+        )
+
+    def tokens(self, first: int, last: int) -> Pass:
+        """The part of this pass between two absolute token positions."""
+        low, high = first - self.position, last - self.position
+        ids = self.position_ids
+        part = replace(
+            self,
+            edits={block: tensor[:, low:high] for block, tensor in self.edits.items()},
+            inputs={block: tensor[:, low:high] for block, tensor in self.inputs.items()},
+            mask=None if self.mask is None else self.mask[:, low:high],
+            position_ids=None if ids is None else ids[:, low:high],
+        )
+        part.position, part.length = first, last - first
+        return part
+
+
+class History:
+    """The passes of one session in order, with the row selections between them."""
+
+    def __init__(self) -> None:
+        self._events: list[Pass | torch.Tensor] = []
+
+    @property
+    def current(self) -> Pass:
+        """The latest pass."""
+        last = self._events[-1]
+        if not isinstance(last, Pass):
+            raise LookupError("no pass has begun since the rows were selected")
+        return last
+
+    def begin(self, new: Pass) -> None:
+        """Start a pass; everything recorded from its position on is forgotten."""
+        self.truncate(new.position)
+        self._events.append(new)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from ``length`` on. Row selections stay: they hold for what remains."""
+        kept: list[Pass | torch.Tensor] = []
+        for event in self._events:
+            if isinstance(event, Pass):
+                if event.position >= length:
+                    continue
+                if event.end > length:
+                    event = event.tokens(event.position, length)
+            kept.append(event)
+        self._events = kept
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep (repeat, reorder) the given rows of everything recorded so far."""
+        if self._events:
+            self._events.append(rows)
+
+    def settle(self) -> None:
+        """Apply the noted row selections to the tensors, so that all have the present rows."""
+        if not any(isinstance(event, torch.Tensor) for event in self._events):
+            return
+        settled: list[Pass] = []
+        rows: torch.Tensor | None = None
+        for event in reversed(self._events):
+            if isinstance(event, torch.Tensor):
+                rows = event if rows is None else event[rows]
+            elif rows is None:
+                settled.append(event)
+            else:
+                settled.append(event.map(rows_of(rows)))
+        self._events = list(reversed(settled))
+
+    def replay(self, start: int, end: int, length: int) -> Iterator[Pass]:
+        """Passes to run through blocks ``[start, end)`` to rebuild the first ``length`` tokens.
+
+        Neighbouring passes with edits at the same blocks come merged into one. What is derived
+        from such a merged pass is given back with `learn`.
+        """
+        self.settle()
+        run: list[Pass] = []
+        for event in self._events:
+            if not isinstance(event, Pass) or event.position >= length:
+                continue
+            part = event.tokens(event.position, min(event.end, length))
+            if run and run[-1].cuts(start, end) != part.cuts(start, end):
+                yield _merge(run, start)
+                run = []
+            run.append(part)
+        if run:
+            yield _merge(run, start)
+
+    def learn(self, block: int, position: int, tensor: torch.Tensor) -> None:
+        """Note the derived input of ``block`` for the tokens of ``tensor`` from ``position`` on."""
+        end = position + tensor.shape[1]
+        for event in self._events:
+            if isinstance(event, Pass) and position <= event.position and event.end <= end:
+                low = event.position - position
+                event.inputs[block] = tensor[:, low : low + event.length]
+
+
+def rows_of(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that selects ``rows`` of a tensor."""
+    return lambda tensor: tensor.index_select(0, rows)
+
+
+def _merge(run: list[Pass], start: int) -> Pass:
+    """Neighbouring passes as one; only the input of `start` is kept of the derived ones."""
+    if len(run) == 1:
+        return run[0]
+    first = run[0]
+    length = sum(part.length for part in run)
+    known = [part.input_of(start) for part in run]
+    batch = next(iter(first.edits.values())).shape[0]
+    shared = set(first.edits).intersection(*(part.edits for part in run))
+    return Pass(
+        first.position,
+        length,
+        edits={block: torch.cat([part.edits[block] for part in run], dim=1) for block in shared},
+        inputs={}
+        if any(tensor is None for tensor in known)
+        else {start: torch.cat([tensor for tensor in known if tensor is not None], dim=1)},
+        mask=_merge_masks(run, batch),
+        position_ids=_merge_position_ids(run, batch),
+    )
+
+
+def _merge_masks(run: list[Pass], batch: int) -> torch.Tensor | None:
+    if all(part.mask is None for part in run):
+        return None
+    masks = [
+        torch.ones(batch, part.length, dtype=torch.uint8) if part.mask is None else part.mask
+        for part in run
+    ]
+    return torch.cat(masks, dim=1)
+
+
+def _merge_position_ids(run: list[Pass], batch: int) -> torch.Tensor | None:
+    if all(part.position_ids is None for part in run):
+        return None
+    ids = [
+        torch.arange(part.position, part.end)[None]
+        if part.position_ids is None
+        else part.position_ids
+        for part in run
+    ]
+    return torch.cat([row.expand(batch, -1) for row in ids], dim=1)

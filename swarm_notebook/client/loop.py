@@ -1,0 +1,97 @@
+"""The one background thread, with one asyncio loop, that does all networking of this process.
+
+The user's thread hands it coroutines and waits. An interrupt of the kernel is raised in the
+waiting thread at once, and cancels the coroutine, which closes its streams and so ends the work
+on the servers (contract C5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Cleanup = Callable[[], Coroutine[Any, Any, None]]
+
+_STOP_TIMEOUT = 5.0
+
+
+class LoopThread:
+    """A daemon thread that runs an asyncio loop for as long as the process lives."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._main, name="swarm_notebook-network", daemon=True
+        )
+        self._thread.start()
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop and wait for it; interrupting the wait cancels it."""
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("LoopThread.run called from the loop itself would wait forever")
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def post(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Start a coroutine on the loop without waiting, from any thread."""
+        self.loop.call_soon_threadsafe(self._start, work)
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
+        # asyncio keeps only weak references to tasks.
+        task = self.loop.create_task(work)
+        _running.add(task)
+        task.add_done_callback(_running.discard)
+
+
+_running: set[asyncio.Task] = set()
+_lock = threading.Lock()
+_thread: LoopThread | None = None
+_at_exit: list[Cleanup] = []
+
+
+def network_thread() -> LoopThread:
+    """The process's network thread, started on first use."""
+    global _thread
+    with _lock:
+        if _thread is None:
+            _thread = LoopThread()
+            atexit.register(_stop_all)
+        return _thread
+
+
+def at_exit(cleanup: Cleanup) -> None:
+    """Register a coroutine function to be run on the loop when the interpreter ends."""
+    _at_exit.append(cleanup)
+
+
+def forget_at_exit(cleanup: Cleanup) -> None:
+    """Undo `at_exit`."""
+    if cleanup in _at_exit:
+        _at_exit.remove(cleanup)
+
+
+def _stop_all() -> None:
+    """End daemons while their loop still runs: hivemind's finalizers fail without one."""
+
+    async def stop() -> None:
+        await asyncio.gather(*(cleanup() for cleanup in _at_exit), return_exceptions=True)
+
+    if _thread is not None and _at_exit:
+        future = asyncio.run_coroutine_threadsafe(stop(), _thread.loop)
+        try:
+            future.result(_STOP_TIMEOUT)
+        except TimeoutError:
+            future.cancel()

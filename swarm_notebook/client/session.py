@@ -1,0 +1,180 @@
+"""A cached decode over a chain of servers that survives the loss of any of them.
+
+The session holds one `Hop` per server of its chain and a `History` of what went in. A step walks
+the chain from a block on; a hop that fails is replaced by a new chain over the same blocks, whose
+caches are rebuilt by replaying the history, and the step goes on from there. A hop without a
+cache (new, or of a session that has only a history) is caught up in the same way: there is one
+mechanism for opening, resuming and failing over.
+
+Within a pass, steps come in the order of their first block: the first from block 0, a further one
+from block k when a hook changed the input of k.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Collection, Sequence
+
+import torch
+
+from swarm_notebook.client.directory import Directory
+from swarm_notebook.client.history import History, Pass
+from swarm_notebook.client.hop import Hop, Request
+from swarm_notebook.client.routing import describe_blocks
+from swarm_notebook.errors import (
+    BadRequest,
+    CacheFull,
+    MissingBlocks,
+    RemoteError,
+    SessionLost,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_LENGTH = 2048
+
+
+class InferenceSession:
+    """KV caches for one batch of sequences on the servers of a chain.
+
+    Args:
+        directory: who serves the model.
+        max_length: tokens per sequence that Petals servers reserve; ours grow as needed.
+    """
+
+    def __init__(self, directory: Directory, max_length: int | None = None):
+        self.history = History()
+        self.failovers = 0
+        self._directory = directory
+        self._max_length = max_length or DEFAULT_MAX_LENGTH
+        self._hops: list[Hop] = []
+        self._rows_version = 0
+        self._rows: torch.Tensor | None = None
+
+    @property
+    def hops(self) -> list[Hop]:
+        """The servers in use, in the order of their blocks."""
+        return list(self._hops)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """From the next step on, continue these rows (beam search, batch changes)."""
+        self.history.select(rows)
+        self._rows_version += 1
+        self._rows = rows
+
+    def begin(self, new: Pass) -> None:
+        """Start a pass; ``new.edits`` holds the input of block 0, and what follows is forgotten."""
+        self.history.begin(new)
+
+    def edit(self, block: int, hidden: torch.Tensor) -> None:
+        """In the current pass, ``block`` gets this input instead of the one before's output."""
+        self.history.current.edits[block] = hidden
+
+    async def step(self, block: int, stop: int, states: Collection[int]) -> dict[int, torch.Tensor]:
+        """Run the current pass from ``block``, whose input was given, up to ``stop``.
+
+        Returns:
+            outputs by block: those in ``states`` and of the last block before ``stop``.
+
+        Raises:
+            MissingBlocks: no server holds a block, and none came in time.
+            BadRequest, CacheFull: see the messages.
+        """
+        try:
+            return await self._walk(block, stop, states)
+        except asyncio.CancelledError:
+            # An interrupt: the servers stop and free their caches, the history stays.
+            self.close()
+            raise
+
+    async def _walk(
+        self, first: int, stop: int, states: Collection[int]
+    ) -> dict[int, torch.Tensor]:
+        current, block = self.history.current, first
+        outputs: dict[int, torch.Tensor] = {}
+        while block < stop:
+            hop = await self._hop_for(block)
+            end = current.cuts(block, min(hop.end, stop))[1]
+            wanted = [index for index in states if first <= block <= index < end - 1]
+            try:
+                await self._catch_up(hop)
+                got = await self._run(hop, (block, end), current, wanted)
+            except RemoteError as error:
+                self._lose(hop, error)
+                block = hop.start
+                continue
+            outputs.update(got)
+            if end < self._directory.num_blocks:
+                current.inputs[end] = got[end - 1]
+            block = end
+        return {index: outputs[index] for index in {*states, stop - 1} if index in outputs}
+
+    async def _run(
+        self, hop: Hop, piece: tuple[int, int], part: Pass, states: Sequence[int] = ()
+    ) -> dict[int, torch.Tensor]:
+        """One trip: the pass's tokens through the blocks ``piece`` of a hop."""
+        rows = self._rows if hop.rows_version != self._rows_version else None
+        hop.rows_version = self._rows_version
+        start, end = piece
+        hidden = part.input_of(start)
+        if hidden is None:
+            raise LookupError(f"the history has no input of block {start}")
+        return await hop.run(
+            Request(start, end, hidden, part.position, rows, part.mask, part.position_ids, states)
+        )
+
+    async def _hop_for(self, block: int) -> Hop:
+        """The hop that computes `block`; servers are chosen for a gap in the chain."""
+        found = [hop for hop in self._hops if hop.start <= block < hop.end]
+        if not found:
+            await self._fill_gap(block)
+            found = [hop for hop in self._hops if hop.start <= block < hop.end]
+        return found[0]
+
+    async def _fill_gap(self, block: int) -> None:
+        """Choose servers for the blocks around `block` that have none."""
+        start = max((hop.end for hop in self._hops if hop.end <= block), default=0)
+        last = self._directory.num_blocks
+        end = min((hop.start for hop in self._hops if hop.start > block), default=last)
+        for leg in await self._directory.await_chain(start, end):
+            self._hops.append(Hop(leg, self._directory, self._max_length, self._rows_version))
+        self._hops.sort(key=lambda hop: hop.start)
+
+    async def _catch_up(self, hop: Hop) -> None:
+        """Rebuild a hop's cache, if it lacks something of what precedes the current pass."""
+        until = self.history.current.position
+        behind = self._rows_version - hop.rows_version
+        if hop.position >= until and behind <= 1:
+            return
+        hop.reset(self._rows_version)
+        for part in self.history.replay(hop.start, hop.end, until):
+            for piece in itertools.pairwise(part.cuts(hop.start, hop.end)):
+                got = await self._run(hop, piece, part)
+            self.history.learn(hop.end, part.position, got[hop.end - 1])
+
+    def _lose(self, hop: Hop, error: RemoteError) -> None:
+        """Drop a failed hop, so that its blocks are a gap; raise what no other server can mend."""
+        hop.close()
+        self._hops.remove(hop)
+        if isinstance(error, BadRequest):
+            raise error
+        self.failovers += 1
+        if isinstance(error, SessionLost):
+            logger.info("%s; rebuilding the cache", error)
+            return
+        self._directory.failed(hop.leg.peer, str(error))
+        blocks = describe_blocks(range(hop.start, hop.end))
+        if isinstance(error, CacheFull):
+            try:
+                self._directory.chain(hop.start, hop.end)
+            except MissingBlocks:
+                raise error from None
+        logger.warning("%s; continuing %s on another server", error, blocks)
+
+    def close(self) -> None:
+        """Leave all servers; the history stays, so that a later step can resume."""
+        for hop in self._hops:
+            hop.close()
+        self._hops = []
