@@ -6,6 +6,7 @@
     ├── ModelNotFound         no config or weights under this name
     ├── ModelNotServed        the swarm is there, but nobody announces this model
     ├── MissingBlocks         some blocks of the model have no server (any more)
+    ├── BlocksOutOfRange      a span of blocks that the model does not have
     ├── ContextTooLong        more tokens than the model has positions
     ├── Unsupported           what a remote block cannot do, and what to use instead
     ├── ServerStartError      a local server process did not come up
@@ -48,6 +49,10 @@ class ModelNotServed(SwarmError, LookupError):
 
 class MissingBlocks(SwarmError):
     """Some blocks of the model have no server."""
+
+
+class BlocksOutOfRange(SwarmError, ValueError):
+    """A span of blocks lies outside of the model, or is empty."""
 
 
 class ContextTooLong(SwarmError, ValueError):

@@ -1,0 +1,208 @@
+"""Where a model comes from: a folder, a GGUF file, a Hub repository, or the demo model.
+
+`resolve` turns what the user wrote into a `ModelSource` and fails at once, saying what it tried, when
+there is nothing to load. A source is cheap to hold: config and tokenizer are read when asked for,
+weights tensor by tensor (weights.py), and of a Hub repository only the files that hold them.
+
+Weights are read from safetensors or GGUF. Pickles (``pytorch_model.bin``) can run code while they are
+read, so they are refused.
+
+`dht_prefix` is the name under which the blocks of this model are announced. It follows Petals' rules,
+so that both find each other; it holds neither ``.`` nor a space, which separate the parts of a UID.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swarm_notebook.checkpoint import hub
+from swarm_notebook.checkpoint.weights import Weights
+from swarm_notebook.errors import ModelNotFound, Unsupported
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that exists, and how to read its parts.
+
+    Attributes:
+        name: what names this source in messages and on a command line.
+        path: the local folder or GGUF file; None for a Hub repository.
+        dht_prefix: the model's name in the swarm's DHT.
+        repository: address on the Hub, or None.
+    """
+
+    name: str
+    path: Path | None
+    dht_prefix: str
+    repository: str | None = None
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path is not None and self.path.is_file()
+
+    @cached_property
+    def _location(self) -> tuple[str, dict[str, Any]]:
+        """The arguments with which transformers' ``from_pretrained`` finds this model's files."""
+        from transformers.utils.hub import is_offline_mode
+
+        if self.path is None:
+            local_only = is_offline_mode() or not hub.reachable()
+            return self.name, {"local_files_only": local_only}
+        if self.is_gguf:
+            return str(self.path.parent), {"gguf_file": self.path.name}
+        return str(self.path), {}
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+        where, options = self._location
+        try:
+            config = AutoConfig.from_pretrained(where, **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelNotFound(
+                f"model {self.name!r}: its config cannot be read: {error}"
+            ) from error
+        config = config.get_text_config(decoder=True)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise Unsupported(
+                f"model {self.name!r} is a {config.model_type!r}: only causal language models can be "
+                "served by blocks"
+            )
+        return config
+
+    def config(self) -> PreTrainedConfig:
+        """A fresh copy of the causal language model's own (text) config."""
+        return copy.deepcopy(self._config)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, or None where the model has none."""
+        from transformers import AutoTokenizer
+
+        where, options = self._location
+        try:
+            return AutoTokenizer.from_pretrained(where, **options)
+        except (OSError, ValueError, KeyError, TypeError):
+            # transformers has no single error for "no tokenizer files here".
+            return None
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The published generation defaults, or None where the model has none."""
+        from transformers import GenerationConfig
+
+        if self.is_gguf:
+            return None
+        where, options = self._location
+        try:
+            return GenerationConfig.from_pretrained(where, **options)
+        except OSError:
+            return None
+
+    def weights(self) -> Weights:
+        """The checkpoint's tensors by name, none of them read yet."""
+        from swarm_notebook.checkpoint import weights
+
+        if self.path is None:
+            return weights.from_repository(self.name)
+        return weights.from_folder(self.path)
+
+
+def resolve(model: str | os.PathLike[str] | None) -> ModelSource:
+    """Find `model`: a folder, a ``.gguf`` file, or a Hub id; None is the demo model.
+
+    Raises:
+        ModelNotFound: with what was looked for, what was found, and what to do.
+    """
+    if model is None:
+        raise NotImplementedError
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return _file(path)
+    if hub.is_repository_name(text):
+        return _repository(text)
+    raise ModelNotFound(
+        f"model {text!r}: no such folder or file, and not the form of a Hub id (organisation/name)"
+    )
+
+
+def _folder(path: Path) -> ModelSource:
+    path = path.resolve()
+    if not (path / "config.json").is_file():
+        raise ModelNotFound(
+            f"model folder {path} has no config.json; point at the folder that has it"
+        )
+    if not any((path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)):
+        pickles = [name for name in PICKLE_FILES if (path / name).is_file()]
+        raise ModelNotFound(_no_weights(f"model folder {path}", pickles))
+    return ModelSource(name=str(path), path=path, dht_prefix=_clean(path.name))
+
+
+def _no_weights(where: str, pickles: list[str]) -> str:
+    if pickles:
+        return (
+            f"{where} has its weights only as {pickles[0]}, a pickle, which can run code and is never "
+            "read; convert it: load it once with transformers and call save_pretrained(folder), which "
+            "writes safetensors"
+        )
+    return f"{where} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"
+
+
+def _file(path: Path) -> ModelSource:
+    path = path.resolve()
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelNotFound(
+            f"model file {path} is not a GGUF file (it begins with {magic!r}); give a folder with "
+            "config.json and safetensors, a .gguf file, or a Hub id"
+        )
+    return ModelSource(name=str(path), path=path, dht_prefix=_clean(path.stem))
+
+
+def _repository(name: str) -> ModelSource:
+    if hub.fetch(name, "config.json") is None:
+        raise ModelNotFound(_no_config(name))
+    if hub.fetch(name, INDEX_FILE) is None and not hub.has(name, SINGLE_FILE):
+        pickles = [file for file in PICKLE_FILES if hub.has(name, file)]
+        raise ModelNotFound(_no_weights(f"Hub repository {name}", pickles))
+    source = ModelSource(name=name, path=None, dht_prefix="", repository=hub.url(name))
+    prefix = _repository_prefix(name, source.config().model_type)
+    return ModelSource(name=name, path=None, dht_prefix=prefix, repository=hub.url(name))
+
+
+def _no_config(name: str) -> str:
+    if hub.reachable():
+        return f"model {name!r}: the Hub repository has no config.json"
+    return (
+        f"model {name!r}: no such folder or file here, the Hub does not answer, and its cache on this "
+        "machine does not hold this model; give a local folder, or connect to the internet"
+    )
+
+
+def _repository_prefix(name: str, family: str) -> str:
+    """Petals' names: which part of the Hub id it takes, and what it appends, depends on the family."""
+    base = name.split("/")[-1]
+    if family == "llama":
+        return _clean(base) if base.endswith("-hf") else f"{_clean(base)}-hf"
+    if family == "bloom":
+        return f"{_clean(name)}-petals"
+    return _clean(name if family == "mixtral" else base)
+
+
+def _clean(name: str) -> str:
+    return name.replace(".", "-").replace(" ", "-")

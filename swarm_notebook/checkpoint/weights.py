@@ -1,0 +1,143 @@
+"""The tensors of a checkpoint by name, none of them read before somebody indexes it.
+
+transformers' loader accepts any object in place of a tensor as long as ``x[...]`` gives the tensor
+(that is how it reads safetensors itself). So a subset of a checkpoint is a dict from names to
+`LazyTensor`; what is not needed is never touched, and of a sharded checkpoint whose files are on the
+Hub, only the shards that hold a needed tensor are downloaded.
+
+A tensor belongs to block k if the first integer part of its name is k: ``model.layers.7.mlp…`` and
+``transformer.h.7.attn…`` are block 7, ``lm_head.weight`` is in no block.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from swarm_notebook.checkpoint import hub
+from swarm_notebook.errors import ModelNotFound
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """Stands for a tensor in a state dict; indexing it reads the tensor."""
+
+    read: Callable[[], torch.Tensor]
+    nbytes: int
+    slice: Any = None
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.read()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        # Pre-quantised checkpoints make transformers ask a safetensors slice for shape and dtype.
+        return getattr(self.slice, name)
+
+
+class Weights(Protocol):
+    """A checkpoint seen as names of tensors."""
+
+    def names(self) -> list[str]: ...
+
+    def lazy(self, names: Iterable[str]) -> dict[str, LazyTensor]: ...
+
+
+def block_index(name: str) -> int | None:
+    """The block that the tensor `name` belongs to, or None: embeddings, final norm, head."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def renumbered(name: str, shift: int) -> str:
+    """`name` with its block index lowered by `shift`."""
+    parts = name.split(".")
+    position = next(i for i, part in enumerate(parts) if part.isdecimal())
+    parts[position] = str(int(parts[position]) - shift)
+    return ".".join(parts)
+
+
+class SafetensorsWeights:
+    """Tensors in one or more safetensors files, memory-mapped.
+
+    :param shards: which file holds which tensor.
+    :param locate: gives the local path of a file, downloading it if need be.
+    """
+
+    def __init__(self, shards: Mapping[str, str], locate: Callable[[str], Path]) -> None:
+        self._shards = shards
+        self._locate = locate
+
+    def names(self) -> list[str]:
+        return list(self._shards)
+
+    def lazy(self, names: Iterable[str]) -> dict[str, LazyTensor]:
+        from safetensors import safe_open
+
+        wanted = list(names)
+        files = {
+            shard: safe_open(self._locate(shard), framework="pt")
+            for shard in sorted({self._shards[name] for name in wanted})
+        }
+        return {name: _lazy_slice(files[self._shards[name]].get_slice(name)) for name in wanted}
+
+
+def _lazy_slice(tensor: Any) -> LazyTensor:
+    bits = _BITS.get(tensor.get_dtype(), 8)
+    return LazyTensor(lambda: tensor[...], math.prod(tensor.get_shape()) * bits // 8, tensor)
+
+
+def from_folder(folder: Path) -> SafetensorsWeights:
+    index = folder / INDEX_FILE
+    if index.is_file():
+        return SafetensorsWeights(_read_index(index), lambda name: _existing(folder / name))
+    return SafetensorsWeights(_single_file(folder / SINGLE_FILE), lambda name: folder / name)
+
+
+def from_repository(name: str) -> SafetensorsWeights:
+    def locate(filename: str) -> Path:
+        path = hub.fetch(name, filename)
+        if path is None:
+            raise ModelNotFound(
+                f"model {name!r}: {filename} is neither on the Hub nor in its cache"
+            )
+        return path
+
+    index = hub.fetch(name, INDEX_FILE)
+    shards = _single_file(locate(SINGLE_FILE)) if index is None else _read_index(index)
+    return SafetensorsWeights(shards, locate)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ModelNotFound(
+            f"{path} is missing, though {INDEX_FILE} names it; copy the whole model"
+        )
+    return path
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelNotFound(f"{index} is not an index of safetensors files: {error!r}") from error
+
+
+def _single_file(path: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict.fromkeys(file.keys(), path.name)
+    except SafetensorError as error:
+        raise ModelNotFound(f"{path} is not a readable safetensors file: {error}") from error
