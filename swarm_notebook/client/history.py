@@ -78,6 +78,9 @@ class History:
     def __init__(self) -> None:
         self._events: list[Pass | torch.Tensor] = []
 
+    def __bool__(self) -> bool:
+        return any(isinstance(event, Pass) for event in self._events)
+
     @property
     def current(self) -> Pass:
         """The latest pass."""
@@ -105,8 +108,7 @@ class History:
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep (repeat, reorder) the given rows of everything recorded so far."""
-        if self._events:
-            self._events.append(rows)
+        self._events.append(rows)
 
     def settle(self) -> None:
         """Apply the noted row selections to the tensors, so that all have the present rows."""

@@ -60,9 +60,10 @@ class InferenceSession:
 
     def select(self, rows: torch.Tensor) -> None:
         """From the next step on, continue these rows (beam search, batch changes)."""
-        self.history.select(rows)
-        self._rows_version += 1
-        self._rows = rows
+        if self.history:
+            self.history.select(rows)
+            self._rows_version += 1
+            self._rows = rows
 
     def begin(self, new: Pass) -> None:
         """Start a pass; ``new.edits`` holds the input of block 0, and what follows is forgotten."""

@@ -1,0 +1,123 @@
+"""One model of one swarm, for code that runs in the user's thread.
+
+Notebooks that attach to several models of the same swarm share one node (one p2pd, one DHT peer).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Sequence
+
+import torch
+
+from swarm_notebook.client import forward as stateless
+from swarm_notebook.client.directory import PATIENCE, Directory
+from swarm_notebook.client.hop import Request
+from swarm_notebook.client.loop import LoopThread, at_exit, forget_at_exit, network_thread
+from swarm_notebook.client.session import InferenceSession
+from swarm_notebook.net.node import Node
+from swarm_notebook.net.records import MODEL_INDEX_KEY, ModelRecord, parse_model_record
+
+
+class _SharedNode:
+    """A node and how many connections use it."""
+
+    def __init__(self, node: Node):
+        self.node, self.users = node, 0
+
+
+_nodes: dict[frozenset[str], _SharedNode] = {}
+_lock = threading.Lock()
+
+
+class Connection:
+    """The way to the blocks of one model; blocking calls for the user's thread.
+
+    Args:
+        initial_peers: multiaddrs of peers of the swarm.
+        prefix: the model's prefix in the DHT.
+        num_blocks: how many blocks it has.
+        patience: seconds to wait for a server when some blocks have none.
+
+    Raises:
+        AddressError, ConnectionFailed: from joining the swarm.
+    """
+
+    def __init__(
+        self,
+        initial_peers: Sequence[str],
+        prefix: str,
+        num_blocks: int,
+        patience: float = PATIENCE,
+    ):
+        self.prefix, self.num_blocks = prefix, num_blocks
+        self.network: LoopThread = network_thread()
+        self._peers = frozenset(str(peer) for peer in initial_peers)
+        self._open = True
+        shared = _acquire(self._peers, self.network)
+        self.directory = Directory(shared.node, prefix, num_blocks, patience)
+        try:
+            self.network.run(self.directory.start())
+        except BaseException:
+            self.close()
+            raise
+
+    def session(self, max_length: int | None = None) -> InferenceSession:
+        """A new session without servers yet; its first step chooses them."""
+        return InferenceSession(self.directory, max_length)
+
+    def step(
+        self, session: InferenceSession, block: int, states: Collection[int]
+    ) -> dict[int, torch.Tensor]:
+        """`InferenceSession.step` from ``block`` to the last one."""
+        return self.network.run(session.step(block, self.num_blocks, states))
+
+    def forward(self, request: Request) -> dict[int, torch.Tensor]:
+        """`forward.forward`, waited for."""
+        return self.network.run(stateless.forward(self.directory, request))
+
+    def refresh(self) -> None:
+        """Read what the servers announce now, instead of within seconds."""
+        self.network.run(self.directory.refresh())
+
+    def close(self) -> None:
+        """Leave the swarm, unless another model of it is still attached."""
+        if self._open:
+            self._open = False
+            self.network.run(self.directory.stop())
+            _release(self._peers, self.network)
+
+
+def served_models(initial_peers: Sequence[str]) -> dict[str, ModelRecord]:
+    """The models that a swarm's index lists, by DHT prefix."""
+    network = network_thread()
+    peers = frozenset(str(peer) for peer in initial_peers)
+    shared = _acquire(peers, network)
+    try:
+        found = network.run(shared.node.dht.get(MODEL_INDEX_KEY, latest=True))
+    finally:
+        _release(peers, network)
+    entries = found.value if found is not None and isinstance(found.value, dict) else {}
+    parsed = {prefix: parse_model_record(entry.value) for prefix, entry in entries.items()}
+    return {str(prefix): record for prefix, record in parsed.items() if record is not None}
+
+
+def _acquire(peers: frozenset[str], network: LoopThread) -> _SharedNode:
+    with _lock:
+        shared = _nodes.get(peers)
+        if shared is None:
+            node = network.run(Node.start(sorted(peers), client=True))
+            at_exit(node.stop)
+            shared = _nodes[peers] = _SharedNode(node)
+        shared.users += 1
+        return shared
+
+
+def _release(peers: frozenset[str], network: LoopThread) -> None:
+    with _lock:
+        shared = _nodes[peers]
+        shared.users -= 1
+        if shared.users == 0:
+            del _nodes[peers]
+            forget_at_exit(shared.node.stop)
+            network.run(shared.node.stop())

@@ -1,0 +1,72 @@
+"""What becomes of a decoder layer: the same object, whose `forward` asks the swarm.
+
+A layer keeps its class (a dynamic subclass of it), its name and its parameters' shapes, so that
+``isinstance``, ``repr``, hooks, PEFT's injection and transformers' recording of hidden states
+work as ever. Its parameters are placeholders, zero-stride views of one zero: they have a shape
+and a dtype and take no memory; `_apply` keeps them so under ``.to(…)`` and ``.half()``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from swarm_notebook.model.calls import Runner
+
+
+def is_placeholder(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a shape without memory of its own."""
+    return (
+        tensor.numel() > 1
+        and not tensor.is_meta
+        and tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
+    )
+
+
+class RemoteBlock(nn.Module):
+    """Mixed into a decoder layer's class, in front of it."""
+
+    _runner: Runner
+    _index: int
+
+    def attach(self, runner: Runner, index: int) -> None:
+        """Make this the block ``index`` of the model that `runner` runs."""
+        self._runner, self._index = runner, index
+        self.register_state_dict_post_hook(_without_placeholders)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The block's output for ``hidden_states`` ``[batch, length, hidden]``."""
+        output = self._runner.run(self._index, hidden_states, kwargs)
+        return (output,) if self._runner.returns_tuple else output
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if not is_placeholder(tensor):
+                return fn(tensor)
+            return fn(tensor.as_strided((), ())).expand(tensor.shape)
+
+        return super()._apply(keep, recurse)
+
+
+def _without_placeholders(
+    _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object
+) -> None:
+    """A state dict holds what is here; what the servers hold is not."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        if isinstance(state[name], torch.Tensor) and is_placeholder(state[name]):
+            del state[name]
+
+
+@functools.cache
+def remote_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """The remote subclass of a decoder layer's class."""
+    return type(
+        f"Remote{layer_class.__name__}",
+        (RemoteBlock, layer_class),
+        {"__module__": layer_class.__module__, "__doc__": layer_class.__doc__},
+    )

@@ -1,0 +1,86 @@
+"""Builds the remote model: local edges, remote blocks, the model's own class around them."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from swarm_notebook.checkpoint.partial import load_edges
+from swarm_notebook.checkpoint.source import ModelSource
+from swarm_notebook.errors import Unsupported
+from swarm_notebook.model.blocks import remote_class
+from swarm_notebook.model.cache import RemoteCache
+from swarm_notebook.model.calls import Runner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from swarm_notebook.client.connection import Connection
+
+# An attention implementation without a mask function: transformers then makes no masks here,
+# where nobody would look at them.
+_NO_ATTENTION = "swarm"
+
+
+class RemoteModel:
+    """Mixed into the causal LM's class, in front of it."""
+
+    _runner: Runner
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise Unsupported(
+                    f"cache_implementation={generation_config.cache_implementation!r}: the keys "
+                    "and values of remote blocks are kept by their servers; leave it out"
+                )
+            model_kwargs["past_key_values"] = RemoteCache(
+                self._runner.connection, max_length=max_cache_length + 1
+            )
+            return
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise Unsupported(
+            "the weights of a remote model are on the servers; save_pretrained of its PEFT "
+            "adapter works, for the weights use the checkpoint itself"
+        )
+
+
+@functools.cache
+def _remote_model_class(model_class: type) -> type:
+    return type(
+        f"Remote{model_class.__name__}",
+        (RemoteModel, model_class),
+        {"__module__": model_class.__module__, "__doc__": model_class.__doc__},
+    )
+
+
+def build(source: ModelSource, connection: Connection, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of `source` with embeddings, norm and head here and its blocks in the swarm."""
+    loaded, info = load_edges(source, dtype=dtype)
+    loaded.requires_grad_(False)
+    model: Any = loaded
+    model.__class__ = _remote_model_class(type(loaded))  # type: ignore[arg-type]
+    blocks: list[Any] = list(info.layers)
+    context = getattr(model.config, "max_position_embeddings", None)
+    runner = Runner(connection, blocks, returns_tuple=info.returns_tuple, context_length=context)
+    for index, block in enumerate(blocks):
+        block.__class__ = remote_class(type(block))  # type: ignore[arg-type]
+        block.attach(runner, index)
+    runner.install(info.decoder)
+    model._runner = runner
+    model.config._attn_implementation = _NO_ATTENTION
+    return loaded

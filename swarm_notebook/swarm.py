@@ -1,0 +1,267 @@
+"""What a notebook holds: a model in a swarm, and the swarm behind it.
+
+`connect` joins a swarm (or starts an embedded one, of server processes on this machine), builds
+the remote model and returns a `Swarm`. Magics, command line and widgets use only what is public
+here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.client import connection as connections
+from swarm_notebook.client.connection import Connection
+from swarm_notebook.client.directory import PATIENCE
+from swarm_notebook.client.routing import describe_blocks, leg_seconds
+from swarm_notebook.errors import MissingBlocks, ModelNotServed
+from swarm_notebook.local import LocalSwarm
+from swarm_notebook.model import skeleton
+from swarm_notebook.net.records import ServerSpan, ServerState
+from swarm_notebook.net.tensors import dtype_from_name
+from swarm_notebook.status import RouteHop, RouteTable, ServerRow, SwarmStatus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_HUB = "https://huggingface.co/"
+
+
+class Swarm:
+    """A model whose blocks are served by a swarm.
+
+    Attributes:
+        model: the Hugging Face model; its blocks run remotely.
+        tokenizer: its tokenizer, or None if the model comes without one.
+        name: the model's name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        connection: Connection,
+        local: LocalSwarm | None,
+    ):
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self._connection, self._local = connection, local
+
+    def __repr__(self) -> str:
+        servers = len({span.peer for span in self._connection.directory.snapshot.spans})
+        return f"<Swarm of {servers} server{'' if servers == 1 else 's'}: {self.name}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.disconnect()
+
+    def status(self) -> SwarmStatus:
+        """Who serves which blocks now; asks the swarm."""
+        self._connection.refresh()
+        directory = self._connection.directory
+        rows = [
+            _server_row(span, directory.rtt.get(span.peer), directory.avoided(span.peer))
+            for span in directory.snapshot.spans
+        ]
+        return SwarmStatus(self.name, directory.num_blocks, tuple(rows))
+
+    def route(self) -> RouteTable:
+        """The servers that the next new request takes.
+
+        Raises:
+            MissingBlocks: no server holds some of the blocks.
+        """
+        directory = self._connection.directory
+        chain = directory.chain(0, directory.num_blocks)
+        hops = [
+            RouteHop(
+                leg.start,
+                leg.end,
+                leg.peer,
+                leg.span.name,
+                1000 * leg_seconds(leg, directory.rtt),
+            )
+            for leg in chain
+        ]
+        return RouteTable(self.name, tuple(hops))
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        chat: bool = True,
+        stream: Callable[[str], None] | None = None,
+        **generate_kwargs: Any,
+    ) -> str:
+        """Continue a text, or answer it as a chat message where the tokenizer has a template.
+
+        Args:
+            prompt: the text.
+            chat: apply the tokenizer's chat template, if there is one.
+            stream: called with each piece of text as it comes.
+            generate_kwargs: as for ``model.generate``.
+
+        Returns:
+            The new text, without the prompt and without special tokens.
+
+        Raises:
+            ValueError: the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} comes without a tokenizer; call model.generate(ids)")
+        tokenizer: Any = self.tokenizer
+        if chat and tokenizer.chat_template:
+            inputs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        else:
+            inputs = tokenizer(prompt, return_tensors="pt")
+        if stream is not None:
+            generate_kwargs["streamer"] = _streamer(tokenizer, stream)
+        model: Any = self.model
+        output = model.generate(**inputs.to(model.device), **generate_kwargs)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        return str(tokenizer.decode(new, skip_special_tokens=True))
+
+    def disconnect(self) -> None:
+        """Leave the swarm; an embedded one ends. The model cannot be used afterwards."""
+        self._connection.close()
+        if self._local is not None:
+            self._local.close()
+
+
+def connect(
+    initial_peers: Sequence[str] | str | None = None,
+    *,
+    model: str | os.PathLike[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    timeout: float = PATIENCE,
+) -> Swarm:
+    """Attach to a swarm and build the remote model.
+
+    Args:
+        initial_peers: multiaddrs of one or more peers. None starts an embedded swarm: two server
+            processes on this machine.
+        model: a Hub id, a folder or a GGUF file, as the servers were given it; its embeddings,
+            norm and head are loaded here. None takes the demo model for an embedded swarm, else
+            the one model that the swarm serves.
+        dtype: of the local part, such as ``"float32"``; None takes what the servers compute in.
+        timeout: seconds to wait for a server when some blocks have none.
+
+    Raises:
+        AddressError, ConnectionFailed: the peers cannot be reached.
+        ModelNotFound, ModelNotServed: the model does not exist, or nobody serves it.
+    """
+    local: LocalSwarm | None = None
+    connection: Connection | None = None
+    try:
+        if initial_peers is None:
+            local = LocalSwarm(model)
+            initial_peers = local.initial_peers
+            model = local.model
+        peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
+        source = resolve(model if model is not None else _only_model(peers))
+        config = source.config()
+        connection = Connection(peers, source.dht_prefix, config.num_hidden_layers, timeout)
+        spans = _await_spans(connection, source.name, peers)
+        built = skeleton.build(source, connection, _choose_dtype(dtype, spans))
+        return Swarm(source.name, built, source.tokenizer(), connection, local)
+    except BaseException:
+        if connection is not None:
+            connection.close()
+        if local is not None:
+            local.close()
+        raise
+
+
+def _only_model(peers: Sequence[str]) -> str:
+    """The one model that a swarm serves, by its index in the DHT."""
+    served = connections.served_models(peers)
+    if len(served) != 1:
+        listed = ", ".join(sorted(served)) or "none"
+        raise ModelNotServed(f"model: the swarm serves {listed}; name one with model=…")
+    (prefix, record), *_ = served.items()
+    if record.repository is None or not record.repository.startswith(_HUB):
+        raise ModelNotServed(
+            f"model: the swarm serves {prefix}, but does not say where its embeddings and head "
+            "can be loaded from; give the folder or file with model=…"
+        )
+    return record.repository.removeprefix(_HUB)
+
+
+def _await_spans(connection: Connection, name: str, peers: Sequence[str]) -> tuple[ServerSpan, ...]:
+    """What is served of the model; waits a little for servers that are just joining."""
+    directory = connection.directory
+    deadline = time.monotonic() + directory.patience
+    told = False
+    while not (spans := directory.snapshot.spans) or directory.missing():
+        if time.monotonic() > deadline or not spans:
+            break
+        if not told:
+            logger.warning("waiting for servers of %s", describe_blocks(directory.missing()))
+            told = True
+        time.sleep(0.5)
+        connection.refresh()
+    if not any(span.info.state == ServerState.ONLINE for span in spans):
+        served = ", ".join(sorted(connections.served_models(peers))) or "no model"
+        raise ModelNotServed(
+            f"model {name!r}: nobody in this swarm serves {connection.prefix!r}; it serves "
+            f"{served}. Start a server with `swarm-notebook serve {name} --initial-peers …`"
+        )
+    if missing := directory.missing():
+        raise MissingBlocks(f"model {name!r}: no server holds {describe_blocks(missing)}")
+    return spans
+
+
+def _choose_dtype(wanted: str | torch.dtype | None, spans: Sequence[ServerSpan]) -> torch.dtype:
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    if wanted is not None:
+        return dtype_from_name(wanted)
+    announced = {span.info.torch_dtype for span in spans}
+    common = announced.pop() if len(announced) == 1 else None
+    return dtype_from_name(common) if common else torch.float32
+
+
+def _server_row(span: ServerSpan, rtt: float | None, avoided: str) -> ServerRow:
+    info = span.info
+    state = "avoided" if avoided else ServerState(info.state).name.lower()
+    return ServerRow(
+        name=span.name,
+        peer_id=span.peer,
+        start=span.start,
+        end=span.end,
+        state=state,
+        rtt=rtt,
+        block_rps=info.inference_rps,
+        dtype=info.torch_dtype,
+        quant=info.quant_type,
+        cache_left=info.cache_tokens_left,
+        cache_total=info.cache_tokens_total,
+        version=info.version,
+        note=avoided,
+    )
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase, stream: Callable[[str], None]) -> Any:
+    from transformers import TextStreamer
+
+    class CallbackStreamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                stream(text)
+
+    return CallbackStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
