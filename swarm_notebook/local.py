@@ -1,0 +1,181 @@
+"""A swarm on this machine: server processes on the loopback interface, started and ended here.
+
+    with sn.LocalSwarm(servers=2) as local:
+        swarm = sn.connect(local.initial_peers)
+
+The first server begins the swarm; the others start as soon as it listens, all at once, and join
+it. Closing the swarm (or leaving this process, in whatever way) ends them. See `local_server` for
+the life of one of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+from swarm_notebook.local_server import POLL_SECONDS, START_SECONDS, LocalServer
+
+__all__ = ["LocalServer", "LocalSwarm"]
+
+STOP_SECONDS = 10.0
+
+
+class LocalSwarm:
+    """Server processes on this machine that hold a model between them.
+
+    Args:
+        model: a Hub id, a folder or a GGUF file; None is the demo model.
+        servers: how many servers share the blocks evenly, or each one's ``(start, end)``.
+        dtype: what the servers compute in.
+        threads: CPU threads per server; None leaves it to torch.
+        cache_tokens: room for keys and values per server; None is the server's default.
+        start_timeout: seconds until every server must be ready.
+
+    Raises:
+        ModelNotFound: there is no such model.
+        ServerStartError: a server did not come up; the message has the end of its log.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        servers: int | Sequence[tuple[int, int]] = 2,
+        *,
+        dtype: str = "float32",
+        threads: int | None = None,
+        cache_tokens: int | None = None,
+        start_timeout: float = START_SECONDS,
+    ) -> None:
+        # Found here, once, with progress; the servers get a place that is known to exist.
+        from swarm_notebook.checkpoint.source import resolve
+
+        source = resolve(model)
+        spans = plan_spans(source.config().num_hidden_layers, servers)
+        self.model = str(source.path or source.name)
+        options = [self.model, "--dtype", dtype]
+        if threads is not None:
+            options += ["--threads", str(threads)]
+        if cache_tokens is not None:
+            options += ["--cache-tokens", str(cache_tokens)]
+        folder = Path(tempfile.mkdtemp(prefix="swarm-notebook-"))
+        environment = _environment(threads)
+        self.servers = [
+            LocalServer(
+                f"local-{index}",
+                span,
+                folder=folder,
+                options=options,
+                environment=environment,
+                other_addresses=self._addresses,
+            )
+            for index, span in enumerate(spans)
+        ]
+        atexit.register(self.close)
+        try:
+            self._start(source.name, start_timeout)
+        except BaseException:  # an interrupt, too, must not leave processes behind
+            self.close()
+            raise
+
+    @property
+    def initial_peers(self) -> list[str]:
+        """The addresses of all servers that are up: what `connect` needs."""
+        return self._addresses()
+
+    def close(self) -> None:
+        """End all servers and wait until they are gone."""
+        for server in self.servers:
+            server.request_stop()
+        deadline = time.monotonic() + STOP_SECONDS
+        for server in self.servers:
+            server.terminate(max(deadline - time.monotonic(), 0))
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        spans = ", ".join(f"{start}:{end}" for start, end in (s.blocks for s in self.servers))
+        return f"<LocalSwarm {Path(self.model).name}: blocks {spans}>"
+
+    def _addresses(self, without: LocalServer | None = None) -> list[str]:
+        return [
+            address
+            for server in self.servers
+            if server is not without and server.running
+            for address in server.addresses
+        ]
+
+    def _start(self, name: str, timeout: float) -> None:
+        from tqdm.auto import tqdm
+
+        first, *others = self.servers
+        count = len(self.servers)
+        what = f"Starting {count} server{'' if count == 1 else 's'} of {name}"
+        with tqdm(total=count, desc=what, unit="server") as bar:
+            first.launch()
+            for _ in self._watch(timeout):
+                if others and first.addresses:
+                    for server in others:
+                        server.launch()
+                    others = []
+                bar.n = sum(server.ready for server in self.servers)
+                bar.refresh()
+                if bar.n == count:
+                    return
+
+    def _watch(self, timeout: float) -> Iterator[None]:
+        """Tick while the servers start; raise ServerStartError if one fails or time is up."""
+        deadline = time.monotonic() + timeout
+        while True:
+            yield
+            started = [server for server in self.servers if server.pid is not None]
+            for server in started:
+                server.check()
+            if time.monotonic() > deadline:
+                late = next(server for server in started if not server.ready)
+                raise late.start_error(f"took more than {timeout:.0f} s")
+            time.sleep(POLL_SECONDS)
+
+
+def plan_spans(num_blocks: int, servers: int | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The blocks of each server, from their number or as given.
+
+    Raises:
+        ValueError: more servers than blocks, or blocks that the model does not have.
+    """
+    if isinstance(servers, int):
+        if not 1 <= servers <= num_blocks:
+            raise ValueError(
+                f"servers={servers}: a model of {num_blocks} blocks can be split between "
+                f"1 and {num_blocks} servers"
+            )
+        cuts = [round(index * num_blocks / servers) for index in range(servers + 1)]
+        return list(itertools.pairwise(cuts))
+    spans = [(int(start), int(end)) for start, end in servers]
+    for start, end in spans:
+        if not 0 <= start < end <= num_blocks:
+            raise ValueError(
+                f"servers: blocks {start}:{end} are not in the model, which has blocks "
+                f"0:{num_blocks}"
+            )
+    if not spans:
+        raise ValueError("servers: an empty list starts no server")
+    return spans
+
+
+def _environment(threads: int | None) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment["PYTHONUNBUFFERED"] = "1"
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    return environment

@@ -1,0 +1,189 @@
+"""One server of a swarm on this machine, as a child process.
+
+The child is ``swarm-notebook serve`` in its own session, so that an interrupt of the notebook does
+not reach it. Its life hangs on a pipe: stdin stays open as long as this process lives, and the
+server leaves when it closes, which happens even when this process is killed. Standard output
+carries JSON lines of facts (addresses first, ``"ready": true`` at last); everything else goes to
+the log file.
+
+Identity and port are kept over a restart, so that addresses given to others stay valid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from swarm_notebook.errors import ServerStartError
+
+LOG_TAIL_LINES = 25
+START_SECONDS = 180.0
+TERMINATE_SECONDS = 10.0
+POLL_SECONDS = 0.05
+ANY_PORT = "/ip4/127.0.0.1/tcp/0"
+LOOPBACK_PORT = re.compile(r"/ip4/127\.0\.0\.1/tcp/\d+")
+
+
+class LocalServer:
+    """A server process of this machine that holds blocks ``[start, end)`` of a model."""
+
+    def __init__(
+        self,
+        name: str,
+        blocks: tuple[int, int],
+        *,
+        folder: Path,
+        options: Sequence[str],
+        environment: dict[str, str],
+        other_addresses: Callable[[LocalServer], list[str]],
+    ) -> None:
+        self.name, self.blocks = name, blocks
+        self.log_path = folder / f"{name}.log"
+        self._identity = folder / f"{name}.key"
+        self._options, self._environment = list(options), environment
+        self._other_addresses = other_addresses
+        self._process: subprocess.Popen[str] | None = None
+        self._facts: dict[str, Any] = {}
+        self._listen = ANY_PORT
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id; that of the last run if it has ended."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def running(self) -> bool:
+        if self._process is None or self._process.returncode is not None:
+            return False
+        # The process is looked at, not reaped: until `kill` its id belongs to nobody else.
+        peek = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self._process.pid, peek) is None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has loaded its blocks and announced them."""
+        return bool(self._facts.get("ready"))
+
+    @property
+    def peer_id(self) -> str | None:
+        """Its peer id, as soon as it listens."""
+        return self._facts.get("peer_id")
+
+    @property
+    def addresses(self) -> list[str]:
+        """The multiaddrs where it listens; empty until it does."""
+        return list(self._facts.get("maddrs", ()))
+
+    def launch(self) -> None:
+        """Start the process; it joins those of its swarm that are up. Does not wait."""
+        peers = self._other_addresses(self)
+        if self.addresses and (known := LOOPBACK_PORT.match(self.addresses[0])):
+            self._listen = known[0]
+        start, end = self.blocks
+        command = [sys.executable, "-m", "swarm_notebook.cli", "serve", *self._options]
+        command += ["--blocks", f"{start}:{end}", "--name", self.name, "--exit-with-stdin"]
+        command += ["--identity", str(self._identity), "--host-maddrs", self._listen]
+        if peers:
+            command += ["--initial-peers", *peers]
+        self._facts = {}
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self._environment,
+                start_new_session=True,
+            )
+        threading.Thread(
+            target=self._read, args=(self._process.stdout, self._facts), daemon=True
+        ).start()
+
+    def wait_ready(self, timeout: float) -> None:
+        """Return when it is ready.
+
+        Raises:
+            ServerStartError: it ended, or `timeout` seconds were not enough.
+        """
+        deadline = time.monotonic() + timeout
+        while not self.ready:
+            self.check()
+            if time.monotonic() > deadline:
+                raise self.start_error(f"took more than {timeout:.0f} s")
+            time.sleep(POLL_SECONDS)
+
+    def check(self) -> None:
+        """Raise ServerStartError if the process ended before it was ready."""
+        if not self.ready and not self.running:
+            self.kill()
+            code = self._process.returncode if self._process is not None else None
+            raise self.start_error(f"ended with exit code {code}")
+
+    def start_error(self, what: str) -> ServerStartError:
+        """The error for a start that failed, with the end of the log."""
+        start, end = self.blocks
+        return ServerStartError(
+            f"server {self.name} (blocks {start}:{end}) {what} before it was ready. "
+            f"The end of its log, {self.log_path}:\n{self.log_tail()}"
+        )
+
+    def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
+        """The last lines of the log."""
+        text = self.log_path.read_text("utf-8", "replace") if self.log_path.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def kill(self) -> None:
+        """End it at once, as a power cut would: nothing is announced, nothing is finished."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # the server and its network daemon
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def terminate(self, timeout: float = TERMINATE_SECONDS) -> None:
+        """Let it leave the swarm in good order; after `timeout` seconds it is killed."""
+        self.request_stop()
+        deadline = time.monotonic() + timeout
+        while self.running and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        self.kill()
+
+    def request_stop(self) -> None:
+        """Ask it to leave the swarm; does not wait."""
+        if self._process is not None and self.running:
+            os.kill(self._process.pid, signal.SIGTERM)
+
+    def restart(self, timeout: float = START_SECONDS) -> None:
+        """Start it again, under the same peer id and address, and wait until it is ready."""
+        self.terminate()
+        self.launch()
+        self.wait_ready(timeout)
+
+    def _read(self, output: IO[str], facts: dict[str, Any]) -> None:
+        """Thread: file the facts that the server prints, and log the rest."""
+        with output, self.log_path.open("a", encoding="utf-8") as log:
+            for line in output:
+                if not line.startswith("{"):
+                    log.write(line)
+                    log.flush()
+                    continue
+                with contextlib.suppress(json.JSONDecodeError):
+                    facts.update(json.loads(line))
+
+    def __repr__(self) -> str:
+        start, end = self.blocks
+        state = "ready" if self.ready and self.running else "running" if self.running else "ended"
+        return f"<LocalServer {self.name} blocks {start}:{end} {state}>"

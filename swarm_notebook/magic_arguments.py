@@ -1,0 +1,182 @@
+"""The command line of ``%swarm``: its subcommands, their options, and what Tab offers.
+
+Pure parsing: nothing here talks to a swarm or to IPython's machinery. Wrong arguments raise
+IPython's `UsageError`, which a notebook shows as one line; ``--help`` prints and raises `HelpShown`
+where argparse would end the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any, NoReturn
+
+from IPython.core.error import UsageError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+EXAMPLES = """\
+examples:
+  %swarm connect                                   a swarm of two processes on this machine
+  %swarm connect /ip4/…/tcp/…/p2p/… --model NAME   a swarm that exists
+  %swarm generate "Why is the sky blue?" -o answer
+"""
+
+
+class HelpShown(Exception):
+    """The user asked for help and has got it."""
+
+
+class Arguments(argparse.ArgumentParser):
+    """A parser for a notebook, which must survive wrong arguments."""
+
+    def __init__(self, **options: Any) -> None:
+        self.values_by_option: dict[str, list[str] | None] = {}  # None: it takes no value
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """As argparse's; remembers the options for Tab."""
+        action = super().add_argument(*names, **options)
+        for option in action.option_strings:
+            values = None if action.nargs == 0 else list(action.choices or ())
+            self.values_by_option[option] = values
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        raise HelpShown
+
+
+class CommandLine:
+    """All of ``%swarm`` (or ``%%swarm``, which takes the cell's text as the prompt)."""
+
+    def __init__(self, magic: str) -> None:
+        self.top = Arguments(
+            prog=magic,
+            description="Attach this notebook to a swarm and generate with its model.",
+            epilog=EXAMPLES,
+        )
+        self._table = self.top.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+        self.commands: dict[str, Arguments] = {}
+        if magic == "%swarm":
+            self._connect()
+            self._status()
+            self._route()
+        self._generate(with_prompt=magic == "%swarm")
+        if magic == "%swarm":
+            self._add("disconnect", "end the connection; an embedded swarm ends with it")
+        self._help()
+
+    def parse(self, line: str) -> argparse.Namespace:
+        """The command in `line`; ``command`` is ``help`` when there is none.
+
+        Raises:
+            UsageError: the arguments are wrong; one line says how.
+            HelpShown: help was asked for and printed.
+        """
+        try:
+            words = shlex.split(line)
+        except ValueError as error:
+            self.top.error(f"{error}; put the text in double quotes")
+        return self.top.parse_args(words or ["help"])
+
+    def show_help(self, command: str | None = None) -> None:
+        """Print the help of one command, or of all."""
+        (self.commands[command] if command else self.top).print_help()
+
+    def complete(self, line: str) -> list[str]:
+        """The words that may stand at the end of `line` (magic included, up to the cursor)."""
+        words = line.split()
+        if not line[-1:].isspace():
+            words = words[:-1]  # without the one that is being typed
+        if len(words) <= 1:
+            return list(self.commands)
+        if words[1] == "help":
+            return [command for command in self.commands if command != "help"]
+        parser = self.commands.get(words[1])
+        if parser is None:
+            return []
+        values = parser.values_by_option.get(words[-1])
+        return list(parser.values_by_option) if values is None else values
+
+    def _add(self, name: str, summary: str) -> Arguments:
+        parser: Arguments = self._table.add_parser(name, help=summary, description=f"{summary}.")
+        self.commands[name] = parser
+        return parser
+
+    def _connect(self) -> None:
+        connect = self._add(
+            "connect", "connect, and define model, tokenizer and swarm in the notebook"
+        )
+        connect.add_argument(
+            "peers",
+            nargs="*",
+            metavar="ADDRESS",
+            help="servers of the swarm, as /ip4/…/tcp/…/p2p/… (default: begin a swarm of two "
+            "server processes on this machine)",
+        )
+        connect.add_argument("--model", metavar="MODEL", help="Hub id, folder or GGUF file")
+        connect.add_argument("--dtype", choices=DTYPES, help="of the parts that run here")
+        connect.add_argument(
+            "--timeout", type=_seconds, metavar="S", help="give up after S seconds"
+        )
+        _add_output(connect, "the Swarm object")
+
+    def _status(self) -> None:
+        status = self._add("status", "show which servers hold which blocks, and what is missing")
+        _add_output(status, "the SwarmStatus, instead of showing it,")
+
+    def _route(self) -> None:
+        route = self._add("route", "show the servers that a token passes")
+        _add_output(route, "the RouteTable, instead of showing it,")
+
+    def _generate(self, *, with_prompt: bool) -> None:
+        generate = self._add("generate", "let the model answer; the text streams into the cell")
+        if with_prompt:
+            generate.add_argument("prompt", nargs="+", metavar="TEXT", help="what to answer")
+        generate.add_argument(
+            "--raw", action="store_true", help="continue the text itself: no chat template"
+        )
+        generate.add_argument("-n", "--max-new-tokens", type=_count, default=256, metavar="N")
+        generate.add_argument("--sample", action="store_true", help="sample instead of greedy")
+        generate.add_argument("--temperature", type=float, metavar="T", help="implies --sample")
+        generate.add_argument("--top-p", type=float, metavar="P", help="implies --sample")
+        generate.add_argument("--seed", type=int, metavar="N", help="of the sampling")
+        _add_output(generate, "the text")
+
+    def _help(self) -> None:
+        shown = list(self.commands)
+        self._add("help", "show this, or the help of one command").add_argument(
+            "about", nargs="?", choices=shown, metavar="COMMAND"
+        )
+
+
+def _add_output(parser: Arguments, what: str) -> None:
+    parser.add_argument(
+        "-o", "--output", type=_name, metavar="NAME", help=f"store {what} in this variable"
+    )
+
+
+def _name(text: str) -> str:
+    if not text.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a variable's name")
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds

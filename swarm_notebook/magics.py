@@ -1,0 +1,179 @@
+"""``%swarm`` and ``%%swarm``: a thin shell over the public Python calls of `swarm_notebook.swarm`.
+
+A command works on the variable ``swarm`` of the notebook, whoever put it there: ``%swarm connect``
+or ``swarm = sn.connect(...)``. Importing this module is cheap; see `warmup` for what is not.
+`unload` puts the shell back as `load` found it; a connection that was made stays until it is
+disconnected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.error import UsageError
+
+from swarm_notebook.errors import SwarmError
+from swarm_notebook.magic_arguments import CommandLine, HelpShown
+from swarm_notebook.warmup import Warmup
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from swarm_notebook.swarm import Swarm
+
+NAME = "swarm"
+
+_loaded: dict[int, SwarmMagics] = {}
+
+
+def load(shell: InteractiveShell) -> None:
+    """Register the magics and their completion, and begin to warm up."""
+    if id(shell) not in _loaded:
+        _loaded[id(shell)] = SwarmMagics(shell)
+        _loaded[id(shell)].register()
+
+
+def unload(shell: InteractiveShell) -> None:
+    """Undo what `load` did."""
+    magics = _loaded.pop(id(shell), None)
+    if magics is not None:
+        magics.unregister()
+
+
+class SwarmMagics:
+    """The two magics of one shell."""
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        self.shell = shell
+        self._line, self._cell = CommandLine("%swarm"), CommandLine("%%swarm")
+        self._warmup = Warmup()
+        self._before: dict[str, Callable[..., Any] | None] = {}
+
+    def register(self) -> None:
+        manager = self.shell.magics_manager
+        for kind, function in (("line", self.line_magic), ("cell", self.cell_magic)):
+            self._before[kind] = manager.magics[kind].get(NAME)
+            manager.register_function(function, magic_kind=kind, magic_name=NAME)
+        self.shell.set_hook("complete_command", self._complete_line, str_key="%swarm")
+        self.shell.set_hook("complete_command", self._complete_cell, str_key="%%swarm")
+        self._warmup.start(self.shell)
+
+    def unregister(self) -> None:
+        self._warmup.stop()
+        for key in ("%swarm", "%%swarm"):
+            self.shell.strdispatchers["complete_command"].strs.pop(key, None)
+        for kind, before in self._before.items():
+            table = self.shell.magics_manager.magics[kind]
+            if before is None:
+                table.pop(NAME, None)
+            else:
+                table[NAME] = before
+
+    def line_magic(self, line: str) -> Any:
+        """Attach this notebook to a swarm: %swarm COMMAND, see %swarm help."""
+        return self._run(self._line, line, None)
+
+    def cell_magic(self, line: str, cell: str) -> Any:
+        """Let the swarm's model answer the cell's text: %%swarm generate."""
+        return self._run(self._cell, line, cell)
+
+    def _complete_line(self, _shell: object, event: Any) -> list[str]:
+        return self._line.complete(event.text_until_cursor)
+
+    def _complete_cell(self, _shell: object, event: Any) -> list[str]:
+        return self._cell.complete(event.text_until_cursor)
+
+    def _run(self, commands: CommandLine, line: str, cell: str | None) -> Any:
+        try:
+            arguments = commands.parse(line)
+        except HelpShown:
+            return None
+        if arguments.command == "help":
+            return commands.show_help(arguments.about)
+        if arguments.command == "generate":
+            arguments.prompt = " ".join(arguments.prompt) if cell is None else cell.strip("\n")
+        try:
+            return getattr(self, f"_{arguments.command}")(arguments)
+        except SwarmError as error:
+            raise UsageError(f"{type(error).__name__}: {error}") from error
+
+    def _connect(self, arguments: argparse.Namespace) -> None:
+        self._warmup.wait()
+        from swarm_notebook.swarm import connect
+
+        options = {"model": arguments.model, "dtype": arguments.dtype, "timeout": arguments.timeout}
+        given = {key: value for key, value in options.items() if value is not None}
+        before = self._current()
+        swarm = connect(arguments.peers or None, **given)
+        self.shell.push({"model": swarm.model, "tokenizer": swarm.tokenizer, "swarm": swarm})
+        if before is not None:
+            before.disconnect()
+        self._store(arguments.output, swarm)
+        status = swarm.status()
+        print(f"{status.model}: {status.headline}")
+        print("Ready to use: model, tokenizer, swarm")
+
+    def _status(self, arguments: argparse.Namespace) -> Any:
+        return self._store(arguments.output, self._need().status())
+
+    def _route(self, arguments: argparse.Namespace) -> Any:
+        return self._store(arguments.output, self._need().route())
+
+    def _generate(self, arguments: argparse.Namespace) -> None:
+        pieces: list[str] = []
+
+        def show(piece: str) -> None:
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+
+        try:
+            self._need().generate(
+                arguments.prompt, chat=not arguments.raw, stream=show, **_sampling(arguments)
+            )
+        finally:  # after an interrupt, too, what was generated is kept
+            if pieces:
+                print()
+            self._store(arguments.output, "".join(pieces))
+
+    def _disconnect(self, arguments: argparse.Namespace) -> None:
+        swarm = self._need()
+        mine = {"model": swarm.model, "tokenizer": swarm.tokenizer, "swarm": swarm}
+        swarm.disconnect()
+        self.shell.drop_by_id(mine)
+
+    def _current(self) -> Swarm | None:
+        """The notebook's variable ``swarm``, if it is one."""
+        # Not imported (or not yet: the warm-up may be at it) means that nobody can have one.
+        kind = getattr(sys.modules.get("swarm_notebook.swarm"), "Swarm", ())
+        found = self.shell.user_ns.get("swarm")
+        return found if isinstance(found, kind) else None
+
+    def _need(self) -> Swarm:
+        swarm = self._current()
+        if swarm is None:
+            raise UsageError("not connected: run %swarm connect first")
+        return swarm
+
+    def _store(self, name: str | None, value: Any) -> Any:
+        """Put the result where ``-o`` says, else hand it back for display."""
+        if name is None:
+            return value
+        self.shell.push({name: value})
+        return None
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of transformers' ``generate`` that were asked for."""
+    if arguments.seed is not None:
+        from transformers import set_seed
+
+        set_seed(arguments.seed)
+    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens}
+    chosen = {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    options |= {key: value for key, value in chosen.items() if value is not None}
+    if arguments.sample or len(options) > 1:
+        options["do_sample"] = True
+    return options

@@ -1,0 +1,75 @@
+"""Heavy imports in the background, while the user reads and types (contract C8).
+
+torch, transformers and hivemind take seconds to import. After ``%load_ext`` a thread imports what
+`connect` will need. Two threads must not import the same packages at once: theirs are full of
+cycles, and Python resolves a lock cycle by failing one of the imports. So whoever is about to
+import something (a cell with an import in it, a ``%swarm`` command) first waits for the thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import ExecutionInfo, InteractiveShell
+
+logger = logging.getLogger(__name__)
+
+MODULES = (
+    "swarm_notebook.swarm",
+    "swarm_notebook.local",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "tqdm.auto",
+)
+POLL_SECONDS = 0.1
+SHOW_AFTER_SECONDS = 1.0
+
+
+class Warmup:
+    """One background import of `MODULES`."""
+
+    def __init__(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="swarm-notebook-warmup", daemon=True)
+
+    def start(self, shell: InteractiveShell) -> None:
+        """Begin, and hold up cells with imports until it is done."""
+        self._shell = shell
+        shell.events.register("pre_run_cell", self._before_cell)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Hold up no more cells; the imports themselves cannot be undone."""
+        if self._before_cell in self._shell.events.callbacks["pre_run_cell"]:
+            self._shell.events.unregister("pre_run_cell", self._before_cell)
+
+    def wait(self) -> None:
+        """Return when the imports are done; says what it waits for if that takes long."""
+        self._thread.join(SHOW_AFTER_SECONDS)
+        if not self._thread.is_alive():
+            return
+        from tqdm.auto import tqdm
+
+        what = "Importing torch, transformers, hivemind"
+        with tqdm(desc=what, leave=False, bar_format="{desc} [{elapsed}]") as bar:
+            while self._thread.is_alive():
+                self._thread.join(POLL_SECONDS)
+                bar.refresh()
+
+    def _before_cell(self, info: ExecutionInfo) -> None:
+        if not self._thread.is_alive():
+            self.stop()
+        elif "import" in str(info.raw_cell):
+            self.wait()
+
+    @staticmethod
+    def _run() -> None:
+        for module in MODULES:
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                # Whoever needs it will import it again and see this error in full.
+                logger.debug("cannot import %s: %s", module, error)
