@@ -1,0 +1,76 @@
+"""Tells the swarm, again and again, what this server hosts and in what state it is.
+
+The records are Petals' (see `net.records`): the same tuple under the key of every hosted block,
+valid for two periods, so that a server that dies without a word is forgotten. The model itself
+is entered in the model index, unless its prefix marks it as private with an underscore.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from hivemind.utils import get_dht_time
+
+from swarm_notebook.net import protocol
+from swarm_notebook.net.node import Node
+from swarm_notebook.net.records import MODEL_INDEX_KEY, ModelRecord, ServerInfo
+
+logger = logging.getLogger(__name__)
+
+MIN_EXPIRATION = 3.0
+
+
+class Announcer:
+    """Keeps the records of the blocks ``[start, end)`` of model ``prefix`` fresh.
+
+    Args:
+        node: this server's peer.
+        prefix: the model's name in the DHT.
+        blocks: the hosted range.
+        model: the model's entry in the index.
+        period: seconds between announcements.
+    """
+
+    def __init__(
+        self, node: Node, prefix: str, blocks: tuple[int, int], model: ModelRecord, period: float
+    ):
+        self._node, self._prefix, self._model, self._period = node, prefix, model, period
+        self._uids = [protocol.block_uid(prefix, index) for index in range(*blocks)]
+        self._task: asyncio.Task[None] | None = None
+
+    async def announce(self, info: ServerInfo) -> bool:
+        """Store the record under every block; whether all were stored."""
+        expiration = get_dht_time() + max(2 * self._period, MIN_EXPIRATION)
+        keys, subkeys = list(self._uids), [self._node.peer_id.to_base58()] * len(self._uids)
+        values: list[object] = [info.to_record()] * len(self._uids)
+        if not self._prefix.startswith("_"):
+            keys.append(MODEL_INDEX_KEY)
+            subkeys.append(self._prefix)
+            values.append(self._model.model_dump())
+        stored = await self._node.dht.store_many(keys, values, expiration, subkeys=subkeys)
+        # The index entry may be another server's, and newer: only our own records count.
+        failed = [uid for uid in self._uids if not stored[uid, subkeys[0]]]
+        if failed:
+            logger.warning("could not announce %s; trying again later", ", ".join(failed[:3]))
+        return not failed
+
+    def keep(self, describe: Callable[[], ServerInfo]) -> None:
+        """From now on announce what ``describe`` says, once per period."""
+        self._task = asyncio.create_task(self._keep(describe))
+
+    async def stop(self, info: ServerInfo) -> None:
+        """Announce a last record (offline) and stop."""
+        if self._task is not None:
+            self._task.cancel()
+        await self.announce(info)
+
+    async def _keep(self, describe: Callable[[], ServerInfo]) -> None:
+        while True:
+            await asyncio.sleep(self._period)
+            try:
+                await self.announce(describe())
+            except Exception:
+                # Whatever it was, the next round may succeed, and the requests go on.
+                logger.exception("announcing %s failed; trying again later", self._prefix)

@@ -1,0 +1,179 @@
+"""The keys and values of one session, as a `transformers` cache over the hosted blocks.
+
+HF's decoders append to the cache through `update(keys, values, layer_idx)` and ask it for
+`get_seq_length()` and `get_mask_sizes()`. This one differs from `DynamicCache` in four ways:
+
+- Memory is allocated ahead, in doubling steps, and new tokens are written in place. A decode step
+  copies one token, not the whole history. The session reserves room *before* a step runs
+  (`reserve`), so that what is allocated never exceeds what the pool has granted.
+- ``layer_idx`` is the block's index in the whole model; the cache holds only ``[start, end)``.
+- Sliding-window blocks keep their full length, and the mask does the window. A rollback of any
+  depth is therefore always possible, and all kinds of blocks are alike.
+- Every block has its own length: a step may rerun only some of the blocks from an earlier
+  position (a hook that edits a state asks again from there). `focus` names the blocks of the step,
+  whose common length answers the decoder's questions.
+
+One token of accounting is one row's position through all hosted blocks: ``rows * capacity``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Cache
+
+FIRST_CAPACITY = 64
+
+
+def grown_capacity(capacity: int, needed: int, limit: int | None = None) -> int:
+    """The capacity to allocate for ``needed`` positions: doubled steps, not beyond ``limit``."""
+    if needed <= capacity:
+        return capacity
+    grown = max(capacity, FIRST_CAPACITY)
+    while grown < needed:
+        grown *= 2
+    return grown if limit is None else max(needed, min(grown, limit))
+
+
+class _Block:
+    """Storage of one block: keys and values ``[rows, heads, capacity, head size]``."""
+
+    __slots__ = ("keys", "length", "values")
+
+    def __init__(self) -> None:
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.length = 0
+
+
+class SessionCache(Cache):
+    """Keys and values of the blocks ``[start, end)`` for one session's rows."""
+
+    def __init__(self, start: int, end: int):
+        super().__init__(layers=[])
+        self.start, self.end = start, end
+        self.rows = 0
+        self.capacity = 0
+        self._blocks = [_Block() for _ in range(end - start)]
+        self._focus = 0
+
+    # What the session asks for, between steps.
+
+    @property
+    def tokens(self) -> int:
+        """The room that this cache takes, in cache tokens."""
+        return self.rows * self.capacity
+
+    @property
+    def length(self) -> int:
+        """The number of positions that the longest block holds."""
+        return max(block.length for block in self._blocks)
+
+    def lengths(self, start: int, end: int) -> list[int]:
+        """The number of positions in each of the blocks ``[start, end)``."""
+        return [block.length for block in self._slice(start, end)]
+
+    def restart(self, rows: int) -> None:
+        """Forget everything; what is written next has ``rows`` rows."""
+        self.rows = rows
+        self._blocks = [_Block() for _ in self._blocks]
+
+    def reserve(self, capacity: int) -> None:
+        """Set the positions to allocate; a block moves to storage of this size when it needs it."""
+        self.capacity = capacity
+
+    def truncate(self, start: int, end: int, length: int) -> None:
+        """Forget what the blocks ``[start, end)`` hold beyond ``length`` positions."""
+        for block in self._slice(start, end):
+            block.length = min(block.length, length)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Make row ``i`` a copy of what row ``rows[i]`` was; the number of rows may change."""
+        moved = [index for index, row in enumerate(rows) if index != row]
+        same_count = len(rows) == self.rows
+        if same_count and not moved:
+            return
+        self.rows = len(rows)
+        for block in self._blocks:
+            if block.keys is None or block.values is None:
+                continue
+            if same_count:
+                sources = [rows[index] for index in moved]
+                for store in (block.keys, block.values):
+                    used = store.narrow(2, 0, block.length)
+                    used[moved] = used[sources]
+            else:
+                block.keys = self._moved(block.keys, block.length, rows)
+                block.values = self._moved(block.values, block.length, rows)
+
+    def focus(self, start: int, end: int) -> None:
+        """Name the blocks of the next step; their common length answers the decoder's questions."""
+        lengths = {block.length for block in self._slice(start, end)}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"blocks [{start}, {end}) hold different numbers of positions {sorted(lengths)}: "
+                "truncate them to a common one before the step"
+            )
+        self._focus = start - self.start
+
+    # What HF's decoders call, during a step.
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the new positions to a block in place; views of all its keys and values."""
+        block = self._blocks[layer_idx - self.start]
+        new = key_states.shape[2]
+        begin, end = block.length, block.length + new
+        keys, values = block.keys, block.values
+        if keys is None or values is None or end > keys.shape[2]:
+            keys = block.keys = self._grown(keys, key_states, begin, end)
+            values = block.values = self._grown(values, value_states, begin, end)
+        keys.narrow(2, begin, new).copy_(key_states)
+        values.narrow(2, begin, new).copy_(value_states)
+        block.length = end
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The length of a block in the model's numbering, or else of the step's first block.
+
+        Decoders ask for "layer 0" or for an index among the layers they were given; both mean
+        the length that all blocks of the step have before it.
+        """
+        local = layer_idx - self.start
+        in_focus = self._focus <= local < len(self._blocks)
+        return self._blocks[local if in_focus else self._focus].length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def _slice(self, start: int, end: int) -> list[_Block]:
+        return self._blocks[start - self.start : end - self.start]
+
+    def _grown(
+        self, store: torch.Tensor | None, states: torch.Tensor, used: int, needed: int
+    ) -> torch.Tensor:
+        """A store of the reserved capacity (or what is needed) that holds what ``store`` held."""
+        rows, heads, _, size = states.shape
+        grown = states.new_empty((rows, heads, max(self.capacity, needed), size))
+        if store is not None and used:
+            grown.narrow(2, 0, used).copy_(store.narrow(2, 0, used))
+        return grown
+
+    def _moved(self, store: torch.Tensor, used: int, rows: Sequence[int]) -> torch.Tensor:
+        """A store with the selected rows, of the reserved capacity."""
+        _, heads, capacity, size = store.shape
+        capacity = max(self.capacity, used) or capacity
+        moved = store.new_empty((len(rows), heads, capacity, size))
+        if used:
+            for index, row in enumerate(rows):
+                moved[index].narrow(1, 0, used).copy_(store[row].narrow(1, 0, used))
+        return moved

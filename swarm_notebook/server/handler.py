@@ -1,0 +1,212 @@
+"""The RPCs of a server, under Petals' names: who it is, forward passes, inference sessions.
+
+Everything that a request may do wrong ends as a typed error of that request alone: an error frame
+on a stream, an error text on a unary call. Unary answers are bounded (see
+`protocol.MAX_UNARY_BYTES`), so larger ones are refused with the name of the streaming variant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import torch
+from google.protobuf.message import DecodeError, Message
+from hivemind.p2p import P2P, PeerID
+from hivemind.proto import runtime_pb2
+from hivemind.utils.tensor_descr import BatchTensorDescriptor
+
+from swarm_notebook import __version__
+from swarm_notebook.errors import BadRequest, ShuttingDown, to_wire
+from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net.streams import Stream, add_stream_handler
+from swarm_notebook.server.compute import ComputeThread
+from swarm_notebook.server.memory import CachePool
+from swarm_notebook.server.requests import Forward, Limits, parse_blocks, parse_forward
+from swarm_notebook.server.session import InferenceSession
+from swarm_notebook.server.span import Span
+
+logger = logging.getLogger(__name__)
+
+MIN_FRAME_BYTES = 64 << 20
+_SCHEMA_TOKENS = 2048
+
+
+class _WireError(Exception):
+    """hivemind's unary calls send the ``repr`` of what a handler raises: let it be our text."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(to_wire(error))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class Handler:
+    """Answers requests for a span; knows the sessions that are open."""
+
+    def __init__(self, span: Span, limits: Limits, pool: CachePool, compute: ComputeThread):
+        self._span, self._limits = span, limits
+        self._pool, self._compute = pool, compute
+        self._sessions: set[InferenceSession] = set()
+        self._running: set[asyncio.Task[Any]] = set()
+        self._leaving = False
+
+    async def register(self, p2p: P2P) -> None:
+        """Offer the RPCs to the swarm."""
+        frame = max(MIN_FRAME_BYTES, self._limits.tokens * self._limits.hidden_size * 8)
+        streams = {
+            protocol.RPC_INFERENCE: self._inference,
+            protocol.RPC_FORWARD_STREAM: self._forward_stream,
+        }
+        for name, stream_handler in streams.items():
+            await add_stream_handler(p2p, name, self._tracked(stream_handler), frame)
+        unary = {
+            protocol.RPC_INFO: (self._info, runtime_pb2.ExpertUID),
+            protocol.RPC_FORWARD: (self._forward, runtime_pb2.ExpertRequest),
+        }
+        for name, (handler, kind) in unary.items():
+            # Below P2P.add_protobuf_handler, which would parse the bytes outside our reach.
+            await p2p._client.add_unary_handler(name, self._tracked(_unary(handler, kind)))
+
+    async def leave(self, seconds: float) -> None:
+        """Take no more requests; give those in flight up to ``seconds`` to be answered."""
+        self._leaving = True
+        for session in self._sessions:
+            session.leave()
+        if self._running:
+            _, late = await asyncio.wait(self._running, timeout=seconds)
+            for task in late:
+                task.cancel()
+
+    async def _inference(self, stream: Stream, _peer: PeerID) -> None:
+        self._check_open()
+        session = InferenceSession(stream, self._span, self._limits, self._pool, self._compute)
+        self._sessions.add(session)
+        try:
+            await session.run()
+        finally:
+            self._sessions.discard(session)
+
+    async def _info(self, request: runtime_pb2.ExpertUID) -> runtime_pb2.ExpertInfo:
+        info: dict[str, Any] = {
+            "version": __version__,
+            "dht_client_mode": False,
+            "cache_tokens_available": self._pool.free,
+            "cache_tokens_total": self._pool.total,
+            "sessions": self._pool.sessions,
+            protocol.EXTENSION_KEY: protocol.PROTOCOL_VERSION,
+        }
+        if request.uid:
+            parse_blocks(request.uid, self._limits)
+            info.update(_schemas(self._limits.hidden_size, self._span.dtype))
+        return runtime_pb2.ExpertInfo(serialized_info=protocol.pack_metadata(info))
+
+    async def _forward(self, message: runtime_pb2.ExpertRequest) -> runtime_pb2.ExpertResponse:
+        metadata = protocol.unpack_metadata(message.metadata)
+        request = parse_forward(message.uid, message.tensors, metadata, self._limits)
+        answer = runtime_pb2.ExpertResponse(tensors=await self._compute_forward(request))
+        if answer.ByteSize() > protocol.MAX_UNARY_BYTES:
+            raise BadRequest(
+                f"the answer has {answer.ByteSize()} bytes, a unary call carries "
+                f"{protocol.MAX_UNARY_BYTES}; use rpc_forward_stream"
+            )
+        return answer
+
+    async def _forward_stream(self, stream: Stream, _peer: PeerID) -> None:
+        self._check_open()
+        parts: list[runtime_pb2.Tensor] = []
+        received, first = 0, None
+        while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
+            first = first or message
+            parts.extend(message.tensors)
+            received += message.ByteSize()
+            if received > stream.max_frame:
+                raise BadRequest(
+                    f"a request of more than {stream.max_frame} bytes; send fewer rows at a time"
+                )
+        if first is None:
+            raise BadRequest("the stream ended before a request")
+        metadata = protocol.unpack_metadata(first.metadata)
+        request = parse_forward(first.uid, tensors.join(parts), metadata, self._limits)
+        for output in await self._compute_forward(request):
+            for part in tensors.split(output, protocol.PART_BYTES):
+                await stream.send(runtime_pb2.ExpertResponse(tensors=[part]))
+        await stream.send_end()
+
+    async def _compute_forward(self, request: Forward) -> list[runtime_pb2.Tensor]:
+        job = self._compute.submit(_run_forward, self._span, request)
+        try:
+            outputs: list[torch.Tensor] = await job.future
+        except asyncio.CancelledError:
+            job.cancel()
+            raise
+        return [tensors.pack(output, request.compression) for output in outputs]
+
+    def _check_open(self) -> None:
+        if self._leaving:
+            raise ShuttingDown("the server is leaving the swarm, use another one")
+
+    def _tracked(self, handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        """Remember the task of each call, so that `leave` can wait for it."""
+
+        async def call(*arguments: Any) -> Any:
+            task = asyncio.current_task()
+            if task is not None:
+                self._running.add(task)
+                task.add_done_callback(self._running.discard)
+            return await handler(*arguments)
+
+        return call
+
+
+def _unary(
+    handler: Callable[[Any], Awaitable[Message]], kind: type[Message]
+) -> Callable[[bytes, PeerID], Awaitable[bytes]]:
+    """A handler of bytes, as hivemind's control connection wants it."""
+
+    async def call(data: bytes, peer: PeerID) -> bytes:
+        try:
+            try:
+                request = kind.FromString(data)
+            except DecodeError as error:
+                raise BadRequest(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
+            return (await handler(request)).SerializeToString()
+        except Exception as error:
+            logger.info("a request of %s failed: %s", peer, error, exc_info=not _typed(error))
+            raise _WireError(error) from error
+
+    return call
+
+
+def _typed(error: Exception) -> bool:
+    return isinstance(error, (BadRequest, ShuttingDown))
+
+
+def _run_forward(span: Span, request: Forward) -> list[torch.Tensor]:
+    return span.run(
+        *request.blocks,
+        request.hidden,
+        attention_mask=request.attention_mask,
+        position_ids=request.position_ids,
+        prompts=request.prompts,
+        states=request.states,
+    )
+
+
+def _schemas(hidden_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What Petals clients read to learn dtypes and compressions."""
+
+    def batch(size: tuple[int, ...], kind: torch.dtype) -> BatchTensorDescriptor:
+        return BatchTensorDescriptor(*size, dtype=kind, compression=tensors.NONE)
+
+    hidden = batch((_SCHEMA_TOKENS, hidden_size), dtype)
+    prompts, row_ids = batch((), dtype), batch((), torch.int64)
+    return {
+        "forward_schema": ((batch((1, _SCHEMA_TOKENS, hidden_size), dtype),), {}),
+        "outputs_schema": (hidden,),
+        "keyword_names": (),
+        "inference_schema": ((hidden, prompts, row_ids), {}),
+    }

@@ -1,0 +1,193 @@
+"""Who may hold how much of the server's key-value memory.
+
+The budget counts cache tokens: one position of one row through all hosted blocks. A session takes
+room as it grows and keeps it while its notebook is idle, until others need it. `Ledger` decides
+and does no I/O; `CachePool` lets requests wait for its decisions.
+
+A session asks for a preferred size (ahead of its need, so that it asks seldom) and a minimum.
+It gets the preferred size if that is free, else the minimum, else the minimum after dropping idle
+sessions, least recently used first. A session is idle when no step of it is in flight, and may be
+dropped after `IDLE_SECONDS`; if nothing else helps, the request waits, and at the end of its wait
+sessions may be dropped that have been idle all that time. Who gets nothing gets `CacheFull` with
+the numbers. A dropped session's notebook sees `SessionLost` and rebuilds from its history.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from swarm_notebook.errors import CacheFull
+
+IDLE_SECONDS = 30.0
+# However short its wait was, nobody takes the memory of a session that paused for a moment.
+SHORT_IDLE_SECONDS = 2.0
+MAX_WAIT_SECONDS = 60.0
+
+
+@dataclass(eq=False)
+class Account:
+    """One session's part of the budget."""
+
+    drop: Callable[[], None]
+    tokens: int = 0
+    busy: bool = False
+    last_used: float = 0.0
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What a request gets, and whose sessions end for it."""
+
+    tokens: int
+    dropped: tuple[Account, ...] = ()
+
+
+@dataclass
+class Ledger:
+    """The budget and who holds what; pure decisions, time is an argument."""
+
+    total: int
+    accounts: list[Account] = field(default_factory=list)
+
+    @property
+    def free(self) -> int:
+        return self.total - sum(account.tokens for account in self.accounts)
+
+    def decide(
+        self, account: Account, preferred: int, minimum: int, now: float, idle_seconds: float
+    ) -> Grant | None:
+        """The size that ``account`` may have now, or None if it has to wait."""
+        room = self.free + account.tokens
+        if preferred <= room:
+            return Grant(preferred)
+        if minimum <= room:
+            return Grant(minimum)
+        dropped = []
+        for other in self._idle(account, now - idle_seconds):
+            dropped.append(other)
+            room += other.tokens
+            if minimum <= room:
+                return Grant(minimum, tuple(dropped))
+        return None
+
+    def apply(self, account: Account, grant: Grant) -> None:
+        """Write down a decision."""
+        for other in grant.dropped:
+            self.accounts.remove(other)
+            other.tokens = 0
+        account.tokens = grant.tokens
+
+    def _idle(self, account: Account, since: float) -> list[Account]:
+        """Other sessions that hold memory and have been idle since then, the longest first."""
+        idle = [
+            other
+            for other in self.accounts
+            if other is not account and not other.busy and other.tokens and other.last_used <= since
+        ]
+        return sorted(idle, key=lambda other: other.last_used)
+
+
+class CachePool:
+    """The ledger, for sessions of one asyncio loop."""
+
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic):
+        self._ledger = Ledger(total)
+        self._clock = clock
+        self._waiting: list[asyncio.Event] = []
+
+    @property
+    def total(self) -> int:
+        return self._ledger.total
+
+    @property
+    def free(self) -> int:
+        return self._ledger.free
+
+    @property
+    def sessions(self) -> int:
+        return len(self._ledger.accounts)
+
+    def open(self, drop: Callable[[], None]) -> Account:
+        """A new session's account; ``drop`` is called when the session loses its memory."""
+        account = Account(drop, last_used=self._clock())
+        self._ledger.accounts.append(account)
+        return account
+
+    def close(self, account: Account) -> None:
+        """Give back all that a session holds; a second call does nothing."""
+        if account in self._ledger.accounts:
+            self._ledger.accounts.remove(account)
+        account.tokens = 0
+        self._wake()
+
+    def begin(self, account: Account) -> None:
+        """A step of the session is in flight: it cannot be dropped."""
+        account.busy = True
+
+    def end(self, account: Account) -> None:
+        """The step is done; the session is idle from now on."""
+        account.busy = False
+        account.last_used = self._clock()
+
+    def shrink(self, account: Account, tokens: int) -> None:
+        """Give back a part."""
+        account.tokens = tokens
+        self._wake()
+
+    async def resize(self, account: Account, preferred: int, minimum: int, wait: float) -> int:
+        """Room for ``preferred`` or at least ``minimum`` tokens in all; the size granted.
+
+        Raises:
+            CacheFull: more than the server has, or nothing became free within ``wait`` seconds.
+        """
+        if minimum > self.total:
+            raise CacheFull(
+                f"the session needs {minimum} cache tokens (rows x positions), more than the "
+                f"{self.total} that this server has; use fewer rows or shorter prompts, or start "
+                "the server with more --cache-tokens"
+            )
+        begun = self._clock()
+        deadline = begun + min(wait, MAX_WAIT_SECONDS)
+        idle = IDLE_SECONDS
+        while True:
+            now = self._clock()
+            if now >= deadline:
+                idle = min(IDLE_SECONDS, max(now - begun, SHORT_IDLE_SECONDS))
+            grant = self._ledger.decide(account, min(preferred, self.total), minimum, now, idle)
+            if grant is not None:
+                return self._carry_out(account, grant)
+            if now >= deadline:
+                raise CacheFull(
+                    f"asked for {minimum} cache tokens (rows x positions), {self.free} of "
+                    f"{self.total} are free and nothing came free within {now - begun:.0f} s; "
+                    "try again later or use another server"
+                )
+            await self._changed(deadline - now)
+
+    def _carry_out(self, account: Account, grant: Grant) -> int:
+        shrunk = grant.tokens < account.tokens
+        self._ledger.apply(account, grant)
+        for other in grant.dropped:
+            other.drop()
+        if shrunk or grant.dropped:
+            self._wake()
+        return grant.tokens
+
+    async def _changed(self, seconds: float) -> None:
+        """Wait until somebody gives memory back, at most this long."""
+        event = asyncio.Event()
+        self._waiting.append(event)
+        try:
+            async with asyncio.timeout(seconds):
+                await event.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting.remove(event)
+
+    def _wake(self) -> None:
+        for event in self._waiting:
+            event.set()

@@ -1,0 +1,234 @@
+"""A server from start to exit: load, measure, announce, serve, leave.
+
+The process begins as a fresh interpreter (``swarm-notebook serve``), never as a fork. Standard
+output carries JSON lines for programs: first where the server listens, at last ``"ready": true``
+with all that is needed to use it. People read the log on standard error.
+
+SIGTERM, SIGINT and, with ``exit_with_stdin``, the end of standard input make it leave: steps in
+flight are answered, the swarm is told, the exit code is 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swarm_notebook import __version__
+from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks
+from swarm_notebook.checkpoint.source import ModelSource, resolve
+from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net.node import LOOPBACK, Node
+from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
+from swarm_notebook.server import lifetime, throughput
+from swarm_notebook.server.announce import Announcer
+from swarm_notebook.server.compute import ComputeThread
+from swarm_notebook.server.handler import Handler
+from swarm_notebook.server.memory import CachePool
+from swarm_notebook.server.requests import Limits
+from swarm_notebook.server.span import Span
+
+logger = logging.getLogger(__name__)
+
+CACHE_TOKENS = 16384
+UPDATE_PERIOD = 60.0
+LEAVE_SECONDS = 30.0
+FAREWELL_SECONDS = 5.0
+PROGRESS_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What to serve and how; see ``swarm-notebook serve --help``.
+
+    Attributes:
+        model: a Hub id, a folder or a GGUF file; None is the demo model.
+        blocks: the range ``[start, end)`` to host; None is all.
+        identity: file of the private key behind the peer id; written if there is none.
+        cache_tokens: budget of the key-value memory (rows x positions); None is `CACHE_TOKENS`.
+        threads: CPU threads of torch; None leaves it to torch.
+        update_period: seconds between announcements.
+        exit_with_stdin: leave when standard input ends.
+    """
+
+    model: str | os.PathLike[str] | None
+    blocks: tuple[int, int] | None = None
+    initial_peers: Sequence[str] = ()
+    host_maddrs: Sequence[str] = LOOPBACK
+    identity: Path | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    cache_tokens: int | None = None
+    name: str | None = None
+    threads: int | None = None
+    update_period: float = UPDATE_PERIOD
+    exit_with_stdin: bool = False
+
+
+def main(options: ServeOptions) -> int:
+    """Serve until told to leave; the exit code of the process."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    asyncio.run(serve(options))
+    return 0
+
+
+async def serve(options: ServeOptions) -> None:
+    """Host blocks until a signal (or the end of standard input) says to leave.
+
+    Raises:
+        ModelNotFound, BlocksOutOfRange, Unsupported: there is nothing to serve.
+        AddressError, ConnectionFailed: the swarm cannot be joined.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        leaving = lifetime.leaving(options.exit_with_stdin)
+        starting = asyncio.create_task(_start(options, stack))
+        stopped = asyncio.create_task(leaving.wait())
+        await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            server = starting.result()
+            await stopped
+            await server.leave()
+        else:
+            logger.info("leaving before the server was ready")
+            starting.cancel()
+
+
+@dataclass(frozen=True)
+class _Server:
+    """A server that is up."""
+
+    handler: Handler
+    announcer: Announcer
+    describe: Callable[[ServerState], ServerInfo]
+
+    async def leave(self) -> None:
+        logger.info("leaving: finishing what is in flight")
+        await self.handler.leave(LEAVE_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                await self.announcer.stop(self.describe(ServerState.OFFLINE))
+        logger.info("left the swarm")
+
+
+async def _start_node(options: ServeOptions, stack: contextlib.AsyncExitStack) -> Node:
+    # The daemon inherits that interrupts are ignored, and so outlives a Ctrl-C in the terminal
+    # until we have finished.
+    with lifetime.interrupts_ignored():
+        node = await Node.start(
+            options.initial_peers,
+            client=False,
+            host_maddrs=options.host_maddrs,
+            identity=options.identity,
+        )
+    stack.push_async_callback(node.stop)
+    return node
+
+
+async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Server:
+    """Join the swarm, load the blocks, measure them and tell everybody."""
+    node = await _start_node(options, stack)
+    facts = {
+        "peer_id": node.peer_id.to_base58(),
+        "maddrs": await node.addresses(),
+        "pid": os.getpid(),
+    }
+    _tell(facts)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    source = resolve(options.model)
+    config = source.config()
+    blocks = options.blocks or (0, config.num_hidden_layers)
+    model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
+    announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
+
+    compute = ComputeThread()
+    await announcer.announce(_info(ServerState.JOINING, blocks, options))
+    loaded: LoadedBlocks = await compute.submit(_load, source, blocks, options).future
+    span = Span(loaded.decoder, loaded.layers_name, loaded.start)
+    rates: throughput.Throughput = await compute.submit(
+        throughput.measure, span, config.hidden_size
+    ).future
+    limits = Limits(
+        prefix=source.dht_prefix,
+        start=span.start,
+        end=span.end,
+        hidden_size=config.hidden_size,
+        context=getattr(config, "max_position_embeddings", None),
+        tokens=options.cache_tokens or CACHE_TOKENS,
+    )
+    pool = CachePool(limits.tokens)
+    handler = Handler(span, limits, pool, compute)
+    await handler.register(node.p2p)
+
+    def describe(state: ServerState) -> ServerInfo:
+        return _info(state, blocks, options, rates, pool)
+
+    await announcer.announce(describe(ServerState.ONLINE))
+    announcer.keep(lambda: describe(ServerState.ONLINE))
+    _tell({"ready": True, **facts, "blocks": list(blocks), "model": source.name})
+    logger.info(
+        "serving blocks %d:%d of %s: %.0f tokens/s through a block in steps, %.0f in passes",
+        *blocks,
+        source.name,
+        rates.inference_rps,
+        rates.forward_rps,
+    )
+    return _Server(handler, announcer, describe)
+
+
+def _load(source: ModelSource, blocks: tuple[int, int], options: ServeOptions) -> LoadedBlocks:
+    started = last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > PROGRESS_SECONDS:
+            last = time.monotonic()
+            logger.info("read %d of %d MB of weights", done >> 20, total >> 20)
+
+    dtype = tensors.dtype_from_name(options.dtype)
+    loaded = load_blocks(source, *blocks, dtype=dtype, device=options.device, progress=progress)
+    logger.info("loaded blocks %d:%d in %.1f s", *blocks, time.monotonic() - started)
+    return loaded
+
+
+def _info(
+    state: ServerState,
+    blocks: tuple[int, int],
+    options: ServeOptions,
+    rates: throughput.Throughput | None = None,
+    pool: CachePool | None = None,
+) -> ServerInfo:
+    """What the server says of itself; not yet measured while it joins."""
+    return ServerInfo(
+        state=state,
+        throughput=rates.of_span(blocks[1] - blocks[0]) if rates else 0.0,
+        start_block=blocks[0],
+        end_block=blocks[1],
+        public_name=options.name,
+        version=__version__,
+        inference_rps=rates.inference_rps if rates else None,
+        forward_rps=rates.forward_rps if rates else None,
+        torch_dtype=options.dtype,
+        quant_type="none",
+        using_relay=False,
+        cache_tokens_left=pool.free if pool else None,
+        cache_tokens_total=pool.total if pool else None,
+        swarm_notebook=protocol.PROTOCOL_VERSION,
+    )
+
+
+def _tell(facts: dict[str, Any]) -> None:
+    """One JSON line for the program that started this server."""
+    print(json.dumps(facts), flush=True)

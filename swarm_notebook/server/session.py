@@ -1,0 +1,162 @@
+"""One inference stream: reads a client's steps, runs them one after the other, answers each.
+
+Two tasks per session: one reads frames ahead, so that a client that leaves (or breaks off with an
+end frame) is noticed while its step still waits or computes; the other works on the steps. The
+session ends when the client says so or is gone, when a step fails, when its memory is given to
+others (`SessionLost`) or when the server leaves (`ShuttingDown`, after the step in flight). In
+every case the memory is given back as soon as the torch thread has let go of it.
+
+A long prefill is computed in pieces, so that the steps of other sessions come in between and a
+client that leaves stops it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
+from swarm_notebook.net import tensors
+from swarm_notebook.net.streams import Stream
+from swarm_notebook.server.compute import ComputeThread, Job
+from swarm_notebook.server.memory import CachePool
+from swarm_notebook.server.requests import Limits, Step, parse_step
+from swarm_notebook.server.span import Span
+from swarm_notebook.server.state import SessionState
+
+PIECE_TOKENS = 512
+ALLOC_TIMEOUT = 10.0
+
+
+class InferenceSession:
+    """A client's session on one stream; `run` lasts as long as it does."""
+
+    def __init__(
+        self, stream: Stream, span: Span, limits: Limits, pool: CachePool, compute: ComputeThread
+    ):
+        self._stream, self._limits = stream, limits
+        self._pool, self._compute = pool, compute
+        self._state: SessionState | None = SessionState(span, limits.context)
+        self._account = pool.open(self._drop)
+        self._requests: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue(maxsize=1)
+        self._ended: asyncio.Future[SwarmError] = asyncio.get_running_loop().create_future()
+        self._blocks: tuple[int, int] | None = None
+        self._step_id: str | None = None
+        self._job: Job | None = None
+        self._leaving = False
+
+    async def run(self) -> None:
+        """Serve the session until it ends.
+
+        Raises:
+            RemoteError: why the session ends; the client gets it as an error frame.
+            StreamClosed: the client is gone.
+        """
+        tasks: list[asyncio.Task[None]] = [
+            asyncio.create_task(self._read()),
+            asyncio.create_task(self._work()),
+        ]
+        try:
+            endings: list[asyncio.Future[Any]] = [*tasks, self._ended]
+            await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
+            if self._ended.done():
+                raise self._ended.result()
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._ended.cancel()
+            self._release()
+
+    def leave(self) -> None:
+        """The server shuts down: end now, or after the step in flight."""
+        self._leaving = True
+        if not self._account.busy:
+            self._end(ShuttingDown("the server is leaving the swarm, go on with another one"))
+
+    def _drop(self) -> None:
+        """The pool takes the memory; no step is in flight."""
+        self._state = None
+        self._end(
+            SessionLost("the session was idle and its memory was needed, send its history again")
+        )
+
+    def _end(self, error: SwarmError) -> None:
+        if not self._ended.done():
+            self._ended.set_result(error)
+
+    async def _read(self) -> None:
+        while True:
+            message = await self._stream.receive(runtime_pb2.ExpertRequest)
+            if message is None or not (message.uid or message.tensors):
+                return
+            await self._requests.put(message)
+
+    async def _work(self) -> None:
+        while True:
+            message = await self._requests.get()
+            self._pool.begin(self._account)
+            try:
+                answer = await self._step(message)
+            finally:
+                self._pool.end(self._account)
+            if answer is not None:
+                await self._stream.send(answer)
+            if self._leaving:
+                self.leave()
+
+    async def _step(self, message: runtime_pb2.ExpertRequest) -> runtime_pb2.ExpertResponse | None:
+        """Check a step, find room for it, compute it; None if there is nothing to answer."""
+        step = parse_step(message, self._blocks, self._limits)
+        if step.step_id is not None and step.step_id == self._step_id:
+            return None  # Petals sends a step twice, directly and through the server before
+        state = self._state
+        if state is None:
+            return None  # the session has just been dropped, `run` says so
+        position = state.check(step)
+        needed = state.needs(step, position)
+        if needed is not None:
+            wait = ALLOC_TIMEOUT if step.alloc_timeout is None else step.alloc_timeout
+            granted = await self._pool.resize(self._account, *needed, wait)
+            state.cache.reserve(granted // step.rows)
+        outputs = await self._run(state, step, position)
+        self._blocks, self._step_id = step.blocks, step.step_id
+        return runtime_pb2.ExpertResponse(
+            tensors=[tensors.pack(output, step.compression) for output in outputs]
+        )
+
+    async def _run(self, state: SessionState, step: Step, position: int) -> list[torch.Tensor]:
+        pieces = []
+        for begin, end in _pieces(step):
+            self._job = self._compute.submit(state.run, step, position, begin, end)
+            pieces.append(await self._job.future)
+        if len(pieces) == 1:
+            return pieces[0]
+        return [torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True)]
+
+    def _release(self) -> None:
+        """Give the memory back once the torch thread no longer writes to it."""
+        if self._job is not None:
+            self._job.cancel()
+            self._job.on_settled(self._free)
+        else:
+            self._free()
+
+    def _free(self) -> None:
+        self._state = None
+        self._pool.close(self._account)
+
+
+def _pieces(step: Step) -> Iterator[tuple[int, int]]:
+    """The positions of a step, cut so that each piece has about `PIECE_TOKENS` tokens."""
+    size = max(1, PIECE_TOKENS // step.rows)
+    yield 0, min(size, step.length)
+    for begin in range(size, step.length, size):
+        yield begin, min(begin + size, step.length)

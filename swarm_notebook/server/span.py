@@ -1,0 +1,151 @@
+"""Runs any contiguous run of the hosted blocks, through the model's own HF decoder.
+
+`checkpoint.load_blocks` gives an HF base model whose layer list holds only the hosted blocks and
+whose embedding side and final norm do nothing, so calling it with hidden states is exactly the
+chain of these blocks: rotary embeddings, masks, sliding windows, experts and all else are HF's
+own code. A request may name fewer blocks than are hosted; for those the decoder is copied
+shallowly (same layer objects, shorter list, config to match), and the copies are kept.
+
+Outputs of inner blocks and deep prompts go through forward hooks that live during one call. All
+calls come from the one torch thread, so hooks never see another request's states.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from swarm_notebook.checkpoint.anatomy import restrict_config
+from swarm_notebook.server.cache import SessionCache
+
+MAX_VIEWS = 64
+
+
+class Span:
+    """The blocks ``[start, end)`` of a model, ready to run."""
+
+    def __init__(self, decoder: nn.Module, layers_name: str, start: int):
+        self._decoder, self._layers_name = decoder, layers_name
+        self._layers = list(getattr(decoder, layers_name))
+        self.start, self.end = start, start + len(self._layers)
+        parameter = next(parameter for layer in self._layers for parameter in layer.parameters())
+        self.dtype, self.device = parameter.dtype, parameter.device
+        self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+        self._views: OrderedDict[tuple[int, int], nn.Module] = OrderedDict()
+
+    @torch.inference_mode()
+    def run(
+        self,
+        start: int,
+        end: int,
+        hidden: torch.Tensor,
+        *,
+        cache: SessionCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        prompts: torch.Tensor | None = None,
+        states: Sequence[int] = (),
+    ) -> list[torch.Tensor]:
+        """The output of blocks ``[start, end)`` for ``hidden``, then the states asked for.
+
+        Args:
+            hidden: ``[rows, positions, hidden size]``, the input of block ``start``.
+            cache: what earlier positions left behind; the new ones are appended.
+            attention_mask: ``[rows, cached + new positions]``, 0 for padding.
+            position_ids: ``[rows or 1, new positions]``; the decoder counts by itself if None.
+            prompts: ``[blocks, rows or 1, length, hidden size]``, added to the first positions of
+                each block's input.
+            states: indices of the blocks whose outputs come back as well.
+        """
+        hidden = hidden.to(self.device, self.dtype)
+        if hidden.shape[1] == 0:
+            return [hidden] * (1 + len(states))
+        arguments: dict[str, Any] = {"inputs_embeds": hidden, "attention_mask": attention_mask}
+        if self._takes_positions:
+            arguments["position_ids"] = position_ids
+        if cache is not None:
+            cache.focus(start, end)
+        view = self._view(start, end)
+        captured: dict[int, torch.Tensor] = {}
+        # The last block's output is the result itself (the final norm is a no-op).
+        inner = {index for index in states if index != end - 1}
+        with self._hooked(start, inner, captured, prompts):
+            output = view(past_key_values=cache, use_cache=cache is not None, **arguments)
+        result = output.last_hidden_state
+        return [result, *(captured.get(index, result) for index in states)]
+
+    def _view(self, start: int, end: int) -> nn.Module:
+        """The decoder of the blocks ``[start, end)``."""
+        if (start, end) == (self.start, self.end):
+            return self._decoder
+        view = self._views.get((start, end))
+        if view is None:
+            view = self._views[start, end] = self._make_view(start, end)
+            if len(self._views) > MAX_VIEWS:
+                self._views.popitem(last=False)
+        self._views.move_to_end((start, end))
+        return view
+
+    def _make_view(self, start: int, end: int) -> nn.Module:
+        first, last = start - self.start, end - self.start
+        view = copy.copy(self._decoder)
+        # A shallow copy shares its table of children with the original: give it its own.
+        view._modules = dict(self._decoder._modules)
+        view._modules[self._layers_name] = nn.ModuleList(self._layers[first:last])
+        config: Any = copy.copy(self._decoder.config)
+        restrict_config(config, first, last)
+        view.config = config
+        return view
+
+    @contextmanager
+    def _hooked(
+        self,
+        start: int,
+        states: set[int],
+        captured: dict[int, torch.Tensor],
+        prompts: torch.Tensor | None,
+    ) -> Iterator[None]:
+        """Hooks that keep the outputs of the blocks ``states`` and add ``prompts`` to inputs."""
+        handles = [
+            self._layers[index - self.start].register_forward_hook(_keep(captured, index))
+            for index in states
+        ]
+        if prompts is not None:
+            prompts = prompts.to(self.device, self.dtype)
+            handles += [
+                self._layers[start - self.start + offset].register_forward_pre_hook(
+                    _add(prompt), with_kwargs=True
+                )
+                for offset, prompt in enumerate(prompts)
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _keep(captured: dict[int, torch.Tensor], index: int) -> Callable[..., None]:
+    def hook(_module: nn.Module, _inputs: tuple, output: Any) -> None:
+        captured[index] = output if isinstance(output, torch.Tensor) else output[0]
+
+    return hook
+
+
+def _add(prompt: torch.Tensor) -> Callable[..., tuple[tuple, dict]]:
+    def hook(_module: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+        hidden = inputs[0] if inputs else named["hidden_states"]
+        changed = hidden.clone()
+        changed[:, : prompt.shape[1]] += prompt
+        if inputs:
+            return (changed, *inputs[1:]), named
+        return inputs, {**named, "hidden_states": changed}
+
+    return hook

@@ -1,0 +1,117 @@
+"""What the server remembers of one session, and how a step changes it. No I/O in here.
+
+A step goes through three stages. `check` compares it with what the cache holds and gives its
+position; `needs` says how much memory it takes; `run`, in the torch thread, rolls back, selects
+rows, computes and appends. A step that `check` refuses has changed nothing.
+
+The attention mask of the past is kept here per position, because a request only brings that of
+its new tokens. As long as nobody sends a 0, there is no mask at all and HF takes its fast path.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from swarm_notebook.errors import BadRequest
+from swarm_notebook.server.cache import SessionCache, grown_capacity
+from swarm_notebook.server.requests import Step
+from swarm_notebook.server.span import Span
+
+
+class SessionState:
+    """The cache and the attention mask of one session."""
+
+    def __init__(self, span: Span, context: int | None):
+        self.cache = SessionCache(span.start, span.end)
+        self._span, self._context = span, context
+        self._mask: torch.Tensor | None = None
+
+    def check(self, step: Step) -> int:
+        """The position at which the step's tokens begin.
+
+        Raises:
+            BadRequest: the step does not follow from what the cache holds.
+        """
+        lengths = self.cache.lengths(*step.blocks)
+        shortest, position = min(lengths), step.position
+        if position is None:
+            position = shortest
+            if max(lengths) != position:
+                raise BadRequest(
+                    f"start_from_position: missing, and the blocks hold {shortest} to "
+                    f"{max(lengths)} positions"
+                )
+        if position > shortest:
+            raise BadRequest(
+                f"start_from_position: {position}, but the cache holds only {shortest} positions"
+            )
+        if self._context is not None and position + step.length > self._context:
+            raise BadRequest(f"{position} + {step.length} positions, the model has {self._context}")
+        self._check_rows(step)
+        return position
+
+    def needs(self, step: Step, position: int) -> tuple[int, int] | None:
+        """Cache tokens to hold during the step: wished for and needed; None if they are there."""
+        cache, rows = self.cache, step.rows
+        length = max(position + step.length, cache.length)
+        if rows == cache.rows and length <= cache.capacity:
+            return None
+        wished = grown_capacity(cache.capacity, length, self._context)
+        return rows * wished, rows * length
+
+    def run(self, step: Step, position: int, begin: int, end: int) -> list[torch.Tensor]:
+        """Compute the step's positions ``[begin, end)``; called in order, from 0 on."""
+        if begin == 0:
+            self._prepare(step, position)
+        mask = self._extend_mask(step, position, begin, end)
+        ids, prompts = step.position_ids, step.prompts
+        return self._span.run(
+            *step.blocks,
+            step.hidden[:, begin:end],
+            cache=self.cache,
+            attention_mask=mask,
+            position_ids=None if ids is None else ids[:, begin:end],
+            prompts=None if prompts is None else prompts[:, :, begin:end],
+            states=step.states,
+        )
+
+    def _check_rows(self, step: Step) -> None:
+        rows, ids = self.cache.rows, step.row_ids
+        if not self.cache.length:
+            return
+        if ids is None and step.rows != rows:
+            raise BadRequest(
+                f"hidden states: {step.rows} rows, the session has {rows}; hypo_ids names the "
+                "rows to go on with"
+            )
+        if ids is not None and max(ids) >= rows:
+            raise BadRequest(f"hypo_ids: row {max(ids)} does not exist, the session has {rows}")
+
+    @torch.inference_mode()
+    def _prepare(self, step: Step, position: int) -> None:
+        """Roll back to the step's position and select its rows."""
+        if not self.cache.length:
+            self.cache.restart(step.rows)
+            self._mask = None
+            return
+        self.cache.truncate(*step.blocks, position)
+        if step.row_ids is not None:
+            self.cache.select_rows(step.row_ids)
+            if self._mask is not None:
+                self._mask = self._mask[step.row_ids]
+
+    @torch.inference_mode()
+    def _extend_mask(self, step: Step, position: int, begin: int, end: int) -> torch.Tensor | None:
+        """The mask of all positions up to the piece's end, or None if nothing is masked."""
+        new = step.attention_mask
+        if self._mask is None and (new is None or bool(new.all())):
+            return None
+        begin, end, piece = position + begin, position + end, slice(begin, end)
+        if self._mask is None or end > self._mask.shape[1]:
+            mask = torch.ones(step.rows, max(self.cache.capacity, end), dtype=torch.int64)
+            mask = mask.to(self._span.device)
+            if self._mask is not None:
+                mask[:, : self._mask.shape[1]] = self._mask
+            self._mask = mask
+        self._mask[:, begin:end] = 1 if new is None else new[:, piece]
+        return self._mask[:, :end]
