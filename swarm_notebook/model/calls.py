@@ -29,7 +29,7 @@ from swarm_notebook.errors import ContextTooLong, Unsupported
 from swarm_notebook.model.cache import RemoteCache
 
 # Once asked for hidden states, transformers leaves its recording hooks on every layer for good;
-# they are idle unless a call asks again.
+# they are idle in calls that do not ask.
 _RECORDING_HOOKS = "transformers.utils.output_capturing"
 
 
@@ -170,10 +170,10 @@ class Runner:
 
     def _observed(self, states: bool) -> set[int]:
         """Blocks whose outputs somebody will look at: those around observed blocks."""
-        everywhere = torch_module._has_any_global_hook()
+        everywhere = states or torch_module._has_any_global_hook()
         wanted: set[int] = set()
         for index, block in enumerate(self.blocks):
-            if everywhere or _is_observed(block, states):
+            if everywhere or _is_observed(block):
                 wanted.update((index - 1, index))
         wanted.discard(-1)
         return wanted
@@ -238,13 +238,13 @@ class Runner:
         return self.connection.forward(request)[index].to(hidden.device)
 
 
-def _is_observed(block: nn.Module, states: bool) -> bool:
+def _is_observed(block: nn.Module) -> bool:
     if block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks:
         return True
     if "forward" in block.__dict__:
         return True
     return any(
-        states or getattr(hook, "__module__", "") != _RECORDING_HOOKS
+        getattr(hook, "__module__", "") != _RECORDING_HOOKS
         for hook in block._forward_hooks.values()
     )
 
