@@ -14,6 +14,7 @@
         ├── BadRequest        … it found the request invalid      (code ``bad_request``)
         ├── CacheFull         … its KV cache has no room          (code ``cache_full``)
         ├── SessionLost       … it dropped this session's cache   (code ``session_lost``)
+        ├── AdapterMissing    … it does not hold this adapter     (code ``adapter_missing``)
         ├── ShuttingDown      … it is leaving the swarm           (code ``shutting_down``)
         └── ServerFailed      … or died, hung, lied               (code ``internal``)
 
@@ -91,6 +92,12 @@ class SessionLost(RemoteError):
     code = "session_lost"
 
 
+class AdapterMissing(RemoteError):
+    """The server does not hold this version of an adapter; the client uploads it and repeats."""
+
+    code = "adapter_missing"
+
+
 class ShuttingDown(RemoteError):
     """The server is leaving the swarm and takes no more requests."""
 
@@ -104,7 +111,8 @@ class ServerFailed(RemoteError):
 
 
 _BY_CODE = {
-    kind.code: kind for kind in (BadRequest, CacheFull, SessionLost, ShuttingDown, ServerFailed)
+    kind.code: kind
+    for kind in (BadRequest, CacheFull, SessionLost, AdapterMissing, ShuttingDown, ServerFailed)
 }
 
 

@@ -33,6 +33,7 @@ RPC_BACKWARD = f"{_SERVICER}.rpc_backward"
 RPC_BACKWARD_STREAM = f"{_SERVICER}.rpc_backward_stream"
 RPC_INFERENCE = f"{_SERVICER}.rpc_inference"
 RPC_PUSH = f"{_SERVICER}.rpc_push"
+RPC_ADAPTER = f"{_SERVICER}.rpc_adapter"
 
 UID_DELIMITER = "."
 CHAIN_DELIMITER = " "
