@@ -3,9 +3,9 @@
     with sn.LocalSwarm(servers=2) as local:
         swarm = sn.connect(local.initial_peers)
 
-The first server begins the swarm; the others start as soon as it listens, all at once, and join
-it. Closing the swarm (or leaving this process, in whatever way) ends them. See `local_server` for
-the life of one of them.
+All processes start at once, for most of their start is importing; the others join the first as
+soon as it listens. Closing the swarm (or leaving this process, in whatever way) ends them. See
+`local_server` for the life of one of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from swarm_notebook.local_server import POLL_SECONDS, START_SECONDS, LocalServer
 __all__ = ["LocalServer", "LocalSwarm"]
 
 STOP_SECONDS = 10.0
+TICKS_PER_SHOW = 20
+BAR = "{desc}: {n}/{total} ready [{elapsed}]"
 
 
 class LocalSwarm:
@@ -72,13 +74,13 @@ class LocalSwarm:
                 folder=folder,
                 options=options,
                 environment=environment,
-                other_addresses=self._addresses,
+                swarm_addresses=lambda: self.initial_peers,
             )
             for index, span in enumerate(spans)
         ]
         atexit.register(self.close)
         try:
-            self._start(source.name, start_timeout)
+            self._start(source.path.name if source.path else source.name, start_timeout)
         except BaseException:  # an interrupt, too, must not leave processes behind
             self.close()
             raise
@@ -86,7 +88,9 @@ class LocalSwarm:
     @property
     def initial_peers(self) -> list[str]:
         """The addresses of all servers that are up: what `connect` needs."""
-        return self._addresses()
+        return [
+            address for server in self.servers if server.running for address in server.addresses
+        ]
 
     def close(self) -> None:
         """End all servers and wait until they are gone."""
@@ -107,42 +111,37 @@ class LocalSwarm:
         spans = ", ".join(f"{start}:{end}" for start, end in (s.blocks for s in self.servers))
         return f"<LocalSwarm {Path(self.model).name}: blocks {spans}>"
 
-    def _addresses(self, without: LocalServer | None = None) -> list[str]:
-        return [
-            address
-            for server in self.servers
-            if server is not without and server.running
-            for address in server.addresses
-        ]
-
     def _start(self, name: str, timeout: float) -> None:
         from tqdm.auto import tqdm
 
         first, *others = self.servers
         count = len(self.servers)
+        for server in self.servers:
+            server.launch()
+        first.join([])
         what = f"Starting {count} server{'' if count == 1 else 's'} of {name}"
-        with tqdm(total=count, desc=what, unit="server") as bar:
-            first.launch()
-            for _ in self._watch(timeout):
-                if others and first.addresses:
+        with tqdm(total=count, desc=what, bar_format=BAR) as bar:
+            for tick in self._watch(timeout):
+                if first.addresses:
                     for server in others:
-                        server.launch()
+                        server.join(first.addresses)
                     others = []
-                bar.n = sum(server.ready for server in self.servers)
-                bar.refresh()
-                if bar.n == count:
+                ready = sum(server.ready for server in self.servers)
+                if ready > bar.n or tick % TICKS_PER_SHOW == 0:
+                    bar.n = ready
+                    bar.refresh()
+                if ready == count:
                     return
 
-    def _watch(self, timeout: float) -> Iterator[None]:
+    def _watch(self, timeout: float) -> Iterator[int]:
         """Tick while the servers start; raise ServerStartError if one fails or time is up."""
         deadline = time.monotonic() + timeout
-        while True:
-            yield
-            started = [server for server in self.servers if server.pid is not None]
-            for server in started:
+        for tick in itertools.count():
+            yield tick
+            for server in self.servers:
                 server.check()
             if time.monotonic() > deadline:
-                late = next(server for server in started if not server.ready)
+                late = next(server for server in self.servers if not server.ready)
                 raise late.start_error(f"took more than {timeout:.0f} s")
             time.sleep(POLL_SECONDS)
 

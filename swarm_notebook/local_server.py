@@ -45,13 +45,13 @@ class LocalServer:
         folder: Path,
         options: Sequence[str],
         environment: dict[str, str],
-        other_addresses: Callable[[LocalServer], list[str]],
+        swarm_addresses: Callable[[], list[str]],
     ) -> None:
         self.name, self.blocks = name, blocks
         self.log_path = folder / f"{name}.log"
         self._identity = folder / f"{name}.key"
         self._options, self._environment = list(options), environment
-        self._other_addresses = other_addresses
+        self._swarm_addresses = swarm_addresses
         self._process: subprocess.Popen[str] | None = None
         self._facts: dict[str, Any] = {}
         self._listen = ANY_PORT
@@ -85,16 +85,14 @@ class LocalServer:
         return list(self._facts.get("maddrs", ()))
 
     def launch(self) -> None:
-        """Start the process; it joins those of its swarm that are up. Does not wait."""
-        peers = self._other_addresses(self)
+        """Start the process, which loads its code and then waits for `join`."""
         if self.addresses and (known := LOOPBACK_PORT.match(self.addresses[0])):
             self._listen = known[0]
         start, end = self.blocks
         command = [sys.executable, "-m", "swarm_notebook.cli", "serve", *self._options]
         command += ["--blocks", f"{start}:{end}", "--name", self.name, "--exit-with-stdin"]
         command += ["--identity", str(self._identity), "--host-maddrs", self._listen]
-        if peers:
-            command += ["--initial-peers", *peers]
+        command += ["--initial-peers", "-"]
         self._facts = {}
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -109,6 +107,12 @@ class LocalServer:
         threading.Thread(
             target=self._read, args=(self._process.stdout, self._facts), daemon=True
         ).start()
+
+    def join(self, peers: Sequence[str]) -> None:
+        """Tell the process which swarm to join; no peers begin a new one."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # it has ended: `check` will say so
+                print(*peers, file=self._process.stdin, flush=True)
 
     def wait_ready(self, timeout: float) -> None:
         """Return when it is ready.
@@ -170,6 +174,7 @@ class LocalServer:
         """Start it again, under the same peer id and address, and wait until it is ready."""
         self.terminate()
         self.launch()
+        self.join(self._swarm_addresses())
         self.wait_ready(timeout)
 
     def _read(self, output: IO[str], facts: dict[str, Any]) -> None:

@@ -1,0 +1,158 @@
+"""``swarm-notebook``: what there is to do with a swarm outside a notebook.
+
+Exit codes: 0 done, 1 an error (one line on standard error), 2 wrong arguments, 3 some blocks have
+no server, 130 interrupted. Heavy packages are imported by the command that needs them,
+so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from swarm_notebook import __version__
+from swarm_notebook.errors import MissingBlocks, SwarmError
+
+PROGRAM = "swarm-notebook"
+DTYPES = ("float32", "bfloat16", "float16")
+ANY_INTERFACE = "/ip4/0.0.0.0/tcp/0"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except (SwarmError, OSError) as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 3 if isinstance(error, MissingBlocks) else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog=PROGRAM, description="Serve and inspect a swarm.")
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_status(commands)
+    return top
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="hold some blocks of a model and compute them for others",
+        description="Hold some blocks of a model and compute them for others. Prints a JSON line "
+        'with its addresses and {"ready": true} when it can be used; stop it with Ctrl-C.',
+    )
+    serve.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a Hub id, a folder, or a GGUF file (default: the demo model)",
+    )
+    serve.add_argument(
+        "--blocks",
+        type=_blocks,
+        metavar="A:B",
+        help="hold blocks A to B-1 only; only their tensors are read (default: all)",
+    )
+    serve.add_argument(
+        "--initial-peers",
+        nargs="+",
+        default=[],
+        metavar="ADDRESS",
+        help="servers of the swarm to join, as /ip4/…/tcp/…/p2p/… (default: begin a new swarm); "
+        "- reads them from one line of standard input",
+    )
+    serve.add_argument(
+        "--host-maddrs",
+        nargs="+",
+        default=[ANY_INTERFACE],
+        metavar="ADDRESS",
+        help=f"where to listen (default: {ANY_INTERFACE}, any free port)",
+    )
+    serve.add_argument(
+        "--identity",
+        type=Path,
+        metavar="FILE",
+        help="private key that makes the peer id permanent; written if there is none",
+    )
+    serve.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    serve.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
+    serve.add_argument(
+        "--cache-tokens",
+        type=_positive,
+        metavar="N",
+        help="room for keys and values of all sessions together, in tokens",
+    )
+    serve.add_argument("--threads", type=_positive, metavar="N", help="CPU threads for torch")
+    serve.add_argument("--name", metavar="NAME", help="what others see in their status")
+    serve.add_argument(
+        "--exit-with-stdin",
+        action="store_true",
+        help="leave when standard input closes, as a notebook's own servers do",
+    )
+    serve.set_defaults(run=_serve)
+
+
+def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    status = commands.add_parser(
+        "status",
+        help="show which servers hold which blocks of a model",
+        description="Show which servers hold which blocks of a model. "
+        "The exit code is 3 if some blocks have no server.",
+    )
+    status.add_argument("peers", nargs="+", metavar="ADDRESS", help="servers of the swarm")
+    status.add_argument("--model", metavar="MODEL", help="default: the demo model")
+    status.set_defaults(run=_status)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from swarm_notebook.checkpoint.source import resolve
+    from swarm_notebook.server import serve
+
+    settings = {key: value for key, value in vars(options).items() if key != "run"}
+    if options.initial_peers == ["-"]:
+        # A local swarm starts all servers at once and says late whom to join. By then whatever
+        # takes long is imported, and a server that others join answers them at once.
+        resolve(options.model).config()
+        line = sys.stdin.readline()
+        if not line:
+            return 0  # whoever started this server is gone
+        settings["initial_peers"] = line.split()
+    return serve.main(serve.ServeOptions(**settings))
+
+
+def _status(options: argparse.Namespace) -> int:
+    from swarm_notebook.swarm import connect
+
+    swarm = connect(options.peers, model=options.model)
+    try:
+        status = swarm.status()
+    finally:
+        swarm.disconnect()
+    print(status)
+    return 0
+
+
+def _blocks(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B with A < B, like 0:15")
+    return int(found[1]), int(found[2])
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
