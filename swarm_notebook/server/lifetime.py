@@ -1,7 +1,8 @@
 """When a server process ends, and that nothing of it stays behind.
 
 The process is told to leave by SIGTERM, by SIGINT, or (as a child of a notebook) by the end of
-its standard input, which comes even if the parent is killed.
+its standard input, which comes even if the parent is killed. p2pd, its child, ends by itself
+within seconds when the connection to this process breaks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from typing import Any
+
+from hivemind.p2p import P2P
 
 
 def leaving(exit_with_stdin: bool) -> asyncio.Event:
@@ -33,11 +36,21 @@ def _await_end_of_stdin(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -
         loop.call_soon_threadsafe(event.set)
 
 
-@contextlib.contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """Processes started in this context ignore SIGINT, and so does this one meanwhile."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+class ServerLoop(asyncio.SelectorEventLoop):
+    """An asyncio loop whose child processes a Ctrl-C in the terminal does not reach.
+
+    The terminal interrupts its whole process group, and p2pd would end before the steps in flight
+    are answered. A server that leads its own session (a notebook starts it so) has no terminal;
+    its children stay in its group, so that all can be ended at once.
+    """
+
+    async def subprocess_exec(self, *arguments: Any, **options: Any) -> Any:
+        apart = os.getsid(0) != os.getpid()
+        return await super().subprocess_exec(*arguments, start_new_session=apart, **options)
+
+
+async def daemon_ended(p2p: P2P) -> None:
+    """Return when the p2pd process of this peer has ended."""
+    child = p2p._child
+    if child is not None:
+        await child.wait()

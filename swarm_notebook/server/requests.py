@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +18,10 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol, tensors
+from swarm_notebook.server import fields
 
 MAX_ROWS = 4096
 MAX_TENSORS = 8
-MAX_TEXT = 200
-MAX_COUNT = 1 << 31
-MAX_SECONDS = 24 * 3600.0
 
 _MASK_DTYPES = (torch.uint8, torch.bool, torch.int64, torch.int32)
 
@@ -79,7 +77,7 @@ class Step(Forward):
     position: int | None = None
     row_ids: list[int] | None = None
     step_id: str | None = None
-    alloc_timeout: float | None = field(default=None)
+    alloc_timeout: float | None = None
 
 
 def parse_blocks(uid: str, limits: Limits) -> tuple[int, int]:
@@ -124,11 +122,11 @@ def parse_step(
     request.prompts = _prompts(slots[1], request, limits)
     request.row_ids = _row_ids(slots[2], request)
     _read_common(request, slots[3], slots[4], metadata, limits)
-    request.position = _integer(metadata, "start_from_position")
-    request.step_id = _text(metadata, "step_id")
-    request.alloc_timeout = _seconds(metadata, "alloc_timeout")
-    _integer(metadata, "max_length")  # Petals reserves by it; our cache grows as needed
-    _text(metadata, "session_id")
+    request.position = fields.integer(metadata, "start_from_position")
+    request.step_id = fields.text(metadata, "step_id")
+    request.alloc_timeout = fields.seconds(metadata, "alloc_timeout")
+    fields.integer(metadata, "max_length")  # Petals reserves by it; our cache grows as needed
+    fields.text(metadata, "session_id")
     return request
 
 
@@ -201,14 +199,11 @@ def _read_common(
         request.attention_mask = _mask(mask, request)
     if position_ids is not None:
         request.position_ids = _position_ids(position_ids, request, limits)
-    if not metadata:
-        return
-    request.states = _states(metadata.get("states"), request.blocks)
-    request.compression = _compression(metadata.get("output_compression"))
-    if metadata.get("active_adapter"):
+    request.states = fields.states(metadata.get("states"), request.blocks)
+    request.compression = fields.compression(metadata.get("output_compression"))
+    if adapter := metadata.get("active_adapter"):
         raise BadRequest(
-            f"active_adapter: {str(metadata['active_adapter'])[:MAX_TEXT]!r} is not loaded here, "
-            "this server has no adapters"
+            f"active_adapter: {str(adapter)[: fields.MAX_TEXT]!r}, but this server has no adapters"
         )
 
 
@@ -236,38 +231,11 @@ def _position_ids(tensor: torch.Tensor, request: Forward, limits: Limits) -> tor
             f"position ids: {tensor.dtype} of shape {list(tensor.shape)}, "
             f"expected int64 [1 or {request.rows}, {request.length}]"
         )
-    top = limits.context or MAX_COUNT
+    top = limits.context or fields.MAX_COUNT
     # OPT counts padding as -1.
     if tensor.numel() and not -1 <= int(tensor.min()) <= int(tensor.max()) < top:
         raise BadRequest(f"position ids: a value is outside [-1, {top})")
     return tensor.to(torch.int64)
-
-
-def _states(value: Any, blocks: tuple[int, int]) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    start, end = blocks
-    if (
-        not isinstance(value, (list, tuple))
-        or len(value) > end - start
-        or not all(type(index) is int and start <= index < end for index in value)
-    ):
-        raise BadRequest(
-            f"states: {str(value)[:MAX_TEXT]}, expected indices of blocks in [{start}, {end})"
-        )
-    return tuple(value)
-
-
-def _compression(value: Any) -> int:
-    """The first of Petals' tuple of compressions of the outputs."""
-    if value is None:
-        return tensors.NONE
-    known = (tensors.NONE, tensors.FLOAT16)
-    if not isinstance(value, (list, tuple)) or len(value) != 1 or value[0] not in known:
-        raise BadRequest(
-            f"output_compression: {str(value)[:MAX_TEXT]}, expected one of {list(known)}"
-        )
-    return int(value[0])
 
 
 def _check_size(request: Forward, limits: Limits) -> None:
@@ -288,30 +256,3 @@ def _check_values(name: str, tensor: torch.Tensor) -> None:
     # The largest magnitude is NaN or infinite if any value is: one pass, no mask in memory.
     if tensor.numel() and not math.isfinite(float(tensor.abs().max())):
         raise BadRequest(f"{name}: a value is NaN or infinite")
-
-
-def _integer(metadata: dict[str, Any], name: str) -> int | None:
-    value = metadata.get(name)
-    if value is None:
-        return None
-    if type(value) is not int or not 0 <= value < MAX_COUNT:
-        raise BadRequest(f"{name}: {str(value)[:MAX_TEXT]!r}, expected an integer from 0")
-    return value
-
-
-def _seconds(metadata: dict[str, Any], name: str) -> float | None:
-    value = metadata.get(name)
-    if value is None:
-        return None
-    if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
-        raise BadRequest(f"{name}: {str(value)[:MAX_TEXT]!r}, expected seconds from 0")
-    return float(value)
-
-
-def _text(metadata: dict[str, Any], name: str) -> str | None:
-    value = metadata.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise BadRequest(f"{name}: expected a text of at most {MAX_TEXT} characters")
-    return value

@@ -20,13 +20,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from swarm_notebook import __version__
 from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks
 from swarm_notebook.checkpoint.source import ModelSource, resolve
+from swarm_notebook.errors import ServerFailed
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import LOOPBACK, Node
 from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
@@ -75,13 +76,16 @@ class ServeOptions:
     exit_with_stdin: bool = False
 
 
-def main(options: ServeOptions) -> int:
-    """Serve until told to leave; the exit code of the process."""
+def main(options: ServeOptions) -> NoReturn:
+    """Serve until told to leave, then end the process with exit code 0."""
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
-    asyncio.run(serve(options))
-    return 0
+    with asyncio.Runner(loop_factory=lifetime.ServerLoop) as runner:
+        runner.run(serve(options))
+    logging.shutdown()
+    # All is done and said; taking torch apart in good order would take seconds.
+    os._exit(0)
 
 
 async def serve(options: ServeOptions) -> None:
@@ -90,25 +94,30 @@ async def serve(options: ServeOptions) -> None:
     Raises:
         ModelNotFound, BlocksOutOfRange, Unsupported: there is nothing to serve.
         AddressError, ConnectionFailed: the swarm cannot be joined.
+        ServerFailed: the network daemon died.
     """
+    leaving = asyncio.create_task(lifetime.leaving(options.exit_with_stdin).wait())
     async with contextlib.AsyncExitStack() as stack:
-        leaving = lifetime.leaving(options.exit_with_stdin)
         starting = asyncio.create_task(_start(options, stack))
-        stopped = asyncio.create_task(leaving.wait())
-        await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            server = starting.result()
-            await stopped
-            await server.leave()
-        else:
+        await asyncio.wait([starting, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
             logger.info("leaving before the server was ready")
             starting.cancel()
+            return
+        server = starting.result()
+        ended = asyncio.create_task(lifetime.daemon_ended(server.node.p2p))
+        await asyncio.wait([ended, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            raise ServerFailed("the network daemon (p2pd) of this server has died")
+        ended.cancel()
+        await server.leave()
 
 
 @dataclass(frozen=True)
 class _Server:
     """A server that is up."""
 
+    node: Node
     handler: Handler
     announcer: Announcer
     describe: Callable[[ServerState], ServerInfo]
@@ -123,21 +132,32 @@ class _Server:
 
 
 async def _start_node(options: ServeOptions, stack: contextlib.AsyncExitStack) -> Node:
-    # The daemon inherits that interrupts are ignored, and so outlives a Ctrl-C in the terminal
-    # until we have finished.
-    with lifetime.interrupts_ignored():
-        node = await Node.start(
-            options.initial_peers,
-            client=False,
-            host_maddrs=options.host_maddrs,
-            identity=options.identity,
-        )
-    stack.push_async_callback(node.stop)
+    node = await Node.start(
+        options.initial_peers,
+        client=False,
+        host_maddrs=options.host_maddrs,
+        identity=options.identity,
+    )
+    stack.push_async_callback(_stop_node, node)
     return node
+
+
+async def _stop_node(node: Node) -> None:
+    try:
+        async with asyncio.timeout(FAREWELL_SECONDS):
+            await node.stop()
+    except TimeoutError:
+        logger.info("the network daemon did not answer a last time")
 
 
 async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Server:
     """Join the swarm, load the blocks, measure them and tell everybody."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    source = resolve(options.model)
+    compute = ComputeThread()
+    # Both take seconds, and one mostly waits.
+    loading = compute.submit(_load, source, options)
     node = await _start_node(options, stack)
     facts = {
         "peer_id": node.peer_id.to_base58(),
@@ -145,21 +165,15 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
         "pid": os.getpid(),
     }
     _tell(facts)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    source = resolve(options.model)
-    config = source.config()
-    blocks = options.blocks or (0, config.num_hidden_layers)
+
+    loaded: LoadedBlocks = await loading.future
+    config, blocks = source.config(), (loaded.start, loaded.end)
+    span = Span(loaded.decoder, loaded.layers_name, loaded.start)
+    measuring = compute.submit(throughput.measure, span, config.hidden_size)
     model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
     announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
-
-    compute = ComputeThread()
     await announcer.announce(_info(ServerState.JOINING, blocks, options))
-    loaded: LoadedBlocks = await compute.submit(_load, source, blocks, options).future
-    span = Span(loaded.decoder, loaded.layers_name, loaded.start)
-    rates: throughput.Throughput = await compute.submit(
-        throughput.measure, span, config.hidden_size
-    ).future
+    rates: throughput.Throughput = await measuring.future
     limits = Limits(
         prefix=source.dht_prefix,
         start=span.start,
@@ -185,10 +199,11 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
         rates.inference_rps,
         rates.forward_rps,
     )
-    return _Server(handler, announcer, describe)
+    return _Server(node, handler, announcer, describe)
 
 
-def _load(source: ModelSource, blocks: tuple[int, int], options: ServeOptions) -> LoadedBlocks:
+def _load(source: ModelSource, options: ServeOptions) -> LoadedBlocks:
+    """In the torch thread: read the blocks, telling how far it is."""
     started = last = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -197,6 +212,7 @@ def _load(source: ModelSource, blocks: tuple[int, int], options: ServeOptions) -
             last = time.monotonic()
             logger.info("read %d of %d MB of weights", done >> 20, total >> 20)
 
+    blocks = options.blocks or (0, source.config().num_hidden_layers)
     dtype = tensors.dtype_from_name(options.dtype)
     loaded = load_blocks(source, *blocks, dtype=dtype, device=options.device, progress=progress)
     logger.info("loaded blocks %d:%d in %.1f s", *blocks, time.monotonic() - started)

@@ -65,13 +65,15 @@ class SessionState:
             self._prepare(step, position)
         mask = self._extend_mask(step, position, begin, end)
         ids, prompts = step.position_ids, step.prompts
+        if prompts is not None:
+            prompts = prompts[:, :, begin:end] if begin < prompts.shape[2] else None
         return self._span.run(
             *step.blocks,
             step.hidden[:, begin:end],
             cache=self.cache,
             attention_mask=mask,
             position_ids=None if ids is None else ids[:, begin:end],
-            prompts=None if prompts is None else prompts[:, :, begin:end],
+            prompts=prompts,
             states=step.states,
         )
 
