@@ -1,0 +1,81 @@
+"""The command line, as a user runs it: exit codes, one-line errors, help without heavy imports."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from swarm_notebook import LocalSwarm, cli
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "swarm_notebook.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_help_is_quick_and_names_everything() -> None:
+    began = time.monotonic()
+    top, serve = run("--help"), run("serve", "--help")
+    assert time.monotonic() - began < 3
+    assert top.returncode == serve.returncode == 0
+    assert "serve" in top.stdout
+    assert "status" in top.stdout
+    for option in ("blocks", "initial-peers", "host-maddrs", "identity", "cache-tokens", "name"):
+        assert f"--{option}" in serve.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "x", "--blocks", "4:2"],
+        ["serve", "x", "--blocks", "all"],
+        ["serve", "x", "--cache-tokens", "0"],
+        ["serve", "x", "--dtype", "int4"],
+        ["status"],
+        ["nothing"],
+        [],
+    ],
+)
+def test_wrong_arguments_exit_with_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", str(tmp_path)]) == 1
+    error = capsys.readouterr().err.strip()
+    assert re.fullmatch(r"swarm-notebook: error: [^\n]*config\.json[^\n]*", error)
+
+
+def test_serve_until_interrupted(tiny_llama: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "swarm_notebook.cli", "serve", str(tiny_llama)]
+    command += ["--blocks", "1:3", "--threads", "1", "--host-maddrs", "/ip4/127.0.0.1/tcp/0"]
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+    ):
+        assert server.stdout is not None
+        lines = map(json.loads, server.stdout)
+        ready = next(line for line in lines if line.get("ready"))
+        assert ready["blocks"] == [1, 3]
+        assert ready["peer_id"] in ready["maddrs"][0]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+
+
+def test_status_of_a_swarm(demo_swarm: LocalSwarm) -> None:
+    result = run("status", *demo_swarm.initial_peers, "--model", demo_swarm.model)
+    assert result.returncode == 0, result.stderr
+    assert "all 30 blocks served" in result.stdout
+    assert "local-1" in result.stdout

@@ -1,0 +1,65 @@
+"""Loading the extension in a fresh kernel: fast, and undone without a trace (contract C8)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from kernel import Kernel
+
+TIMED_LOAD = """
+import sys, time
+began = time.perf_counter()
+get_ipython().run_line_magic("load_ext", "swarm_notebook")
+seconds = time.perf_counter() - began
+"""
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, swarm_notebook; print([m for m in ('torch', 'IPython') if m in sys.modules])"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert output.stdout.strip() == "[]"
+
+
+def test_public_names_are_there_and_others_are_not() -> None:
+    import swarm_notebook as sn
+
+    for name in sn.__all__:
+        assert getattr(sn, name) is not None
+        assert name in dir(sn)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sn.nothing
+
+
+def test_load_is_fast_and_warms_up_in_the_background() -> None:
+    with Kernel() as kernel:
+        kernel.run(TIMED_LOAD)
+        assert float(kernel.value("seconds")) < 0.5
+        # A cell with an import waits for the warm-up instead of racing with it.
+        kernel.run("import torch.nn.functional, transformers.models.llama")
+        assert kernel.value("'swarm_notebook.swarm' in sys.modules") == "True"
+
+
+def test_unload_undoes_exactly_what_load_did() -> None:
+    with Kernel() as kernel:
+        kernel.run("""
+def state():
+    shell = get_ipython()
+    return (
+        {kind: sorted(table) for kind, table in shell.magics_manager.magics.items()},
+        sorted(shell.strdispatchers["complete_command"].strs),
+        {event: len(found) for event, found in shell.events.callbacks.items()},
+        sorted(shell.user_ns),
+    )
+_before = _after = None
+_before = state()
+""")
+        kernel.run("%load_ext swarm_notebook")
+        assert kernel.value("state() == _before") == "False"
+        kernel.run("%reload_ext swarm_notebook\n%unload_ext swarm_notebook\n_after = state()")
+        assert kernel.value("[a for a, b in zip(_after[:3], _before[:3]) if a != b]") == "[]"
