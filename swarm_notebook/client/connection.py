@@ -11,9 +11,12 @@ from collections.abc import Collection, Sequence
 import torch
 
 from swarm_notebook.client import forward as stateless
+from swarm_notebook.client.adapters import Adapter, upload
+from swarm_notebook.client.backward import Gradients, backward
 from swarm_notebook.client.directory import PATIENCE, Directory
-from swarm_notebook.client.hop import Request
+from swarm_notebook.client.forward import Trail
 from swarm_notebook.client.loop import LoopThread, at_exit, forget_at_exit, network_thread
+from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.session import InferenceSession
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import MODEL_INDEX_KEY, ModelRecord, parse_model_record
@@ -67,14 +70,38 @@ class Connection:
         return InferenceSession(self.directory, max_length)
 
     def step(
-        self, session: InferenceSession, block: int, states: Collection[int]
-    ) -> dict[int, torch.Tensor]:
+        self,
+        session: InferenceSession,
+        block: int,
+        states: Collection[int],
+        inner: Collection[tuple[int, str]] = (),
+    ) -> Outputs:
         """`InferenceSession.step` from ``block`` to the last one."""
-        return self.network.run(session.step(block, self.num_blocks, states))
+        return self.network.run(session.step(block, self.num_blocks, states, inner))
 
-    def forward(self, request: Request) -> dict[int, torch.Tensor]:
+    def forward(self, request: Request, *, keep: bool = False) -> tuple[Outputs, list[Trail]]:
         """`forward.forward`, waited for."""
-        return self.network.run(stateless.forward(self.directory, request))
+        return self.network.run(stateless.forward(self.directory, request, keep=keep))
+
+    def backward(
+        self,
+        request: Request,
+        trails: Sequence[Trail],
+        grad: torch.Tensor,
+        states: Collection[int],
+    ) -> Gradients:
+        """`backward.backward`, waited for."""
+        return self.network.run(backward(self.directory, request, trails, grad, states))
+
+    def derive(self, adapter: Adapter) -> dict[str, torch.Tensor]:
+        """What the servers derive from their weights for a new adapter, by parameter name."""
+
+        async def collect() -> dict[str, torch.Tensor]:
+            legs = await self.directory.await_chain(0, self.num_blocks)
+            parts = await stateless.together([upload(self.directory, leg, adapter) for leg in legs])
+            return {name: tensor for part in parts for name, tensor in part.items()}
+
+        return self.network.run(collect())
 
     def refresh(self) -> None:
         """Read what the servers announce now, instead of within seconds."""

@@ -60,6 +60,7 @@ class Directory:
         patience: seconds to wait for a server when some blocks have none.
         rtt: measured round trip in seconds by peer.
         snapshot: what the last reading found.
+        uploaded: which version of an adapter, for which blocks, a peer got, by peer and adapter.
     """
 
     node: Node
@@ -68,6 +69,7 @@ class Directory:
     patience: float = PATIENCE
     rtt: dict[str, float] = field(default_factory=dict)
     snapshot: Snapshot = Snapshot()
+    uploaded: dict[tuple[str, str], tuple[int, int, int]] = field(default_factory=dict)
     _standing: dict[str, _Standing] = field(default_factory=dict)
     _last_holders: dict[int, set[str]] = field(default_factory=dict)
     _refreshing: asyncio.Task | None = None

@@ -1,105 +1,159 @@
-"""A forward pass without a cache over a chain of servers; a failed server's part is repeated."""
+"""A forward pass without a cache over a chain of servers; a failed server's part is repeated.
+
+The rows of a batch go through the chain in groups, one behind the other, so that the second
+server works on the first group while the first server works on the second. What the pass leaves
+for its backward (each leg's input, and the name under which the server may have kept its
+activations) is returned as a `Trail` per group.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Iterator
-from dataclasses import replace
+import uuid
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
-from hivemind.p2p import PeerID
-from hivemind.proto import runtime_pb2
 
+from swarm_notebook.client.adapters import with_adapter
 from swarm_notebook.client.directory import Directory
-from swarm_notebook.client.hop import (
-    OPEN_TIMEOUT,
-    TRANSPORT_ERRORS,
-    Request,
-    read_outputs,
-    refuse_extensions,
-)
+from swarm_notebook.client.request import Outputs, Request, read_outputs, refuse_extensions
 from swarm_notebook.client.routing import Leg, describe_blocks
-from swarm_notebook.client.watch import Watch
-from swarm_notebook.errors import BadRequest, RemoteError, ServerFailed
-from swarm_notebook.net import protocol, streams, tensors
+from swarm_notebook.client.trip import server_name, trip
+from swarm_notebook.errors import BadRequest, RemoteError
+from swarm_notebook.net import protocol
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-async def forward(directory: Directory, request: Request) -> dict[int, torch.Tensor]:
+GROUPS_PER_SERVER = 2
+
+
+@dataclass
+class Trail:
+    """The way of a group of rows through the chain.
+
+    Attributes:
+        rows: which rows of the batch.
+        legs: the servers, with the input that each got and the name it was asked to keep it under.
+    """
+
+    rows: slice
+    legs: list[tuple[Leg, torch.Tensor, str | None]]
+
+
+async def forward(
+    directory: Directory, request: Request, *, keep: bool = False
+) -> tuple[Outputs, list[Trail]]:
     """Run a request through whatever chain of servers covers its blocks.
 
-    Returns:
-        outputs by block: those in ``request.states`` and of block ``request.end - 1``.
+    Args:
+        keep: a backward may follow, so servers should keep the activations if they have room.
 
     Raises:
         MissingBlocks: no server holds a block, and none came in time.
         BadRequest: a server found the request invalid.
     """
-    outputs: dict[int, torch.Tensor] = {}
-    chain: list[Leg] = []
-    start, hidden = request.start, request.hidden
+    chain = await directory.await_chain(request.start, request.end)
+    groups = row_groups(request.hidden.shape[0], len(chain))
+    results = await together(
+        [_forward_rows(directory, take_rows(request, rows), chain, keep) for rows in groups]
+    )
+    trails = [Trail(rows, legs) for rows, (_, legs) in zip(groups, results, strict=True)]
+    return _join([outputs for outputs, _ in results]), trails
+
+
+def row_groups(rows: int, servers: int) -> list[slice]:
+    """Rows split for a pipeline of ``servers``: enough groups to keep all busy, none empty."""
+    count = 1 if servers < 2 else min(rows, servers * GROUPS_PER_SERVER)
+    bounds = [rows * number // count for number in range(count + 1)]
+    return [slice(low, high) for low, high in itertools.pairwise(bounds)]
+
+
+def take_rows(request: Request, rows: slice) -> Request:
+    """The request for some of its rows only."""
+    ids, prompts = request.position_ids, request.prompts
+    return replace(
+        request,
+        hidden=request.hidden[rows],
+        mask=None if request.mask is None else request.mask[rows],
+        position_ids=ids if ids is None or ids.shape[0] == 1 else ids[rows],
+        prompts=prompts if prompts is None or prompts.shape[1] == 1 else prompts[:, rows],
+    )
+
+
+async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; the first failure cancels the rest and is raised as it is."""
+    if len(work) == 1:
+        return [await work[0]]
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _forward_rows(
+    directory: Directory, request: Request, chain: Sequence[Leg], keep: bool
+) -> tuple[Outputs, list[tuple[Leg, torch.Tensor, str | None]]]:
+    outputs, way = Outputs({}, {}), []
+    start, hidden, remaining = request.start, request.hidden, list(chain)
     while start < request.end:
-        if not chain:
-            chain = await directory.await_chain(start, request.end)
-        leg = chain.pop(0)
-        states = [block for block in request.states if leg.start <= block < leg.end - 1]
-        part = replace(request, start=leg.start, end=leg.end, hidden=hidden, states=states)
+        if not remaining:
+            remaining = await directory.await_chain(start, request.end)
+        leg = remaining.pop(0)
+        kept = str(uuid.uuid4()) if keep and leg.span.extended else None
+        part = request.part(leg.start, leg.end, hidden)
         try:
-            got = await _run_leg(directory, leg, part)
+            got = await _forward_leg(directory, leg, part, kept)
         except BadRequest:
             raise
         except RemoteError as error:
-            directory.failed(leg.peer, str(error))
-            blocks = describe_blocks(range(leg.start, leg.end))
-            logger.warning("%s; repeating %s on another server", error, blocks)
-            chain = []
+            give_up(directory, leg, error)
+            remaining = []
             continue
         directory.succeeded(leg.peer)
-        outputs.update(got)
-        hidden, start = got[leg.end - 1], leg.end
-    return outputs
+        outputs.states.update(got.states)
+        outputs.inner.update(got.inner)
+        way.append((leg, hidden, kept))
+        hidden, start = got.states[leg.end - 1], leg.end
+    asked = {*request.states, request.end - 1}
+    outputs.states = {block: outputs.states[block] for block in asked}
+    return outputs, way
 
 
-async def _run_leg(directory: Directory, leg: Leg, request: Request) -> dict[int, torch.Tensor]:
-    server = f"server {leg.span.name} ({describe_blocks(range(leg.start, leg.end))})"
-    refuse_extensions(leg.span, server, request)
-    watch: Watch | None = None
-    stream: streams.Stream | None = None
-    try:
-        async with asyncio.timeout(OPEN_TIMEOUT):
-            stream = await streams.open_stream(
-                directory.node.p2p, PeerID.from_base58(leg.peer), protocol.RPC_FORWARD_STREAM
-            )
-        what = f"{server} to run {tuple(request.hidden.shape)}"
-        watch = Watch(directory, leg.peer, what, stream)
-        with watch.running():
-            for message in _messages(directory.prefix, request):
-                await stream.send(message)
-            await stream.send_end()
-            parts = await _receive_parts(stream)
-    except TRANSPORT_ERRORS as error:
-        verdict = watch.verdict if watch else ""
-        raise ServerFailed(f"{server} {verdict or f'is gone ({error})'}") from None
-    finally:
-        if stream is not None:
-            stream.close()
-    return read_outputs(tensors.join(parts), request, server)
+async def _forward_leg(directory: Directory, leg: Leg, part: Request, kept: str | None) -> Outputs:
+    server = server_name(leg)
+    refuse_extensions(leg.span, server, part)
+    metadata = part.options() | ({"keep": kept} if kept else {})
+    slots = [part.hidden, part.prompts, part.mask, part.position_ids]
+    answer = await with_adapter(
+        directory,
+        leg,
+        part.adapter,
+        lambda: trip(directory, leg, protocol.RPC_FORWARD_STREAM, slots, metadata, always=2),
+    )
+    return read_outputs(answer.tensors, part, server)
 
 
-def _messages(prefix: str, request: Request) -> Iterator[runtime_pb2.ExpertRequest]:
-    """The request, cut into messages of one tensor part each, as Petals streams it."""
-    uid = protocol.uid_chain(prefix, request.start, request.end)
-    metadata = protocol.pack_metadata({"states": request.states} if request.states else {})
-    slots = [request.hidden, None, request.mask, request.position_ids]
-    for tensor in protocol.pack_slots(slots, always=2):
-        for part in tensors.split(tensor, protocol.PART_BYTES):
-            yield runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=metadata)
+def give_up(directory: Directory, leg: Leg, error: RemoteError) -> None:
+    """Avoid a server that failed, and say that its part goes elsewhere."""
+    directory.failed(leg.peer, str(error))
+    blocks = describe_blocks(range(leg.start, leg.end))
+    logger.warning("%s; repeating %s on another server", error, blocks)
 
 
-async def _receive_parts(stream: streams.Stream) -> list[runtime_pb2.Tensor]:
-    parts: list[runtime_pb2.Tensor] = []
-    while (message := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
-        parts.extend(message.tensors)
-    return parts
+def _join(groups: Sequence[Outputs]) -> Outputs:
+    """The outputs of all groups as those of one batch."""
+    if len(groups) == 1:
+        return groups[0]
+    first = groups[0]
+    return Outputs(
+        {key: torch.cat([group.states[key] for group in groups]) for key in first.states},
+        {key: torch.cat([group.inner[key] for group in groups]) for key in first.inner},
+    )

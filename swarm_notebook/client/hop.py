@@ -8,46 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
-from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
+from swarm_notebook.client.adapters import ensure_uploaded
 from swarm_notebook.client.directory import Directory
-from swarm_notebook.client.routing import Leg, describe_blocks
+from swarm_notebook.client.request import Outputs, Request, read_outputs, refuse_extensions
+from swarm_notebook.client.routing import Leg
+from swarm_notebook.client.trip import OPEN_TIMEOUT, TRANSPORT_ERRORS, server_name
 from swarm_notebook.client.watch import Watch
-from swarm_notebook.errors import BadRequest, ServerFailed, Unsupported
-from swarm_notebook.net import protocol, streams, tensors
-from swarm_notebook.net.records import ServerSpan
+from swarm_notebook.errors import ServerFailed
+from swarm_notebook.net import protocol, streams
 
-OPEN_TIMEOUT = 5.0
 ALLOC_TIMEOUT = 10.0
-
-TRANSPORT_ERRORS = (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, TimeoutError)
-
-
-@dataclass
-class Request:
-    """What one server is asked to compute in one trip.
-
-    Attributes:
-        hidden: ``[batch, length, hidden]``, the input of block `start`.
-        position: how many tokens precede these in the server's cache.
-        rows: which rows of the cache to continue, or None for all as they are.
-        states: blocks of ``[start, end)`` whose outputs are wanted besides the last one's.
-    """
-
-    start: int
-    end: int
-    hidden: torch.Tensor
-    position: int
-    rows: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
-    states: Sequence[int] = ()
 
 
 class Hop:
@@ -70,16 +44,16 @@ class Hop:
         self._named: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        blocks = describe_blocks(range(self.start, self.end))
-        return f"server {self.leg.span.name} ({blocks})"
+        return server_name(self.leg)
 
-    async def run(self, request: Request) -> dict[int, torch.Tensor]:
-        """Send one request and wait for its outputs, by block; ``end - 1`` is always there.
+    async def run(self, request: Request) -> Outputs:
+        """Send one request and wait for its outputs.
 
         Raises:
-            BadRequest, CacheFull, SessionLost, ShuttingDown: the server says so.
+            BadRequest, CacheFull, SessionLost, AdapterMissing, ShuttingDown: the server says so.
             ServerFailed: it is gone, hangs, or answers with something else than asked for.
         """
+        await ensure_uploaded(self._directory, self.leg, request.adapter)
         message = self._message(request)
         watch: Watch | None = None
         try:
@@ -123,62 +97,16 @@ class Hop:
             metadata["max_length"] = self._max_length
             metadata["alloc_timeout"] = ALLOC_TIMEOUT
         refuse_extensions(self.leg.span, str(self), request)
-        if request.states:
-            metadata["states"] = list(request.states)
+        metadata.update(request.options())
         extended = self.leg.span.extended
         blocks = (request.start, request.end)
         uid = ""
         if not extended or self._named != blocks:
             uid = protocol.uid_chain(self._directory.prefix, *blocks)
             self._named = blocks
-        slots = [request.hidden, None, request.rows, request.mask, request.position_ids]
+        slots = [request.hidden, request.prompts, request.rows, request.mask, request.position_ids]
         return runtime_pb2.ExpertRequest(
             uid=uid,
             tensors=protocol.pack_slots(slots),
             metadata=protocol.pack_metadata(metadata),
         )
-
-
-def refuse_extensions(span: ServerSpan, server: str, request: Request) -> None:
-    """Against a plain Petals server, say what cannot work there (contract C6)."""
-    wanted = {
-        "padded batches (an attention mask)": request.mask is not None,
-        "explicit position ids": request.position_ids is not None,
-        "hooks on hidden states inside its span": bool(request.states),
-    }
-    for what, asked in wanted.items():
-        if asked and not span.extended:
-            raise Unsupported(
-                f"{server} is a Petals server, which knows no {what}; use servers started "
-                "with `swarm-notebook serve`, or do without"
-            )
-
-
-def read_outputs(
-    packed: Sequence[runtime_pb2.Tensor], request: Request, server: str
-) -> dict[int, torch.Tensor]:
-    """The outputs in a server's answer, by block, in the shape and dtype of the request.
-
-    Raises:
-        ServerFailed: the server sent something else than was asked for.
-    """
-    blocks = [request.end - 1, *request.states]
-    if len(packed) != len(blocks):
-        raise ServerFailed(f"{server} sent {len(packed)} tensors, not {len(blocks)}")
-    return {
-        block: _read_output(tensor, request.hidden, server)
-        for block, tensor in zip(blocks, packed, strict=True)
-    }
-
-
-def _read_output(packed: runtime_pb2.Tensor, hidden: torch.Tensor, server: str) -> torch.Tensor:
-    try:
-        output = tensors.unpack(packed)
-    except BadRequest as error:
-        raise ServerFailed(f"{server} sent no readable tensor: {error}") from None
-    if output.shape != hidden.shape or not output.is_floating_point():
-        raise ServerFailed(
-            f"{server} sent a {output.dtype} tensor of shape {list(output.shape)} "
-            f"for hidden states of shape {list(hidden.shape)}"
-        )
-    return output.to(hidden.dtype)

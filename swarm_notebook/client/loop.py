@@ -19,11 +19,22 @@ Cleanup = Callable[[], Coroutine[Any, Any, None]]
 _STOP_TIMEOUT = 5.0
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """An asyncio loop whose child processes an interrupt does not reach.
+
+    Ctrl-C in a terminal and the kernel's interrupt go to the whole process group. p2pd, the child
+    of this loop, would end, and with it the connection.
+    """
+
+    async def subprocess_exec(self, *arguments: Any, **options: Any) -> Any:
+        return await super().subprocess_exec(*arguments, start_new_session=True, **options)
+
+
 class LoopThread:
     """A daemon thread that runs an asyncio loop for as long as the process lives."""
 
     def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop = _Loop()
         self._thread = threading.Thread(
             target=self._main, name="swarm_notebook-network", daemon=True
         )

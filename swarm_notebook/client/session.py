@@ -19,11 +19,14 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.directory import Directory
 from swarm_notebook.client.history import History, Pass
-from swarm_notebook.client.hop import Hop, Request
+from swarm_notebook.client.hop import Hop
+from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.routing import describe_blocks
 from swarm_notebook.errors import (
+    AdapterMissing,
     BadRequest,
     CacheFull,
     MissingBlocks,
@@ -47,6 +50,9 @@ class InferenceSession:
     def __init__(self, directory: Directory, max_length: int | None = None):
         self.history = History()
         self.failovers = 0
+        # What the blocks run with besides their own weights; set before a pass.
+        self.adapter: Adapter | None = None
+        self.prompts: torch.Tensor | None = None
         self._directory = directory
         self._max_length = max_length or DEFAULT_MAX_LENGTH
         self._hops: list[Hop] = []
@@ -73,48 +79,69 @@ class InferenceSession:
         """In the current pass, ``block`` gets this input instead of the one before's output."""
         self.history.current.edits[block] = hidden
 
-    async def step(self, block: int, stop: int, states: Collection[int]) -> dict[int, torch.Tensor]:
+    async def step(
+        self,
+        block: int,
+        stop: int,
+        states: Collection[int] = (),
+        inner: Collection[tuple[int, str]] = (),
+    ) -> Outputs:
         """Run the current pass from ``block``, whose input was given, up to ``stop``.
 
         Returns:
-            outputs by block: those in ``states`` and of the last block before ``stop``.
+            the outputs of the blocks ``states`` and of the last one before ``stop``, and of the
+            modules ``inner``.
 
         Raises:
             MissingBlocks: no server holds a block, and none came in time.
             BadRequest, CacheFull: see the messages.
         """
         try:
-            return await self._walk(block, stop, states)
+            return await self._walk(block, stop, states, inner)
         except asyncio.CancelledError:
             # An interrupt: the servers stop and free their caches, the history stays.
             self.close()
             raise
 
     async def _walk(
-        self, first: int, stop: int, states: Collection[int]
-    ) -> dict[int, torch.Tensor]:
+        self,
+        first: int,
+        stop: int,
+        states: Collection[int],
+        inner: Collection[tuple[int, str]],
+    ) -> Outputs:
         current, block = self.history.current, first
-        outputs: dict[int, torch.Tensor] = {}
+        outputs = Outputs({}, {})
         while block < stop:
             hop = await self._hop_for(block)
             end = current.cuts(block, min(hop.end, stop))[1]
+            # After a failover the walk begins before `first`: what lies there is known already.
             wanted = [index for index in states if first <= block <= index < end - 1]
+            modules = [named for named in inner if first <= block <= named[0] < end]
             try:
                 await self._catch_up(hop)
-                got = await self._run(hop, (block, end), current, wanted)
+                got = await self._run(hop, (block, end), current, wanted, modules)
             except RemoteError as error:
                 self._lose(hop, error)
                 block = hop.start
                 continue
-            outputs.update(got)
+            outputs.states.update(got.states)
+            outputs.inner.update(got.inner)
             if end < self._directory.num_blocks:
-                current.inputs[end] = got[end - 1]
+                current.inputs[end] = got.states[end - 1]
             block = end
-        return {index: outputs[index] for index in {*states, stop - 1} if index in outputs}
+        asked = {*states, stop - 1}
+        outputs.states = {index: outputs.states[index] for index in asked & outputs.states.keys()}
+        return outputs
 
     async def _run(
-        self, hop: Hop, piece: tuple[int, int], part: Pass, states: Sequence[int] = ()
-    ) -> dict[int, torch.Tensor]:
+        self,
+        hop: Hop,
+        piece: tuple[int, int],
+        part: Pass,
+        states: Sequence[int] = (),
+        inner: Sequence[tuple[int, str]] = (),
+    ) -> Outputs:
         """One trip: the pass's tokens through the blocks ``piece`` of a hop."""
         rows = self._rows if hop.rows_version != self._rows_version else None
         hop.rows_version = self._rows_version
@@ -123,7 +150,19 @@ class InferenceSession:
         if hidden is None:
             raise LookupError(f"the history has no input of block {start}")
         return await hop.run(
-            Request(start, end, hidden, part.position, rows, part.mask, part.position_ids, states)
+            Request(
+                start,
+                end,
+                hidden,
+                part.position,
+                rows,
+                part.mask,
+                part.position_ids,
+                states=states,
+                inner=inner,
+                prompts=None if self.prompts is None else self.prompts[start:end],
+                adapter=self.adapter,
+            )
         )
 
     async def _hop_for(self, block: int) -> Hop:
@@ -153,7 +192,7 @@ class InferenceSession:
         for part in self.history.replay(hop.start, hop.end, until):
             for piece in itertools.pairwise(part.cuts(hop.start, hop.end)):
                 got = await self._run(hop, piece, part)
-            self.history.learn(hop.end, part.position, got[hop.end - 1])
+            self.history.learn(hop.end, part.position, got.states[hop.end - 1])
 
     def _lose(self, hop: Hop, error: RemoteError) -> None:
         """Drop a failed hop, so that its blocks are a gap; raise what no other server can mend."""
@@ -162,6 +201,9 @@ class InferenceSession:
         if isinstance(error, BadRequest):
             raise error
         self.failovers += 1
+        if isinstance(error, AdapterMissing) and self.adapter is not None:
+            self._directory.uploaded.pop((hop.leg.peer, self.adapter.id), None)
+            return
         if isinstance(error, SessionLost):
             logger.info("%s; rebuilding the cache", error)
             return

@@ -24,7 +24,7 @@ from torch.nn.modules import module as torch_module
 
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.history import Pass
-from swarm_notebook.client.hop import Request
+from swarm_notebook.client.request import Request
 from swarm_notebook.errors import ContextTooLong, Unsupported
 from swarm_notebook.model.cache import RemoteCache
 
@@ -220,10 +220,10 @@ class Runner:
         if call.stateless or call.cache is None:
             last = len(self.blocks)
             request = Request(index, last, sent, 0, None, call.mask, call.position_ids, states)
-            outputs = self.connection.forward(request)
+            outputs, _ = self.connection.forward(request)
         else:
             outputs = self.connection.step(call.cache.session, index, states)
-        call.outputs = {block: output.to(hidden.device) for block, output in outputs.items()}
+        call.outputs = {block: output.to(hidden.device) for block, output in outputs.states.items()}
 
     def _run_alone(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """A block that is called by itself, outside of the model's own forward."""
@@ -235,7 +235,8 @@ class Runner:
             )
         ids = _unusual(kwargs.get("position_ids"), 0)
         request = Request(index, index + 1, hidden.detach().cpu(), 0, None, None, ids)
-        return self.connection.forward(request)[index].to(hidden.device)
+        outputs, _ = self.connection.forward(request)
+        return outputs.states[index].to(hidden.device)
 
 
 def _is_observed(block: nn.Module) -> bool:

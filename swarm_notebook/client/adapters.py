@@ -1,0 +1,115 @@
+"""Getting a notebook's adapter weights to the servers that need them, when they have changed.
+
+An adapter travels as PEFT's own config and one safetensors file per server with the parameters of
+the blocks that this server computes. A server that lost it (or never had it) says so, and gets it
+again; otherwise a version is sent once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load, save
+
+from swarm_notebook.client.directory import Directory
+from swarm_notebook.client.routing import Leg
+from swarm_notebook.client.trip import server_name, trip
+from swarm_notebook.errors import AdapterMissing, ServerFailed, Unsupported
+from swarm_notebook.net import protocol, tensors
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One state of the adapters that are active in a model's remote blocks.
+
+    Attributes:
+        id: stays the same while the configs do; the server keeps one state per id.
+        version: grows whenever a weight changed.
+        configs: PEFT's config of each active adapter, as JSON, by adapter name.
+        prefix: name of the model's list of blocks, such as ``model.layers``.
+        weights: parameters by block and by name in the model.
+        derived: names of parameters that the server computes from the real base weights.
+    """
+
+    id: str
+    version: int
+    configs: Mapping[str, str]
+    prefix: str
+    weights: Mapping[int, Mapping[str, torch.Tensor]]
+    derived: frozenset[str] = frozenset()
+
+    def key(self) -> dict[str, str | int]:
+        """How a request names this state."""
+        return {"id": self.id, "version": self.version}
+
+    def part(self, start: int, end: int) -> dict[str, torch.Tensor]:
+        """The parameters of blocks ``[start, end)`` by name."""
+        return {
+            name: tensor
+            for block in range(start, end)
+            for name, tensor in self.weights.get(block, {}).items()
+        }
+
+
+async def ensure_uploaded(directory: Directory, leg: Leg, adapter: Adapter | None) -> None:
+    """Send a server the adapter's present state, unless it got it before."""
+    if adapter is None:
+        return
+    if not leg.span.extended:
+        raise Unsupported(
+            f"{server_name(leg)} is a Petals server, which runs no adapters from notebooks; use "
+            "servers started with `swarm-notebook serve`"
+        )
+    known = directory.uploaded.get((leg.peer, adapter.id))
+    if known != (adapter.version, leg.span.start, leg.span.end):
+        await upload(directory, leg, adapter)
+
+
+async def with_adapter(
+    directory: Directory, leg: Leg, adapter: Adapter | None, work: Callable[[], Awaitable[T]]
+) -> T:
+    """Do ``work`` on a server that has the adapter's present state."""
+    await ensure_uploaded(directory, leg, adapter)
+    try:
+        return await work()
+    except AdapterMissing:
+        if adapter is None:
+            raise
+        await upload(directory, leg, adapter)
+        return await work()
+
+
+async def upload(directory: Directory, leg: Leg, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Send a server what it needs to run this adapter in all blocks that it hosts.
+
+    Returns:
+        the parameters that the server derived from its weights, by name.
+    """
+    span = leg.span
+    whole = Leg(span, span.start, span.end)
+    part = adapter.part(span.start, span.end)
+    derive = sorted(adapter.derived & part.keys())
+    sent = {name: tensor.contiguous() for name, tensor in part.items() if name not in derive}
+    metadata = {
+        "adapter": adapter.id,
+        "version": adapter.version,
+        "configs": dict(adapter.configs),
+        "prefix": adapter.prefix,
+        **({"derive": derive} if derive else {}),
+    }
+    file = torch.frombuffer(bytearray(save(sent)), dtype=torch.uint8)
+    answer = await trip(directory, whole, protocol.RPC_ADAPTER, [file], metadata, always=1)
+    directory.uploaded[leg.peer, adapter.id] = (adapter.version, span.start, span.end)
+    if not derive:
+        return {}
+    if len(answer.tensors) != 1:
+        raise ServerFailed(f"{server_name(leg)} sent no initial values for {derive[0]}")
+    derived = load(tensors.unpack(answer.tensors[0]).numpy().tobytes())
+    if sorted(derived) != derive:
+        raise ServerFailed(f"{server_name(leg)} sent other initial values than asked for")
+    return derived

@@ -1,0 +1,172 @@
+"""A backward pass over the chain of servers that its forward pass took.
+
+Each server gets the input of its blocks (which the notebook has kept) and the gradient of their
+output, and returns the gradient of the input, of the boundaries asked for, of deep prompts and of
+adapter weights. Groups of rows flow through the chain in the other direction, as a pipeline. When
+a server is gone, its part alone is computed again on others: forward, to learn the inputs at the
+new boundaries, and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from swarm_notebook.client.adapters import with_adapter
+from swarm_notebook.client.directory import Directory
+from swarm_notebook.client.forward import Trail, forward, give_up, take_rows, together
+from swarm_notebook.client.request import (
+    Request,
+    check_shape,
+    read_tensor,
+    refuse_extensions,
+)
+from swarm_notebook.client.routing import Leg
+from swarm_notebook.client.trip import Answer, server_name, trip
+from swarm_notebook.errors import BadRequest, RemoteError, ServerFailed
+from swarm_notebook.net import protocol
+
+
+@dataclass
+class Gradients:
+    """Gradients of one backward pass.
+
+    Attributes:
+        input: of the first block's input.
+        states: of the outputs of the blocks asked for.
+        prompts: of deep prompts by block, ``[batch, length, hidden]``.
+        weights: of adapter parameters, by name.
+    """
+
+    input: torch.Tensor
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+    prompts: dict[int, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+async def backward(
+    directory: Directory,
+    request: Request,
+    trails: Sequence[Trail],
+    grad: torch.Tensor,
+    states: Collection[int],
+) -> Gradients:
+    """Gradients of ``sum(output * grad)``, where the output is that of block ``request.end - 1``.
+
+    Args:
+        request: what the forward pass was asked, possibly cut short at the end.
+        trails: what it left.
+        grad: ``[batch, length, hidden]``.
+        states: blocks whose outputs' gradients are wanted as well.
+
+    Raises:
+        MissingBlocks: no server holds a block, and none came in time.
+        BadRequest: a server found the request invalid.
+    """
+    parts = await together(
+        [
+            _backward_rows(
+                directory,
+                replace(take_rows(request, trail.rows), states=list(states), inner=()),
+                trail,
+                grad[trail.rows],
+            )
+            for trail in trails
+        ]
+    )
+    return _join(parts)
+
+
+async def _backward_rows(
+    directory: Directory, request: Request, trail: Trail, grad: torch.Tensor
+) -> Gradients:
+    gathered = Gradients(grad)
+    for leg, hidden, kept in reversed(trail.legs):
+        if leg.start >= request.end:
+            continue
+        end = min(leg.end, request.end)
+        part = request.part(leg.start, end, hidden)
+        used = Leg(leg.span, leg.start, end)
+        try:
+            got = await _backward_leg(directory, used, part, gathered.input, kept)
+        except BadRequest:
+            raise
+        except RemoteError as error:
+            give_up(directory, used, error)
+            got = await _repeat(directory, part, gathered.input)
+        else:
+            directory.succeeded(leg.peer)
+        gathered.input = got.input
+        gathered.states.update(got.states)
+        gathered.prompts.update(got.prompts)
+        gathered.weights.update(got.weights)
+        if leg.start - 1 in request.states:
+            gathered.states[leg.start - 1] = got.input
+    return gathered
+
+
+async def _repeat(directory: Directory, part: Request, grad: torch.Tensor) -> Gradients:
+    """A lost server's part, on whatever servers there are now."""
+    _, trails = await forward(directory, replace(part, states=()), keep=True)
+    return await backward(directory, part, trails, grad, part.states)
+
+
+async def _backward_leg(
+    directory: Directory, leg: Leg, part: Request, grad: torch.Tensor, kept: str | None
+) -> Gradients:
+    server = server_name(leg)
+    refuse_extensions(leg.span, server, part)
+    metadata = part.options() | ({"kept": kept} if kept else {})
+    slots = [part.hidden, grad, part.prompts, part.mask, part.position_ids]
+    answer = await with_adapter(
+        directory,
+        leg,
+        part.adapter,
+        lambda: trip(directory, leg, protocol.RPC_BACKWARD_STREAM, slots, metadata, always=3),
+    )
+    return _read(answer, part, server)
+
+
+def _read(answer: Answer, part: Request, server: str) -> Gradients:
+    """The gradients in an answer: input, prompts, states, adapter weights, in this order."""
+    expected = {} if part.adapter is None else part.adapter.part(part.start, part.end)
+    names = answer.metadata.get("adapter_grads", []) if expected else []
+    if not isinstance(names, (list, tuple)) or not set(names) <= expected.keys():
+        raise ServerFailed(f"{server} sent gradients of parameters that this adapter has not")
+    count = 1 + (part.prompts is not None) + len(part.states) + len(names)
+    if len(answer.tensors) != count:
+        raise ServerFailed(f"{server} sent {len(answer.tensors)} gradients, not {count}")
+    unpacked = iter([read_tensor(tensor, server) for tensor in answer.tensors])
+    dtype, shape = part.hidden.dtype, part.hidden.shape
+    gradients = Gradients(next(unpacked).to(dtype))
+    check_shape(gradients.input, shape, server)
+    if part.prompts is not None:
+        prompts = next(unpacked).to(dtype)
+        length = part.prompts.shape[2]
+        check_shape(prompts, (part.end - part.start, shape[0], length, shape[2]), server)
+        gradients.prompts = dict(zip(range(part.start, part.end), prompts, strict=True))
+    for block in part.states:
+        gradients.states[block] = next(unpacked).to(dtype)
+        check_shape(gradients.states[block], shape, server)
+    for name in names:
+        gradients.weights[name] = next(unpacked).to(expected[name].dtype)
+        check_shape(gradients.weights[name], expected[name].shape, server)
+    return gradients
+
+
+def _join(groups: Sequence[Gradients]) -> Gradients:
+    """Gradients of all groups of rows: of rows side by side, of weights added up."""
+    first = groups[0]
+    if len(groups) == 1:
+        return first
+    return Gradients(
+        torch.cat([group.input for group in groups]),
+        {key: torch.cat([group.states[key] for group in groups]) for key in first.states},
+        {key: torch.cat([group.prompts[key] for group in groups]) for key in first.prompts},
+        {
+            name: torch.stack([group.weights[name] for group in groups]).sum(0)
+            for name in first.weights
+        },
+    )

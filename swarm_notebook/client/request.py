@@ -1,0 +1,141 @@
+"""What a server is asked to compute, and the reading of its answer with suspicion.
+
+`Request` is the common form of a step with a cache, of a forward and of a backward pass. What
+goes beyond Petals' protocol is refused for servers that do not speak our additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.client.adapters import Adapter
+from swarm_notebook.errors import BadRequest, ServerFailed, Unsupported
+from swarm_notebook.net import tensors
+from swarm_notebook.net.records import ServerSpan
+
+
+@dataclass
+class Request:
+    """What one server is asked to compute in one trip.
+
+    Attributes:
+        hidden: ``[batch, length, hidden]``, the input of block `start`.
+        position: how many tokens precede these in the server's cache.
+        rows: which rows of the cache to continue, or None for all as they are.
+        states: blocks of ``[start, end)`` whose outputs are wanted besides the last one's.
+        prompts: deep prompts of these blocks, ``[blocks, batch or 1, length, hidden]``.
+        adapter: adapters of the notebook to run the blocks with.
+        inner: modules inside of blocks whose outputs are wanted, as block and dotted name.
+        seed: of the dropout in adapters; None for none.
+    """
+
+    start: int
+    end: int
+    hidden: torch.Tensor
+    position: int
+    rows: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    states: Sequence[int] = ()
+    prompts: torch.Tensor | None = None
+    adapter: Adapter | None = None
+    inner: Sequence[tuple[int, str]] = ()
+    seed: int | None = None
+
+    def part(self, start: int, end: int, hidden: torch.Tensor) -> Request:
+        """The share of blocks ``[start, end)`` in this request."""
+        prompts = self.prompts
+        return replace(
+            self,
+            start=start,
+            end=end,
+            hidden=hidden,
+            states=[block for block in self.states if start <= block < end - 1],
+            inner=[named for named in self.inner if start <= named[0] < end],
+            prompts=None if prompts is None else prompts[start - self.start : end - self.start],
+        )
+
+    def options(self) -> dict[str, Any]:
+        """The metadata by which our servers know what is asked beyond Petals' protocol."""
+        options: dict[str, Any] = {}
+        if self.states:
+            options["states"] = list(self.states)
+        if self.inner:
+            options["inner"] = [list(named) for named in self.inner]
+        if self.adapter is not None:
+            options["adapter"] = self.adapter.key()
+            if self.seed is not None:
+                options.update(train=True, seed=self.seed)
+        return options
+
+
+def refuse_extensions(span: ServerSpan, server: str, request: Request) -> None:
+    """Against a plain Petals server, say what cannot work there (contract C6)."""
+    wanted = {
+        "padded batches (an attention mask)": request.mask is not None,
+        "explicit position ids": request.position_ids is not None,
+        "hooks on hidden states inside its span": bool(request.states or request.inner),
+    }
+    for what, asked in wanted.items():
+        if asked and not span.extended:
+            raise Unsupported(
+                f"{server} is a Petals server, which knows no {what}; use servers started "
+                "with `swarm-notebook serve`, or do without"
+            )
+
+
+@dataclass
+class Outputs:
+    """What came back of a pass through some blocks.
+
+    Attributes:
+        states: outputs of blocks; that of the last block is always there.
+        inner: outputs of modules inside of blocks.
+    """
+
+    states: dict[int, torch.Tensor]
+    inner: dict[tuple[int, str], torch.Tensor]
+
+
+def read_outputs(packed: Sequence[runtime_pb2.Tensor], request: Request, server: str) -> Outputs:
+    """The outputs in a server's answer, in the dtype of the request.
+
+    Raises:
+        ServerFailed: the server sent something else than was asked for.
+    """
+    blocks = [request.end - 1, *request.states]
+    if len(packed) != len(blocks) + len(request.inner):
+        raise ServerFailed(
+            f"{server} sent {len(packed)} tensors, not {len(blocks) + len(request.inner)}"
+        )
+    unpacked = [read_tensor(tensor, server).to(request.hidden.dtype) for tensor in packed]
+    for tensor in unpacked[: len(blocks)]:
+        check_shape(tensor, request.hidden.shape, server)
+    return Outputs(
+        dict(zip(blocks, unpacked[: len(blocks)], strict=True)),
+        dict(zip(request.inner, unpacked[len(blocks) :], strict=True)),
+    )
+
+
+def read_tensor(packed: runtime_pb2.Tensor, server: str) -> torch.Tensor:
+    """A floating point tensor from the wire; ServerFailed if it is none."""
+    try:
+        tensor = tensors.unpack(packed)
+    except BadRequest as error:
+        raise ServerFailed(f"{server} sent no readable tensor: {error}") from None
+    if not tensor.is_floating_point():
+        raise ServerFailed(f"{server} sent a {tensor.dtype} tensor for hidden states")
+    return tensor
+
+
+def check_shape(tensor: torch.Tensor, shape: Sequence[int], server: str) -> None:
+    """Refuse a tensor of another shape than asked for."""
+    if list(tensor.shape) != list(shape):
+        raise ServerFailed(
+            f"{server} sent a tensor of shape {list(tensor.shape)}, expected {list(shape)}"
+        )

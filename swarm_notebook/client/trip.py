@@ -1,0 +1,96 @@
+"""One request over a stream of its own: tensors there, tensors back, for all without a cache.
+
+A tensor larger than a message is cut in parts, as hivemind streams them; each request message
+carries one part, as Petals' servers read them. An answer may carry several tensors per message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.client.directory import Directory
+from swarm_notebook.client.routing import Leg, describe_blocks
+from swarm_notebook.client.watch import Watch
+from swarm_notebook.errors import ServerFailed
+from swarm_notebook.net import protocol, streams, tensors
+
+OPEN_TIMEOUT = 5.0
+
+TRANSPORT_ERRORS = (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, TimeoutError)
+
+
+@dataclass
+class Answer:
+    """What came back: tensors still packed, and the metadata of the first message."""
+
+    tensors: list[runtime_pb2.Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def server_name(leg: Leg) -> str:
+    """What to call the server of a leg in messages."""
+    return f"server {leg.span.name} ({describe_blocks(range(leg.start, leg.end))})"
+
+
+async def trip(
+    directory: Directory,
+    leg: Leg,
+    rpc: str,
+    slots: Sequence[torch.Tensor | None],
+    metadata: Mapping[str, Any],
+    *,
+    always: int,
+) -> Answer:
+    """Ask the server of a leg once.
+
+    Args:
+        rpc: one of protocol's streaming RPCs.
+        slots: the tensors by position; None becomes a dummy.
+        always: how many slots travel in any case (see `protocol.pack_slots`).
+
+    Raises:
+        RemoteError: what the server says; ServerFailed if it is gone or hangs.
+    """
+    server = server_name(leg)
+    watch: Watch | None = None
+    stream: streams.Stream | None = None
+    try:
+        async with asyncio.timeout(OPEN_TIMEOUT):
+            stream = await streams.open_stream(
+                directory.node.p2p, PeerID.from_base58(leg.peer), rpc
+            )
+        watch = Watch(directory, leg.peer, f"{server} ({rpc.rpartition('.')[2]})", stream)
+        with watch.running():
+            uid = protocol.uid_chain(directory.prefix, leg.start, leg.end)
+            packed = protocol.pack_metadata(dict(metadata))
+            for tensor in protocol.pack_slots(list(slots), always=always):
+                for part in tensors.split(tensor, protocol.PART_BYTES):
+                    await stream.send(
+                        runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed)
+                    )
+            await stream.send_end()
+            return await _receive(stream)
+    except TRANSPORT_ERRORS as error:
+        verdict = watch.verdict if watch else ""
+        raise ServerFailed(f"{server} {verdict or f'is gone ({error})'}") from None
+    finally:
+        if stream is not None:
+            stream.close()
+
+
+async def _receive(stream: streams.Stream) -> Answer:
+    parts: list[runtime_pb2.Tensor] = []
+    metadata: dict[str, Any] | None = None
+    while (message := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
+        if metadata is None:
+            metadata = protocol.unpack_metadata(message.metadata)
+        parts.extend(message.tensors)
+    return Answer(tensors.join(parts), metadata or {})
