@@ -7,6 +7,7 @@ dash.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 UNKNOWN = "-"
 
@@ -43,6 +44,11 @@ def number(value: float | None) -> str:
 def milliseconds(seconds: float | None) -> str:
     """A duration for people."""
     return UNKNOWN if seconds is None else f"{seconds * 1000:.1f} ms"
+
+
+def model_title(name: str) -> str:
+    """A model's name for people: a folder's path is no part of it."""
+    return clean(Path(name).name if Path(name).is_absolute() else name)
 
 
 def clean(text: str) -> str:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from swarm_notebook.local_server import POLL_SECONDS, START_SECONDS, LocalServer
 
@@ -57,7 +57,8 @@ class LocalSwarm:
         # Found here, once, with progress; the servers get a place that is known to exist.
         from swarm_notebook.checkpoint.source import resolve
 
-        source = resolve(model)
+        with _Conversion() as progress:
+            source = resolve(model, progress=progress)
         spans = plan_spans(source.config().num_hidden_layers, servers)
         self.model = str(source.path or source.name)
         options = [self.model, "--dtype", dtype]
@@ -170,6 +171,28 @@ def plan_spans(num_blocks: int, servers: int | Sequence[tuple[int, int]]) -> lis
     if not spans:
         raise ValueError("servers: an empty list starts no server")
     return spans
+
+
+class _Conversion:
+    """A progress bar that appears if the demo model has to be converted, which happens once."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        from tqdm.auto import tqdm
+
+        if self._bar is None:
+            what = "Preparing the demo model, once"
+            self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True)
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _environment(threads: int | None) -> dict[str, str]:

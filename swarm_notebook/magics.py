@@ -113,7 +113,7 @@ class SwarmMagics:
             before.disconnect()
         self._store(arguments.output, swarm)
         status = swarm.status()
-        print(f"{status.model}: {status.headline}")
+        print(f"{status.title}: {status.headline}")
         print("Ready to use: model, tokenizer, swarm")
 
     def _status(self, arguments: argparse.Namespace) -> Any:
@@ -133,7 +133,10 @@ class SwarmMagics:
             self._need().generate(
                 arguments.prompt, chat=not arguments.raw, stream=show, **_sampling(arguments)
             )
-        finally:  # after an interrupt, too, what was generated is kept
+        except KeyboardInterrupt:
+            # Without the way through the model, which takes a notebook a second to print.
+            raise KeyboardInterrupt("generation stopped; the text so far is kept") from None
+        finally:
             if pieces:
                 print()
             self._store(arguments.output, "".join(pieces))

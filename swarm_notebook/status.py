@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from swarm_notebook import status_html
-from swarm_notebook.formatting import clean, format_runs, milliseconds, number, runs, text_table
+from swarm_notebook.formatting import (
+    clean,
+    format_runs,
+    milliseconds,
+    model_title,
+    number,
+    runs,
+    text_table,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,6 +76,11 @@ class SwarmStatus:
     servers: tuple[ServerRow, ...]
 
     @property
+    def title(self) -> str:
+        """The model's name, without the folder that it was read from."""
+        return model_title(self.model)
+
+    @property
     def servers_per_block(self) -> list[int]:
         """For each block, how many servers can be asked for it now."""
         counts = [0] * self.num_blocks
@@ -99,7 +112,7 @@ class SwarmStatus:
     def __repr__(self) -> str:
         rows = [[row.name, row.blocks, row.state, row.precision] for row in self.servers]
         table = text_table(["server", "blocks", "state", "dtype"], rows)
-        return "\n".join([f"{clean(self.model)}: {self.headline}", *table])
+        return "\n".join([f"{self.title}: {self.headline}", *table])
 
     def __str__(self) -> str:
         head = "server peer blocks state round-trip tokens/s dtype cache-left version note"
@@ -123,7 +136,7 @@ class SwarmStatus:
         )
         return "\n".join(
             [
-                f"{clean(self.model)}: {self.headline}",
+                f"{self.title}: {self.headline}",
                 *text_table(head.split(), rows),
                 f"servers per block: {per_block}",
             ]
@@ -156,6 +169,11 @@ class RouteTable:
     hops: tuple[RouteHop, ...]
 
     @property
+    def title(self) -> str:
+        """The model's name, without the folder that it was read from."""
+        return model_title(self.model)
+
+    @property
     def expected_ms(self) -> float:
         """Expected milliseconds per token, over all hops."""
         return sum(hop.expected_ms for hop in self.hops)
@@ -166,12 +184,12 @@ class RouteTable:
 
     def __repr__(self) -> str:
         way = " -> ".join(f"{clean(hop.name)} [{hop.blocks}]" for hop in self.hops)
-        return f"{clean(self.model)}: {way or 'no route'}"
+        return f"{self.title}: {way or 'no route'}"
 
     def __str__(self) -> str:
         rows = [[hop.blocks, hop.name, hop.peer_id, f"{hop.expected_ms:.1f}"] for hop in self.hops]
         table = text_table(["blocks", "server", "peer", "ms/token"], rows)
-        return "\n".join([f"{clean(self.model)}: {self.expected_ms:.1f} ms/token expected", *table])
+        return "\n".join([f"{self.title}: {self.expected_ms:.1f} ms/token expected", *table])
 
     def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
         return {"text/plain": repr(self), "text/html": status_html.route(self)}

@@ -74,7 +74,7 @@ STYLE = """<style>
 def status(facts: SwarmStatus) -> str:
     """The model's headline, its blocks, its servers."""
     kind = "sn-alarm" if facts.missing else "sn-dim"
-    head = _head(facts.model, f'<span class="{kind}">{escape(facts.headline)}</span>')
+    head = _head(facts.title, f'<span class="{kind}">{escape(facts.headline)}</span>')
     titles = ["server", "peer", "blocks", "state"]
     numbers = ["round trip", "tokens/s", "cache left"]
     rows = "".join(_server(row, facts.num_blocks) for row in facts.servers)
@@ -85,7 +85,7 @@ def status(facts: SwarmStatus) -> str:
 def route(facts: RouteTable) -> str:
     """The hops in order, each with its share of the blocks."""
     head = _head(
-        facts.model, f'<span class="sn-dim">{facts.expected_ms:.1f} ms per token expected</span>'
+        facts.title, f'<span class="sn-dim">{facts.expected_ms:.1f} ms per token expected</span>'
     )
     last = max((hop.end for hop in facts.hops), default=1)
     rows = "".join(

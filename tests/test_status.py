@@ -88,6 +88,13 @@ def test_data_frames(torn: SwarmStatus) -> None:
     assert frame["peer_id"][2] == PEERS[2]
 
 
+def test_a_model_read_from_a_folder_goes_by_the_folders_name() -> None:
+    status = SwarmStatus("/home/somebody/models/tiny", 1, ())
+    assert repr(status).startswith("tiny: 0 servers online, MISSING blocks 0:1")
+    assert "somebody" not in status._repr_mimebundle_()["text/html"]
+    assert SwarmStatus("org/tiny", 1, ()).title == "org/tiny"
+
+
 def test_route() -> None:
     hops = (RouteHop(0, 6, PEERS[0], "left", 2.5), RouteHop(6, 10, PEERS[1], "right", 4.0))
     route = RouteTable("tiny", hops)

@@ -1,0 +1,118 @@
+"""``%swarm`` in a real kernel, connected to real servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from kernel import Kernel
+
+from swarm_notebook import LocalSwarm
+
+ANSWER = "The capital of Germany is Berlin."
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Kernel]:
+    """A kernel with the extension, connected to nothing."""
+    with Kernel() as kernel:
+        kernel.run("%load_ext swarm_notebook")
+        yield kernel
+
+
+@pytest.fixture(scope="module")
+def connected(demo_swarm: LocalSwarm) -> Iterator[Kernel]:
+    """A kernel that has run ``%swarm connect`` to two servers with the demo model."""
+    with Kernel() as kernel:
+        kernel.run("%load_ext swarm_notebook")
+        result = kernel.run(
+            f"%swarm connect {' '.join(demo_swarm.initial_peers)} --model {demo_swarm.model}"
+        )
+        assert "2 servers online, all 30 blocks served" in result.stdout
+        yield kernel
+        kernel.run("%swarm disconnect")
+        assert (
+            kernel.value("[n for n in ('model', 'tokenizer', 'swarm') if n in globals()]") == "[]"
+        )
+
+
+def test_help_is_printed_and_nothing_exits(fresh: Kernel) -> None:
+    for line in ("%swarm", "%swarm help", "%swarm --help"):
+        assert "commands:" in fresh.run(line).stdout
+    for line in ("%swarm connect --help", "%swarm help connect"):
+        assert "--model MODEL" in fresh.run(line).stdout
+    assert "--raw" in fresh.run("%%swarm generate --help\ntext").stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("%swarm conect", "invalid choice: 'conect'"),
+        ("%swarm generate", "required: TEXT"),
+        ("%swarm generate -n many hello", "'many' is not a whole number"),
+        ("%swarm generate what's this", "double quotes"),
+        ("%swarm generate -o 1x hello", "'1x' is not a variable's name"),
+        ("%swarm connect --timeout never", "seconds above 0"),
+        ("%%swarm connect\nx", "invalid choice: 'connect'"),
+        ("%swarm status", "run %swarm connect first"),
+        ("%swarm connect nonsense", "AddressError: initial_peers: 'nonsense'"),
+        ("%swarm connect --model no/such/model", "ModelNotFound"),
+    ],
+)
+def test_wrong_use_is_one_line(fresh: Kernel, line: str, message: str) -> None:
+    result = fresh.finish(fresh.start(line))
+    assert message in result.stderr
+    assert "UsageError" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_tab_offers_commands_options_and_their_values(fresh: Kernel) -> None:
+    assert fresh.complete("%swarm ge") == ["generate"]
+    assert set(fresh.complete("%swarm ")) >= {"connect", "status", "route", "generate", "help"}
+    assert fresh.complete("%swarm connect --mo") == ["--model"]
+    assert fresh.complete("%swarm connect --dtype b") == ["bfloat16"]
+    assert fresh.complete("%%swarm ge") == ["generate"]
+    assert "--raw" in fresh.complete("%%swarm generate --ra")
+
+
+def test_connect_gives_an_ordinary_model(connected: Kernel) -> None:
+    connected.run("from transformers import LlamaForCausalLM")
+    assert connected.value("isinstance(model, LlamaForCausalLM)") == "True"
+    assert connected.value("swarm.model is model and swarm.tokenizer is tokenizer") == "True"
+
+
+def test_status_and_route(connected: Kernel) -> None:
+    status = connected.run("%swarm status")
+    assert "local-0  0:15    online" in status.plain
+    assert "sn-view" in status.displayed[-1]["text/html"]
+    assert "local-0 [0:15] -> local-1 [15:30]" in connected.run("%swarm route").plain
+    assert not connected.run("%swarm status -o seen").displayed
+    assert connected.value("list(seen.to_pandas()['name'])") == "['local-0', 'local-1']"
+
+
+def test_generate_streams_a_chat_answer_and_stores_it(connected: Kernel) -> None:
+    result = connected.run('%swarm generate "What is the capital of Germany?" -o answer')
+    assert result.stdout == ANSWER + "\n"
+    assert not result.displayed
+    assert connected.value("answer") == repr(ANSWER)
+
+
+def test_a_cell_as_the_prompt_raw(connected: Kernel) -> None:
+    result = connected.run("%%swarm generate --raw -n 2\nThe capital of France is")
+    assert result.stdout == " Paris.\n"
+
+
+def test_sampling_options_reach_the_model(connected: Kernel) -> None:
+    line = "%swarm generate --temperature 1.5 --seed {} -n 12 Tell me a story"
+    texts = [connected.run(line.format(seed)).stdout for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_interrupt_keeps_the_partial_text_and_the_model(connected: Kernel) -> None:
+    cell = connected.start('%swarm generate -n 400 -o part "Tell me a long story about the sea."')
+    assert connected.stdout_of(cell)
+    connected.manager.interrupt_kernel()
+    result = connected.finish(cell, timeout=10)
+    assert result.error == "KeyboardInterrupt"
+    assert connected.value("0 < len(part.split()) < 300") == "True"
+    assert ANSWER in connected.run('%swarm generate "What is the capital of Germany?"').stdout
