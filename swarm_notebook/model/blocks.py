@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from swarm_notebook.model.observed import refuse_writes
+
 if TYPE_CHECKING:
     from swarm_notebook.model.calls import Runner
 
@@ -37,6 +39,7 @@ class RemoteBlock(nn.Module):
     def attach(self, runner: Runner, index: int) -> None:
         """Make this the block ``index`` of the model that `runner` runs."""
         self._runner, self._index = runner, index
+        refuse_writes(index, self)
         self.register_state_dict_post_hook(_without_placeholders)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -20,17 +20,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
+from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.history import Pass
-from swarm_notebook.client.request import Request
-from swarm_notebook.errors import ContextTooLong, Unsupported
+from swarm_notebook.client.request import Outputs, Request
+from swarm_notebook.errors import Unsupported
+from swarm_notebook.model import inputs, observed
+from swarm_notebook.model.adapters import Adapters
+from swarm_notebook.model.autograd import SameTensor, Segment
 from swarm_notebook.model.cache import RemoteCache
-
-# Once asked for hidden states, transformers leaves its recording hooks on every layer for good;
-# they are idle in calls that do not ask.
-_RECORDING_HOOKS = "transformers.utils.output_capturing"
 
 
 @dataclass
@@ -38,49 +37,54 @@ class Call:
     """One run of the model's decoder, from its first block to its last."""
 
     cache: RemoteCache | None
-    stateless: bool
     position: int
     mask: torch.Tensor | None
     position_ids: torch.Tensor | None
-    wanted: set[int]
-    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    adapter: Adapter | None
+    seed: int | None
+    states: set[int]
+    inside: dict[int, list[tuple[str, nn.Module]]]
+    outputs: Outputs = field(default_factory=lambda: Outputs({}, {}))
     # The block to come, and the input that it gets if nobody changes anything.
     following: int = 0
-    expected: torch.Tensor | None = None
-    version: int = 0
+    expected: SameTensor | None = None
     blank: torch.Tensor | None = None
+    # Where gradients flow: the open piece of the segment, and its input.
+    segment: Segment | None = None
+    piece: int = 0
+    piece_input: torch.Tensor | None = None
 
     def continues(self, index: int, hidden: torch.Tensor) -> bool:
         """Whether block ``index`` is called with what was handed out for it."""
         return (
-            index == self.following and hidden is self.expected and hidden._version == self.version
+            index == self.following and self.expected is not None and self.expected.matches(hidden)
         )
 
-    def hand_out(self, index: int, like: torch.Tensor) -> torch.Tensor:
-        """The output of block ``index``, or a blank if it is not observed."""
-        output = self.outputs.pop(index, None)
-        if output is None:
-            if self.blank is None:
-                self.blank = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
-                self.blank = self.blank.expand(like.shape)
-            output = self.blank
-        self.following, self.expected, self.version = index + 1, output, output._version
-        return output
+    def is_blank(self, hidden: torch.Tensor) -> bool:
+        return self.blank is not None and hidden.data_ptr() == self.blank.data_ptr()
 
 
 class Runner:
-    """Runs the remote blocks of one model. Calls of different threads do not mix."""
+    """Runs the remote blocks of one model. Calls of different threads do not mix.
+
+    Attributes:
+        deep_prompts: trainable vectors ``[blocks, length, hidden]`` that are added to the first
+            positions of each block's input, or None.
+    """
 
     def __init__(
         self,
         connection: Connection,
         blocks: list[nn.Module],
+        adapters: Adapters,
         *,
         returns_tuple: bool,
         context_length: int | None,
     ):
-        self.connection, self.blocks = connection, blocks
+        self.connection, self.blocks, self.adapters = connection, blocks, adapters
         self.returns_tuple, self.context_length = returns_tuple, context_length
+        self.deep_prompts: torch.Tensor | None = None
+        self._inside: tuple[int, list[tuple[int, str, nn.Module]]] = (-1, [])
         self._local = threading.local()
 
     def __deepcopy__(self, memo: dict) -> Runner:
@@ -108,156 +112,181 @@ class Runner:
         if args:
             bound = signature.bind_partial(*args, **kwargs).arguments
             kwargs = {**bound.pop("kwargs", {}), **bound}
-        for name in ("output_attentions", "encoder_hidden_states"):
-            if kwargs.get(name) is not None and kwargs[name] is not False:
-                raise Unsupported(f"{name}: remote blocks return hidden states only")
+        inputs.refuse_unknown(kwargs)
         tokens = kwargs.get("inputs_embeds")
         tokens = kwargs.get("input_ids") if tokens is None else tokens
         if tokens is None or tokens.is_meta:
             return (), kwargs
+        rows, new = tokens.shape[:2]
         config: Any = decoder.config
-        use_cache = kwargs.get("use_cache")
-        cache = kwargs.get("past_key_values")
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = RemoteCache(self.connection, lazy=use_cache is None)
             kwargs["past_key_values"] = cache
-        self._check_cache(cache)
+        inputs.check_cache(cache, self.connection, rows)
+        position = 0 if cache is None else cache.length
+        inputs.check_length(position, new, self.context_length)
         states = kwargs.get("output_hidden_states")
         states = config.output_hidden_states if states is None else states
-        self._local.call = self._new_call(cache, tokens.shape[:2], kwargs, bool(states))
+        self._local.call = Call(
+            cache,
+            position,
+            inputs.new_mask(kwargs.get("attention_mask"), cache, new),
+            inputs.unusual_positions(kwargs.get("position_ids"), position),
+            self.adapters.current(self.blocks, thorough=position == 0),
+            self.adapters.dropout_seed(self.blocks),
+            observed.observed_boundaries(self.blocks, bool(states)),
+            observed.observed_inside(self._modules()),
+        )
         return (), kwargs
 
-    def _check_cache(self, cache: object) -> None:
-        if cache is None:
-            return
-        if not isinstance(cache, RemoteCache):
-            raise Unsupported(
-                f"past_key_values is a {type(cache).__name__}; remote blocks keep their keys and "
-                "values on the servers. Pass None, or what an earlier call of this model returned"
-            )
-        if cache.connection is not self.connection:
-            raise ValueError("past_key_values belongs to another connection; start without it")
-
-    def _new_call(
-        self, cache: RemoteCache | None, shape: tuple[int, int], kwargs: dict, states: bool
-    ) -> Call:
-        rows, new = shape
-        position = 0 if cache is None else cache.length
-        if self.context_length is not None and position + new > self.context_length:
-            raise ContextTooLong(
-                f"{position + new} tokens ({position} cached, {new} new) are more than the "
-                f"model's context of {self.context_length}; shorten the prompt"
-            )
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
-            raise Unsupported(
-                "attention_mask: remote blocks take a mask of shape [batch, length] only"
-            )
-        if cache is None:
-            mask = None if mask is None or mask.all() else mask.to("cpu", torch.uint8)
-        else:
-            if cache.length and cache.rows != rows:
-                raise ValueError(f"the batch has {rows} rows, past_key_values has {cache.rows}")
-            mask = cache.new_mask(mask, new)
-        return Call(
-            cache,
-            stateless=cache is None or (cache.lazy and position == 0),
-            position=position,
-            mask=mask,
-            position_ids=_unusual(kwargs.get("position_ids"), position),
-            wanted=self._observed(states),
-        )
-
-    def _observed(self, states: bool) -> set[int]:
-        """Blocks whose outputs somebody will look at: those around observed blocks."""
-        everywhere = states or torch_module._has_any_global_hook()
-        wanted: set[int] = set()
-        for index, block in enumerate(self.blocks):
-            if everywhere or _is_observed(block):
-                wanted.update((index - 1, index))
-        wanted.discard(-1)
-        return wanted
+    def _modules(self) -> list[tuple[int, str, nn.Module]]:
+        """All modules inside of blocks; PEFT changes them when it injects adapters."""
+        if self._inside[0] != self.adapters.injections:
+            self._inside = (self.adapters.injections, observed.modules_inside(self.blocks))
+        return self._inside[1]
 
     def _end(self, *_: Any) -> None:
         self._local.call = None
 
     def run(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """The output of block ``index``; the network is asked only when it must be."""
-        call: Call | None = getattr(self._local, "call", None)
         if hidden.is_meta or type(hidden).__name__ == "FakeTensor":
             return torch.empty_like(hidden)
+        call: Call | None = getattr(self._local, "call", None)
         if call is None:
             return self._run_alone(index, hidden, kwargs)
         if not call.continues(index, hidden):
-            if call.blank is not None and hidden.data_ptr() == call.blank.data_ptr():
+            if call.is_blank(hidden):
                 raise Unsupported(
                     f"the model changes hidden states between blocks {index - 1} and {index} "
                     "outside of any hook; register a forward hook on that block"
                 )
             self._fetch(call, index, hidden)
-        output = call.hand_out(index, hidden)
+        elif call.piece == index:
+            # The same values, but perhaps wrapped anew: the graph must follow the wrapping.
+            call.piece_input = hidden
+        for name, module in call.inside.get(index, ()):
+            observed.deliver(f"block {index}.{name}", module, call.outputs.inner[index, name])
+        output = self._hand_out(call, index, hidden)
         if index == len(self.blocks) - 1 and call.cache is not None:
             call.cache.advance(hidden.shape[0], hidden.shape[1], call.mask)
         return output
 
+    def _hand_out(self, call: Call, index: int, like: torch.Tensor) -> torch.Tensor:
+        """The output of block ``index``, or a blank if it is not observed."""
+        output = call.outputs.states.pop(index, None)
+        if output is None:
+            if call.blank is None:
+                blank = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
+                call.blank = blank.expand(like.shape)
+            output = call.blank
+        elif call.segment is not None and call.piece_input is not None:
+            prompts = self._prompts(call.piece, index + 1)
+            output = call.segment.node(call.piece, index + 1, call.piece_input, prompts, output)
+            call.piece, call.piece_input = index + 1, output
+        call.following, call.expected = index + 1, SameTensor(output)
+        return output
+
+    def _prompts(self, start: int, end: int) -> torch.Tensor | None:
+        prompts = self.deep_prompts
+        return None if prompts is None else prompts[start:end, None]
+
+    def _wants_gradients(self, hidden: torch.Tensor) -> bool:
+        prompts = self.deep_prompts
+        return torch.is_grad_enabled() and (
+            hidden.requires_grad
+            or self.adapters.trains
+            or (prompts is not None and prompts.requires_grad)
+        )
+
     def _fetch(self, call: Call, index: int, hidden: torch.Tensor) -> None:
         """Ask the chain from block ``index`` on."""
-        if index > call.following and not call.stateless:
+        gradients = self._wants_gradients(hidden)
+        cache = call.cache
+        if cache is not None and call.position and gradients:
+            raise Unsupported(
+                "gradients through cached keys and values: call the model without "
+                "past_key_values, or under torch.no_grad()"
+            )
+        stateless = cache is None or (call.position == 0 and (cache.lazy or gradients))
+        if index > call.following and not stateless:
             raise Unsupported(
                 f"block {call.following} was skipped, so it has no keys and values for these "
                 "tokens; pass use_cache=False to run without some blocks"
             )
-        sent = hidden.detach().clone() if hidden.device.type == "cpu" else hidden.detach().cpu()
-        states = sorted(block for block in call.wanted if block >= index)
-        if call.cache is not None:
-            session = call.cache.session
-            if index == 0:
-                new = Pass(call.position, hidden.shape[1], {0: sent}, {}, call.mask)
-                new.position_ids = call.position_ids
-                session.begin(new)
-            else:
-                session.edit(index, sent)
-        if call.stateless or call.cache is None:
-            last = len(self.blocks)
-            request = Request(index, last, sent, 0, None, call.mask, call.position_ids, states)
-            outputs, _ = self.connection.forward(request)
+        request = self._request(call, index, hidden)
+        if cache is not None:
+            self._remember(call, cache, request)
+        call.segment = None
+        if cache is None or stateless:
+            call.outputs, trails = self.connection.forward(request, keep=gradients)
+            if gradients:
+                weights = self.adapters.parameters if call.adapter else {}
+                call.segment = Segment(self.connection, request, trails, weights)
+                call.piece, call.piece_input = index, hidden
         else:
-            outputs = self.connection.step(call.cache.session, index, states)
-        call.outputs = {block: output.to(hidden.device) for block, output in outputs.states.items()}
+            states, inner = request.states, request.inner
+            call.outputs = self.connection.step(cache.session, index, states, inner)
+        received = call.outputs.states
+        for block, state in received.items():
+            received[block] = state.to(hidden.device)
+
+    def _request(self, call: Call, index: int, hidden: torch.Tensor) -> Request:
+        prompts = self._prompts(index, len(self.blocks))
+        return Request(
+            index,
+            len(self.blocks),
+            # A copy: hooks may write into the tensor that the model holds.
+            hidden.detach().to("cpu", copy=True),
+            call.position,
+            mask=call.mask,
+            position_ids=call.position_ids,
+            states=sorted(block for block in call.states if block >= index),
+            prompts=None if prompts is None else prompts.detach().to("cpu", hidden.dtype),
+            adapter=call.adapter,
+            inner=[
+                (block, name)
+                for block, modules in call.inside.items()
+                if block >= index
+                for name, _ in modules
+            ],
+            seed=call.seed,
+        )
+
+    def _remember(self, call: Call, cache: RemoteCache, request: Request) -> None:
+        """Note the input in the session's history, from which caches are rebuilt."""
+        session = cache.session
+        if request.start:
+            session.edit(request.start, request.hidden)
+            return
+        session.adapter, session.prompts = request.adapter, request.prompts
+        session.begin(
+            Pass(
+                call.position,
+                request.hidden.shape[1],
+                {0: request.hidden},
+                mask=call.mask,
+                position_ids=call.position_ids,
+            )
+        )
 
     def _run_alone(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """A block that is called by itself, outside of the model's own forward."""
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if mask is not None or cache is not None:
+        if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
             raise Unsupported(
                 f"block {index} was called by itself with a mask or a cache; call the model, or "
                 "the block with hidden states and position_ids only"
             )
-        ids = _unusual(kwargs.get("position_ids"), 0)
-        request = Request(index, index + 1, hidden.detach().cpu(), 0, None, None, ids)
-        outputs, _ = self.connection.forward(request)
-        return outputs.states[index].to(hidden.device)
-
-
-def _is_observed(block: nn.Module) -> bool:
-    if block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks:
-        return True
-    if "forward" in block.__dict__:
-        return True
-    return any(
-        getattr(hook, "__module__", "") != _RECORDING_HOOKS
-        for hook in block._forward_hooks.values()
-    )
-
-
-def _unusual(position_ids: torch.Tensor | None, position: int) -> torch.Tensor | None:
-    """Position ids that differ from a plain count from ``position`` on, else None."""
-    if position_ids is None:
-        return None
-    if position_ids.dim() != 2:
-        raise Unsupported(
-            f"position_ids of shape {list(position_ids.shape)}: remote blocks take [batch, length]"
-        )
-    ids = position_ids.detach().to("cpu", torch.int64)
-    plain = torch.arange(position, position + ids.shape[1])
-    return None if bool((ids == plain).all()) else ids
+        ids = inputs.unusual_positions(kwargs.get("position_ids"), 0)
+        adapter = self.adapters.current(self.blocks, thorough=True)
+        sent = hidden.detach().to("cpu", copy=True)
+        request = Request(index, index + 1, sent, 0, position_ids=ids, adapter=adapter)
+        gradients = self._wants_gradients(hidden)
+        outputs, trails = self.connection.forward(request, keep=gradients)
+        output = outputs.states[index].to(hidden.device)
+        if not gradients:
+            return output
+        weights = self.adapters.parameters if adapter else {}
+        segment = Segment(self.connection, request, trails, weights)
+        return segment.node(index, index + 1, hidden, None, output)

@@ -10,6 +10,7 @@ import torch
 from swarm_notebook.checkpoint.partial import load_edges
 from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.errors import Unsupported
+from swarm_notebook.model.adapters import Adapters
 from swarm_notebook.model.blocks import remote_class
 from swarm_notebook.model.cache import RemoteCache
 from swarm_notebook.model.calls import Runner
@@ -75,8 +76,14 @@ def build(source: ModelSource, connection: Connection, dtype: torch.dtype) -> Pr
     model: Any = loaded
     model.__class__ = _remote_model_class(type(loaded))  # type: ignore[arg-type]
     blocks: list[Any] = list(info.layers)
-    context = getattr(model.config, "max_position_embeddings", None)
-    runner = Runner(connection, blocks, returns_tuple=info.returns_tuple, context_length=context)
+    prefix = next(name for name, module in loaded.named_modules() if module is info.layers)
+    runner = Runner(
+        connection,
+        blocks,
+        Adapters(connection, loaded, prefix),
+        returns_tuple=info.returns_tuple,
+        context_length=getattr(model.config, "max_position_embeddings", None),
+    )
     for index, block in enumerate(blocks):
         block.__class__ = remote_class(type(block))  # type: ignore[arg-type]
         block.attach(runner, index)

@@ -1,0 +1,160 @@
+"""Gradients through remote blocks: one autograd node per observed stretch, one trip for all.
+
+A *segment* is what one request computed: blocks from where it was asked to the end. It is cut
+into *pieces* at the observed boundaries, and each piece is one node of the autograd graph, so
+that gradients at intermediate states exist (``retain_grad``, tensor hooks, auxiliary losses).
+
+Backward mirrors forward. The first node that autograd calls is the last piece; it asks the swarm
+for the gradients at all boundaries of its segment at once. An earlier piece then hands out what
+came with them **if the gradient it is given is the very tensor that the piece behind it returned,
+unchanged**. If something was added or scaled in between, it asks again from there. So plain
+training costs one trip each way however many blocks are observed, and every other use is exact.
+
+Gradients of gradients are not supported and raise, instead of being silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from swarm_notebook.client.backward import Gradients
+from swarm_notebook.client.connection import Connection
+from swarm_notebook.client.forward import Trail
+from swarm_notebook.client.request import Request
+
+Weights = Mapping[int, Mapping[str, torch.nn.Parameter]]
+
+
+class SameTensor:
+    """Recognises a tensor that was handed out, if its memory still holds the same values.
+
+    Torch may wrap it anew on the way (full backward hooks do); an alias shares the version.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.version = tensor, tensor._version
+
+    def matches(self, other: torch.Tensor) -> bool:
+        mine = self.tensor
+        if other is not mine and (
+            other.data_ptr() != mine.data_ptr()
+            or other.shape != mine.shape
+            or other.stride() != mine.stride()
+            or other.dtype != mine.dtype
+        ):
+            return False
+        return other._version == mine._version == self.version
+
+
+class Segment:
+    """One request's forward pass, and the gradients that were fetched through it."""
+
+    def __init__(
+        self, connection: Connection, request: Request, trails: Sequence[Trail], weights: Weights
+    ):
+        self._connection, self._request, self._trails = connection, request, trails
+        self._weights = weights
+        self._starts: list[int] = []
+        self._handed_out: dict[int, SameTensor] = {}
+        self._fetched: Gradients | None = None
+
+    def node(
+        self,
+        start: int,
+        end: int,
+        hidden: torch.Tensor,
+        prompts: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attach ``output`` of blocks ``[start, end)`` to the graph, as made from ``hidden``."""
+        self._starts.append(start)
+        names, parameters = self._trainable(start, end)
+        stretch = _Stretch(self, start, end, names)
+        return _Piece.apply(stretch, output, hidden, prompts, *parameters)
+
+    def _trainable(self, start: int, end: int) -> tuple[list[str], list[torch.nn.Parameter]]:
+        named = {
+            name: parameter
+            for block in range(start, end)
+            for name, parameter in self._weights.get(block, {}).items()
+            if parameter.requires_grad
+        }
+        return list(named), list(named.values())
+
+    def gradients(self, start: int, end: int, grad: torch.Tensor) -> Gradients:
+        """What blocks ``[start, end)`` make of ``grad``, the gradient of their output."""
+        expected = self._handed_out.get(end - 1)
+        if self._fetched is None or expected is None or not expected.matches(grad):
+            inner = [first - 1 for first in self._starts if self._request.start < first < end]
+            sent = grad.detach().cpu().to(self._request.hidden.dtype)
+            self._fetched = self._connection.backward(
+                replace(self._request, end=end, prompts=self._prompts(end)),
+                self._trails,
+                sent,
+                inner,
+            )
+            states = {
+                block: state.to(grad.device, grad.dtype)
+                for block, state in self._fetched.states.items()
+            }
+            self._fetched.states = states
+            self._handed_out = {block: SameTensor(state) for block, state in states.items()}
+        return self._fetched
+
+    def _prompts(self, end: int) -> torch.Tensor | None:
+        prompts = self._request.prompts
+        return None if prompts is None else prompts[: end - self._request.start]
+
+    def input_gradient(self, start: int, fetched: Gradients) -> torch.Tensor:
+        """The gradient of a piece's input among what was fetched."""
+        return fetched.input if start == self._request.start else fetched.states[start - 1]
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Blocks ``[start, end)`` of a segment, and the names of their trainable parameters."""
+
+    segment: Segment
+    start: int
+    end: int
+    names: list[str]
+
+
+class _Piece(torch.autograd.Function):
+    """Hands out a prefetched output; its backward hands out prefetched gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stretch: _Stretch,
+        output: torch.Tensor,
+        hidden: torch.Tensor,
+        *prompts_and_parameters: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.stretch = stretch
+        parameters = [one for one in prompts_and_parameters[1:] if one is not None]
+        ctx.devices = [hidden.device, *(parameter.device for parameter in parameters)]
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        stretch: _Stretch = ctx.stretch
+        start, end = stretch.start, stretch.end
+        fetched = stretch.segment.gradients(start, end, grad)
+        hidden = stretch.segment.input_gradient(start, fetched).to(ctx.devices[0], grad.dtype)
+        prompts = None
+        if fetched.prompts:
+            # One row of prompts serves the whole batch.
+            prompts = torch.stack([fetched.prompts[block] for block in range(start, end)])
+            prompts = prompts.sum(1, keepdim=True)
+        weights = [
+            fetched.weights[name].to(device) if name in fetched.weights else None
+            for name, device in zip(stretch.names, ctx.devices[1:], strict=True)
+        ]
+        return None, None, hidden, prompts, *weights

@@ -1,0 +1,69 @@
+"""What the model's caller passed, in the form in which it travels, or a clear refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from swarm_notebook.client.connection import Connection
+from swarm_notebook.errors import ContextTooLong, Unsupported
+from swarm_notebook.model.cache import RemoteCache
+
+
+def refuse_unknown(kwargs: Mapping[str, Any]) -> None:
+    """Refuse what remote blocks cannot give."""
+    for name in ("output_attentions", "encoder_hidden_states"):
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise Unsupported(f"{name}: remote blocks return hidden states only")
+
+
+def check_cache(cache: object, connection: Connection, rows: int) -> None:
+    """Refuse a cache that is not this model's, or not this batch's."""
+    if cache is None:
+        return
+    if not isinstance(cache, RemoteCache):
+        raise Unsupported(
+            f"past_key_values is a {type(cache).__name__}; remote blocks keep their keys and "
+            "values on the servers. Pass None, or what an earlier call of this model returned"
+        )
+    if cache.connection is not connection:
+        raise ValueError("past_key_values belongs to another connection; start without it")
+    if cache.length and cache.rows != rows:
+        raise ValueError(f"the batch has {rows} rows, past_key_values has {cache.rows}")
+
+
+def check_length(position: int, new: int, context: int | None) -> None:
+    """Refuse more tokens than the model has positions."""
+    if context is not None and position + new > context:
+        raise ContextTooLong(
+            f"{position + new} tokens ({position} cached, {new} new) are more than the model's "
+            f"context of {context}; shorten the prompt"
+        )
+
+
+def new_mask(mask: object, cache: RemoteCache | None, new: int) -> torch.Tensor | None:
+    """The attention mask of the new tokens, uint8, or None if nothing is masked."""
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        raise Unsupported("attention_mask: remote blocks take a mask of shape [batch, length] only")
+    if cache is not None:
+        return cache.new_mask(mask, new)
+    if mask is None or bool(mask.all()):
+        return None
+    if mask.shape[1] != new:
+        raise ValueError(f"attention_mask has length {mask.shape[1]}, the input has {new} tokens")
+    return mask.detach().to("cpu", torch.uint8)
+
+
+def unusual_positions(position_ids: torch.Tensor | None, position: int) -> torch.Tensor | None:
+    """Position ids that differ from a plain count from ``position`` on, else None."""
+    if position_ids is None:
+        return None
+    if position_ids.dim() != 2:
+        raise Unsupported(
+            f"position_ids of shape {list(position_ids.shape)}: remote blocks take [batch, length]"
+        )
+    ids = position_ids.detach().to("cpu", torch.int64)
+    plain = torch.arange(position, position + ids.shape[1])
+    return None if bool((ids == plain).all()) else ids
