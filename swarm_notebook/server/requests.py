@@ -8,7 +8,6 @@ cache has) is checked in `session`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,7 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol, tensors
-from swarm_notebook.server import fields
-
-MAX_ROWS = 4096
-MAX_TENSORS = 8
-
-_MASK_DTYPES = (torch.uint8, torch.bool, torch.int64, torch.int32)
+from swarm_notebook.server import fields, slots
 
 
 @dataclass(frozen=True)
@@ -96,11 +90,11 @@ def parse_forward(
 ) -> Forward:
     """A forward request: ``[hidden, prompts, attention mask, position ids]``."""
     blocks = parse_blocks(uid, limits)
-    slots = _slots(packed)
-    request = Forward(blocks, _hidden(slots[0], limits))
+    found = slots.unpack(packed)
+    request = Forward(blocks, slots.hidden(found[0], limits))
     _check_size(request, limits)
-    request.prompts = _prompts(slots[1], request, limits)
-    _read_common(request, slots[2], slots[3], metadata, limits)
+    request.prompts = slots.prompts(found[1], request, limits)
+    _read_common(request, found[2], found[3], metadata, limits)
     return request
 
 
@@ -117,74 +111,17 @@ def parse_step(
     repeated = previous if not message.uid else None
     blocks = repeated or parse_blocks(message.uid, limits)
     metadata = protocol.unpack_metadata(message.metadata)
-    slots = _slots(message.tensors)
-    request = Step(blocks, _hidden(slots[0], limits))
-    request.prompts = _prompts(slots[1], request, limits)
-    request.row_ids = _row_ids(slots[2], request)
-    _read_common(request, slots[3], slots[4], metadata, limits)
+    found = slots.unpack(message.tensors)
+    request = Step(blocks, slots.hidden(found[0], limits))
+    request.prompts = slots.prompts(found[1], request, limits)
+    request.row_ids = slots.row_ids(found[2], request)
+    _read_common(request, found[3], found[4], metadata, limits)
     request.position = fields.integer(metadata, "start_from_position")
     request.step_id = fields.text(metadata, "step_id")
     request.alloc_timeout = fields.seconds(metadata, "alloc_timeout")
     fields.integer(metadata, "max_length")  # Petals reserves by it; our cache grows as needed
     fields.text(metadata, "session_id")
     return request
-
-
-def _slots(packed: Sequence[runtime_pb2.Tensor]) -> list[torch.Tensor | None]:
-    """The tensors by position, None for unused ones."""
-    if not 1 <= len(packed) <= MAX_TENSORS:
-        raise BadRequest(f"a request has {len(packed)} tensors, expected 1 to {MAX_TENSORS}")
-    slots: list[torch.Tensor | None] = []
-    for message in packed:
-        tensor = tensors.unpack(message)
-        slots.append(None if protocol.is_dummy(tensor) else tensor)
-    return slots + [None] * (5 - len(slots))
-
-
-def _hidden(tensor: torch.Tensor | None, limits: Limits) -> torch.Tensor:
-    if tensor is None or tensor.dim() != 3 or tensor.shape[2] != limits.hidden_size:
-        found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
-        raise BadRequest(
-            f"hidden states: {found}, expected [rows, positions, {limits.hidden_size}]"
-        )
-    rows = tensor.shape[0]
-    if not 1 <= rows <= MAX_ROWS:
-        raise BadRequest(f"hidden states: {rows} rows, expected 1 to {MAX_ROWS}")
-    _check_values("hidden states", tensor)
-    return tensor
-
-
-def _prompts(tensor: torch.Tensor | None, request: Forward, limits: Limits) -> torch.Tensor | None:
-    if tensor is None:
-        return None
-    blocks = request.blocks[1] - request.blocks[0]
-    if (
-        tensor.dim() != 4
-        or tensor.shape[0] != blocks
-        or tensor.shape[1] not in (1, request.rows)
-        or tensor.shape[2] > request.length
-        or tensor.shape[3] != limits.hidden_size
-    ):
-        raise BadRequest(
-            f"prompts: shape {list(tensor.shape)}, expected [{blocks}, 1 or {request.rows}, "
-            f"up to {request.length}, {limits.hidden_size}]"
-        )
-    _check_values("prompts", tensor)
-    return tensor
-
-
-def _row_ids(tensor: torch.Tensor | None, request: Forward) -> list[int] | None:
-    if tensor is None:
-        return None
-    if tensor.dtype not in (torch.int64, torch.int32) or tensor.shape != (request.rows,):
-        raise BadRequest(
-            f"hypo_ids: {tensor.dtype} of shape {list(tensor.shape)}, "
-            f"expected int64 [{request.rows}]"
-        )
-    ids: list[int] = tensor.tolist()
-    if min(ids) < 0:
-        raise BadRequest(f"hypo_ids: row {min(ids)} does not exist")
-    return ids
 
 
 def _read_common(
@@ -196,46 +133,15 @@ def _read_common(
 ) -> None:
     """Fill in what forward requests and steps have in common."""
     if mask is not None:
-        request.attention_mask = _mask(mask, request)
+        request.attention_mask = slots.mask(mask, request)
     if position_ids is not None:
-        request.position_ids = _position_ids(position_ids, request, limits)
+        request.position_ids = slots.position_ids(position_ids, request, limits)
     request.states = fields.states(metadata.get("states"), request.blocks)
     request.compression = fields.compression(metadata.get("output_compression"))
     if adapter := metadata.get("active_adapter"):
         raise BadRequest(
             f"active_adapter: {str(adapter)[: fields.MAX_TEXT]!r}, but this server has no adapters"
         )
-
-
-def _mask(tensor: torch.Tensor, request: Forward) -> torch.Tensor:
-    expected = (request.rows, request.length)
-    if tensor.dtype not in _MASK_DTYPES or tensor.shape != expected:
-        raise BadRequest(
-            f"attention mask: {tensor.dtype} of shape {list(tensor.shape)}, expected uint8 "
-            f"{list(expected)} for the new positions"
-        )
-    mask = tensor.to(torch.int64)
-    if mask.numel() and not 0 <= int(mask.min()) <= int(mask.max()) <= 1:
-        raise BadRequest("attention mask: a value is neither 0 nor 1")
-    return mask
-
-
-def _position_ids(tensor: torch.Tensor, request: Forward, limits: Limits) -> torch.Tensor:
-    if (
-        tensor.dtype not in (torch.int64, torch.int32)
-        or tensor.dim() != 2
-        or tensor.shape[0] not in (1, request.rows)
-        or tensor.shape[1] != request.length
-    ):
-        raise BadRequest(
-            f"position ids: {tensor.dtype} of shape {list(tensor.shape)}, "
-            f"expected int64 [1 or {request.rows}, {request.length}]"
-        )
-    top = limits.context or fields.MAX_COUNT
-    # OPT counts padding as -1.
-    if tensor.numel() and not -1 <= int(tensor.min()) <= int(tensor.max()) < top:
-        raise BadRequest(f"position ids: a value is outside [-1, {top})")
-    return tensor.to(torch.int64)
 
 
 def _check_size(request: Forward, limits: Limits) -> None:
@@ -248,11 +154,3 @@ def _check_size(request: Forward, limits: Limits) -> None:
             f"hidden states: {request.rows} rows of {request.length} positions, "
             f"at most {limits.tokens} tokens are taken in one request; send fewer rows at a time"
         )
-
-
-def _check_values(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise BadRequest(f"{name}: dtype {tensor.dtype}, expected floating point")
-    # The largest magnitude is NaN or infinite if any value is: one pass, no mask in memory.
-    if tensor.numel() and not math.isfinite(float(tensor.abs().max())):
-        raise BadRequest(f"{name}: a value is NaN or infinite")
