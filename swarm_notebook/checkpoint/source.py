@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint import hub
+from swarm_notebook.checkpoint import demo, hub
+from swarm_notebook.checkpoint.gguf import GgufWeights
 from swarm_notebook.checkpoint.weights import Weights
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
@@ -116,17 +118,26 @@ class ModelSource:
 
         if self.path is None:
             return weights.from_repository(self.name)
+        if self.is_gguf:
+            return GgufWeights(self.path, self.config())
         return weights.from_folder(self.path)
 
 
-def resolve(model: str | os.PathLike[str] | None) -> ModelSource:
+def resolve(
+    model: str | os.PathLike[str] | None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> ModelSource:
     """Find `model`: a folder, a ``.gguf`` file, or a Hub id; None is the demo model.
+
+    :param progress: called with (bytes done, bytes in all) while the demo model is converted,
+        which happens once and takes some seconds.
 
     Raises:
         ModelNotFound: with what was looked for, what was found, and what to do.
     """
-    if model is None:
-        raise NotImplementedError
+    if model is None or model == demo.DEMO_NAME:
+        return _demo(progress)
     text = os.fspath(model)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -138,6 +149,13 @@ def resolve(model: str | os.PathLike[str] | None) -> ModelSource:
     raise ModelNotFound(
         f"model {text!r}: no such folder or file, and not the form of a Hub id (organisation/name)"
     )
+
+
+def _demo(progress: Callable[[int, int], None] | None) -> ModelSource:
+    try:
+        return _repository(demo.DEMO_REPOSITORY)
+    except ModelNotFound:
+        return _folder(demo.demo_model(progress))
 
 
 def _folder(path: Path) -> ModelSource:
