@@ -39,6 +39,13 @@ def text(metadata: dict[str, Any], name: str) -> str | None:
     return value
 
 
+def flag(metadata: dict[str, Any], name: str) -> bool:
+    value = metadata.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest(f"{name}: {str(value)[:MAX_TEXT]!r}, expected true or false")
+    return bool(value)
+
+
 def states(value: Any, blocks: tuple[int, int]) -> tuple[int, ...]:
     if value is None:
         return ()
@@ -55,11 +62,11 @@ def states(value: Any, blocks: tuple[int, int]) -> tuple[int, ...]:
 
 
 def compression(value: Any) -> int:
-    """The first of Petals' tuple of compressions of the outputs."""
+    """The first of Petals' tuple of compressions of the outputs (backward: one or two)."""
     if value is None:
         return tensors.NONE
     known = (tensors.NONE, tensors.FLOAT16)
-    if not isinstance(value, (list, tuple)) or len(value) != 1 or value[0] not in known:
+    if not isinstance(value, (list, tuple)) or len(value) not in (1, 2) or value[0] not in known:
         raise BadRequest(
             f"output_compression: {str(value)[:MAX_TEXT]}, expected one of {list(known)}"
         )

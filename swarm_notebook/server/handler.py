@@ -1,4 +1,4 @@
-"""The RPCs of a server, under Petals' names: who it is, forward passes, inference sessions.
+"""The RPCs of a server, under Petals' names: who it is, passes forward and back, sessions.
 
 Everything that a request may do wrong ends as a typed error of that request alone: an error frame
 on a stream, an error text on a unary call. Unary answers are bounded (see
@@ -22,15 +22,18 @@ from swarm_notebook import __version__
 from swarm_notebook.errors import BadRequest, ShuttingDown, to_wire
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream, add_stream_handler
+from swarm_notebook.server import exchange
 from swarm_notebook.server.compute import ComputeThread
+from swarm_notebook.server.engine import Engine
 from swarm_notebook.server.memory import CachePool
-from swarm_notebook.server.requests import Forward, Limits, parse_blocks, parse_forward
+from swarm_notebook.server.requests import Limits, parse_backward, parse_blocks, parse_forward
 from swarm_notebook.server.session import InferenceSession
 from swarm_notebook.server.span import Span
 
 logger = logging.getLogger(__name__)
 
 MIN_FRAME_BYTES = 64 << 20
+TIDY_SECONDS = 10.0
 _SCHEMA_TOKENS = 2048
 
 
@@ -47,8 +50,10 @@ class _WireError(Exception):
 class Handler:
     """Answers requests for a span; knows the sessions that are open."""
 
-    def __init__(self, span: Span, limits: Limits, pool: CachePool, compute: ComputeThread):
-        self._span, self._limits = span, limits
+    def __init__(
+        self, span: Span, limits: Limits, pool: CachePool, compute: ComputeThread, engine: Engine
+    ):
+        self._span, self._limits, self._engine = span, limits, engine
         self._pool, self._compute = pool, compute
         self._sessions: set[InferenceSession] = set()
         self._running: set[asyncio.Task[Any]] = set()
@@ -60,16 +65,24 @@ class Handler:
         streams = {
             protocol.RPC_INFERENCE: self._inference,
             protocol.RPC_FORWARD_STREAM: self._forward_stream,
+            protocol.RPC_BACKWARD_STREAM: self._backward_stream,
         }
         for name, stream_handler in streams.items():
             await add_stream_handler(p2p, name, self._tracked(stream_handler), frame)
         unary = {
             protocol.RPC_INFO: (self._info, runtime_pb2.ExpertUID),
             protocol.RPC_FORWARD: (self._forward, runtime_pb2.ExpertRequest),
+            protocol.RPC_BACKWARD: (self._backward, runtime_pb2.ExpertRequest),
         }
         for name, (handler, kind) in unary.items():
             # Below P2P.add_protobuf_handler, which would parse the bytes outside our reach.
             await p2p._client.add_unary_handler(name, self._tracked(_unary(handler, kind)))
+
+    async def keep_tidy(self) -> None:
+        """Let go of what notebooks left behind and no longer use; runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(TIDY_SECONDS)
+            await self._compute.submit(self._engine.expire).future
 
     async def leave(self, seconds: float) -> None:
         """Take no more requests; give those in flight up to ``seconds`` to be answered."""
@@ -90,7 +103,7 @@ class Handler:
         finally:
             self._sessions.discard(session)
 
-    async def _info(self, request: runtime_pb2.ExpertUID) -> runtime_pb2.ExpertInfo:
+    async def _info(self, request: runtime_pb2.ExpertUID, _peer: PeerID) -> runtime_pb2.ExpertInfo:
         info: dict[str, Any] = {
             "version": __version__,
             "dht_client_mode": False,
@@ -104,46 +117,42 @@ class Handler:
             info.update(_schemas(self._limits.hidden_size, self._span.dtype))
         return runtime_pb2.ExpertInfo(serialized_info=protocol.pack_metadata(info))
 
-    async def _forward(self, message: runtime_pb2.ExpertRequest) -> runtime_pb2.ExpertResponse:
+    async def _forward(
+        self, message: runtime_pb2.ExpertRequest, peer: PeerID
+    ) -> runtime_pb2.ExpertResponse:
+        return _unary_answer(await self._run_forward(message, peer), "rpc_forward_stream")
+
+    async def _backward(
+        self, message: runtime_pb2.ExpertRequest, peer: PeerID
+    ) -> runtime_pb2.ExpertResponse:
+        return _unary_answer(await self._run_backward(message, peer), "rpc_backward_stream")
+
+    async def _forward_stream(self, stream: Stream, peer: PeerID) -> None:
+        self._check_open()
+        message = await exchange.receive(stream, stream.max_frame)
+        await exchange.send(stream, await self._run_forward(message, peer, stream))
+
+    async def _backward_stream(self, stream: Stream, peer: PeerID) -> None:
+        self._check_open()
+        # Two tensors of the size of one in a forward request.
+        message = await exchange.receive(stream, 2 * stream.max_frame)
+        await exchange.send(stream, await self._run_backward(message, peer, stream))
+
+    async def _run_forward(
+        self, message: runtime_pb2.ExpertRequest, peer: PeerID, stream: Stream | None = None
+    ) -> list[runtime_pb2.Tensor]:
         metadata = protocol.unpack_metadata(message.metadata)
         request = parse_forward(message.uid, message.tensors, metadata, self._limits)
-        answer = runtime_pb2.ExpertResponse(tensors=await self._compute_forward(request))
-        if answer.ByteSize() > protocol.MAX_UNARY_BYTES:
-            raise BadRequest(
-                f"the answer has {answer.ByteSize()} bytes, a unary call carries "
-                f"{protocol.MAX_UNARY_BYTES}; use rpc_forward_stream"
-            )
-        return answer
+        job = self._compute.submit(self._engine.forward, peer.to_base58(), request)
+        return exchange.pack(await exchange.result(job, stream), request.compression)
 
-    async def _forward_stream(self, stream: Stream, _peer: PeerID) -> None:
-        self._check_open()
-        parts: list[runtime_pb2.Tensor] = []
-        received, first = 0, None
-        while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
-            first = first or message
-            parts.extend(message.tensors)
-            received += message.ByteSize()
-            if received > stream.max_frame:
-                raise BadRequest(
-                    f"a request of more than {stream.max_frame} bytes; send fewer rows at a time"
-                )
-        if first is None:
-            raise BadRequest("the stream ended before a request")
-        metadata = protocol.unpack_metadata(first.metadata)
-        request = parse_forward(first.uid, tensors.join(parts), metadata, self._limits)
-        for output in await self._compute_forward(request):
-            for part in tensors.split(output, protocol.PART_BYTES):
-                await stream.send(runtime_pb2.ExpertResponse(tensors=[part]))
-        await stream.send_end()
-
-    async def _compute_forward(self, request: Forward) -> list[runtime_pb2.Tensor]:
-        job = self._compute.submit(_run_forward, self._span, request)
-        try:
-            outputs: list[torch.Tensor] = await job.future
-        except asyncio.CancelledError:
-            job.cancel()
-            raise
-        return [tensors.pack(output, request.compression) for output in outputs]
+    async def _run_backward(
+        self, message: runtime_pb2.ExpertRequest, peer: PeerID, stream: Stream | None = None
+    ) -> list[runtime_pb2.Tensor]:
+        metadata = protocol.unpack_metadata(message.metadata)
+        request = parse_backward(message.uid, message.tensors, metadata, self._limits)
+        job = self._compute.submit(self._engine.backward, peer.to_base58(), request)
+        return exchange.pack(await exchange.result(job, stream), request.compression)
 
     def _check_open(self) -> None:
         if self._leaving:
@@ -163,7 +172,7 @@ class Handler:
 
 
 def _unary(
-    handler: Callable[[Any], Awaitable[Message]], kind: type[Message]
+    handler: Callable[[Any, PeerID], Awaitable[Message]], kind: type[Message]
 ) -> Callable[[bytes, PeerID], Awaitable[bytes]]:
     """A handler of bytes, as hivemind's control connection wants it."""
 
@@ -173,7 +182,7 @@ def _unary(
                 request = kind.FromString(data)
             except DecodeError as error:
                 raise BadRequest(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
-            return (await handler(request)).SerializeToString()
+            return (await handler(request, peer)).SerializeToString()
         except Exception as error:
             logger.info("a request of %s failed: %s", peer, error, exc_info=not _typed(error))
             raise _WireError(error) from error
@@ -185,15 +194,14 @@ def _typed(error: Exception) -> bool:
     return isinstance(error, (BadRequest, ShuttingDown))
 
 
-def _run_forward(span: Span, request: Forward) -> list[torch.Tensor]:
-    return span.run(
-        *request.blocks,
-        request.hidden,
-        attention_mask=request.attention_mask,
-        position_ids=request.position_ids,
-        prompts=request.prompts,
-        states=request.states,
-    )
+def _unary_answer(packed: list[runtime_pb2.Tensor], instead: str) -> runtime_pb2.ExpertResponse:
+    answer = runtime_pb2.ExpertResponse(tensors=packed)
+    if answer.ByteSize() > protocol.MAX_UNARY_BYTES:
+        raise BadRequest(
+            f"the answer has {answer.ByteSize()} bytes, a unary call carries "
+            f"{protocol.MAX_UNARY_BYTES}; use {instead}"
+        )
+    return answer
 
 
 def _schemas(hidden_size: int, dtype: torch.dtype) -> dict[str, Any]:

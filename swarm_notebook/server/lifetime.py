@@ -51,6 +51,9 @@ class ServerLoop(asyncio.SelectorEventLoop):
 
 async def daemon_ended(p2p: P2P) -> None:
     """Return when the p2pd process of this peer has ended."""
-    child = p2p._child
-    if child is not None:
-        await child.wait()
+    if p2p._child is not None:
+        await p2p._child.wait()
+
+
+def daemon_lives(p2p: P2P) -> bool:
+    return p2p._child is not None and p2p._child.returncode is None

@@ -9,7 +9,7 @@ cache has) is checked in `session`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,7 +39,11 @@ class Limits:
 
 @dataclass(slots=True)
 class Forward:
-    """Hidden states to run through ``blocks``, without a cache or as a step of a session."""
+    """Hidden states to run through ``blocks``, without a cache or as a step of a session.
+
+    Attributes:
+        keep: the id under which to keep the activations for a backward.
+    """
 
     blocks: tuple[int, int]
     hidden: torch.Tensor
@@ -48,6 +52,7 @@ class Forward:
     position_ids: torch.Tensor | None = None
     states: tuple[int, ...] = ()
     compression: int = tensors.NONE
+    keep: str | None = None
 
     @property
     def rows(self) -> int:
@@ -74,6 +79,22 @@ class Step(Forward):
     alloc_timeout: float | None = None
 
 
+@dataclass(slots=True)
+class Backward(Forward):
+    """A backward pass through ``blocks`` for the inputs ``hidden``.
+
+    Attributes:
+        grad: the gradient of the last block's output.
+        states: the blocks whose outputs' gradients are wanted.
+        kept: the id of a forward pass whose activations may still be there.
+        release: nobody needs them after this.
+    """
+
+    grad: torch.Tensor = field(kw_only=True)
+    kept: str | None = None
+    release: bool = False
+
+
 def parse_blocks(uid: str, limits: Limits) -> tuple[int, int]:
     """The block range that a request names, checked to be hosted here."""
     start, end = protocol.parse_uid_chain(uid, limits.prefix)
@@ -95,6 +116,27 @@ def parse_forward(
     _check_size(request, limits)
     request.prompts = slots.prompts(found[1], request, limits)
     _read_common(request, found[2], found[3], metadata, limits)
+    request.keep = fields.text(metadata, "keep")
+    return request
+
+
+def parse_backward(
+    uid: str, packed: Sequence[runtime_pb2.Tensor], metadata: dict[str, Any], limits: Limits
+) -> Backward:
+    """A backward request: ``[inputs, gradient, prompts, attention mask, position ids]``."""
+    blocks = parse_blocks(uid, limits)
+    found = slots.unpack(packed)
+    hidden = slots.hidden(found[0], limits)
+    request = Backward(blocks, hidden, grad=slots.grad(found[1], hidden))
+    _check_size(request, limits)
+    request.prompts = slots.prompts(found[2], request, limits)
+    _read_common(request, found[3], found[4], metadata, limits)
+    if blocks[1] - 1 in request.states:
+        raise BadRequest(
+            f"states: the gradient at block {blocks[1] - 1} is what the request brings"
+        )
+    request.kept = fields.text(metadata, "kept")
+    request.release = fields.flag(metadata, "release")
     return request
 
 

@@ -32,8 +32,10 @@ from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import LOOPBACK, Node
 from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
 from swarm_notebook.server import lifetime, throughput
+from swarm_notebook.server.activations import BUDGET_BYTES
 from swarm_notebook.server.announce import Announcer
 from swarm_notebook.server.compute import ComputeThread
+from swarm_notebook.server.engine import Engine
 from swarm_notebook.server.handler import Handler
 from swarm_notebook.server.memory import CachePool
 from swarm_notebook.server.requests import Limits
@@ -57,6 +59,7 @@ class ServeOptions:
         blocks: the range ``[start, end)`` to host; None is all.
         identity: file of the private key behind the peer id; written if there is none.
         cache_tokens: budget of the key-value memory (rows x positions); None is `CACHE_TOKENS`.
+        activation_bytes: budget for activations that are kept for a backward pass.
         threads: CPU threads of torch; None leaves it to torch.
         update_period: seconds between announcements.
         exit_with_stdin: leave when standard input ends.
@@ -70,6 +73,7 @@ class ServeOptions:
     dtype: str = "float32"
     device: str = "cpu"
     cache_tokens: int | None = None
+    activation_bytes: int = BUDGET_BYTES
     name: str | None = None
     threads: int | None = None
     update_period: float = UPDATE_PERIOD
@@ -143,6 +147,8 @@ async def _start_node(options: ServeOptions, stack: contextlib.AsyncExitStack) -
 
 
 async def _stop_node(node: Node) -> None:
+    if not lifetime.daemon_lives(node.p2p):
+        return
     try:
         async with asyncio.timeout(FAREWELL_SECONDS):
             await node.stop()
@@ -183,7 +189,10 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
         tokens=options.cache_tokens or CACHE_TOKENS,
     )
     pool = CachePool(limits.tokens)
-    handler = Handler(span, limits, pool, compute)
+    engine = Engine(span, options.activation_bytes)
+    handler = Handler(span, limits, pool, compute, engine)
+    tidying = asyncio.create_task(handler.keep_tidy())
+    stack.callback(tidying.cancel)
     await handler.register(node.p2p)
 
     def describe(state: ServerState) -> ServerInfo:

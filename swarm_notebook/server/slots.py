@@ -50,6 +50,14 @@ def hidden(tensor: torch.Tensor | None, limits: Limits) -> torch.Tensor:
     return tensor
 
 
+def grad(tensor: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
+    if tensor is None or tensor.shape != hidden.shape:
+        found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
+        raise BadRequest(f"gradient: {found}, expected that of the inputs {list(hidden.shape)}")
+    check_values("gradient", tensor)
+    return tensor
+
+
 def prompts(tensor: torch.Tensor | None, request: Forward, limits: Limits) -> torch.Tensor | None:
     if tensor is None:
         return None

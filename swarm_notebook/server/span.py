@@ -17,6 +17,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,8 +41,21 @@ class Span:
         self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         self._views: OrderedDict[tuple[int, int], nn.Module] = OrderedDict()
 
+    @cached_property
+    def storages(self) -> frozenset[int]:
+        """Where the weights and buffers of the blocks are in memory."""
+        return frozenset(
+            tensor.untyped_storage().data_ptr()
+            for layer in self._layers
+            for tensor in (*layer.parameters(), *layer.buffers())
+        )
+
     @torch.inference_mode()
-    def run(
+    def run(self, start: int, end: int, hidden: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+        """`compute` without gradients, and without what they cost."""
+        return self.compute(start, end, hidden, **options)
+
+    def compute(
         self,
         start: int,
         end: int,

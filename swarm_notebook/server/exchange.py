@@ -1,0 +1,90 @@
+"""One request and one answer over a stream: tensors in parts there, tensors in parts back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.errors import BadRequest
+from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net.streams import Stream
+from swarm_notebook.server.compute import Job
+
+
+async def receive(stream: Stream, limit: int) -> runtime_pb2.ExpertRequest:
+    """A whole request of at most ``limit`` bytes, its tensors joined from their parts."""
+    parts: list[runtime_pb2.Tensor] = []
+    received, first = 0, None
+    while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
+        first = first or message
+        parts.extend(message.tensors)
+        received += message.ByteSize()
+        if received > limit:
+            raise BadRequest(f"a request of more than {limit} bytes; send fewer rows at a time")
+    if first is None:
+        raise BadRequest("the stream ended before a request")
+    joined = tensors.join(parts)
+    return runtime_pb2.ExpertRequest(uid=first.uid, metadata=first.metadata, tensors=joined)
+
+
+async def send(
+    stream: Stream, packed: Iterable[runtime_pb2.Tensor], metadata: dict[str, Any] | None = None
+) -> None:
+    """An answer and the end; the first message carries the metadata."""
+    serialized = protocol.pack_metadata(metadata) if metadata else b""
+    for group in _grouped(packed):
+        await stream.send(runtime_pb2.ExpertResponse(tensors=group, metadata=serialized))
+        serialized = b""
+    await stream.send_end()
+
+
+def pack(outputs: Iterable[torch.Tensor], compression: int) -> list[runtime_pb2.Tensor]:
+    """Tensors for the wire; only floating point is compressed."""
+    return [
+        tensors.pack(output, compression if output.is_floating_point() else tensors.NONE)
+        for output in outputs
+    ]
+
+
+async def result(job: Job, stream: Stream | None = None) -> Any:
+    """What a job returns; if the peer leaves the stream, the job is given up.
+
+    Raises:
+        StreamClosed: the peer has left.
+    """
+    leaving = asyncio.ensure_future(_left(stream)) if stream is not None else None
+    waited: set[asyncio.Future[Any]] = {job.future} | ({leaving} if leaving else set())
+    try:
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not job.future.done() and leaving is not None:
+            leaving.result()
+        return await job.future
+    finally:
+        if not job.settled:
+            job.cancel()
+        if leaving is not None and not leaving.cancel() and not leaving.cancelled():
+            leaving.exception()  # it came too late to matter
+
+
+async def _left(stream: Stream) -> None:
+    """Wait until the peer, which has nothing more to say, is gone."""
+    while await stream.receive(runtime_pb2.ExpertRequest) is not None:
+        pass
+
+
+def _grouped(packed: Iterable[runtime_pb2.Tensor]) -> Iterator[list[runtime_pb2.Tensor]]:
+    """Tensors in messages of about `protocol.PART_BYTES`: large ones cut, small ones shared."""
+    group: list[runtime_pb2.Tensor] = []
+    size = 0
+    for tensor in packed:
+        for part in tensors.split(tensor, protocol.PART_BYTES):
+            if group and size + len(part.buffer) > protocol.PART_BYTES:
+                yield group
+                group, size = [], 0
+            group.append(part)
+            size += len(part.buffer)
+    yield group

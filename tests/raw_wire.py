@@ -1,0 +1,144 @@
+"""A server process, and a client that speaks the wire to it byte by byte.
+
+The client knows nothing of `swarm_notebook.client`: it packs what a test says, be it nonsense, and
+hands back what came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from hivemind.p2p import PeerID
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.net import protocol, streams, tensors
+from swarm_notebook.net.node import LOOPBACK, Node
+
+
+class ServerProcess:
+    """``swarm-notebook serve`` as its own process; `wait_ready` before use."""
+
+    def __init__(self, model: str | Path, log: Path, *options: str):
+        command = [sys.executable, "-m", "swarm_notebook.cli", "serve", str(model)]
+        command += ["--host-maddrs", *LOOPBACK, "--threads", "1", "--exit-with-stdin", *options]
+        self.log = log
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+        self.facts: dict[str, Any] = {}
+
+    def wait_listening(self) -> None:
+        self._read("maddrs")
+
+    def wait_ready(self) -> None:
+        self._read("ready")
+
+    def _read(self, key: str) -> None:
+        while key not in self.facts:
+            line = self.process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"the server ended:\n{self.log.read_text()}")
+            self.facts.update(json.loads(line))
+
+    @property
+    def peer(self) -> PeerID:
+        return PeerID.from_base58(self.facts["peer_id"])
+
+    def kill(self) -> None:
+        """End it and its daemon, if they still live."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+class RawClient:
+    """Calls servers of a swarm; all in one event loop that runs while a test waits for it."""
+
+    def __init__(self, initial_peers: Sequence[str]):
+        self._runner = asyncio.Runner()
+        self.node: Node = self.run(Node.start(initial_peers, client=True))
+
+    def run(self, work: Any) -> Any:
+        return self._runner.run(work)
+
+    def close(self) -> None:
+        self.run(self.node.stop())
+        self._runner.close()
+
+    async def session(self, peer: PeerID) -> RawSession:
+        return RawSession(await streams.open_stream(self.node.p2p, peer, protocol.RPC_INFERENCE))
+
+    async def info(self, peer: PeerID, uid: str = "") -> dict[str, Any]:
+        answer = await self.node.p2p.call_protobuf_handler(
+            peer, protocol.RPC_INFO, runtime_pb2.ExpertUID(uid=uid), runtime_pb2.ExpertInfo
+        )
+        return protocol.unpack_metadata(answer.serialized_info)
+
+    async def forward(self, peer: PeerID, message: runtime_pb2.ExpertRequest) -> list[torch.Tensor]:
+        answer = await self.node.p2p.call_protobuf_handler(
+            peer, protocol.RPC_FORWARD, message, runtime_pb2.ExpertResponse
+        )
+        return [tensors.unpack(tensor) for tensor in answer.tensors]
+
+    async def forward_stream(
+        self, peer: PeerID, messages: Sequence[runtime_pb2.ExpertRequest]
+    ) -> list[torch.Tensor]:
+        stream = await streams.open_stream(self.node.p2p, peer, protocol.RPC_FORWARD_STREAM)
+        for message in messages:
+            await stream.send(message)
+        await stream.send_end()
+        parts: list[runtime_pb2.Tensor] = []
+        while (answer := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
+            parts.extend(answer.tensors)
+        stream.close()
+        return [tensors.unpack(tensor) for tensor in tensors.join(parts)]
+
+
+class RawSession:
+    """One inference stream."""
+
+    def __init__(self, stream: streams.Stream):
+        self.stream = stream
+
+    async def step(self, uid: str, *slots: torch.Tensor | None, **metadata: Any) -> Any:
+        """Send a step and receive its tensors; raises the error that comes instead."""
+        await self.stream.send(request(uid, *slots, **metadata))
+        return await self.receive()
+
+    async def receive(self) -> list[torch.Tensor]:
+        async with asyncio.timeout(30):
+            answer = await self.stream.receive(runtime_pb2.ExpertResponse)
+        return [tensors.unpack(tensor) for tensor in answer.tensors]
+
+    async def send_bytes(self, data: bytes) -> None:
+        self.stream._writer.write(data)
+        await self.stream._writer.drain()
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def request(uid: str, *slots: torch.Tensor | None, **metadata: Any) -> runtime_pb2.ExpertRequest:
+    return runtime_pb2.ExpertRequest(
+        uid=uid,
+        tensors=protocol.pack_slots(list(slots)),
+        metadata=protocol.pack_metadata(metadata),
+    )

@@ -1,0 +1,64 @@
+"""The torch thread: order, results, errors, and what becomes of cancelled jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from swarm_notebook.server.compute import ComputeThread
+
+
+def in_loop(work: Callable[[ComputeThread], Awaitable[None]]) -> None:
+    async def main() -> None:
+        compute = ComputeThread()
+        try:
+            await work(compute)
+        finally:
+            compute.stop()
+
+    asyncio.run(main())
+
+
+def test_jobs_run_in_order_in_one_thread_of_their_own() -> None:
+    async def work(compute: ComputeThread) -> None:
+        jobs = [compute.submit(lambda n: (n, threading.get_ident()), n) for n in range(5)]
+        results = [await job.future for job in jobs]
+        assert [number for number, _ in results] == list(range(5))
+        assert len({thread for _, thread in results} - {threading.get_ident()}) == 1
+
+    in_loop(work)
+
+
+def test_an_error_belongs_to_its_job_alone() -> None:
+    async def work(compute: ComputeThread) -> None:
+        failing, working = compute.submit(lambda: 1 // 0), compute.submit(lambda: 2)
+        with pytest.raises(ZeroDivisionError):
+            await failing.future
+        assert await working.future == 2
+
+    in_loop(work)
+
+
+def test_a_job_cancelled_in_the_queue_never_runs() -> None:
+    async def work(compute: ComputeThread) -> None:
+        begun, gate = threading.Event(), threading.Event()
+        ran: list[str] = []
+        settled: list[str] = []
+        running = compute.submit(lambda: begun.set() or gate.wait())
+        await asyncio.to_thread(begun.wait)
+        queued = compute.submit(lambda: ran.append("queued"))
+        queued.cancel()
+        queued.on_settled(lambda: settled.append("queued"))
+        assert settled == ["queued"]
+        running.cancel()
+        running.on_settled(lambda: settled.append("running"))
+        assert settled == ["queued"]
+        gate.set()
+        await compute.submit(lambda: None).future
+        assert settled == ["queued", "running"]
+        assert ran == []
+
+    in_loop(work)

@@ -1,0 +1,156 @@
+"""Who gets cache memory, who waits, and who loses it: decisions first, then the waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from swarm_notebook.errors import CacheFull
+from swarm_notebook.server import memory
+from swarm_notebook.server.cache import grown_capacity
+from swarm_notebook.server.memory import Account, CachePool, Grant, Ledger
+
+
+def ledger(total: int, *held: tuple[int, float, bool]) -> tuple[Ledger, list[Account]]:
+    """A ledger with one account per (tokens, last use, busy)."""
+    accounts = [
+        Account(drop=lambda: None, tokens=tokens, last_used=used, busy=busy)
+        for tokens, used, busy in held
+    ]
+    return Ledger(total, list(accounts)), accounts
+
+
+def test_room_ahead_is_granted_while_there_is_room() -> None:
+    books, (mine, _) = ledger(100, (10, 0, True), (30, 0, True))
+    assert books.free == 60
+    assert books.decide(mine, 70, 20, now=0, idle_seconds=30) == Grant(70)
+    assert books.decide(mine, 71, 20, now=0, idle_seconds=30) == Grant(20)
+    assert books.decide(mine, 90, 71, now=0, idle_seconds=30) is None
+
+
+def test_idle_sessions_go_the_longest_idle_first_and_no_more_than_needed() -> None:
+    books, (mine, newer, older, newest) = ledger(
+        100, (0, 100, True), (30, 60, False), (30, 50, False), (40, 69, False)
+    )
+    assert books.decide(mine, 100, 30, now=100, idle_seconds=30) == Grant(30, (older,))
+    assert books.decide(mine, 100, 31, now=100, idle_seconds=30) == Grant(31, (older, newer))
+    assert books.decide(mine, 100, 61, now=100, idle_seconds=31) is not None
+    assert books.decide(mine, 100, 61, now=98, idle_seconds=30) is None
+    books.apply(mine, Grant(61, (older, newer, newest)))
+    assert (books.free, books.accounts, older.tokens) == (39, [mine], 0)
+
+
+def test_a_session_with_a_step_in_flight_is_never_dropped() -> None:
+    books, (mine, _) = ledger(100, (0, 0, True), (90, 0, True))
+    assert books.decide(mine, 20, 20, now=1e6, idle_seconds=0) is None
+
+
+def test_sessions_without_memory_are_not_dropped_in_vain() -> None:
+    books, (mine, empty, holder) = ledger(100, (0, 0, True), (0, 0, False), (100, 1, False))
+    grant = books.decide(mine, 20, 20, now=100, idle_seconds=30)
+    assert grant == Grant(20, (holder,))
+    assert empty in books.accounts
+
+
+def test_capacity_doubles_up_to_what_the_model_can_use() -> None:
+    assert grown_capacity(0, 5) == 64
+    assert grown_capacity(64, 65) == 128
+    assert grown_capacity(128, 100) == 128
+    assert grown_capacity(64, 1000) == 1024
+    assert grown_capacity(0, 5, limit=20) == 20
+    assert grown_capacity(128, 130, limit=200) == 200
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+def test_more_than_the_server_has_is_refused_at_once() -> None:
+    async def work() -> None:
+        pool = CachePool(100)
+        with pytest.raises(CacheFull, match=r"101 cache tokens.*100"):
+            await pool.resize(pool.open(lambda: None), 200, 101, wait=60)
+
+    run(work())
+
+
+def test_a_request_waits_for_memory_that_comes_free() -> None:
+    async def work() -> None:
+        pool = CachePool(100)
+        first, second = pool.open(lambda: None), pool.open(lambda: None)
+        pool.begin(first)
+        assert await pool.resize(first, 80, 80, wait=0) == 80
+        waiting = asyncio.create_task(pool.resize(second, 100, 50, wait=10))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        pool.close(first)
+        assert await waiting == 100
+        pool.close(first)
+        assert (pool.free, pool.sessions) == (0, 1)
+        assert await pool.resize(second, 10, 10, wait=0) == 10
+        assert pool.free == 90
+
+    run(work())
+
+
+def test_a_wait_in_vain_names_the_numbers() -> None:
+    async def work() -> None:
+        pool = CachePool(100)
+        holder = pool.open(lambda: None)
+        pool.begin(holder)
+        await pool.resize(holder, 80, 80, wait=0)
+        with pytest.raises(CacheFull, match=r"asked for 50 .*20 of 100 are free"):
+            await pool.resize(pool.open(lambda: None), 64, 50, wait=0.05)
+
+    run(work())
+
+
+def test_a_session_that_was_idle_during_the_whole_wait_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "SHORT_IDLE_SECONDS", 0.1)
+
+    async def work() -> None:
+        lost: list[str] = []
+        pool = CachePool(100)
+        idle, active = pool.open(lambda: lost.append("idle")), pool.open(lambda: lost.append("no"))
+        for account in (idle, active):
+            pool.begin(account)
+            await pool.resize(account, 50, 50, wait=0)
+            pool.end(account)
+        waiting = asyncio.create_task(pool.resize(pool.open(lambda: None), 50, 50, wait=0.2))
+        for _ in range(8):
+            await asyncio.sleep(0.03)
+            pool.begin(active)
+            pool.end(active)
+        assert await waiting == 50
+        assert lost == ["idle"]
+        assert pool.sessions == 2
+
+    run(work())
+
+
+def test_an_idle_notebook_keeps_its_memory_until_others_need_it() -> None:
+    async def work() -> None:
+        clock, lost = Clock(), []
+        pool = CachePool(100, clock)
+        idle = pool.open(lambda: lost.append("idle"))
+        await pool.resize(idle, 60, 60, wait=0)
+        clock.now += 3600
+        other = pool.open(lambda: None)
+        await pool.resize(other, 40, 40, wait=0)
+        assert lost == []
+        await pool.resize(other, 128, 41, wait=0)
+        assert lost == ["idle"]
+
+    run(work())
