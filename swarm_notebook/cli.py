@@ -91,6 +91,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="N",
         help="room for keys and values of all sessions together, in tokens",
     )
+    serve.add_argument(
+        "--activation-bytes",
+        type=_size,
+        default="1GiB",
+        metavar="SIZE",
+        help="memory for activations that training notebooks ask to keep (default: %(default)s)",
+    )
     serve.add_argument("--threads", type=_positive, metavar="N", help="CPU threads for torch")
     serve.add_argument("--name", metavar="NAME", help="what others see in their status")
     serve.add_argument(
@@ -146,6 +153,13 @@ def _blocks(text: str) -> tuple[int, int]:
     if not found or int(found[1]) >= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B with A < B, like 0:15")
     return int(found[1]), int(found[2])
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+)(|[KMG]i?B?)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, like 512MiB")
+    return int(found[1]) << (10 * " KMG".index(found[2][:1] or " "))
 
 
 def _positive(text: str) -> int:
