@@ -2,7 +2,8 @@
 
 Servers run for real, as child processes, one thread each. Every process that a test starts inherits
 a mark in its environment; a test that ends with more marked processes than it began with fails.
-Swarms of module or session scope are there before a test begins, so they do not count against it.
+Swarms of module or session scope are there before a test begins, so they do not count against it;
+those in `shared_swarms` may even be killed and started again by a test.
 """
 
 from __future__ import annotations
@@ -25,7 +26,20 @@ MARK = "SWARM_NOTEBOOK_TEST_RUN"
 GRACE_SECONDS = 5.0
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on what the Hub has today
 os.environ[MARK] = uuid.uuid4().hex
+
+
+shared_swarms: list[LocalSwarm] = []
+
+
+def shared_processes() -> set[int]:
+    """The servers of `shared_swarms` and their network daemons."""
+    pids = {server.pid for swarm in shared_swarms for server in swarm.servers if server.running}
+    found = {pid for pid in pids if pid is not None}
+    for pid in list(found):
+        found |= {child.pid for child in psutil.Process(pid).children()}
+    return found
 
 
 def marked_processes() -> dict[int, str]:
@@ -51,7 +65,8 @@ def wait_gone(known: dict[int, str], seconds: float = GRACE_SECONDS) -> dict[int
     """Marked processes that are not `known` and do not go away within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
-        left = {pid: text for pid, text in marked_processes().items() if pid not in known}
+        ours = known.keys() | shared_processes()
+        left = {pid: text for pid, text in marked_processes().items() if pid not in ours}
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.1)
