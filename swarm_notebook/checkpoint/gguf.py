@@ -171,7 +171,7 @@ class GgufWeights:
         """Transformers' name for each GGUF name."""
         import torch
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+        from transformers import AutoModelForCausalLM
 
         architecture = self._file.metadata["general.architecture"]
         kind = next((kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
@@ -182,7 +182,7 @@ class GgufWeights:
             )
         table = get_tensor_name_map(kind, self._config.num_hidden_layers)
         with torch.device("meta"):
-            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)](self._config)
+            model = AutoModelForCausalLM.from_config(self._config)
         names: dict[str, str] = {}
         for hf_name in model.state_dict():
             # llama.cpp converts some architectures from the model without its head.
@@ -198,7 +198,9 @@ class GgufWeights:
         if (gguf_stem := table.get_name(stem)) is not None:
             names.setdefault(f"{gguf_stem}{dot}{suffix}", prefix + spelling)
         else:
-            self._processor.perform_fallback_tensor_mapping(names, f"{dot}{suffix}", prefix, spelling)
+            self._processor.perform_fallback_tensor_mapping(
+                names, f"{dot}{suffix}", prefix, spelling
+            )
 
     @cached_property
     def _parts(self) -> dict[str, list[str]]:

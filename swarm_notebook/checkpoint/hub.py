@@ -1,7 +1,7 @@
 """Files of a Hub repository, fetched one by one as they are needed.
 
-`huggingface_hub` retries for 23 seconds when there is no network, per file. So the Hub is asked once
-whether it is there, with a short limit; while it is not, only files already in the cache are used.
+`huggingface_hub` retries for 23 seconds when there is no network, per file. So the Hub is asked
+once whether it is there, with a short limit; while it is not, only what its cache holds is used.
 ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT`` mean what they always mean.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from concurrent.futures import Future, TimeoutError as FutureTimeout
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path, PurePosixPath
 
 from swarm_notebook.errors import ModelNotFound

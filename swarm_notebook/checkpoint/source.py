@@ -1,14 +1,15 @@
 """Where a model comes from: a folder, a GGUF file, a Hub repository, or the demo model.
 
-`resolve` turns what the user wrote into a `ModelSource` and fails at once, saying what it tried, when
-there is nothing to load. A source is cheap to hold: config and tokenizer are read when asked for,
-weights tensor by tensor (weights.py), and of a Hub repository only the files that hold them.
+`resolve` turns what the user wrote into a `ModelSource` and fails at once, saying what it tried,
+when there is nothing to load. A source is cheap to hold: config and tokenizer are read when asked
+for, weights tensor by tensor (weights.py), and of a Hub repository only the files that hold them.
 
-Weights are read from safetensors or GGUF. Pickles (``pytorch_model.bin``) can run code while they are
-read, so they are refused.
+Weights are read from safetensors or GGUF. Pickles (``pytorch_model.bin``) can run code while they
+are read, so they are refused.
 
-`dht_prefix` is the name under which the blocks of this model are announced. It follows Petals' rules,
-so that both find each other; it holds neither ``.`` nor a space, which separate the parts of a UID.
+`dht_prefix` is the name under which the blocks of this model are announced. It follows Petals'
+rules, so that both find each other; it holds neither ``.`` nor a space, which separate the parts
+of a UID.
 """
 
 from __future__ import annotations
@@ -21,17 +22,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint import demo, hub
-from swarm_notebook.checkpoint.gguf import GgufWeights
-from swarm_notebook.checkpoint.weights import Weights
+from swarm_notebook.checkpoint import demo, hub, weights
+from swarm_notebook.checkpoint.gguf import MAGIC, GgufWeights
+from swarm_notebook.checkpoint.weights import INDEX_FILE, SINGLE_FILE, Weights
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,8 @@ class ModelSource:
     @cached_property
     def _location(self) -> tuple[str, dict[str, Any]]:
         """The arguments with which transformers' ``from_pretrained`` finds this model's files."""
-        from transformers.utils.hub import is_offline_mode
-
         if self.path is None:
-            local_only = is_offline_mode() or not hub.reachable()
-            return self.name, {"local_files_only": local_only}
+            return self.name, {"local_files_only": not hub.reachable()}
         if self.is_gguf:
             return str(self.path.parent), {"gguf_file": self.path.name}
         return str(self.path), {}
@@ -74,14 +78,12 @@ class ModelSource:
         try:
             config = AutoConfig.from_pretrained(where, **options)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelNotFound(
-                f"model {self.name!r}: its config cannot be read: {error}"
-            ) from error
+            raise ModelNotFound(f"model {self.name!r}: config not readable: {error}") from error
         config = config.get_text_config(decoder=True)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise Unsupported(
-                f"model {self.name!r} is a {config.model_type!r}: only causal language models can be "
-                "served by blocks"
+                f"model {self.name!r} is a {config.model_type!r}: only causal language models can "
+                "be served by blocks"
             )
         return config
 
@@ -93,29 +95,27 @@ class ModelSource:
         """The tokenizer, or None where the model has none."""
         from transformers import AutoTokenizer
 
-        where, options = self._location
-        try:
-            return AutoTokenizer.from_pretrained(where, **options)
-        except (OSError, ValueError, KeyError, TypeError):
-            # transformers has no single error for "no tokenizer files here".
+        if not (self.is_gguf or any(self._has(name) for name in TOKENIZER_FILES)):
             return None
+        where, options = self._location
+        return AutoTokenizer.from_pretrained(where, **options)
 
     def generation_config(self) -> GenerationConfig | None:
         """The published generation defaults, or None where the model has none."""
         from transformers import GenerationConfig
 
-        if self.is_gguf:
+        if self.is_gguf or not self._has("generation_config.json"):
             return None
         where, options = self._location
-        try:
-            return GenerationConfig.from_pretrained(where, **options)
-        except OSError:
-            return None
+        return GenerationConfig.from_pretrained(where, **options)
+
+    def _has(self, filename: str) -> bool:
+        if self.path is None:
+            return hub.has(self.name, filename)
+        return (self.path / filename).is_file()
 
     def weights(self) -> Weights:
         """The checkpoint's tensors by name, none of them read yet."""
-        from swarm_notebook.checkpoint import weights
-
         if self.path is None:
             return weights.from_repository(self.name)
         if self.is_gguf:
@@ -162,7 +162,7 @@ def _folder(path: Path) -> ModelSource:
     path = path.resolve()
     if not (path / "config.json").is_file():
         raise ModelNotFound(
-            f"model folder {path} has no config.json; point at the folder that has it"
+            f"model folder {path} has no config.json; give the folder that holds config and weights"
         )
     if not any((path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)):
         pickles = [name for name in PICKLE_FILES if (path / name).is_file()]
@@ -173,18 +173,21 @@ def _folder(path: Path) -> ModelSource:
 def _no_weights(where: str, pickles: list[str]) -> str:
     if pickles:
         return (
-            f"{where} has its weights only as {pickles[0]}, a pickle, which can run code and is never "
-            "read; convert it: load it once with transformers and call save_pretrained(folder), which "
-            "writes safetensors"
+            f"{where} has its weights only as {pickles[0]}, a pickle, which can run code and is "
+            "never read; convert it to safetensors: load it once with transformers where you "
+            "trust it, and call save_pretrained(folder)"
         )
-    return f"{where} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"
+    return (
+        f"{where} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}; fetch the whole model, "
+        "or give another folder"
+    )
 
 
 def _file(path: Path) -> ModelSource:
     path = path.resolve()
     with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
+        magic = file.read(len(MAGIC))
+    if magic != MAGIC:
         raise ModelNotFound(
             f"model file {path} is not a GGUF file (it begins with {magic!r}); give a folder with "
             "config.json and safetensors, a .gguf file, or a Hub id"
@@ -198,23 +201,23 @@ def _repository(name: str) -> ModelSource:
     if hub.fetch(name, INDEX_FILE) is None and not hub.has(name, SINGLE_FILE):
         pickles = [file for file in PICKLE_FILES if hub.has(name, file)]
         raise ModelNotFound(_no_weights(f"Hub repository {name}", pickles))
-    source = ModelSource(name=name, path=None, dht_prefix="", repository=hub.url(name))
-    prefix = _repository_prefix(name, source.config().model_type)
-    return ModelSource(name=name, path=None, dht_prefix=prefix, repository=hub.url(name))
+    address = hub.url(name)
+    family = ModelSource(name, None, dht_prefix="", repository=address).config().model_type
+    return ModelSource(name, None, _repository_prefix(name, family), address)
 
 
 def _no_config(name: str) -> str:
     if hub.reachable():
-        return f"model {name!r}: the Hub repository has no config.json"
+        return f"model {name!r}: no such folder or file here; the Hub repository has no config.json"
     return (
-        f"model {name!r}: no such folder or file here, the Hub does not answer, and its cache on this "
-        "machine does not hold this model; give a local folder, or connect to the internet"
+        f"model {name!r}: no such folder or file here, the Hub does not answer, and its cache on "
+        "this machine does not hold this model; give a local folder, or connect to the internet"
     )
 
 
 def _repository_prefix(name: str, family: str) -> str:
-    """Petals' names: which part of the Hub id it takes, and what it appends, depends on the family."""
-    base = name.split("/")[-1]
+    """Petals' names: what it takes of the Hub id, and what it appends, depends on the family."""
+    base = name.rpartition("/")[2]
     if family == "llama":
         return _clean(base) if base.endswith("-hf") else f"{_clean(base)}-hf"
     if family == "bloom":

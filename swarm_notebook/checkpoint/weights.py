@@ -2,8 +2,8 @@
 
 transformers' loader accepts any object in place of a tensor as long as ``x[...]`` gives the tensor
 (that is how it reads safetensors itself). So a subset of a checkpoint is a dict from names to
-`LazyTensor`; what is not needed is never touched, and of a sharded checkpoint whose files are on the
-Hub, only the shards that hold a needed tensor are downloaded.
+`LazyTensor`; what is not needed is never touched, and of a sharded checkpoint on the Hub only the
+shards that hold a needed tensor are downloaded.
 
 A tensor belongs to block k if the first integer part of its name is k: ``model.layers.7.mlp…`` and
 ``transformer.h.7.attn…`` are block 7, ``lm_head.weight`` is in no block.

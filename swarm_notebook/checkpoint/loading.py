@@ -1,0 +1,133 @@
+"""Runs transformers' own `from_pretrained` on a part of a model.
+
+Two things make the loading partial:
+
+- While `from_pretrained` constructs the model (on meta: no memory), a subclass of the same name
+  lets the caller edit it, before any weight is sought. Afterwards the object gets its class back.
+- The state dict that is handed over holds `LazyTensor`s of the wanted part only (weights.py).
+
+So renamed and fused weights, precision plans and tied embeddings are handled by the code that
+knows them. Constructing a model sets process-wide defaults of torch for a moment, so one lock
+serialises it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from swarm_notebook.checkpoint.weights import LazyTensor
+from swarm_notebook.errors import ModelNotFound, SwarmError, Unsupported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from swarm_notebook.checkpoint.source import ModelSource
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read so far, bytes to read), from whatever thread reads."""
+
+_construction = threading.Lock()
+
+
+def class_for(source: ModelSource, mapping: Any) -> type[PreTrainedModel]:
+    """The model class that a transformers auto `mapping` has for the config of `source`."""
+    config = source.config()
+    if type(config) not in mapping:
+        raise Unsupported(f"transformers has no base model for {config.model_type!r} models")
+    return mapping[type(config)]
+
+
+def load(
+    source: ModelSource,
+    model_class: type[PreTrainedModel],
+    edit: Callable[[PreTrainedModel], None],
+    tensors: dict[str, LazyTensor],
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    progress: Progress | None,
+) -> PreTrainedModel:
+    """Load `tensors` into a `model_class` that `edit` has changed while it was empty.
+
+    Raises:
+        ModelNotFound: a tensor that the edited model needs is missing, or has another shape.
+    """
+    partial_class: Any = _edited(model_class, edit)
+    on_cpu = torch.device(device).type == "cpu"
+    with _construction, _no_progress_bars():
+        try:
+            model, report = partial_class.from_pretrained(
+                None,
+                config=source.config(),
+                state_dict=tensors if progress is None else _reporting(tensors, progress),
+                dtype=dtype,
+                output_loading_info=True,
+                **({} if on_cpu else {"device_map": {"": device}}),
+            )
+        except SwarmError:
+            raise
+        except RuntimeError as error:
+            raise ModelNotFound(
+                f"the weights of {source.name} do not fit its config: {error}"
+            ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelNotFound(
+            f"the weights of {source.name} lack {len(missing)} tensors that "
+            f"{model_class.__name__} needs ({', '.join(missing[:3])}…); fetch the whole checkpoint"
+        )
+    model.__class__ = model_class
+    model.name_or_path = model.config.name_or_path = source.name
+    return model
+
+
+def _edited(
+    model_class: type[PreTrainedModel], edit: Callable[[PreTrainedModel], None]
+) -> type[PreTrainedModel]:
+    def construct(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, *args, **kwargs)
+        edit(self)
+
+    # The same name and module: transformers looks up conversions and recorders by them.
+    names = {key: getattr(model_class, key) for key in ("__module__", "__qualname__")}
+    return type(model_class.__name__, (model_class,), {"__init__": construct, **names})
+
+
+def _reporting(tensors: dict[str, LazyTensor], progress: Progress) -> dict[str, LazyTensor]:
+    """The same tensors; reading one reports how much has been read."""
+    total = sum(lazy.nbytes for lazy in tensors.values())
+    done = 0
+    lock = threading.Lock()
+
+    def reader(lazy: LazyTensor) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            nonlocal done
+            tensor = lazy.read()
+            with lock:
+                done += lazy.nbytes
+                progress(done, total)
+            return tensor
+
+        return read
+
+    return {
+        name: LazyTensor(reader(lazy), lazy.nbytes, lazy.slice) for name, lazy in tensors.items()
+    }
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Whoever passes `progress` shows it; transformers would draw a second bar."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,92 @@
+"""Makes sure that a partial model changes hidden states by its blocks and by nothing else.
+
+Some decoders do more around their blocks than their modules show: Granite multiplies the embeddings
+by a constant, CTRL and XGLM add positions that are no module's output. In a chain of servers that
+would happen once per server. So a loaded part is tried with its first block: what enters the block
+must be what entered the model, and what leaves the model must be what left the block, bit for bit.
+Where the entry differs, the model's input is handed to the first block directly. An exit that
+differs cannot be mended; such an architecture is refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from swarm_notebook.errors import Unsupported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from swarm_notebook.checkpoint.anatomy import Trunk
+
+
+def make_transparent(model: PreTrainedModel, trunk: Trunk) -> None:
+    """Mend what can be mended so that only blocks change hidden states; else raise Unsupported."""
+    entry, exit_ = _try_first_block(model, trunk)
+    if not entry:
+        _HandOver().install(trunk)
+        entry, exit_ = _try_first_block(model, trunk)
+    if not (entry and exit_):
+        where = "before its first" if exit_ else "after its last"
+        raise Unsupported(
+            f"{type(model).__name__} changes the hidden states {where} block in a way that cannot "
+            "be turned off, so its blocks cannot be served"
+        )
+
+
+@torch.no_grad()
+def _try_first_block(model: PreTrainedModel, trunk: Trunk) -> tuple[bool, bool]:
+    """Whether hidden states reach the first block, and leave it, unchanged."""
+    shape = (1, 2, model.config.hidden_size)
+    given, made = (
+        torch.randn(shape, dtype=model.dtype, device=model.device) for _ in ("given", "made")
+    )
+    received: list[torch.Tensor] = []
+
+    def before(_module: nn.Module, inputs: tuple, named: dict) -> None:
+        received.append(inputs[0] if inputs else named["hidden_states"])
+
+    def after(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return (made, *output[1:]) if isinstance(output, tuple) else made
+
+    layers = trunk.layers
+    hooks = [
+        layers[0].register_forward_pre_hook(before, with_kwargs=True),
+        layers[0].register_forward_hook(after),
+    ]
+    trunk.set_layers(nn.ModuleList([layers[0]]))
+    try:
+        result = model(inputs_embeds=given.clone(), use_cache=False).last_hidden_state
+    finally:
+        trunk.set_layers(layers)
+        for hook in hooks:
+            hook.remove()
+    return torch.equal(received[0], given), torch.equal(result, made)
+
+
+class _HandOver:
+    """Gives the decoder's own input to whichever block runs first."""
+
+    def __init__(self) -> None:
+        self._hidden: torch.Tensor | None = None
+
+    def install(self, trunk: Trunk) -> None:
+        trunk.decoder.register_forward_pre_hook(self._keep, with_kwargs=True)
+        for layer in trunk.layers:
+            layer.register_forward_pre_hook(self._give, with_kwargs=True)
+
+    def _keep(self, _decoder: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+        self._hidden = named["inputs_embeds"]
+        # The decoder gets a copy, because CTRL changes what it gets in place.
+        return inputs, {**named, "inputs_embeds": self._hidden.clone()}
+
+    def _give(self, _layer: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict] | None:
+        if self._hidden is None:
+            return None
+        hidden, self._hidden = self._hidden, None
+        if inputs:
+            return (hidden, *inputs[1:]), named
+        return inputs, {**named, "hidden_states": hidden}
