@@ -30,6 +30,7 @@ def main() -> int:
         kernel_name="python3",
         record_timing=False,
         store_widget_state=False,
+        coalesce_streams=True,
         on_cell_execute=show_source,
         on_cell_executed=show_output,
         extra_arguments=["--log-level=ERROR"],

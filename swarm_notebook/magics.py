@@ -59,10 +59,10 @@ class SwarmMagics:
             manager.register_function(function, magic_kind=kind, magic_name=NAME)
         self.shell.set_hook("complete_command", self._complete_line, str_key="%swarm")
         self.shell.set_hook("complete_command", self._complete_cell, str_key="%%swarm")
-        self._warmup.start(self.shell)
+        self._warmup.plan(self.shell)
 
     def unregister(self) -> None:
-        self._warmup.stop()
+        self._warmup.cancel()
         for key in ("%swarm", "%%swarm"):
             self.shell.strdispatchers["complete_command"].strs.pop(key, None)
         for kind, before in self._before.items():

@@ -1,9 +1,9 @@
 """Heavy imports in the background, while the user reads and types (contract C8).
 
-torch, transformers and hivemind take seconds to import. After ``%load_ext`` a thread imports what
-`connect` will need. Two threads must not import the same packages at once: theirs are full of
-cycles, and Python resolves a lock cycle by failing one of the imports. So whoever is about to
-import something (a cell with an import in it, a ``%swarm`` command) first waits for the thread.
+torch, transformers and hivemind take seconds to import. After the cell with ``%load_ext`` a thread
+imports what `connect` will need. Two threads must not import the same packages at once: theirs are
+full of cycles, and Python resolves a lock cycle by failing one of the imports. So whoever is about
+to import something (a cell with an import in it, a ``%swarm`` command) first waits for the thread.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from IPython.core.interactiveshell import ExecutionInfo, InteractiveShell
+    from IPython.core.interactiveshell import ExecutionInfo, ExecutionResult, InteractiveShell
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +36,21 @@ class Warmup:
     def __init__(self) -> None:
         self._thread = threading.Thread(target=self._run, name="swarm-notebook-warmup", daemon=True)
 
-    def start(self, shell: InteractiveShell) -> None:
-        """Begin, and hold up cells with imports until it is done."""
-        self._shell = shell
-        shell.events.register("pre_run_cell", self._before_cell)
-        self._thread.start()
+    def plan(self, shell: InteractiveShell) -> None:
+        """Begin as soon as the running cell ends; it may have imports of its own."""
+        self._events = shell.events
+        self._events.register("post_run_cell", self._after_cell)
 
-    def stop(self) -> None:
-        """Hold up no more cells; the imports themselves cannot be undone."""
-        if self._before_cell in self._shell.events.callbacks["pre_run_cell"]:
-            self._shell.events.unregister("pre_run_cell", self._before_cell)
+    def cancel(self) -> None:
+        """Leave the shell's cells alone; imports that have begun cannot be undone."""
+        for name, function in self._hooks():
+            if function in self._events.callbacks[name]:
+                self._events.unregister(name, function)
 
     def wait(self) -> None:
         """Return when the imports are done; says what it waits for if that takes long."""
+        if self._thread.ident is None:
+            self._begin()
         self._thread.join(SHOW_AFTER_SECONDS)
         if not self._thread.is_alive():
             return
@@ -59,9 +62,20 @@ class Warmup:
                 self._thread.join(POLL_SECONDS)
                 bar.refresh()
 
+    def _hooks(self) -> list[tuple[str, Callable[..., None]]]:
+        return [("post_run_cell", self._after_cell), ("pre_run_cell", self._before_cell)]
+
+    def _begin(self) -> None:
+        self.cancel()
+        self._events.register("pre_run_cell", self._before_cell)
+        self._thread.start()
+
+    def _after_cell(self, _result: ExecutionResult) -> None:
+        self._begin()
+
     def _before_cell(self, info: ExecutionInfo) -> None:
         if not self._thread.is_alive():
-            self.stop()
+            self.cancel()
         elif "import" in str(info.raw_cell):
             self.wait()
 
