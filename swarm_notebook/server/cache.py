@@ -71,6 +71,10 @@ class SessionCache(Cache):
         """The number of positions that the longest block holds."""
         return max(block.length for block in self._blocks)
 
+    @property
+    def empty(self) -> bool:
+        return not any(block.length for block in self._blocks)
+
     def lengths(self, start: int, end: int) -> list[int]:
         """The number of positions in each of the blocks ``[start, end)``."""
         return [block.length for block in self._slice(start, end)]

@@ -14,7 +14,7 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net import tensors
 from swarm_notebook.server import fields
 
 if TYPE_CHECKING:
@@ -32,8 +32,10 @@ def unpack(packed: Sequence[runtime_pb2.Tensor]) -> list[torch.Tensor | None]:
         raise BadRequest(f"a request has {len(packed)} tensors, expected 1 to {MAX_TENSORS}")
     found: list[torch.Tensor | None] = []
     for message in packed:
-        tensor = tensors.unpack(message)
-        found.append(None if protocol.is_dummy(tensor) else tensor)
+        if 0 in message.size and len(message.size) < 3:
+            found.append(None)  # a dummy (`protocol.is_dummy`), known without unpacking it
+        else:
+            found.append(tensors.unpack(message))
     return found + [None] * (5 - len(found))
 
 

@@ -79,7 +79,7 @@ class SessionState:
 
     def _check_rows(self, step: Step) -> None:
         rows, ids = self.cache.rows, step.row_ids
-        if not self.cache.length:
+        if self.cache.empty:
             return
         if ids is None and step.rows != rows:
             raise BadRequest(
@@ -89,20 +89,19 @@ class SessionState:
         if ids is not None and max(ids) >= rows:
             raise BadRequest(f"hypo_ids: row {max(ids)} does not exist, the session has {rows}")
 
-    @torch.inference_mode()
     def _prepare(self, step: Step, position: int) -> None:
         """Roll back to the step's position and select its rows."""
-        if not self.cache.length:
+        if self.cache.empty:
             self.cache.restart(step.rows)
             self._mask = None
             return
         self.cache.truncate(*step.blocks, position)
         if step.row_ids is not None:
-            self.cache.select_rows(step.row_ids)
+            with torch.inference_mode():
+                self.cache.select_rows(step.row_ids)
             if self._mask is not None:
                 self._mask = self._mask[step.row_ids]
 
-    @torch.inference_mode()
     def _extend_mask(self, step: Step, position: int, begin: int, end: int) -> torch.Tensor | None:
         """The mask of all positions up to the piece's end, or None if nothing is masked."""
         new = step.attention_mask
