@@ -31,31 +31,28 @@ class _Kept(Generic[V]):
 
 
 class Activations(Generic[K, V]):
-    """What is kept, by key, within ``total`` bytes."""
+    """What is kept, by key, within ``total`` bytes; ``held`` of them are taken."""
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic):
         self.total = total
         self._clock = clock
         self._kept: OrderedDict[K, _Kept[V]] = OrderedDict()
-
-    @property
-    def held(self) -> int:
-        """The bytes that are taken."""
-        return sum(kept.size for kept in self._kept.values())
+        self.held = 0
 
     def make_room(self, size: int) -> bool:
         """Drop the least recently used until ``size`` bytes are free; False if they never are."""
         if size > self.total:
             return False
         while self.held + size > self.total:
-            self._kept.popitem(last=False)
+            self._remove(next(iter(self._kept)))
         return True
 
     def put(self, key: K, value: V, size: int) -> None:
         """Keep a value, if it fits, in the place of what had its key."""
-        self._kept.pop(key, None)
+        self._remove(key)
         if self.make_room(size):
             self._kept[key] = _Kept(value, size, self._clock())
+            self.held += size
 
     def get(self, key: K) -> V | None:
         """What is kept under a key; it counts as used now."""
@@ -71,10 +68,14 @@ class Activations(Generic[K, V]):
         """Drop whatever is ``unwanted``."""
         gone = [key for key, kept in self._kept.items() if unwanted(key, kept.value)]
         for key in gone:
-            del self._kept[key]
+            self._remove(key)
 
     def expire(self) -> None:
         """Drop what has not been used for `KEEP_SECONDS`."""
         since = self._clock() - KEEP_SECONDS
-        while self._kept and next(iter(self._kept.values())).used < since:
-            self._kept.popitem(last=False)
+        self.drop(lambda key, _: self._kept[key].used < since)
+
+    def _remove(self, key: K) -> None:
+        kept = self._kept.pop(key, None)
+        if kept is not None:
+            self.held -= kept.size

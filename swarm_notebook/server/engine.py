@@ -50,6 +50,13 @@ class Engine:
             self.activations.drop(lambda other, _: other == key)
         return gradients
 
+    def facts(self) -> dict[str, int]:
+        """Budgets and what is taken of them; may be called from any thread."""
+        return {
+            "activation_bytes": self.activations.total,
+            "activation_bytes_held": self.activations.held,
+        }
+
     def expire(self) -> None:
         """Forget what has not been used for long."""
         self.activations.expire()

@@ -110,6 +110,7 @@ class Handler:
             "cache_tokens_available": self._pool.free,
             "cache_tokens_total": self._pool.total,
             "sessions": self._pool.sessions,
+            **self._engine.facts(),
             protocol.EXTENSION_KEY: protocol.PROTOCOL_VERSION,
         }
         if request.uid:

@@ -114,7 +114,7 @@ def parse_forward(
     found = slots.unpack(packed)
     request = Forward(blocks, slots.hidden(found[0], limits))
     _check_size(request, limits)
-    request.prompts = slots.prompts(found[1], request, limits)
+    request.prompts = slots.prompts(found[1], request, limits, request.length)
     _read_common(request, found[2], found[3], metadata, limits)
     request.keep = fields.text(metadata, "keep")
     return request
@@ -129,7 +129,7 @@ def parse_backward(
     hidden = slots.hidden(found[0], limits)
     request = Backward(blocks, hidden, grad=slots.grad(found[1], hidden))
     _check_size(request, limits)
-    request.prompts = slots.prompts(found[2], request, limits)
+    request.prompts = slots.prompts(found[2], request, limits, request.length)
     _read_common(request, found[3], found[4], metadata, limits)
     if blocks[1] - 1 in request.states:
         raise BadRequest(
@@ -155,7 +155,7 @@ def parse_step(
     metadata = protocol.unpack_metadata(message.metadata)
     found = slots.unpack(message.tensors)
     request = Step(blocks, slots.hidden(found[0], limits))
-    request.prompts = slots.prompts(found[1], request, limits)
+    request.prompts = slots.prompts(found[1], request, limits, limits.context or limits.tokens)
     request.row_ids = slots.row_ids(found[2], request)
     _read_common(request, found[3], found[4], metadata, limits)
     request.position = fields.integer(metadata, "start_from_position")

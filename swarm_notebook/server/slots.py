@@ -60,7 +60,10 @@ def grad(tensor: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def prompts(tensor: torch.Tensor | None, request: Forward, limits: Limits) -> torch.Tensor | None:
+def prompts(
+    tensor: torch.Tensor | None, request: Forward, limits: Limits, longest: int
+) -> torch.Tensor | None:
+    """Deep prompts for up to ``longest`` positions."""
     if tensor is None:
         return None
     blocks = request.blocks[1] - request.blocks[0]
@@ -68,12 +71,12 @@ def prompts(tensor: torch.Tensor | None, request: Forward, limits: Limits) -> to
         tensor.dim() != 4
         or tensor.shape[0] != blocks
         or tensor.shape[1] not in (1, request.rows)
-        or tensor.shape[2] > request.length
+        or tensor.shape[2] > longest
         or tensor.shape[3] != limits.hidden_size
     ):
         raise BadRequest(
             f"prompts: shape {list(tensor.shape)}, expected [{blocks}, 1 or {request.rows}, "
-            f"up to {request.length}, {limits.hidden_size}]"
+            f"up to {longest}, {limits.hidden_size}]"
         )
     check_values("prompts", tensor)
     return tensor

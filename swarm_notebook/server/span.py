@@ -131,7 +131,7 @@ class Span:
             self._layers[index - self.start].register_forward_hook(_keep(captured, index))
             for index in states
         ]
-        if prompts is not None:
+        if prompts is not None and prompts.shape[2]:
             prompts = prompts.to(self.device, self.dtype)
             handles += [
                 self._layers[start - self.start + offset].register_forward_pre_hook(

@@ -66,7 +66,8 @@ class SessionState:
         mask = self._extend_mask(step, position, begin, end)
         ids, prompts = step.position_ids, step.prompts
         if prompts is not None:
-            prompts = prompts[:, :, begin:end] if begin < prompts.shape[2] else None
+            # They belong to the first positions of the sequence, not of the step.
+            prompts = prompts[:, :, position + begin : position + end]
         return self._span.run(
             *step.blocks,
             step.hidden[:, begin:end],

@@ -209,8 +209,12 @@ def test_prompts_are_added_to_every_blocks_input(case: Case) -> None:
         changed[:, :8] += prompt
         expected = span.run(block, block + 1, changed)[0]
     close(span.run(span.start, span.end, hidden, prompts=prompts)[0], expected)
+    # In a session they belong to the first positions of the sequence, however it is cut.
     state = SessionState(span, context=None)
-    close(advance(state, hidden, prompts=prompts)[0], expected)
+    for begin, end in ((0, 3), (3, 4), (4, 10), (10, 12)):
+        got = advance(state, hidden[:, begin:end], prompts=prompts)[0]
+        close(got, expected[:, begin:end])
+    close(advance(state, hidden[:, 5:], prompts=prompts, position=5)[0], expected[:, 5:])
 
 
 def test_no_positions_is_a_step_that_checks_room(case: Case) -> None:

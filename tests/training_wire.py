@@ -1,0 +1,160 @@
+"""A server process for one family's tiny model, and the local model to compare its gradients with.
+
+`Bench.call` speaks the wire as a notebook would, without any of the notebook's code. `run_blocks`
+computes with the local model what a server is asked for, from the input of one block to the output
+of another, so that gradients of all that is between can be compared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hivemind.p2p import PeerID
+from hivemind.proto import runtime_pb2
+from raw_wire import RawClient, ServerProcess
+from torch import nn
+
+from swarm_notebook.net import protocol, streams, tensors
+
+Answer = tuple[list[torch.Tensor], dict[str, Any]]
+
+
+async def call(
+    client: RawClient,
+    peer: PeerID,
+    rpc: str,
+    uid: str,
+    slots: Sequence[torch.Tensor | None],
+    metadata: dict[str, Any],
+) -> Answer:
+    """One request and its answer over a stream: tensors and metadata."""
+    stream = await streams.open_stream(client.node.p2p, peer, rpc)
+    packed = protocol.pack_metadata(metadata)
+    try:
+        for tensor in protocol.pack_slots(list(slots)):
+            for part in tensors.split(tensor, protocol.PART_BYTES):
+                await stream.send(
+                    runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed)
+                )
+        await stream.send_end()
+        parts: list[runtime_pb2.Tensor] = []
+        answered: dict[str, Any] = {}
+        async with asyncio.timeout(60):
+            while (answer := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
+                answered.update(protocol.unpack_metadata(answer.metadata))
+                parts.extend(answer.tensors)
+        return [tensors.unpack(tensor) for tensor in tensors.join(parts)], answered
+    finally:
+        stream.close()
+
+
+@dataclass
+class Bench:
+    """A server that hosts ``[start, end)`` of a family's model, a client, the local model."""
+
+    model: Any
+    folder: Path
+    start: int
+    end: int
+    server: ServerProcess
+    client: RawClient
+
+    def call(
+        self,
+        rpc: str,
+        *slots: torch.Tensor | None,
+        blocks: tuple[int, int] | None = None,
+        client: RawClient | None = None,
+        **metadata: Any,
+    ) -> Answer:
+        client = client or self.client
+        uid = protocol.uid_chain(self.folder.name, *(blocks or (self.start, self.end)))
+        return client.run(call(client, self.server.peer, rpc, uid, slots, metadata))
+
+    def forward(self, *slots: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:
+        return self.call(protocol.RPC_FORWARD_STREAM, *slots, **options)[0]
+
+    def backward(self, *slots: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:
+        return self.call(protocol.RPC_BACKWARD_STREAM, *slots, **options)[0]
+
+    def unary(self, rpc: str, message: runtime_pb2.ExpertRequest) -> list[torch.Tensor]:
+        answer = self.client.run(
+            self.client.node.p2p.call_protobuf_handler(
+                self.server.peer, rpc, message, runtime_pb2.ExpertResponse
+            )
+        )
+        return [tensors.unpack(tensor) for tensor in answer.tensors]
+
+    def info(self) -> dict[str, Any]:
+        return self.client.run(self.client.info(self.server.peer))
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The model's own list of blocks."""
+    count = model.config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise LookupError("no list of blocks")
+
+
+class Done(Exception):
+    """The blocks that were wanted have run."""
+
+
+def run_blocks(
+    model: nn.Module,
+    start: int,
+    end: int,
+    hidden: torch.Tensor,
+    *,
+    prompts: torch.Tensor | None = None,
+    **options: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """The outputs of the local model's blocks ``[start, end)`` for ``hidden``, under autograd."""
+    layers = layers_of(model)
+    outputs: list[torch.Tensor] = []
+
+    def enter(index: int) -> Any:
+        def hook(_layer: Any, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+            changed = hidden if index == start else outputs[-1]
+            if prompts is not None:
+                length = prompts.shape[2]
+                head = changed[:, :length] + prompts[index - start]
+                changed = torch.cat([head, changed[:, length:]], dim=1)
+            if inputs:
+                return (changed, *inputs[1:]), named
+            return inputs, {**named, "hidden_states": changed}
+
+        return hook
+
+    def leave(_layer: Any, _inputs: tuple, output: Any) -> None:
+        outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+        if len(outputs) == end - start:
+            raise Done
+
+    handles = []
+    for index in range(start, end):
+        layer = layers[index]
+        handles.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
+        handles.append(layer.register_forward_hook(leave))
+    try:
+        model(inputs_embeds=hidden.detach(), use_cache=False, **options)
+    except Done:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"shapes {list(ours.shape)} and {list(theirs.shape)}")
+    return float((ours - theirs).detach().abs().max() / theirs.abs().max().clamp(min=1e-12))
