@@ -75,7 +75,7 @@ class Segment:
         self._starts.append(start)
         names, parameters = self._trainable(start, end)
         stretch = _Stretch(self, start, end, names)
-        return _Piece.apply(stretch, output, hidden, prompts, *parameters)
+        return _Piece.apply(stretch, [output], hidden, prompts, *parameters)
 
     def _trainable(self, start: int, end: int) -> tuple[list[str], list[torch.nn.Parameter]]:
         named = {
@@ -132,14 +132,15 @@ class _Piece(torch.autograd.Function):
     def forward(
         ctx: Any,
         stretch: _Stretch,
-        output: torch.Tensor,
+        output: list[torch.Tensor],
         hidden: torch.Tensor,
         *prompts_and_parameters: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.stretch = stretch
         parameters = [one for one in prompts_and_parameters[1:] if one is not None]
         ctx.devices = [hidden.device, *(parameter.device for parameter in parameters)]
-        return output
+        # In a list: an input returned as it is would be a view, which no hook could write into.
+        return output[0]
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,308 @@
+"""Hooks on remote blocks against the same hooks on the local model, and what they cost.
+
+The matrix: what a hook does, on which block, in which mode. Costs are counted in requests to
+servers with one row (a batch goes in groups of rows): reading is free, each change costs one
+more request to each server from there on, in the direction of the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM
+
+import swarm_notebook as sn
+from swarm_notebook.client import backward as backward_module
+from swarm_notebook.client import forward as forward_module
+from swarm_notebook.client.hop import Hop
+
+BLOCKS = 5
+FIRST, BOUNDARY, MIDDLE, LAST = 0, 1, 2, BLOCKS - 1
+PLACES = [FIRST, BOUNDARY, MIDDLE, LAST]
+
+
+@dataclass
+class Pair:
+    local: Any
+    remote: Any
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    folder: Path = tiny_model("llama", tmp_path_factory.mktemp("hooks"))
+    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with (
+        sn.LocalSwarm(folder, [(0, 2), (2, BLOCKS)], threads=1) as servers,
+        sn.connect(servers.initial_peers, model=folder) as swarm,
+    ):
+        yield Pair(local.requires_grad_(False), swarm.model)
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The requests that are sent, in order: real ones, only counted."""
+    sent: list[str] = []
+    for module in (forward_module, backward_module):
+        real = module.trip
+
+        async def counted(
+            directory: Any, leg: Any, rpc: str, *rest: Any, real: Any = real, **named: Any
+        ) -> Any:
+            sent.append(rpc.rpartition(".")[2])
+            return await real(directory, leg, rpc, *rest, **named)
+
+        monkeypatch.setattr(module, "trip", counted)
+    run = Hop.run
+
+    async def counted_run(self: Hop, request: Any) -> Any:
+        sent.append("rpc_inference")
+        return await run(self, request)
+
+    monkeypatch.setattr(Hop, "run", counted_run)
+    return sent
+
+
+@dataclass
+class Seen:
+    """What the hooks of one model saw, and the handles to remove them."""
+
+    states: list[torch.Tensor] = field(default_factory=list)
+    handles: list[Any] = field(default_factory=list)
+
+
+def read(block: Any, seen: Seen) -> None:
+    seen.handles.append(
+        block.register_forward_hook(lambda m, args, out: seen.states.append(out.detach().clone()))
+    )
+
+
+def read_input(block: Any, seen: Seen) -> None:
+    seen.handles.append(
+        block.register_forward_pre_hook(
+            lambda m, args: seen.states.append(args[0].detach().clone())
+        )
+    )
+
+
+def replace(block: Any, seen: Seen) -> None:
+    seen.handles.append(block.register_forward_hook(lambda m, args, out: out * 0.5 + 1))
+
+
+def write_in_place(block: Any, seen: Seen) -> None:
+    def hook(module: Any, args: Any, out: torch.Tensor) -> None:
+        out.mul_(0.7)
+
+    seen.handles.append(block.register_forward_hook(hook))
+
+
+def replace_input(block: Any, seen: Seen) -> None:
+    seen.handles.append(block.register_forward_pre_hook(lambda m, args: (args[0] + 0.3, *args[1:])))
+
+
+def read_and_replace(block: Any, seen: Seen) -> None:
+    read(block, seen)
+    replace(block, seen)
+    read(block, seen)
+
+
+def removed(block: Any, seen: Seen) -> None:
+    replace(block, seen)
+    seen.handles.pop().remove()
+
+
+def scale_gradient(block: Any, seen: Seen) -> None:
+    seen.handles.append(
+        block.register_full_backward_hook(lambda m, grad_in, grad_out: (grad_in[0] * 3,))
+    )
+
+
+ACTIONS = [read, read_input, replace, write_in_place, replace_input, read_and_replace, removed]
+
+
+@contextmanager
+def hooked(model: Any, install: Callable[[Any, Seen], None], places: list[int]) -> Iterator[Seen]:
+    seen = Seen()
+    for place in places:
+        install(model.model.layers[place], seen)
+    try:
+        yield seen
+    finally:
+        for handle in seen.handles:
+            handle.remove()
+
+
+def ids(rows: int = 2, length: int = 8) -> torch.Tensor:
+    torch.manual_seed(4)
+    return torch.randint(3, 128, (rows, length))
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def same_states(ours: Seen, theirs: Seen) -> None:
+    assert len(ours.states) == len(theirs.states)
+    for mine, local in zip(ours.states, theirs.states, strict=True):
+        same(mine, local)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("action", ACTIONS)
+@torch.no_grad()
+def test_forward(pair: Pair, action: Any, place: int) -> None:
+    results = []
+    for model in (pair.remote, pair.local):
+        with hooked(model, action, [place]) as seen:
+            results.append((model(ids()).logits, seen))
+    same(results[0][0], results[1][0])
+    same_states(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("action", [*ACTIONS, scale_gradient])
+def test_training(pair: Pair, action: Any, place: int) -> None:
+    results = []
+    for model in (pair.remote, pair.local):
+        embeds = model.get_input_embeddings()(ids()).detach().requires_grad_()
+        # An in-place write needs a tensor that is no leaf, as in every model that trains.
+        with hooked(model, action, [place]) as seen:
+            logits = model(inputs_embeds=embeds * 1.0).logits
+            logits.square().mean().backward()
+        results.append((embeds.grad, logits, seen))
+    same(results[0][0], results[1][0])
+    same(results[0][1], results[1][1])
+    same_states(results[0][2], results[1][2])
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_generate(pair: Pair, action: Any, place: int) -> None:
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    results = []
+    for model in (pair.remote, pair.local):
+        with hooked(model, action, [place]) as seen:
+            results.append((model.generate(ids(1), **options), seen))
+    assert results[0][0].tolist() == results[1][0].tolist()
+    same_states(results[0][1], results[1][1])
+
+
+def test_gradients_at_intermediate_states(pair: Pair) -> None:
+    """Auxiliary losses, retain_grad, tensor hooks, a second backward through the same graph."""
+    results = []
+    for model in (pair.remote, pair.local):
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(index: int, kept: dict = kept) -> Any:
+            def hook(module: Any, args: Any, out: torch.Tensor) -> None:
+                out.retain_grad()
+                if index == 3:
+                    out.register_hook(lambda grad: grad * 2)
+                kept[index] = out
+
+            return hook
+
+        layers = model.model.layers
+        handles = [layers[i].register_forward_hook(keep(i)) for i in (0, 2, 3)]
+        embeds = model.get_input_embeddings()(ids()).detach().requires_grad_()
+        logits = model(inputs_embeds=embeds).logits
+        loss = logits.square().mean() + kept[2].square().mean() + kept[0].abs().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        for handle in handles:
+            handle.remove()
+        results.append([embeds.grad, *(kept[i].grad for i in (0, 2, 3))])
+    for ours, theirs in zip(*results, strict=True):
+        same(ours, theirs)
+
+
+def test_gradients_of_gradients_raise(pair: Pair) -> None:
+    embeds = pair.remote.get_input_embeddings()(ids()).detach().requires_grad_()
+    loss = pair.remote(inputs_embeds=embeds).logits.square().mean()
+    (grad,) = torch.autograd.grad(loss, embeds, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        grad.sum().backward()
+
+
+@torch.no_grad()
+def test_reading_costs_nothing_and_writing_one_trip(pair: Pair, requests: list[str]) -> None:
+    def cost(action: Any, places: list[int]) -> int:
+        requests.clear()
+        with hooked(pair.remote, action, places):
+            pair.remote(ids(1))
+        return len(requests)
+
+    servers = 2
+    assert cost(removed, [MIDDLE]) == servers
+    assert cost(read, list(range(BLOCKS))) == servers
+    assert cost(read_input, list(range(BLOCKS))) == servers
+    # From the changed block on, the chain is asked once more: here only its second server.
+    assert cost(replace, [MIDDLE]) == servers + 1
+    assert cost(replace, [FIRST]) == servers + 2
+    assert cost(replace, [LAST]) == servers
+    requests.clear()
+    pair.remote(ids(1), output_hidden_states=True)
+    assert len(requests) == servers
+
+
+def test_reading_costs_nothing_in_backward(pair: Pair, requests: list[str]) -> None:
+    def cost(loss_of: Any) -> int:
+        embeds = pair.remote.get_input_embeddings()(ids(1)).detach().requires_grad_()
+        with hooked(pair.remote, read, list(range(BLOCKS))):
+            output = pair.remote(inputs_embeds=embeds, output_hidden_states=True)
+        loss = loss_of(output)
+        requests.clear()
+        loss.backward()
+        return len(requests)
+
+    servers = 2
+    assert cost(lambda output: output.logits.sum()) == servers
+    # A loss on an inner state adds a gradient there: asked again from there down.
+    assert cost(lambda o: o.logits.sum() + o.hidden_states[2].square().sum()) == servers + 1
+
+
+def test_generate_with_reading_hooks_sends_one_request_per_server_and_token(
+    pair: Pair, requests: list[str]
+) -> None:
+    with hooked(pair.remote, read, list(range(BLOCKS))):
+        pair.remote.generate(ids(1), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert requests == ["rpc_inference"] * 2 * 4
+
+
+@torch.no_grad()
+def test_modules_inside_blocks_can_be_read(pair: Pair, requests: list[str]) -> None:
+    names = ["self_attn.o_proj", "mlp", "mlp.gate_proj", "input_layernorm"]
+    results = []
+    for model in (pair.remote, pair.local):
+        seen = Seen()
+        for place in (0, 3):
+            for name in names:
+                read(model.model.layers[place].get_submodule(name), seen)
+        requests.clear()
+        model(ids(1))
+        for handle in seen.handles:
+            handle.remove()
+        if model is pair.remote:
+            assert len(requests) == 2
+        results.append(sorted(seen.states, key=lambda state: state.sum().item()))
+    for ours, theirs in zip(*results, strict=True):
+        same(ours, theirs)
+
+
+def test_writes_inside_blocks_are_refused(pair: Pair) -> None:
+    inner = pair.remote.model.layers[1].mlp
+    for method in ("register_forward_pre_hook", "register_full_backward_hook"):
+        with pytest.raises(sn.errors.Unsupported, match=r"block 1.mlp.*hook the block itself"):
+            getattr(inner, method)(lambda *args: None)
+    handle = inner.register_forward_hook(lambda module, args, out: out + 1)
+    try:
+        with pytest.raises(sn.errors.Unsupported, match=r"changes its output"):
+            pair.remote(ids(1))
+    finally:
+        handle.remove()
