@@ -60,6 +60,10 @@ class LoopThread:
         """Start a coroutine on the loop without waiting, from any thread."""
         self.loop.call_soon_threadsafe(self._start, work)
 
+    def join(self, seconds: float) -> None:
+        """Wait for the thread to end, after its loop was stopped."""
+        self._thread.join(seconds)
+
     def _start(self, work: Coroutine[Any, Any, Any]) -> None:
         # asyncio keeps only weak references to tasks.
         task = self.loop.create_task(work)
@@ -95,14 +99,22 @@ def forget_at_exit(cleanup: Cleanup) -> None:
 
 
 def _stop_all() -> None:
-    """End daemons while their loop still runs: hivemind's finalizers fail without one."""
+    """End daemons while their loop still runs: hivemind's finalizers fail without one.
+
+    The thread is joined, too: one that still runs when the interpreter is torn down is ended by
+    unwinding its stack, which kills the process if C++ code is on it.
+    """
+    if _thread is None:
+        return
+    loop = _thread.loop
 
     async def stop() -> None:
         await asyncio.gather(*(cleanup() for cleanup in _at_exit), return_exceptions=True)
 
-    if _thread is not None and _at_exit:
-        future = asyncio.run_coroutine_threadsafe(stop(), _thread.loop)
-        try:
-            future.result(_STOP_TIMEOUT)
-        except TimeoutError:
-            future.cancel()
+    future = asyncio.run_coroutine_threadsafe(stop(), loop)
+    try:
+        future.result(_STOP_TIMEOUT)
+    except TimeoutError:
+        future.cancel()
+    loop.call_soon_threadsafe(loop.stop)
+    _thread.join(_STOP_TIMEOUT)
