@@ -12,7 +12,7 @@ import threading
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from swarm_notebook.errors import ModelNotFound
 
@@ -88,8 +88,6 @@ def fetch(repository: str, filename: str) -> Path | None:
         RepositoryNotFoundError,
     )
 
-    if PurePosixPath(filename).is_absolute() or ".." in PurePosixPath(filename).parts:
-        raise ModelNotFound(f"model {repository!r}: its index names the file {filename!r}; refused")
     online = reachable()
     try:
         return Path(hf_hub_download(repository, filename, local_files_only=not online))

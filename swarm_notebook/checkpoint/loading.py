@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from swarm_notebook.checkpoint.weights import LazyTensor
-from swarm_notebook.errors import ModelNotFound, SwarmError, Unsupported
+from swarm_notebook.errors import ModelNotFound, Unsupported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,21 +60,21 @@ def load(
     partial_class: Any = _edited(model_class, edit)
     on_cpu = torch.device(device).type == "cpu"
     with _construction, _no_progress_bars():
-        try:
-            model, report = partial_class.from_pretrained(
-                None,
-                config=source.config(),
-                state_dict=tensors if progress is None else _reporting(tensors, progress),
-                dtype=dtype,
-                output_loading_info=True,
-                **({} if on_cpu else {"device_map": {"": device}}),
-            )
-        except SwarmError:
-            raise
-        except RuntimeError as error:
-            raise ModelNotFound(
-                f"the weights of {source.name} do not fit its config: {error}"
-            ) from error
+        model, report = partial_class.from_pretrained(
+            None,
+            config=source.config(),
+            state_dict=tensors if progress is None else _reporting(tensors, progress),
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            **({} if on_cpu else {"device_map": {"": device}}),
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise ModelNotFound(
+            f"the weights of {source.name} do not fit its config: {name} has shape {tuple(found)}, "
+            f"the config makes it {tuple(expected)} ({len(mismatched)} such tensors)"
+        )
     if missing := sorted(report["missing_keys"]):
         raise ModelNotFound(
             f"the weights of {source.name} lack {len(missing)} tensors that "

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from swarm_notebook.checkpoint import hub
@@ -128,9 +128,13 @@ def _existing(path: Path) -> Path:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        shards = {str(k): str(v) for k, v in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelNotFound(f"{index} is not an index of safetensors files: {error!r}") from error
+    for shard in set(shards.values()):
+        if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
+            raise ModelNotFound(f"{index} points out of its model, at {shard!r}; refused")
+    return shards
 
 
 def _single_file(path: Path) -> dict[str, str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from swarm_notebook.checkpoint.anatomy import find_trunk
 from swarm_notebook.checkpoint.partial import load_blocks, load_edges
 from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.errors import Unsupported
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -67,13 +70,164 @@ def test_returns_tuple_is_what_a_block_does(folder: Path, ids: torch.Tensor) -> 
     _, info = load_edges(resolve(folder), dtype=torch.float32)
     whole = _whole(folder)
     outputs: list[object] = []
-    layers = getattr(whole.get_submodule(_path(whole, info.layers_name)), info.layers_name)
-    layers[0].register_forward_hook(lambda _m, _i, output: outputs.append(output))
+    _first_block(whole).register_forward_hook(lambda _m, _i, output: outputs.append(output))
     whole(ids)
     assert info.returns_tuple == isinstance(outputs[0], tuple)
 
 
-def _path(model: torch.nn.Module, layers_name: str) -> str:
-    """The decoder is the outermost module that has the list of blocks."""
-    names = [name for name, module in model.named_modules() if hasattr(module, layers_name)]
-    return min(names, key=lambda name: name.count("."))
+def _first_block(model: Any) -> torch.nn.Module:
+    return find_trunk(model).layers[0]
+
+
+@torch.no_grad()
+def test_padding_and_positions_reach_the_blocks(folder: Path, ids: torch.Tensor) -> None:
+    """A left-padded batch goes through the partial model as through the whole one."""
+    source = resolve(folder)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    options = {"attention_mask": mask, "use_cache": False}
+    states = _whole(folder)(ids, output_hidden_states=True, **options).hidden_states
+    hidden = states[0]
+    for start, end in [(0, 2), (2, 3)]:
+        blocks = load_blocks(source, start, end, dtype=torch.float32)
+        hidden = blocks.model(inputs_embeds=hidden, **options).last_hidden_state
+        assert torch.equal(hidden, states[end])
+
+
+@torch.no_grad()
+def test_half_precision_is_transformers_own(folder: Path, ids: torch.Tensor) -> None:
+    """Including weights that a family keeps in float32, and buffers."""
+    source = resolve(folder)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model, info = load_edges(source, dtype=torch.bfloat16)
+    expected = {name: tensor.dtype for name, tensor in whole.named_parameters()}
+    assert {name: tensor.dtype for name, tensor in model.named_parameters()} == expected
+    blocks = load_blocks(source, 0, info.num_blocks, dtype=torch.bfloat16)
+    setattr(info.decoder, info.layers_name, blocks.layers)
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+def test_nothing_else_is_read(folder: Path) -> None:
+    """What is read are the bytes of the wanted tensors; no parameter is left without memory."""
+    source = resolve(folder)
+    read: list[tuple[int, int]] = []
+    blocks = load_blocks(
+        source, 1, 3, dtype=torch.float32, progress=lambda done, total: read.append((done, total))
+    )
+    size = sum(parameter.nbytes for parameter in blocks.model.parameters())
+    assert read[-1] == (size, size)
+    whole = find_trunk(_whole(folder)).layers[1:3]
+    assert size == sum(parameter.nbytes for parameter in whole.parameters())
+    for name, tensor in (*blocks.model.named_parameters(), *blocks.model.named_buffers()):
+        assert tensor.device.type == "cpu", name
+        assert not tensor.requires_grad, name
+
+
+def test_layers_keep_their_own_index(folder: Path) -> None:
+    blocks = load_blocks(resolve(folder), 2, 4, dtype=torch.float32)
+    indices = {
+        module.layer_idx for module in blocks.layers.modules() if hasattr(module, "layer_idx")
+    }
+    assert indices == {2, 3}
+    types = getattr(blocks.config, "layer_types", None)
+    assert types is None or types == _whole(folder).config.layer_types[2:4]
+
+
+@torch.no_grad()
+def test_buffers_in_blocks_are_real_on_servers_and_placeholders_on_edges(tmp_path: Path) -> None:
+    """GPT-Neo keeps its causal mask in a buffer of each block."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=128,
+        hidden_size=48,
+        num_layers=4,
+        num_heads=4,
+        attention_types=[[["global", "local"], 2]],
+        window_size=8,
+        max_position_embeddings=64,
+    )
+    whole = GPTNeoForCausalLM(config).eval()
+    whole.save_pretrained(tmp_path)
+    source = resolve(tmp_path)
+    model, info = load_edges(source, dtype=torch.float32)
+    masks = [name for name, _ in info.layers.named_buffers()]
+    assert len(masks) >= 4
+    for buffer in info.layers.buffers():
+        assert buffer.stride() == (0,) * buffer.ndim
+    blocks = load_blocks(source, 0, 4, dtype=torch.float32)
+    setattr(info.decoder, info.layers_name, blocks.layers)
+    ids = torch.arange(3, 23)[None]
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+@torch.no_grad()
+def test_old_checkpoints_with_buffers_and_without_a_prefix(tmp_path: Path) -> None:
+    """GPT-2 on the Hub: names begin with the block, and causal masks are stored as weights."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_model("gpt2", tmp_path)
+    whole = _whole(folder)
+    weights = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    for block in range(5):
+        weights[f"h.{block}.attn.bias"] = torch.tril(torch.ones(1, 1, 8, 8))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    source = resolve(folder)
+    model, info = load_edges(source, dtype=torch.float32)
+    setattr(
+        info.decoder,
+        info.layers_name,
+        torch.nn.ModuleList(
+            layer
+            for start, end in [(0, 2), (2, 5)]
+            for layer in load_blocks(source, start, end, dtype=torch.float32).layers
+        ),
+    )
+    ids = torch.arange(3, 23)[None]
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+@torch.no_grad()
+def test_what_a_decoder_does_around_its_blocks_happens_once(tmp_path: Path) -> None:
+    """Granite multiplies embeddings by a constant, outside of any module."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=128,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        embedding_multiplier=12.0,
+    )
+    whole = GraniteForCausalLM(config).eval()
+    whole.save_pretrained(tmp_path)
+    ids = torch.arange(3, 23)[None]
+    states = whole(ids, output_hidden_states=True).hidden_states
+    hidden = states[0]
+    for start, end in [(0, 2), (2, 3)]:
+        blocks = load_blocks(resolve(tmp_path), start, end, dtype=torch.float32)
+        hidden = blocks.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        assert torch.equal(hidden, states[end])
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(
+        vocab_size=128,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=80,
+        is_decoder=True,
+    )
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(Unsupported, match="neither an embedding nor a norm nor a projection"):
+        load_blocks(resolve(tmp_path), 0, 1, dtype=torch.float32)

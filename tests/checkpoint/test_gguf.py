@@ -1,0 +1,181 @@
+"""GGUF files written as llama.cpp writes them, read back as transformers' tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from swarm_notebook.checkpoint.gguf import GgufFile, GgufWeights
+from swarm_notebook.checkpoint.partial import load_blocks, load_edges
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.errors import ModelNotFound, Unsupported
+from tests.tiny import build
+
+
+def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of Q and K rows: the halves that rotate together are interleaved."""
+    rows, columns = weight.shape
+    return (
+        weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    )
+
+
+def _write(path: Path, model: Any, architecture: str) -> None:
+    """Write `model` as llama.cpp's converter does, in float32."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if experts := getattr(config, "num_experts", 0):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    writer.add_token_merges(["a b"])
+    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        _add(writer, table, name, tensor.numpy(), config, architecture)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add(
+    writer: Any, table: Any, name: str, value: np.ndarray, config: Any, architecture: str
+) -> None:
+    if name.endswith("experts.gate_up_proj"):
+        block = name.split(".")[2]
+        gate, up = np.split(value, 2, axis=1)
+        writer.add_tensor(f"blk.{block}.ffn_gate_exps.weight", np.ascontiguousarray(gate))
+        writer.add_tensor(f"blk.{block}.ffn_up_exps.weight", np.ascontiguousarray(up))
+        return
+    stem = name.removesuffix(".weight")
+    if architecture == "llama" and stem.endswith("q_proj"):
+        value = _permuted(value, config.num_attention_heads)
+    if architecture == "llama" and stem.endswith("k_proj"):
+        value = _permuted(value, config.num_key_value_heads)
+    writer.add_tensor(f"{table.get_name(stem)}.weight", np.ascontiguousarray(value))
+
+
+@pytest.fixture(params=[("llama", "llama"), ("qwen3", "qwen3"), ("qwen3_moe", "qwen3moe")])
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
+    family, architecture = request.param
+    model = build(family)
+    path = tmp_path / f"tiny.{family}.gguf"
+    _write(path, model, architecture)
+    return model, path
+
+
+def test_every_tensor_comes_back(written: tuple[Any, Path]) -> None:
+    model, path = written
+    weights = GgufWeights(path, model.config)
+    read = {name: lazy[...] for name, lazy in weights.lazy(weights.names()).items()}
+    expected = model.state_dict()
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(read[name], tensor), name
+
+
+@torch.no_grad()
+def test_blocks_and_edges_load_from_the_file(tmp_path: Path) -> None:
+    model, path = build("llama"), tmp_path / "tiny.llama.gguf"
+    _write(path, model, "llama")
+    source = resolve(path)
+    assert source.dht_prefix == path.stem.replace(".", "-")
+    assert source.config().num_hidden_layers == model.config.num_hidden_layers
+    assert source.generation_config() is None
+    ids = torch.arange(3, 13)[None]
+    states = model(ids, output_hidden_states=True).hidden_states
+    blocks = load_blocks(source, 1, 3, dtype=torch.float32)
+    output = blocks.model(inputs_embeds=states[1], use_cache=False).last_hidden_state
+    # The file holds the norms' epsilon in single precision, so not bit for bit.
+    torch.testing.assert_close(output, states[3], rtol=1e-5, atol=1e-5)
+    edges, _ = load_edges(source, dtype=torch.float32)
+    assert torch.equal(edges.lm_head.weight, model.lm_head.weight)
+
+
+def test_quantised_tensors_are_dequantised(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    path = tmp_path / "q8.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("a.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.add_tensor("b.weight", values.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GgufFile(path)
+    assert file.metadata["general.architecture"] == "llama"
+    assert np.abs(file.values("a.weight") - values).max() < 0.02
+    assert np.array_equal(file.values("b.weight"), values.astype(np.float16).astype(np.float32))
+    assert file.nbytes("a.weight") == 4 * 2 * 34
+
+
+@pytest.mark.parametrize("length", [4, 20, 200, 1000])
+def test_a_header_that_is_cut_off(written: tuple[Any, Path], length: int) -> None:
+    _, path = written
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ModelNotFound, match="cut off"):
+        GgufFile(path)
+
+
+def test_a_tensor_that_is_cut_off(written: tuple[Any, Path]) -> None:
+    _, path = written
+    path.write_bytes(path.read_bytes()[:-100])
+    file = GgufFile(path)
+    last = max(file.tensors, key=lambda name: file.tensors[name].offset)
+    with pytest.raises(ModelNotFound, match="ends before its tensor"):
+        file.values(last)
+
+
+def test_a_count_that_lies_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "liar.gguf"
+    header = b"GGUF" + np.array([3], "<u4").tobytes() + np.array([0, 1], "<u8").tobytes()
+    key = np.array([1], "<u8").tobytes() + b"k"
+    array = np.array([9, 4], "<u4").tobytes() + np.array([2**40], "<u8").tobytes()
+    path.write_bytes(header + key + array + bytes(64))
+    with pytest.raises(ModelNotFound, match="cut off"):
+        GgufFile(path)
+
+
+def test_an_unknown_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    writer = gguf.GGUFWriter(path, "no-such-architecture")
+    writer.add_tensor("blk.0.weight", np.zeros(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelNotFound, match="no-such-architecture"):
+        resolve(path).config()
+    with pytest.raises(Unsupported, match="no-such-architecture"):
+        GgufWeights(path, build("llama").config).names()
+
+
+def test_one_part_of_a_split_file(tmp_path: Path) -> None:
+    path = tmp_path / "part.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(Unsupported, match="llama-gguf-split --merge"):
+        GgufWeights(path, build("llama").config)
