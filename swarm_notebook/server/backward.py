@@ -24,15 +24,29 @@ class NoRoomError(Exception):
 
 
 @dataclass
+class Gradients:
+    """Of the input, of the prompts if there are any, of the boundaries asked for, of ``weights``.
+
+    Attributes:
+        weights: the names of the adapter's parameters whose gradients come last; None without one.
+    """
+
+    tensors: list[torch.Tensor]
+    weights: list[str] | None
+
+
+@dataclass
 class Graph:
     """A recorded forward pass.
 
     Attributes:
+        span: the blocks that computed it.
         request: what was computed.
-        hidden, prompts: the leaves of the graph.
+        hidden, prompts: the leaves of the graph, together with the span's adapter weights.
         outputs: the output of every block, by index.
     """
 
+    span: Span
     request: Forward
     hidden: torch.Tensor
     prompts: torch.Tensor | None
@@ -46,10 +60,15 @@ class Graph:
             and wanted.blocks[1] <= made.blocks[1]
             and made.hidden.shape == wanted.hidden.shape
             and _lengths(made) == _lengths(wanted)
+            and (made.adapter, made.seed) == (wanted.adapter, wanted.seed)
         )
 
-    def gradients(self, wanted: Backward, *, keep: bool = False) -> list[torch.Tensor]:
-        """Of the input, of the prompts if there are any, of the outputs of ``wanted.states``.
+    def uses(self, adapter: str) -> bool:
+        """Whether it was computed with this adapter, in whatever version."""
+        return self.request.adapter is not None and self.request.adapter[0] == adapter
+
+    def gradients(self, wanted: Backward, *, keep: bool = False) -> Gradients:
+        """The gradients that a backward request wants.
 
         Args:
             wanted: a request that this graph serves.
@@ -61,27 +80,30 @@ class Graph:
         if self.prompts is not None:
             sources.append(self.prompts)
         sources += [self.outputs[index] for index in wanted.states]
+        weights = self.span.adapter_weights(start, end)
+        sources += weights.values()
         output = self.outputs[end - 1]
-        gradients = list(
-            torch.autograd.grad(
-                output,
-                sources,
-                wanted.grad.to(output.device, output.dtype),
-                retain_graph=keep,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+        found = torch.autograd.grad(
+            output,
+            sources,
+            wanted.grad.to(output.device, output.dtype),
+            retain_graph=keep,
+            allow_unused=True,
+            materialize_grads=True,
         )
+        gradients = list(found)
         if self.prompts is not None:
             gradients[1] = gradients[1][start - first : end - first]
-        return gradients
+        return Gradients(gradients, None if wanted.adapter is None else list(weights))
 
 
 def _lengths(request: Forward) -> int | None:
     return None if request.prompts is None else request.prompts.shape[2]
 
 
-def record(span: Span, request: Forward, room: Callable[[int], bool]) -> tuple[Graph, int]:
+def record(
+    span: Span, request: Forward, room: Callable[[int], bool]
+) -> tuple[Graph, list[torch.Tensor], int]:
     """Run a request under autograd.
 
     Args:
@@ -90,42 +112,44 @@ def record(span: Span, request: Forward, room: Callable[[int], bool]) -> tuple[G
         room: whether so many bytes may be kept; asked whenever their number grows.
 
     Returns:
-        the recorded pass, and how many bytes it keeps.
+        the recorded pass, outputs of modules inside of blocks, how many bytes it keeps.
 
     Raises:
         NoRoomError: ``room`` said no.
     """
     meter = _Meter(span.storages, room)
     with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda tensor: tensor):
-        graph = _forward(span, request)
+        graph, inner = _forward(span, request)
     for output in graph.outputs.values():
         meter.count(output)
-    return graph, meter.size
+    return graph, inner, meter.size
 
 
-def recompute(span: Span, request: Backward) -> list[torch.Tensor]:
+def recompute(span: Span, request: Backward) -> Gradients:
     """The gradients that a request wants, by way of a forward pass of its own."""
-    return _forward(span, request).gradients(request)
+    graph, _ = _forward(span, request)
+    return graph.gradients(request)
 
 
-def _forward(span: Span, request: Forward) -> Graph:
+def _forward(span: Span, request: Forward) -> tuple[Graph, list[torch.Tensor]]:
     hidden = request.hidden.to(span.device, span.dtype).detach().requires_grad_()
     prompts = request.prompts
     if prompts is not None:
         # Every row's own gradient is wanted, also where the rows share a prompt.
         prompts = prompts.to(span.device, span.dtype).expand(-1, request.rows, -1, -1)
         prompts = prompts.detach().requires_grad_()
-    start, end = request.blocks
-    _, *outputs = span.compute(
-        start,
-        end,
+    blocks = range(*request.blocks)
+    _, *found = span.compute(
+        *request.blocks,
         hidden,
         attention_mask=request.attention_mask,
         position_ids=request.position_ids,
         prompts=prompts,
-        states=range(start, end),
+        states=blocks,
+        **request.extras(),
     )
-    return Graph(request, hidden, prompts, dict(zip(range(start, end), outputs, strict=True)))
+    outputs = dict(zip(blocks, found, strict=False))
+    return Graph(span, request, hidden, prompts, outputs), found[len(blocks) :]
 
 
 class _Meter:

@@ -1,68 +1,129 @@
-"""What the torch thread does for requests: forward and backward passes, kept activations.
+"""What the torch thread does for requests: passes forward and back, with or without adapters.
 
-One `Engine` per server. Its methods are jobs of the torch thread and run nowhere else; therefore
-nothing in here is locked. What a notebook leaves on the server is filed under its peer id, so
-that no two notebooks ever see each other's.
+One `Engine` per server. Its methods are jobs of the torch thread and run nowhere else (but
+`facts`); therefore nothing in here is locked. What a notebook leaves on the server, adapters and
+kept activations, is filed under its peer id, so that no two notebooks ever see each other's.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
+from swarm_notebook.errors import AdapterMissing
 from swarm_notebook.server import backward
 from swarm_notebook.server.activations import Activations
-from swarm_notebook.server.backward import Graph, NoRoomError
+from swarm_notebook.server.adapter_store import AdapterLimits, AdapterStore
+from swarm_notebook.server.adapters import AdaptedSpan
+from swarm_notebook.server.backward import Gradients, Graph, NoRoomError
 from swarm_notebook.server.requests import Backward, Forward
 from swarm_notebook.server.span import Span
+from swarm_notebook.server.uploads import Upload
+
+
+@dataclass
+class _Adapter:
+    """An adapter that is held, and which of its states."""
+
+    span: AdaptedSpan
+    version: int
 
 
 class Engine:
     """Runs requests through a span and keeps what notebooks ask it to keep."""
 
-    def __init__(self, span: Span, activation_bytes: int):
+    def __init__(self, span: Span, activation_bytes: int, accepted: AdapterLimits):
         self._span = span
-        self.activations: Activations[tuple[str, str], Graph] = Activations(activation_bytes)
+        self.adapters: AdapterStore[_Adapter] = AdapterStore(accepted)
+        self._activations: Activations[tuple[str, str], Graph] = Activations(activation_bytes)
+
+    def span_for(self, peer: str, request: Forward) -> Span:
+        """The blocks to run a request through: the server's own, or with the peer's adapter.
+
+        Raises:
+            AdapterMissing: the adapter is not here in this version and for these blocks.
+        """
+        if request.adapter is None:
+            return self._span
+        name, version = request.adapter
+        held = self.adapters.get(peer, name)
+        start, end = request.blocks
+        if held is None or held.version != version:
+            has = "none of it" if held is None else f"version {held.version}"
+            raise AdapterMissing(f"adapter {name!r}, version {version}: {has} is here, upload it")
+        if start < held.span.start or held.span.end < end:
+            raise AdapterMissing(
+                f"adapter {name!r} is here for blocks [{held.span.start}, {held.span.end}) only, "
+                f"upload it for [{start}, {end})"
+            )
+        return held.span
 
     def forward(self, peer: str, request: Forward) -> list[torch.Tensor]:
         """The outputs that a forward request wants."""
+        span = self.span_for(peer, request)
         if request.keep is not None and request.length:
             try:
-                return self._forward_and_keep(peer, request, request.keep)
+                graph, inner, size = backward.record(span, request, self._activations.make_room)
             except NoRoomError:
                 pass  # compute it again, without leaving anything behind
-        return self._span.run(
+            else:
+                self._activations.put((peer, request.keep), graph, size)
+                wanted = (request.blocks[1] - 1, *request.states)
+                return [*(graph.outputs[index].detach() for index in wanted), *inner]
+        return span.run(
             *request.blocks,
             request.hidden,
             attention_mask=request.attention_mask,
             position_ids=request.position_ids,
             prompts=request.prompts,
             states=request.states,
+            **request.extras(),
         )
 
-    def backward(self, peer: str, request: Backward) -> list[torch.Tensor]:
+    def backward(self, peer: str, request: Backward) -> Gradients:
         """The gradients that a backward request wants."""
+        span = self.span_for(peer, request)
         key = (peer, request.kept or "")
-        graph = self.activations.get(key) if request.kept else None
+        graph = self._activations.get(key) if request.kept else None
         if graph is None or not graph.serves(request):
-            return backward.recompute(self._span, request)
+            return backward.recompute(span, request)
         gradients = graph.gradients(request, keep=not request.release)
         if request.release:
-            self.activations.drop(lambda other, _: other == key)
+            self._activations.drop(lambda other, _: other == key)
         return gradients
 
-    def facts(self) -> dict[str, int]:
-        """Budgets and what is taken of them; may be called from any thread."""
-        return {
-            "activation_bytes": self.activations.total,
-            "activation_bytes_held": self.activations.held,
-        }
+    def load_adapter(self, peer: str, upload: Upload) -> tuple[int, dict[str, torch.Tensor]]:
+        """Take over an adapter's new state; its size and the parameters that were derived."""
+        held = self.adapters.get(peer, upload.id)
+        if (
+            held is not None
+            and held.span.recipe == upload.recipe
+            and held.span.names == upload.names
+        ):
+            span = held.span
+            span.check(upload)
+        else:
+            span = AdaptedSpan(self._span, upload)
+            span.check(upload)
+            self.adapters.make_room(peer, upload.id, span.size)
+        self._activations.drop(lambda key, graph: key[0] == peer and graph.uses(upload.id))
+        derived = span.load(upload)
+        self.adapters.put(peer, upload.id, _Adapter(span, upload.version), span.size)
+        return span.size, derived
 
     def expire(self) -> None:
         """Forget what has not been used for long."""
-        self.activations.expire()
+        self._activations.expire()
 
-    def _forward_and_keep(self, peer: str, request: Forward, name: str) -> list[torch.Tensor]:
-        graph, size = backward.record(self._span, request, self.activations.make_room)
-        self.activations.put((peer, name), graph, size)
-        wanted = (request.blocks[1] - 1, *request.states)
-        return [graph.outputs[index].detach() for index in wanted]
+    def facts(self) -> dict[str, Any]:
+        """Budgets and what is taken of them; may be called from any thread."""
+        return {
+            "activation_bytes": self._activations.total,
+            "activation_bytes_held": self._activations.held,
+            "adapter_max_rank": self.adapters.limits.rank,
+            "adapter_bytes": self.adapters.limits.bytes,
+            "adapter_bytes_held": self.adapters.held,
+            "adapters": len(self.adapters),
+        }

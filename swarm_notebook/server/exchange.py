@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,21 +14,38 @@ from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream
 from swarm_notebook.server.compute import Job
 
+STALLED_SECONDS = 60.0
 
-async def receive(stream: Stream, limit: int) -> runtime_pb2.ExpertRequest:
-    """A whole request of at most ``limit`` bytes, its tensors joined from their parts."""
+
+async def receive(
+    stream: Stream, limit: int, arrived: Callable[[int], None] = lambda _: None
+) -> runtime_pb2.ExpertRequest:
+    """A whole request of at most ``limit`` bytes, its tensors joined from their parts.
+
+    Args:
+        arrived: told the size of every message; may raise to end the request.
+    """
     parts: list[runtime_pb2.Tensor] = []
     received, first = 0, None
-    while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
+    while (message := await _next(stream)) is not None:
         first = first or message
         parts.extend(message.tensors)
         received += message.ByteSize()
+        arrived(message.ByteSize())
         if received > limit:
             raise BadRequest(f"a request of more than {limit} bytes; send fewer rows at a time")
     if first is None:
         raise BadRequest("the stream ended before a request")
     joined = tensors.join(parts)
     return runtime_pb2.ExpertRequest(uid=first.uid, metadata=first.metadata, tensors=joined)
+
+
+async def _next(stream: Stream) -> runtime_pb2.ExpertRequest | None:
+    try:
+        async with asyncio.timeout(STALLED_SECONDS):
+            return await stream.receive(runtime_pb2.ExpertRequest)
+    except TimeoutError:
+        raise BadRequest(f"no part of the request came for {STALLED_SECONDS:.0f} s") from None
 
 
 async def send(

@@ -8,6 +8,7 @@ from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import tensors
 
 MAX_TEXT = 200
+MAX_INNER = 1024
 MAX_COUNT = 1 << 31
 MAX_SECONDS = 24 * 3600.0
 
@@ -59,6 +60,45 @@ def states(value: Any, blocks: tuple[int, int]) -> tuple[int, ...]:
             f"states: {str(value)[:MAX_TEXT]}, expected indices of blocks in [{start}, {end})"
         )
     return tuple(value)
+
+
+def adapter(value: Any) -> tuple[str, int]:
+    """An adapter's id and version."""
+    if not isinstance(value, dict):
+        raise BadRequest(f"adapter: {str(value)[:MAX_TEXT]!r}, expected id and version")
+    name, version = text(value, "id"), integer(value, "version")
+    if not name or version is None:
+        raise BadRequest(f"adapter: {str(value)[:MAX_TEXT]}, expected id and version")
+    return name, version
+
+
+def inner(value: Any, blocks: tuple[int, int]) -> tuple[tuple[int, str], ...]:
+    """Modules inside of blocks, as pairs of a block and a dotted name."""
+    if value is None:
+        return ()
+    start, end = blocks
+    if not isinstance(value, (list, tuple)) or len(value) > MAX_INNER:
+        raise BadRequest(f"inner: expected a list of at most {MAX_INNER} [block, module]")
+    found: list[tuple[int, str]] = []
+    for entry in value:
+        pair = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (-1, "")
+        index, name = pair
+        if type(index) is not int or not start <= index < end or not _is_module_name(name):
+            raise BadRequest(
+                f"inner: {str(entry)[:MAX_TEXT]}, expected [block in [{start}, {end}), module name]"
+            )
+        found.append((index, name))
+    if len(set(found)) < len(found):
+        raise BadRequest("inner: a module is named twice")
+    return tuple(found)
+
+
+def _is_module_name(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= MAX_TEXT
+        and all(part.isidentifier() or part.isdecimal() for part in name.split("."))
+    )
 
 
 def compression(value: Any) -> int:

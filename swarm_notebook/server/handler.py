@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,15 @@ from swarm_notebook.errors import BadRequest, ShuttingDown, to_wire
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream, add_stream_handler
 from swarm_notebook.server import exchange
+from swarm_notebook.server.backward import Gradients
 from swarm_notebook.server.compute import ComputeThread
 from swarm_notebook.server.engine import Engine
+from swarm_notebook.server.intake import Intake
 from swarm_notebook.server.memory import CachePool
 from swarm_notebook.server.requests import Limits, parse_backward, parse_blocks, parse_forward
 from swarm_notebook.server.session import InferenceSession
 from swarm_notebook.server.span import Span
+from swarm_notebook.server.state import SessionState
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class Handler:
         self._pool, self._compute = pool, compute
         self._sessions: set[InferenceSession] = set()
         self._running: set[asyncio.Task[Any]] = set()
+        self._intake = Intake(engine, compute, limits)
         self._leaving = False
 
     async def register(self, p2p: P2P) -> None:
@@ -66,6 +71,7 @@ class Handler:
             protocol.RPC_INFERENCE: self._inference,
             protocol.RPC_FORWARD_STREAM: self._forward_stream,
             protocol.RPC_BACKWARD_STREAM: self._backward_stream,
+            protocol.RPC_ADAPTER: self._adapter,
         }
         for name, stream_handler in streams.items():
             await add_stream_handler(p2p, name, self._tracked(stream_handler), frame)
@@ -94,9 +100,11 @@ class Handler:
             for task in late:
                 task.cancel()
 
-    async def _inference(self, stream: Stream, _peer: PeerID) -> None:
+    async def _inference(self, stream: Stream, peer: PeerID) -> None:
         self._check_open()
-        session = InferenceSession(stream, self._span, self._limits, self._pool, self._compute)
+        choose = partial(self._engine.span_for, peer.to_base58())
+        state = SessionState(self._span, self._limits.context, choose)
+        session = InferenceSession(stream, state, self._limits, self._pool, self._compute)
         self._sessions.add(session)
         try:
             await session.run()
@@ -126,7 +134,8 @@ class Handler:
     async def _backward(
         self, message: runtime_pb2.ExpertRequest, peer: PeerID
     ) -> runtime_pb2.ExpertResponse:
-        return _unary_answer(await self._run_backward(message, peer), "rpc_backward_stream")
+        packed, metadata = await self._run_backward(message, peer)
+        return _unary_answer(packed, "rpc_backward_stream", metadata)
 
     async def _forward_stream(self, stream: Stream, peer: PeerID) -> None:
         self._check_open()
@@ -137,7 +146,11 @@ class Handler:
         self._check_open()
         # Two tensors of the size of one in a forward request.
         message = await exchange.receive(stream, 2 * stream.max_frame)
-        await exchange.send(stream, await self._run_backward(message, peer, stream))
+        await exchange.send(stream, *await self._run_backward(message, peer, stream))
+
+    async def _adapter(self, stream: Stream, peer: PeerID) -> None:
+        self._check_open()
+        await self._intake.handle(stream, peer)
 
     async def _run_forward(
         self, message: runtime_pb2.ExpertRequest, peer: PeerID, stream: Stream | None = None
@@ -149,11 +162,13 @@ class Handler:
 
     async def _run_backward(
         self, message: runtime_pb2.ExpertRequest, peer: PeerID, stream: Stream | None = None
-    ) -> list[runtime_pb2.Tensor]:
+    ) -> tuple[list[runtime_pb2.Tensor], dict[str, Any]]:
         metadata = protocol.unpack_metadata(message.metadata)
         request = parse_backward(message.uid, message.tensors, metadata, self._limits)
         job = self._compute.submit(self._engine.backward, peer.to_base58(), request)
-        return exchange.pack(await exchange.result(job, stream), request.compression)
+        gradients: Gradients = await exchange.result(job, stream)
+        packed = exchange.pack(gradients.tensors, request.compression)
+        return packed, {} if gradients.weights is None else {"adapter_grads": gradients.weights}
 
     def _check_open(self) -> None:
         if self._leaving:
@@ -195,8 +210,11 @@ def _typed(error: Exception) -> bool:
     return isinstance(error, (BadRequest, ShuttingDown))
 
 
-def _unary_answer(packed: list[runtime_pb2.Tensor], instead: str) -> runtime_pb2.ExpertResponse:
-    answer = runtime_pb2.ExpertResponse(tensors=packed)
+def _unary_answer(
+    packed: list[runtime_pb2.Tensor], instead: str, metadata: dict[str, Any] | None = None
+) -> runtime_pb2.ExpertResponse:
+    serialized = protocol.pack_metadata(metadata) if metadata else b""
+    answer = runtime_pb2.ExpertResponse(tensors=packed, metadata=serialized)
     if answer.ByteSize() > protocol.MAX_UNARY_BYTES:
         raise BadRequest(
             f"the answer has {answer.ByteSize()} bytes, a unary call carries "

@@ -42,6 +42,10 @@ class Forward:
     """Hidden states to run through ``blocks``, without a cache or as a step of a session.
 
     Attributes:
+        states: blocks whose outputs (in a backward: gradients) are wanted as well.
+        inner: modules inside of blocks whose outputs are wanted as well.
+        adapter: id and version of the peer's adapter to run the blocks with.
+        seed: of the dropout in the adapter; None for none.
         keep: the id under which to keep the activations for a backward.
     """
 
@@ -51,6 +55,9 @@ class Forward:
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     states: tuple[int, ...] = ()
+    inner: tuple[tuple[int, str], ...] = ()
+    adapter: tuple[str, int] | None = None
+    seed: int | None = None
     compression: int = tensors.NONE
     keep: str | None = None
 
@@ -61,6 +68,11 @@ class Forward:
     @property
     def length(self) -> int:
         return self.hidden.shape[1]
+
+    def extras(self) -> dict[str, Any]:
+        """What `Span.compute` is told only if it is asked for."""
+        extras: dict[str, Any] = {"inner": self.inner} if self.inner else {}
+        return extras if self.seed is None else {**extras, "seed": self.seed}
 
 
 @dataclass(slots=True)
@@ -85,7 +97,6 @@ class Backward(Forward):
 
     Attributes:
         grad: the gradient of the last block's output.
-        states: the blocks whose outputs' gradients are wanted.
         kept: the id of a forward pass whose activations may still be there.
         release: nobody needs them after this.
     """
@@ -179,10 +190,16 @@ def _read_common(
     if position_ids is not None:
         request.position_ids = slots.position_ids(position_ids, request, limits)
     request.states = fields.states(metadata.get("states"), request.blocks)
+    request.inner = fields.inner(metadata.get("inner"), request.blocks)
+    if metadata.get("adapter") is not None:
+        request.adapter = fields.adapter(metadata["adapter"])
+        if fields.flag(metadata, "train"):
+            request.seed = fields.integer(metadata, "seed") or 0
     request.compression = fields.compression(metadata.get("output_compression"))
     if adapter := metadata.get("active_adapter"):
         raise BadRequest(
-            f"active_adapter: {str(adapter)[: fields.MAX_TEXT]!r}, but this server has no adapters"
+            f"active_adapter: {str(adapter)[: fields.MAX_TEXT]!r}, but this server has no adapters "
+            "of its own"
         )
 
 

@@ -33,6 +33,7 @@ from swarm_notebook.net.node import LOOPBACK, Node
 from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
 from swarm_notebook.server import lifetime, throughput
 from swarm_notebook.server.activations import BUDGET_BYTES
+from swarm_notebook.server.adapter_store import AdapterLimits
 from swarm_notebook.server.announce import Announcer
 from swarm_notebook.server.compute import ComputeThread
 from swarm_notebook.server.engine import Engine
@@ -60,6 +61,8 @@ class ServeOptions:
         identity: file of the private key behind the peer id; written if there is none.
         cache_tokens: budget of the key-value memory (rows x positions); None is `CACHE_TOKENS`.
         activation_bytes: budget for activations that are kept for a backward pass.
+        adapter_bytes: the size of the adapters of one notebook.
+        adapter_max_rank: the largest rank of an adapter.
         threads: CPU threads of torch; None leaves it to torch.
         update_period: seconds between announcements.
         exit_with_stdin: leave when standard input ends.
@@ -74,6 +77,8 @@ class ServeOptions:
     device: str = "cpu"
     cache_tokens: int | None = None
     activation_bytes: int = BUDGET_BYTES
+    adapter_bytes: int = AdapterLimits.bytes
+    adapter_max_rank: int = AdapterLimits.rank
     name: str | None = None
     threads: int | None = None
     update_period: float = UPDATE_PERIOD
@@ -189,7 +194,8 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
         tokens=options.cache_tokens or CACHE_TOKENS,
     )
     pool = CachePool(limits.tokens)
-    engine = Engine(span, options.activation_bytes)
+    accepted = AdapterLimits(rank=options.adapter_max_rank, bytes=options.adapter_bytes)
+    engine = Engine(span, options.activation_bytes, accepted)
     handler = Handler(span, limits, pool, compute, engine)
     tidying = asyncio.create_task(handler.keep_tidy())
     stack.callback(tidying.cancel)

@@ -20,12 +20,11 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
-from swarm_notebook.net import tensors
 from swarm_notebook.net.streams import Stream
+from swarm_notebook.server import exchange
 from swarm_notebook.server.compute import ComputeThread, Job
 from swarm_notebook.server.memory import CachePool
 from swarm_notebook.server.requests import Limits, Step, parse_step
-from swarm_notebook.server.span import Span
 from swarm_notebook.server.state import SessionState
 
 PIECE_TOKENS = 512
@@ -36,11 +35,16 @@ class InferenceSession:
     """A client's session on one stream; `run` lasts as long as it does."""
 
     def __init__(
-        self, stream: Stream, span: Span, limits: Limits, pool: CachePool, compute: ComputeThread
+        self,
+        stream: Stream,
+        state: SessionState,
+        limits: Limits,
+        pool: CachePool,
+        compute: ComputeThread,
     ):
         self._stream, self._limits = stream, limits
         self._pool, self._compute = pool, compute
-        self._state: SessionState | None = SessionState(span, limits.context)
+        self._state: SessionState | None = state
         self._account = pool.open(self._drop)
         self._requests: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue(maxsize=1)
         self._ended: asyncio.Future[SwarmError] = asyncio.get_running_loop().create_future()
@@ -128,9 +132,7 @@ class InferenceSession:
             state.cache.reserve(granted // step.rows)
         outputs = await self._run(state, step, position)
         self._blocks, self._step_id = step.blocks, step.step_id
-        return runtime_pb2.ExpertResponse(
-            tensors=[tensors.pack(output, step.compression) for output in outputs]
-        )
+        return runtime_pb2.ExpertResponse(tensors=exchange.pack(outputs, step.compression))
 
     async def _run(self, state: SessionState, step: Step, position: int) -> list[torch.Tensor]:
         pieces = []
@@ -156,6 +158,10 @@ class InferenceSession:
 
 def _pieces(step: Step) -> Iterator[tuple[int, int]]:
     """The positions of a step, cut so that each piece has about `PIECE_TOKENS` tokens."""
+    if step.inner:
+        # Whether an output of a module inside of a block can be put together again, nobody knows.
+        yield 0, step.length
+        return
     size = max(1, PIECE_TOKENS // step.rows)
     yield 0, min(size, step.length)
     for begin in range(size, step.length, size):

@@ -130,6 +130,6 @@ def position_ids(tensor: torch.Tensor, request: Forward, limits: Limits) -> torc
 def check_values(name: str, tensor: torch.Tensor) -> None:
     if not tensor.is_floating_point():
         raise BadRequest(f"{name}: dtype {tensor.dtype}, expected floating point")
-    # The largest magnitude is NaN or infinite if any value is: one pass, no mask in memory.
-    if tensor.numel() and not math.isfinite(float(tensor.abs().max())):
+    # A sum of finite values is finite, but for overflows: those are looked at again.
+    if not math.isfinite(tensor.sum().item()) and not bool(tensor.isfinite().all()):
         raise BadRequest(f"{name}: a value is NaN or infinite")

@@ -25,6 +25,7 @@ from torch import nn
 
 from swarm_notebook.checkpoint.anatomy import restrict_config
 from swarm_notebook.server.cache import SessionCache
+from swarm_notebook.server.probes import Probes
 
 MAX_VIEWS = 64
 
@@ -33,10 +34,10 @@ class Span:
     """The blocks ``[start, end)`` of a model, ready to run."""
 
     def __init__(self, decoder: nn.Module, layers_name: str, start: int):
-        self._decoder, self._layers_name = decoder, layers_name
-        self._layers = list(getattr(decoder, layers_name))
-        self.start, self.end = start, start + len(self._layers)
-        parameter = next(parameter for layer in self._layers for parameter in layer.parameters())
+        self._decoder, self.layers_name = decoder, layers_name
+        self.layers = list(getattr(decoder, layers_name))
+        self.start, self.end = start, start + len(self.layers)
+        parameter = next(parameter for layer in self.layers for parameter in layer.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         self._views: OrderedDict[tuple[int, int], nn.Module] = OrderedDict()
@@ -46,7 +47,7 @@ class Span:
         """Where the weights and buffers of the blocks are in memory."""
         return frozenset(
             tensor.untyped_storage().data_ptr()
-            for layer in self._layers
+            for layer in self.layers
             for tensor in (*layer.parameters(), *layer.buffers())
         )
 
@@ -66,8 +67,9 @@ class Span:
         position_ids: torch.Tensor | None = None,
         prompts: torch.Tensor | None = None,
         states: Sequence[int] = (),
+        inner: Sequence[tuple[int, str]] = (),
     ) -> list[torch.Tensor]:
-        """The output of blocks ``[start, end)`` for ``hidden``, then the states asked for.
+        """The output of blocks ``[start, end)`` for ``hidden``, then the states and ``inner``.
 
         Args:
             hidden: ``[rows, positions, hidden size]``, the input of block ``start``.
@@ -77,10 +79,14 @@ class Span:
             prompts: ``[blocks, rows or 1, length, hidden size]``, added to the first positions of
                 each block's input.
             states: indices of the blocks whose outputs come back as well.
+            inner: modules inside of blocks whose outputs come back as well, without gradients.
+
+        Raises:
+            BadRequest: an inner module is not there, or has no single tensor as its output.
         """
         hidden = hidden.to(self.device, self.dtype)
         if hidden.shape[1] == 0:
-            return [hidden] * (1 + len(states))
+            return [hidden] * (1 + len(states) + len(inner))
         arguments: dict[str, Any] = {"inputs_embeds": hidden, "attention_mask": attention_mask}
         if self._takes_positions:
             arguments["position_ids"] = position_ids
@@ -89,11 +95,12 @@ class Span:
         view = self._view(start, end)
         captured: dict[int, torch.Tensor] = {}
         # The last block's output is the result itself (the final norm is a no-op).
-        inner = {index for index in states if index != end - 1}
-        with self._hooked(start, inner, captured, prompts):
+        ahead = {index for index in states if index != end - 1}
+        probes = Probes(self.layers, self.start, inner)
+        with self._hooked(start, ahead, captured, prompts), probes:
             output = view(past_key_values=cache, use_cache=cache is not None, **arguments)
         result = output.last_hidden_state
-        return [result, *(captured.get(index, result) for index in states)]
+        return [result, *(captured.get(index, result) for index in states), *probes.outputs()]
 
     def _view(self, start: int, end: int) -> nn.Module:
         """The decoder of the blocks ``[start, end)``."""
@@ -101,22 +108,28 @@ class Span:
             return self._decoder
         view = self._views.get((start, end))
         if view is None:
-            view = self._views[start, end] = self._make_view(start, end)
+            layers = self.layers[start - self.start : end - self.start]
+            view = self._views[start, end] = self.decoder_around(start, layers)
             if len(self._views) > MAX_VIEWS:
                 self._views.popitem(last=False)
         self._views.move_to_end((start, end))
         return view
 
-    def _make_view(self, start: int, end: int) -> nn.Module:
-        first, last = start - self.start, end - self.start
+    def decoder_around(self, start: int, layers: Sequence[nn.Module]) -> nn.Module:
+        """The decoder with ``layers`` as its only blocks, in the place of those from ``start``."""
+        first = start - self.start
         view = copy.copy(self._decoder)
         # A shallow copy shares its table of children with the original: give it its own.
         view._modules = dict(self._decoder._modules)
-        view._modules[self._layers_name] = nn.ModuleList(self._layers[first:last])
+        view._modules[self.layers_name] = nn.ModuleList(layers)
         config: Any = copy.copy(self._decoder.config)
-        restrict_config(config, first, last)
+        restrict_config(config, first, first + len(layers))
         view.config = config
         return view
+
+    def adapter_weights(self, start: int, end: int) -> dict[str, nn.Parameter]:
+        """The parameters of an adapter in blocks ``[start, end)``; there is none here."""
+        return {}
 
     @contextmanager
     def _hooked(
@@ -128,13 +141,13 @@ class Span:
     ) -> Iterator[None]:
         """Hooks that keep the outputs of the blocks ``states`` and add ``prompts`` to inputs."""
         handles = [
-            self._layers[index - self.start].register_forward_hook(_keep(captured, index))
+            self.layers[index - self.start].register_forward_hook(_keep(captured, index))
             for index in states
         ]
         if prompts is not None and prompts.shape[2]:
             prompts = prompts.to(self.device, self.dtype)
             handles += [
-                self._layers[start - self.start + offset].register_forward_pre_hook(
+                self.layers[start - self.start + offset].register_forward_pre_hook(
                     _add(prompt), with_kwargs=True
                 )
                 for offset, prompt in enumerate(prompts)

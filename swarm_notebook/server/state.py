@@ -10,6 +10,8 @@ its new tokens. As long as nobody sends a 0, there is no mask at all and HF take
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from swarm_notebook.errors import BadRequest
@@ -19,9 +21,18 @@ from swarm_notebook.server.span import Span
 
 
 class SessionState:
-    """The cache and the attention mask of one session."""
+    """The cache and the attention mask of one session.
 
-    def __init__(self, span: Span, context: int | None):
+    Args:
+        span: the blocks that the server hosts.
+        context: how many positions the model has.
+        choose: which blocks to run a step with: ``span``, or the same with an adapter in them.
+    """
+
+    def __init__(
+        self, span: Span, context: int | None, choose: Callable[[Step], Span] | None = None
+    ):
+        self._choose = choose or (lambda _: span)
         self.cache = SessionCache(span.start, span.end)
         self._span, self._context = span, context
         self._mask: torch.Tensor | None = None
@@ -61,6 +72,7 @@ class SessionState:
 
     def run(self, step: Step, position: int, begin: int, end: int) -> list[torch.Tensor]:
         """Compute the step's positions ``[begin, end)``; called in order, from 0 on."""
+        span = self._choose(step)
         if begin == 0:
             self._prepare(step, position)
         mask = self._extend_mask(step, position, begin, end)
@@ -68,7 +80,7 @@ class SessionState:
         if prompts is not None:
             # They belong to the first positions of the sequence, not of the step.
             prompts = prompts[:, :, position + begin : position + end]
-        return self._span.run(
+        return span.run(
             *step.blocks,
             step.hidden[:, begin:end],
             cache=self.cache,
@@ -76,6 +88,7 @@ class SessionState:
             position_ids=None if ids is None else ids[:, begin:end],
             prompts=prompts,
             states=step.states,
+            **step.extras(),
         )
 
     def _check_rows(self, step: Step) -> None:

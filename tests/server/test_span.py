@@ -245,7 +245,7 @@ def test_decode_without_padding_reaches_the_fast_attention(case: Case) -> None:
     """HF builds no mask, so scaled_dot_product_attention may take its fast kernels."""
     span = case.spans[1]
     state, masks = SessionState(span, context=None), []
-    handle = span._layers[0].register_forward_pre_hook(
+    handle = span.layers[0].register_forward_pre_hook(
         lambda _layer, _inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
     )
     for length in (5, 1, 1):

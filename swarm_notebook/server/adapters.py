@@ -1,0 +1,239 @@
+"""Adapters of notebooks, as PEFT itself builds them around the real weights.
+
+For each adapter the hosted blocks are cloned: modules of their own, which share every base
+parameter and buffer with the originals, under the names that they have in the notebook's model.
+PEFT injects its modules into the clones on the meta device (no memory, no initialisation); if the
+names and shapes are exactly those of the upload, the uploaded values take their place. Requests
+with different adapters therefore run different modules, and those without one the originals.
+
+Parameters may be missing on purpose (``derive``): DoRA's magnitudes begin as norms of the base
+weights, which a notebook does not have.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from swarm_notebook.errors import BadRequest
+from swarm_notebook.server.adapter_config import TUNERS, TunerConfig
+from swarm_notebook.server.span import Span
+
+if TYPE_CHECKING:
+    from swarm_notebook.server.uploads import Upload
+
+# A module without parameters, as measured.
+MODULE_BYTES = 3 << 10
+
+_MAGNITUDE = ".lora_magnitude_vector."
+_SEED_STEP = 1_000_003
+
+
+class AdaptedSpan(Span):
+    """Blocks of a span with an adapter in them."""
+
+    def __init__(self, base: Span, upload: Upload):
+        start, end = upload.recipe.blocks
+        self._tree, layers = _cloned(base, start, end, upload.recipe.prefix)
+        super().__init__(base.decoder_around(start, layers), base.layers_name, start)
+        self.dtype, self.device = base.dtype, base.device
+        frozen = {id(parameter) for parameter in self._tree.parameters()}
+        self._tuners = _inject(self._tree, upload)
+        self.recipe = upload.recipe
+        self._parameters = {
+            name: parameter
+            for name, parameter in self._tree.named_parameters()
+            if id(parameter) not in frozen
+        }
+
+    @property
+    def size(self) -> int:
+        """The bytes that this adapter takes."""
+        weights = sum(weight.numel() * weight.itemsize for weight in self._parameters.values())
+        return weights + MODULE_BYTES * sum(1 for _ in self._tree.modules())
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of its parameters."""
+        return frozenset(self._parameters)
+
+    def check(self, upload: Upload) -> None:
+        """Refuse an upload whose parameters are not exactly those of the modules."""
+        uploaded, derived = upload.tensors.keys(), set(upload.derive)
+        both = uploaded & derived
+        missing = self._parameters.keys() - uploaded - derived
+        unknown = (uploaded | derived) - self._parameters.keys()
+        for names, what in ((missing, "missing"), (unknown, "unknown"), (both, "uploaded")):
+            if names:
+                raise BadRequest(
+                    f"adapter parameters: {len(names)} {what}, such as {min(names)[:200]!r}"
+                )
+        for name in derived:
+            if _MAGNITUDE not in name:
+                raise BadRequest(f"derive: {name[:200]!r} cannot be derived from the base weights")
+        for name, tensor in upload.tensors.items():
+            expected = self._parameters[name].shape
+            if tensor.shape != expected:
+                raise BadRequest(
+                    f"{name}: shape {list(tensor.shape)}, expected {list(expected)} by its config"
+                )
+
+    @torch.no_grad()
+    def load(self, upload: Upload) -> dict[str, torch.Tensor]:
+        """Take over the values of an upload that `check` has passed.
+
+        Returns:
+            the parameters that were derived.
+        """
+        for name, tensor in upload.tensors.items():
+            self._set(name, tensor)
+        derived = {name: self._magnitude(name) for name in sorted(upload.derive)}
+        for name, tensor in derived.items():
+            self._set(name, tensor)
+        return derived
+
+    def adapter_weights(self, start: int, end: int) -> dict[str, nn.Parameter]:
+        prefixes = tuple(f"{self.recipe.prefix}.{index}." for index in range(start, end))
+        return {
+            name: parameter
+            for name, parameter in self._parameters.items()
+            if name.startswith(prefixes)
+        }
+
+    def compute(
+        self, start: int, end: int, hidden: torch.Tensor, *, seed: int | None = None, **options: Any
+    ) -> list[torch.Tensor]:
+        """`Span.compute`, with dropout in the adapter if there is a ``seed``."""
+        if seed is None:
+            return super().compute(start, end, hidden, **options)
+        with self._dropping(start, end, seed):
+            return super().compute(start, end, hidden, **options)
+
+    @contextmanager
+    def _dropping(self, start: int, end: int, seed: int) -> Iterator[None]:
+        """Masks follow from seed and block, on whichever server and in whichever run of blocks."""
+
+        def begin(index: int) -> Any:
+            return lambda *_: torch.manual_seed(seed * _SEED_STEP + index)
+
+        devices = [self.device] if self.device.type == "cuda" else []
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=devices))
+            for index in range(start, end):
+                handle = self.layers[index - self.start].register_forward_pre_hook(begin(index))
+                stack.callback(handle.remove)
+            for module in self._tuners:
+                module.training = True
+                stack.callback(setattr, module, "training", False)
+            yield
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        parameter = self._parameters[name]
+        if parameter.device == self.device and parameter.dtype == tensor.dtype:
+            parameter.copy_(tensor)
+            return
+        owner, _, leaf = name.rpartition(".")
+        # Copied: the bytes of the upload go away.
+        owned = nn.Parameter(tensor.to(self.device, copy=True))
+        self._tree.get_submodule(owner)._parameters[leaf] = owned
+        self._parameters[name] = owned
+        self.__dict__.pop("storages", None)
+
+    def _magnitude(self, name: str) -> torch.Tensor:
+        """What PEFT begins DoRA's magnitudes with: the norms of the weights with the adapter."""
+        path, _, rest = name.partition(_MAGNITUDE)
+        adapter = rest.split(".")[0]
+        layer: Any = self._tree.get_submodule(path)
+        low_rank = layer.lora_A[adapter].weight
+        vector = layer.lora_magnitude_vector[adapter]
+        before = vector.weight
+        vector.update_layer(
+            base_layer=layer.get_base_layer(),
+            lora_A=low_rank,
+            lora_B=layer.lora_B[adapter].weight,
+            scaling=layer.scaling[adapter],
+        )
+        magnitude, vector.weight = vector.weight.detach(), before
+        return magnitude.to(low_rank.dtype)
+
+
+def _cloned(base: Span, start: int, end: int, prefix: str) -> tuple[nn.Module, list[nn.Module]]:
+    """Clones of blocks in a tree with the notebook's names, and as a list."""
+    layers = [_clone(base.layers[index - base.start]) for index in range(start, end)]
+    *parents, last = prefix.split(".")
+    tree = owner = nn.Module()
+    for name in parents:
+        owner.add_module(name, child := nn.Module())
+        owner = child
+    numbered = {str(start + offset): layer for offset, layer in enumerate(layers)}
+    owner.add_module(last, nn.ModuleDict(numbered))
+    return tree, layers
+
+
+def _clone(layer: nn.Module) -> nn.Module:
+    """New modules with the same parameters, buffers and config."""
+    from transformers import PreTrainedConfig
+
+    shared: list[Any] = [*layer.parameters(), *layer.buffers()]
+    for module in layer.modules():
+        shared += [value for value in vars(module).values() if isinstance(value, PreTrainedConfig)]
+    return copy.deepcopy(layer, {id(value): value for value in shared})
+
+
+def _inject(tree: nn.Module, upload: Upload) -> list[nn.Module]:
+    """Let PEFT put its modules in; returns those that are in training mode during training."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for config in upload.recipe.configs:
+        _inject_one(tree, config, upload)
+    tree.eval()
+    names = [config.name for config in upload.recipe.configs]
+    tuners: list[nn.Module] = []
+    for layer in tree.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(names)
+            tuners.append(layer)
+            for name, child in layer.named_children():
+                if name != "base_layer":
+                    tuners += child.modules()
+    return tuners
+
+
+def _inject_one(tree: nn.Module, config: TunerConfig, upload: Upload) -> None:
+    from peft import inject_adapter_in_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    marker = f".{TUNERS[config.kind].prefix}"
+    targets = {
+        name.rpartition(marker)[0]
+        for name in (*upload.tensors, *upload.derive)
+        if marker in name and config.name in name.rpartition(marker)[2].split(".")
+    }
+    if not targets:
+        return  # this adapter tunes other blocks
+    known = {name for name, _ in tree.named_modules()}
+    if unknown := targets - known:
+        raise BadRequest(f"adapter parameters: there is no module {min(unknown)[:200]!r}")
+    values = dict(config.values)
+    if isinstance(feedforward := values.get("feedforward_modules"), list):
+        values["feedforward_modules"] = [
+            name for name in targets if name in feedforward or name.endswith(_suffixes(feedforward))
+        ]
+    kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[config.kind]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            settings = kind(target_modules=sorted(targets), **values)
+            inject_adapter_in_model(settings, tree, config.name, low_cpu_mem_usage=True)
+    except Exception as error:  # whatever PEFT raises, the upload is what it does not like
+        raise BadRequest(f"config of {config.name!r}: PEFT says {error}") from error
+
+
+def _suffixes(names: list[str]) -> tuple[str, ...]:
+    return tuple(f".{name}" for name in names)
