@@ -51,17 +51,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def pack(tensor: torch.Tensor, compression: int = NONE) -> runtime_pb2.Tensor:
     """`tensor` as a protobuf; ``compression`` is `NONE` or `FLOAT16`."""
-    tensor = tensor.detach()
-    name = _NAMES[tensor.dtype]
+    # Once per token on every server: what the common case does not need is left out.
+    raw = tensor.detach() if tensor.requires_grad else tensor
     if compression == FLOAT16:
-        tensor = tensor.to(torch.float16)
-    raw = tensor.cpu().contiguous()
+        raw = raw.to(torch.float16)
+    if not raw.is_cpu:
+        raw = raw.cpu()
     if raw.dtype == torch.bfloat16:
         raw = raw.view(torch.int16)
     return runtime_pb2.Tensor(
         buffer=raw.numpy().tobytes(),
         size=tensor.shape,
-        dtype=name,
+        dtype=_NAMES[tensor.dtype],
         compression=compression,
         requires_grad=False,
     )

@@ -15,6 +15,7 @@ import sys
 import threading
 from typing import Any
 
+import uvloop
 from hivemind.p2p import P2P
 
 
@@ -36,8 +37,8 @@ def _await_end_of_stdin(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -
         loop.call_soon_threadsafe(event.set)
 
 
-class ServerLoop(asyncio.SelectorEventLoop):
-    """An asyncio loop whose child processes a Ctrl-C in the terminal does not reach.
+class ServerLoop(uvloop.Loop):
+    """A fast loop whose child processes a Ctrl-C in the terminal does not reach.
 
     The terminal interrupts its whole process group, and p2pd would end before the steps in flight
     are answered. A server that leads its own session (a notebook starts it so) has no terminal;

@@ -24,16 +24,19 @@ import torch
 from torch import nn
 
 from swarm_notebook.checkpoint.anatomy import restrict_config
+from swarm_notebook.errors import Unsupported
 from swarm_notebook.server.cache import SessionCache
 from swarm_notebook.server.probes import Probes
 
 MAX_VIEWS = 64
+KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 class Span:
     """The blocks ``[start, end)`` of a model, ready to run."""
 
     def __init__(self, decoder: nn.Module, layers_name: str, start: int):
+        _check_kinds(decoder)
         self._decoder, self.layers_name = decoder, layers_name
         self.layers = list(getattr(decoder, layers_name))
         self.start, self.end = start, start + len(self.layers)
@@ -157,6 +160,16 @@ class Span:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _check_kinds(decoder: nn.Module) -> None:
+    """Refuse blocks that remember anything else than keys and values per position."""
+    config: Any = decoder.config
+    if other := sorted(set(getattr(config, "layer_types", None) or ()) - KINDS):
+        raise Unsupported(
+            f"{type(decoder).__name__} has blocks of the kind {', '.join(other)}, whose state "
+            f"cannot be rolled back to an earlier position; served are {', '.join(sorted(KINDS))}"
+        )
 
 
 def _keep(captured: dict[int, torch.Tensor], index: int) -> Callable[..., None]:

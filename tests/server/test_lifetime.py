@@ -1,9 +1,8 @@
-"""How servers end: told to, with their parent, killed. Each test ends one of four servers."""
+"""How servers end: told to, with their parent, killed. Each test ends one of five servers."""
 
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -60,7 +59,7 @@ def swarm(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
         start()
         servers[0].wait_listening()
-        for _ in range(3):
+        for _ in range(4):
             start("--initial-peers", *servers[0].facts["maddrs"])
         for server in servers:
             server.wait_ready()
@@ -152,31 +151,26 @@ def test_the_daemon_does_not_outlive_a_killed_server(swarm: Swarm) -> None:
         swarm.client.run(swarm.client.info(server.peer))
 
 
-def test_a_server_whose_daemon_dies_says_so(tiny_llama: Path, tmp_path: Path) -> None:
-    server = ServerProcess(tiny_llama, tmp_path / "log")
-    try:
-        server.wait_ready()
-        daemon_of(server).kill()
-        assert server.process.wait(EXIT_SECONDS) == 1
-        assert "error: the network daemon (p2pd) of this server has died" in server.log.read_text()
-    finally:
-        server.kill()
+def test_a_server_whose_daemon_dies_says_so(swarm: Swarm) -> None:
+    server = swarm.servers[4]
+    daemon_of(server).kill()
+    assert server.process.wait(EXIT_SECONDS) == 1
+    assert "error: the network daemon (p2pd) of this server has died" in server.log.read_text()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--blocks", "3:6"], "blocks 3:6"),
-        (["--initial-peers", "/ip4/127.0.0.1"], "initial_peers"),
-    ],
-)
-def test_what_cannot_be_served_ends_with_its_error(
-    tiny_llama: Path, tmp_path: Path, options: list[str], message: str
-) -> None:
-    begun = time.monotonic()
-    server = ServerProcess(tiny_llama, tmp_path / "log", *options)
+def test_what_cannot_be_served_ends_with_its_error(tiny_llama: Path, tmp_path: Path) -> None:
+    wrong = {
+        "blocks 3:6": ["--blocks", "3:6"],
+        "initial_peers": ["--initial-peers", "/ip4/127.0.0.1"],
+    }
+    servers = [
+        ServerProcess(tiny_llama, tmp_path / f"{number}.log", *options)
+        for number, options in enumerate(wrong.values())
+    ]
     try:
-        assert server.process.wait(60) == 1, time.monotonic() - begun
-        assert message in server.log.read_text().splitlines()[-1]
+        for server, message in zip(servers, wrong, strict=True):
+            assert server.process.wait(60) == 1
+            assert message in server.log.read_text().splitlines()[-1]
     finally:
-        server.kill()
+        for server in servers:
+            server.kill()

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.errors import BadRequest
+from swarm_notebook.errors import BadRequest, Unsupported
 from swarm_notebook.server.requests import Step
 from swarm_notebook.server.span import Span
 from swarm_notebook.server.state import SessionState
@@ -253,3 +253,12 @@ def test_decode_without_padding_reaches_the_fast_attention(case: Case) -> None:
         advance(state, torch.randn(1, length, 48), attention_mask=ones)
     handle.remove()
     assert masks == [None, None, None]
+
+
+def test_blocks_with_a_state_that_cannot_be_rolled_back_are_refused() -> None:
+    kinds = {"layer_types": ["linear_attention", "full_attention"]}
+    config = AutoConfig.for_model("qwen3_next", num_hidden_layers=2, **kinds)
+    with torch.device("meta"):
+        decoder = AutoModel.from_config(config)
+    with pytest.raises(Unsupported, match="of the kind linear_attention"):
+        Span(decoder, "layers", 0)

@@ -62,17 +62,19 @@ class Wire:
 
 
 class Bystander:
-    """An honest session that goes on while others misbehave."""
+    """An honest session that goes on while others misbehave, and begins again near its end."""
 
     def __init__(self, session: RawSession, hidden: torch.Tensor, expected: torch.Tensor):
         self.session, self.hidden, self.expected = session, hidden, expected
         self.position = 0
 
-    async def step(self) -> None:
-        piece = slice(self.position, self.position + 1)
-        (got,) = await self.session.step(UID, self.hidden[:, piece], max_length=CONTEXT)
+    async def step(self, positions: int = 1) -> None:
+        piece = slice(self.position, self.position + positions)
+        (got,) = await self.session.step(
+            UID, self.hidden[:, piece], max_length=CONTEXT, start_from_position=self.position
+        )
         close(got, self.expected[:, piece])
-        self.position += 1
+        self.position = piece.stop if piece.stop < CONTEXT else CONTEXT // 2
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def bystander(wire: Wire) -> Iterator[Bystander]:
     """Steps with each test that uses it; its last step comes after all of them."""
     hidden = torch.randn(1, CONTEXT, HIDDEN)
     honest = Bystander(wire.run(wire.session()), hidden, wire.local(hidden))
-    wire.run(honest.step())
+    wire.run(honest.step(CONTEXT // 2 + 1))
     yield honest
     wire.run(honest.step())
     honest.session.close()
@@ -268,7 +270,6 @@ WRONG: dict[str, tuple[runtime_pb2.ExpertRequest, str]] = {
     ),
     "eight dimensions": (with_tensor(tensor([1] * 8, buffer=b"1234")), "8 dimensions"),
     "prompts": (with_hidden(torch.zeros(2, 2, 1, HIDDEN)), r"expected \[3, 1 or 2"),
-    "long prompts": (with_hidden(torch.zeros(3, 1, 4, HIDDEN)), "up to 3"),
     "NaN in prompts": (with_hidden(torch.full((3, 1, 1, HIDDEN), float("nan"))), "prompts: .*NaN"),
     "no msgpack": (runtime_pb2.ExpertRequest(uid=UID, metadata=b"\xc1\xc1"), "metadata"),
     "a list": (
@@ -295,6 +296,7 @@ WRONG_STEPS: dict[str, tuple[runtime_pb2.ExpertRequest, str]] = {
     "negative patience": (with_hidden(alloc_timeout=-1.0), "alloc_timeout"),
     "long step id": (with_hidden(step_id="x" * 300), "step_id"),
     "context": (request(UID, torch.zeros(1, CONTEXT + 1, HIDDEN)), "the model has 256"),
+    "long prompts": (with_hidden(torch.zeros(3, 1, CONTEXT + 1, HIDDEN)), "up to 256"),
     "fractions of rows": (with_hidden(None, torch.zeros(2)), "hypo_ids: torch.float32"),
     "rows of another number": (with_hidden(None, torch.zeros(3).long()), "hypo_ids: "),
     "negative row": (with_hidden(None, torch.tensor([0, -1])), "row -1 does not exist"),
@@ -307,6 +309,7 @@ WRONG_STEPS: dict[str, tuple[runtime_pb2.ExpertRequest, str]] = {
     "negative positions": (with_hidden(None, None, None, INTS - 2), "position ids: "),
 }
 WRONG_FORWARDS: dict[str, tuple[runtime_pb2.ExpertRequest, str]] = {
+    "long prompts": (with_hidden(torch.zeros(3, 1, 4, HIDDEN)), "up to 3"),
     "mask shape": (with_hidden(None, INTS[:1]), "attention mask: "),
     "positions": (with_hidden(None, None, INTS[:, :1]), "position ids: "),
     "context": (request(UID, torch.zeros(1, CONTEXT + 1, HIDDEN)), "the model has 256"),
