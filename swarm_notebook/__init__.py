@@ -47,12 +47,13 @@ __all__ = [
     "__version__",
     "connect",
     "errors",
+    "probing",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name == "errors":
-        return import_module(f"{__name__}.errors")
+    if name in {"errors", "probing"}:
+        return import_module(f"{__name__}.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -1,0 +1,37 @@
+"""Looking into a model: collect, decode, probe, patch and steer its hidden states.
+
+Everything here is plain forward hooks on the model's blocks, so it works alike on a remote model
+(`Swarm` or ``swarm.model``) and on a local model of the same class. What only reads costs a remote
+model no extra round trip; what writes costs one, from the written block on.
+
+    states = hidden_states(swarm, texts, pool="last", store="states/")   # resumes where it stopped
+    probe = linear_probe(states, labels)                                 # one classifier per block
+    logit_lens(swarm, "The capital of France is")
+    patch(swarm, clean, corrupted, metric)
+    with steer(swarm, 14, vector): swarm.model.generate(...)
+
+*Block k's state* means its output: the residual stream after block k.
+"""
+
+from swarm_notebook.probing.lens import Lens, decode_states, logit_lens
+from swarm_notebook.probing.linear import LinearProbe, Probes, linear_probe, load_probes
+from swarm_notebook.probing.patching import Patching, patch
+from swarm_notebook.probing.states import hidden_states
+from swarm_notebook.probing.steering import steer
+from swarm_notebook.probing.view import HiddenStates, load_states
+
+__all__ = [
+    "HiddenStates",
+    "Lens",
+    "LinearProbe",
+    "Patching",
+    "Probes",
+    "decode_states",
+    "hidden_states",
+    "linear_probe",
+    "load_probes",
+    "load_states",
+    "logit_lens",
+    "patch",
+    "steer",
+]

@@ -1,0 +1,162 @@
+"""Activation patching: which block, at which position, carries what makes the difference.
+
+(Vig et al., 2020; Meng et al., 2022.) Two texts of equal length differ in one fact. The corrupted
+one is run again and again, each time with the state of one block at one position taken from the
+clean run, and a metric says how much of the clean behaviour came back: 0 as corrupted, 1 as clean.
+
+All positions of one block are the rows of one batch, so a remote model is asked twice per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from swarm_notebook.formatting import model_title
+from swarm_notebook.probing.grid import Cell, as_html, as_text
+from swarm_notebook.probing.subject import Subject, Target, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Metric: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Patching:
+    """What restoring the clean state does to the metric.
+
+    Attributes:
+        words: the corrupted text's tokens at the patched positions.
+        blocks, positions: what was patched.
+        scores: the metric of each patched run, ``[blocks, positions]``.
+        clean, corrupted: the metric of the two runs without a patch.
+    """
+
+    model: str
+    words: list[str]
+    blocks: list[int]
+    positions: list[int]
+    scores: torch.Tensor
+    clean: float
+    corrupted: float
+
+    @property
+    def restored(self) -> torch.Tensor:
+        """`scores` on a scale where the corrupted run is 0 and the clean run is 1."""
+        return (self.scores - self.corrupted) / (self.clean - self.corrupted)
+
+    def __repr__(self) -> str:
+        rows = {
+            block: [f"{value:.1f}".replace("-0.0", "0.0") for value in row]
+            for block, row in zip(self.blocks, self.restored.tolist(), strict=True)
+        }
+        return as_text(self._title, self.words, rows)
+
+    def _repr_html_(self) -> str:
+        rows = {
+            block: [Cell(f"{value:.2f}", value) for value in row]
+            for block, row in zip(self.blocks, self.restored.tolist(), strict=True)
+        }
+        return as_html(self._title, self.words, rows)
+
+    @property
+    def _title(self) -> str:
+        return f"{self.model}: how much of the clean run a patch restores"
+
+
+def patch(
+    target: Target,
+    clean: Text,
+    corrupted: Text,
+    metric: Metric,
+    *,
+    blocks: Iterable[int] | None = None,
+    positions: Iterable[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Patching:
+    """Restore the clean state at each block and position of the corrupted run.
+
+    Args:
+        target: a swarm or a model.
+        clean: a text, or its token ids.
+        corrupted: another one of as many tokens.
+        metric: gets the logits of the last position, ``[rows, vocabulary]``, and returns a number
+            for each row, such as the difference of two tokens' logits.
+        blocks: None is all.
+        positions: None is all; negative ones count from the end.
+        tokenizer: for a model alone; a swarm has its own.
+
+    Raises:
+        ValueError: the texts have different lengths, a position is outside of them, or the metric
+            is the same for both.
+    """
+    subject = Subject.of(target, tokenizer)
+    chosen, good, bad = subject.chosen(blocks), subject.ids(clean), subject.ids(corrupted)
+    places = _places(positions, subject, good, bad)
+    with subject.at_rest():
+        with subject.reading(chosen) as read:
+            score_clean = _score(subject, good[None], metric)[0]
+            states = {block: state[0] for block, state in read.items()}
+        score_corrupted = _score(subject, bad[None], metric)[0]
+        if score_clean == score_corrupted:
+            raise ValueError(
+                f"metric: {score_clean:.3g} for the clean and for the corrupted text, so there is "
+                "nothing to restore"
+            )
+        rows = bad.expand(len(places), -1)
+        scores = []
+        for block in chosen:
+            with subject.editing(block, _restoring(states[block], places)):
+                scores.append(_score(subject, rows, metric))
+    return Patching(
+        model_title(subject.name),
+        subject.words(bad[places]),
+        chosen,
+        places,
+        torch.tensor(scores),
+        score_clean,
+        score_corrupted,
+    )
+
+
+def _places(
+    positions: Iterable[int] | None, subject: Subject, clean: torch.Tensor, corrupted: torch.Tensor
+) -> list[int]:
+    length = len(corrupted)
+    if len(clean) != length:
+        raise ValueError(
+            f"clean has {len(clean)} tokens {subject.words(clean)}, corrupted has {length} "
+            f"{subject.words(corrupted)}; patching needs texts of equal length"
+        )
+    places = list(range(length) if positions is None else positions)
+    for place in places:
+        if not -length <= place < length:
+            raise ValueError(f"positions: {place} is outside of a text of {length} tokens")
+    return [place % length for place in places]
+
+
+def _restoring(state: torch.Tensor, places: list[int]) -> Any:
+    """Row by row the clean state at another position."""
+
+    def edit(corrupted: torch.Tensor) -> torch.Tensor:
+        mended = corrupted.clone()
+        for row, place in enumerate(places):
+            mended[row, place] = state[place]
+        return mended
+
+    return edit
+
+
+def _score(subject: Subject, ids: torch.Tensor, metric: Metric) -> list[float]:
+    logits = subject.model(input_ids=ids.to(subject.model.device), use_cache=False).logits[:, -1]
+    scores = metric(logits.float())
+    if scores.shape != (len(ids),):
+        raise ValueError(
+            f"metric: returned shape {list(scores.shape)} for logits {list(logits.shape)}; one "
+            f"number per row is needed: [{len(ids)}]"
+        )
+    return scores.tolist()

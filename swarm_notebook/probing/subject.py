@@ -1,0 +1,146 @@
+"""The model under study, whatever was handed in, and hooks on its blocks.
+
+A `Subject` is the Hugging Face model of a `Swarm`, or a model itself: remote or local, plain or
+wrapped by PEFT. Its blocks are found as the servers find them, so nothing here knows an
+architecture.
+
+A block returns a tensor, or in some architectures a tuple that begins with it: `state_of` and
+`with_state` are the only two places that know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+
+from swarm_notebook.checkpoint.anatomy import find_trunk
+from swarm_notebook.errors import BlocksOutOfRange
+from swarm_notebook.swarm import Swarm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Target: TypeAlias = "Swarm | nn.Module"
+Text: TypeAlias = "str | Sequence[int] | torch.Tensor"
+Edit: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its blocks, and the tokenizer to read texts with."""
+
+    model: Any
+    blocks: nn.ModuleList
+    tokenizer: PreTrainedTokenizerBase | None
+    swarm: Swarm | None
+
+    @classmethod
+    def of(cls, target: Target, tokenizer: PreTrainedTokenizerBase | None = None) -> Subject:
+        swarm = target if isinstance(target, Swarm) else None
+        model: Any = target.model if isinstance(target, Swarm) else target
+        if tokenizer is None and swarm is not None:
+            tokenizer = swarm.tokenizer
+        return cls(model, find_trunk(model).layers, tokenizer, swarm)
+
+    @property
+    def name(self) -> str:
+        return self.swarm.name if self.swarm else str(self.model.config._name_or_path)
+
+    def chosen(self, blocks: Iterable[int] | None) -> list[int]:
+        """Block numbers in order, without doubles; None is all, negative ones count from the end.
+
+        Raises:
+            BlocksOutOfRange: the model does not have a block.
+        """
+        total = len(self.blocks)
+        if blocks is None:
+            return list(range(total))
+        wanted = list(blocks)
+        for block in wanted:
+            if not -total <= block < total:
+                raise BlocksOutOfRange(
+                    f"blocks: {block} is not in the model, which has blocks 0:{total}"
+                )
+        return sorted({block % total for block in wanted})
+
+    def ids(self, text: Text) -> torch.Tensor:
+        """The token ids of one text, ``[tokens]``; ids pass through.
+
+        Raises:
+            ValueError: there is no tokenizer for a text, or there are no tokens.
+        """
+        if isinstance(text, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"{self.name} comes without a tokenizer: pass tokenizer=…, or token ids"
+                )
+            text = self.tokenizer(text)["input_ids"]
+        ids = torch.as_tensor(text, dtype=torch.long).cpu()
+        ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
+        if ids.dim() != 1 or not len(ids):
+            raise ValueError(f"one text with tokens is needed, not ids of shape {list(ids.shape)}")
+        return ids
+
+    def words(self, ids: Iterable[int]) -> list[str]:
+        """What each token stands for, alone."""
+        if self.tokenizer is None:
+            return [str(int(token)) for token in ids]
+        return [str(self.tokenizer.decode([int(token)])) for token in ids]
+
+    @contextmanager
+    def at_rest(self) -> Iterator[Any]:
+        """The model without dropout and without gradients; as it was afterwards."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.model.train(training)
+
+    @contextmanager
+    def reading(self, blocks: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+        """Collects the states of blocks as the model runs."""
+        states: dict[int, torch.Tensor] = {}
+
+        def keep(block: int) -> Edit:
+            def note(state: torch.Tensor) -> torch.Tensor:
+                states[block] = state.detach()
+                return state
+
+            return note
+
+        with ExitStack() as hooks:
+            for block in blocks:
+                hooks.enter_context(self.editing(block, keep(block)))
+            yield states
+
+    @contextmanager
+    def editing(self, block: int, edit: Edit) -> Iterator[None]:
+        """Passes the state of one block through ``edit``; the same tensor returned is a reading."""
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            before = state_of(output)
+            after = edit(before)
+            return None if after is before else with_state(output, after)
+
+        handle = self.blocks[block].register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def state_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returned."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_state(output: Any, state: torch.Tensor) -> Any:
+    """What a block returned, with other hidden states."""
+    return (state, *output[1:]) if isinstance(output, tuple) else state

@@ -1,0 +1,107 @@
+"""What the user holds of a store: the states of a list of texts, in its order."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swarm_notebook.formatting import format_runs, model_title
+from swarm_notebook.probing.store import INDEX_FILE, Key, ShardFolder, Shards, digest
+
+
+class HiddenStates:
+    """The states of a list of texts, in its order.
+
+    ``states[block]`` is a matrix ``[texts, hidden]`` if the states were pooled to one vector per
+    text; ``states.text(i, block)`` is what there is of one text, ``[tokens, hidden]``.
+
+    Attributes:
+        blocks: what was read.
+        key: the model, the dtype and what else they depend on.
+        manifest: the record of the run, if they came from a swarm.
+    """
+
+    def __init__(self, shards: Shards, texts: Sequence[bytes], blocks: Sequence[int]):
+        self._shards, self._texts, self.blocks = shards, texts, list(blocks)
+        self.key, self.manifest = shards.key, shards.manifest
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __repr__(self) -> str:
+        kept = f"{self.key.pool} of tokens" if self.key.pool == "mean" else f"{self.key.pool} token"
+        return (
+            f"<HiddenStates of {model_title(self.key.model)}: {len(self)} texts, "
+            f"blocks {format_runs(self.blocks)}, {kept if self.key.pool else 'all tokens'}, "
+            f"{self.key.dtype}>"
+        )
+
+    def __getitem__(self, block: int) -> torch.Tensor:
+        """All texts at one block, ``[texts, hidden]``.
+
+        Raises:
+            ValueError: the states were not pooled.
+        """
+        if self.key.pool is None:
+            raise ValueError(
+                "these states are per token; take states.text(i, block), or collect them with "
+                'pool="last" or pool="mean"'
+            )
+        loaded: dict[int, torch.Tensor] = {}
+        rows = [self._rows(index, block, loaded) for index in range(len(self))]
+        return torch.cat(rows)
+
+    def text(self, index: int, block: int) -> torch.Tensor:
+        """The states of one text at one block: one row per token, or one row if pooled."""
+        return self._rows(index, block, {})
+
+    def _rows(self, index: int, block: int, loaded: dict[int, torch.Tensor]) -> torch.Tensor:
+        place = self._shards.place(self._texts[index], block)
+        if place is None:
+            raise LookupError(
+                f"block {block} of text {index} is not here; there are blocks "
+                f"{format_runs(self.blocks)}"
+            )
+        shard, first, rows = place
+        if id(shard) not in loaded:
+            loaded[id(shard)] = shard.load(block)
+        return loaded[id(shard)][first : first + rows]
+
+
+def load_states(
+    store: str | os.PathLike[str],
+    texts: Iterable[str | Sequence[int]] | None = None,
+    **wanted: Any,
+) -> HiddenStates:
+    """Read a store back, without a model.
+
+    Args:
+        store: the folder that was given to `hidden_states`.
+        texts: which texts, in which order; None is all, in the order of their writing.
+        wanted: fields of the key (``model``, ``dtype``, ``pool``, …), if the store has several.
+
+    Raises:
+        FileNotFoundError: nothing is there that fits.
+        ValueError: more than one thing fits.
+    """
+    keys = [
+        Key(**json.loads(path.read_text(encoding="utf-8"))["key"])
+        for path in sorted(Path(store).glob(f"*/{INDEX_FILE}"))
+    ]
+    fitting = [
+        key for key in keys if all(getattr(key, name) == value for name, value in wanted.items())
+    ]
+    if not fitting:
+        listed = "; ".join(map(str, keys)) or "nothing"
+        raise FileNotFoundError(f"{store} has no states with {wanted}; it has {listed}")
+    if len(fitting) > 1:
+        listed = "; ".join(map(str, fitting))
+        raise ValueError(f"{store} has several that fit: {listed}. Name model=…, dtype=… or pool=…")
+    shards = ShardFolder(store, fitting[0])
+    digests = shards.texts if texts is None else [digest(text) for text in texts]
+    return HiddenStates(shards, digests, shards.blocks)
