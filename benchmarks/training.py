@@ -1,0 +1,136 @@
+"""Time of a training step through two servers, against local PEFT with the same threads.
+
+Prints one JSON line. Every ratio is remote / local, medians of steps measured in turn in one run,
+so that a machine whose speed drifts slows both. One thread per process: the notebook, and each of
+the two servers; "local" is this process alone with one thread.
+
+    python benchmarks/training.py [--steps 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM
+
+import swarm_notebook as sn
+from swarm_notebook.net import streams
+
+ROWS, LENGTH = 4, 64
+READ_ROWS = 32
+
+
+class Traffic:
+    """Bytes of all frames of this process, counted where they are written and read."""
+
+    def __init__(self) -> None:
+        self.sent = self.received = 0
+        write, receive = streams.Stream._write, streams.Stream.receive
+
+        def counted_write(stream: Any, marker: int, data: bytes) -> None:
+            self.sent += len(data)
+            write(stream, marker, data)
+
+        async def counted_receive(stream: Any, kind: Any) -> Any:
+            message = await receive(stream, kind)
+            self.received += 0 if message is None else message.ByteSize()
+            return message
+
+        streams.Stream._write = counted_write  # type: ignore[method-assign]
+        streams.Stream.receive = counted_receive  # type: ignore[method-assign]
+
+    def take(self) -> tuple[int, int]:
+        both = self.sent, self.received
+        self.sent = self.received = 0
+        return both
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def compare(ours: Callable[[], Any], theirs: Callable[[], Any], steps: int) -> dict[str, float]:
+    """Medians of both and their ratio, measured in turn after a warm-up."""
+    ours(), theirs()
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(steps)]
+    mine = statistics.median(pair[0] for pair in pairs)
+    local = statistics.median(pair[1] for pair in pairs)
+    ratio = statistics.median(a / b for a, b in pairs)
+    return {"remote_s": round(mine, 3), "local_s": round(local, 3), "ratio": round(ratio, 3)}
+
+
+def trainer(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """A function that makes one optimizer step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def measure(servers: sn.LocalSwarm, steps: int, traffic: Traffic) -> dict[str, Any]:
+    swarm = sn.connect(servers.initial_peers, model=servers.model)
+    local = AutoModelForCausalLM.from_pretrained(servers.model, dtype=torch.float32).eval()
+    local.requires_grad_(False)
+    torch.manual_seed(0)
+    ids = torch.randint(0, local.config.vocab_size, (ROWS, LENGTH))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    results: dict[str, Any] = {}
+
+    prompt = peft.PromptTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM")
+    ours, theirs = (peft.get_peft_model(model, prompt) for model in (swarm.model, local))
+    results["prompt_tuning"] = compare(trainer(ours, batch), trainer(theirs, batch), steps)
+    del ours, theirs
+
+    lora = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    ours, theirs = (peft.get_peft_model(model, lora) for model in (swarm.model, local))
+    step = trainer(ours, batch)
+    results["lora"] = compare(step, trainer(theirs, batch), steps)
+    traffic.take()
+    step()
+    sent, received = traffic.take()
+    results["lora"] |= {
+        "sent_bytes": sent,
+        "received_bytes": received,
+        "trainable_bytes": sum(p.nbytes for p in ours.parameters() if p.requires_grad),
+    }
+    plain = ours.unload()
+    theirs.unload()
+
+    texts = torch.randint(0, local.config.vocab_size, (READ_ROWS, LENGTH))
+    with torch.no_grad():
+        results["reading_all_states"] = compare(
+            lambda: plain(texts, output_hidden_states=True, use_cache=False, logits_to_keep=1),
+            lambda: plain(texts, use_cache=False, logits_to_keep=1),
+            steps,
+        )
+    swarm.disconnect()
+    gc.collect()
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with sn.LocalSwarm(servers=2, threads=1) as servers:
+        results = measure(servers, arguments.steps, Traffic())
+    print(json.dumps({"benchmark": "training", "rows": ROWS, "length": LENGTH, **results}))
+
+
+if __name__ == "__main__":
+    main()
