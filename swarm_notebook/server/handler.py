@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 MIN_FRAME_BYTES = 64 << 20
 TIDY_SECONDS = 10.0
+LINGER_SECONDS = 0.5
 _SCHEMA_TOKENS = 2048
 
 
@@ -99,6 +100,8 @@ class Handler:
             _, late = await asyncio.wait(self._running, timeout=seconds)
             for task in late:
                 task.cancel()
+            # p2pd passes the last answers on in its own time, and cannot be asked whether it has.
+            await asyncio.sleep(LINGER_SECONDS)
 
     async def _inference(self, stream: Stream, peer: PeerID) -> None:
         self._check_open()
