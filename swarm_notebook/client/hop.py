@@ -16,7 +16,7 @@ from swarm_notebook.client.adapters import ensure_uploaded
 from swarm_notebook.client.directory import Directory
 from swarm_notebook.client.request import Outputs, Request, read_outputs, refuse_extensions
 from swarm_notebook.client.routing import Leg
-from swarm_notebook.client.trip import OPEN_TIMEOUT, TRANSPORT_ERRORS, server_name
+from swarm_notebook.client.trip import OPEN_TIMEOUT, TRANSPORT_ERRORS, gone, server_name
 from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import ServerFailed
 from swarm_notebook.net import protocol, streams
@@ -70,7 +70,9 @@ class Hop:
                 answer = await self._stream.receive(runtime_pb2.ExpertResponse)
         except TRANSPORT_ERRORS as error:
             verdict = watch.verdict if watch else ""
-            raise ServerFailed(f"{self} {verdict or f'is gone ({error})'}") from None
+            raise ServerFailed(f"{self} {verdict or gone(error)}") from None
+        except streams.BadFrame as error:
+            raise ServerFailed(f"{self} sent no readable answer: {error}") from None
         if answer is None:
             raise ServerFailed(f"{self} ended the session")
         outputs = read_outputs(answer.tensors, request, str(self))
@@ -84,7 +86,7 @@ class Hop:
     def close(self) -> None:
         """End the session on the server; the broken stream frees its cache there."""
         if self._stream is not None:
-            self._stream.close()
+            self._stream.abort()
             self._stream = None
 
     def _message(self, request: Request) -> runtime_pb2.ExpertRequest:

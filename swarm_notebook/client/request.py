@@ -116,6 +116,8 @@ def read_outputs(packed: Sequence[runtime_pb2.Tensor], request: Request, server:
     unpacked = [read_tensor(tensor, server).to(request.hidden.dtype) for tensor in packed]
     for tensor in unpacked[: len(blocks)]:
         check_shape(tensor, request.hidden.shape, server)
+        if not torch.isfinite(tensor).all():
+            raise ServerFailed(f"{server} sent hidden states with NaN or infinite values")
     return Outputs(
         dict(zip(blocks, unpacked[: len(blocks)], strict=True)),
         dict(zip(request.inner, unpacked[len(blocks) :], strict=True)),

@@ -58,6 +58,9 @@ class InferenceSession:
         self._hops: list[Hop] = []
         self._rows_version = 0
         self._rows: torch.Tensor | None = None
+        # Within one step: servers that were lost, and those that refused it.
+        self._lost: set[str] = set()
+        self._refusing: set[str] = set()
 
     @property
     def hops(self) -> list[Hop]:
@@ -96,6 +99,8 @@ class InferenceSession:
             MissingBlocks: no server holds a block, and none came in time.
             BadRequest, CacheFull: see the messages.
         """
+        self._lost.clear()
+        self._refusing.clear()
         try:
             return await self._walk(block, stop, states, inner)
         except asyncio.CancelledError:
@@ -160,10 +165,17 @@ class InferenceSession:
                 part.position_ids,
                 states=states,
                 inner=inner,
-                prompts=None if self.prompts is None else self.prompts[start:end],
+                prompts=self._prompts(start, end, part),
                 adapter=self.adapter,
             )
         )
+
+    def _prompts(self, start: int, end: int, part: Pass) -> torch.Tensor | None:
+        """Deep prompts of these blocks, if the pass reaches into their positions."""
+        prompts = self.prompts
+        if prompts is None or part.position >= prompts.shape[2]:
+            return None
+        return prompts[start:end]
 
     async def _hop_for(self, block: int) -> Hop:
         """The hop that computes `block`; servers are chosen for a gap in the chain."""
@@ -178,7 +190,7 @@ class InferenceSession:
         start = max((hop.end for hop in self._hops if hop.end <= block), default=0)
         last = self._directory.num_blocks
         end = min((hop.start for hop in self._hops if hop.start > block), default=last)
-        for leg in await self._directory.await_chain(start, end):
+        for leg in await self._directory.await_chain(start, end, self._refusing):
             self._hops.append(Hop(leg, self._directory, self._max_length, self._rows_version))
         self._hops.sort(key=lambda hop: hop.start)
 
@@ -198,23 +210,36 @@ class InferenceSession:
         """Drop a failed hop, so that its blocks are a gap; raise what no other server can mend."""
         hop.close()
         self._hops.remove(hop)
-        if isinstance(error, BadRequest):
-            raise error
         self.failovers += 1
-        if isinstance(error, AdapterMissing) and self.adapter is not None:
-            self._directory.uploaded.pop((hop.leg.peer, self.adapter.id), None)
+        peer, blocks = hop.leg.peer, describe_blocks(range(hop.start, hop.end))
+        if isinstance(error, (BadRequest, CacheFull)):
+            self._refuse(hop, error)
+            logger.info("%s; trying %s on another server", error, blocks)
             return
-        if isinstance(error, SessionLost):
+        # A server may lose what it had, once; one that says so again and again is broken.
+        forgiven = peer not in self._lost
+        self._lost.add(peer)
+        if isinstance(error, AdapterMissing) and self.adapter is not None and forgiven:
+            self._directory.uploaded.pop((peer, self.adapter.id), None)
+        elif isinstance(error, SessionLost) and forgiven:
             logger.info("%s; rebuilding the cache", error)
-            return
-        self._directory.failed(hop.leg.peer, str(error))
-        blocks = describe_blocks(range(hop.start, hop.end))
-        if isinstance(error, CacheFull):
-            try:
-                self._directory.chain(hop.start, hop.end)
-            except MissingBlocks:
-                raise error from None
-        logger.warning("%s; continuing %s on another server", error, blocks)
+        else:
+            self._directory.failed(peer, str(error))
+            logger.warning("%s; continuing %s on another server", error, blocks)
+
+    def _refuse(self, hop: Hop, error: BadRequest | CacheFull) -> None:
+        """Leave a server that refused the step out of it; raise if the others would refuse too.
+
+        One server that finds a request invalid may be wrong itself, two are believed.
+        """
+        believed = isinstance(error, BadRequest) and bool(self._refusing)
+        self._refusing.add(hop.leg.peer)
+        try:
+            self._directory.chain(hop.start, hop.end, self._refusing)
+        except MissingBlocks:
+            believed = True
+        if believed:
+            raise error
 
     def close(self) -> None:
         """Leave all servers; the history stays, so that a later step can resume."""

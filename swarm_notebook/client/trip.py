@@ -19,7 +19,7 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.client.directory import Directory
 from swarm_notebook.client.routing import Leg, describe_blocks
 from swarm_notebook.client.watch import Watch
-from swarm_notebook.errors import ServerFailed
+from swarm_notebook.errors import BadRequest, ServerFailed
 from swarm_notebook.net import protocol, streams, tensors
 
 OPEN_TIMEOUT = 5.0
@@ -33,6 +33,11 @@ class Answer:
 
     tensors: list[runtime_pb2.Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def gone(error: Exception) -> str:
+    """What to say of a server after a transport error."""
+    return f"is gone ({str(error) or 'no answer in time'})"
 
 
 def server_name(leg: Leg) -> str:
@@ -77,20 +82,27 @@ async def trip(
                         runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed)
                     )
             await stream.send_end()
-            return await _receive(stream)
+            parts, answered = await _receive(stream)
     except TRANSPORT_ERRORS as error:
         verdict = watch.verdict if watch else ""
-        raise ServerFailed(f"{server} {verdict or f'is gone ({error})'}") from None
+        raise ServerFailed(f"{server} {verdict or gone(error)}") from None
     finally:
         if stream is not None:
-            stream.close()
+            stream.abort()
+    try:
+        return Answer(tensors.join(parts), protocol.unpack_metadata(answered))
+    except BadRequest as error:
+        raise ServerFailed(f"{server} sent no readable answer: {error}") from None
 
 
-async def _receive(stream: streams.Stream) -> Answer:
+async def _receive(stream: streams.Stream) -> tuple[list[runtime_pb2.Tensor], bytes]:
+    """The tensor parts of an answer, and the metadata of its first message."""
     parts: list[runtime_pb2.Tensor] = []
-    metadata: dict[str, Any] | None = None
-    while (message := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
-        if metadata is None:
-            metadata = protocol.unpack_metadata(message.metadata)
-        parts.extend(message.tensors)
-    return Answer(tensors.join(parts), metadata or {})
+    metadata: bytes | None = None
+    try:
+        while (message := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
+            metadata = message.metadata if metadata is None else metadata
+            parts.extend(message.tensors)
+    except streams.BadFrame as error:
+        raise ServerFailed(f"server {stream.peer} sent no readable answer: {error}") from None
+    return parts, metadata or b""

@@ -61,4 +61,4 @@ class Watch:
                 if waited > TELL_AFTER:
                     logger.info("still waiting for %s, %.0f s so far", self._what, waited)
                 await asyncio.sleep(WATCH_PERIOD)
-        self._stream.close()
+        self._stream.abort()

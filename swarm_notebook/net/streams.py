@@ -36,6 +36,10 @@ class StreamClosed(ConnectionError):
     """The other side is gone: the stream ended in the middle or between two frames."""
 
 
+class BadFrame(BadRequest):
+    """What came in is not a frame with a message of the expected kind."""
+
+
 class Stream:
     """One direction-pair of frames with ``peer`` (its base58 id, for messages)."""
 
@@ -69,16 +73,16 @@ class Stream:
 
         Raises:
             StreamClosed: the other side is gone.
-            BadRequest: the bytes are no frame or no message, or are too many.
+            BadFrame: the bytes are no frame or no message, or are too many.
             RemoteError: the other side sent an error frame.
         """
         try:
             header = await self._reader.readexactly(_HEADER_BYTES)
             marker, length = header[0], int.from_bytes(header[1:], "big")
             if marker not in (_MESSAGE, _ERROR):
-                raise BadRequest(f"a frame begins with byte {marker}, expected 0 or 1")
+                raise BadFrame(f"a frame begins with byte {marker}, expected 0 or 1")
             if length > self.max_frame:
-                raise BadRequest(f"a frame of {length} bytes, at most {self.max_frame} are read")
+                raise BadFrame(f"a frame of {length} bytes, at most {self.max_frame} are read")
             data = await self._reader.readexactly(length)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise StreamClosed(f"peer {self.peer} closed the stream") from error
@@ -90,7 +94,12 @@ class Stream:
         raise from_wire(failure.message, self.peer)
 
     def close(self) -> None:
+        """End this direction after what is still in the buffer."""
         self._writer.close()
+
+    def abort(self) -> None:
+        """End both directions now; a peer that reads no more cannot hold this up."""
+        self._writer.transport.abort()
 
     def _write(self, marker: int, data: bytes) -> None:
         header = bytes((marker,)) + len(data).to_bytes(8, "big")
@@ -111,7 +120,7 @@ def _parse(kind: type[M], data: bytes) -> M:
     try:
         return kind.FromString(data)
     except DecodeError as error:
-        raise BadRequest(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
+        raise BadFrame(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
 
 
 async def open_stream(p2p: P2P, peer: PeerID, handler: str) -> Stream:
