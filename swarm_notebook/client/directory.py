@@ -2,26 +2,31 @@
 
 The directory reads the records of all blocks from the DHT, pings the servers, and remembers who
 failed. A failed peer is avoided at once and for a time that doubles with each failure in a row;
-an answered request forgives. Readers in other threads see immutable snapshots.
+an answered request forgives, and so does an answered ping after the first few failures: the
+server has come back. A peer that does not answer a ping is avoided until it answers one. Readers
+in other threads see immutable snapshots.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from google.protobuf.message import DecodeError
 from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
-from hivemind.utils import ValueWithExpiration
 
 from swarm_notebook.client import routing
+from swarm_notebook.client.announced import Announced
 from swarm_notebook.errors import BadRequest, MissingBlocks
-from swarm_notebook.net import protocol, records
+from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
+from swarm_notebook.net.records import ServerSpan, ServerState, spans_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +38,10 @@ PATIENCE = 30.0
 WAIT_PERIOD = 0.5
 BAN_SECONDS = 3.0
 BAN_SECONDS_MAX = 60.0
+FORGIVABLE_FAILURES = 3
+
+# What a ping may meet: silence, refusal, or an answer that is none.
+_PING_ERRORS = (TimeoutError, P2PDaemonError, P2PHandlerError, OSError, BadRequest, DecodeError)
 
 
 @dataclass
@@ -61,6 +70,7 @@ class Directory:
         rtt: measured round trip in seconds by peer.
         snapshot: what the last reading found.
         uploaded: which version of an adapter, for which blocks, a peer got, by peer and adapter.
+        upload_locks: one upload at a time, by peer.
     """
 
     node: Node
@@ -70,14 +80,21 @@ class Directory:
     rtt: dict[str, float] = field(default_factory=dict)
     snapshot: Snapshot = Snapshot()
     uploaded: dict[tuple[str, str], tuple[int, int, int]] = field(default_factory=dict)
+    upload_locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     _standing: dict[str, _Standing] = field(default_factory=dict)
+    _silent: set[str] = field(default_factory=set)
     _last_holders: dict[int, set[str]] = field(default_factory=dict)
+    _announced: Announced = field(default_factory=Announced)
+    _met: set[str] = field(default_factory=set)
     _refreshing: asyncio.Task | None = None
     _background: asyncio.Task | None = None
 
     async def start(self) -> None:
         """Read the records once, then keep reading them in the background."""
         await self.refresh()
+        if not self.snapshot.spans:
+            await self.node.redial()
+            await self.refresh()
         self._background = asyncio.create_task(self._keep_fresh())
 
     async def stop(self) -> None:
@@ -91,7 +108,7 @@ class Directory:
             await asyncio.sleep(REFRESH_PERIOD_MISSING if missing else REFRESH_PERIOD)
             try:
                 if missing:
-                    await self.node.redial()
+                    await self.node.redial(self._met)
                 await self.refresh()
             except Exception:
                 logger.exception("reading the records of %s failed; trying again", self.prefix)
@@ -105,8 +122,9 @@ class Directory:
     async def _refresh(self) -> None:
         uids = [protocol.block_uid(self.prefix, index) for index in range(self.num_blocks)]
         found = await self.node.dht.get_many(uids, sufficient_expiration_time=float("inf"))
-        blocks = {index: _holders(found.get(uid)) for index, uid in enumerate(uids)}
-        spans = tuple(records.spans_of(blocks))
+        for index, uid in enumerate(uids):
+            self._announced.update(index, found.get(uid))
+        spans = tuple(spans_of(self._announced.holders()))
         self.snapshot = Snapshot(spans, time.time())
         for span in spans:
             if span.info.state == ServerState.ONLINE:
@@ -121,9 +139,15 @@ class Directory:
         try:
             async with asyncio.timeout(PING_TIMEOUT):
                 await self.info(peer)
-        except (TimeoutError, P2PDaemonError, P2PHandlerError, OSError, BadRequest) as error:
+        except _PING_ERRORS as error:
             logger.debug("ping of %s: %s", peer, error)
+            self._silent.add(peer)
             return False
+        self._met.add(peer)
+        self._silent.discard(peer)
+        standing = self._standing.get(peer)
+        if standing is not None and standing.failures <= FORGIVABLE_FAILURES:
+            standing.until = 0.0
         seconds = time.perf_counter() - began
         known = self.rtt.get(peer, seconds)
         # The first call dials the peer: a lower later value is the truth, not noise.
@@ -142,17 +166,16 @@ class Directory:
 
     def missing(self) -> list[int]:
         """Blocks that no server in good standing holds."""
-        online = [span for span in self.usable() if span.info.state == ServerState.ONLINE]
-        return routing.uncovered(online, 0, self.num_blocks)
+        return self._missing(0, self.num_blocks)
+
+    def _missing(self, start: int, end: int, exclude: Collection[str] = ()) -> list[int]:
+        usable = [span for span in self.usable() if span.peer not in exclude]
+        online = [span for span in usable if span.info.state == ServerState.ONLINE]
+        return routing.uncovered(online, start, end)
 
     def usable(self) -> list[ServerSpan]:
         """The announced spans without those of peers that are avoided just now."""
-        now = time.monotonic()
-        return [
-            span
-            for span in self.snapshot.spans
-            if (standing := self._standing.get(span.peer)) is None or standing.until <= now
-        ]
+        return [span for span in self.snapshot.spans if not self.avoided(span.peer)]
 
     def chain(self, start: int, end: int, exclude: Collection[str] = ()) -> list[routing.Leg]:
         """The best chain over ``[start, end)``; MissingBlocks names who had missing blocks."""
@@ -162,30 +185,36 @@ class Directory:
         except MissingBlocks as error:
             raise MissingBlocks(f"{error} of {self.prefix}{self._who_had(start, end)}") from None
 
-    async def await_chain(self, start: int, end: int) -> list[routing.Leg]:
+    async def await_chain(
+        self, start: int, end: int, exclude: Collection[str] = ()
+    ) -> list[routing.Leg]:
         """`chain`, waited for up to `patience` when some blocks have no server just now."""
         deadline = time.monotonic() + self.patience
         announced = False
         while True:
             try:
-                return self.chain(start, end)
+                return self.chain(start, end, exclude)
             except MissingBlocks as error:
-                if time.monotonic() > deadline:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    missing = self._missing(start, end, exclude) or [start, end - 1]
                     raise MissingBlocks(
                         f"{error}. Waited {self.patience:.0f} s for a server; start one with "
-                        f"`swarm-notebook serve … --blocks {start}:{end}` and call again"
+                        f"`swarm-notebook serve … --blocks {missing[0]}:{missing[-1] + 1}` and "
+                        "call again"
                     ) from None
                 if not announced:
                     logger.warning("%s; waiting up to %.0f s", error, self.patience)
                     announced = True
-            await self.node.redial()
-            await self.refresh()
-            await asyncio.sleep(WAIT_PERIOD)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self.node.redial(self._met)
+                    await self.refresh()
+                    await asyncio.sleep(WAIT_PERIOD)
 
     def _who_had(self, start: int, end: int) -> str:
-        online = [span for span in self.usable() if span.info.state == ServerState.ONLINE]
-        missing = routing.uncovered(online, start, end)
-        names = sorted(set().union(*(self._last_holders.get(block, set()) for block in missing)))
+        holders = (self._last_holders.get(block, set()) for block in self._missing(start, end))
+        names = sorted(set().union(*holders))
         had = f"; until now {', '.join(names)} had them" if names else ""
         return had + "".join(
             f"; {span.name} is avoided for now: {reason}"
@@ -208,24 +237,6 @@ class Directory:
     def avoided(self, peer: str) -> str:
         """Why a peer is avoided just now; an empty text if it is not."""
         standing = self._standing.get(peer)
-        return standing.reason if standing and standing.until > time.monotonic() else ""
-
-
-def _holders(found: ValueWithExpiration | None) -> dict[str, ServerInfo]:
-    """The believable records under one block's key, by peer id."""
-    if found is None or not isinstance(found.value, dict):
-        return {}
-    holders = {}
-    for peer, entry in found.value.items():
-        info = records.parse_record(entry.value)
-        if info is not None and isinstance(peer, str) and _is_peer_id(peer):
-            holders[peer] = info
-    return holders
-
-
-def _is_peer_id(text: str) -> bool:
-    try:
-        PeerID.from_base58(text)
-    except ValueError:
-        return False
-    return True
+        if standing is not None and standing.until > time.monotonic():
+            return standing.reason
+        return "it does not answer" if peer in self._silent else ""

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from hivemind.dht.node import DHTNode
+from hivemind.dht.node import DHTID, DHTNode
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.utils.multiaddr import Multiaddr
@@ -39,13 +39,13 @@ def parse_peers(addresses: Sequence[str]) -> list[Multiaddr]:
     for address in addresses:
         try:
             multiaddr = Multiaddr(str(address))
-            peer = multiaddr["p2p"]
+            named = any(protocol.name == "p2p" for protocol in multiaddr.protocols())
         except Exception as error:  # hivemind's parser raises a different type per malformation
             raise AddressError(
                 f"initial_peers: {address!r} is not a peer's address ({error}); "
                 "expected the form /ip4/<address>/tcp/<port>/p2p/<peer id>"
             ) from None
-        if not peer:
+        if not named:
             raise AddressError(f"initial_peers: {address!r} lacks the peer id (/p2p/…)")
         parsed.append(multiaddr)
     return parsed
@@ -99,8 +99,13 @@ class Node:
         try:
             dht = await DHTNode.create(
                 p2p=p2p,
+                # The same after a restart: a peer that others know under several ids would count
+                # as several replicas of what it stores, and take them all along when it dies.
+                node_id=DHTID.generate(p2p.peer_id.to_bytes()),
                 initial_peers=[str(peer) for peer in peers],
                 client_mode=client,
+                # hivemind would forget a silent peer for times that double without end.
+                backoff_rate=1.0,
                 # A notebook wants what the swarm says now, not what it said a minute ago.
                 cache_locally=False,
                 cache_on_store=False,
@@ -122,19 +127,25 @@ class Node:
         """The multiaddrs, with peer id, under which others reach this node."""
         return [str(maddr) for maddr in await self.p2p.get_visible_maddrs()]
 
-    async def redial(self) -> None:
-        """Connect again to the initial peers that have gone away (and may have come back)."""
-        dials = [self._dial(maddr) for maddr in self._initial_peers]
-        await asyncio.gather(*dials)
+    async def redial(self, peers: Collection[str] = ()) -> None:
+        """Connect again to peers that have gone away (and may have come back).
 
-    async def _dial(self, maddr: Multiaddr) -> None:
-        peer = PeerID.from_base58(maddr["p2p"])
+        Args:
+            peers: ids of others than the initial peers, with whom there was a connection before.
+        """
+        known = {PeerID.from_base58(maddr["p2p"]): [maddr] for maddr in self._initial_peers}
+        known |= {peer: [] for peer in map(PeerID.from_base58, peers) if peer not in known}
+        await asyncio.gather(*(self._dial(peer, maddrs) for peer, maddrs in known.items()))
+
+    async def _dial(self, peer: PeerID, maddrs: Sequence[Multiaddr]) -> None:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                await self.p2p._client.connect(peer, [maddr])
-                await self.dht.protocol.call_ping(peer)
+                if maddrs:
+                    await self.p2p._client.connect(peer, maddrs)
+                if await self.dht.protocol.call_ping(peer) is not None:
+                    self.dht.blacklist.register_success(peer)
         except (ControlFailure, TimeoutError, OSError, P2PDaemonError) as error:
-            logger.debug("initial peer %s does not answer: %s", peer, error)
+            logger.debug("peer %s does not answer: %s", peer, error)
 
     async def stop(self) -> None:
         """Leave the DHT and end the daemon."""

@@ -20,6 +20,7 @@ from swarm_notebook.net.records import MODEL_INDEX_KEY, ModelRecord, ServerInfo
 logger = logging.getLogger(__name__)
 
 MIN_EXPIRATION = 3.0
+RETRY_SECONDS = 5.0
 
 
 class Announcer:
@@ -67,10 +68,12 @@ class Announcer:
         await self.announce(info)
 
     async def _keep(self, describe: Callable[[], ServerInfo]) -> None:
+        stored = True
         while True:
-            await asyncio.sleep(self._period)
+            await asyncio.sleep(self._period if stored else min(self._period, RETRY_SECONDS))
             try:
-                await self.announce(describe())
+                stored = await self.announce(describe())
             except Exception:
+                stored = False
                 # Whatever it was, the next round may succeed, and the requests go on.
                 logger.exception("announcing %s failed; trying again later", self._prefix)

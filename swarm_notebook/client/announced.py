@@ -1,0 +1,69 @@
+"""What the servers of a model announced, as far as readings of the DHT have found it. Pure code.
+
+A reading may miss a record that is there (its keepers died or were slow), so a record is believed
+until it expires. Of one server the newest record counts, also for the blocks that it has given up
+since: their old records stay in the DHT for a while.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hivemind.p2p import PeerID
+from hivemind.utils import ValueWithExpiration, get_dht_time
+
+from swarm_notebook.net.records import ServerInfo, parse_record
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a server announced, and until when that holds (in the DHT's time)."""
+
+    info: ServerInfo
+    expires: float
+
+
+class Announced:
+    """The records under each block's key, by peer."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, dict[str, _Record]] = {}
+
+    def update(self, block: int, found: ValueWithExpiration | None) -> None:
+        """Take in what a reading found under a block's key; None or rubbish changes nothing."""
+        now = get_dht_time()
+        known = self._blocks.get(block, {})
+        known = {peer: record for peer, record in known.items() if record.expires > now}
+        entries = found.value if found is not None and isinstance(found.value, dict) else {}
+        for peer, entry in entries.items():
+            info = parse_record(entry.value)
+            if info is None or not isinstance(peer, str) or not _is_peer_id(peer):
+                continue
+            if peer not in known or known[peer].expires <= entry.expiration_time:
+                known[peer] = _Record(info, entry.expiration_time)
+        self._blocks[block] = known
+
+    def holders(self) -> dict[int, dict[str, ServerInfo]]:
+        """Who holds each block, with its newest record."""
+        newest: dict[str, _Record] = {}
+        for known in self._blocks.values():
+            for peer, record in known.items():
+                if peer not in newest or newest[peer].expires < record.expires:
+                    newest[peer] = record
+        return {
+            block: {peer: newest[peer].info for peer in known if _hosts(newest[peer].info, block)}
+            for block, known in self._blocks.items()
+        }
+
+
+def _hosts(info: ServerInfo, block: int) -> bool:
+    start, end = info.start_block, info.end_block
+    return start is None or end is None or start <= block < end
+
+
+def _is_peer_id(text: str) -> bool:
+    try:
+        PeerID.from_base58(text)
+    except ValueError:
+        return False
+    return True

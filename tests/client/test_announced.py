@@ -1,0 +1,61 @@
+"""What is believed of who serves what, from readings of the DHT that may miss records."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from hivemind.utils import ValueWithExpiration
+
+from swarm_notebook.client.announced import Announced
+from swarm_notebook.net.records import ServerInfo, ServerState
+
+PEER = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+OTHER = "QmbLHAnMoJPWSCR5Zhtx6BHJX9KiKNN6tpvbUcqanj75Nb"
+
+
+def record(start: int, end: int, state: ServerState = ServerState.ONLINE) -> Any:
+    info = ServerInfo(state=state, throughput=1.0, start_block=start, end_block=end)
+    return info.to_record()
+
+
+def reading(seconds: float = 60.0, **entries: Any) -> ValueWithExpiration:
+    expires = time.time() + seconds
+    named = {"peer": PEER, "other": OTHER, "rubbish": "no peer"}
+    found = {named[name]: ValueWithExpiration(value, expires) for name, value in entries.items()}
+    return ValueWithExpiration(found, expires)
+
+
+def holders(announced: Announced) -> dict[int, list[str]]:
+    return {block: sorted(found) for block, found in announced.holders().items()}
+
+
+def test_a_record_that_a_reading_misses_is_believed_until_it_expires() -> None:
+    announced = Announced()
+    announced.update(0, reading(0.2, peer=record(0, 1)))
+    announced.update(0, reading(60, other=record(0, 1)))
+    announced.update(0, None)
+    assert holders(announced) == {0: [PEER, OTHER]}
+    time.sleep(0.25)
+    announced.update(0, None)
+    assert holders(announced) == {0: [OTHER]}
+
+
+def test_the_newest_record_counts_for_all_blocks() -> None:
+    announced = Announced()
+    announced.update(0, reading(60, peer=record(0, 2)))
+    announced.update(1, reading(60, peer=record(0, 2)))
+    announced.update(1, reading(90, peer=record(1, 3)))
+    announced.update(2, reading(90, peer=record(1, 3)))
+    assert holders(announced) == {0: [], 1: [PEER], 2: [PEER]}
+    announced.update(2, reading(99, peer=record(1, 3, ServerState.OFFLINE)))
+    announced.update(1, reading(50, peer=record(1, 3)))  # an old one, from a slow keeper
+    states = {found[PEER].state for found in announced.holders().values() if found}
+    assert states == {ServerState.OFFLINE}
+
+
+def test_rubbish_is_not_believed() -> None:
+    announced = Announced()
+    announced.update(0, reading(60, peer=("online", 1.0, {}), rubbish=record(0, 1)))
+    announced.update(1, ValueWithExpiration(b"rubbish", time.time() + 60))
+    assert holders(announced) == {0: [], 1: []}
