@@ -6,7 +6,8 @@ Notebooks that attach to several models of the same swarm share one node (one p2
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,8 +19,11 @@ from swarm_notebook.client.forward import Trail
 from swarm_notebook.client.loop import LoopThread, at_exit, forget_at_exit, network_thread
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.session import InferenceSession
+from swarm_notebook.errors import ConnectionFailed
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import MODEL_INDEX_KEY, ModelRecord, parse_model_record
+
+T = TypeVar("T")
 
 
 class _SharedNode:
@@ -35,6 +39,8 @@ _lock = threading.Lock()
 
 class Connection:
     """The way to the blocks of one model; blocking calls for the user's thread.
+
+    After `close` they raise ConnectionFailed.
 
     Args:
         initial_peers: multiaddrs of peers of the swarm.
@@ -77,11 +83,11 @@ class Connection:
         inner: Collection[tuple[int, str]] = (),
     ) -> Outputs:
         """`InferenceSession.step` from ``block`` to the last one."""
-        return self.network.run(session.step(block, self.num_blocks, states, inner))
+        return self._run(session.step(block, self.num_blocks, states, inner))
 
     def forward(self, request: Request, *, keep: bool = False) -> tuple[Outputs, list[Trail]]:
         """`forward.forward`, waited for."""
-        return self.network.run(stateless.forward(self.directory, request, keep=keep))
+        return self._run(stateless.forward(self.directory, request, keep=keep))
 
     def backward(
         self,
@@ -91,7 +97,7 @@ class Connection:
         states: Collection[int],
     ) -> Gradients:
         """`backward.backward`, waited for."""
-        return self.network.run(backward(self.directory, request, trails, grad, states))
+        return self._run(backward(self.directory, request, trails, grad, states))
 
     def derive(self, adapter: Adapter) -> dict[str, torch.Tensor]:
         """What the servers derive from their weights for a new adapter, by parameter name."""
@@ -101,11 +107,20 @@ class Connection:
             parts = await stateless.together([upload(self.directory, leg, adapter) for leg in legs])
             return {name: tensor for part in parts for name, tensor in part.items()}
 
-        return self.network.run(collect())
+        return self._run(collect())
 
     def refresh(self) -> None:
         """Read what the servers announce now, instead of within seconds."""
-        self.network.run(self.directory.refresh())
+        self._run(self.directory.refresh())
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for what the network thread does for us."""
+        if not self._open:
+            work.close()
+            raise ConnectionFailed(
+                f"{self.prefix}: this notebook has disconnected from the swarm; connect again"
+            )
+        return self.network.run(work)
 
     def close(self) -> None:
         """Leave the swarm, unless another model of it is still attached."""

@@ -21,7 +21,11 @@ from swarm_notebook.errors import Unsupported
 
 
 class RemoteCache(Cache):
-    """Keys and values of one batch of sequences on the servers of a swarm."""
+    """Keys and values of one batch of sequences on the servers of a swarm.
+
+    Attributes:
+        leave: call it to free the servers' memory; the next use of the cache builds it again.
+    """
 
     def __init__(
         self, connection: Connection, *, lazy: bool = False, max_length: int | None = None
@@ -34,10 +38,10 @@ class RemoteCache(Cache):
         self.rows = -1
         self.mask: torch.Tensor | None = None
         # Garbage collection may run in any thread, so the streams are closed by their own loop.
-        self._leave = functools.partial(
+        self.leave = functools.partial(
             connection.network.loop.call_soon_threadsafe, self.session.close
         )
-        weakref.finalize(self, self._leave).atexit = False
+        weakref.finalize(self, self.leave).atexit = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(batch_size={self.rows}, length={self.length})"
@@ -113,7 +117,7 @@ class RemoteCache(Cache):
 
     def reset(self) -> None:
         self.crop(-self.length)
-        self._leave()
+        self.leave()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._select(beam_idx)

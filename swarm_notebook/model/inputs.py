@@ -49,11 +49,11 @@ def new_mask(mask: object, cache: RemoteCache | None, new: int) -> torch.Tensor 
         raise Unsupported("attention_mask: remote blocks take a mask of shape [batch, length] only")
     if cache is not None:
         return cache.new_mask(mask, new)
-    if mask is None or bool(mask.all()):
+    if mask is None:
         return None
     if mask.shape[1] != new:
         raise ValueError(f"attention_mask has length {mask.shape[1]}, the input has {new} tokens")
-    return mask.detach().to("cpu", torch.uint8)
+    return None if bool(mask.all()) else mask.detach().to("cpu", torch.uint8)
 
 
 def unusual_positions(position_ids: torch.Tensor | None, position: int) -> torch.Tensor | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationMixin
 
 from swarm_notebook.checkpoint.partial import load_edges
 from swarm_notebook.checkpoint.source import ModelSource
@@ -29,6 +32,18 @@ class RemoteModel:
     """Mixed into the causal LM's class, in front of it."""
 
     _runner: Runner
+    _generating: weakref.ref[RemoteCache] | None = None
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        except KeyboardInterrupt:
+            # The traceback may keep the cache alive for long; nobody shall wait for its memory.
+            cache = self._generating and self._generating()
+            if cache:
+                cache.leave()
+            raise
 
     def _prepare_cache_for_generation(
         self,
@@ -45,13 +60,32 @@ class RemoteModel:
                     f"cache_implementation={generation_config.cache_implementation!r}: the keys "
                     "and values of remote blocks are kept by their servers; leave it out"
                 )
-            model_kwargs["past_key_values"] = RemoteCache(
-                self._runner.connection, max_length=max_cache_length + 1
-            )
+            cache = RemoteCache(self._runner.connection, max_length=max_cache_length + 1)
+            model_kwargs["past_key_values"] = cache
+            self._generating = weakref.ref(cache)
             return
+        if isinstance(given, RemoteCache):
+            self._generating = weakref.ref(given)
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Before pickle finds, and says, only that it cannot import this class.
+        return self._runner.__reduce__()
+
+    def __copy__(self) -> RemoteModel:
+        return self._twin(dict(self.__dict__))
+
+    def __deepcopy__(self, memo: dict) -> RemoteModel:
+        memo[id(self)] = twin = self._twin({})
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _twin(self, state: dict[str, Any]) -> RemoteModel:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(state)
+        return twin
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         raise Unsupported(
