@@ -3,7 +3,7 @@
 Servers run for real, as child processes, one thread each. Every process that a test starts inherits
 a mark in its environment; a test that ends with more marked processes than it began with fails.
 Swarms of module or session scope are there before a test begins, so they do not count against it;
-those in `shared_swarms` may even be killed and started again by a test.
+those in `shared` may even be killed and started again by a test.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+import shared
 from tiny import tiny_model
 
 from swarm_notebook import LocalSwarm
@@ -28,18 +29,6 @@ GRACE_SECONDS = 5.0
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on what the Hub has today
 os.environ[MARK] = uuid.uuid4().hex
-
-
-shared_swarms: list[LocalSwarm] = []
-
-
-def shared_processes() -> set[int]:
-    """The servers of `shared_swarms` and their network daemons."""
-    pids = {server.pid for swarm in shared_swarms for server in swarm.servers if server.running}
-    found = {pid for pid in pids if pid is not None}
-    for pid in list(found):
-        found |= {child.pid for child in psutil.Process(pid).children()}
-    return found
 
 
 def marked_processes() -> dict[int, str]:
@@ -65,7 +54,7 @@ def wait_gone(known: dict[int, str], seconds: float = GRACE_SECONDS) -> dict[int
     """Marked processes that are not `known` and do not go away within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
-        ours = known.keys() | shared_processes()
+        ours = known.keys() | shared.processes()
         left = {pid: text for pid, text in marked_processes().items() if pid not in ours}
         if not left or time.monotonic() > deadline:
             return left

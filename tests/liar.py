@@ -1,0 +1,77 @@
+"""A hostile server: a real peer, in this process, that answers as the test tells it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Self
+
+from hivemind.p2p import PeerID
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.client.loop import LoopThread
+from swarm_notebook.net import protocol
+from swarm_notebook.net.node import Node
+from swarm_notebook.net.records import ServerInfo, ServerState
+from swarm_notebook.net.streams import Stream, add_stream_handler
+
+NAME = "liar"
+VALID_SECONDS = 600.0
+
+Lie = Callable[[Stream, runtime_pb2.ExpertRequest], Awaitable[None]]
+
+
+class Liar:
+    """Announces all blocks of a model, and to be faster than anybody else."""
+
+    lie: Lie
+    info: bytes
+
+    def __init__(self, peers: Sequence[str], prefix: str, num_blocks: int):
+        self._network = LoopThread()
+        self._peers, self._prefix, self._num_blocks = list(peers), prefix, num_blocks
+        facts = protocol.pack_metadata({"sessions": 0})
+        self.info = runtime_pb2.ExpertInfo(serialized_info=facts).SerializeToString()
+
+    def __enter__(self) -> Self:
+        self._network.run(self._start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._network.run(self._node.stop())
+
+    @property
+    def peer_id(self) -> str:
+        return self._node.peer_id.to_base58()
+
+    async def _start(self) -> None:
+        self._node = await Node.start(self._peers, client=False)
+        for name in (protocol.RPC_INFERENCE, protocol.RPC_FORWARD_STREAM):
+            await add_stream_handler(self._node.p2p, name, self._on_stream)
+        await self._node.p2p._client.add_unary_handler(protocol.RPC_INFO, self._on_info)
+        await self._announce()
+
+    async def _announce(self) -> None:
+        boast = ServerInfo(
+            state=ServerState.ONLINE,
+            throughput=1e9,
+            inference_rps=1e9,
+            public_name=NAME,
+            torch_dtype="float32",
+            swarm_notebook=protocol.PROTOCOL_VERSION,
+        )
+        count = self._num_blocks
+        keys = [protocol.block_uid(self._prefix, index) for index in range(count)]
+        await self._node.dht.store_many(
+            keys,
+            [boast.to_record()] * count,
+            time.time() + VALID_SECONDS,
+            subkeys=[self.peer_id] * count,
+        )
+
+    async def _on_info(self, _request: bytes, _peer: PeerID) -> bytes:
+        return self.info
+
+    async def _on_stream(self, stream: Stream, _peer: PeerID) -> None:
+        while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
+            await self.lie(stream, message)

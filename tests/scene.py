@@ -1,0 +1,150 @@
+"""A swarm that is disturbed on purpose, and what to compare its outputs with.
+
+`Scene` holds servers of the tiny Llama, one connected notebook for all of a module's tests (so
+that every test also shows that the last one's disturbance was survived) and the local model.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import shared
+import torch
+from transformers import AutoModelForCausalLM, StoppingCriteria
+
+import swarm_notebook as sn
+from swarm_notebook.client.session import InferenceSession
+from swarm_notebook.local import LocalServer
+from swarm_notebook.swarm import Swarm
+
+TOLERANCE = 1e-4
+NEW_TOKENS = 14
+RESTART_SECONDS = 90.0
+
+
+class AtToken(StoppingCriteria):
+    """Does something after the given tokens of a generation; stops nothing."""
+
+    def __init__(self, actions: dict[int, Callable[[], None]]):
+        self.actions, self.count = actions, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.count += 1
+        if self.count in self.actions:
+            self.actions[self.count]()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@dataclass
+class Scene:
+    local: sn.LocalSwarm
+    swarm: Swarm
+    reference: Any
+    sessions: list[InferenceSession] = field(default_factory=list)
+
+    @property
+    def remote(self) -> Any:
+        return self.swarm.model
+
+    def ids(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(
+            3, self.reference.config.vocab_size, (rows, length), generator=generator
+        )
+
+    def padded(self) -> dict[str, torch.Tensor]:
+        """Three prompts of different lengths, padded on the left."""
+        ids, mask = self.ids(3, 12), torch.ones(3, 12, dtype=torch.long)
+        for row, pads in enumerate((0, 5, 9)):
+            ids[row, :pads], mask[row, :pads] = 0, 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def server(self, peer: str) -> LocalServer:
+        return next(server for server in self.local.servers if server.peer_id == peer)
+
+    def next_server(self) -> LocalServer:
+        """The first server of the route that a new session takes."""
+        return self.server(self.swarm.route().hops[0].peer_id)
+
+    def in_use(self) -> LocalServer:
+        """The last server in the chain of the latest session."""
+        return self.server(self.sessions[-1].hops[-1].leg.peer)
+
+    def heal(self) -> None:
+        """Begin to start all servers again that are gone; wait until one redundant one is left."""
+        for server in self.local.servers:
+            if not server.running:
+                server.launch()
+                server.join(self.local.initial_peers)
+        late = [server for server in self.local.servers if not server.ready]
+        for server in late if late != [self.local.servers[0]] else []:
+            server.wait_ready(RESTART_SECONDS)
+        self.swarm.status()
+
+    def same(self, ours: Any, theirs: Any) -> None:
+        """Tokens, and logits where they were asked for."""
+        assert ours.sequences.tolist() == theirs.sequences.tolist()
+        for mine, local in zip(ours.logits or (), theirs.logits or (), strict=True):
+            torch.testing.assert_close(mine, local, atol=TOLERANCE, rtol=0)
+
+
+def generate(model: Any, inputs: Any, **options: Any) -> Any:
+    """`NEW_TOKENS` tokens with their logits."""
+    if not isinstance(inputs, dict):
+        # Else transformers guesses one, from padding tokens that a random model may generate.
+        inputs = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
+    fixed = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    shown = {"return_dict_in_generate": True, "output_logits": True}
+    return model.generate(**inputs, **{**fixed, **shown, **options})
+
+
+@contextmanager
+def scene(folder: Path, spans: Any, **options: Any) -> Iterator[Scene]:
+    """Servers of a tiny model, connected."""
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with (
+        sn.LocalSwarm(folder, spans, threads=1, **options) as local,
+        sn.connect(local.initial_peers, model=folder) as swarm,
+    ):
+        made = Scene(local, swarm, reference)
+        shared.swarms.append(local)
+        connection: Any = swarm._connection
+        new_session = connection.session
+
+        def session(*arguments: Any) -> InferenceSession:
+            made.sessions.append(new_session(*arguments))
+            return made.sessions[-1]
+
+        connection.session = session
+        try:
+            yield made
+        finally:
+            shared.swarms.remove(local)
+
+
+def kill_process(server: LocalServer) -> None:
+    """SIGKILL for the server's process alone; its network daemon has to notice by itself."""
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+
+
+def kill_daemon(server: LocalServer) -> None:
+    """SIGKILL for the network daemon alone."""
+    for child in psutil.Process(server.pid).children():
+        if "p2pd" in child.name():
+            child.kill()
+
+
+def stop_then_kill(server: LocalServer, seconds: float = 0.4) -> None:
+    """Let the server hang, and die with whatever it has been asked in the meantime."""
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    threading.Timer(seconds, server.kill).start()

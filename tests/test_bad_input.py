@@ -1,0 +1,211 @@
+"""Bad input: each kind has its own typed error, whose words say what was found and what to do."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scene import Scene, generate, scene
+from tiny import tiny_config, tiny_model
+from transformers import DynamicCache
+
+import swarm_notebook as sn
+from swarm_notebook.errors import (
+    AddressError,
+    BadRequest,
+    ConnectionFailed,
+    ContextTooLong,
+    ModelNotFound,
+    ModelNotServed,
+    Unsupported,
+)
+
+NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+CONTEXT = 256
+
+
+@pytest.fixture(scope="module")
+def stage(tiny_llama: Path) -> Iterator[Scene]:
+    with scene(tiny_llama, [(0, 2), (2, 5)]) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "words"),
+    [
+        (NOBODY, ConnectionFailed, rf"none of the initial peers answered: {NOBODY}.*port is open"),
+        ("a server", AddressError, "initial_peers: 'a server' is not .*expected the form /ip4/"),
+        ("/ip4/127.0.0.1/tcp/99999/p2p/Qm", AddressError, "initial_peers: '/ip4/127.0.0.1/tcp/999"),
+        ("/ip4/127.0.0.1/tcp/31330", AddressError, "'/ip4/127.0.0.1/tcp/31330' lacks the peer id"),
+    ],
+    ids=["unreachable", "malformed", "impossible", "no peer id"],
+)
+def test_addresses(address: str, error: type[Exception], words: str, tiny_llama: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(error, match=words):
+        sn.connect([address], model=tiny_llama)
+    assert time.monotonic() - began < 20
+
+
+def test_a_model_that_nobody_serves(stage: Scene, tmp_path: Path) -> None:
+    other = tiny_model("gpt2", tmp_path)
+    with pytest.raises(ModelNotServed, match=r"nobody .* serves 'tiny-gpt2'; it serves tiny-llama"):
+        sn.connect(stage.local.initial_peers, model=other)
+
+
+def test_a_model_that_has_to_be_named(stage: Scene) -> None:
+    with pytest.raises(ModelNotServed, match=r"serves tiny-llama, but .* give the folder or file"):
+        sn.connect(stage.local.initial_peers)
+
+
+def test_models_that_are_not_there(stage: Scene, tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    (tmp_path / "text").write_text("no model")
+    for model, words in {
+        tmp_path: "has no weights: neither model.safetensors",
+        tmp_path / "text": "is not a GGUF file",
+        "nobody/no-such-model-at-all": "'nobody/no-such-model-at-all': no such folder or file",
+        "not a name!": "'not a name!': no such folder or file, and not the form of a Hub id",
+    }.items():
+        with pytest.raises(ModelNotFound, match=words):
+            sn.connect(stage.local.initial_peers, model=model)
+
+
+def test_serving_blocks_that_the_model_does_not_have(tiny_llama: Path) -> None:
+    command = [sys.executable, "-m", "swarm_notebook.cli", "serve", str(tiny_llama)]
+    result = subprocess.run(
+        [*command, "--blocks", "3:9"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 1
+    assert "blocks 3:9" in result.stderr.splitlines()[-1]
+    assert "5 blocks" in result.stderr.splitlines()[-1]
+
+
+Attempt = Callable[[Scene, Any, torch.Tensor], object]
+
+
+def _cached(stage: Scene, rows: int = 1) -> Any:
+    return stage.remote(stage.ids(rows, 6), use_cache=True).past_key_values
+
+
+def _masked(stage: Scene, model: Any, ids: torch.Tensor) -> object:
+    mask = torch.ones(1, 6 + ids.shape[1], dtype=torch.long)
+    mask[0, 2] = 0
+    return model(ids, past_key_values=_cached(stage), attention_mask=mask)
+
+
+ATTEMPTS: dict[str, tuple[Attempt, type[Exception], str]] = {
+    "long prompt": (
+        lambda stage, model, ids: model(stage.ids(1, CONTEXT + 1)),
+        ContextTooLong,
+        rf"{CONTEXT + 1} tokens .* more than the model's context of {CONTEXT}; shorten",
+    ),
+    "long prompt in generate": (
+        lambda stage, model, ids: generate(model, stage.ids(1, CONTEXT + 1)),
+        ContextTooLong,
+        rf"{CONTEXT + 1} tokens",
+    ),
+    "a foreign cache": (
+        lambda stage, model, ids: model(ids, past_key_values=DynamicCache()),
+        Unsupported,
+        "past_key_values is a DynamicCache; .* Pass None",
+    ),
+    "a foreign cache in generate": (
+        lambda stage, model, ids: generate(model, ids, past_key_values=DynamicCache()),
+        Unsupported,
+        "past_key_values is a DynamicCache",
+    ),
+    "a static cache": (
+        lambda stage, model, ids: generate(model, ids, cache_implementation="static"),
+        Unsupported,
+        "cache_implementation='static': .* leave it out",
+    ),
+    "a cache of other rows": (
+        lambda stage, model, ids: model(ids, past_key_values=_cached(stage, rows=2)),
+        ValueError,
+        "the batch has 1 rows, past_key_values has 2",
+    ),
+    "a mask that changes the past": (_masked, Unsupported, "changes tokens that are in the cache"),
+    "a short mask": (
+        lambda stage, model, ids: model(ids, attention_mask=torch.ones(1, 3)),
+        ValueError,
+        r"attention_mask has length 3, expected 0 cached \+ 4 new tokens = 4",
+    ),
+    "a short mask without cache": (
+        lambda stage, model, ids: model(ids, attention_mask=torch.ones(1, 3), use_cache=False),
+        ValueError,
+        "attention_mask has length 3, the input has 4 tokens",
+    ),
+    "a 4D mask": (
+        lambda stage, model, ids: model(ids, attention_mask=torch.ones(1, 1, 4, 4)),
+        Unsupported,
+        r"a mask of shape \[batch, length\] only",
+    ),
+    "attentions": (
+        lambda stage, model, ids: model(ids, output_attentions=True),
+        Unsupported,
+        "output_attentions: remote blocks return hidden states only",
+    ),
+    "attentions in generate": (
+        lambda stage, model, ids: generate(model, ids, output_attentions=True),
+        Unsupported,
+        "output_attentions",
+    ),
+    "NaN": (
+        lambda stage, model, ids: model(inputs_embeds=torch.full((1, 4, 48), torch.nan)),
+        BadRequest,
+        "hidden states: a value is NaN or infinite",
+    ),
+    "NaN in a session": (
+        lambda stage, model, ids: model(
+            inputs_embeds=torch.full((1, 4, 48), torch.nan), use_cache=True
+        ),
+        BadRequest,
+        "hidden states: a value is NaN or infinite",
+    ),
+    "pickle": (
+        lambda stage, model, ids: pickle.dumps(model),
+        Unsupported,
+        "live connection and cannot be pickled",
+    ),
+    "saving weights": (
+        lambda stage, model, ids: model.save_pretrained("nowhere"),
+        Unsupported,
+        "weights of a remote model are on the servers",
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_calls_of_the_model(stage: Scene, name: str) -> None:
+    attempt, error, words = ATTEMPTS[name]
+    ids = stage.ids(1, 4)
+    began = time.monotonic()
+    with pytest.raises(error, match=words):
+        attempt(stage, stage.remote, ids)
+    assert time.monotonic() - began < 10  # nobody waits for another server
+    # The model is as usable as before.
+    torch.testing.assert_close(
+        stage.remote(ids).logits, stage.reference(ids).logits, atol=1e-4, rtol=0
+    )
+
+
+@torch.no_grad()
+def test_a_cache_of_another_connection_and_a_closed_one(stage: Scene, tiny_llama: Path) -> None:
+    ids = stage.ids(1, 4)
+    with sn.connect(stage.local.initial_peers, model=tiny_llama) as other:
+        with pytest.raises(ValueError, match="past_key_values belongs to another connection"):
+            other.model(ids, past_key_values=_cached(stage))
+        model: Any = other.model
+        cache = model(ids, use_cache=True).past_key_values
+    for attempt in (lambda: model(ids), lambda: model(ids, past_key_values=cache)):
+        with pytest.raises(ConnectionFailed, match=r"disconnected.*connect"):
+            attempt()

@@ -1,0 +1,151 @@
+"""A server that lies costs a pause and its good name, never a wrong token or somebody's session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hivemind.proto import runtime_pb2
+from liar import NAME, Liar, Lie
+from scene import TOLERANCE, AtToken, Scene, generate, scene
+
+import swarm_notebook as sn
+from swarm_notebook.errors import BadRequest, CacheFull, MissingBlocks, SessionLost
+from swarm_notebook.net import tensors
+from swarm_notebook.net.streams import Stream
+
+
+def answer(*outputs: torch.Tensor) -> Lie:
+    """Always the same tensors."""
+
+    async def lie(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+        packed = [tensors.pack(output) for output in outputs]
+        await stream.send(runtime_pb2.ExpertResponse(tensors=packed))
+
+    return lie
+
+
+def write(data: bytes) -> Lie:
+    """Bytes that are no frame."""
+
+    async def lie(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+        stream._writer.write(data)
+
+    return lie
+
+
+def fail(error: Exception) -> Lie:
+    async def lie(_stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+        raise error
+
+    return lie
+
+
+async def claim_much(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+    """A tensor of a terabyte, according to its header."""
+    tensor = runtime_pb2.Tensor(buffer=b"1234", size=[1 << 20, 1 << 20], dtype="float32")
+    await stream.send(runtime_pb2.ExpertResponse(tensors=[tensor]))
+
+
+async def echo_nan(stream: Stream, request: runtime_pb2.ExpertRequest) -> None:
+    hidden = tensors.unpack(request.tensors[0])
+    await answer(torch.full_like(hidden, torch.nan))(stream, request)
+
+
+async def end(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+    await stream.send_end()
+
+
+LIES: dict[str, Lie] = {
+    "wrong shape": answer(torch.zeros(2, 9, 47)),
+    "integers": answer(torch.zeros(2, 9, 48, dtype=torch.int64)),
+    "too many tensors": answer(torch.zeros(2, 9, 48), torch.zeros(2, 9, 48)),
+    "no tensors": answer(),
+    "NaN": echo_nan,
+    "a terabyte": claim_much,
+    "no frame": write(b"\x07" * 9),
+    "no message": write(b"\x00" + (3).to_bytes(8, "big") + b"\xff\xff\xff"),
+    "an endless frame": write(b"\x00" + b"\x7f" * 8),
+    "the end": end,
+    "internal error": fail(RuntimeError("sorry")),
+    "bad request": fail(BadRequest("your request is bad")),
+    "cache full": fail(CacheFull("no room, ever")),
+    "session lost": fail(SessionLost("lost again")),
+}
+
+
+@dataclass
+class Stage:
+    scene: Scene
+    liar: Liar
+
+    def tempt(self, lie: Lie) -> None:
+        """Make the liar the first choice of the next request."""
+        self.liar.lie = lie
+        directory = self.scene.swarm._connection.directory
+        directory.succeeded(self.liar.peer_id)
+        self.scene.swarm.status()
+        assert self.scene.swarm.route().hops[0].name == NAME
+
+
+@pytest.fixture(scope="module")
+def stage(tiny_llama: Path) -> Iterator[Stage]:
+    with scene(tiny_llama, [(0, 5)]) as made:
+        directory = made.swarm._connection.directory
+        with Liar(made.local.initial_peers, directory.prefix, 5) as liar:
+            yield Stage(made, liar)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_generation_goes_on_elsewhere(stage: Stage, lie: str) -> None:
+    stage.tempt(LIES[lie])
+    ids = stage.scene.ids(2, 9)
+    ours = generate(stage.scene.remote, ids)
+    stage.scene.same(ours, generate(stage.scene.reference, ids))
+    assert stage.scene.sessions[-1].failovers >= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lie", ["wrong shape", "NaN", "no frame", "a terabyte", "internal error"])
+def test_a_forward_pass_goes_on_elsewhere(stage: Stage, lie: str) -> None:
+    stage.tempt(LIES[lie])
+    ids = stage.scene.ids(2, 9)
+    ours, theirs = stage.scene.remote(ids).logits, stage.scene.reference(ids).logits
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+
+
+def test_the_liar_is_avoided_and_named(stage: Stage) -> None:
+    stage.tempt(LIES["wrong shape"])
+    generate(stage.scene.remote, stage.scene.ids(1, 9), max_new_tokens=1, min_new_tokens=1)
+    directory = stage.scene.swarm._connection.directory
+    assert "[2, 9, 47], expected [1, 9, 48]" in directory.avoided(stage.liar.peer_id)
+    assert stage.scene.swarm.route().hops[0].name != NAME
+
+
+def test_nobody_but_a_liar(stage: Stage) -> None:
+    """Whoever has no other server gets an error in time, which says what was wrong."""
+    directory = stage.scene.swarm._connection.directory
+    stage.tempt(LIES["wrong shape"])
+    patience, directory.patience = directory.patience, 4.0
+    honest = stage.scene.local.servers[0]
+    try:
+        kill = AtToken({2: honest.kill})
+        with pytest.raises(MissingBlocks, match=r"blocks 0:5.*liar is avoided.*expected"):
+            generate(stage.scene.remote, stage.scene.ids(1, 9), stopping_criteria=[kill])
+    finally:
+        directory.patience = patience
+        stage.scene.heal()
+
+
+def test_a_ping_answered_with_rubbish_does_not_keep_others_from_connecting(
+    stage: Stage, tiny_llama: Path
+) -> None:
+    stage.liar.info = b"\xff\xff\xff"
+    ids = stage.scene.ids(1, 9)
+    with sn.connect(stage.scene.local.initial_peers, model=tiny_llama) as swarm:
+        rows = {row.name: row.state for row in swarm.status().servers}
+        assert rows[NAME] == "avoided"
+        stage.scene.same(generate(swarm.model, ids), generate(stage.scene.reference, ids))

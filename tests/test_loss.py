@@ -1,0 +1,147 @@
+"""What no other server takes over at once: nobody left, memory given to others, no room at all."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from scene import RESTART_SECONDS, AtToken, Scene, generate, scene
+
+from swarm_notebook.client import hop
+from swarm_notebook.errors import CacheFull, MissingBlocks
+from swarm_notebook.local import LocalServer
+
+PATIENCE = 3.0
+NOTICE_SECONDS = 2.0
+CACHE_TOKENS = 256
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_llama: Path) -> Iterator[Scene]:
+    """Two servers, neither of which can stand in for the other."""
+    with scene(tiny_llama, [(0, 3), (3, 5)]) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def small(tiny_llama: Path) -> Iterator[Scene]:
+    """One server with little memory."""
+    with scene(tiny_llama, 1, cache_tokens=CACHE_TOKENS) as made:
+        yield made
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request for memory waits little longer than servers protect a session that pauses."""
+    monkeypatch.setattr(hop, "ALLOC_TIMEOUT", 2.5)
+
+
+def test_blocks_without_a_server_and_their_servers_return(pair: Scene) -> None:
+    """An error in time that says what is missing; then the same conversation goes on."""
+    directory = pair.swarm._connection.directory
+    patience, directory.patience = directory.patience, PATIENCE
+    ids, more = pair.ids(1, 9), pair.ids(1, 5, seed=1)
+    first = generate(pair.remote, ids)
+    longer = torch.cat([first.sequences, more], dim=1)
+    pair.local.servers[1].kill()
+    for attempt in (
+        lambda: generate(pair.remote, longer, past_key_values=first.past_key_values),
+        lambda: pair.remote(ids),
+    ):
+        began = time.monotonic()
+        with pytest.raises(MissingBlocks, match=r"blocks 3:5 .*local-1 had them.*--blocks 3:5"):
+            attempt()
+        assert time.monotonic() - began < PATIENCE + NOTICE_SECONDS
+
+    directory.patience = patience
+    pair.local.servers[1].restart()
+    ours = generate(pair.remote, longer, past_key_values=first.past_key_values)
+    theirs = generate(pair.reference, ids)
+    cache = theirs.past_key_values
+    pair.same(ours, generate(pair.reference, longer, past_key_values=cache))
+
+
+def test_a_generation_waits_for_a_server_that_comes_back(pair: Scene) -> None:
+    ids = pair.ids(2, 9)
+    directory = pair.swarm._connection.directory
+    patience, directory.patience = directory.patience, RESTART_SECONDS
+    restarts = threading.Thread(target=pair.local.servers[1].restart)
+
+    def kill() -> None:
+        pair.local.servers[1].kill()
+        restarts.start()
+
+    try:
+        ours = generate(pair.remote, ids, num_beams=2, stopping_criteria=[AtToken({6: kill})])
+    finally:
+        directory.patience = patience
+        restarts.join()
+    pair.same(ours, generate(pair.reference, ids, num_beams=2))
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_a_session_whose_memory_was_given_to_others_is_rebuilt(small: Scene) -> None:
+    ids = small.ids(1, 20)
+    first = generate(small.remote, ids)
+    theirs = generate(small.reference, ids)
+    many = small.ids(4, 50)
+    with torch.no_grad():
+        small.remote(many, use_cache=True)
+    gc.collect()
+    longer = torch.cat([first.sequences, small.ids(1, 3, seed=1)], dim=1)
+    ours = generate(small.remote, longer, past_key_values=first.past_key_values)
+    small.same(ours, generate(small.reference, longer, past_key_values=theirs.past_key_values))
+    assert small.sessions[-2].failovers == 1
+
+
+@torch.no_grad()
+def test_a_batch_that_never_fits(small: Scene) -> None:
+    numbers = rf"needs 480 cache tokens .* the {CACHE_TOKENS} that this server has.*--cache-tokens"
+    with pytest.raises(CacheFull, match=numbers):
+        small.remote(small.ids(8, 60), use_cache=True)
+    began = time.monotonic()
+    small.remote(small.ids(1, 60), use_cache=True)
+    assert time.monotonic() - began < NOTICE_SECONDS  # the server is not held to have failed
+
+
+@torch.no_grad()
+def test_a_batch_that_does_not_fit_now(small: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hop, "ALLOC_TIMEOUT", 0.2)
+    gc.collect()
+    held = small.remote(small.ids(1, 60), use_cache=True).past_key_values
+    numbers = rf"asked for 240 .*, 192 of {CACHE_TOKENS} are free"
+    with pytest.raises(CacheFull, match=numbers):
+        small.remote(small.ids(4, 60), use_cache=True)
+    assert held.session.hops
+
+
+def test_a_batch_that_fits_elsewhere(small: Scene, tiny_llama: Path, tmp_path: Path) -> None:
+    peers = small.local.initial_peers
+    roomy = LocalServer(
+        "roomy",
+        (0, 5),
+        folder=tmp_path,
+        options=[str(tiny_llama), "--threads", "1"],
+        environment=dict(os.environ),
+        swarm_addresses=lambda: peers,
+    )
+    roomy.launch()
+    try:
+        roomy.join(peers)
+        roomy.wait_ready(RESTART_SECONDS)
+        small.swarm.status()
+        # As if it were far away, so that it is not the first choice.
+        small.swarm._connection.directory.rtt[str(roomy.peer_id)] = 3.0
+        assert small.swarm.route().hops[0].name != "roomy"
+        ids = small.ids(8, 60)
+        ours = generate(small.remote, ids)
+        small.same(ours, generate(small.reference, ids))
+        assert small.sessions[-1].hops[0].leg.span.name == "roomy"
+    finally:
+        roomy.terminate()
