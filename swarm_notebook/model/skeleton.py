@@ -34,16 +34,24 @@ class RemoteModel:
     _runner: Runner
     _generating: weakref.ref[RemoteCache] | None = None
 
+    # An interrupt ends here without the frames in between: they say nothing to the user, would keep
+    # the cache alive, and a notebook takes seconds to show them.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        except KeyboardInterrupt as interrupt:
+            raise interrupt.with_traceback(None) from None
+
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        except KeyboardInterrupt:
-            # The traceback may keep the cache alive for long; nobody shall wait for its memory.
+        except KeyboardInterrupt as interrupt:
             cache = self._generating and self._generating()
             if cache:
                 cache.leave()
-            raise
+            raise interrupt.with_traceback(None) from None
 
     def _prepare_cache_for_generation(
         self,
@@ -96,10 +104,15 @@ class RemoteModel:
 
 @functools.cache
 def _remote_model_class(model_class: type) -> type:
+    # The name stays: Trainer (label smoothing) and pipelines go by it.
     return type(
-        f"Remote{model_class.__name__}",
+        model_class.__name__,
         (RemoteModel, model_class),
-        {"__module__": model_class.__module__, "__doc__": model_class.__doc__},
+        {
+            "__module__": model_class.__module__,
+            "__qualname__": f"Remote{model_class.__qualname__}",
+            "__doc__": model_class.__doc__,
+        },
     )
 
 
