@@ -65,9 +65,11 @@ async def ensure_uploaded(directory: Directory, leg: Leg, adapter: Adapter | Non
             f"{server_name(leg)} is a Petals server, which runs no adapters from notebooks; use "
             "servers started with `swarm-notebook serve`"
         )
-    known = directory.uploaded.get((leg.peer, adapter.id))
-    if known != (adapter.version, leg.span.start, leg.span.end):
-        await upload(directory, leg, adapter)
+    # The groups of a batch come here at once: the first uploads, the others wait for it.
+    async with directory.upload_locks[leg.peer]:
+        known = directory.uploaded.get((leg.peer, adapter.id))
+        if known != (adapter.version, leg.span.start, leg.span.end):
+            await upload(directory, leg, adapter)
 
 
 async def with_adapter(
@@ -80,7 +82,8 @@ async def with_adapter(
     except AdapterMissing:
         if adapter is None:
             raise
-        await upload(directory, leg, adapter)
+        directory.uploaded.pop((leg.peer, adapter.id), None)
+        await ensure_uploaded(directory, leg, adapter)
         return await work()
 
 
