@@ -34,8 +34,10 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder: Path = tiny_model(request.param, tmp_path_factory.mktemp(request.param) / "tiny")
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    folder: Path = tiny_model(request.param, tmp_path_factory.mktemp(request.param))
     local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     blocks = local.config.num_hidden_layers
     spans = [(0, 1), (1, blocks)]
