@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from swarm_notebook.status import SwarmStatus as SwarmStatus
     from swarm_notebook.swarm import Swarm as Swarm
     from swarm_notebook.swarm import connect as connect
+    from swarm_notebook.swarm import look as look
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _PUBLIC = {
     "Swarm": "swarm",
     "SwarmStatus": "status",
     "connect": "swarm",
+    "look": "swarm",
     "SwarmError": "errors",
 }
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "connect",
     "errors",
+    "look",
     "probing",
 ]
 

@@ -130,7 +130,7 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "The exit code is 3 if some blocks have no server.",
     )
     status.add_argument("peers", nargs="+", metavar="ADDRESS", help="servers of the swarm")
-    status.add_argument("--model", metavar="MODEL", help="default: the demo model")
+    status.add_argument("--model", metavar="MODEL", help="default: the one that is served")
     status.set_defaults(run=_status)
 
 
@@ -151,15 +151,11 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from swarm_notebook.swarm import connect
+    from swarm_notebook.swarm import look
 
-    swarm = connect(options.peers, model=options.model)
-    try:
-        status = swarm.status()
-    finally:
-        swarm.disconnect()
+    status = look(options.peers, model=options.model)
     print(status)
-    return 0
+    return 3 if status.missing else 0
 
 
 def _blocks(text: str) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from swarm_notebook.client.routing import describe_blocks, leg_seconds
 from swarm_notebook.errors import MissingBlocks, ModelNotServed
 from swarm_notebook.local import LocalSwarm
 from swarm_notebook.model import skeleton
-from swarm_notebook.net.records import ServerSpan, ServerState
+from swarm_notebook.net.records import ModelRecord, ServerSpan, ServerState
 from swarm_notebook.net.tensors import dtype_from_name
 from swarm_notebook.status import RouteHop, RouteTable, ServerRow, SwarmStatus
 
@@ -68,12 +68,7 @@ class Swarm:
     def status(self) -> SwarmStatus:
         """Who serves which blocks now; asks the swarm."""
         self._connection.refresh()
-        directory = self._connection.directory
-        rows = [
-            _server_row(span, directory.rtt.get(span.peer), directory.avoided(span.peer))
-            for span in directory.snapshot.spans
-        ]
-        return SwarmStatus(self.name, directory.num_blocks, tuple(rows))
+        return _status(self.name, self._connection)
 
     def route(self) -> RouteTable:
         """The servers that the next new request takes.
@@ -187,13 +182,55 @@ def connect(
         raise
 
 
-def _only_model(peers: Sequence[str]) -> str:
-    """The one model that a swarm serves, by its index in the DHT."""
+def look(
+    initial_peers: Sequence[str] | str, *, model: str | os.PathLike[str] | None = None
+) -> SwarmStatus:
+    """Who serves which blocks of a model, without attaching to it.
+
+    Args:
+        initial_peers: multiaddrs of one or more peers of the swarm.
+        model: as the servers were given it; None takes the one model that the swarm serves.
+
+    Raises:
+        AddressError, ConnectionFailed: the peers cannot be reached.
+        ModelNotServed: the swarm serves several models, or none.
+    """
+    peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
+    if model is None:
+        name, record = _only_record(peers)
+        prefix, blocks = name, record.num_blocks
+    else:
+        source = resolve(model)
+        name, prefix, blocks = source.name, source.dht_prefix, source.config().num_hidden_layers
+    connection = Connection(peers, prefix, blocks)
+    try:
+        return _status(name, connection)
+    finally:
+        connection.close()
+
+
+def _status(name: str, connection: Connection) -> SwarmStatus:
+    """What the directory knows, as a table."""
+    directory = connection.directory
+    rows = [
+        _server_row(span, directory.rtt.get(span.peer), directory.avoided(span.peer))
+        for span in directory.snapshot.spans
+    ]
+    return SwarmStatus(name, directory.num_blocks, tuple(rows))
+
+
+def _only_record(peers: Sequence[str]) -> tuple[str, ModelRecord]:
+    """The one model that a swarm serves, by its index in the DHT: its prefix and record."""
     served = connections.served_models(peers)
     if len(served) != 1:
         listed = ", ".join(sorted(served)) or "none"
         raise ModelNotServed(f"model: the swarm serves {listed}; name one with model=…")
-    (prefix, record), *_ = served.items()
+    return next(iter(served.items()))
+
+
+def _only_model(peers: Sequence[str]) -> str:
+    """The Hub repository of the one model that a swarm serves."""
+    prefix, record = _only_record(peers)
     if record.repository is None or not record.repository.startswith(_HUB):
         raise ModelNotServed(
             f"model: the swarm serves {prefix}, but does not say where its embeddings and head "

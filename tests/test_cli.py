@@ -75,7 +75,8 @@ def test_serve_until_interrupted(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_status_of_a_swarm(demo_swarm: LocalSwarm) -> None:
-    result = run("status", *demo_swarm.initial_peers, "--model", demo_swarm.model)
-    assert result.returncode == 0, result.stderr
-    assert "all 30 blocks served" in result.stdout
-    assert "local-1" in result.stdout
+    for model in ([], ["--model", demo_swarm.model]):
+        result = run("status", *demo_swarm.initial_peers, *model)
+        assert result.returncode == 0, result.stderr
+        assert "all 30 blocks served" in result.stdout
+        assert "local-1" in result.stdout
