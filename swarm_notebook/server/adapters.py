@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -119,8 +119,11 @@ class AdaptedSpan(Span):
     def _dropping(self, start: int, end: int, seed: int) -> Iterator[None]:
         """Masks follow from seed and block, on whichever server and in whichever run of blocks."""
 
-        def begin(index: int) -> Any:
-            return lambda *_: torch.manual_seed(seed * _SEED_STEP + index)
+        def begin(index: int) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                torch.manual_seed(seed * _SEED_STEP + index)
+
+            return hook
 
         devices = [self.device] if self.device.type == "cuda" else []
         with ExitStack() as stack:

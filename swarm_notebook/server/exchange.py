@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hivemind.proto import runtime_pb2
 
-from swarm_notebook.errors import BadRequest
+from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream
 from swarm_notebook.server.compute import Job
 
 STALLED_SECONDS = 60.0
+HEAR_OUT_SECONDS = 10.0
+
+
+@dataclass
+class Received:
+    """A request that came in parts; it has what its reader needs of an ``ExpertRequest``."""
+
+    uid: str
+    metadata: bytes
+    tensors: list[runtime_pb2.Tensor]
 
 
 async def receive(
     stream: Stream, limit: int, arrived: Callable[[int], None] = lambda _: None
-) -> runtime_pb2.ExpertRequest:
+) -> Received:
     """A whole request of at most ``limit`` bytes, its tensors joined from their parts.
 
     Args:
@@ -31,13 +43,24 @@ async def receive(
         first = first or message
         parts.extend(message.tensors)
         received += message.ByteSize()
-        arrived(message.ByteSize())
-        if received > limit:
-            raise BadRequest(f"a request of more than {limit} bytes; send fewer rows at a time")
+        try:
+            if received > limit:
+                raise BadRequest(f"more than {limit} bytes; send less in one request")
+            arrived(message.ByteSize())
+        except RemoteError:
+            parts.clear()
+            await _hear_out(stream)
+            raise
     if first is None:
         raise BadRequest("the stream ended before a request")
-    joined = tensors.join(parts)
-    return runtime_pb2.ExpertRequest(uid=first.uid, metadata=first.metadata, tensors=joined)
+    return Received(first.uid, first.metadata, tensors.join(parts))
+
+
+async def _hear_out(stream: Stream) -> None:
+    """Let the peer say the rest for a while: one that is still writing would miss the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(HEAR_OUT_SECONDS):
+            await _left(stream)
 
 
 async def _next(stream: Stream) -> runtime_pb2.ExpertRequest | None:
@@ -88,7 +111,7 @@ async def result(job: Job, stream: Stream | None = None) -> Any:
 
 
 async def _left(stream: Stream) -> None:
-    """Wait until the peer, which has nothing more to say, is gone."""
+    """Wait until the peer has said its last or is gone."""
     while await stream.receive(runtime_pb2.ExpertRequest) is not None:
         pass
 

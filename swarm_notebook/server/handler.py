@@ -27,6 +27,7 @@ from swarm_notebook.server import exchange
 from swarm_notebook.server.backward import Gradients
 from swarm_notebook.server.compute import ComputeThread
 from swarm_notebook.server.engine import Engine
+from swarm_notebook.server.exchange import Received
 from swarm_notebook.server.intake import Intake
 from swarm_notebook.server.memory import CachePool
 from swarm_notebook.server.requests import Limits, parse_backward, parse_blocks, parse_forward
@@ -156,7 +157,10 @@ class Handler:
         await self._intake.handle(stream, peer)
 
     async def _run_forward(
-        self, message: runtime_pb2.ExpertRequest, peer: PeerID, stream: Stream | None = None
+        self,
+        message: Received | runtime_pb2.ExpertRequest,
+        peer: PeerID,
+        stream: Stream | None = None,
     ) -> list[runtime_pb2.Tensor]:
         metadata = protocol.unpack_metadata(message.metadata)
         request = parse_forward(message.uid, message.tensors, metadata, self._limits)
@@ -164,7 +168,10 @@ class Handler:
         return exchange.pack(await exchange.result(job, stream), request.compression)
 
     async def _run_backward(
-        self, message: runtime_pb2.ExpertRequest, peer: PeerID, stream: Stream | None = None
+        self,
+        message: Received | runtime_pb2.ExpertRequest,
+        peer: PeerID,
+        stream: Stream | None = None,
     ) -> tuple[list[runtime_pb2.Tensor], dict[str, Any]]:
         metadata = protocol.unpack_metadata(message.metadata)
         request = parse_backward(message.uid, message.tensors, metadata, self._limits)

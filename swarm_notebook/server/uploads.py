@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.server import adapter_file, fields
 from swarm_notebook.server.adapter_config import TunerConfig, parse_configs
+from swarm_notebook.server.exchange import Received
 from swarm_notebook.server.requests import Limits, parse_blocks
 
 _PREFIX = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,7}", re.ASCII)
@@ -56,7 +56,7 @@ class Upload:
         return self.derive | self.tensors.keys()
 
 
-def parse_upload(message: runtime_pb2.ExpertRequest, limits: Limits, max_rank: int) -> Upload:
+def parse_upload(message: Received, limits: Limits, max_rank: int) -> Upload:
     """An upload: metadata, and one tensor with the bytes of a safetensors file."""
     blocks = parse_blocks(message.uid, limits)
     metadata = protocol.unpack_metadata(message.metadata)

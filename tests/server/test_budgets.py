@@ -1,0 +1,122 @@
+"""Decisions about what a server keeps for notebooks: pure, without a server."""
+
+from __future__ import annotations
+
+import pytest
+
+from swarm_notebook.errors import BadRequest, CacheFull
+from swarm_notebook.server.activations import KEEP_SECONDS, Activations
+from swarm_notebook.server.adapter_store import IDLE_SECONDS, AdapterLimits, AdapterStore
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+def activations(total: int = 100) -> tuple[Activations[str, str], Clock]:
+    clock = Clock()
+    return Activations(total, clock), clock
+
+
+def test_the_least_recently_used_activations_go_first() -> None:
+    kept, _ = activations()
+    for name in "abc":
+        kept.put(name, name.upper(), 30)
+    assert kept.get("a") == "A"
+    kept.put("d", "D", 30)
+    assert [kept.get(name) for name in "abcd"] == ["A", None, "C", "D"]
+    assert kept.held == 90
+
+
+def test_activations_beyond_the_budget_are_not_kept_and_drive_nobody_out() -> None:
+    kept, _ = activations()
+    kept.put("a", "A", 60)
+    kept.put("large", "L", 101)
+    assert (kept.get("a"), kept.get("large"), kept.held) == ("A", None, 60)
+    assert not kept.make_room(101)
+    assert kept.make_room(100)
+    assert kept.held == 0
+
+
+def test_activations_grow_old() -> None:
+    kept, clock = activations()
+    kept.put("old", "O", 10)
+    kept.put("used", "U", 10)
+    clock.now += KEEP_SECONDS / 2
+    assert kept.get("used") == "U"
+    clock.now += KEEP_SECONDS / 2
+    kept.expire()
+    assert (kept.held, kept.get("used"), kept.get("old")) == (10, "U", None)
+
+
+def test_activations_are_replaced_and_dropped_by_what_they_are() -> None:
+    kept, _ = activations()
+    kept.put("a", "A", 40)
+    kept.put("a", "B", 50)
+    assert (kept.held, kept.get("a")) == (50, "B")
+    kept.put("c", "C", 20)
+    kept.drop(lambda key, value: value == "B")
+    assert (kept.held, kept.get("a"), kept.get("c")) == (20, None, "C")
+
+
+LIMITS = AdapterLimits(rank=8, bytes=100, number=3)
+
+
+def adapters() -> tuple[AdapterStore[str], Clock]:
+    clock = Clock()
+    return AdapterStore(LIMITS, clock), clock
+
+
+def load(store: AdapterStore[str], peer: str, name: str, size: int) -> None:
+    store.make_room(peer, name, size)
+    store.put(peer, name, f"{peer}/{name}", size)
+
+
+def test_adapters_of_the_same_id_belong_to_their_peers() -> None:
+    store, _ = adapters()
+    load(store, "alice", "default", 10)
+    load(store, "bob", "default", 10)
+    assert store.get("alice", "default") == "alice/default"
+    assert store.get("bob", "default") == "bob/default"
+    assert store.get("carol", "default") is None
+
+
+def test_a_peers_new_adapter_drives_out_its_own_by_number_and_by_size() -> None:
+    store, _ = adapters()
+    load(store, "bob", "b", 90)
+    for name in "xyz":
+        load(store, "alice", name, 10)
+    store.get("alice", "x")
+    load(store, "alice", "w", 10)
+    assert [name for name in "xyzw" if store.get("alice", name)] == ["x", "z", "w"]
+    load(store, "alice", "v", 85)
+    assert [name for name in "xzwv" if store.get("alice", name)] == ["w", "v"]
+    assert store.get("bob", "b")
+    assert store.held == 90 + 10 + 85
+
+
+def test_an_adapter_is_replaced_in_its_own_room() -> None:
+    store, _ = adapters()
+    load(store, "alice", "a", 90)
+    load(store, "alice", "a", 100)
+    assert store.held == 100
+    with pytest.raises(BadRequest, match="takes 101 bytes, this server accepts 100"):
+        load(store, "alice", "a", 101)
+    assert store.get("alice", "a")
+
+
+def test_others_adapters_go_only_when_they_are_idle() -> None:
+    store, clock = adapters()
+    for peer in "abcd":
+        load(store, peer, "one", 100)
+    with pytest.raises(CacheFull, match="no room"):
+        load(store, "e", "one", 50)
+    assert store.held == LIMITS.total
+    clock.now += IDLE_SECONDS
+    store.get("a", "one")
+    load(store, "e", "one", 50)
+    assert [peer for peer in "abcde" if store.get(peer, "one")] == ["a", "c", "d", "e"]
