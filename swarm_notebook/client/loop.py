@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
+import functools
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -49,29 +52,47 @@ class LoopThread:
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("LoopThread.run called from the loop itself would wait forever")
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        outcome: Future[T] = Future()
         try:
-            return future.result()
+            self.loop.call_soon_threadsafe(self._begin, work, outcome)
+            return outcome.result()
         except BaseException:
-            future.cancel()
+            # An interrupt may strike between the two lines as well (which is why this is not
+            # asyncio's run_coroutine_threadsafe): what has not begun by now never will.
+            outcome.cancel()
             raise
 
-    def post(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Start a coroutine on the loop without waiting, from any thread."""
-        self.loop.call_soon_threadsafe(self._start, work)
+    def _begin(self, work: Coroutine[Any, Any, T], outcome: Future[T]) -> None:
+        if outcome.cancelled():
+            work.close()
+            return
+        task = self.loop.create_task(work)
+        task.add_done_callback(functools.partial(_report, outcome))
+
+        def give_up(outcome: Future[T]) -> None:
+            if outcome.cancelled():
+                self.loop.call_soon_threadsafe(task.cancel)
+
+        outcome.add_done_callback(give_up)
 
     def join(self, seconds: float) -> None:
         """Wait for the thread to end, after its loop was stopped."""
         self._thread.join(seconds)
 
-    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
-        # asyncio keeps only weak references to tasks.
-        task = self.loop.create_task(work)
-        _running.add(task)
-        task.add_done_callback(_running.discard)
+
+def _report(outcome: Future[T], task: asyncio.Task[T]) -> None:
+    """Hand a task's outcome to the thread that waits, unless it has given up."""
+    if task.cancelled():
+        outcome.cancel()
+        return
+    error = task.exception()
+    with contextlib.suppress(InvalidStateError):
+        if error is None:
+            outcome.set_result(task.result())
+        else:
+            outcome.set_exception(error)
 
 
-_running: set[asyncio.Task] = set()
 _lock = threading.Lock()
 _thread: LoopThread | None = None
 _at_exit: list[Cleanup] = []

@@ -41,6 +41,7 @@ class RemoteModel:
         try:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         except KeyboardInterrupt as interrupt:
+            self._runner._end()  # torch runs the hooks that close a call after errors only
             raise interrupt.with_traceback(None) from None
 
     @functools.wraps(GenerationMixin.generate)
@@ -48,8 +49,8 @@ class RemoteModel:
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         except KeyboardInterrupt as interrupt:
-            cache = self._generating and self._generating()
-            if cache:
+            cache = None if self._generating is None else self._generating()
+            if cache is not None:  # a cache without layers is false
                 cache.leave()
             raise interrupt.with_traceback(None) from None
 

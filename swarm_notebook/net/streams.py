@@ -125,8 +125,19 @@ def _parse(kind: type[M], data: bytes) -> M:
 
 async def open_stream(p2p: P2P, peer: PeerID, handler: str) -> Stream:
     """A new stream to `handler` of `peer`; P2PDaemonError when the peer cannot be reached."""
-    _, reader, writer = await p2p.call_binary_stream_handler(peer, handler)
+    opening = asyncio.ensure_future(p2p.call_binary_stream_handler(peer, handler))
+    try:
+        _, reader, writer = await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_abandon)
+        raise
     return Stream(reader, writer, peer.to_base58())
+
+
+def _abandon(opening: asyncio.Future) -> None:
+    """End a stream that nobody waits for any more; cancelling would leave it half open for good."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result()[2].transport.abort()
 
 
 async def add_stream_handler(
