@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -22,6 +22,9 @@ import shared
 from tiny import tiny_model
 
 from swarm_notebook import LocalSwarm
+
+if TYPE_CHECKING:
+    from scene import Scene
 
 MARK = "SWARM_NOTEBOOK_TEST_RUN"
 GRACE_SECONDS = 5.0
@@ -93,6 +96,15 @@ def demo_swarm() -> Iterator[LocalSwarm]:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random Llama with five blocks; it has no tokenizer."""
     return tiny_model("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def tiny_scene(tiny_llama: Path) -> Iterator[Scene]:
+    """Two servers of the tiny Llama, connected, for the whole run. Do not kill them."""
+    from scene import scene  # imports transformers
+
+    with scene(tiny_llama, [(0, 2), (2, 5)]) as made:
+        yield made
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scene import Scene, generate, scene
+from scene import Scene, generate
 from tiny import tiny_config, tiny_model
 from transformers import DynamicCache
 
@@ -29,12 +29,6 @@ from swarm_notebook.errors import (
 
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 CONTEXT = 256
-
-
-@pytest.fixture(scope="module")
-def stage(tiny_llama: Path) -> Iterator[Scene]:
-    with scene(tiny_llama, [(0, 2), (2, 5)]) as made:
-        yield made
 
 
 @pytest.mark.parametrize(
@@ -54,18 +48,18 @@ def test_addresses(address: str, error: type[Exception], words: str, tiny_llama:
     assert time.monotonic() - began < 20
 
 
-def test_a_model_that_nobody_serves(stage: Scene, tmp_path: Path) -> None:
+def test_a_model_that_nobody_serves(tiny_scene: Scene, tmp_path: Path) -> None:
     other = tiny_model("gpt2", tmp_path)
     with pytest.raises(ModelNotServed, match=r"nobody .* serves 'tiny-gpt2'; it serves tiny-llama"):
-        sn.connect(stage.local.initial_peers, model=other)
+        sn.connect(tiny_scene.local.initial_peers, model=other)
 
 
-def test_a_model_that_has_to_be_named(stage: Scene) -> None:
+def test_a_model_that_has_to_be_named(tiny_scene: Scene) -> None:
     with pytest.raises(ModelNotServed, match=r"serves tiny-llama, but .* give the folder or file"):
-        sn.connect(stage.local.initial_peers)
+        sn.connect(tiny_scene.local.initial_peers)
 
 
-def test_models_that_are_not_there(stage: Scene, tmp_path: Path) -> None:
+def test_models_that_are_not_there(tiny_scene: Scene, tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
     (tmp_path / "text").write_text("no model")
     for model, words in {
@@ -75,7 +69,7 @@ def test_models_that_are_not_there(stage: Scene, tmp_path: Path) -> None:
         "not a name!": "'not a name!': no such folder or file, and not the form of a Hub id",
     }.items():
         with pytest.raises(ModelNotFound, match=words):
-            sn.connect(stage.local.initial_peers, model=model)
+            sn.connect(tiny_scene.local.initial_peers, model=model)
 
 
 def test_serving_blocks_that_the_model_does_not_have(tiny_llama: Path) -> None:
@@ -185,25 +179,27 @@ ATTEMPTS: dict[str, tuple[Attempt, type[Exception], str]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ATTEMPTS)
-def test_calls_of_the_model(stage: Scene, name: str) -> None:
+def test_calls_of_the_model(tiny_scene: Scene, name: str) -> None:
     attempt, error, words = ATTEMPTS[name]
-    ids = stage.ids(1, 4)
+    ids = tiny_scene.ids(1, 4)
     began = time.monotonic()
     with pytest.raises(error, match=words):
-        attempt(stage, stage.remote, ids)
+        attempt(tiny_scene, tiny_scene.remote, ids)
     assert time.monotonic() - began < 10  # nobody waits for another server
     # The model is as usable as before.
     torch.testing.assert_close(
-        stage.remote(ids).logits, stage.reference(ids).logits, atol=1e-4, rtol=0
+        tiny_scene.remote(ids).logits, tiny_scene.reference(ids).logits, atol=1e-4, rtol=0
     )
 
 
 @torch.no_grad()
-def test_a_cache_of_another_connection_and_a_closed_one(stage: Scene, tiny_llama: Path) -> None:
-    ids = stage.ids(1, 4)
-    with sn.connect(stage.local.initial_peers, model=tiny_llama) as other:
+def test_a_cache_of_another_connection_and_a_closed_one(
+    tiny_scene: Scene, tiny_llama: Path
+) -> None:
+    ids = tiny_scene.ids(1, 4)
+    with sn.connect(tiny_scene.local.initial_peers, model=tiny_llama) as other:
         with pytest.raises(ValueError, match="past_key_values belongs to another connection"):
-            other.model(ids, past_key_values=_cached(stage))
+            other.model(ids, past_key_values=_cached(tiny_scene))
         model: Any = other.model
         cache = model(ids, use_cache=True).past_key_values
     for attempt in (lambda: model(ids), lambda: model(ids, past_key_values=cache)):

@@ -7,6 +7,7 @@ travels as its own config, and the server lets PEFT build the same modules aroun
 
 from __future__ import annotations
 
+import copy
 import json
 import uuid
 import zlib
@@ -51,6 +52,9 @@ class Adapters:
         self._adapter: Adapter | None = None
         self._versions: list[tuple[int, int]] = []
         self._checksums: list[int] = []
+
+    def __deepcopy__(self, memo: dict) -> Adapters:
+        return Adapters(self._connection, copy.deepcopy(self._model[0], memo), self._prefix)
 
     @property
     def parameters(self) -> Weights:

@@ -8,6 +8,7 @@ and a dtype and take no memory; `_apply` keeps them so under ``.to(…)`` and ``
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,14 @@ class RemoteBlock(nn.Module):
         """The block's output for ``hidden_states`` ``[batch, length, hidden]``."""
         output = self._runner.run(self._index, hidden_states, kwargs)
         return (output,) if self._runner.returns_tuple else output
+
+    def __deepcopy__(self, memo: dict) -> RemoteBlock:
+        for parameter in filter(is_placeholder, self.parameters()):
+            # A clone, which torch would make, takes the memory that a placeholder saves.
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        memo[id(self)] = twin = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         def keep(tensor: torch.Tensor) -> torch.Tensor:

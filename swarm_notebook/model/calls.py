@@ -13,6 +13,7 @@ a tensor of NaN: a use that we overlooked shows up at once, instead of being a l
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from dataclasses import dataclass, field
@@ -88,8 +89,13 @@ class Runner:
         self._local = threading.local()
 
     def __deepcopy__(self, memo: dict) -> Runner:
-        # A copy of the model is another view on the same servers.
-        return self
+        """A copy of the model is another view on the same servers, with hooks of its own."""
+        memo[id(self)] = twin = object.__new__(Runner)
+        twin.__dict__.update(self.__dict__)
+        twin.blocks = copy.deepcopy(self.blocks, memo)
+        twin.adapters = copy.deepcopy(self.adapters, memo)
+        twin._inside, twin._local = (-1, []), threading.local()
+        return twin
 
     def __reduce__(self) -> Any:
         raise Unsupported(
@@ -99,18 +105,13 @@ class Runner:
 
     def install(self, decoder: nn.Module) -> None:
         """Follow the calls of the module that owns the blocks."""
-        signature = inspect.signature(decoder.forward)
-        decoder.register_forward_pre_hook(
-            lambda module, args, kwargs: self._begin(module, signature, args, kwargs),
-            with_kwargs=True,
-        )
+        self._signature = inspect.signature(decoder.forward)
+        decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         decoder.register_forward_hook(self._end, always_call=True)
 
-    def _begin(
-        self, decoder: nn.Module, signature: inspect.Signature, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict]:
+    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
-            bound = signature.bind_partial(*args, **kwargs).arguments
+            bound = self._signature.bind_partial(*args, **kwargs).arguments
             kwargs = {**bound.pop("kwargs", {}), **bound}
         inputs.refuse_unknown(kwargs)
         tokens = kwargs.get("inputs_embeds")
@@ -178,8 +179,9 @@ class Runner:
         output = call.outputs.states.pop(index, None)
         if output is None:
             if call.blank is None:
-                blank = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
-                call.blank = blank.expand(like.shape)
+                with torch.inference_mode(False):  # its tensors have no versions to recognise
+                    blank = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
+                    call.blank = blank.expand(like.shape)
             output = call.blank
         elif call.segment is not None and call.piece_input is not None:
             prompts = self._prompts(call.piece, index + 1)
@@ -229,8 +231,9 @@ class Runner:
             states, inner = request.states, request.inner
             call.outputs = self.connection.step(cache.session, index, states, inner)
         received = call.outputs.states
-        for block, state in received.items():
-            received[block] = state.to(hidden.device)
+        with torch.inference_mode(False):
+            for block, state in received.items():
+                received[block] = state.to(hidden.device)
 
     def _request(self, call: Call, index: int, hidden: torch.Tensor) -> Request:
         prompts = self._prompts(index, len(self.blocks))

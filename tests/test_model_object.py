@@ -1,0 +1,70 @@
+"""The remote model as an object: what it holds, how it is moved, copied and run (contract C1)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from scene import TOLERANCE, Scene, generate
+
+from swarm_notebook.model.blocks import is_placeholder
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+
+
+def memory(model: Any) -> int:
+    """Bytes of all parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in {s.data_ptr(): s for s in storages}.values())
+
+
+def test_the_state_dict_holds_what_is_here(tiny_scene: Scene) -> None:
+    state, whole = tiny_scene.remote.state_dict(), tiny_scene.reference.state_dict()
+    assert sorted(state) == sorted(name for name in whole if ".layers." not in name)
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, whole[name])
+
+
+def test_moving_to_another_dtype_takes_no_memory_for_blocks(tiny_scene: Scene) -> None:
+    ids = tiny_scene.ids(1, 9)
+    for convert in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.cpu()):
+        model = convert(copy.deepcopy(tiny_scene.remote))
+        blocks = [p for p in model.model.layers.parameters() if p.numel() > 1]
+        assert all(is_placeholder(parameter) for parameter in blocks)
+        assert {parameter.dtype for parameter in blocks} == {model.dtype}
+        assert memory(model.model.layers) <= 16 * len(blocks)
+        assert generate(model, ids).logits[0].isfinite().all()
+
+
+@torch.no_grad()
+def test_a_copy_is_another_view_on_the_same_servers(tiny_scene: Scene) -> None:
+    """Its hooks and local weights are its own."""
+    ids = tiny_scene.ids(2, 9)
+    twin = copy.deepcopy(tiny_scene.remote)
+    theirs = tiny_scene.reference(ids, output_hidden_states=True)
+    close(twin(ids).logits, theirs.logits)
+    tiny_scene.same(generate(twin, ids), generate(tiny_scene.reference, ids))
+
+    seen: list[torch.Tensor] = []
+    twin.model.layers[2].register_forward_hook(lambda _m, _i, output: seen.append(output))
+    twin.lm_head.weight.zero_()
+    assert not twin(ids).logits.any()
+    close(seen[0], theirs.hidden_states[3])
+    close(tiny_scene.remote(ids).logits, theirs.logits)
+    assert len(seen) == 1
+
+
+def test_inference_mode(tiny_scene: Scene) -> None:
+    ids = tiny_scene.ids(2, 9)
+    with torch.inference_mode():
+        first = tiny_scene.remote(ids, use_cache=True)
+        ours = tiny_scene.remote(ids[:, :3], past_key_values=first.past_key_values).logits
+        tiny_scene.same(generate(tiny_scene.remote, ids), generate(tiny_scene.reference, ids))
+    with torch.no_grad():
+        theirs = tiny_scene.reference(torch.cat([ids, ids[:, :3]], dim=1)).logits
+    close(first.logits, theirs[:, :9])
+    close(ours, theirs[:, 9:])
