@@ -103,15 +103,12 @@ def test_gradients_of_inputs(pair: Pair, batch: dict[str, torch.Tensor]) -> None
     same(*grads)
 
 
-# Every kind on one family, and on every family the two that are used most.
-CASES = [("llama", "dora"), ("llama", "ia3")]
-CASES += [(family, kind) for family in FAMILIES for kind in ("lora", "prompt")]
-
-
-@pytest.mark.parametrize(("pair", "kind"), CASES, indirect=["pair"])
+@pytest.mark.parametrize("kind", ["lora", "prompt", "dora", "ia3"])
 def test_adapters_train_as_they_do_locally(
     pair: Pair, batch: dict[str, torch.Tensor], kind: str
 ) -> None:
+    if kind in ("dora", "ia3") and pair.family != "llama":
+        pytest.skip("every kind is trained on one family, the common ones on all")
     targets = pair.lora().target_modules
     configs: dict[str, Any] = {
         "lora": pair.lora(use_rslora=True),
