@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SILENCE_SECONDS = 4.0
 _HUB = "https://huggingface.co/"
 
 
@@ -240,12 +241,17 @@ def _only_model(peers: Sequence[str]) -> str:
 
 
 def _await_spans(connection: Connection, name: str, peers: Sequence[str]) -> tuple[ServerSpan, ...]:
-    """What is served of the model; waits a little for servers that are just joining."""
+    """What is served of the model; waits for servers that are just joining.
+
+    A swarm that says nothing of the model is asked again for a moment only: most likely nobody
+    serves it, but a peer of the DHT may have been too busy to answer in time.
+    """
     directory = connection.directory
-    deadline = time.monotonic() + directory.patience
+    began = time.monotonic()
     told = False
     while not (spans := directory.snapshot.spans) or directory.missing():
-        if time.monotonic() > deadline or not spans:
+        patience = directory.patience if spans else min(SILENCE_SECONDS, directory.patience)
+        if time.monotonic() - began > patience:
             break
         if not told:
             logger.warning("waiting for servers of %s", describe_blocks(directory.missing()))
