@@ -31,7 +31,7 @@ class Tuned:
 
         torch.manual_seed(seed)
         whole = AutoModelForCausalLM.from_pretrained(bench.folder, dtype=torch.float32)
-        targets = TARGETS[bench.family]
+        targets = options.pop("target_modules", TARGETS[bench.family])
         if kind == "IA3Config":
             options["feedforward_modules"] = list(targets[-1:])
         config = getattr(peft, kind)(target_modules=list(targets), **options)

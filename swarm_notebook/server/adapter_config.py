@@ -4,8 +4,8 @@ Only the fields in `TUNERS` reach PEFT, each checked; fields without a meaning h
 model came from, how weights were initialised) are dropped; any other field must be unset. So a
 config cannot make PEFT read files, import modules, change base weights or allocate beyond the
 announced rank. Which modules are tuned is not read from here at all: it follows from the names of
-the uploaded parameters. The patterns that remain are regular expressions, and as such restricted
-to forms that cannot take long.
+the uploaded parameters (but for LoRA on bare parameters, as of fused experts). The patterns that
+remain are regular expressions, and as such restricted to forms that cannot take long.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ MAX_CONFIG_CHARS = 1 << 18
 MAX_ENTRIES = 256
 
 _NAME = re.compile(r"[A-Za-z]\w{0,63}", re.ASCII)
+_DOTTED = re.compile(r"[\w.]{1,200}", re.ASCII)
 _PATTERN = re.compile(r"[\w.\\^$|():\[\]*+?-]{1,200}", re.ASCII)
 _SHOWN = 80
 
@@ -87,8 +88,15 @@ def _parse_config(name: Any, text: Any, max_rank: int) -> TunerConfig:
             f"{where}: peft_type {str(kind)[:_SHOWN]!r} is not accepted, use one of "
             f"{', '.join(TUNERS)}"
         )
+    return TunerConfig(name, kind, _checked(where, tuner, fields, max_rank))
+
+
+def _checked(where: str, tuner: Tuner, fields: dict[str, Any], max_rank: int) -> dict[str, Any]:
+    """The fields that PEFT may see."""
     values = {}
     for field, value in fields.items():
+        if value is None:
+            continue
         if field in tuner.fields:
             try:
                 values[field] = tuner.fields[field](value, max_rank)
@@ -97,7 +105,7 @@ def _parse_config(name: Any, text: Any, max_rank: int) -> TunerConfig:
                 raise BadRequest(f"{where}: {field} {shown!r}, expected {error}") from None
         elif field not in _DROPPED and value:
             raise BadRequest(f"{where}: {field[:_SHOWN]} is not supported by servers, leave it out")
-    return TunerConfig(name, kind, values)
+    return values
 
 
 def _rank(value: Any, max_rank: int) -> int:
@@ -165,6 +173,13 @@ def _modules(value: Any, _: int) -> list[str] | str:
     return value
 
 
+def _parameters(value: Any, _: int) -> list[str]:
+    names = isinstance(value, list) and len(value) <= MAX_ENTRIES
+    if not names or not all(isinstance(name, str) and _DOTTED.fullmatch(name) for name in value):
+        raise ValueError(f"up to {MAX_ENTRIES} names of parameters")
+    return value
+
+
 def _harmless(pattern: str, loops: int) -> None:
     """Refuse regular expressions that could take long on a module's name."""
     simple = _PATTERN.fullmatch(pattern) and not re.search(r"\)[*+]", pattern)
@@ -206,6 +221,7 @@ TUNERS: Mapping[str, Tuner] = {
             "fan_in_fan_out": _flag,
             "init_lora_weights": _plain_start,
             "bias": _no_bias,
+            "target_parameters": _parameters,
         },
     ),
     "IA3": Tuner("ia3_", {"feedforward_modules": _modules, "fan_in_fan_out": _flag}),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -214,16 +214,24 @@ def _inject_one(tree: nn.Module, config: TunerConfig, upload: Upload) -> None:
 
     marker = f".{TUNERS[config.kind].prefix}"
     targets = {
-        name.rpartition(marker)[0]
+        name.rpartition(marker)[0].replace(".base_layer", "")
         for name in (*upload.tensors, *upload.derive)
         if marker in name and config.name in name.rpartition(marker)[2].split(".")
     }
     if not targets:
         return  # this adapter tunes other blocks
-    known = {name for name, _ in tree.named_modules()}
-    if unknown := targets - known:
+    modules = dict(tree.named_modules())
+    if unknown := targets - modules.keys():
         raise BadRequest(f"adapter parameters: there is no module {min(unknown)[:200]!r}")
     values = dict(config.values)
+    if bare := _suffixes(values.get("target_parameters") or ()):
+        # Here PEFT wraps the module that owns the parameter, whatever it is.
+        targets -= {
+            name
+            for name in targets
+            for parameter, _ in modules[name].named_parameters(recurse=False)
+            if f"{name}.{parameter}".endswith(bare)
+        }
     if isinstance(feedforward := values.get("feedforward_modules"), list):
         values["feedforward_modules"] = [
             name for name in targets if name in feedforward or name.endswith(_suffixes(feedforward))
@@ -238,5 +246,5 @@ def _inject_one(tree: nn.Module, config: TunerConfig, upload: Upload) -> None:
         raise BadRequest(f"config of {config.name!r}: PEFT says {error}") from error
 
 
-def _suffixes(names: list[str]) -> tuple[str, ...]:
+def _suffixes(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f".{name}" for name in names)

@@ -64,6 +64,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "dropout": ({"default": config(lora_dropout=2)}, "a probability"),
     "biases": ({"default": config(bias="all")}, "biases"),
     "pissa": ({"default": config(init_lora_weights="pissa")}, "initialisation"),
+    "no parameters": ({"default": config(target_parameters=["(a*)*"])}, "names of parameters"),
     "megatron": ({"default": config(megatron_config={"a": 1})}, "megatron_config"),
     "layers twice": ({"default": config(layer_replication=[[0, 4]])}, "layer_replication"),
     "something new": ({"default": config(remote_code="http://")}, "remote_code"),

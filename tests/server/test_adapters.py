@@ -10,7 +10,7 @@ import pytest
 import torch
 from raw_wire import RawClient
 from safetensors.torch import load
-from training_wire import Bench, relative, run_blocks
+from training_wire import Bench, Benches, relative, run_blocks
 from tuned import Tuned, key, plain, random
 
 from swarm_notebook.errors import AdapterMissing, BadRequest
@@ -124,6 +124,31 @@ def test_dora_magnitudes_are_derived_from_the_real_weights(bench: Bench) -> None
         for name, value in derived.items():
             close(value, tuned.model.get_parameter(name))
         close(bench.forward(hidden, adapter=key(version=version))[0], tuned.output(hidden))
+
+
+@pytest.fixture(scope="session")
+def experts(benches: Benches) -> Bench:
+    return benches["qwen3_moe"]
+
+
+def test_lora_on_fused_experts(experts: Bench) -> None:
+    """They are parameters, not modules; PEFT finds them by the names of old."""
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    tuned, hidden = Tuned(experts, "LoraConfig", r=2, target_modules=targets), random(2, 5, HIDDEN)
+    assert any("experts" in name for name in tuned.parameters)
+    tuned.upload("experts")
+    close(experts.forward(hidden, adapter=key("experts"))[0], tuned.output(hidden))
+    grad = random(2, 5, HIDDEN, seed=1)
+    expected = tuned.gradients(hidden, grad)
+    experts.forward(hidden, adapter=key("experts"), keep="experts")
+    for options in ({}, {"kept": "experts"}):
+        got, said = experts.call(
+            protocol.RPC_BACKWARD_STREAM, hidden, grad, adapter=key("experts"), **options
+        )
+        named = dict(zip(said["adapter_grads"], got[1:], strict=True))
+        for name, value in zip(tuned.parameters, expected[2:], strict=True):
+            close(named[name], value)
+    close(experts.forward(hidden)[0], run_blocks(experts.model, 1, 4, hidden)[-1])
 
 
 def test_adapters_that_are_active_together(llama: Bench) -> None:
