@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import letters
+import peft
 import pytest
 import shared
 import torch
@@ -177,6 +178,45 @@ def test_two_writers_and_bad_arguments(pair: Pair, tmp_path: Path) -> None:
         probing.patch(swarm, "ab", "abc", lambda logits: logits[:, 0])
     with pytest.raises(ValueError, match="rarest"):
         probing.linear_probe({0: torch.zeros(3, 4)}, ["x", "y", "y"])
+
+
+COLLECT = """
+import sys, transformers, torch
+from swarm_notebook.probing import hidden_states
+folder, store, texts = sys.argv[1], sys.argv[2], sys.argv[3].split("|")
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+def told():
+    for number, text in enumerate(texts):
+        print(number, flush=True)
+        if number == 11:
+            sys.stdin.read()
+        yield text
+hidden_states(model, told(), tokenizer=tokenizer, store=store, pool="last", shard_texts=4)
+"""
+
+
+def test_a_killed_kernel_leaves_whole_shards(folder: Path, pair: Pair, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", COLLECT, str(folder), str(tmp_path), "|".join(TEXTS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.strip() == "11":
+                child.kill()
+    finished = shard_files(tmp_path)
+    assert len(finished) == 2
+    # A shard that was being written, as a kill would leave it.
+    (next(iter(tmp_path.iterdir())) / "shard-00002.safetensors").write_bytes(b"half")
+    options: dict[str, Any] = {"store": tmp_path, "pool": "last", "shard_texts": 4}
+    resumed = probing.hidden_states(pair.local, TEXTS, tokenizer=pair.tokenizer, **options)
+    files = shard_files(tmp_path)
+    assert len(files) == 5
+    assert {name: files[name] for name in finished} == finished
+    same(resumed[3], probing.hidden_states(pair.swarm, TEXTS, pool="last", blocks=[3])[3])
 
 
 def test_killed_in_the_middle_and_resumed(
@@ -352,3 +392,32 @@ def test_a_steering_vector_can_be_trained(pair: Pair) -> None:
         grads.append(vector.grad)
     assert grads[0] is not None
     same(*grads)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "lora"])
+def test_models_wrapped_by_peft(pair: Pair, kind: str, tmp_path: Path) -> None:
+    """The states of the text's own tokens, whatever stands in front of them."""
+    configs: dict[str, peft.PeftConfig] = {
+        "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        "lora": peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["v_proj"]),
+    }
+    told = []
+    plain = probing.hidden_states(pair.swarm, TEXTS[:4], pool="last")[3]
+    for model in (pair.swarm.model, pair.local):
+        torch.manual_seed(3)
+        wrapped: Any = peft.get_peft_model(model, configs[kind])
+        options: dict[str, Any] = {"tokenizer": pair.tokenizer}
+        try:
+            with pytest.raises(ValueError, match="tag"):
+                probing.hidden_states(wrapped, TEXTS[:4], store=tmp_path, **options)
+            states = probing.hidden_states(wrapped, TEXTS[:4], pool="last", **options)
+            lens = probing.logit_lens(wrapped, "abc", **options)
+            patching = probing.patch(wrapped, "abc", "abd", lambda logits: logits[:, 40], **options)
+            told.append((states[3], lens.probabilities, patching.scores))
+        finally:
+            if kind == "lora":
+                wrapped.unload()
+    assert lens.words == ["a", "b", "c"]
+    for ours, theirs in zip(*told, strict=True):
+        same(ours, theirs)
+    assert (told[0][0] - plain).abs().max() > 1e-2

@@ -100,7 +100,7 @@ def logit_lens(
     chosen, ids = subject.chosen(blocks), subject.ids(text)
     with subject.at_rest() as model, subject.reading(chosen) as states:
         model(input_ids=ids[None].to(model.device), use_cache=False)
-    stack = torch.stack([states[block][0] for block in chosen])
+    stack = torch.stack([states[block][0, -len(ids) :] for block in chosen])
     probabilities, tokens = _top(subject, stack.flatten(0, 1), top)
     shape = (len(chosen), len(ids), top)
     tokens = tokens.reshape(shape)

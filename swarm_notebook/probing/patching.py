@@ -108,9 +108,10 @@ def patch(
                 "nothing to restore"
             )
         rows = bad.expand(len(places), -1)
+        from_end = [place - len(bad) for place in places]
         scores = []
         for block in chosen:
-            with subject.editing(block, _restoring(states[block], places)):
+            with subject.editing(block, _restoring(states[block], from_end)):
                 scores.append(_score(subject, rows, metric))
     return Patching(
         model_title(subject.name),

@@ -80,6 +80,7 @@ def hidden_states(
     key = Key(
         subject.name,
         getattr(subject.model.config, "_commit_hash", None),
+        subject.precision,
         str(dtype).removeprefix("torch."),
         pool,
         max_length,
@@ -202,5 +203,5 @@ def _read(
                 use_cache=False,
             )
         except _Enough:
-            return states
+            return {block: state[:, -ids.shape[1] :] for block, state in states.items()}
     raise RuntimeError(f"{subject.name}: its forward did not run block {blocks[-1]}")

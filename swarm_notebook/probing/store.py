@@ -1,7 +1,7 @@
 """Hidden states in shards, in memory or on disk.
 
-A store is a folder. For each *key* (model, revision, dtype, pooling, …) it has a folder of shards
-and a small ``index.json``:
+A store is a folder. For each *key* (model, revision, precision of the blocks, pooling, …) it has
+a folder of shards and a small ``index.json``:
 
     states/SmolLM2-135M-Instruct-1f0c2d3e/
         index.json                  the key, and which shards are finished
@@ -49,6 +49,7 @@ class Key:
 
     model: str
     revision: str | None
+    precision: str
     dtype: str
     pool: str | None
     max_length: int | None

@@ -4,6 +4,8 @@ A `Subject` is the Hugging Face model of a `Swarm`, or a model itself: remote or
 wrapped by PEFT. Its blocks are found as the servers find them, so nothing here knows an
 architecture.
 
+Tokens are counted from the end of the states: PEFT's prompt tuning puts its own in front.
+
 A block returns a tensor, or in some architectures a tuple that begins with it: `state_of` and
 `with_state` are the only two places that know.
 """
@@ -50,6 +52,13 @@ class Subject:
     @property
     def name(self) -> str:
         return self.swarm.name if self.swarm else str(self.model.config._name_or_path)
+
+    @property
+    def precision(self) -> str:
+        """What the blocks compute in, as their servers announce it; else the model's dtype."""
+        rows = self.swarm.status().servers if self.swarm else ()
+        announced = {row.precision for row in rows if row.precision}
+        return "+".join(sorted(announced)) or str(self.model.dtype).removeprefix("torch.")
 
     def chosen(self, blocks: Iterable[int] | None) -> list[int]:
         """Block numbers in order, without doubles; None is all, negative ones count from the end.
