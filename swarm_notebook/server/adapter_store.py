@@ -61,6 +61,10 @@ class AdapterStore(Generic[V]):
     def __len__(self) -> int:
         return len(self._adapters)
 
+    def values(self) -> list[V]:
+        """All adapters that are held."""
+        return [held.value for held in self._adapters.values()]
+
     def get(self, peer: str, name: str) -> V | None:
         """A peer's adapter; it counts as used now."""
         held = self._adapters.get((peer, name))

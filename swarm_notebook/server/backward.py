@@ -63,10 +63,6 @@ class Graph:
             and (made.adapter, made.seed) == (wanted.adapter, wanted.seed)
         )
 
-    def uses(self, adapter: str) -> bool:
-        """Whether it was computed with this adapter, in whatever version."""
-        return self.request.adapter is not None and self.request.adapter[0] == adapter
-
     def gradients(self, wanted: Backward, *, keep: bool = False) -> Gradients:
         """The gradients that a backward request wants.
 

@@ -7,6 +7,7 @@ kept activations, is filed under its peer id, so that no two notebooks ever see 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class Engine:
         self._span = span
         self.adapters: AdapterStore[_Adapter] = AdapterStore(accepted)
         self._activations: Activations[tuple[str, str], Graph] = Activations(activation_bytes)
+        self._too_large = math.inf
 
     def span_for(self, peer: str, request: Forward) -> Span:
         """The blocks to run a request through: the server's own, or with the peer's adapter.
@@ -63,13 +65,14 @@ class Engine:
     def forward(self, peer: str, request: Forward) -> list[torch.Tensor]:
         """The outputs that a forward request wants."""
         span = self.span_for(peer, request)
-        if request.keep is not None and request.length:
+        size = request.rows * request.length * (request.blocks[1] - request.blocks[0])
+        if request.keep is not None and 0 < size < self._too_large:
             try:
-                graph, inner, size = backward.record(span, request, self._activations.make_room)
+                graph, inner, kept = backward.record(span, request, self._activations.make_room)
             except NoRoomError:
-                pass  # compute it again, without leaving anything behind
+                self._too_large = size  # once is enough to learn it; now without keeping
             else:
-                self._activations.put((peer, request.keep), graph, size)
+                self._activations.put((peer, request.keep), graph, kept)
                 wanted = (request.blocks[1] - 1, *request.states)
                 return [*(graph.outputs[index].detach() for index in wanted), *inner]
         return span.run(
@@ -108,9 +111,11 @@ class Engine:
             span = AdaptedSpan(self._span, upload)
             span.check(upload)
             self.adapters.make_room(peer, upload.id, span.size)
-        self._activations.drop(lambda key, graph: key[0] == peer and graph.uses(upload.id))
         derived = span.load(upload)
         self.adapters.put(peer, upload.id, _Adapter(span, upload.version), span.size)
+        # What was computed with other weights, or with modules that are gone, is of no use.
+        live = [self._span, *(adapter.span for adapter in self.adapters.values())]
+        self._activations.drop(lambda _, graph: graph.span is span or graph.span not in live)
         return span.size, derived
 
     def expire(self) -> None:
