@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 4.0
+SILENCE_SECONDS, SILENT_READINGS = 4.0, 4
 _HUB = "https://huggingface.co/"
 
 
@@ -247,17 +247,20 @@ def _await_spans(connection: Connection, name: str, peers: Sequence[str]) -> tup
     serves it, but a peer of the DHT may have been too busy to answer in time.
     """
     directory = connection.directory
-    began = time.monotonic()
+    began, readings = time.monotonic(), 1
     told = False
     while not (spans := directory.snapshot.spans) or directory.missing():
-        patience = directory.patience if spans else min(SILENCE_SECONDS, directory.patience)
-        if time.monotonic() - began > patience:
+        waited = time.monotonic() - began
+        if waited > directory.patience:
+            break
+        if not spans and readings >= SILENT_READINGS and waited > SILENCE_SECONDS:
             break
         if not told:
             logger.warning("waiting for servers of %s", describe_blocks(directory.missing()))
             told = True
         time.sleep(0.5)
         connection.refresh()
+        readings += 1
     if not any(span.info.state == ServerState.ONLINE for span in spans):
         served = ", ".join(sorted(connections.served_models(peers))) or "no model"
         raise ModelNotServed(
