@@ -1,0 +1,207 @@
+"""How fast a notebook decodes through a swarm on this machine; prints one JSON line.
+
+    python benchmarks/decode.py [--threads N] [--only demo tiny connect embedded]
+
+Everything is compared with local transformers in the same run, with the same number of threads
+in each process: the demo model and a tiny Llama, both over two servers; local and remote runs
+alternate, the medians count. Connecting is measured in fresh processes and split into its parts.
+Progress goes to standard error. It takes about two minutes on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PROMPT = "The history of the lighthouse at the end of the cape begins with a storm"
+NEW_TOKENS = 64
+REPEATS = 5
+FRESH_PROCESSES = 3
+TINY: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1024,
+}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def token_seconds(remote: Any, local: Any, ids: Any) -> tuple[float, float]:
+    """Median seconds per token, remote and local; the outputs must be equal."""
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    tokens = [model.generate(ids, **options).tolist() for model in (remote, local)]  # warm-up
+    if tokens[0] != tokens[1]:
+        raise SystemExit("remote and local tokens differ: a speed is meaningless")
+    times: list[list[float]] = [[], []]
+    for _ in range(REPEATS):
+        for model, found in zip((remote, local), times, strict=True):
+            found.append(seconds(lambda model=model: model.generate(ids, **options)) / NEW_TOKENS)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def demo(threads: int) -> dict[str, Any]:
+    """The demo model over two servers: share of the local speed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import swarm_notebook as sn
+
+    with (
+        sn.LocalSwarm(threads=threads) as servers,
+        sn.connect(servers.initial_peers, model=servers.model) as swarm,
+    ):
+        local = AutoModelForCausalLM.from_pretrained(servers.model, dtype=torch.float32).eval()
+        ids = swarm.tokenizer(PROMPT, return_tensors="pt").input_ids  # type: ignore[misc]
+        ours, theirs = token_seconds(swarm.model, local, ids)
+    return {
+        "remote_tokens_per_s": round(1 / ours, 2),
+        "local_tokens_per_s": round(1 / theirs, 2),
+        "ratio": round(theirs / ours, 3),
+        "goal_ratio": 0.8,
+    }
+
+
+def tiny(threads: int) -> dict[str, Any]:
+    """A tiny Llama over two servers: what a token costs beyond local."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    import swarm_notebook as sn
+
+    torch.manual_seed(0)
+    local = AutoModelForCausalLM.from_config(LlamaConfig(**TINY), dtype=torch.float32).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiny-llama"
+        local.save_pretrained(path)
+        with (
+            sn.LocalSwarm(path, threads=threads) as servers,
+            sn.connect(servers.initial_peers, model=path) as swarm,
+        ):
+            ours, theirs = token_seconds(swarm.model, local, torch.arange(3, 19)[None])
+    return {
+        "remote_ms_per_token": round(1000 * ours, 2),
+        "local_ms_per_token": round(1000 * theirs, 2),
+        "beyond_local_ms": round(1000 * (ours - theirs), 2),
+        "goal_beyond_local_ms": 3,
+    }
+
+
+def fresh(*arguments: str) -> dict[str, float]:
+    """Medians of the parts that fresh processes report."""
+    found: list[dict[str, float]] = []
+    for _ in range(FRESH_PROCESSES):
+        command = [sys.executable, __file__, *arguments]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        found.append(json.loads(output.splitlines()[-1]))
+    return {part: round(statistics.median(run[part] for run in found), 2) for part in found[0]}
+
+
+def connect() -> dict[str, float]:
+    """From a fresh process to the first token of a swarm that is there."""
+    import swarm_notebook as sn
+
+    with sn.LocalSwarm(threads=1) as servers:
+        return fresh("--child", "--model", servers.model, "--peers", *servers.initial_peers)
+
+
+def embedded() -> dict[str, float]:
+    """From a fresh process to the first token, with servers of its own."""
+    return fresh("--child")
+
+
+@contextmanager
+def timed(parts: dict[str, float], owner: Any, **names: str) -> Any:
+    """Add the seconds that functions of `owner` take to `parts`, under the given names."""
+    originals = {name: getattr(owner, name) for name in names}
+    for name, part in names.items():
+
+        def wrapper(*args: Any, _call: Any = originals[name], _part: str = part, **kw: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return _call(*args, **kw)
+            finally:
+                parts[_part] = parts.get(_part, 0.0) + time.perf_counter() - began
+
+        setattr(owner, name, wrapper)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(owner, name, original)
+
+
+def child(peers: list[str] | None, model: str | None) -> None:
+    """In a fresh process: connect, generate one token, print the seconds of each part."""
+    began = time.perf_counter()
+    from swarm_notebook import swarm as module
+    from swarm_notebook.checkpoint.source import ModelSource
+    from swarm_notebook.client import connection
+
+    parts = {"import": time.perf_counter() - began}
+    with (
+        timed(parts, module, LocalSwarm="servers", Connection="join"),
+        timed(parts, connection, _acquire="join: daemon and DHT"),
+        timed(parts, module.skeleton, build="embeddings and head"),
+        timed(parts, ModelSource, tokenizer="tokenizer"),
+    ):
+        parts["connect"] = seconds(lambda: opened.append(module.connect(peers, model=model)))
+    (swarm,) = opened
+    ids = swarm.tokenizer(PROMPT, return_tensors="pt").input_ids
+    parts["first token"] = seconds(lambda: swarm.model.generate(ids, max_new_tokens=1))
+    parts["all"] = parts["import"] + parts["connect"] + parts["first token"]
+    swarm.disconnect()
+    print(json.dumps(parts))
+
+
+opened: list[Any] = []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--threads", type=int, default=1, help="per process (default: 1)")
+    parser.add_argument("--only", nargs="+", choices=["demo", "tiny", "connect", "embedded"])
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--peers", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ["TQDM_DISABLE"] = "1"
+    if options.child:
+        child(options.peers, options.model)
+        return
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "demo": lambda: demo(options.threads),
+        "tiny": lambda: tiny(options.threads),
+        "connect": connect,
+        "embedded": embedded,
+    }
+    report: dict[str, Any] = {"threads": options.threads, "cpus": os.cpu_count()}
+    for name in options.only or parts:
+        say(f"{name}, load {os.getloadavg()[0]:.1f} …")
+        report[name] = parts[name]()
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
