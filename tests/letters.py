@@ -1,8 +1,41 @@
-"""A tokenizer for the tiny models: one token per printable ASCII letter."""
+"""A tokenizer for the tiny models, one token per printable ASCII letter, and a pair that has it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_model
+
+import swarm_notebook as sn
+
+
+@dataclass
+class Pair:
+    """The tiny Llama over two servers, and held locally."""
+
+    swarm: Any
+    local: Any
+    tokenizer: Any
+    folder: Path
+
+
+@contextmanager
+def lettered_pair(parent: Path) -> Iterator[Pair]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = add_tokenizer(tiny_model("llama", parent))
+    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with (
+        sn.LocalSwarm(folder, [(0, 2), (2, 5)], threads=1) as servers,
+        sn.connect(servers.initial_peers, model=folder) as swarm,
+    ):
+        local.requires_grad_(False)
+        yield Pair(swarm, local, AutoTokenizer.from_pretrained(folder), folder)
 
 
 def add_tokenizer(folder: Path) -> Path:
