@@ -79,14 +79,15 @@ class Scene:
         return self.server(self.sessions[-1].hops[-1].leg.peer)
 
     def heal(self) -> None:
-        """Begin to start all servers again that are gone; wait until one redundant one is left."""
+        """Start all servers again that are gone; one that has a double may come later."""
         for server in self.local.servers:
             if not server.running:
                 server.launch()
                 server.join(self.local.initial_peers)
-        late = [server for server in self.local.servers if not server.ready]
-        for server in late if late != [self.local.servers[0]] else []:
-            server.wait_ready(RESTART_SECONDS)
+        doubled = {server.blocks for server in self.local.servers if server.ready}
+        for server in self.local.servers:
+            if server.blocks not in doubled:
+                server.wait_ready(RESTART_SECONDS)
         self.swarm.status()
 
     def same(self, ours: Any, theirs: Any) -> None:

@@ -96,15 +96,21 @@ class History:
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from ``length`` on. Row selections stay: they hold for what remains."""
-        kept: list[Pass | torch.Tensor] = []
-        for event in self._events:
+        # Passes lie in the order of their positions, so only the last events can be concerned.
+        keep = len(self._events)
+        while keep:
+            event = self._events[keep - 1]
+            if isinstance(event, Pass) and event.end <= length:
+                break
+            keep -= 1
+        tail = self._events[keep:]
+        del self._events[keep:]
+        for event in tail:
             if isinstance(event, Pass):
                 if event.position >= length:
                     continue
-                if event.end > length:
-                    event = event.tokens(event.position, length)
-            kept.append(event)
-        self._events = kept
+                event = event.tokens(event.position, length)
+            self._events.append(event)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep (repeat, reorder) the given rows of everything recorded so far."""

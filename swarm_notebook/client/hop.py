@@ -7,6 +7,7 @@ answers with something else than asked for) comes out as one of the errors of `R
 from __future__ import annotations
 
 import asyncio
+import functools
 import uuid
 
 from hivemind.p2p import PeerID
@@ -29,6 +30,7 @@ class Hop:
 
     def __init__(self, leg: Leg, directory: Directory, max_length: int, rows_version: int):
         self.leg, self.start, self.end = leg, leg.start, leg.end
+        self._name = server_name(leg)
         self._directory = directory
         self._max_length = max_length
         self._stream: streams.Stream | None = None
@@ -44,7 +46,7 @@ class Hop:
         self._named: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        return server_name(self.leg)
+        return self._name
 
     async def run(self, request: Request) -> Outputs:
         """Send one request and wait for its outputs.
@@ -64,8 +66,9 @@ class Hop:
                         PeerID.from_base58(self.leg.peer),
                         protocol.RPC_INFERENCE,
                     )
-            watch = Watch(self._directory, self.leg.peer, self._describe(request), self._stream)
-            with watch.running():
+            what = functools.partial(self._describe, request)
+            watch = Watch(self._directory, self.leg.peer, what, self._stream)
+            with watch:
                 await self._stream.send(message)
                 answer = await self._stream.receive(runtime_pb2.ExpertResponse)
         except TRANSPORT_ERRORS as error:

@@ -116,7 +116,7 @@ def read_outputs(packed: Sequence[runtime_pb2.Tensor], request: Request, server:
     unpacked = [read_tensor(tensor, server).to(request.hidden.dtype) for tensor in packed]
     for tensor in unpacked[: len(blocks)]:
         check_shape(tensor, request.hidden.shape, server)
-        if not torch.isfinite(tensor).all():
+        if not tensors.all_finite(tensor):
             raise ServerFailed(f"{server} sent hidden states with NaN or infinite values")
     return Outputs(
         dict(zip(blocks, unpacked[: len(blocks)], strict=True)),

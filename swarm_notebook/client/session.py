@@ -222,7 +222,7 @@ class InferenceSession:
         if isinstance(error, AdapterMissing) and self.adapter is not None and forgiven:
             self._directory.uploaded.pop((peer, self.adapter.id), None)
         elif isinstance(error, SessionLost) and forgiven:
-            logger.info("%s; rebuilding the cache", error)
+            logger.warning("%s; rebuilding the cache", error)
         else:
             self._directory.failed(peer, str(error))
             logger.warning("%s; continuing %s on another server", error, blocks)

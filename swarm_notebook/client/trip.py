@@ -72,8 +72,8 @@ async def trip(
             stream = await streams.open_stream(
                 directory.node.p2p, PeerID.from_base58(leg.peer), rpc
             )
-        watch = Watch(directory, leg.peer, f"{server} ({rpc.rpartition('.')[2]})", stream)
-        with watch.running():
+        watch = Watch(directory, leg.peer, lambda: f"{server} ({rpc.rpartition('.')[2]})", stream)
+        with watch:
             uid = protocol.uid_chain(directory.prefix, leg.start, leg.end)
             packed = protocol.pack_metadata(dict(metadata))
             for tensor in protocol.pack_slots(list(slots), always=always):

@@ -8,10 +8,10 @@ machine is noticed in seconds, and a slow one may be slow up to a limit.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Self
 
 from swarm_notebook.client.directory import Directory
 from swarm_notebook.net.streams import Stream
@@ -25,40 +25,49 @@ REQUEST_LIMIT = 180.0
 
 
 class Watch:
-    """Watches one request; `verdict` says why it was given up, or is empty."""
+    """Watches one request, around which it is entered, once that has taken longer than a moment.
 
-    def __init__(self, directory: Directory, peer: str, what: str, stream: Stream):
+    Args:
+        what: says what is waited for; only asked when there is something to say.
+
+    Attributes:
+        verdict: why the request was given up, or empty.
+    """
+
+    def __init__(
+        self, directory: Directory, peer: str, what: Callable[[], str], stream: Stream
+    ) -> None:
         self.verdict = ""
         self._directory, self._peer, self._what, self._stream = directory, peer, what, stream
         self._task: asyncio.Task | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Around the request: watch it once it has taken longer than a moment."""
-        loop = asyncio.get_running_loop()
+    def __enter__(self) -> Self:
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER, self._begin)
+        return self
 
-        def begin() -> None:
-            self._task = loop.create_task(self._watch())
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
-        timer = loop.call_later(WATCH_AFTER, begin)
-        try:
-            yield
-        finally:
-            timer.cancel()
-            if self._task is not None:
-                self._task.cancel()
+    def _begin(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._watch())
 
     async def _watch(self) -> None:
         began = time.monotonic() - WATCH_AFTER
+        tell_after = TELL_AFTER
         while not self.verdict:
             alive = await self._directory.ping(self._peer)
             waited = time.monotonic() - began
             if not alive:
                 self.verdict = f"has not answered for {waited:.0f} s"
             elif waited > REQUEST_LIMIT:
-                self.verdict = f"has not finished {self._what} in {waited:.0f} s"
+                self.verdict = f"has not finished {self._what()} in {waited:.0f} s"
             else:
-                if waited > TELL_AFTER:
-                    logger.info("still waiting for %s, %.0f s so far", self._what, waited)
+                if waited > tell_after:
+                    logger.warning("still waiting for %s, %.0f s so far", self._what(), waited)
+                    tell_after *= 2
                 await asyncio.sleep(WATCH_PERIOD)
         self._stream.abort()

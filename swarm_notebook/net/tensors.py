@@ -85,6 +85,12 @@ def unpack(message: runtime_pb2.Tensor) -> torch.Tensor:
     return tensor if stored == dtype else tensor.to(dtype)
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # A finite sum says so in one pass; an infinite one may also have overflowed.
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
 def _stored_dtype(message: runtime_pb2.Tensor, dtype: torch.dtype, elements: int) -> torch.dtype:
     """The dtype of the bytes in the buffer, checked against their number."""
     if message.compression == FLOAT16:

@@ -6,7 +6,6 @@ A request carries tensors by position; an unused slot holds a dummy. Whatever is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -130,6 +129,5 @@ def position_ids(tensor: torch.Tensor, request: Forward, limits: Limits) -> torc
 def check_values(name: str, tensor: torch.Tensor) -> None:
     if not tensor.is_floating_point():
         raise BadRequest(f"{name}: dtype {tensor.dtype}, expected floating point")
-    # A sum of finite values is finite, but for overflows: those are looked at again.
-    if not math.isfinite(tensor.sum().item()) and not bool(tensor.isfinite().all()):
+    if not tensors.all_finite(tensor):
         raise BadRequest(f"{name}: a value is NaN or infinite")
