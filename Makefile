@@ -20,6 +20,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab $(NOTEBOOK)
 
 test: $(READY)
+	tests/browser/install-chromium
 	$(OFFLINE) $(BIN)/pytest tests
 	$(OFFLINE) $(BIN)/pytest --nbval --nbval-sanitize-with examples/sanitize.cfg examples
 

@@ -1,0 +1,73 @@
+"""One Lab server, one browser, and one notebook with a kernel and a swarm, for all browser tests.
+
+Every test adds its cells at the end of the same notebook, as a person does in a long session. What
+the screen showed is kept in build/browser/, light and dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from browser.chromium import chromium
+from browser.lab import Lab, jupyter_lab
+from browser.notebook import Notebook
+from playwright.sync_api import Browser, Locator
+
+SCREENS = Path(__file__).parents[2] / "build" / "browser"
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with jupyter_lab(tmp_path_factory.mktemp("lab")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def open_notebook(lab: Lab, browser: Browser) -> Iterator[Callable[[str], Notebook]]:
+    """Opens a notebook of the Lab server's folder in a window of its own."""
+    with ExitStack() as windows:
+
+        def open_(name: str) -> Notebook:
+            window = windows.enter_context(browser.new_context())
+            notebook = Notebook(window.new_page(), lab.folder / name)
+            notebook.open(lab.address(name))
+            return notebook
+
+        yield open_
+
+
+@pytest.fixture(scope="session")
+def notebook(open_notebook: Callable[[str], Notebook]) -> Notebook:
+    """Connected to an embedded swarm of the demo model: ``local`` and ``swarm``."""
+    opened = open_notebook("desk.ipynb")
+    opened.run("%load_ext swarm_notebook")
+    opened.run(
+        "import swarm_notebook as sn\n"
+        "local = sn.LocalSwarm(servers=[(0, 15), (15, 30), (15, 30)], threads=1)\n"
+        "swarm = sn.connect(local.initial_peers, model=local.model)\n"
+        "model, tokenizer = swarm.model, swarm.tokenizer",
+        seconds=150,
+    )
+    return opened
+
+
+@pytest.fixture
+def picture(notebook: Notebook) -> Callable[[Locator, str], None]:
+    """Keeps what a part of the screen looks like, in both themes."""
+    SCREENS.mkdir(parents=True, exist_ok=True)
+
+    def take(part: Locator, name: str) -> None:
+        for dark in (True, False):
+            notebook.theme(dark)
+            part.screenshot(path=SCREENS / f"{name}-{'dark' if dark else 'light'}.png")
+
+    return take
