@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from swarm_notebook.swarm import Swarm as Swarm
     from swarm_notebook.swarm import connect as connect
     from swarm_notebook.swarm import look as look
+    from swarm_notebook.trace import Trace as Trace
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _PUBLIC = {
     "SwarmStatus": "status",
     "connect": "swarm",
     "look": "swarm",
+    "Trace": "trace",
     "SwarmError": "errors",
 }
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "Swarm",
     "SwarmError",
     "SwarmStatus",
+    "Trace",
     "__version__",
     "connect",
     "errors",

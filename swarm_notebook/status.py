@@ -196,12 +196,17 @@ class RouteTable:
 
 
 def _frame(rows: Sequence[object], columns: list[str]) -> pd.DataFrame:
+    return data_frame(
+        [{column: getattr(row, column) for column in columns} for row in rows], columns
+    )
+
+
+def data_frame(rows: Sequence[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
+    """Rows as a data frame; says what to install if that cannot be."""
     try:
         import pandas as pd
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "to_pandas() needs pandas: pip install 'swarm-notebook[pandas]'", name="pandas"
         ) from error
-    return pd.DataFrame(
-        [[getattr(row, column) for column in columns] for row in rows], columns=columns
-    )
+    return pd.DataFrame(rows, columns=columns)

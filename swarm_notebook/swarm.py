@@ -19,6 +19,7 @@ from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.client import connection as connections
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.directory import PATIENCE
+from swarm_notebook.client.events import MAX_EVENTS, Subscription
 from swarm_notebook.client.routing import describe_blocks, leg_seconds
 from swarm_notebook.errors import MissingBlocks, ModelNotServed
 from swarm_notebook.local import LocalSwarm
@@ -26,6 +27,7 @@ from swarm_notebook.model import skeleton
 from swarm_notebook.net.records import ModelRecord, ServerSpan, ServerState
 from swarm_notebook.net.tensors import dtype_from_name
 from swarm_notebook.status import RouteHop, RouteTable, ServerRow, SwarmStatus
+from swarm_notebook.trace import Trace, from_timeline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,6 +92,18 @@ class Swarm:
             for leg in chain
         ]
         return RouteTable(self.name, tuple(hops))
+
+    def trace(self) -> Trace:
+        """Where the time of the last generation went: notebook, network, each server."""
+        return from_timeline(self.name, self._connection.directory.events.latest)
+
+    def events(self, size: int = MAX_EVENTS) -> Subscription:
+        """Tokens that pass and servers that are lost, from now on, to be read in any thread.
+
+        Args:
+            size: how many events wait at most; the oldest are forgotten first.
+        """
+        return self._connection.directory.events.subscribe(size)
 
     def generate(
         self,

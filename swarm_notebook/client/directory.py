@@ -23,6 +23,7 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client import routing
 from swarm_notebook.client.announced import Announced
+from swarm_notebook.client.events import Events
 from swarm_notebook.errors import BadRequest, MissingBlocks
 from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node
@@ -71,6 +72,7 @@ class Directory:
         snapshot: what the last reading found.
         uploaded: which version of an adapter, for which blocks, a peer got, by peer and adapter.
         upload_locks: one upload at a time, by peer.
+        events: where steps and failovers are told.
     """
 
     node: Node
@@ -81,6 +83,7 @@ class Directory:
     snapshot: Snapshot = Snapshot()
     uploaded: dict[tuple[str, str], tuple[int, int, int]] = field(default_factory=dict)
     upload_locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    events: Events = field(default_factory=Events)
     _standing: dict[str, _Standing] = field(default_factory=dict)
     _silent: set[str] = field(default_factory=set)
     _last_holders: dict[int, set[str]] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 import uuid
 
 from hivemind.p2p import PeerID
@@ -15,7 +16,14 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.adapters import ensure_uploaded
 from swarm_notebook.client.directory import Directory
-from swarm_notebook.client.request import Outputs, Request, read_outputs, refuse_extensions
+from swarm_notebook.client.events import HopTimes
+from swarm_notebook.client.request import (
+    Outputs,
+    Request,
+    read_outputs,
+    read_times,
+    refuse_extensions,
+)
 from swarm_notebook.client.routing import Leg
 from swarm_notebook.client.trip import OPEN_TIMEOUT, TRANSPORT_ERRORS, gone, server_name
 from swarm_notebook.client.watch import Watch
@@ -48,14 +56,15 @@ class Hop:
     def __str__(self) -> str:
         return self._name
 
-    async def run(self, request: Request) -> Outputs:
-        """Send one request and wait for its outputs.
+    async def run(self, request: Request) -> tuple[Outputs, HopTimes]:
+        """Send one request and wait for its outputs; also say where the time went.
 
         Raises:
             BadRequest, CacheFull, SessionLost, AdapterMissing, ShuttingDown: the server says so.
             ServerFailed: it is gone, hangs, or answers with something else than asked for.
         """
         await ensure_uploaded(self._directory, self.leg, request.adapter)
+        began = time.perf_counter()
         message = self._message(request)
         watch: Watch | None = None
         try:
@@ -68,6 +77,7 @@ class Hop:
                     )
             what = functools.partial(self._describe, request)
             watch = Watch(self._directory, self.leg.peer, what, self._stream)
+            sent = time.perf_counter()
             with watch:
                 await self._stream.send(message)
                 answer = await self._stream.receive(runtime_pb2.ExpertResponse)
@@ -78,10 +88,23 @@ class Hop:
             raise ServerFailed(f"{self} sent no readable answer: {error}") from None
         if answer is None:
             raise ServerFailed(f"{self} ended the session")
+        received = time.perf_counter()
         outputs = read_outputs(answer.tensors, request, str(self))
         self.position = request.position + request.hidden.shape[1]
         self._directory.succeeded(self.leg.peer)
-        return outputs
+        waited = received - sent
+        serialisation, queue, compute = read_times(answer.metadata, waited)
+        times = HopTimes(
+            self.leg.peer,
+            self.leg.span.name,
+            request.start,
+            request.end,
+            serialisation + sent - began + time.perf_counter() - received,
+            waited - serialisation - queue - compute,
+            queue,
+            compute,
+        )
+        return outputs, times
 
     def _describe(self, request: Request) -> str:
         return f"{self} to run {request.hidden.shape[1]} tokens"

@@ -15,7 +15,7 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.errors import BadRequest, ServerFailed, Unsupported
-from swarm_notebook.net import tensors
+from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.records import ServerSpan
 
 
@@ -122,6 +122,25 @@ def read_outputs(packed: Sequence[runtime_pb2.Tensor], request: Request, server:
         dict(zip(blocks, unpacked[: len(blocks)], strict=True)),
         dict(zip(request.inner, unpacked[len(blocks) :], strict=True)),
     )
+
+
+def read_times(metadata: bytes, waited: float) -> tuple[float, float, float]:
+    """The server's seconds of serialisation, queue and compute; nothing from a Petals server.
+
+    Args:
+        metadata: that of the answer.
+        waited: the seconds between request and answer, of which these can only be a part.
+    """
+    try:
+        found = protocol.unpack_metadata(metadata).get(protocol.TIMES_KEY)
+    except BadRequest:
+        return 0.0, 0.0, 0.0
+    if not isinstance(found, (list, tuple)) or len(found) != 3:
+        return 0.0, 0.0, 0.0
+    parts = [part if type(part) is float and part >= 0.0 else 0.0 for part in found]
+    if sum(parts) > waited:
+        return 0.0, 0.0, 0.0
+    return parts[0], parts[1], parts[2]
 
 
 def read_tensor(packed: runtime_pb2.Tensor, server: str) -> torch.Tensor:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Collection, Sequence
 
 import torch
 
 from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.directory import Directory
+from swarm_notebook.client.events import Failover, HopTimes, Step, Timeline
 from swarm_notebook.client.history import History, Pass
 from swarm_notebook.client.hop import Hop
 from swarm_notebook.client.request import Outputs, Request
@@ -58,6 +60,9 @@ class InferenceSession:
         self._hops: list[Hop] = []
         self._rows_version = 0
         self._rows: torch.Tensor | None = None
+        # Where time goes, of the generation under way and of its present step.
+        self._timeline: Timeline | None = None
+        self._trips: list[HopTimes] = []
         # Within one step: servers that were lost, and those that refused it.
         self._lost: set[str] = set()
         self._refusing: set[str] = set()
@@ -73,6 +78,10 @@ class InferenceSession:
             self.history.select(rows)
             self._rows_version += 1
             self._rows = rows
+
+    def begin_generation(self) -> None:
+        """What follows is one generation, for those who watch (see `events`)."""
+        self._timeline = self._directory.events.begin(time.perf_counter())
 
     def begin(self, new: Pass) -> None:
         """Start a pass; ``new.edits`` holds the input of block 0, and what follows is forgotten."""
@@ -101,12 +110,21 @@ class InferenceSession:
         """
         self._lost.clear()
         self._refusing.clear()
+        self._trips = []
+        began = time.perf_counter()
+        timeline = self._timeline or self._directory.events.begin(began)
+        self._timeline = timeline
         try:
-            return await self._walk(block, stop, states, inner)
+            outputs = await self._walk(block, stop, states, inner)
         except asyncio.CancelledError:
             # An interrupt: the servers stop and free their caches, the history stays.
             self.close()
             raise
+        now, current = time.perf_counter(), self.history.current
+        rows, hops = outputs.states[stop - 1].shape[0], tuple(self._trips)
+        step = Step(current.position, current.length, rows, began, now, hops)
+        self._directory.events.passed(timeline, step)
+        return outputs
 
     async def _walk(
         self,
@@ -154,7 +172,7 @@ class InferenceSession:
         hidden = part.input_of(start)
         if hidden is None:
             raise LookupError(f"the history has no input of block {start}")
-        return await hop.run(
+        outputs, times = await hop.run(
             Request(
                 start,
                 end,
@@ -169,6 +187,8 @@ class InferenceSession:
                 adapter=self.adapter,
             )
         )
+        self._trips.append(times)
+        return outputs
 
     def _prompts(self, start: int, end: int, part: Pass) -> torch.Tensor | None:
         """Deep prompts of these blocks, if the pass reaches into their positions."""
@@ -211,6 +231,12 @@ class InferenceSession:
         hop.close()
         self._hops.remove(hop)
         self.failovers += 1
+        if self._timeline is not None:
+            leg = hop.leg
+            lost = Failover(
+                leg.peer, leg.span.name, hop.start, hop.end, str(error), time.perf_counter()
+            )
+            self._directory.events.lost(self._timeline, lost)
         peer, blocks = hop.leg.peer, describe_blocks(range(hop.start, hop.end))
         if isinstance(error, (BadRequest, CacheFull)):
             self._refuse(hop, error)

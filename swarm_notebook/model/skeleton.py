@@ -70,10 +70,12 @@ class RemoteModel:
                     "and values of remote blocks are kept by their servers; leave it out"
                 )
             cache = RemoteCache(self._runner.connection, max_length=max_cache_length + 1)
+            cache.session.begin_generation()
             model_kwargs["past_key_values"] = cache
             self._generating = weakref.ref(cache)
             return
         if isinstance(given, RemoteCache):
+            given.session.begin_generation()
             self._generating = weakref.ref(given)
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -6,7 +6,9 @@ only servers which announce ``swarm_notebook`` in their record are sent:
 - inference requests may carry an attention mask and position ids of the new tokens (tensor slots
   3 and 4; forward requests: 2 and 3), and name any sub-range of the hosted blocks in ``uid``;
 - ``states`` in the metadata lists block indices whose outputs come back after the result;
-- row indices (slot 2, Petals' ``hypo_ids``) may change the batch size.
+- row indices (slot 2, Petals' ``hypo_ids``) may change the batch size;
+- ``times`` in the metadata of a step's answer says where its time went in the server: seconds of
+  serialisation, queue and compute.
 
 A slot that is not used holds a dummy, an empty tensor, as in Petals. Metadata is msgpack in
 hivemind's dialect; it is read under a size bound and yields a plain dict.
@@ -24,6 +26,7 @@ from swarm_notebook.net import tensors
 
 PROTOCOL_VERSION = 1
 EXTENSION_KEY = "swarm_notebook"
+TIMES_KEY = "times"
 
 _SERVICER = "TransformerConnectionHandler"
 RPC_INFO = f"{_SERVICER}.rpc_info"

@@ -18,6 +18,7 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.server import fields, slots
+from swarm_notebook.server.times import StepTimes
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,14 @@ class Step(Forward):
         position: how many positions precede the new ones; None: all that the cache holds.
         row_ids: the cache's rows to go on with, None for all as they are.
         alloc_timeout: how many seconds the step may wait for memory.
+        times: where its time goes, see `times`.
     """
 
     position: int | None = None
     row_ids: list[int] | None = None
     step_id: str | None = None
     alloc_timeout: float | None = None
+    times: StepTimes = field(default_factory=StepTimes)
 
 
 @dataclass(slots=True)
@@ -161,11 +164,12 @@ def parse_step(
         previous: the blocks of the step before, which an empty ``uid`` repeats.
         limits: what this server hosts.
     """
+    times = StepTimes()
     repeated = previous if not message.uid else None
     blocks = repeated or parse_blocks(message.uid, limits)
     metadata = protocol.unpack_metadata(message.metadata)
     found = slots.unpack(message.tensors)
-    request = Step(blocks, slots.hidden(found[0], limits))
+    request = Step(blocks, slots.hidden(found[0], limits), times=times)
     request.prompts = slots.prompts(found[1], request, limits, limits.context or limits.tokens)
     request.row_ids = slots.row_ids(found[2], request)
     _read_common(request, found[3], found[4], metadata, limits)
@@ -174,6 +178,7 @@ def parse_step(
     request.alloc_timeout = fields.seconds(metadata, "alloc_timeout")
     fields.integer(metadata, "max_length")  # Petals reserves by it; our cache grows as needed
     fields.text(metadata, "session_id")
+    times.parsed()
     return request
 
 

@@ -20,6 +20,7 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
+from swarm_notebook.net import protocol
 from swarm_notebook.net.streams import Stream
 from swarm_notebook.server import exchange
 from swarm_notebook.server.compute import ComputeThread, Job
@@ -132,7 +133,10 @@ class InferenceSession:
             state.cache.reserve(granted // step.rows)
         outputs = await self._run(state, step, position)
         self._blocks, self._step_id = step.blocks, step.step_id
-        return runtime_pb2.ExpertResponse(tensors=exchange.pack(outputs, step.compression))
+        step.times.computed()
+        packed = exchange.pack(outputs, step.compression)
+        told = protocol.pack_metadata({protocol.TIMES_KEY: step.times.parts()})
+        return runtime_pb2.ExpertResponse(tensors=packed, metadata=told)
 
     async def _run(self, state: SessionState, step: Step, position: int) -> list[torch.Tensor]:
         pieces = []

@@ -10,6 +10,7 @@ its new tokens. As long as nobody sends a 0, there is no mask at all and HF take
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -72,6 +73,7 @@ class SessionState:
 
     def run(self, step: Step, position: int, begin: int, end: int) -> list[torch.Tensor]:
         """Compute the step's positions ``[begin, end)``; called in order, from 0 on."""
+        began = time.perf_counter()
         span = self._choose(step)
         if begin == 0:
             self._prepare(step, position)
@@ -80,7 +82,7 @@ class SessionState:
         if prompts is not None:
             # They belong to the first positions of the sequence, not of the step.
             prompts = prompts[:, :, position + begin : position + end]
-        return span.run(
+        outputs = span.run(
             *step.blocks,
             step.hidden[:, begin:end],
             cache=self.cache,
@@ -90,6 +92,8 @@ class SessionState:
             states=step.states,
             **step.extras(),
         )
+        step.times.compute += time.perf_counter() - began
+        return outputs
 
     def _check_rows(self, step: Step) -> None:
         rows, ids = self.cache.rows, step.row_ids

@@ -1,0 +1,219 @@
+"""Where the time of a generation went: the notebook, the network and each server.
+
+A `Trace` is made by `Swarm.trace()` from what the client recorded and never changed afterwards.
+One *pass* sends tokens through all blocks: the prompt is the first, then there is one per token,
+or one per verification if tokens are guessed ahead. It shows itself as `status` does: HTML with
+a plot, ``repr`` without anything that changes from run to run, and ``str`` with everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from swarm_notebook.formatting import clean, model_title, text_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from swarm_notebook.client.events import Step, Timeline
+
+PARTS = ("serialisation", "network", "queue", "compute")
+
+
+@dataclass(frozen=True)
+class ServerTimes:
+    """A server's part in one pass, or in the mean of several; seconds."""
+
+    name: str
+    peer_id: str
+    start: int
+    end: int
+    serialisation: float
+    network: float
+    queue: float
+    compute: float
+
+    @property
+    def blocks(self) -> str:
+        return f"{self.start}:{self.end}"
+
+    @property
+    def seconds(self) -> float:
+        return self.serialisation + self.network + self.queue + self.compute
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """One pass through all blocks; seconds.
+
+    Attributes:
+        position: tokens that precede those of the pass.
+        tokens: tokens per sequence in the pass.
+        client: the notebook's own work: embeddings, head, choice of the token, and transformers.
+        servers: in the order of their blocks.
+    """
+
+    position: int
+    tokens: int
+    client: float
+    servers: tuple[ServerTimes, ...]
+
+    @property
+    def seconds(self) -> float:
+        return self.client + sum(server.seconds for server in self.servers)
+
+    def part(self, name: str) -> float:
+        """One of `PARTS`, summed over the servers."""
+        return sum(getattr(server, name) for server in self.servers)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The passes of one generation.
+
+    Attributes:
+        failovers: servers that were lost on the way, and why.
+    """
+
+    model: str
+    passes: tuple[PassTimes, ...]
+    failovers: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The model's name, without the folder that it was read from."""
+        return model_title(self.model)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of each sequence came out."""
+        if not self.passes:
+            return 0
+        first, last = self.passes[0], self.passes[-1]
+        return last.position + last.tokens - first.position - first.tokens + 1
+
+    @property
+    def first_token_seconds(self) -> float:
+        """From the beginning to the end of the first pass."""
+        return self.passes[0].seconds if self.passes else 0.0
+
+    @property
+    def mean(self) -> PassTimes | None:
+        """The mean of all passes but the first, or None without any."""
+        return _mean(self.passes[1:])
+
+    @property
+    def headline(self) -> str:
+        """One sentence: how fast was it?"""
+        if not self.passes:
+            return "nothing was generated yet"
+        text = f"{self.shape}; first pass {_ms(self.first_token_seconds)}"
+        later = self.passes[1:]
+        if later:
+            seconds = sum(one.seconds for one in later)
+            rate = (self.tokens - 1) / seconds if seconds else 0.0
+            text += f", then {_ms(seconds / len(later))} per pass, {rate:.1f} tokens/s"
+        return text
+
+    @property
+    def shape(self) -> str:
+        """What does not vary from run to run: tokens and passes."""
+        passes = len(self.passes)
+        lost = len(self.failovers)
+        return (
+            f"{self.tokens} token{'' if self.tokens == 1 else 's'} "
+            f"in {passes} pass{'' if passes == 1 else 'es'}"
+            + (f", {lost} server{'' if lost == 1 else 's'} lost on the way" if lost else "")
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per pass and server; seconds."""
+        from swarm_notebook.status import data_frame
+
+        rows = [
+            {"pass": number, "position": one.position, "tokens": one.tokens, "client": one.client}
+            | {"name": server.name, "peer_id": server.peer_id, "blocks": server.blocks}
+            | {part: getattr(server, part) for part in PARTS}
+            for number, one in enumerate(self.passes)
+            for server in one.servers
+        ]
+        columns = ["pass", "position", "tokens", "client", "name", "peer_id", "blocks"]
+        return data_frame(rows, [*columns, *PARTS])
+
+    def __repr__(self) -> str:
+        shown = self.mean or (self.passes[0] if self.passes else None)
+        servers = [] if shown is None else shown.servers
+        way = " -> ".join(f"{clean(server.name)} [{server.blocks}]" for server in servers)
+        return f"{self.title}: {self.shape}" + (f", through {way}" if way else "")
+
+    def __str__(self) -> str:
+        lines = [f"{self.title}: {self.headline}"]
+        if self.passes:
+            head = ["ms per pass", "blocks", *PARTS, "all"]
+            lines += text_table(head, _rows(self.mean or self.passes[0]))
+        return "\n".join([*lines, *(f"lost: {clean(reason)}" for reason in self.failovers)])
+
+    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
+        from swarm_notebook import trace_html
+
+        return {"text/plain": repr(self), "text/html": trace_html.trace(self)}
+
+
+def from_timeline(model: str, timeline: Timeline | None) -> Trace:
+    """The trace of what was recorded."""
+    if timeline is None:
+        return Trace(model, ())
+    passes, before = [], timeline.began
+    for step in list(timeline.steps):
+        passes.append(_pass(step, before))
+        before = step.ended
+    return Trace(model, tuple(passes), tuple(lost.reason for lost in list(timeline.failovers)))
+
+
+def _pass(step: Step, before: float) -> PassTimes:
+    servers = tuple(
+        ServerTimes(hop.name, hop.peer, hop.start, hop.end, *hop[4:]) for hop in step.hops
+    )
+    elsewhere = sum(server.seconds for server in servers)
+    return PassTimes(step.position, step.tokens, step.ended - before - elsewhere, servers)
+
+
+def _mean(passes: Sequence[PassTimes]) -> PassTimes | None:
+    """The mean pass; a server counts for each pass, also for those without it."""
+    if not passes:
+        return None
+    count = len(passes)
+    groups: dict[tuple[int, int, str], list[ServerTimes]] = {}
+    for one in passes:
+        for server in one.servers:
+            groups.setdefault((server.start, server.end, server.peer_id), []).append(server)
+    servers = tuple(
+        ServerTimes(
+            found[0].name,
+            peer,
+            start,
+            end,
+            *(sum(getattr(server, part) for server in found) / count for part in PARTS),
+        )
+        for (start, end, peer), found in sorted(groups.items())
+    )
+    last = passes[-1]
+    client = sum(one.client for one in passes) / count
+    return PassTimes(last.position, last.tokens, client, servers)
+
+
+def _rows(one: PassTimes) -> list[list[str | None]]:
+    rows: list[list[str | None]] = [
+        ["notebook", None, None, None, None, None, f"{1000 * one.client:.2f}"]
+    ]
+    for server in one.servers:
+        parts = [f"{1000 * getattr(server, part):.2f}" for part in PARTS]
+        rows.append([server.name, server.blocks, *parts, f"{1000 * server.seconds:.2f}"])
+    totals = [f"{1000 * one.part(part):.2f}" for part in PARTS]
+    return [*rows, ["together", None, *totals, f"{1000 * one.seconds:.2f}"]]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"
