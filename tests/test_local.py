@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import marked_processes, wait_gone
+from conftest import marked_processes
 
 from swarm_notebook import LocalSwarm
 from swarm_notebook.errors import ModelNotFound, ServerStartError
@@ -84,5 +84,5 @@ def test_servers_die_with_their_notebook_even_if_it_is_killed(tiny_llama: Path) 
         parent.wait()
         began = time.monotonic()
         server.wait(20)
+    # Its network daemon is gone, too: the watch over every test sees to that.
     assert time.monotonic() - began < 20
-    assert not wait_gone({})
