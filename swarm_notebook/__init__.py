@@ -54,11 +54,12 @@ __all__ = [
     "errors",
     "look",
     "probing",
+    "widgets",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name in {"errors", "probing"}:
+    if name in {"errors", "probing", "widgets"}:
         return import_module(f"{__name__}.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -65,6 +65,7 @@ class CommandLine:
             self._connect()
             self._status()
             self._route()
+            self._map()
         self._generate(with_prompt=magic == "%swarm")
         if magic == "%swarm":
             self._add("disconnect", "end the connection; an embedded swarm ends with it")
@@ -132,6 +133,11 @@ class CommandLine:
     def _route(self) -> None:
         route = self._add("route", "show the servers that a token passes")
         _add_output(route, "the RouteTable, instead of showing it,")
+
+    def _map(self) -> None:
+        _add_output(
+            self._add("map", "watch the swarm live"), "the SwarmMap, instead of showing it,"
+        )
 
     def _generate(self, *, with_prompt: bool) -> None:
         generate = self._add("generate", "let the model answer; the text streams into the cell")

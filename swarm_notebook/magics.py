@@ -122,6 +122,11 @@ class SwarmMagics:
     def _route(self, arguments: argparse.Namespace) -> Any:
         return self._store(arguments.output, self._need().route())
 
+    def _map(self, arguments: argparse.Namespace) -> Any:
+        from swarm_notebook.widgets import SwarmMap
+
+        return self._store(arguments.output, SwarmMap(self._need()))
+
     def _generate(self, arguments: argparse.Namespace) -> None:
         pieces: list[str] = []
 

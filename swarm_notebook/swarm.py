@@ -68,9 +68,19 @@ class Swarm:
     def __exit__(self, *_: object) -> None:
         self.disconnect()
 
-    def status(self) -> SwarmStatus:
-        """Who serves which blocks now; asks the swarm."""
-        self._connection.refresh()
+    @property
+    def connected(self) -> bool:
+        """Whether `disconnect` has not been called yet."""
+        return self._connection.is_open
+
+    def status(self, *, refresh: bool = True) -> SwarmStatus:
+        """Who serves which blocks.
+
+        Args:
+            refresh: ask the swarm now; else tell at once what was known seconds ago.
+        """
+        if refresh:
+            self._connection.refresh()
         return _status(self.name, self._connection)
 
     def route(self) -> RouteTable:

@@ -90,6 +90,19 @@ def test_status_and_route(connected: Kernel) -> None:
     assert connected.value("list(seen.to_pandas()['name'])") == "['local-0', 'local-1']"
 
 
+def test_map_shows_a_widget_with_its_picture(connected: Kernel) -> None:
+    shown = connected.run("%swarm map")
+    assert "SwarmMap: " in shown.plain
+    assert "2 servers online, all 30 blocks served" in shown.plain
+    assert "local-0" in shown.displayed[-1]["text/html"]
+    assert "application/vnd.jupyter.widget-view+json" in shown.displayed[-1]
+    assert not connected.run("%swarm map -o seen").displayed
+    assert connected.value("[row[1:4] for row in seen.servers]") == (
+        "[['local-0', 0, 15], ['local-1', 15, 30]]"
+    )
+    assert connected.value("(seen.refresh(), seen.error)") == "(None, '')"
+
+
 def test_generate_streams_a_chat_answer_and_stores_it(connected: Kernel) -> None:
     result = connected.run('%swarm generate "What is the capital of Germany?" -o answer')
     assert result.stdout == ANSWER + "\n"

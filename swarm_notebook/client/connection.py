@@ -71,6 +71,11 @@ class Connection:
             self.close()
             raise
 
+    @property
+    def is_open(self) -> bool:
+        """Whether `close` has not been called yet."""
+        return self._open
+
     def session(self, max_length: int | None = None) -> InferenceSession:
         """A new session without servers yet; its first step chooses them."""
         return InferenceSession(self.directory, max_length)

@@ -1,0 +1,221 @@
+// What all widgets build on: elements, the frame around a view, its theme, actions, numbers.
+// A view is built once and then changed in place; whatever came from elsewhere is text, never HTML.
+
+/** @typedef {import("@anywidget/types").AnyModel<any>} Model */
+/** @typedef {Node | string | number | null | undefined | false} Child */
+
+/**
+ * An element. Attributes of the form `onclick` are listeners; `null` and `false` leave one out.
+ * @template {keyof HTMLElementTagNameMap} K
+ * @param {K} tag
+ * @param {Record<string, any>} [attributes]
+ * @param {...Child} children
+ * @returns {HTMLElementTagNameMap[K]}
+ */
+export function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false) {
+      element.setAttribute(name, value === true ? "" : String(value));
+    }
+  }
+  fill(element, ...children);
+  return element;
+}
+
+/**
+ * Replace what is in an element.
+ * @param {Element} element
+ * @param {...Child} children
+ */
+export function fill(element, ...children) {
+  const shown = children.filter((child) => child !== null && child !== undefined && child !== false);
+  element.replaceChildren(...shown.map((child) => (child instanceof Node ? child : String(child))));
+}
+
+/**
+ * Set an element's text, touching the page only if it changes.
+ * @param {Element} element
+ * @param {string} text
+ */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/**
+ * Ask the Python side to run one of the widget's actions.
+ * @param {Model} model
+ * @param {string} action
+ * @param {Record<string, any>} [options]
+ */
+export function act(model, action, options = {}) {
+  model.send({ action, with: options });
+}
+
+/**
+ * Call `show` now and whenever one of the traits changes; returns what ends that.
+ * @param {Model} model
+ * @param {string[]} traits
+ * @param {() => void} show
+ * @returns {() => void}
+ */
+export function follow(model, traits, show) {
+  for (const trait of traits) model.on(`change:${trait}`, show);
+  show();
+  return () => {
+    for (const trait of traits) model.off(`change:${trait}`, show);
+  };
+}
+
+/**
+ * A widget's `render`: `build` fills the view and returns what ends it. Its errors, and those of
+ * the Python side (trait `error`), stand in a red panel above it.
+ * @param {string} label what a screen reader calls the view
+ * @param {string} kind class and test id: `sn-kind`
+ * @param {(view: { model: Model, root: HTMLElement }) => Array<() => void>} build
+ * @returns {import("@anywidget/types").Render<any>}
+ */
+export function widget(label, kind, build) {
+  return ({ model, el }) => {
+    const text = h("span", { class: "sn-error-text" });
+    const close = h("button", { type: "button", onclick: () => act(model, "dismiss") }, "Dismiss");
+    const panel = h(
+      "div",
+      { class: "sn-error", role: "alert", "data-testid": "error", hidden: true },
+      text,
+      close,
+    );
+    const root = h("div", { class: "sn-body" });
+    const frame = h(
+      "section",
+      { class: `sn-widget sn-${kind}`, "data-testid": kind, "aria-label": label },
+      panel,
+      root,
+    );
+    el.replaceChildren(frame);
+    const showError = (/** @type {string} */ message) => {
+      panel.hidden = !message;
+      setText(text, message);
+    };
+    const ends = [
+      followTheme(frame),
+      follow(model, ["error"], () => showError(model.get("error") ?? "")),
+    ];
+    try {
+      ends.push(...build({ model, root }));
+    } catch (error) {
+      showError(`the view failed: ${error}`);
+      console.error(error);
+    }
+    return () => {
+      for (const end of ends) end();
+    };
+  };
+}
+
+/**
+ * Whether the page around an element is dark, as JupyterLab, VS Code, Colab, marimo or the browser
+ * says.
+ * @returns {boolean}
+ */
+export function isDark() {
+  const { body, documentElement: html } = document;
+  if (body.dataset.jpThemeLight) return body.dataset.jpThemeLight === "false";
+  if (/\bvscode-(dark|high-contrast)\b(?!-light)/.test(body.className)) return true;
+  if (body.classList.contains("vscode-light")) return false;
+  const named = html.getAttribute("theme") ?? html.dataset.theme ?? body.dataset.theme;
+  if (named === "dark" || named === "light") return named === "dark";
+  if (html.classList.contains("dark") || body.classList.contains("dark")) return true;
+  if (html.classList.contains("light") || body.classList.contains("light")) return false;
+  return matchMedia("(prefers-color-scheme: dark)").matches;
+}
+
+/**
+ * Keep `data-theme` of an element at `light` or `dark`; returns what ends that.
+ * @param {HTMLElement} element
+ * @returns {() => void}
+ */
+export function followTheme(element) {
+  const show = () => {
+    element.dataset.theme = isDark() ? "dark" : "light";
+  };
+  const observer = new MutationObserver(show);
+  const options = { attributeFilter: ["class", "theme", "data-theme", "data-jp-theme-light"] };
+  observer.observe(document.body, options);
+  observer.observe(document.documentElement, options);
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  system.addEventListener("change", show);
+  show();
+  return () => {
+    observer.disconnect();
+    system.removeEventListener("change", show);
+  };
+}
+
+/**
+ * Let arrow keys, Home and End move the focus among the children that `selector` finds: one tab
+ * stop for all of them.
+ * @param {HTMLElement} container
+ * @param {string} selector
+ */
+export function roving(container, selector) {
+  container.addEventListener("keydown", (event) => {
+    const items = [...container.querySelectorAll(selector)];
+    const here = items.indexOf(/** @type {Element} */ (event.target));
+    const steps = /** @type {Record<string, number>} */ ({
+      ArrowDown: here + 1,
+      ArrowRight: here + 1,
+      ArrowUp: here - 1,
+      ArrowLeft: here - 1,
+      Home: 0,
+      End: items.length - 1,
+    });
+    const next = items[Math.max(0, Math.min(steps[event.key] ?? -1, items.length - 1))];
+    if (here < 0 || !(event.key in steps) || !(next instanceof HTMLElement)) return;
+    event.preventDefault();
+    for (const item of items) item.setAttribute("tabindex", item === next ? "0" : "-1");
+    next.focus();
+  });
+}
+
+/**
+ * A number for people: three digits or so, thousands grouped, a dash for what is not known.
+ * @param {number | null | undefined} value
+ * @returns {string}
+ */
+export function number(value) {
+  if (value === null || value === undefined) return "–";
+  const digits = Math.abs(value) >= 100 || Number.isInteger(value) ? 0 : 1;
+  return value.toLocaleString("en-US", {
+    minimumFractionDigits: digits,
+    maximumFractionDigits: digits,
+  });
+}
+
+/**
+ * A number of bytes for people.
+ * @param {number | null | undefined} value
+ * @returns {string}
+ */
+export function bytes(value) {
+  if (value === null || value === undefined) return "–";
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let unit = 0;
+  for (; value >= 1000 && unit < units.length - 1; unit++) value /= 1000;
+  return `${number(unit ? Number(value.toPrecision(3)) : value)} ${units[unit]}`;
+}
+
+/**
+ * A duration for people: `1.2 ms`, `3.4 s`, `5 min`, `2 h`.
+ * @param {number | null | undefined} seconds
+ * @returns {string}
+ */
+export function duration(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
+  if (seconds < 1) return `${number(Number((1000 * seconds).toPrecision(3)))} ms`;
+  if (seconds < 100) return `${number(Number(seconds.toPrecision(2)))} s`;
+  if (seconds < 6000) return `${Math.round(seconds / 60)} min`;
+  if (seconds < 172800) return `${Math.round(seconds / 3600)} h`;
+  return `${Math.round(seconds / 86400)} days`;
+}

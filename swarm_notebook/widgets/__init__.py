@@ -1,0 +1,47 @@
+"""Live views for notebooks, each one anywidget: a Python class here, an ES module under ``js/src``.
+
+    from swarm_notebook.widgets import SwarmMap
+    SwarmMap(swarm)                       # or %swarm map
+
+A widget is a view of public Python objects: whatever it shows or does can be had without it. Its
+state is in traits, so that several views of one widget agree, a reload of the page keeps it and a
+saved notebook shows it without a kernel. What takes long runs on threads of the widget, never in
+the kernel's main thread, which may be busy with a cell.
+
+To add one, ``MyWidget``:
+
+1. ``js/src/mine.js`` exports ``default { render }`` and builds on `js/src/dom.js`; its looks are in
+   ``js/src/mine.css``, in the colours of ``theme.css``. Test it in ``js/tests/mine.test.js``.
+2. ``widgets/mine.py`` defines ``class MyWidget(Widget, module="mine")`` with typed traits,
+   ``summary`` (one stable line) and ``picture`` (HTML that shows the same without a script). See
+   `base` for what a widget gets from there.
+3. Enter its name below, test it in ``tests/widgets/test_mine.py``, and give it a magic.
+
+Importing this package is light; a widget's module is imported on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swarm_notebook.widgets.map import SwarmMap as SwarmMap
+
+# Public name -> the module that defines it.
+_PUBLIC = {
+    "SwarmMap": "map",
+}
+__all__ = ["SwarmMap"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
