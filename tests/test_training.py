@@ -15,6 +15,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -155,6 +157,23 @@ def test_adapters_train_as_they_do_locally(
     finally:
         if kind != "prompt":
             ours.unload()
+
+
+def test_an_adapter_saved_untrained_holds_what_it_takes_from_the_base_weights(
+    pair: Pair, tmp_path: Path
+) -> None:
+    ours, theirs = pairs(pair, lambda model: peft.get_peft_model(model, pair.lora(use_dora=True)))
+    try:
+        ours.save_pretrained(tmp_path / "ours")
+        theirs.save_pretrained(tmp_path / "theirs")
+    finally:
+        ours.unload()
+    saved = [load_file(tmp_path / name / SAFETENSORS_WEIGHTS_NAME) for name in ("ours", "theirs")]
+    assert saved[0].keys() == saved[1].keys()
+    magnitudes = [name for name in saved[0] if "magnitude" in name]
+    assert magnitudes
+    for name in magnitudes:
+        same(saved[0][name], saved[1][name])
 
 
 def test_an_adapter_moves_between_remote_and_local(

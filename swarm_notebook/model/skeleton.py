@@ -98,6 +98,11 @@ class RemoteModel:
         twin.__dict__.update(state)
         return twin
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # What an adapter takes from the base weights comes from the servers; here it is zeros yet.
+        self._runner.adapters.current(self._runner.blocks, thorough=False)
+        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         raise Unsupported(
             "the weights of a remote model are on the servers; save_pretrained of its PEFT "
