@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
+    from swarm_notebook.cost import Bill as Bill
+    from swarm_notebook.cost import Preview as Preview
     from swarm_notebook.errors import SwarmError as SwarmError
     from swarm_notebook.local import LocalServer as LocalServer
     from swarm_notebook.local import LocalSwarm as LocalSwarm
@@ -31,8 +33,10 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _PUBLIC = {
+    "Bill": "cost",
     "LocalServer": "local",
     "LocalSwarm": "local",
+    "Preview": "cost",
     "RouteTable": "status",
     "Swarm": "swarm",
     "SwarmStatus": "status",
@@ -42,8 +46,10 @@ _PUBLIC = {
     "SwarmError": "errors",
 }
 __all__ = [
+    "Bill",
     "LocalServer",
     "LocalSwarm",
+    "Preview",
     "RouteTable",
     "Swarm",
     "SwarmError",

@@ -50,6 +50,8 @@ class ServerRow:
     cache_total: int | None = None
     version: str | None = None
     note: str = ""
+    announced: float | None = None  # Unix time when what it says of itself was first read
+    heard: float | None = None  # Unix time when it last answered anything
 
     @property
     def blocks(self) -> str:
@@ -74,6 +76,7 @@ class SwarmStatus:
     model: str
     num_blocks: int
     servers: tuple[ServerRow, ...]
+    read: float | None = None  # Unix time when the servers' records were read
 
     @property
     def title(self) -> str:
@@ -94,6 +97,17 @@ class SwarmStatus:
     def missing(self) -> list[int]:
         """The blocks that no server holds."""
         return [block for block, count in enumerate(self.servers_per_block) if count == 0]
+
+    def needed(self, peer_id: str) -> list[int]:
+        """The blocks that this server alone can be asked for: what breaks if it leaves."""
+        counts = self.servers_per_block
+        mine = {
+            block
+            for row in self.servers
+            if row.peer_id == peer_id and row.state == "online"
+            for block in range(row.start, min(row.end, self.num_blocks))
+        }
+        return sorted(block for block in mine if counts[block] == 1)
 
     @property
     def headline(self) -> str:

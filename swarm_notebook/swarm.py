@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -21,6 +22,7 @@ from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.directory import PATIENCE
 from swarm_notebook.client.events import MAX_EVENTS, Subscription
 from swarm_notebook.client.routing import describe_blocks, leg_seconds
+from swarm_notebook.cost import Bill, Preview, expect, from_accounts
 from swarm_notebook.errors import MissingBlocks, ModelNotServed
 from swarm_notebook.local import LocalSwarm
 from swarm_notebook.model import skeleton
@@ -102,6 +104,38 @@ class Swarm:
             for leg in chain
         ]
         return RouteTable(self.name, tuple(hops))
+
+    def preview(self, *, prompt_tokens: int, max_new_tokens: int, batch: int = 1) -> Preview:
+        """What a generation will take on the present route; asks the network nothing.
+
+        Args:
+            prompt_tokens: tokens of each prompt, padding included.
+            max_new_tokens: tokens to generate, one pass each.
+            batch: sequences that are generated together.
+
+        Raises:
+            ValueError: a number is below 1.
+            MissingBlocks: no server holds some of the blocks.
+        """
+        directory = self._connection.directory
+        config: Any = self.model.config.get_text_config()
+        return expect(
+            self.name,
+            directory.chain(0, directory.num_blocks),
+            directory.rtt,
+            directory.events.ledger.accounts(),
+            token_bytes=config.hidden_size * self.model.dtype.itemsize,
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
+        )
+
+    def bill(self) -> Bill:
+        """What was used since this notebook was attached, and by whom activations were seen.
+
+        ``swarm.bill() - before``, with an earlier bill, is what was used since then.
+        """
+        return from_accounts(self.name, self._connection.directory.events.ledger.accounts())
 
     def trace(self) -> Trace:
         """Where the time of the last generation went: notebook, network, each server."""
@@ -237,11 +271,16 @@ def look(
 def _status(name: str, connection: Connection) -> SwarmStatus:
     """What the directory knows, as a table."""
     directory = connection.directory
+    snapshot = directory.snapshot
     rows = [
-        _server_row(span, directory.rtt.get(span.peer), directory.avoided(span.peer))
-        for span in directory.snapshot.spans
+        replace(
+            _server_row(span, directory.rtt.get(span.peer), directory.avoided(span.peer)),
+            announced=snapshot.announced.get(span.peer),
+            heard=directory.heard.get(span.peer),
+        )
+        for span in snapshot.spans
     ]
-    return SwarmStatus(name, directory.num_blocks, tuple(rows))
+    return SwarmStatus(name, directory.num_blocks, tuple(rows), snapshot.when)
 
 
 def _only_record(peers: Sequence[str]) -> tuple[str, ModelRecord]:

@@ -7,7 +7,8 @@ since: their old records stay in the DHT for a while.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 from hivemind.p2p import PeerID
 from hivemind.utils import ValueWithExpiration, get_dht_time
@@ -17,10 +18,11 @@ from swarm_notebook.net.records import ServerInfo, parse_record
 
 @dataclass(frozen=True)
 class _Record:
-    """What a server announced, and until when that holds (in the DHT's time)."""
+    """What a server announced, until when that holds (in the DHT's time), and when it was read."""
 
     info: ServerInfo
     expires: float
+    read: float
 
 
 class Announced:
@@ -39,21 +41,32 @@ class Announced:
             info = parse_record(entry.value)
             if info is None or not isinstance(peer, str) or not _is_peer_id(peer):
                 continue
-            if peer not in known or known[peer].expires <= entry.expiration_time:
-                known[peer] = _Record(info, entry.expiration_time)
+            before = known.get(peer)
+            if before is None or before.expires < entry.expiration_time:
+                known[peer] = _Record(info, entry.expiration_time, time.time())
+            elif before.expires == entry.expiration_time:
+                known[peer] = replace(before, info=info)
         self._blocks[block] = known
 
     def holders(self) -> dict[int, dict[str, ServerInfo]]:
         """Who holds each block, with its newest record."""
+        newest = self._newest()
+        return {
+            block: {peer: newest[peer].info for peer in known if _hosts(newest[peer].info, block)}
+            for block, known in self._blocks.items()
+        }
+
+    def times(self) -> dict[str, float]:
+        """When each server's newest record was first read, in seconds of Unix time."""
+        return {peer: record.read for peer, record in self._newest().items()}
+
+    def _newest(self) -> dict[str, _Record]:
         newest: dict[str, _Record] = {}
         for known in self._blocks.values():
             for peer, record in known.items():
                 if peer not in newest or newest[peer].expires < record.expires:
                     newest[peer] = record
-        return {
-            block: {peer: newest[peer].info for peer in known if _hosts(newest[peer].info, block)}
-            for block, known in self._blocks.items()
-        }
+        return newest
 
 
 def _hosts(info: ServerInfo, block: int) -> bool:

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
@@ -56,10 +56,16 @@ class _Standing:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What was known at one moment; replaced as a whole, never changed."""
+    """What was known at one moment; replaced as a whole, never changed.
+
+    Attributes:
+        when: the moment, in seconds of Unix time.
+        announced: when a server's present record was first read, by peer.
+    """
 
     spans: tuple[ServerSpan, ...] = ()
     when: float = 0.0
+    announced: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,6 +75,7 @@ class Directory:
     Attributes:
         patience: seconds to wait for a server when some blocks have none.
         rtt: measured round trip in seconds by peer.
+        heard: when a peer last answered anything, in seconds of Unix time.
         snapshot: what the last reading found.
         uploaded: which version of an adapter, for which blocks, a peer got, by peer and adapter.
         upload_locks: one upload at a time, by peer.
@@ -80,6 +87,7 @@ class Directory:
     num_blocks: int
     patience: float = PATIENCE
     rtt: dict[str, float] = field(default_factory=dict)
+    heard: dict[str, float] = field(default_factory=dict)
     snapshot: Snapshot = Snapshot()
     uploaded: dict[tuple[str, str], tuple[int, int, int]] = field(default_factory=dict)
     upload_locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
@@ -128,7 +136,7 @@ class Directory:
         for index, uid in enumerate(uids):
             self._announced.update(index, found.get(uid))
         spans = tuple(spans_of(self._announced.holders()))
-        self.snapshot = Snapshot(spans, time.time())
+        self.snapshot = Snapshot(spans, time.time(), self._announced.times())
         for span in spans:
             if span.info.state == ServerState.ONLINE:
                 for block in range(span.start, span.end):
@@ -147,6 +155,7 @@ class Directory:
             self._silent.add(peer)
             return False
         self._met.add(peer)
+        self.heard[peer] = time.time()
         self._silent.discard(peer)
         standing = self._standing.get(peer)
         if standing is not None and standing.failures <= FORGIVABLE_FAILURES:
@@ -234,6 +243,7 @@ class Directory:
 
     def succeeded(self, peer: str) -> None:
         """An answered request restores a peer's standing."""
+        self.heard[peer] = time.time()
         if peer in self._standing:
             del self._standing[peer]
 

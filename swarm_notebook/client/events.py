@@ -14,6 +14,8 @@ import threading
 from collections import deque
 from typing import NamedTuple, Self
 
+from swarm_notebook.client.ledger import Ledger
+
 MAX_STEPS = 4096
 MAX_EVENTS = 1024
 
@@ -139,10 +141,12 @@ class Events:
 
     Attributes:
         latest: the generation that was last begun.
+        ledger: what each server got and gave since the notebook was attached.
     """
 
     def __init__(self) -> None:
         self.latest: Timeline | None = None
+        self.ledger = Ledger()
         self._subscriptions: tuple[Subscription, ...] = ()
         self._lock = threading.Lock()
 
@@ -154,6 +158,7 @@ class Events:
     def passed(self, timeline: Timeline, step: Step) -> None:
         """Tokens have passed all blocks."""
         timeline.steps.append(step)
+        self.ledger.passed(step)
         self._publish(step)
 
     def lost(self, timeline: Timeline, failover: Failover) -> None:

@@ -74,6 +74,7 @@ class Hop:
                         self._directory.node.p2p,
                         PeerID.from_base58(self.leg.peer),
                         protocol.RPC_INFERENCE,
+                        self._directory.events.ledger.open(self.leg),
                     )
             what = functools.partial(self._describe, request)
             watch = Watch(self._directory, self.leg.peer, what, self._stream)

@@ -35,6 +35,13 @@ def block_seconds(span: ServerSpan) -> float:
     return 1.0 / max(span.info.inference_rps or span.info.throughput or DEFAULT_RPS, 1e-3)
 
 
+def prompt_seconds(leg: Leg) -> float:
+    """Expected seconds per token on this leg when many tokens go through it at once."""
+    info = leg.span.info
+    rate = info.forward_rps or info.inference_rps or info.throughput or DEFAULT_RPS
+    return (leg.end - leg.start) / max(rate, 1e-3)
+
+
 def leg_seconds(leg: Leg, rtt: Mapping[str, float]) -> float:
     """Expected seconds of one token on this leg, its round trip included."""
     trip = rtt.get(leg.peer, DEFAULT_RTT)

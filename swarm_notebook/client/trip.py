@@ -7,6 +7,7 @@ carries one part, as Petals' servers read them. An answer may carry several tens
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,10 +68,11 @@ async def trip(
     server = server_name(leg)
     watch: Watch | None = None
     stream: streams.Stream | None = None
+    ledger, began = directory.events.ledger, time.perf_counter()
     try:
         async with asyncio.timeout(OPEN_TIMEOUT):
             stream = await streams.open_stream(
-                directory.node.p2p, PeerID.from_base58(leg.peer), rpc
+                directory.node.p2p, PeerID.from_base58(leg.peer), rpc, ledger.open(leg)
             )
         watch = Watch(directory, leg.peer, lambda: f"{server} ({rpc.rpartition('.')[2]})", stream)
         with watch:
@@ -83,6 +85,7 @@ async def trip(
                     )
             await stream.send_end()
             parts, answered = await _receive(stream)
+        ledger.answered(leg, _tokens(slots), time.perf_counter() - began)
     except TRANSPORT_ERRORS as error:
         verdict = watch.verdict if watch else ""
         raise ServerFailed(f"{server} {verdict or gone(error)}") from None
@@ -93,6 +96,12 @@ async def trip(
         return Answer(tensors.join(parts), protocol.unpack_metadata(answered))
     except BadRequest as error:
         raise ServerFailed(f"{server} sent no readable answer: {error}") from None
+
+
+def _tokens(slots: Sequence[torch.Tensor | None]) -> int:
+    """How many tokens of all sequences the hidden states in the first slot are."""
+    hidden = slots[0]
+    return 0 if hidden is None or hidden.ndim != 3 else hidden.shape[0] * hidden.shape[1]
 
 
 async def _receive(stream: streams.Stream) -> tuple[list[runtime_pb2.Tensor], bytes]:

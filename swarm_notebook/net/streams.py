@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -40,6 +41,14 @@ class BadFrame(BadRequest):
     """What came in is not a frame with a message of the expected kind."""
 
 
+@dataclass(slots=True)
+class Meter:
+    """Bytes that went over streams, frames and all."""
+
+    sent: int = 0
+    received: int = 0
+
+
 class Stream:
     """One direction-pair of frames with ``peer`` (its base58 id, for messages)."""
 
@@ -49,9 +58,11 @@ class Stream:
         writer: asyncio.StreamWriter,
         peer: str,
         max_frame: int = MAX_FRAME_BYTES,
+        meter: Meter | None = None,
     ):
         self._reader, self._writer = reader, writer
         self.peer, self.max_frame = peer, max_frame
+        self._meter = meter or Meter()
 
     async def send(self, message: Message) -> None:
         """Write one message and wait until the buffer has room again."""
@@ -84,6 +95,7 @@ class Stream:
             if length > self.max_frame:
                 raise BadFrame(f"a frame of {length} bytes, at most {self.max_frame} are read")
             data = await self._reader.readexactly(length)
+            self._meter.received += _HEADER_BYTES + length
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise StreamClosed(f"peer {self.peer} closed the stream") from error
         if marker == _MESSAGE:
@@ -102,6 +114,7 @@ class Stream:
         self._writer.transport.abort()
 
     def _write(self, marker: int, data: bytes) -> None:
+        self._meter.sent += _HEADER_BYTES + len(data)
         header = bytes((marker,)) + len(data).to_bytes(8, "big")
         if len(data) < _JOIN_BYTES:
             self._writer.write(header + data)
@@ -123,7 +136,7 @@ def _parse(kind: type[M], data: bytes) -> M:
         raise BadFrame(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
 
 
-async def open_stream(p2p: P2P, peer: PeerID, handler: str) -> Stream:
+async def open_stream(p2p: P2P, peer: PeerID, handler: str, meter: Meter | None = None) -> Stream:
     """A new stream to `handler` of `peer`; P2PDaemonError when the peer cannot be reached."""
     opening = asyncio.ensure_future(p2p.call_binary_stream_handler(peer, handler))
     try:
@@ -131,7 +144,7 @@ async def open_stream(p2p: P2P, peer: PeerID, handler: str) -> Stream:
     except asyncio.CancelledError:
         opening.add_done_callback(_abandon)
         raise
-    return Stream(reader, writer, peer.to_base58())
+    return Stream(reader, writer, peer.to_base58(), meter=meter)
 
 
 def _abandon(opening: asyncio.Future) -> None:

@@ -1,0 +1,327 @@
+"""What a generation will take, and what has been used: requests, bytes, seconds, who sees what.
+
+`Preview` is made by `Swarm.preview` before a run, `Bill` by `Swarm.bill` after it; both are plain
+facts that never change. Bills of two moments subtract: ``swarm.bill() - before`` is what a run
+took. Each shows itself as `status` does, and has a `line` for where there is room for one.
+
+A server sees the activations of every token that passes it. They are no text, but text can be
+guessed from them: a peer on the bill has seen what this notebook does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from swarm_notebook.client.routing import leg_seconds, prompt_seconds
+from swarm_notebook.formatting import clean, model_title, number, text_table
+from swarm_notebook.status_html import STYLE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from swarm_notebook.client.ledger import Account
+    from swarm_notebook.client.routing import Leg
+
+# Beyond hidden states, a request has ids, positions and frames, and an answer has timings.
+REQUEST_BYTES, ANSWER_BYTES = 180, 66
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a generation is expected to take, on the route that a new request would take now.
+
+    Seconds are those of the servers and the network; the notebook's own work comes on top.
+
+    Attributes:
+        servers: names of the servers on the route, in its order; each will see the activations.
+        requests: to all servers together.
+        sent: bytes that the notebook sends.
+        received: bytes that it receives.
+        first_token_seconds: until the prompt has passed.
+        seconds: until the end.
+        measured: the speed is that of earlier tokens on this route, not what the servers announce.
+    """
+
+    model: str
+    prompt_tokens: int
+    max_new_tokens: int
+    batch: int
+    servers: tuple[str, ...]
+    requests: int
+    sent: int
+    received: int
+    first_token_seconds: float
+    seconds: float
+    measured: bool
+
+    @property
+    def line(self) -> str:
+        """All of it in one line."""
+        return f"{self._amount}, about {duration(self.seconds)}"
+
+    @property
+    def _amount(self) -> str:
+        return (
+            f"{_count(self.requests, 'request')} to {_count(len(self.servers), 'server')}, "
+            f"{size(self.sent)} up, {size(self.received)} down"
+        )
+
+    def __repr__(self) -> str:
+        return f"{model_title(self.model)}: {self._amount}"
+
+    def __str__(self) -> str:
+        basis = "measured on this route" if self.measured else "as the servers announce their speed"
+        return "\n".join(
+            [
+                f"{model_title(self.model)}: {self.line}",
+                f"  first token after about {duration(self.first_token_seconds)} ({basis})",
+                f"  seen by {', '.join(map(clean, self.servers))}",
+            ]
+        )
+
+    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
+        basis = "measured on this route" if self.measured else "by the announced speed"
+        rows = [
+            ("tokens", f"{self.prompt_tokens} + up to {self.max_new_tokens} new"),
+            ("requests", f"{number(self.requests)} to {_count(len(self.servers), 'server')}"),
+            ("bytes", f"{size(self.sent)} up, {size(self.received)} down"),
+            ("first token", f"about {duration(self.first_token_seconds)}"),
+            ("all", f"about {duration(self.seconds)} ({basis})"),
+            ("seen by", ", ".join(self.servers)),
+        ]
+        if self.batch != 1:
+            rows.insert(1, ("sequences", number(self.batch)))
+        body = "".join(
+            f'<tr><td class="sn-dim">{escape(name)}</td><td>{escape(text)}</td></tr>'
+            for name, text in rows
+        )
+        html = _view(self.model, "before it runs", f"<tbody>{body}</tbody>")
+        return {"text/plain": repr(self), "text/html": html}
+
+
+@dataclass(frozen=True)
+class ServerBill:
+    """One server's part of a bill.
+
+    Attributes:
+        blocks: the spans that it was asked for, each as ``(start, end)``.
+        requests: how many it answered.
+        tokens: tokens times sequences that went through it, once per request.
+        sent, received: bytes.
+        seconds: of waiting for it.
+        last: when it was last asked, in seconds of Unix time.
+    """
+
+    name: str
+    peer_id: str
+    blocks: tuple[tuple[int, int], ...]
+    requests: int
+    tokens: int
+    sent: int
+    received: int
+    seconds: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What has been used; ``after - before`` is what was used in between.
+
+    Attributes:
+        servers: those that were asked; every one of them has seen activations.
+    """
+
+    model: str
+    servers: tuple[ServerBill, ...]
+
+    @property
+    def requests(self) -> int:
+        return sum(server.requests for server in self.servers)
+
+    @property
+    def sent(self) -> int:
+        return sum(server.sent for server in self.servers)
+
+    @property
+    def received(self) -> int:
+        return sum(server.received for server in self.servers)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of waiting, summed over the servers."""
+        return sum(server.seconds for server in self.servers)
+
+    @property
+    def line(self) -> str:
+        """All of it in one line."""
+        return (
+            f"{_count(self.requests, 'request')} to {_count(len(self.servers), 'server')}, "
+            f"{size(self.sent)} up, {size(self.received)} down, {duration(self.seconds)} of waiting"
+        )
+
+    def __sub__(self, before: Bill) -> Bill:
+        known = {server.peer_id: server for server in before.servers}
+        rest = [
+            replace(
+                server,
+                requests=server.requests - known[server.peer_id].requests,
+                tokens=server.tokens - known[server.peer_id].tokens,
+                sent=server.sent - known[server.peer_id].sent,
+                received=server.received - known[server.peer_id].received,
+                seconds=server.seconds - known[server.peer_id].seconds,
+            )
+            if server.peer_id in known
+            else server
+            for server in self.servers
+        ]
+        return replace(self, servers=tuple(server for server in rest if server.sent))
+
+    def __repr__(self) -> str:
+        return (
+            f"{model_title(self.model)}: {_count(self.requests, 'request')} to "
+            f"{_count(len(self.servers), 'server')}"
+        )
+
+    def __str__(self) -> str:
+        head = ["server", "blocks", "requests", "tokens", "sent", "received", "waited"]
+        rows = [_cells(server) for server in self.servers]
+        return "\n".join([f"{model_title(self.model)}: {self.line}", *text_table(head, rows)])
+
+    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
+        head = ["seen by", "blocks", "requests", "tokens", "sent", "received", "waited"]
+        titles = "".join(
+            f"<th{' class=sn-num' if column > 1 else ''}>{title}</th>"
+            for column, title in enumerate(head)
+        )
+        rows = "".join(
+            "<tr>"
+            + "".join(
+                f"<td{' class=sn-num' if column > 1 else ''}>{escape(cell)}</td>"
+                for column, cell in enumerate(_cells(server))
+            )
+            + "</tr>"
+            for server in self.servers
+        )
+        table = f"<thead><tr>{titles}</tr></thead><tbody>{rows}</tbody>"
+        return {"text/plain": repr(self), "text/html": _view(self.model, self.line, table)}
+
+
+def expect(
+    model: str,
+    chain: Sequence[Leg],
+    rtt: Mapping[str, float],
+    accounts: Mapping[str, Account],
+    *,
+    token_bytes: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    batch: int,
+) -> Preview:
+    """The preview of a generation over a chain of servers.
+
+    Args:
+        rtt: measured round trip in seconds by peer.
+        accounts: what earlier tokens took, by peer.
+        token_bytes: of one token's hidden state.
+    """
+    given = {"prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens, "batch": batch}
+    for name, count in given.items():
+        if count < 1:
+            raise ValueError(f"{name}: {count}, expected at least 1")
+    known = [_token_seconds(leg, accounts) for leg in chain]
+    each = [
+        leg_seconds(leg, rtt) if measured is None else measured
+        for leg, measured in zip(chain, known, strict=True)
+    ]
+    first = sum(
+        max(seconds, rtt.get(leg.peer, 0.0) + prompt_tokens * batch * prompt_seconds(leg))
+        for leg, seconds in zip(chain, each, strict=True)
+    )
+    requests = max_new_tokens * len(chain)
+    states = (prompt_tokens + max_new_tokens - 1) * batch * token_bytes * len(chain)
+    return Preview(
+        model,
+        prompt_tokens,
+        max_new_tokens,
+        batch,
+        tuple(leg.span.name for leg in chain),
+        requests,
+        states + requests * REQUEST_BYTES,
+        states + requests * ANSWER_BYTES,
+        first,
+        first + (max_new_tokens - 1) * sum(each),
+        all(measured is not None for measured in known),
+    )
+
+
+def from_accounts(model: str, accounts: Mapping[str, Account]) -> Bill:
+    """The bill of what the client has counted."""
+    servers = [
+        ServerBill(
+            account.name,
+            peer,
+            tuple(sorted(account.blocks)),
+            account.requests,
+            account.tokens,
+            account.meter.sent,
+            account.meter.received,
+            account.seconds,
+            account.last,
+        )
+        for peer, account in accounts.items()
+        if account.meter.sent
+    ]
+    return Bill(model, tuple(servers))
+
+
+def _token_seconds(leg: Leg, accounts: Mapping[str, Account]) -> float | None:
+    """What a token took on this leg so far, if any went there."""
+    account = accounts.get(leg.peer)
+    return None if account is None else account.token_seconds.get((leg.start, leg.end))
+
+
+def size(count: int) -> str:
+    """A number of bytes for people: three digits and a unit."""
+    amount, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while amount >= 999.5 and len(units) > 1:
+        amount /= 1000
+        units.pop(0)
+    if units[0] == "B":
+        return f"{amount:.0f} B"
+    return f"{amount:.{max(0, 3 - len(f'{amount:.0f}'))}f} {units[0]}"
+
+
+def duration(amount: float) -> str:
+    """A duration for people."""
+    if amount < 0.1:
+        return f"{1000 * amount:.0f} ms"
+    if amount < 120:
+        return f"{amount:.1f} s"
+    return f"{amount / 60:.0f} min"
+
+
+def _count(amount: int, what: str) -> str:
+    return f"{number(amount)} {what}{'' if amount == 1 else 's'}"
+
+
+def _cells(server: ServerBill) -> list[str]:
+    return [
+        server.name,
+        ", ".join(f"{start}:{end}" for start, end in server.blocks),
+        number(server.requests),
+        number(server.tokens),
+        size(server.sent),
+        size(server.received),
+        duration(server.seconds),
+    ]
+
+
+def _view(model: str, headline: str, table: str) -> str:
+    return (
+        f'{STYLE}<div class="sn-view"><div class="sn-head">'
+        f'<span class="sn-model">{escape(model_title(model))}</span>'
+        f'<span class="sn-dim">{escape(headline)}</span></div>'
+        f'<table class="sn-table">{table}</table></div>'
+    )
