@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,23 @@ def test_logit_lens(pair: Pair) -> None:
     assert "%" in str(remote)
     assert "<table>" in remote._repr_html_()
     assert probing.logit_lens(pair.local, ids, blocks=[1]).blocks == [1]
+
+
+def test_entropy_and_ranks(pair: Pair) -> None:
+    lens = probing.logit_lens(pair.swarm, "Hello, world", last=4)
+    assert (lens.words, lens.first, lens.entropy.shape) == (list("orld"), 8, (BLOCKS, 4))
+    whole = probing.logit_lens(pair.swarm, "Hello, world", blocks=[0, 3])
+    assert torch.equal(whole.ids[1, 8:], lens.ids[3])
+    ids = pair.tokenizer("Hello, world", return_tensors="pt").input_ids
+    with torch.no_grad():
+        passed = pair.local(ids, output_hidden_states=True)
+    same(lens.states[3], passed.hidden_states[4][0, -4:])
+    logits = passed.logits[0, -4:]
+    same(lens.entropy[-1], torch.distributions.Categorical(logits=logits).entropy() / math.log(2))
+    token = int(logits[2].argsort(descending=True)[6])
+    ranks = probing.token_ranks(pair.swarm, lens.states, token)
+    assert ranks.shape == lens.entropy.shape
+    assert ranks[-1, 2] == 7
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "gemma2"])

@@ -13,7 +13,7 @@ model no extra round trip; what writes costs one, from the written block on.
 *Block k's state* means its output: the residual stream after block k.
 """
 
-from swarm_notebook.probing.lens import Lens, decode_states, logit_lens
+from swarm_notebook.probing.lens import Lens, decode_states, logit_lens, token_ranks
 from swarm_notebook.probing.linear import LinearProbe, Probes, linear_probe, load_probes
 from swarm_notebook.probing.patching import Patching, patch
 from swarm_notebook.probing.states import hidden_states
@@ -34,4 +34,5 @@ __all__ = [
     "logit_lens",
     "patch",
     "steer",
+    "token_ranks",
 ]

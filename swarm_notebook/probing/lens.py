@@ -8,11 +8,13 @@ a single token; so the last block's row is the model's real prediction, to the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from tqdm.auto import tqdm
 
 from swarm_notebook.formatting import model_title
 from swarm_notebook.probing.grid import Cell, as_html, as_text
@@ -30,18 +32,24 @@ class Lens:
     """The top tokens of every block at every position, most probable first.
 
     Attributes:
-        words: the tokens of the text.
+        words: the tokens of the text, or the last ones of them.
+        first: the position in the text of the first of these words.
         blocks: which blocks were read.
         ids: ``[blocks, positions, top]``.
         probabilities: the same shape.
+        entropy: of each cell's whole distribution, in bits, ``[blocks, positions]``.
+        states: what was decoded: the blocks' outputs, ``[blocks, positions, hidden]``.
         predictions: the top words, by block and position.
     """
 
     model: str
     words: list[str]
+    first: int
     blocks: list[int]
     ids: torch.Tensor
     probabilities: torch.Tensor
+    entropy: torch.Tensor
+    states: torch.Tensor
     predictions: list[list[list[str]]]
 
     def __repr__(self) -> str:
@@ -85,6 +93,7 @@ def logit_lens(
     *,
     blocks: Iterable[int] | None = None,
     top: int = 5,
+    last: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Lens:
     """Decode the states of blocks at every position of a text.
@@ -94,24 +103,53 @@ def logit_lens(
         text: one text, or its token ids.
         blocks: None is all.
         top: how many tokens per cell are kept.
+        last: decode this many tokens at the end of the text; None is all.
         tokenizer: for a model alone; a swarm has its own.
     """
     subject = Subject.of(target, tokenizer)
     chosen, ids = subject.chosen(blocks), subject.ids(text)
     with subject.at_rest() as model, subject.reading(chosen) as states:
         model(input_ids=ids[None].to(model.device), use_cache=False)
-    stack = torch.stack([states[block][0, -len(ids) :] for block in chosen])
-    probabilities, tokens = _top(subject, stack.flatten(0, 1), top)
-    shape = (len(chosen), len(ids), top)
-    tokens = tokens.reshape(shape)
+    shown = ids if last is None else ids[-last:]
+    stack = torch.stack([states[block][0, -len(shown) :] for block in chosen])
+
+    def measure(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        chances = logits.softmax(-1)
+        best = chances.topk(top)
+        return best.values, best.indices, torch.special.entr(chances).sum(-1) / math.log(2)
+
+    probabilities, tokens, entropy = _measured(subject, stack, measure)
     return Lens(
         model_title(subject.name),
-        subject.words(ids),
+        subject.words(shown),
+        len(ids) - len(shown),
         chosen,
         tokens,
-        probabilities.reshape(shape),
+        probabilities,
+        entropy,
+        stack.cpu(),
         [[subject.words(cell) for cell in row] for row in tokens],
     )
+
+
+def token_ranks(target: Target, states: torch.Tensor, token: int) -> torch.Tensor:
+    """Which place a token has among all, 1 for the most probable, if these states were the last.
+
+    Args:
+        target: a swarm or a model.
+        states: ``[..., hidden]``, such as those of a `Lens`.
+        token: its id.
+
+    Returns:
+        Whole numbers ``[...]``.
+    """
+    subject = Subject.of(target)
+
+    def measure(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ((logits > logits[:, token, None]).sum(-1) + 1,)
+
+    (ranks,) = _measured(subject, states, measure)
+    return ranks
 
 
 def decode_states(target: Target, states: torch.Tensor) -> torch.Tensor:
@@ -125,14 +163,20 @@ def decode_states(target: Target, states: torch.Tensor) -> torch.Tensor:
             return model(input_ids=token, use_cache=False).logits[:, 0]
 
 
-def _top(subject: Subject, states: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _measured(
+    subject: Subject,
+    states: torch.Tensor,
+    measure: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
+) -> list[torch.Tensor]:
+    """What `measure` makes of the logits of ``states``, a part at a time, in the states' shape."""
     rows = max(1, _LOGITS_AT_ONCE // subject.model.config.get_text_config().vocab_size)
-    found: list[Any] = [
-        decode_states(subject.model, part).float().softmax(-1).topk(top)
-        for part in states.split(rows)
+    parts = states.flatten(0, -2).split(rows)
+    found = [
+        [part.cpu() for part in measure(decode_states(subject.model, part).float())]
+        for part in tqdm(parts, desc="Decoding states", leave=False, delay=1.0)
     ]
-    chances = torch.cat([part.values for part in found]).cpu()
-    return chances, torch.cat([part.indices for part in found]).cpu()
+    joined = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    return [values.reshape(*states.shape[:-1], *values.shape[1:]) for values in joined]
 
 
 def _hint(words: list[str], chances: list[float]) -> str:

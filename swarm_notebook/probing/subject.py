@@ -12,9 +12,11 @@ A block returns a tensor, or in some architectures a tuple that begins with it: 
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -48,6 +50,14 @@ class Subject:
         if tokenizer is None and swarm is not None:
             tokenizer = swarm.tokenizer
         return cls(model, find_trunk(model).layers, tokenizer, swarm)
+
+    def twin(self) -> Subject:
+        """Another view on the same weights, with hooks and a mode (train or eval) of its own: for
+        use in another thread, where the notebook's cells must not notice it.
+        """
+        weights = itertools.chain(self.model.parameters(), self.model.buffers())
+        model = copy.deepcopy(self.model, {id(weight): weight for weight in weights})
+        return replace(self, model=model, blocks=find_trunk(model).layers)
 
     @property
     def name(self) -> str:
