@@ -1,0 +1,314 @@
+// The logit lens: a grid of blocks by tokens, coloured by probability, entropy or a token's rank.
+// A long text is shown a page of tokens at a time, so that the page's elements stay few.
+
+import { act, fill, follow, h, setText, widget } from "./dom.js";
+
+/** @typedef {import("@anywidget/types").AnyModel<any>} Model */
+/** @typedef {{ top: Uint32Array, chance: Float32Array, entropy: Float32Array, rank: Uint32Array }} Numbers */
+
+const PAGE = 32;
+
+const COLOURS = /** @type {Record<string, string>} */ ({
+  probability: "probability of the top token",
+  entropy: "entropy",
+  rank: "rank of a token",
+});
+
+/**
+ * The bytes of a trait, at an address that typed arrays accept.
+ * @param {Model} model
+ * @param {string} trait
+ * @returns {ArrayBuffer}
+ */
+function bytesOf(model, trait) {
+  const view = model.get(trait);
+  if (!view || !view.byteLength) return new ArrayBuffer(0);
+  return view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength);
+}
+
+/**
+ * @param {Model} model
+ * @returns {Numbers}
+ */
+function numbersOf(model) {
+  return {
+    top: new Uint32Array(bytesOf(model, "tops")),
+    chance: new Float32Array(bytesOf(model, "chances")),
+    entropy: new Float32Array(bytesOf(model, "entropy")),
+    rank: new Uint32Array(bytesOf(model, "ranks")),
+  };
+}
+
+/** @param {number} chance */
+export function percent(chance) {
+  const shown = 100 * chance;
+  return `${shown >= 99.95 || shown === 0 ? Math.round(shown) : shown.toFixed(shown < 0.1 ? 2 : 1)}%`;
+}
+
+/**
+ * How strong a cell's colour is, from 0 to 1.
+ * @param {Numbers} numbers
+ * @param {string} colour
+ * @param {number} cell
+ * @param {number} top
+ * @param {number} size of the model's vocabulary
+ */
+export function strength(numbers, colour, cell, top, size) {
+  const widest = Math.log2(Math.max(size, 2));
+  if (colour === "entropy") return numbers.entropy[cell] / widest;
+  if (colour === "probability") return numbers.chance[cell * top];
+  return numbers.rank.length ? 1 - Math.log2(numbers.rank[cell]) / widest : 0;
+}
+
+/** @param {{ model: Model, root: HTMLElement }} view */
+function build({ model, root }) {
+  const words = /** @type {string[]} */ (model.get("words"));
+  const blocks = /** @type {number[]} */ (model.get("blocks"));
+  const vocabulary = /** @type {string[]} */ (model.get("vocabulary"));
+  const [top, size, first] = [model.get("top"), model.get("vocabulary_size"), model.get("first")];
+  const pages = Math.max(1, Math.ceil(words.length / PAGE));
+  let numbers = numbersOf(model);
+  let page = pages - 1;
+  let shown = -1; // which cell the details are of
+  /** @type {Map<number, HTMLElement>} */
+  const cells = new Map();
+
+  const choice = h(
+    "select",
+    { "aria-label": "Colour", onchange: () => set("colour", choice.value) },
+    ...Object.entries(COLOURS).map(([value, label]) => h("option", { value }, label)),
+  );
+  const word = h("input", { type: "text", size: 12, "aria-label": "Token to rank" });
+  const rank = h("button", { type: "submit" }, "Rank");
+  const form = h("form", { class: "sn-rank" }, word, rank);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (word.value) act(model, "rank", { token: word.value });
+  });
+  const earlier = h("button", { type: "button", onclick: () => turn(page - 1) }, "‹ earlier");
+  const later = h("button", { type: "button", onclick: () => turn(page + 1) }, "later ›");
+  const range = h("span", { class: "sn-dim", "data-testid": "range" });
+  const low = h("span");
+  const high = h("span");
+  const legend = h("span", { class: "sn-legend sn-dim" }, low, h("i", { class: "sn-scale" }), high);
+  const head = h("tr");
+  const body = h("tbody");
+  const grid = h(
+    "table",
+    { role: "grid", "aria-label": "Blocks by tokens: the token that each block would say next" },
+    h("thead", {}, head),
+    body,
+  );
+  const details = h("div", {
+    class: "sn-details",
+    "aria-live": "polite",
+    "data-testid": "details",
+  });
+  fill(
+    root,
+    h(
+      "div",
+      { class: "sn-bar" },
+      h("span", { class: "sn-title" }, model.get("title")),
+      h("label", {}, "Colour ", choice),
+      form,
+      legend,
+    ),
+    h("div", { class: "sn-bar", hidden: pages === 1 && !first }, earlier, range, later),
+    h("div", { class: "sn-split" }, h("div", { class: "sn-grid" }, grid), details),
+  );
+
+  /**
+   * @param {string} trait
+   * @param {any} value
+   */
+  function set(trait, value) {
+    model.set(trait, value);
+    model.save_changes();
+  }
+
+  /** @param {number} cell */
+  function select(cell) {
+    set("selected", [blocks[Math.floor(cell / words.length)], first + (cell % words.length)]);
+  }
+
+  /** @param {number} to */
+  function turn(to) {
+    page = Math.max(0, Math.min(to, pages - 1));
+    const [from, until] = [page * PAGE, Math.min((page + 1) * PAGE, words.length)];
+    setText(range, `tokens ${first + from + 1}–${first + until} of ${first + words.length}`);
+    earlier.disabled = page === 0;
+    later.disabled = page === pages - 1;
+    const titles = words.slice(from, until);
+    fill(head, h("th", { scope: "col" }, "block"), ...titles.map((title) => column(title)));
+    cells.clear();
+    const rows = [];
+    for (let row = blocks.length - 1; row >= 0; row--) {
+      const line = [];
+      for (let at = from; at < until; at++) {
+        const cell = row * words.length + at;
+        const tag = h("td", { role: "gridcell", tabindex: -1, "data-cell": cell }, h("bdi"));
+        cells.set(cell, tag);
+        line.push(tag);
+      }
+      rows.push(h("tr", { "data-block": blocks[row] }, h("th", { scope: "row" }, blocks[row]), ...line));
+    }
+    fill(body, ...rows);
+    colour();
+    mark();
+    const entry = cells.get(shown) ?? cells.get((blocks.length - 1) * words.length + until - 1);
+    entry?.setAttribute("tabindex", "0");
+  }
+
+  /** @param {string} title */
+  function column(title) {
+    return h("th", { scope: "col", title }, h("bdi", {}, title));
+  }
+
+  function colour() {
+    const kind = model.get("colour");
+    const ranked = kind === "rank" && numbers.rank.length > 0;
+    for (const [cell, tag] of cells) {
+      const value = strength(numbers, kind, cell, top, size);
+      tag.style.setProperty("--strength", Math.max(0, Math.min(value, 1)).toFixed(3));
+      const text = ranked ? String(numbers.rank[cell]) : vocabulary[numbers.top[cell * top]];
+      setText(/** @type {Element} */ (tag.firstElementChild), text);
+    }
+    choice.value = kind;
+    setText(low, kind === "rank" ? `rank ${size}` : kind === "entropy" ? "0" : "0%");
+    setText(high, kind === "rank" ? "1" : kind === "entropy" ? `${Math.log2(size).toFixed(1)} bits` : "100%");
+    if (shown >= 0) describe(shown);
+  }
+
+  function mark() {
+    const [block, position] = model.get("selected");
+    const chosen = blocks.indexOf(block) * words.length + position - first;
+    for (const [cell, tag] of cells) {
+      tag.setAttribute("aria-selected", String(block !== undefined && cell === chosen));
+    }
+    if (shown >= 0) describe(shown);
+  }
+
+  /** @param {number} cell */
+  function describe(cell) {
+    shown = cell;
+    const [block, at] = [blocks[Math.floor(cell / words.length)], cell % words.length];
+    const lines = [];
+    for (let place = 0; place < top; place++) {
+      const [number, chance] = [numbers.top[cell * top + place], numbers.chance[cell * top + place]];
+      const bar = h("i", { class: "sn-chance" });
+      bar.style.width = `${100 * chance}%`;
+      const name = h(
+        "button",
+        {
+          type: "button",
+          title: "Show the rank of this token everywhere",
+          onclick: () => act(model, "rank_number", { number }),
+        },
+        h("bdi", {}, vocabulary[number]),
+      );
+      lines.push(h("li", {}, name, h("span", { class: "sn-num" }, percent(chance)), bar));
+    }
+    const [chosenBlock, chosenPosition] = model.get("selected");
+    const isChosen = chosenBlock === block && chosenPosition === first + at;
+    fill(
+      details,
+      h("div", {}, `block ${block}, token ${first + at + 1} `, h("bdi", { class: "sn-mono" }, words[at])),
+      h("ol", {}, ...lines),
+      h("div", { class: "sn-dim" }, `entropy ${numbers.entropy[cell].toFixed(1)} bits`),
+      numbers.rank.length &&
+        h("div", { class: "sn-dim" }, "rank of ", h("bdi", { class: "sn-mono" }, model.get("token")), ` ${numbers.rank[cell]}`),
+      h(
+        "div",
+        { class: "sn-dim" },
+        isChosen ? "selected: .hidden_state in Python" : "click or Enter: to Python as .hidden_state",
+      ),
+    );
+  }
+
+  /** @param {Event} event */
+  function cellOf(event) {
+    const tag = /** @type {Element} */ (event.target).closest("[data-cell]");
+    return tag instanceof HTMLElement ? Number(tag.dataset.cell) : -1;
+  }
+
+  /** @param {Event} event */
+  function point(event) {
+    const cell = cellOf(event);
+    if (cell >= 0 && cell !== shown) describe(cell);
+  }
+
+  grid.addEventListener("pointerover", point);
+  grid.addEventListener("focusin", point);
+  grid.addEventListener("click", (event) => {
+    const cell = cellOf(event);
+    if (cell >= 0) {
+      focus(cell);
+      select(cell);
+    }
+  });
+  grid.addEventListener("keydown", (event) => {
+    const cell = cellOf(event);
+    if (cell < 0) return;
+    if (event.key === "Enter" || event.key === " ") select(cell);
+    else if (!move(cell, event.key)) return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
+
+  /**
+   * Focus a cell's neighbour; turns the page at its edge.
+   * @param {number} cell
+   * @param {string} key
+   */
+  function move(cell, key) {
+    const row = Math.floor(cell / words.length);
+    const at = cell % words.length;
+    const steps = /** @type {Record<string, number[]>} */ ({
+      ArrowUp: [row + 1, at],
+      ArrowDown: [row - 1, at],
+      ArrowLeft: [row, at - 1],
+      ArrowRight: [row, at + 1],
+      PageUp: [blocks.length - 1, at],
+      PageDown: [0, at],
+      Home: [row, 0],
+      End: [row, words.length - 1],
+    });
+    if (!(key in steps)) return false;
+    const [up, right] = steps[key];
+    const [newRow, newAt] = [
+      Math.max(0, Math.min(up, blocks.length - 1)),
+      Math.max(0, Math.min(right, words.length - 1)),
+    ];
+    if (Math.floor(newAt / PAGE) !== page) turn(Math.floor(newAt / PAGE));
+    focus(newRow * words.length + newAt);
+    return true;
+  }
+
+  /** @param {number} cell */
+  function focus(cell) {
+    for (const tag of cells.values()) if (tag.tabIndex === 0) tag.tabIndex = -1;
+    const tag = cells.get(cell);
+    if (!tag) return;
+    tag.tabIndex = 0;
+    tag.focus({ preventScroll: false });
+  }
+
+  fill(details, h("div", { class: "sn-dim" }, "Point at a cell, or move with the arrow keys."));
+  turn(page);
+  return [
+    follow(model, ["colour"], colour),
+    follow(model, ["ranks", "token"], () => {
+      numbers = numbersOf(model);
+      if (model.get("token")) word.value = model.get("token");
+      colour();
+    }),
+    follow(model, ["ranking"], () => {
+      rank.disabled = model.get("ranking");
+      setText(rank, model.get("ranking") ? "Ranking …" : "Rank");
+    }),
+    follow(model, ["selected"], mark),
+  ];
+}
+
+export default { render: widget("Logit lens", "lens", build) };
