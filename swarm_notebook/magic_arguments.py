@@ -66,6 +66,8 @@ class CommandLine:
             self._status()
             self._route()
             self._map()
+            self._lens()
+            self._monitor()
         self._generate(with_prompt=magic == "%swarm")
         if magic == "%swarm":
             self._add("disconnect", "end the connection; an embedded swarm ends with it")
@@ -138,6 +140,17 @@ class CommandLine:
         _add_output(
             self._add("map", "watch the swarm live"), "the SwarmMap, instead of showing it,"
         )
+
+    def _lens(self) -> None:
+        lens = self._add("lens", "see what each block would say next, at each token of a text")
+        lens.add_argument("text", nargs="+", metavar="TEXT", help="what to read")
+        lens.add_argument("--token", metavar="WORD", help="colour by the rank of this token")
+        _add_output(lens, "the LensWidget, instead of showing it,")
+
+    def _monitor(self) -> None:
+        monitor = self._add("monitor", "follow a training run; defines monitor in the notebook")
+        monitor.add_argument("--total", type=_count, metavar="N", help="steps of the run")
+        _add_output(monitor, "the TrainingMonitor, instead of showing it,")
 
     def _generate(self, *, with_prompt: bool) -> None:
         generate = self._add("generate", "let the model answer; the text streams into the cell")

@@ -127,6 +127,22 @@ class SwarmMagics:
 
         return self._store(arguments.output, SwarmMap(self._need()))
 
+    def _lens(self, arguments: argparse.Namespace) -> Any:
+        from swarm_notebook.widgets import LensWidget
+
+        try:
+            lens = LensWidget(self._need(), " ".join(arguments.text), token=arguments.token)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return self._store(arguments.output, lens)
+
+    def _monitor(self, arguments: argparse.Namespace) -> Any:
+        from swarm_notebook.widgets import TrainingMonitor
+
+        monitor = TrainingMonitor(self._need(), total=arguments.total)
+        self.shell.push({"monitor": monitor})
+        return self._store(arguments.output, monitor)
+
     def _generate(self, arguments: argparse.Namespace) -> None:
         pieces: list[str] = []
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import swarm_notebook as sn
 from swarm_notebook.client import backward as backward_module
 from swarm_notebook.client import forward as forward_module
+from swarm_notebook.widgets import TrainingMonitor
 
 STEPS = 6
 
@@ -33,7 +34,7 @@ class Texts(torch.utils.data.Dataset):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-def train(model: Any, folder: Path, seed: int = 0) -> list[float]:
+def train(model: Any, folder: Path, *callbacks: Any, seed: int = 0) -> list[float]:
     """A run of the plain `Trainer` on a LoRA adapter; the losses of its steps."""
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -51,7 +52,7 @@ def train(model: Any, folder: Path, seed: int = 0) -> list[float]:
         dataloader_pin_memory=False,
         seed=seed,
     )
-    trainer = Trainer(adapted, arguments, train_dataset=Texts(seed))
+    trainer = Trainer(adapted, arguments, train_dataset=Texts(seed), callbacks=list(callbacks))
     trainer.train()
     adapted.unload()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -83,8 +84,13 @@ def test_a_killed_server_does_not_show_in_the_loss(
 
     monkeypatch.setattr(module, "trip", trip)
     with sn.connect(servers.initial_peers, model=tiny_llama) as swarm:
-        ours = train(swarm.model, tmp_path / "remote")
+        monitor = TrainingMonitor(swarm)
+        ours = train(swarm.model, tmp_path / "remote", monitor.callback())
     assert killed
+    assert (monitor.failovers, monitor.state) == (1, "finished")
+    assert monitor.retries >= 1
+    assert monitor.told[0].startswith("step ")
+    assert "server local-" in monitor.told[0]
     assert ours == pytest.approx(train(local(tiny_llama), tmp_path / "local"), rel=1e-4)
 
 

@@ -161,9 +161,10 @@ class Events:
         self.ledger.passed(step)
         self._publish(step)
 
-    def lost(self, timeline: Timeline, failover: Failover) -> None:
-        """A server was lost."""
-        timeline.failovers.append(failover)
+    def lost(self, timeline: Timeline | None, failover: Failover) -> None:
+        """A server was lost, in a generation or (None) in a pass without a cache."""
+        if timeline is not None:
+            timeline.failovers.append(failover)
         self._publish(failover)
 
     def subscribe(self, size: int = MAX_EVENTS) -> Subscription:

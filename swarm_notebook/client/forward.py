@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 import uuid
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import torch
 
 from swarm_notebook.client.adapters import with_adapter
 from swarm_notebook.client.directory import Directory
+from swarm_notebook.client.events import Failover
 from swarm_notebook.client.request import Outputs, Request, read_outputs, refuse_extensions
 from swarm_notebook.client.routing import Leg, describe_blocks
 from swarm_notebook.client.trip import server_name, trip
@@ -144,6 +146,8 @@ async def _forward_leg(directory: Directory, leg: Leg, part: Request, kept: str 
 def give_up(directory: Directory, leg: Leg, error: RemoteError) -> None:
     """Avoid a server that failed, and say that its part goes elsewhere."""
     directory.failed(leg.peer, str(error))
+    told = Failover(leg.peer, leg.span.name, leg.start, leg.end, str(error), time.perf_counter())
+    directory.events.lost(None, told)
     blocks = describe_blocks(range(leg.start, leg.end))
     logger.warning("%s; repeating %s on another server", error, blocks)
 

@@ -26,13 +26,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from swarm_notebook.widgets.lens import LensWidget as LensWidget
     from swarm_notebook.widgets.map import SwarmMap as SwarmMap
+    from swarm_notebook.widgets.monitor import TrainingMonitor as TrainingMonitor
 
 # Public name -> the module that defines it.
 _PUBLIC = {
+    "LensWidget": "lens",
     "SwarmMap": "map",
+    "TrainingMonitor": "monitor",
 }
-__all__ = ["SwarmMap"]
+__all__ = ["LensWidget", "SwarmMap", "TrainingMonitor"]
 
 
 def __getattr__(name: str) -> object:
