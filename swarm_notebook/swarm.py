@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.client import connection as connections
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.directory import PATIENCE
@@ -51,14 +51,13 @@ class Swarm:
 
     def __init__(
         self,
-        name: str,
+        source: ModelSource,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
         connection: Connection,
         local: LocalSwarm | None,
     ):
-        self.name, self.model, self.tokenizer = name, model, tokenizer
-        self._connection, self._local = connection, local
+        self.name, self.model, self.tokenizer = source.name, model, source.tokenizer()
+        self._source, self._connection, self._local = source, connection, local
 
     def __repr__(self) -> str:
         servers = len({span.peer for span in self._connection.directory.snapshot.spans})
@@ -190,6 +189,30 @@ class Swarm:
         new = output[0, inputs["input_ids"].shape[1] :]
         return str(tokenizer.decode(new, skip_special_tokens=True))
 
+    def classifier(self, labels: Sequence[str]) -> PreTrainedModel:
+        """The same remote blocks with a sequence classifier's head, to be trained here.
+
+        The model is of the family's own class, such as ``LlamaForSequenceClassification``. Its
+        head is new (and drawn from torch's seed) unless the checkpoint has one; train it alone, or
+        with PEFT's ``task_type="SEQ_CLS"``. Embeddings are shared with `model`.
+
+        Args:
+            labels: the names of the classes, at least two.
+
+        Raises:
+            ValueError: fewer than two labels, or one twice.
+            Unsupported: transformers has no sequence classifier for this family.
+        """
+        labels = list(labels)
+        if len(labels) < 2 or len(set(labels)) < len(labels):
+            raise ValueError(f"labels: {labels!r}; give at least two different names of classes")
+        dtype = self.model.dtype
+        model: Any = skeleton.build(self._source, self._connection, dtype, labels)
+        model.get_input_embeddings().weight = self.model.get_input_embeddings().weight
+        if model.config.pad_token_id is None and self.tokenizer is not None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
     def disconnect(self) -> None:
         """Leave the swarm; an embedded one ends. The model cannot be used afterwards."""
         self._connection.close()
@@ -232,7 +255,7 @@ def connect(
         connection = Connection(peers, source.dht_prefix, config.num_hidden_layers, timeout)
         spans = _await_spans(connection, source.name, peers)
         built = skeleton.build(source, connection, _choose_dtype(dtype, spans))
-        return Swarm(source.name, built, source.tokenizer(), connection, local)
+        return Swarm(source, built, connection, local)
     except BaseException:
         if connection is not None:
             connection.close()

@@ -14,7 +14,7 @@ serialises it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +34,11 @@ Progress = Callable[[int, int], None]
 _construction = threading.Lock()
 
 
-def class_for(source: ModelSource, mapping: Any) -> type[PreTrainedModel]:
-    """The model class that a transformers auto `mapping` has for the config of `source`."""
+def class_for(source: ModelSource, mapping: Any, kind: str) -> type[PreTrainedModel]:
+    """The model class that a transformers auto `mapping`, for a `kind`, has for `source`."""
     config = source.config()
     if type(config) not in mapping:
-        raise Unsupported(f"transformers has no base model for {config.model_type!r} models")
+        raise Unsupported(f"transformers has no {kind} for {config.model_type!r} models")
     return mapping[type(config)]
 
 
@@ -51,18 +51,27 @@ def load(
     dtype: torch.dtype,
     device: str | torch.device,
     progress: Progress | None,
+    labels: Sequence[str] = (),
 ) -> PreTrainedModel:
     """Load `tensors` into a `model_class` that `edit` has changed while it was empty.
+
+    Args:
+        labels: names of the classes of a classifier. Weights of its head that the checkpoint does
+            not have are new and trainable; all others are frozen.
 
     Raises:
         ModelNotFound: a tensor that the edited model needs is missing, or has another shape.
     """
     partial_class: Any = _edited(model_class, edit)
     on_cpu = torch.device(device).type == "cpu"
+    config = source.config()
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
     with _construction, _no_progress_bars():
         model, report = partial_class.from_pretrained(
             None,
-            config=source.config(),
+            config=config,
             state_dict=tensors if progress is None else _reporting(tensors, progress),
             dtype=dtype,
             output_loading_info=True,
@@ -75,14 +84,21 @@ def load(
             f"the weights of {source.name} do not fit its config: {name} has shape {tuple(found)}, "
             f"the config makes it {tuple(expected)} ({len(mismatched)} such tensors)"
         )
-    if missing := sorted(report["missing_keys"]):
+    new = {name for name in report["missing_keys"] if labels and not _in_base(name, model)}
+    if missing := sorted(report["missing_keys"] - new):
         raise ModelNotFound(
             f"the weights of {source.name} lack {len(missing)} tensors that "
             f"{model_class.__name__} needs ({', '.join(missing[:3])}…); fetch the whole checkpoint"
         )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in new)
     model.__class__ = model_class
     model.name_or_path = model.config.name_or_path = source.name
     return model
+
+
+def _in_base(name: str, model: PreTrainedModel) -> bool:
+    return name.startswith(f"{model.base_model_prefix}.")
 
 
 def _edited(

@@ -8,6 +8,7 @@ parameters and the list that holds them count from zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,11 +105,10 @@ def load_blocks(
     weights = source.weights()
     wanted = [name for name in weights.names() if _in_range(name, start, end)]
     tensors = {renumbered(name, start): lazy for name, lazy in weights.lazy(wanted).items()}
-    model_class = class_for(source, MODEL_MAPPING)
+    model_class = class_for(source, MODEL_MAPPING, "base model")
     model = load(
         source, model_class, keep_blocks, tensors, dtype=dtype, device=device, progress=progress
     )
-    model.requires_grad_(requires_grad=False)
     trunk = trunks[0]
     make_transparent(model, trunk)
     return LoadedBlocks(model, trunk.decoder, trunk.layers_name, start, end)
@@ -125,13 +125,18 @@ def load_edges(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    labels: Sequence[str] = (),
 ) -> tuple[PreTrainedModel, DecoderInfo]:
     """Load everything but the blocks: embeddings, final norm, head.
 
     The blocks are there as objects of their own class, with the right names, shapes and dtypes,
     but every parameter and buffer in them is a zero of stride zero, which takes no memory.
+    With ``labels`` the model is the family's sequence classifier, else its causal language model.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    )
 
     taken: list[tuple[Trunk, nn.ModuleList, bool]] = []
 
@@ -143,7 +148,11 @@ def load_edges(
     weights = source.weights()
     wanted = [name for name in weights.names() if block_index(name) is None]
     tensors = weights.lazy(wanted)
-    model_class = class_for(source, MODEL_FOR_CAUSAL_LM_MAPPING)
+    if labels:
+        mapping, kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "sequence classifier"
+    else:
+        mapping, kind = MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model"
+    model_class = class_for(source, mapping, kind)
     model = load(
         source,
         model_class,
@@ -152,13 +161,14 @@ def load_edges(
         dtype=dtype,
         device=device,
         progress=progress,
+        labels=labels,
     )
     trunk, layers, tuples = taken[0]
     for layer in layers:
         _empty(layer)
     trunk.set_layers(layers.eval())
     generation_config = source.generation_config()
-    if generation_config is not None:
+    if generation_config is not None and not labels:
         model.generation_config = generation_config
     size = model.config.hidden_size
     return model, DecoderInfo(trunk.decoder, trunk.layers_name, len(layers), size, tuples)

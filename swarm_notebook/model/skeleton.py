@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,10 +30,9 @@ _NO_ATTENTION = "swarm"
 
 
 class RemoteModel:
-    """Mixed into the causal LM's class, in front of it."""
+    """Mixed into the model's class, in front of it."""
 
     _runner: Runner
-    _generating: weakref.ref[RemoteCache] | None = None
 
     # An interrupt ends here without the frames in between: they say nothing to the user, would keep
     # the cache alive, and a notebook takes seconds to show them.
@@ -43,6 +43,40 @@ class RemoteModel:
         except KeyboardInterrupt as interrupt:
             self._runner._end()  # torch runs the hooks that close a call after errors only
             raise interrupt.with_traceback(None) from None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Before pickle finds, and says, only that it cannot import this class.
+        return self._runner.__reduce__()
+
+    def __copy__(self) -> RemoteModel:
+        return self._twin(dict(self.__dict__))
+
+    def __deepcopy__(self, memo: dict) -> RemoteModel:
+        memo[id(self)] = twin = self._twin({})
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _twin(self, state: dict[str, Any]) -> RemoteModel:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(state)
+        return twin
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # What an adapter takes from the base weights comes from the servers; here it is zeros yet.
+        self._runner.adapters.current(self._runner.blocks, thorough=False)
+        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise Unsupported(
+            "the weights of a remote model are on the servers; save_pretrained of its PEFT "
+            "adapter works, for the weights use the checkpoint itself"
+        )
+
+
+class RemoteGenerator(RemoteModel):
+    """The same for a model that generates."""
+
+    _generating: weakref.ref[RemoteCache] | None = None
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,41 +115,14 @@ class RemoteModel:
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Before pickle finds, and says, only that it cannot import this class.
-        return self._runner.__reduce__()
-
-    def __copy__(self) -> RemoteModel:
-        return self._twin(dict(self.__dict__))
-
-    def __deepcopy__(self, memo: dict) -> RemoteModel:
-        memo[id(self)] = twin = self._twin({})
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-    def _twin(self, state: dict[str, Any]) -> RemoteModel:
-        twin = object.__new__(type(self))
-        twin.__dict__.update(state)
-        return twin
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        # What an adapter takes from the base weights comes from the servers; here it is zeros yet.
-        self._runner.adapters.current(self._runner.blocks, thorough=False)
-        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        raise Unsupported(
-            "the weights of a remote model are on the servers; save_pretrained of its PEFT "
-            "adapter works, for the weights use the checkpoint itself"
-        )
-
 
 @functools.cache
 def _remote_model_class(model_class: type) -> type:
+    mixin = RemoteGenerator if issubclass(model_class, GenerationMixin) else RemoteModel
     # The name stays: Trainer (label smoothing) and pipelines go by it.
     return type(
         model_class.__name__,
-        (RemoteModel, model_class),
+        (mixin, model_class),
         {
             "__module__": model_class.__module__,
             "__qualname__": f"Remote{model_class.__qualname__}",
@@ -124,10 +131,15 @@ def _remote_model_class(model_class: type) -> type:
     )
 
 
-def build(source: ModelSource, connection: Connection, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `source` with embeddings, norm and head here and its blocks in the swarm."""
-    loaded, info = load_edges(source, dtype=dtype)
-    loaded.requires_grad_(False)
+def build(
+    source: ModelSource, connection: Connection, dtype: torch.dtype, labels: Sequence[str] = ()
+) -> PreTrainedModel:
+    """The model of `source` with embeddings, norm and head here and its blocks in the swarm.
+
+    Args:
+        labels: names of classes, for a sequence classifier in the place of the language model.
+    """
+    loaded, info = load_edges(source, dtype=dtype, labels=labels)
     model: Any = loaded
     model.__class__ = _remote_model_class(type(loaded))  # type: ignore[arg-type]
     blocks: list[Any] = list(info.layers)
