@@ -13,6 +13,7 @@
     └── RemoteError           a server answered with an error
         ├── BadRequest        … it found the request invalid      (code ``bad_request``)
         ├── CacheFull         … its KV cache has no room          (code ``cache_full``)
+        ├── ServerBusy        … too much is waiting there already (code ``busy``)
         ├── SessionLost       … it dropped this session's cache   (code ``session_lost``)
         ├── AdapterMissing    … it does not hold this adapter     (code ``adapter_missing``)
         ├── ShuttingDown      … it is leaving the swarm           (code ``shutting_down``)
@@ -86,6 +87,12 @@ class CacheFull(RemoteError):
     code = "cache_full"
 
 
+class ServerBusy(RemoteError):
+    """The server has too many requests or sessions of this peer, or of all, to take another."""
+
+    code = "busy"
+
+
 class SessionLost(RemoteError):
     """The server dropped this session's cache; the client rebuilds it from its history."""
 
@@ -112,7 +119,15 @@ class ServerFailed(RemoteError):
 
 _BY_CODE = {
     kind.code: kind
-    for kind in (BadRequest, CacheFull, SessionLost, AdapterMissing, ShuttingDown, ServerFailed)
+    for kind in (
+        BadRequest,
+        CacheFull,
+        ServerBusy,
+        SessionLost,
+        AdapterMissing,
+        ShuttingDown,
+        ServerFailed,
+    )
 }
 
 

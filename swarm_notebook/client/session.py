@@ -33,6 +33,7 @@ from swarm_notebook.errors import (
     CacheFull,
     MissingBlocks,
     RemoteError,
+    ServerBusy,
     SessionLost,
 )
 
@@ -106,7 +107,7 @@ class InferenceSession:
 
         Raises:
             MissingBlocks: no server holds a block, and none came in time.
-            BadRequest, CacheFull: see the messages.
+            BadRequest, CacheFull, ServerBusy: see the messages.
         """
         self._lost.clear()
         self._refusing.clear()
@@ -238,7 +239,7 @@ class InferenceSession:
             )
             self._directory.events.lost(self._timeline, lost)
         peer, blocks = hop.leg.peer, describe_blocks(range(hop.start, hop.end))
-        if isinstance(error, (BadRequest, CacheFull)):
+        if isinstance(error, (BadRequest, CacheFull, ServerBusy)):
             self._refuse(hop, error)
             logger.info("%s; trying %s on another server", error, blocks)
             return
@@ -253,7 +254,7 @@ class InferenceSession:
             self._directory.failed(peer, str(error))
             logger.warning("%s; continuing %s on another server", error, blocks)
 
-    def _refuse(self, hop: Hop, error: BadRequest | CacheFull) -> None:
+    def _refuse(self, hop: Hop, error: BadRequest | CacheFull | ServerBusy) -> None:
         """Leave a server that refused the step out of it; raise if the others would refuse too.
 
         One server that finds a request invalid may be wrong itself, two are believed.

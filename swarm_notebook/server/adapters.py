@@ -42,7 +42,7 @@ class AdaptedSpan(Span):
         start, end = upload.recipe.blocks
         self._tree, layers = _cloned(base, start, end, upload.recipe.prefix)
         super().__init__(base.decoder_around(start, layers), base.layers_name, start)
-        self.dtype, self.device = base.dtype, base.device
+        self.dtype, self.device, self.joins = base.dtype, base.device, base.joins
         frozen = {id(parameter) for parameter in self._tree.parameters()}
         self._tuners = _inject(self._tree, upload)
         self.recipe = upload.recipe

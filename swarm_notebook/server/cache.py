@@ -3,7 +3,7 @@
 HF's decoders append to the cache through `update(keys, values, layer_idx)` and ask it for
 `get_seq_length()` and `get_mask_sizes()`. This one differs from `DynamicCache` in four ways:
 
-- Memory is allocated ahead, in doubling steps, and new tokens are written in place. A decode step
+- Memory comes in pages of `PAGE` positions, and new tokens are written in place. A decode step
   copies one token, not the whole history. The session reserves room *before* a step runs
   (`reserve`), so that what is allocated never exceeds what the pool has granted.
 - ``layer_idx`` is the block's index in the whole model; the cache holds only ``[start, end)``.
@@ -12,6 +12,12 @@ HF's decoders append to the cache through `update(keys, values, layer_idx)` and 
 - Every block has its own length: a step may rerun only some of the blocks from an earlier
   position (a hook that edits a state asks again from there). `focus` names the blocks of the step,
   whose common length answers the decoder's questions.
+
+The pages of a session are neighbours in memory: growing moves them, every page or eighth part of
+the length, which costs a small part of what reading them in every step does. So attention reads
+plain strided tensors, with the kernels that every device has, and no copies. Pages scattered in one
+pool would need a gather per session, block and step, or a kernel of their own. What a pool is for,
+a bound on all memory and room for whoever needs it, is the ledger's part (`memory`).
 
 One token of accounting is one row's position through all hosted blocks: ``rows * capacity``.
 """
@@ -24,17 +30,17 @@ from typing import Any
 import torch
 from transformers import Cache
 
-FIRST_CAPACITY = 64
+PAGE = 64
+# Room beyond what is needed, as a part of it: growing is seldom, what lies idle is little.
+_AHEAD = 8
 
 
 def grown_capacity(capacity: int, needed: int, limit: int | None = None) -> int:
-    """The capacity to allocate for ``needed`` positions: doubled steps, not beyond ``limit``."""
+    """The capacity to allocate for ``needed`` positions: whole pages, not beyond ``limit``."""
     if needed <= capacity:
         return capacity
-    grown = max(capacity, FIRST_CAPACITY)
-    while grown < needed:
-        grown *= 2
-    return grown if limit is None else max(needed, min(grown, limit))
+    pages = -(-(needed + needed // _AHEAD) // PAGE)
+    return pages * PAGE if limit is None else max(needed, min(pages * PAGE, limit))
 
 
 class _Block:
@@ -112,7 +118,7 @@ class SessionCache(Cache):
                 block.keys = self._moved(block.keys, block.length, rows)
                 block.values = self._moved(block.values, block.length, rows)
 
-    def focus(self, start: int, end: int) -> None:
+    def focus(self, start: int, end: int) -> int:
         """Name the blocks of the next step; their common length answers the decoder's questions."""
         lengths = {block.length for block in self._slice(start, end)}
         if len(lengths) != 1:
@@ -121,6 +127,7 @@ class SessionCache(Cache):
                 "truncate them to a common one before the step"
             )
         self._focus = start - self.start
+        return lengths.pop()
 
     # What HF's decoders call, during a step.
 

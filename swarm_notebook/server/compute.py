@@ -1,31 +1,58 @@
 """The one thread in which torch runs, and the way in and out of it.
 
 The loop's side calls `submit` and awaits ``job.future``: one hop to the thread through a
-`SimpleQueue`, one hop back through ``call_soon_threadsafe``. Jobs run one after the other, in the
-order of their arrival. A job that is cancelled before it begins never runs. One that has begun
+`SimpleQueue`, one hop back through ``call_soon_threadsafe``. In the thread, everything that has
+arrived goes into the `Schedule`, which says what runs next: one job, or several whose calls can be
+joined into one. A job that is cancelled before it begins never runs. One that has begun
 runs to its end (a forward pass cannot be stopped from outside), and `Job.on_settled` tells when:
 whoever owns the memory that the job writes to frees it then and not earlier.
-
-`_take` is where a scheduler that joins the steps of several sessions would choose its work.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
-from queue import SimpleQueue
+import time
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
 from typing import Any
+
+from swarm_notebook.server.schedule import CHORE, Backlog, Kind, Pace, Schedule, Task
+
+# Takes the arguments of several jobs; gives, for each, its result or its error.
+Together = Callable[[Sequence[tuple]], Sequence[Any]]
+
+DECODING_SECONDS = 1.0
 
 
 class Job:
-    """One call in the torch thread. All methods but `_run` belong to the loop."""
+    """One call in the torch thread. What begins with ``_run`` belongs there, all else to the loop.
 
-    __slots__ = ("_arguments", "_callbacks", "_claim", "_function", "future", "settled")
+    Args:
+        together: how jobs of the task's group run as one.
+    """
 
-    def __init__(self, future: asyncio.Future, function: Callable[..., Any], arguments: tuple):
-        self.future = future
-        self._function, self._arguments = function, arguments
+    __slots__ = (
+        "_arguments",
+        "_callbacks",
+        "_claim",
+        "_function",
+        "_together",
+        "future",
+        "settled",
+        "task",
+    )
+
+    def __init__(
+        self,
+        future: asyncio.Future,
+        function: Callable[..., Any],
+        arguments: tuple,
+        task: Task,
+        together: Together | None,
+    ):
+        self.future, self.task = future, task
+        self._function, self._arguments, self._together = function, arguments, together
         # Whoever pops the one element, thread or canceller, decides whether the job runs.
         self._claim = [True]
         self._callbacks: list[Callable[[], None]] = []
@@ -50,23 +77,30 @@ class Job:
         except IndexError:
             return False
 
-    def _run(self) -> None:
-        """In the thread: call the function and hand its outcome to the loop."""
-        if not self._claimed():
-            return
-        result, error = None, None
+    def _run(self) -> Any:
+        """In the thread: the result, or the error, which belongs to who awaits the future."""
         try:
-            result = self._function(*self._arguments)
-        except Exception as caught:  # whatever it is, it belongs to the one who awaits the future
-            error = caught
-        self.future.get_loop().call_soon_threadsafe(self._finish, result, error)
+            return self._function(*self._arguments)
+        except Exception as caught:
+            return caught
 
-    def _finish(self, result: Any, error: Exception | None) -> None:
+    @staticmethod
+    def _run_all(jobs: Sequence[Job]) -> Sequence[Any]:
+        """In the thread: results or errors of jobs of one group."""
+        together = jobs[0]._together
+        if len(jobs) == 1 or together is None:
+            return [job._run() for job in jobs]
+        try:
+            return together([job._arguments for job in jobs])
+        except Exception as caught:
+            return [caught] * len(jobs)
+
+    def _finish(self, outcome: Any) -> None:
         if not self.future.done():
-            if error is None:
-                self.future.set_result(result)
+            if isinstance(outcome, Exception):
+                self.future.set_exception(outcome)
             else:
-                self.future.set_exception(error)
+                self.future.set_result(outcome)
         self._settle()
 
     def _settle(self) -> None:
@@ -77,27 +111,97 @@ class Job:
 
 
 class ComputeThread:
-    """Runs jobs one by one in its own thread."""
+    """Runs jobs in its own thread, in the order that the schedule decides."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[Job | None] = SimpleQueue()
+        self._arrived: SimpleQueue[Job | None] = SimpleQueue()
+        self._schedule: Schedule[Job] = Schedule()
+        self._backlog = Backlog()
+        self._pace = Pace()
+        self._stepped = -DECODING_SECONDS
+        self._steps = self._step_calls = 0
+        self._stopping = False
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Job:
-        """Queue a call; to be called in the asyncio loop that wants the result."""
-        job = Job(asyncio.get_running_loop().create_future(), function, arguments)
-        self._queue.put(job)
+    def submit(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        task: Task = CHORE,
+        together: Together | None = None,
+    ) -> Job:
+        """Queue a call; to be called in the asyncio loop that wants the result.
+
+        Args:
+            task: what the scheduler should know of it.
+            together: how several jobs of the task's group run as one.
+
+        Raises:
+            ServerBusy: too much is queued already.
+        """
+        self._backlog.enter(task)
+        job = Job(asyncio.get_running_loop().create_future(), function, arguments, task, together)
+        job.on_settled(lambda: self._backlog.leave(task))
+        self._arrived.put(job)
         return job
+
+    def piece_tokens(self) -> int:
+        """How many tokens of a prefill to submit at once, as things are."""
+        decoding = time.monotonic() - self._stepped < DECODING_SECONDS
+        return self._pace.piece(crowded=decoding or len(self._schedule) > 0)
+
+    def facts(self) -> dict[str, int]:
+        """How many steps have run since the start, and in how many calls of the blocks."""
+        return {"steps": self._steps, "step_calls": self._step_calls}
 
     def stop(self, timeout: float = 30.0) -> None:
         """End the thread after the jobs that are queued."""
-        self._queue.put(None)
+        self._arrived.put(None)
         self._thread.join(timeout)
 
     def _work(self) -> None:
-        while (job := self._take()) is not None:
-            job._run()
+        while jobs := self._take():
+            begun = time.monotonic()
+            outcomes = Job._run_all(jobs)
+            ended = time.monotonic()
+            loop = jobs[0].future.get_loop()
+            loop.call_soon_threadsafe(_finish_all, jobs, outcomes)
+            self._learn([job.task for job in jobs], ended - begun, ended)
 
-    def _take(self) -> Job | None:
-        return self._queue.get()
+    def _take(self) -> list[Job]:
+        """The jobs to run next as one; waits for some, and is empty when all is done."""
+        while True:
+            self._let_in()
+            if not self._schedule:
+                return []
+            jobs = [job for _, job in self._schedule.take() if job._claimed()]
+            if jobs:
+                return jobs
+
+    def _let_in(self) -> None:
+        """Move what has arrived to the schedule; wait if there is nothing at all."""
+        try:
+            while True:
+                wait = not self._schedule and not self._stopping
+                job = self._arrived.get(block=wait)
+                if job is None:
+                    self._stopping = True
+                else:
+                    self._schedule.add(job.task, job)
+        except Empty:
+            pass
+
+    def _learn(self, tasks: Sequence[Task], seconds: float, now: float) -> None:
+        self._schedule.ran(tasks, seconds)
+        if tasks[0].kind is Kind.STEP:
+            self._stepped = now
+            self._steps += len(tasks)
+            self._step_calls += 1
+        elif tasks[0].kind is Kind.PIECE:
+            self._pace.ran(tasks[0].tokens, seconds)
+
+
+def _finish_all(jobs: Sequence[Job], outcomes: Sequence[Any]) -> None:
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        job._finish(outcome)

@@ -20,7 +20,7 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from swarm_notebook import __version__
-from swarm_notebook.errors import BadRequest, ShuttingDown, to_wire
+from swarm_notebook.errors import BadRequest, ServerBusy, ShuttingDown, to_wire
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream, add_stream_handler
 from swarm_notebook.server import exchange
@@ -30,7 +30,14 @@ from swarm_notebook.server.engine import Engine
 from swarm_notebook.server.exchange import Received
 from swarm_notebook.server.intake import Intake
 from swarm_notebook.server.memory import CachePool
-from swarm_notebook.server.requests import Limits, parse_backward, parse_blocks, parse_forward
+from swarm_notebook.server.requests import (
+    Forward,
+    Limits,
+    parse_backward,
+    parse_blocks,
+    parse_forward,
+)
+from swarm_notebook.server.schedule import Kind, Task
 from swarm_notebook.server.session import InferenceSession
 from swarm_notebook.server.span import Span
 from swarm_notebook.server.state import SessionState
@@ -123,6 +130,7 @@ class Handler:
             "cache_tokens_total": self._pool.total,
             "sessions": self._pool.sessions,
             **self._engine.facts(),
+            **self._compute.facts(),
             protocol.EXTENSION_KEY: protocol.PROTOCOL_VERSION,
         }
         if request.uid:
@@ -164,7 +172,8 @@ class Handler:
     ) -> list[runtime_pb2.Tensor]:
         metadata = protocol.unpack_metadata(message.metadata)
         request = parse_forward(message.uid, message.tensors, metadata, self._limits)
-        job = self._compute.submit(self._engine.forward, peer.to_base58(), request)
+        task = _pass_of(peer, request)
+        job = self._compute.submit(self._engine.forward, task.client, request, task=task)
         return exchange.pack(await exchange.result(job, stream), request.compression)
 
     async def _run_backward(
@@ -175,7 +184,8 @@ class Handler:
     ) -> tuple[list[runtime_pb2.Tensor], dict[str, Any]]:
         metadata = protocol.unpack_metadata(message.metadata)
         request = parse_backward(message.uid, message.tensors, metadata, self._limits)
-        job = self._compute.submit(self._engine.backward, peer.to_base58(), request)
+        task = _pass_of(peer, request)
+        job = self._compute.submit(self._engine.backward, task.client, request, task=task)
         gradients: Gradients = await exchange.result(job, stream)
         packed = exchange.pack(gradients.tensors, request.compression)
         return packed, {} if gradients.weights is None else {"adapter_grads": gradients.weights}
@@ -216,8 +226,12 @@ def _unary(
     return call
 
 
+def _pass_of(peer: PeerID, request: Forward) -> Task:
+    return Task(Kind.PASS, peer.to_base58(), request.rows * request.length)
+
+
 def _typed(error: Exception) -> bool:
-    return isinstance(error, (BadRequest, ShuttingDown))
+    return isinstance(error, (BadRequest, ServerBusy, ShuttingDown))
 
 
 def _unary_answer(

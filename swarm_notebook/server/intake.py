@@ -23,6 +23,7 @@ from swarm_notebook.server import adapter_file, exchange
 from swarm_notebook.server.compute import ComputeThread
 from swarm_notebook.server.engine import Engine
 from swarm_notebook.server.requests import Limits
+from swarm_notebook.server.schedule import Kind, Task
 from swarm_notebook.server.uploads import parse_upload
 
 # Metadata, which comes with every part.
@@ -49,7 +50,8 @@ class Intake:
             )
             del message
             await asyncio.to_thread(importlib.import_module, "peft")
-            job = self._compute.submit(self._engine.load_adapter, name, upload)
+            task = Task(Kind.PASS, name)
+            job = self._compute.submit(self._engine.load_adapter, name, upload, task=task)
             size, derived = await exchange.result(job, stream)
         packed = []
         if upload.derive:

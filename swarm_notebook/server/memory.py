@@ -10,6 +10,11 @@ sessions, least recently used first. A session is idle when no step of it is in 
 dropped after `IDLE_SECONDS`; if nothing else helps, the request waits, and at the end of its wait
 sessions may be dropped that have been idle all that time. Who gets nothing gets `CacheFull` with
 the numbers. A dropped session's notebook sees `SessionLost` and rebuilds from its history.
+
+When memory comes free, those who wait look in order: first who holds some already (who goes on
+will end, and give it back), then the others, each as they came. A few may wait, beyond them is
+`ServerBusy`. Sessions themselves cost something, too, so their number is bounded, for one client
+and for all; at the bound, the longest idle one makes room.
 """
 
 from __future__ import annotations
@@ -19,12 +24,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from swarm_notebook.errors import CacheFull
+from swarm_notebook.errors import CacheFull, ServerBusy
 
 IDLE_SECONDS = 30.0
 # However short its wait was, nobody takes the memory of a session that paused for a moment.
 SHORT_IDLE_SECONDS = 2.0
 MAX_WAIT_SECONDS = 60.0
+CLIENT_WAITING = 16
+WAITING = 64
+CLIENT_SESSIONS = 128
+SESSIONS = 1024
 
 
 @dataclass(eq=False)
@@ -32,6 +41,7 @@ class Account:
     """One session's part of the budget."""
 
     drop: Callable[[], None]
+    client: str = ""
     tokens: int = 0
     busy: bool = False
     last_used: float = 0.0
@@ -73,6 +83,28 @@ class Ledger:
                 return Grant(minimum, tuple(dropped))
         return None
 
+    def admit(self, client: str, now: float) -> Account | None:
+        """Whether ``client`` may have one more session; the session that ends for it, if any.
+
+        Raises:
+            ServerBusy: it has too many, or all together have and none of them is idle.
+        """
+        mine = sum(account.client == client for account in self.accounts)
+        if mine >= CLIENT_SESSIONS:
+            raise ServerBusy(
+                f"this peer has {mine} sessions open here, the most that one may have; close some "
+                "(a session ends with its stream)"
+            )
+        if len(self.accounts) < SESSIONS:
+            return None
+        idle = self._idle(None, now - IDLE_SECONDS)
+        if not idle:
+            raise ServerBusy(
+                f"all of the {SESSIONS} sessions that this server can have are in use; try again "
+                "later or use another server"
+            )
+        return idle[0]
+
     def apply(self, account: Account, grant: Grant) -> None:
         """Write down a decision."""
         for other in grant.dropped:
@@ -80,12 +112,19 @@ class Ledger:
             other.tokens = 0
         account.tokens = grant.tokens
 
-    def _idle(self, account: Account, since: float) -> list[Account]:
-        """Other sessions that hold memory and have been idle since then, the longest first."""
+    def _idle(self, account: Account | None, since: float) -> list[Account]:
+        """Other sessions that have been idle since then, the longest first.
+
+        Args:
+            account: who needs memory, so that only sessions that hold some are meant; None: all.
+        """
         idle = [
             other
             for other in self.accounts
-            if other is not account and not other.busy and other.tokens and other.last_used <= since
+            if other is not account
+            and not other.busy
+            and (other.tokens or account is None)
+            and other.last_used <= since
         ]
         return sorted(idle, key=lambda other: other.last_used)
 
@@ -96,7 +135,7 @@ class CachePool:
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic):
         self._ledger = Ledger(total)
         self._clock = clock
-        self._waiting: list[asyncio.Event] = []
+        self._waiting: list[tuple[asyncio.Event, Account]] = []
 
     @property
     def total(self) -> int:
@@ -110,9 +149,17 @@ class CachePool:
     def sessions(self) -> int:
         return len(self._ledger.accounts)
 
-    def open(self, drop: Callable[[], None]) -> Account:
-        """A new session's account; ``drop`` is called when the session loses its memory."""
-        account = Account(drop, last_used=self._clock())
+    def open(self, drop: Callable[[], None], client: str = "") -> Account:
+        """A new session's account; ``drop`` is called when the session loses its memory.
+
+        Raises:
+            ServerBusy: there are too many sessions.
+        """
+        now = self._clock()
+        if (ended := self._ledger.admit(client, now)) is not None:
+            self.close(ended)
+            ended.drop()
+        account = Account(drop, client, last_used=now)
         self._ledger.accounts.append(account)
         return account
 
@@ -165,7 +212,7 @@ class CachePool:
                     f"{self.total} are free and nothing came free within {now - begun:.0f} s; "
                     "try again later or use another server"
                 )
-            await self._changed(deadline - now)
+            await self._changed(account, deadline - now)
 
     def _carry_out(self, account: Account, grant: Grant) -> int:
         shrunk = grant.tokens < account.tokens
@@ -176,18 +223,24 @@ class CachePool:
             self._wake()
         return grant.tokens
 
-    async def _changed(self, seconds: float) -> None:
+    async def _changed(self, account: Account, seconds: float) -> None:
         """Wait until somebody gives memory back, at most this long."""
-        event = asyncio.Event()
-        self._waiting.append(event)
+        mine = sum(other.client == account.client for _, other in self._waiting)
+        if mine >= CLIENT_WAITING or len(self._waiting) >= WAITING:
+            raise ServerBusy(
+                f"{len(self._waiting)} sessions wait for cache memory already, {mine} of them of "
+                "this peer; try again later or use another server"
+            )
+        waiting = asyncio.Event(), account
+        self._waiting.append(waiting)
         try:
             async with asyncio.timeout(seconds):
-                await event.wait()
+                await waiting[0].wait()
         except TimeoutError:
             pass
         finally:
-            self._waiting.remove(event)
+            self._waiting.remove(waiting)
 
     def _wake(self) -> None:
-        for event in self._waiting:
+        for event, _ in sorted(self._waiting, key=lambda waiting: not waiting[1].tokens):
             event.set()

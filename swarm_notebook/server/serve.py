@@ -31,7 +31,7 @@ from swarm_notebook.errors import ServerFailed
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import LOOPBACK, Node
 from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
-from swarm_notebook.server import lifetime, throughput
+from swarm_notebook.server import joining, lifetime, throughput
 from swarm_notebook.server.activations import BUDGET_BYTES
 from swarm_notebook.server.adapter_store import AdapterLimits
 from swarm_notebook.server.announce import Announcer
@@ -180,7 +180,7 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
     loaded: LoadedBlocks = await loading.future
     config, blocks = source.config(), (loaded.start, loaded.end)
     span = Span(loaded.decoder, loaded.layers_name, loaded.start)
-    measuring = compute.submit(throughput.measure, span, config.hidden_size)
+    measuring = compute.submit(_measure, span, config.hidden_size)
     model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
     announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
     await announcer.announce(_info(ServerState.JOINING, blocks, options))
@@ -232,6 +232,12 @@ def _load(source: ModelSource, options: ServeOptions) -> LoadedBlocks:
     loaded = load_blocks(source, *blocks, dtype=dtype, device=options.device, progress=progress)
     logger.info("loaded blocks %d:%d in %.1f s", *blocks, time.monotonic() - started)
     return loaded
+
+
+def _measure(span: Span, hidden_size: int) -> throughput.Throughput:
+    """In the torch thread: how fast the blocks are, and whether sessions can share a call."""
+    span.joins = joining.try_out(span, hidden_size)
+    return throughput.measure(span, hidden_size)
 
 
 def _info(

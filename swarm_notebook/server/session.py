@@ -6,14 +6,16 @@ session ends when the client says so or is gone, when a step fails, when its mem
 others (`SessionLost`) or when the server leaves (`ShuttingDown`, after the step in flight). In
 every case the memory is given back as soon as the torch thread has let go of it.
 
-A long prefill is computed in pieces, so that the steps of other sessions come in between and a
-client that leaves stops it.
+A short step is computed together with those of other sessions (`joining`). A long prefill is
+computed in pieces, so that the steps of other sessions come in between and a client that leaves
+stops it.
+
+A client that does not read its answers holds up nobody but itself, and is gone after a while.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,15 +23,16 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
 from swarm_notebook.net import protocol
-from swarm_notebook.net.streams import Stream
-from swarm_notebook.server import exchange
+from swarm_notebook.net.streams import Stream, StreamClosed
+from swarm_notebook.server import exchange, joining
 from swarm_notebook.server.compute import ComputeThread, Job
 from swarm_notebook.server.memory import CachePool
 from swarm_notebook.server.requests import Limits, Step, parse_step
+from swarm_notebook.server.schedule import Kind, Task
 from swarm_notebook.server.state import SessionState
 
-PIECE_TOKENS = 512
 ALLOC_TIMEOUT = 10.0
+UNREAD_SECONDS = 60.0
 
 
 class InferenceSession:
@@ -46,7 +49,7 @@ class InferenceSession:
         self._stream, self._limits = stream, limits
         self._pool, self._compute = pool, compute
         self._state: SessionState | None = state
-        self._account = pool.open(self._drop)
+        self._account = pool.open(self._drop, stream.peer)
         self._requests: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue(maxsize=1)
         self._ended: asyncio.Future[SwarmError] = asyncio.get_running_loop().create_future()
         self._blocks: tuple[int, int] | None = None
@@ -113,7 +116,7 @@ class InferenceSession:
             finally:
                 self._pool.end(self._account)
             if answer is not None:
-                await self._stream.send(answer)
+                await self._send(answer)
             if self._leaving:
                 self.leave()
 
@@ -139,13 +142,33 @@ class InferenceSession:
         return runtime_pb2.ExpertResponse(tensors=packed, metadata=told)
 
     async def _run(self, state: SessionState, step: Step, position: int) -> list[torch.Tensor]:
-        pieces = []
-        for begin, end in _pieces(step):
-            self._job = self._compute.submit(state.run, step, position, begin, end)
+        peer, short = self._stream.peer, step.rows * step.length <= joining.SHORT_TOKENS
+        pieces: list[list[torch.Tensor]] = []
+        begin = 0
+        # What a module inside of a block puts out may not be cut by positions.
+        whole = short or bool(step.inner)
+        kind = Kind.STEP if short else Kind.PIECE
+        group = joining.group(peer, step, position, state.span) if short else None
+        while begin < step.length or not pieces:
+            size = max(1, self._compute.piece_tokens() // step.rows)
+            end = step.length if whole else min(begin + size, step.length)
+            task = Task(kind, peer, step.rows * (end - begin), group)
+            self._job = self._compute.submit(
+                joining.run_one, state, step, position, begin, end, task=task, together=joining.run
+            )
             pieces.append(await self._job.future)
+            begin = end
         if len(pieces) == 1:
             return pieces[0]
         return [torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True)]
+
+    async def _send(self, answer: runtime_pb2.ExpertResponse) -> None:
+        try:
+            async with asyncio.timeout(UNREAD_SECONDS):
+                await self._stream.send(answer)
+        except TimeoutError:
+            self._stream.abort()
+            raise StreamClosed(f"peer {self._stream.peer} does not read its answers") from None
 
     def _release(self) -> None:
         """Give the memory back once the torch thread no longer writes to it."""
@@ -158,15 +181,3 @@ class InferenceSession:
     def _free(self) -> None:
         self._state = None
         self._pool.close(self._account)
-
-
-def _pieces(step: Step) -> Iterator[tuple[int, int]]:
-    """The positions of a step, cut so that each piece has about `PIECE_TOKENS` tokens."""
-    if step.inner:
-        # Whether an output of a module inside of a block can be put together again, nobody knows.
-        yield 0, step.length
-        return
-    size = max(1, PIECE_TOKENS // step.rows)
-    yield 0, min(size, step.length)
-    for begin in range(size, step.length, size):
-        yield begin, min(begin + size, step.length)

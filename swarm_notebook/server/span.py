@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from swarm_notebook.checkpoint.anatomy import restrict_config
 from swarm_notebook.errors import Unsupported
+from swarm_notebook.server.attention import JoinedCache, Part, joined
 from swarm_notebook.server.cache import SessionCache
 from swarm_notebook.server.probes import Probes
 
@@ -42,7 +44,9 @@ class Span:
         self.start, self.end = start, start + len(self.layers)
         parameter = next(parameter for layer in self.layers for parameter in layer.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
-        self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+        # Whether `run_joined` may be called: see `joining.try_out`.
+        self.joins = False
         self._views: OrderedDict[tuple[int, int], nn.Module] = OrderedDict()
 
     @cached_property
@@ -65,7 +69,7 @@ class Span:
         end: int,
         hidden: torch.Tensor,
         *,
-        cache: SessionCache | None = None,
+        cache: SessionCache | JoinedCache | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         prompts: torch.Tensor | None = None,
@@ -91,7 +95,7 @@ class Span:
         if hidden.shape[1] == 0:
             return [hidden] * (1 + len(states) + len(inner))
         arguments: dict[str, Any] = {"inputs_embeds": hidden, "attention_mask": attention_mask}
-        if self._takes_positions:
+        if self.takes_positions:
             arguments["position_ids"] = position_ids
         if cache is not None:
             cache.focus(start, end)
@@ -104,6 +108,45 @@ class Span:
             output = view(past_key_values=cache, use_cache=cache is not None, **arguments)
         result = output.last_hidden_state
         return [result, *(captured.get(index, result) for index in states), *probes.outputs()]
+
+    def run_joined(
+        self,
+        start: int,
+        end: int,
+        hidden: Sequence[torch.Tensor],
+        parts: Sequence[Part],
+        **options: Any,
+    ) -> list[list[torch.Tensor]]:
+        """What `run` gives for each of several sessions, in one call for all of them.
+
+        Args:
+            hidden: each session's ``[rows, positions, hidden size]``.
+            parts: the sessions, in the same order.
+            options: ``position_ids`` ``[1, tokens]`` and ``states`` as in `compute`.
+        """
+        cache = JoinedCache(parts)
+        flat = torch.cat([own.reshape(1, -1, own.shape[2]) for own in hidden], dim=1)
+        view: Any = self._view(start, end)
+        with joined([view.config, *self._configs], cache):
+            outputs = self.run(start, end, flat, cache=cache, **options)
+        sizes = [part.tokens for part in parts]
+        shapes = [(part.rows, part.length, -1) for part in parts]
+        split = [output[0].split(sizes) for output in outputs]
+        return [
+            [output[index].view(shape) for output in split] for index, shape in enumerate(shapes)
+        ]
+
+    @cached_property
+    def _configs(self) -> list[PreTrainedConfig]:
+        """The configs that modules inside of the blocks look at."""
+        found = {
+            id(value): value
+            for layer in self.layers
+            for module in layer.modules()
+            for value in vars(module).values()
+            if isinstance(value, PreTrainedConfig)
+        }
+        return list(found.values())
 
     def _view(self, start: int, end: int) -> nn.Module:
         """The decoder of the blocks ``[start, end)``."""

@@ -2,7 +2,8 @@
 
 A step goes through three stages. `check` compares it with what the cache holds and gives its
 position; `needs` says how much memory it takes; `run`, in the torch thread, rolls back, selects
-rows, computes and appends. A step that `check` refuses has changed nothing.
+rows, computes and appends; or `join` prepares the step for a call that it shares with others (see
+`joining`). A step that `check` refuses has changed nothing.
 
 The attention mask of the past is kept here per position, because a request only brings that of
 its new tokens. As long as nobody sends a 0, there is no mask at all and HF takes its fast path.
@@ -10,12 +11,12 @@ its new tokens. As long as nobody sends a 0, there is no mask at all and HF take
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 
 from swarm_notebook.errors import BadRequest
+from swarm_notebook.server.attention import Part
 from swarm_notebook.server.cache import SessionCache, grown_capacity
 from swarm_notebook.server.requests import Step
 from swarm_notebook.server.span import Span
@@ -35,7 +36,7 @@ class SessionState:
     ):
         self._choose = choose or (lambda _: span)
         self.cache = SessionCache(span.start, span.end)
-        self._span, self._context = span, context
+        self.span, self._context = span, context
         self._mask: torch.Tensor | None = None
 
     def check(self, step: Step) -> int:
@@ -73,16 +74,30 @@ class SessionState:
 
     def run(self, step: Step, position: int, begin: int, end: int) -> list[torch.Tensor]:
         """Compute the step's positions ``[begin, end)``; called in order, from 0 on."""
-        began = time.perf_counter()
-        span = self._choose(step)
         if begin == 0:
+            self._choose(step)  # what is not there must not cost the session its cache
             self._prepare(step, position)
+        return self.compute(step, position, begin, end)
+
+    def join(self, step: Step, position: int) -> Part:
+        """The step as a part of a call for several sessions; prepared as by `run`."""
+        self._choose(step)
+        self._prepare(step, position)
+        mask = self._extend_mask(step, position, 0, step.length)
+        return Part(self.cache, step.rows, step.length, mask)
+
+    def span_for(self, step: Step) -> Span:
+        """The blocks to run a step with."""
+        return self._choose(step)
+
+    def compute(self, step: Step, position: int, begin: int, end: int) -> list[torch.Tensor]:
+        """`run`, after the session has been prepared."""
         mask = self._extend_mask(step, position, begin, end)
         ids, prompts = step.position_ids, step.prompts
         if prompts is not None:
             # They belong to the first positions of the sequence, not of the step.
             prompts = prompts[:, :, position + begin : position + end]
-        outputs = span.run(
+        return self._choose(step).run(
             *step.blocks,
             step.hidden[:, begin:end],
             cache=self.cache,
@@ -92,8 +107,6 @@ class SessionState:
             states=step.states,
             **step.extras(),
         )
-        step.times.compute += time.perf_counter() - began
-        return outputs
 
     def _check_rows(self, step: Step) -> None:
         rows, ids = self.cache.rows, step.row_ids
@@ -128,7 +141,7 @@ class SessionState:
         begin, end, piece = position + begin, position + end, slice(begin, end)
         if self._mask is None or end > self._mask.shape[1]:
             mask = torch.ones(step.rows, max(self.cache.capacity, end), dtype=torch.int64)
-            mask = mask.to(self._span.device)
+            mask = mask.to(self.span.device)
             if self._mask is not None:
                 mask[:, : self._mask.shape[1]] = self._mask
             self._mask = mask

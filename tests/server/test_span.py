@@ -123,7 +123,7 @@ def test_left_padded_batch(case: Case) -> None:
         mask[row, :pads] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     options: dict[str, Any] = {"attention_mask": mask}
-    if case.spans[0]._takes_positions:
+    if case.spans[0].takes_positions:
         options["position_ids"] = positions
     expected = case.states(ids, **options)
     sessions = case.sessions()

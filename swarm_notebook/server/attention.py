@@ -1,0 +1,188 @@
+"""One call of a decoder for the tokens of many sessions: every weight is read once for all.
+
+The tokens of all sessions are laid end to end as *one row* ``[1, tokens, hidden]``. Everything in a
+block works token by token (projections, norms, rotations by position, experts), except for
+attention, and there transformers asks functions that are registered by name. Ours, registered as
+`NAME`, take the row apart: each session's keys and values are filed in its own cache, and its
+queries go, with its own mask, to the very function that the model would have called for that
+session alone. So windows, soft caps, sinks and grouped heads are the model's own code, and nothing
+here knows an architecture.
+
+Masks are made once per call and kind of block: the mask function calls the model's own once per
+session and returns the list, as a `_Masks` object, which the decoder hands on to attention unseen.
+
+Whether an architecture plays along (calls the interface, hands the mask on, mixes tokens nowhere
+else) is not known by name but tried: see `joining`.
+
+All of this runs in the one torch thread; `joined` names the sessions of the call that is running.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
+
+from swarm_notebook.server.cache import SessionCache
+
+NAME = "swarm_notebook_joined"
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """One session's tokens in a joined call.
+
+    Attributes:
+        cache: where its keys and values are filed.
+        rows, length: its new tokens.
+        padding: ``[rows, cached + new positions]``, 0 for padding; None if there is none.
+        past: how many positions precede the new ones, in the blocks of the call.
+    """
+
+    cache: SessionCache
+    rows: int
+    length: int
+    padding: torch.Tensor | None = None
+    past: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+class JoinedCache(Cache):
+    """The caches of several sessions, as one to the decoder.
+
+    To the decoder it is empty: positions and masks come per session from elsewhere.
+    """
+
+    def __init__(self, parts: Sequence[Part]):
+        super().__init__(layers=[])
+        self.parts = parts
+        # Keys and values of every part in the block that is running.
+        self.stored: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def focus(self, start: int, end: int) -> None:
+        """Name the blocks of the call."""
+        for part in self.parts:
+            part.past = part.cache.focus(start, end)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """File the new ``[1, heads, tokens, head size]`` under their sessions."""
+        pairs = zip(self._apart(key_states), self._apart(value_states), strict=True)
+        self.stored = [
+            part.cache.update(keys, values, layer_idx)
+            for part, (keys, values) in zip(self.parts, pairs, strict=True)
+        ]
+        return key_states, value_states
+
+    def attend(
+        self, module: nn.Module, query: torch.Tensor, masks: _Masks, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """Attention session by session; ``[1, tokens, heads, head size]``."""
+        function = _own_attention(type(module).__module__, masks.original)
+        outputs = []
+        for own, (keys, values), mask in zip(
+            self._apart(query), self.stored, masks.each, strict=True
+        ):
+            output = function(module, own, keys, values, mask, **options)[0]
+            outputs.append(output.reshape(1, -1, *output.shape[2:]))
+        return torch.cat(outputs, dim=1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def _apart(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """``[1, heads, tokens, size]`` as one ``[rows, heads, length, size]`` per part."""
+        begin = 0
+        for part in self.parts:
+            own = states.narrow(2, begin, part.tokens)
+            begin += part.tokens
+            if part.rows > 1:
+                own = own[0].unflatten(1, (part.rows, part.length)).transpose(0, 1)
+            yield own
+
+
+@dataclass(slots=True, eq=False)
+class _Masks:
+    """One mask (or None) per part, and how the model attends by itself."""
+
+    each: list[Any]
+    cache: JoinedCache
+    original: str
+
+
+@functools.cache
+def _own_attention(modeling: str, name: str) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """What the modules of a modeling file would have called."""
+    file: Any = sys.modules[modeling]
+    interface = getattr(file, "ALL_ATTENTION_FUNCTIONS", None) or AttentionInterface()
+    # Eager attention is no member of the interface: every file brings its own.
+    eager: Any = getattr(file, "eager_attention_forward", None)
+    return interface.get_interface(name, eager)
+
+
+# The call that is running in the torch thread: its sessions, and the model's own attention.
+_running: tuple[JoinedCache, str] | None = None
+
+
+@contextmanager
+def joined(configs: Iterable[PreTrainedConfig], cache: JoinedCache) -> Iterator[None]:
+    """Let the decoder whose configs these are attend as `cache`'s sessions."""
+    global _running
+    before = [(config, config._attn_implementation) for config in configs]
+    # Not through the property, which goes through all sub-configs.
+    for config, _ in before:
+        config._attn_implementation_internal = NAME
+    _running = cache, str(before[0][1])
+    try:
+        yield
+    finally:
+        _running = None
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+
+def _mask(**options: Any) -> _Masks:
+    """Each session's mask, by the model's own mask function."""
+    if _running is None:
+        raise RuntimeError(f"attention {NAME!r} is for joined calls only")
+    cache, original = _running
+    make = AttentionMaskInterface()[original]
+    each = []
+    for part in cache.parts:
+        padding = None if part.padding is None else part.padding.bool()
+        own = {"kv_length": part.past + part.length, "q_offset": part.past, "kv_offset": 0}
+        shape = {"batch_size": part.rows, "q_length": part.length}
+        each.append(make(**{**options, **own, **shape, "attention_mask": padding}))
+    return _Masks(each, cache, original)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    _key: torch.Tensor,
+    _value: torch.Tensor,
+    attention_mask: _Masks,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    return attention_mask.cache.attend(module, query, attention_mask, options), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)

@@ -1,0 +1,171 @@
+"""Steps of several sessions as one: which can be joined, how, and whether the model allows it.
+
+`group` names the steps that can run as one: through the same blocks, with the same adapter. A step
+runs alone if something in it concerns the whole call: prompts that are added to its positions,
+outputs of modules inside of blocks, dropout. (Sessions with different adapters are different
+groups: their blocks are different modules, and only for LoRA could PEFT mix them.)
+
+`run` computes a group. A session whose step turns out to be wrong gets its error alone; if the
+joined call itself fails, its sessions run one by one, so that only the guilty one is hurt.
+
+`try_out` tells whether a model's blocks can be joined at all (see `attention`): two sessions of
+different shapes, one of them padded, must get the same together as apart. BLOOM and Falcon do not
+call transformers' attention interface; they and their like run session by session.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Hashable, Sequence
+
+import torch
+
+from swarm_notebook.server.attention import Part
+from swarm_notebook.server.requests import Step
+from swarm_notebook.server.span import Span
+from swarm_notebook.server.state import SessionState
+
+logger = logging.getLogger(__name__)
+
+# Beyond so many tokens (rows x positions) a step is compute of its own, which joining cannot share.
+SHORT_TOKENS = 64
+# How far joined results may be from separate ones in a trial, relative to their size.
+_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_CLOSE_HALF = 5e-2
+
+# A session, its step, the position of the step, and the piece of it to compute.
+Turn = tuple[SessionState, Step, int, int, int]
+
+
+def group(peer: str, step: Step, position: int, span: Span) -> Hashable | None:
+    """Steps with the same one can run together; None for a step that runs alone."""
+    prompted = step.prompts is not None and position < step.prompts.shape[2]
+    if (
+        not span.joins
+        or not 0 < step.rows * step.length <= SHORT_TOKENS
+        or prompted
+        or step.inner
+        or step.seed is not None
+    ):
+        return None
+    return step.blocks, step.adapter and (peer, step.adapter)
+
+
+def run_one(
+    state: SessionState, step: Step, position: int, begin: int, end: int
+) -> list[torch.Tensor]:
+    """A `Turn` by itself."""
+    began = time.perf_counter()
+    outputs = state.run(step, position, begin, end)
+    step.times.compute += time.perf_counter() - began
+    return outputs
+
+
+def run(turns: Sequence[Turn]) -> list[list[torch.Tensor] | Exception]:
+    """The outputs, or the error, of each turn; all are of one group."""
+    began = time.perf_counter()
+    outcomes: dict[int, list[torch.Tensor] | Exception] = {}
+    parts: dict[int, Part] = {}
+    for index, (state, step, position, _, _) in enumerate(turns):
+        try:
+            parts[index] = state.join(step, position)
+        except Exception as error:  # of this session alone
+            outcomes[index] = error
+    ready = [turns[index] for index in parts]
+    try:
+        joined = _run_joined(ready, list(parts.values()))
+    except Exception:
+        logger.exception("a joined step of %d sessions failed; they run one by one", len(ready))
+        joined = [_run_again(*turn) for turn in ready]
+    outcomes.update(zip(parts, joined, strict=True))
+    for _, step, *_ in turns:
+        step.times.compute += time.perf_counter() - began
+    return [outcomes[index] for index in range(len(turns))]
+
+
+def _run_joined(
+    turns: Sequence[Turn], parts: Sequence[Part]
+) -> list[list[torch.Tensor] | Exception]:
+    if not turns:
+        return []
+    first = turns[0][1]
+    span = turns[0][0].span_for(first)
+    ids: list[int] = []
+    for _, step, position, _, _ in turns:
+        ids += _position_ids(step, position)
+    wanted = sorted({index for _, step, *_ in turns for index in step.states})
+    outputs = span.run_joined(
+        *first.blocks,
+        [step.hidden for _, step, *_ in turns],
+        parts,
+        position_ids=torch.tensor([ids], device=span.device),
+        states=wanted,
+    )
+    results: list[list[torch.Tensor] | Exception] = []
+    for (_, step, *_), (result, *states) in zip(turns, outputs, strict=True):
+        found = dict(zip(wanted, states, strict=True))
+        results.append([result, *(found[index] for index in step.states)])
+    return results
+
+
+def _position_ids(step: Step, position: int) -> list[int]:
+    """A step's position ids, row after row."""
+    if step.position_ids is None:
+        return list(range(position, position + step.length)) * step.rows
+    own: list[int] = step.position_ids.expand(step.rows, -1).flatten().tolist()
+    return own
+
+
+def _run_again(
+    state: SessionState, step: Step, position: int, begin: int, end: int
+) -> list[torch.Tensor] | Exception:
+    """A turn by itself, after `join` has prepared it and a joined call has failed somewhere."""
+    try:
+        state.cache.truncate(*step.blocks, position)
+        return state.compute(step, position, begin, end)
+    except Exception as error:
+        return error
+
+
+@torch.inference_mode()
+def try_out(span: Span, hidden_size: int) -> bool:
+    """Whether sessions of these blocks can be joined; runs a few tokens through all of them."""
+    if not span.takes_positions:
+        return False
+    noise = torch.Generator().manual_seed(0)
+    lengths = {1: (7, 1), 2: (4, 2)}  # rows: cached and new positions
+
+    def prefilled(rows: int) -> tuple[SessionState, Step]:
+        past, new = lengths[rows]
+        hidden = torch.randn(rows, past + new, hidden_size, generator=noise)
+        mask = torch.ones(rows, past + new, dtype=torch.int64)
+        mask[1:, :2] = 0
+        blocks = (span.start, span.end)
+        state = SessionState(span, context=None)
+        state.run(Step(blocks, hidden[:, :past], attention_mask=mask[:, :past]), 0, 0, past)
+        return state, Step(blocks, hidden[:, past:], attention_mask=mask[:, past:])
+
+    turns: list[Turn] = [
+        (state, step, lengths[rows][0], 0, step.length)
+        for rows in lengths
+        for state, step in (prefilled(rows),)
+    ]
+    apart = [run_one(*turn)[0] for turn in turns]
+    for state, step, position, _, _ in turns:
+        state.cache.truncate(*step.blocks, position)
+    parts = [state.join(step, position) for state, step, position, _, _ in turns]
+    try:
+        together = _run_joined(turns, parts)
+    except Exception as error:  # whatever a decoder does with what it does not expect
+        logger.info("steps of different sessions cannot be joined: %s", error)
+        return False
+    within = _CLOSE.get(span.dtype, _CLOSE_HALF)
+    for alone, joined in zip(apart, together, strict=True):
+        if isinstance(joined, Exception):
+            return False
+        difference = (joined[0] - alone).float().norm() / alone.float().norm()
+        if not difference <= within:
+            logger.info("steps of different sessions cannot be joined: they come out different")
+            return False
+    return True

@@ -1,0 +1,179 @@
+"""Sessions whose steps share calls against twins that run alone, for every family.
+
+Each session goes its own way: other lengths and rows, padding, rollbacks, rows selected and
+dropped, states of inner blocks. In every round some of them have a step, and those that can be
+joined are.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model
+
+from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.errors import AdapterMissing
+from swarm_notebook.server import joining
+from swarm_notebook.server.requests import Step
+from swarm_notebook.server.span import Span
+from swarm_notebook.server.state import SessionState
+
+HIDDEN = 48
+SESSIONS, ROUNDS = 5, 12
+# They do not call transformers' attention interface.
+PLAIN = {"bloom", "falcon"}
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def span(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Span:
+    folder: Path = tiny_model(request.param, tmp_path_factory.mktemp("models"))
+    loaded = load_blocks(resolve(folder), 1, 4, dtype=torch.float32)
+    span = Span(loaded.decoder, loaded.layers_name, 1)
+    span.joins = joining.try_out(span, HIDDEN)
+    assert span.joins == (request.param not in PLAIN)
+    return span
+
+
+class Player:
+    """A session and its twin, and what it does next."""
+
+    def __init__(self, span: Span, seed: int):
+        self.random = random.Random(seed)
+        self.noise = torch.Generator().manual_seed(seed)
+        self.joined, self.alone = (SessionState(span, context=None) for _ in range(2))
+        self.padded = seed % 2 == 1
+
+    def step(self) -> Step:
+        cache, dice = self.joined.cache, self.random
+        fields: dict[str, Any] = {}
+        if cache.empty:
+            rows, length = dice.randint(1, 3), dice.randint(1, 14)
+        else:
+            rows, length = cache.rows, dice.choice([1, 1, 1, 3])
+            if dice.random() < 0.3:
+                fields["position"] = dice.randint(0, cache.length)
+            if dice.random() < 0.3:
+                rows = dice.randint(1, 3)
+                fields["row_ids"] = [dice.randrange(cache.rows) for _ in range(rows)]
+        if self.padded and (cache.empty or dice.random() < 0.2):
+            mask = torch.ones(rows, length, dtype=torch.int64)
+            mask[rows - 1, : length // 2] = 0
+            fields["attention_mask"] = mask
+            fields["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + cache.length
+        if dice.random() < 0.3:
+            fields["states"] = tuple(sorted(dice.sample(range(1, 4), 2)))
+        return Step((1, 4), torch.randn(rows, length, HIDDEN, generator=self.noise), **fields)
+
+
+def turn(state: SessionState, step: Step) -> joining.Turn:
+    position = state.check(step)
+    needed = state.needs(step, position)
+    if needed is not None:
+        state.cache.reserve(needed[0] // step.rows)
+    return state, step, position, 0, step.length
+
+
+def close(ours: Any, theirs: Any) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+
+
+def test_joined_sessions_get_what_they_get_alone(span: Span) -> None:
+    players = [Player(span, seed) for seed in range(SESSIONS)]
+    dice, largest = random.Random(0), 0
+    for _ in range(ROUNDS):
+        groups = defaultdict(list)
+        for player in dice.sample(players, dice.randint(2, SESSIONS)):
+            step = player.step()
+            made = turn(player.joined, step)
+            key = joining.group("peer", step, made[2], span)
+            groups[key or player].append((player, step, made))
+        for members in groups.values():
+            turns = [made for _, _, made in members]
+            if len(turns) > 1:
+                largest = max(largest, len(turns))
+                results = joining.run(turns)
+            else:
+                results = [joining.run_one(*turns[0])]
+            for (player, step, _), got in zip(members, results, strict=True):
+                if isinstance(got, Exception):
+                    raise got
+                close(got, joining.run_one(*turn(player.alone, step)))
+    assert largest >= 3 or not span.joins
+
+
+def test_steps_that_concern_the_whole_call_run_alone(span: Span) -> None:
+    one = torch.randn(1, 1, HIDDEN)
+    prompts = torch.randn(3, 1, 4, HIDDEN)
+
+    def group(position: int = 9, hidden: torch.Tensor = one, **fields: Any) -> Any:
+        return joining.group("peer", Step((1, 4), hidden, **fields), position, span)
+
+    if not span.joins:
+        assert group() is None
+        return
+    assert group() == group(hidden=torch.randn(4, 2, HIDDEN)) == group(states=(1,))
+    assert group(prompts=prompts) == group()
+    assert group(adapter=("a", 1)) not in {group(), group(adapter=("a", 2)), None}
+    alone: list[dict[str, Any]] = [
+        {"prompts": prompts, "position": 3},
+        {"hidden": torch.randn(1, joining.SHORT_TOKENS + 1, HIDDEN)},
+        {"hidden": one[:, :0]},
+        {"inner": ((1, "self_attn"),)},
+        {"seed": 1, "adapter": ("a", 1)},
+    ]
+    for fields in alone:
+        assert group(**fields) is None
+
+
+@pytest.fixture
+def sessions(span: Span) -> list[SessionState]:
+    if not span.joins:
+        pytest.skip("runs session by session")
+    made = [SessionState(span, context=None) for _ in range(3)]
+    for seed, state in enumerate(made):
+        hidden = torch.randn(1, 3, HIDDEN, generator=torch.Generator().manual_seed(seed))
+        joining.run_one(*turn(state, Step((1, 4), hidden)))
+    return made
+
+
+@pytest.mark.parametrize("span", ["llama"], indirect=True)
+def test_an_error_belongs_to_its_session_alone(sessions: list[SessionState]) -> None:
+    def refuse(_: Step) -> Span:
+        raise AdapterMissing("upload it")
+
+    step = Step((1, 4), torch.randn(1, 1, HIDDEN))
+    turns = [turn(state, step) for state in sessions]
+    sessions[1]._choose = refuse
+    first, second, third = joining.run(turns)
+    assert isinstance(second, AdapterMissing)
+    assert sessions[1].cache.length == 3
+    for state, got in ((sessions[0], first), (sessions[2], third)):
+        again = Step((1, 4), step.hidden, position=3)
+        close(got, joining.run_one(*turn(state, again)))
+
+
+@pytest.mark.parametrize("span", ["llama"], indirect=True)
+def test_a_joined_call_that_fails_hurts_only_the_guilty(sessions: list[SessionState]) -> None:
+    """The cache of one session breaks in the second block, after the first has been written."""
+    broken = sessions[1].cache
+    update = broken.update
+
+    def fail(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *rest: Any) -> Any:
+        if layer_idx == 2:
+            raise RuntimeError("no more")
+        return update(keys, values, layer_idx, *rest)
+
+    broken.update = fail  # type: ignore[method-assign]
+    step = Step((1, 4), torch.randn(1, 1, HIDDEN))
+    first, second, third = joining.run([turn(state, step) for state in sessions])
+    assert isinstance(second, RuntimeError)
+    for state, got in ((sessions[0], first), (sessions[2], third)):
+        assert state.cache.length == 4
+        close(got, joining.run_one(*turn(state, Step((1, 4), step.hidden, position=3))))

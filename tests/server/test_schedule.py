@@ -1,0 +1,157 @@
+"""What the torch thread runs next, decided without one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from swarm_notebook.errors import ServerBusy
+from swarm_notebook.server import schedule
+from swarm_notebook.server.schedule import Backlog, Kind, Pace, Schedule, Task
+
+GROUP = ((0, 5), None)
+
+
+def step(client: str, tokens: int = 1, group: object = GROUP) -> Task:
+    return Task(Kind.STEP, client, tokens, group)
+
+
+def filled(*tasks: Task) -> Schedule[Task]:
+    made: Schedule[Task] = Schedule()
+    for task in tasks:
+        made.add(task, task)
+    return made
+
+
+def clients(taken: list[tuple[Task, Task]]) -> list[str]:
+    return [task.client for task, _ in taken]
+
+
+def run(
+    made: Schedule[Task], seconds: Callable[[Task], float], until: float, again: bool = True
+) -> Counter:
+    """Take and run for a time; what has run comes again at once. Seconds by kind and client."""
+    used: Counter = Counter()
+    while used.total() < until and made:
+        taken = [task for task, _ in made.take()]
+        made.ran(taken, seconds(taken[0]))
+        for task in taken:
+            used[task.kind, task.client] += seconds(taken[0]) / len(taken)
+            if again:
+                made.add(task, task)
+    return used
+
+
+def test_steps_of_one_group_run_as_one() -> None:
+    other, alone = step("d", group="other"), step("e", group=None)
+    made = filled(step("a"), step("b"), other, alone, step("c"), step("a"))
+    assert clients(made.take()) == ["a", "b", "c", "a"]
+    assert clients(made.take()) == ["d"]
+    assert clients(made.take()) == ["e"]
+    assert len(made) == 0
+
+
+def test_a_batch_is_bounded_and_the_rest_is_next() -> None:
+    half = schedule.BATCH_TOKENS // 2
+    made = filled(step("a", half), step("b", half), step("c", half))
+    assert clients(made.take()) == ["a", "b"]
+    made.ran([step("a", half), step("b", half)], 1.0)
+    made.add(step("a", half), step("a", half))
+    assert clients(made.take()) == ["c", "a"]
+
+
+def test_a_client_with_a_thousand_sessions_does_not_push_another_one_out() -> None:
+    made = filled(*[step("many") for _ in range(1000)], step("one"))
+    for _ in range(20):
+        taken = [task for task, _ in made.take()]
+        assert len(taken) == schedule.BATCH_TOKENS
+        assert "one" in {task.client for task in taken}
+        made.ran(taken, 0.05)
+        for task in taken:
+            made.add(task, task)
+
+
+def test_decoders_go_on_during_a_prefill_and_a_backward() -> None:
+    def seconds(task: Task) -> float:
+        return {Kind.STEP: 0.02, Kind.PIECE: 0.1, Kind.PASS: 1.0}[task.kind]
+
+    piece, backward = Task(Kind.PIECE, "long", 64), Task(Kind.PASS, "trains", 512)
+    used = run(filled(step("decodes"), piece, backward), seconds, until=300)
+    shares = [used[Kind.STEP, "decodes"], used[Kind.PIECE, "long"], used[Kind.PASS, "trains"]]
+    assert [round(share / 300 * 7) for share in shares] == [4, 2, 1]
+
+
+def test_nothing_waits_while_nobody_decodes() -> None:
+    """Steps that come back late find the piece running, not the thread idle."""
+    made = filled(Task(Kind.PIECE, "long", 64))
+    for _ in range(5):
+        assert clients(made.take()) == ["long"]
+        made.ran([Task(Kind.PIECE, "long", 64)], 0.1)
+        made.add(step("decodes"), step("decodes"))
+        made.add(Task(Kind.PIECE, "long", 64), Task(Kind.PIECE, "long", 64))
+        assert clients(made.take()) == ["decodes"]
+        made.ran([step("decodes")], 0.02)
+
+
+def test_clients_share_passes_alike() -> None:
+    made = filled(*[Task(Kind.PASS, "many") for _ in range(10)], Task(Kind.PASS, "few"))
+    order = []
+    for _ in range(3):
+        taken = [task for task, _ in made.take()]
+        made.ran(taken, 1.0)
+        order += [task.client for task in taken]
+    assert order == ["many", "few", "many"]
+    heavy, light = Task(Kind.PASS, "heavy", 1000), Task(Kind.PASS, "light", 10)
+    used = run(filled(heavy, light), lambda task: task.tokens / 100, until=1000)
+    assert used[Kind.PASS, "light"] == pytest.approx(500, rel=0.05)
+
+
+def test_who_was_away_comes_back_without_savings() -> None:
+    made = filled(Task(Kind.PASS, "busy"))
+    run(made, lambda _: 1.0, until=100)
+    for _ in range(20):
+        made.add(Task(Kind.PASS, "back"), Task(Kind.PASS, "back"))
+    used = run(made, lambda _: 1.0, until=10, again=True)
+    assert 4 <= used[Kind.PASS, "back"] <= 6
+
+
+def test_clients_that_left_are_forgotten() -> None:
+    made: Schedule[Task] = Schedule()
+    for number in range(1000):
+        made.add(step(f"client {number}"), step(f"client {number}"))
+        made.ran([task for task, _ in made.take()], 0.01)
+    assert not made._lanes[Kind.STEP].shares._used
+    assert not made._kinds._used
+
+
+def test_passes_are_bounded_for_one_and_for_all() -> None:
+    backlog, mine = Backlog(), Task(Kind.PASS, "mine")
+    for _ in range(schedule.CLIENT_PASSES):
+        backlog.enter(mine)
+    with pytest.raises(ServerBusy, match=r"16 requests of this peer"):
+        backlog.enter(mine)
+    backlog.enter(step("mine"))
+    backlog.enter(schedule.CHORE)
+    backlog.leave(mine)
+    backlog.enter(mine)
+    for number in range(schedule.PASSES - schedule.CLIENT_PASSES):
+        backlog.enter(Task(Kind.PASS, f"other {number}"))
+    with pytest.raises(ServerBusy, match=r"0 requests of this peer and 64 of all"):
+        backlog.enter(Task(Kind.PASS, "late"))
+
+
+def test_pieces_are_as_long_as_their_time() -> None:
+    pace = Pace()
+    assert pace.piece(crowded=True) == schedule.FIRST_PIECE
+    for _ in range(30):
+        pace.ran(100, 0.1)
+    assert pace.piece(crowded=True) == 60
+    assert pace.piece(crowded=False) == 500
+    for _ in range(30):
+        pace.ran(10, 0.1)
+    assert pace.piece(crowded=True) == schedule.MIN_PIECE
+    for _ in range(30):
+        pace.ran(100_000, 0.1)
+    assert pace.piece(crowded=True) == schedule.MAX_PIECE
