@@ -8,6 +8,7 @@
     ├── MissingBlocks         some blocks of the model have no server (any more)
     ├── BlocksOutOfRange      a span of blocks that the model does not have
     ├── ContextTooLong        more tokens than the model has positions
+    ├── Busy                  something runs already that can run only once at a time
     ├── Unsupported           what a remote block cannot do, and what to use instead
     ├── ServerStartError      a local server process did not come up
     └── RemoteError           a server answered with an error
@@ -63,6 +64,10 @@ class ContextTooLong(SwarmError, ValueError):
 
 class Unsupported(SwarmError, NotImplementedError):
     """Something a remote block cannot do; the message names what to use instead."""
+
+
+class Busy(SwarmError, RuntimeError):
+    """Something runs already that can run only once at a time."""
 
 
 class ServerStartError(SwarmError, RuntimeError):

@@ -41,6 +41,7 @@ class LoopThread:
         self._thread = threading.Thread(
             target=self._main, name="swarm_notebook-network", daemon=True
         )
+        self._waiting: dict[int, Future] = {}  # what each of the other threads waits for
         self._thread.start()
 
     def _main(self) -> None:
@@ -53,7 +54,9 @@ class LoopThread:
             work.close()
             raise RuntimeError("LoopThread.run called from the loop itself would wait forever")
         outcome: Future[T] = Future()
+        thread = threading.get_ident()
         try:
+            self._waiting[thread] = outcome
             self.loop.call_soon_threadsafe(self._begin, work, outcome)
             return outcome.result()
         except BaseException:
@@ -61,6 +64,17 @@ class LoopThread:
             # asyncio's run_coroutine_threadsafe): what has not begun by now never will.
             outcome.cancel()
             raise
+        finally:
+            self._waiting.pop(thread, None)
+
+    def cancel_wait(self, thread: int) -> None:
+        """What an interrupt is to the main thread: end the wait of another one, by its ident.
+
+        There, `run` raises `concurrent.futures.CancelledError`.
+        """
+        outcome = self._waiting.get(thread)
+        if outcome is not None:
+            outcome.cancel()
 
     def _begin(self, work: Coroutine[Any, Any, T], outcome: Future[T]) -> None:
         if outcome.cancelled():
@@ -106,6 +120,12 @@ def network_thread() -> LoopThread:
             _thread = LoopThread()
             atexit.register(_stop_all)
         return _thread
+
+
+def cancel_wait(thread: int) -> None:
+    """`LoopThread.cancel_wait`, if anything was ever asked of the network."""
+    if _thread is not None:
+        _thread.cancel_wait(thread)
 
 
 def at_exit(cleanup: Cleanup) -> None:

@@ -73,6 +73,12 @@ class InferenceSession:
         """The servers in use, in the order of their blocks."""
         return list(self._hops)
 
+    @property
+    def latest(self) -> Step | None:
+        """The step that last came back, if any."""
+        steps = self._timeline.steps if self._timeline is not None else ()
+        return steps[-1] if steps else None
+
     def select(self, rows: torch.Tensor) -> None:
         """From the next step on, continue these rows (beam search, batch changes)."""
         if self.history:

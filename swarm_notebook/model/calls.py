@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +103,16 @@ class Runner:
             "a remote model is a live connection and cannot be pickled; save its adapter with "
             "save_pretrained, or connect again where you need it"
         )
+
+    @property
+    def generating(self) -> RemoteCache | None:
+        """The cache that ``generate`` uses in this thread, if it still lives."""
+        held: weakref.ref[RemoteCache] | None = getattr(self._local, "generating", None)
+        return None if held is None else held()
+
+    @generating.setter
+    def generating(self, cache: RemoteCache) -> None:
+        self._local.generating = weakref.ref(cache)
 
     def install(self, decoder: nn.Module) -> None:
         """Follow the calls of the module that owns the blocks."""

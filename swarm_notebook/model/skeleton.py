@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,17 +75,19 @@ class RemoteModel:
 class RemoteGenerator(RemoteModel):
     """The same for a model that generates."""
 
-    _generating: weakref.ref[RemoteCache] | None = None
-
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         except KeyboardInterrupt as interrupt:
-            cache = None if self._generating is None else self._generating()
+            cache = self._runner.generating
             if cache is not None:  # a cache without layers is false
                 cache.leave()
             raise interrupt.with_traceback(None) from None
+
+    def new_cache(self) -> RemoteCache:
+        """An empty cache, to be given to several calls of the model or of ``generate``."""
+        return RemoteCache(self._runner.connection)
 
     def _prepare_cache_for_generation(
         self,
@@ -106,11 +107,11 @@ class RemoteGenerator(RemoteModel):
             cache = RemoteCache(self._runner.connection, max_length=max_cache_length + 1)
             cache.session.begin_generation()
             model_kwargs["past_key_values"] = cache
-            self._generating = weakref.ref(cache)
+            self._runner.generating = cache
             return
         if isinstance(given, RemoteCache):
             given.session.begin_generation()
-            self._generating = weakref.ref(given)
+            self._runner.generating = given
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
