@@ -10,6 +10,8 @@ READY := .venv/.ready
 # Written by npm when it has installed what the scripts' tests need; nothing without Node.
 NODE := $(if $(shell command -v npm),js/node_modules/.package-lock.json)
 NOTEBOOK := examples/01_quickstart.ipynb
+# Two files at a time, each from its first test to its last: most of a test is waiting.
+BY_FILE := -n 2 --dist loadfile
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
@@ -25,8 +27,9 @@ lab: $(READY)
 test: $(READY) $(NODE)
 	tests/browser/install-chromium
 	$(if $(NODE),npm --prefix js run --silent test)
-	$(OFFLINE) $(BIN)/pytest tests
-	$(OFFLINE) $(BIN)/pytest --nbval --nbval-sanitize-with examples/sanitize.cfg examples
+	$(OFFLINE) $(BIN)/pytest $(BY_FILE) --ignore tests/browser tests
+	$(OFFLINE) $(BIN)/pytest tests/browser
+	$(OFFLINE) $(BIN)/pytest $(BY_FILE) --nbval --nbval-sanitize-with examples/sanitize.cfg examples
 
 lint: $(READY) $(NODE)
 	$(BIN)/ruff check .

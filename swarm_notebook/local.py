@@ -35,6 +35,7 @@ class LocalSwarm:
         model: a Hub id, a folder or a GGUF file; None is the demo model.
         servers: how many servers share the blocks evenly, or each one's ``(start, end)``.
         dtype: what the servers compute in.
+        device: where, such as ``"cuda"``.
         threads: CPU threads per server; None leaves it to torch.
         cache_tokens: room for keys and values per server; None is the server's default.
         start_timeout: seconds until every server must be ready.
@@ -50,6 +51,7 @@ class LocalSwarm:
         servers: int | Sequence[tuple[int, int]] = 2,
         *,
         dtype: str = "float32",
+        device: str = "cpu",
         threads: int | None = None,
         cache_tokens: int | None = None,
         start_timeout: float = START_SECONDS,
@@ -61,7 +63,7 @@ class LocalSwarm:
             source = resolve(model, progress=progress)
         spans = plan_spans(source.config().num_hidden_layers, servers)
         self.model = str(source.path or source.name)
-        options = [self.model, "--dtype", dtype]
+        options = [self.model, "--dtype", dtype, "--device", device]
         if threads is not None:
             options += ["--threads", str(threads)]
         if cache_tokens is not None:
