@@ -9,7 +9,7 @@ a plot, ``repr`` without anything that changes from run to run, and ``str`` with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.formatting import clean, model_title, text_table
@@ -42,6 +42,9 @@ class ServerTimes:
     @property
     def seconds(self) -> float:
         return self.serialisation + self.network + self.queue + self.compute
+
+    def scaled(self, share: float) -> ServerTimes:
+        return replace(self, **{part: share * getattr(self, part) for part in PARTS})
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,11 @@ def _pass(step: Step, before: float) -> PassTimes:
         ServerTimes(hop.name, hop.peer, hop.start, hop.end, *hop[4:]) for hop in step.hops
     )
     elsewhere = sum(server.seconds for server in servers)
+    if elsewhere > step.ended - before:
+        # They worked at the same time, on parts of a long prompt: each gets its share.
+        share = (step.ended - before) / elsewhere
+        servers = tuple(server.scaled(share) for server in servers)
+        elsewhere = step.ended - before
     return PassTimes(step.position, step.tokens, step.ended - before - elsewhere, servers)
 
 

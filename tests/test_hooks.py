@@ -59,13 +59,13 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return await real(directory, leg, rpc, *rest, **named)
 
         monkeypatch.setattr(module, "trip", counted)
-    run = Hop.run
+    send = Hop.send
 
-    async def counted_run(self: Hop, request: Any) -> Any:
+    async def counted_send(self: Hop, *step: Any) -> Any:
         sent.append("rpc_inference")
-        return await run(self, request)
+        return await send(self, *step)
 
-    monkeypatch.setattr(Hop, "run", counted_run)
+    monkeypatch.setattr(Hop, "send", counted_send)
     return sent
 
 

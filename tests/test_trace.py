@@ -33,9 +33,10 @@ def test_a_generation_is_traced(tiny_scene: Scene) -> None:
         assert one.client > 0
         for server in one.servers:
             assert server.compute > 0
-            assert server.network > 0
             assert server.serialisation > 0
-            assert server.queue >= 0
+            assert min(server.network, server.queue) >= 0
+        # What the second server does may seem to take no time on the way.
+        assert one.part("network") > 0
     assert len(trace.to_pandas()) == 2 * NEW_TOKENS
     generate(tiny_scene.remote, tiny_scene.ids(1, 3), max_new_tokens=2, min_new_tokens=2)
     assert len(tiny_scene.swarm.trace().passes) == 2

@@ -40,6 +40,7 @@ WAIT_PERIOD = 0.5
 BAN_SECONDS = 3.0
 BAN_SECONDS_MAX = 60.0
 FORGIVABLE_FAILURES = 3
+APART_SECONDS = 60.0
 
 # What a ping may meet: silence, refusal, or an answer that is none.
 _PING_ERRORS = (TimeoutError, P2PDaemonError, P2PHandlerError, OSError, BadRequest, DecodeError)
@@ -92,6 +93,7 @@ class Directory:
     uploaded: dict[tuple[str, str], tuple[int, int, int]] = field(default_factory=dict)
     upload_locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     events: Events = field(default_factory=Events)
+    _apart: dict[tuple[str, str], float] = field(default_factory=dict)
     _standing: dict[str, _Standing] = field(default_factory=dict)
     _silent: set[str] = field(default_factory=set)
     _last_holders: dict[int, set[str]] = field(default_factory=dict)
@@ -246,6 +248,17 @@ class Directory:
         self.heard[peer] = time.time()
         if peer in self._standing:
             del self._standing[peer]
+
+    def keep_apart(self, sender: str, receiver: str) -> None:
+        """For a while, let no hidden states go from one of these servers to the other."""
+        self._apart[sender, receiver] = time.monotonic() + APART_SECONDS
+
+    def together(self, sender: ServerSpan, receiver: ServerSpan) -> bool:
+        """Whether one of these servers can hand its output to the other, as far as is known."""
+        if not (sender.pushes and receiver.pushes):
+            return False
+        until = self._apart.get((sender.peer, receiver.peer))
+        return until is None or until < time.monotonic()
 
     def avoided(self, peer: str) -> str:
         """Why a peer is avoided just now; an empty text if it is not."""

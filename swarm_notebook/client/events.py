@@ -36,6 +36,13 @@ class HopTimes(NamedTuple):
     queue: float
     compute: float
 
+    def plus(self, other: HopTimes | None) -> HopTimes:
+        """Two trips to the same blocks as one."""
+        if other is None:
+            return self
+        parts = [mine + theirs for mine, theirs in zip(self[4:], other[4:], strict=True)]
+        return HopTimes(*self[:4], *parts)
+
 
 class Step(NamedTuple):
     """``tokens`` of ``rows`` sequences each, from ``position`` on, went through the blocks.

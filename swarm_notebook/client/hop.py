@@ -1,27 +1,34 @@
 """One server's part of a session: a long-lived inference stream, a request and an answer per step.
 
-The stream is opened by the first request. Whatever goes wrong on it (the peer is gone, hangs,
-answers with something else than asked for) comes out as one of the errors of `RemoteError`.
+Whatever goes wrong on the stream (the peer is gone, hangs, answers with something else than asked
+for) comes out as one of the errors of `RemoteError`.
+
+The hidden states of a step travel with its request, or come from the server before, which is then
+told to push them (`Way`). Every server answers to the client in both cases: so it knows who has
+done its part, and has what a lost cache is rebuilt from.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
+import contextlib
 import time
 import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
-from swarm_notebook.client.adapters import ensure_uploaded
+from swarm_notebook.client.adapters import Adapter, ensure_uploaded
 from swarm_notebook.client.directory import Directory
 from swarm_notebook.client.events import HopTimes
 from swarm_notebook.client.request import (
     Outputs,
     Request,
+    Told,
     read_outputs,
-    read_times,
+    read_told,
     refuse_extensions,
 )
 from swarm_notebook.client.routing import Leg
@@ -33,8 +40,45 @@ from swarm_notebook.net import protocol, streams
 ALLOC_TIMEOUT = 10.0
 
 
+@dataclass(slots=True)
+class Way:
+    """How a step's hidden states travel.
+
+    Attributes:
+        step_id: the same for all servers of a chain.
+        push_from: the peer that hands over the input; None: the client sends it.
+        push_to: the peer and its session that get the output besides the client.
+    """
+
+    step_id: str
+    push_from: str | None = None
+    push_to: tuple[str, str] | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a server answered to a step.
+
+    Attributes:
+        told: what the server says besides.
+        received: when it came.
+    """
+
+    outputs: Outputs
+    told: Told
+    received: float
+
+
 class Hop:
-    """The server of blocks ``[start, end)`` in one session."""
+    """The server of blocks ``[start, end)`` in one session.
+
+    Attributes:
+        position: tokens in the server's cache.
+        rows_version: how many of the session's row selections it followed.
+        owed: steps that were sent and not answered yet.
+        sending, receiving: held by the step that is just sent or answered, so that the parts of
+            a long one keep their order.
+    """
 
     def __init__(self, leg: Leg, directory: Directory, max_length: int, rows_version: int):
         self.leg, self.start, self.end = leg, leg.start, leg.end
@@ -42,15 +86,17 @@ class Hop:
         self._directory = directory
         self._max_length = max_length
         self._stream: streams.Stream | None = None
+        self.sending, self.receiving = asyncio.Lock(), asyncio.Lock()
         self.reset(rows_version)
 
     def reset(self, rows_version: int) -> None:
         """Begin anew with an empty cache on the same server."""
         self.close()
-        # Tokens in the server's cache, and how many of the session's row selections it followed.
         self.position = 0
         self.rows_version = rows_version
-        self._session_id = str(uuid.uuid4())
+        self.owed = 0
+        self.session_id = str(uuid.uuid4())
+        self._introduced = False
         self._named: tuple[int, int] | None = None
 
     def __str__(self) -> str:
@@ -59,16 +105,23 @@ class Hop:
     async def run(self, request: Request) -> tuple[Outputs, HopTimes]:
         """Send one request and wait for its outputs; also say where the time went.
 
-        Raises:
-            BadRequest, CacheFull, SessionLost, AdapterMissing, ShuttingDown: the server says so.
-            ServerFailed: it is gone, hangs, or answers with something else than asked for.
+        Raises: as `receive`.
         """
-        await ensure_uploaded(self._directory, self.leg, request.adapter)
+        await self.prepare(request.adapter)
         began = time.perf_counter()
-        message = self._message(request)
-        watch: Watch | None = None
-        try:
-            if self._stream is None:
+        packed = await self.send(request, Way(str(uuid.uuid4())))
+        answer = await self.receive(request)
+        return answer.outputs, self.times(request, answer, began, packed)
+
+    def prepared(self, adapter: Adapter | None) -> bool:
+        """Whether `prepare` would have nothing to do."""
+        return self._stream is not None and adapter is None
+
+    async def prepare(self, adapter: Adapter | None) -> None:
+        """Open the stream, and bring the adapter there, before a step is sent."""
+        await ensure_uploaded(self._directory, self.leg, adapter)
+        if self._stream is None:
+            with self._blamed():
                 async with asyncio.timeout(OPEN_TIMEOUT):
                     self._stream = await streams.open_stream(
                         self._directory.node.p2p,
@@ -76,39 +129,61 @@ class Hop:
                         protocol.RPC_INFERENCE,
                         self._directory.events.ledger.open(self.leg),
                     )
-            what = functools.partial(self._describe, request)
-            watch = Watch(self._directory, self.leg.peer, what, self._stream)
-            sent = time.perf_counter()
-            with watch:
-                await self._stream.send(message)
-                answer = await self._stream.receive(runtime_pb2.ExpertResponse)
-        except TRANSPORT_ERRORS as error:
-            verdict = watch.verdict if watch else ""
-            raise ServerFailed(f"{self} {verdict or gone(error)}") from None
-        except streams.BadFrame as error:
-            raise ServerFailed(f"{self} sent no readable answer: {error}") from None
+
+    async def send(self, request: Request, way: Way) -> float:
+        """Send one step (`prepare` came before); the moment when it was packed."""
+        message = self._message(request, way)
+        packed = time.perf_counter()
+        self.owed += 1
+        self.rows_version = request.rows_version
+        with self._blamed(), self._watch(request) as stream:
+            await stream.send(message)
+        return packed
+
+    async def resend(self, request: Request, way: Way) -> None:
+        """Send the hidden states of a step after all, which should have been pushed."""
+        message = self._message(request, Way(way.step_id, None, way.push_to))
+        with self._blamed(), self._watch(request) as stream:
+            await stream.send(message)
+
+    async def receive(
+        self, request: Request, nudge: Callable[[], Awaitable[None]] | None = None
+    ) -> Answer:
+        """The answer to the step that was sent first of those without one.
+
+        Args:
+            request: the step.
+            nudge: called once if the answer takes longer than a moment.
+
+        Raises:
+            BadRequest, CacheFull, SessionLost, AdapterMissing, ShuttingDown: the server says so.
+            ServerFailed: it is gone, hangs, or answers with something else than asked for.
+        """
+        with self._blamed(), self._watch(request, nudge) as stream:
+            answer = await stream.receive(runtime_pb2.ExpertResponse)
         if answer is None:
             raise ServerFailed(f"{self} ended the session")
         received = time.perf_counter()
         outputs = read_outputs(answer.tensors, request, str(self))
         self.position = request.position + request.hidden.shape[1]
+        self.owed -= 1
         self._directory.succeeded(self.leg.peer)
-        waited = received - sent
-        serialisation, queue, compute = read_times(answer.metadata, waited)
-        times = HopTimes(
+        return Answer(outputs, read_told(answer.metadata), received)
+
+    def times(self, request: Request, answer: Answer, began: float, packed: float) -> HopTimes:
+        """Where the time of a step went: packed from ``began`` to ``packed``, then answered."""
+        waited = max(answer.received - packed, 0.0)
+        serialisation, queue, compute = answer.told.times_within(waited)
+        return HopTimes(
             self.leg.peer,
             self.leg.span.name,
             request.start,
             request.end,
-            serialisation + sent - began + time.perf_counter() - received,
-            waited - serialisation - queue - compute,
+            serialisation + packed - began + time.perf_counter() - answer.received,
+            max(waited - serialisation - queue - compute, 0.0),
             queue,
             compute,
         )
-        return outputs, times
-
-    def _describe(self, request: Request) -> str:
-        return f"{self} to run {request.hidden.shape[1]} tokens"
 
     def close(self) -> None:
         """End the session on the server; the broken stream frees its cache there."""
@@ -116,24 +191,60 @@ class Hop:
             self._stream.abort()
             self._stream = None
 
-    def _message(self, request: Request) -> runtime_pb2.ExpertRequest:
+    @contextlib.contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """What the transport raises is this server's failure."""
+        try:
+            yield
+        except TRANSPORT_ERRORS as error:
+            raise ServerFailed(f"{self} {gone(error)}") from None
+        except streams.BadFrame as error:
+            raise ServerFailed(f"{self} sent no readable answer: {error}") from None
+
+    @contextlib.contextmanager
+    def _watch(
+        self, request: Request, nudge: Callable[[], Awaitable[None]] | None = None
+    ) -> Iterator[streams.Stream]:
+        """The open stream, watched while something is waited for on it."""
+        stream = self._stream
+        if stream is None:
+            raise ServerFailed(f"{self} has ended the session")
+
+        def what() -> str:
+            return f"{self} to run {request.hidden.shape[1]} tokens"
+
+        watch = Watch(self._directory, self.leg.peer, what, stream, nudge)
+        try:
+            with watch:
+                yield stream
+        except TRANSPORT_ERRORS:
+            if watch.verdict:
+                raise ServerFailed(f"{self} {watch.verdict}") from None
+            raise
+
+    def _message(self, request: Request, way: Way) -> runtime_pb2.ExpertRequest:
         metadata: dict = {
-            "session_id": self._session_id,
-            "step_id": str(uuid.uuid4()),
+            "session_id": self.session_id,
+            "step_id": way.step_id,
             "start_from_position": request.position,
         }
-        if self._stream is None:
+        if not self._introduced:
             metadata["max_length"] = self._max_length
             metadata["alloc_timeout"] = ALLOC_TIMEOUT
-        refuse_extensions(self.leg.span, str(self), request)
+            self._introduced = True
+        if way.push_from is not None:
+            metadata[protocol.PUSH_FROM] = way.push_from
+        if way.push_to is not None:
+            metadata[protocol.PUSH_TO] = way.push_to
         metadata.update(request.options())
-        extended = self.leg.span.extended
+        refuse_extensions(self.leg.span, str(self), request)
         blocks = (request.start, request.end)
         uid = ""
-        if not extended or self._named != blocks:
+        if not self.leg.span.extended or self._named != blocks:
             uid = protocol.uid_chain(self._directory.prefix, *blocks)
             self._named = blocks
-        slots = [request.hidden, request.prompts, request.rows, request.mask, request.position_ids]
+        hidden = request.hidden if way.push_from is None else None
+        slots = [hidden, request.prompts, request.rows, request.mask, request.position_ids]
         return runtime_pb2.ExpertRequest(
             uid=uid,
             tensors=protocol.pack_slots(slots),

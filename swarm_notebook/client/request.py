@@ -18,6 +18,8 @@ from swarm_notebook.errors import BadRequest, ServerFailed, Unsupported
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.records import ServerSpan
 
+MAX_REASON = 500
+
 
 @dataclass
 class Request:
@@ -27,6 +29,7 @@ class Request:
         hidden: ``[batch, length, hidden]``, the input of block `start`.
         position: how many tokens precede these in the server's cache.
         rows: which rows of the cache to continue, or None for all as they are.
+        rows_version: how many of the session's row selections the cache has followed then.
         states: blocks of ``[start, end)`` whose outputs are wanted besides the last one's.
         prompts: deep prompts of these blocks, ``[blocks, batch or 1, length, hidden]``.
         adapter: adapters of the notebook to run the blocks with.
@@ -46,6 +49,7 @@ class Request:
     adapter: Adapter | None = None
     inner: Sequence[tuple[int, str]] = ()
     seed: int | None = None
+    rows_version: int = 0
 
     def part(self, start: int, end: int, hidden: torch.Tensor) -> Request:
         """The share of blocks ``[start, end)`` in this request."""
@@ -124,23 +128,45 @@ def read_outputs(packed: Sequence[runtime_pb2.Tensor], request: Request, server:
     )
 
 
-def read_times(metadata: bytes, waited: float) -> tuple[float, float, float]:
-    """The server's seconds of serialisation, queue and compute; nothing from a Petals server.
+@dataclass(slots=True)
+class Told:
+    """What a server says along with an answer; a Petals server says nothing.
 
-    Args:
-        metadata: that of the answer.
-        waited: the seconds between request and answer, of which these can only be a part.
+    Attributes:
+        times: its seconds of serialisation, queue and compute.
+        push_failed: why the next server did not get the output, or empty.
+        filled: the input came from the client after all.
     """
+
+    times: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    push_failed: str = ""
+    filled: bool = False
+
+    def times_within(self, waited: float) -> tuple[float, float, float]:
+        """The times as a part of the seconds that were waited."""
+        total = sum(self.times)
+        share = 1.0 if total <= waited else waited / total
+        serialisation, queue, compute = self.times
+        return serialisation * share, queue * share, compute * share
+
+
+def read_told(metadata: bytes) -> Told:
+    """What an answer's metadata say; rubbish is nothing."""
+    told = Told()
     try:
-        found = protocol.unpack_metadata(metadata).get(protocol.TIMES_KEY)
+        found = protocol.unpack_metadata(metadata)
     except BadRequest:
-        return 0.0, 0.0, 0.0
-    if not isinstance(found, (list, tuple)) or len(found) != 3:
-        return 0.0, 0.0, 0.0
-    parts = [part if type(part) is float and part >= 0.0 else 0.0 for part in found]
-    if sum(parts) > waited:
-        return 0.0, 0.0, 0.0
-    return parts[0], parts[1], parts[2]
+        return told
+    times = found.get(protocol.TIMES_KEY)
+    if isinstance(times, (list, tuple)) and len(times) == 3:
+        # Not NaN, and in bounds.
+        parts = [part if type(part) is float and 0.0 <= part < 1e6 else 0.0 for part in times]
+        told.times = (parts[0], parts[1], parts[2])
+    failed = found.get(protocol.PUSH_FAILED)
+    if isinstance(failed, str):
+        told.push_failed = failed[:MAX_REASON]
+    told.filled = found.get(protocol.FILLED) is True
+    return told
 
 
 def read_tensor(packed: runtime_pb2.Tensor, server: str) -> torch.Tensor:

@@ -13,10 +13,12 @@ from block k when a hook changed the input of k.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Coroutine, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -25,6 +27,7 @@ from swarm_notebook.client.directory import Directory
 from swarm_notebook.client.events import Failover, HopTimes, Step, Timeline
 from swarm_notebook.client.history import History, Pass
 from swarm_notebook.client.hop import Hop
+from swarm_notebook.client.passage import HopLost, Piece, carry, join, split
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.routing import describe_blocks
 from swarm_notebook.errors import (
@@ -140,62 +143,172 @@ class InferenceSession:
         states: Collection[int],
         inner: Collection[tuple[int, str]],
     ) -> Outputs:
-        current, block = self.history.current, first
-        outputs = Outputs({}, {})
+        block, outputs = first, Outputs({}, {})
         while block < stop:
-            hop = await self._hop_for(block)
-            end = current.cuts(block, min(hop.end, stop))[1]
-            # After a failover the walk begins before `first`: what lies there is known already.
-            wanted = [index for index in states if first <= block <= index < end - 1]
-            modules = [named for named in inner if first <= block <= named[0] < end]
-            try:
-                await self._catch_up(hop)
-                got = await self._run(hop, (block, end), current, wanted, modules)
-            except RemoteError as error:
-                self._lose(hop, error)
-                block = hop.start
-                continue
-            outputs.states.update(got.states)
-            outputs.inner.update(got.inner)
-            if end < self._directory.num_blocks:
-                current.inputs[end] = got.states[end - 1]
-            block = end
+            pieces = await self._plan(block, stop)
+            done, lost = await self._attempt(pieces, states, inner, outputs)
+            block = done
+            if lost is not None:
+                # A hop that waits for states which never come cannot be used as it is.
+                for hop in {piece.hop for piece in pieces if piece.hop.owed}:
+                    if hop is not lost.piece.hop:
+                        hop.reset(self._rows_version)
+                block = min(done, lost.piece.hop.start)
+                self._give_way(lost)
         asked = {*states, stop - 1}
         outputs.states = {index: outputs.states[index] for index in asked & outputs.states.keys()}
         return outputs
 
-    async def _run(
+    async def _plan(self, block: int, stop: int) -> list[Piece]:
+        """The chain over blocks ``[block, stop)``; servers are chosen for those without."""
+        current = self.history.current
+        pieces: list[Piece] = []
+        while block < stop:
+            hop = await self._hop_for(block)
+            for start, end in itertools.pairwise(current.cuts(block, min(hop.end, stop))):
+                piece = Piece(hop, start, end, given=start in current.edits)
+                if pieces and not piece.given:
+                    before = pieces[-1].hop
+                    if self._directory.together(before.leg.span, hop.leg.span):
+                        piece.source = before
+                pieces.append(piece)
+            block = min(hop.end, stop)
+        return pieces
+
+    async def _attempt(
         self,
-        hop: Hop,
-        piece: tuple[int, int],
-        part: Pass,
-        states: Sequence[int] = (),
-        inner: Sequence[tuple[int, str]] = (),
-    ) -> Outputs:
-        """One trip: the pass's tokens through the blocks ``piece`` of a hop."""
-        rows = self._rows if hop.rows_version != self._rows_version else None
-        hop.rows_version = self._rows_version
-        start, end = piece
-        hidden = part.input_of(start)
-        if hidden is None:
-            raise LookupError(f"the history has no input of block {start}")
-        outputs, times = await hop.run(
-            Request(
-                start,
-                end,
-                hidden,
-                part.position,
-                rows,
-                part.mask,
-                part.position_ids,
-                states=states,
-                inner=inner,
-                prompts=self._prompts(start, end, part),
-                adapter=self.adapter,
-            )
-        )
+        pieces: Sequence[Piece],
+        states: Collection[int],
+        inner: Collection[tuple[int, str]],
+        outputs: Outputs,
+    ) -> tuple[int, HopLost | None]:
+        """Run the current pass through the pieces; up to which block it came, and what failed.
+
+        What came back goes into ``outputs`` and into the pass.
+        """
+        current = self.history.current
+        parts = split(current, pieces, divisible=not inner)
+        got: list[list[Outputs]] = [[] for _ in pieces]
+        lost: HopLost | None = None
+        try:
+            await self._ready(pieces)
+            await self._carry(pieces, parts, states, inner, got)
+        except HopLost as failure:
+            lost = failure
+        for piece, found in zip(pieces, got, strict=True):
+            if len(found) < len(parts):
+                return piece.start, lost
+            whole = join(found)
+            outputs.states.update(whole.states)
+            outputs.inner.update(whole.inner)
+            if piece.end < self._directory.num_blocks:
+                current.inputs[piece.end] = whole.states[piece.end - 1]
+        return pieces[-1].end, lost
+
+    async def _ready(self, pieces: Sequence[Piece]) -> None:
+        """Bring the servers of a chain to where the current pass begins."""
+        for piece in pieces:
+            with _blaming(piece):
+                await self._catch_up(piece.hop)
+        closed = [piece for piece in pieces if not piece.hop.prepared(self.adapter)]
+        if closed:
+            work = [self._prepare(piece) for piece in closed]
+            for result in await asyncio.gather(*work, return_exceptions=True):
+                if result is not None:
+                    raise result
+
+    async def _prepare(self, piece: Piece) -> None:
+        with _blaming(piece):
+            await piece.hop.prepare(self.adapter)
+
+    async def _carry(
+        self,
+        pieces: Sequence[Piece],
+        parts: Sequence[Pass],
+        states: Collection[int],
+        inner: Collection[tuple[int, str]],
+        got: list[list[Outputs]],
+    ) -> None:
+        """Send the parts of a pass through the pieces, one behind the other."""
+        trips: dict[int, HopTimes] = {}
+
+        def deliver(number: int, outputs: Outputs, times: HopTimes) -> None:
+            got[number].append(outputs)
+            trips[number] = times.plus(trips.get(number))
+
+        requests = [
+            [
+                self._request(piece, part, states, inner, later=number > 0)
+                for number, piece in enumerate(pieces)
+            ]
+            for part in parts
+        ]
+        hops = [piece.hop for piece in pieces]
+        for number, hop in enumerate(hops):
+            # Whatever else a hop is asked in this pass comes after it has selected its rows.
+            if hop.rows_version != self._rows_version and hop not in hops[:number]:
+                requests[0][number].rows = self._rows
+        journeys = [carry(self._directory, pieces, asked, deliver) for asked in requests]
+        try:
+            await self._all(journeys)
+        finally:
+            self._trips.extend(trips[number] for number in sorted(trips))
+
+    @staticmethod
+    async def _all(journeys: Sequence[Coroutine[Any, Any, None]]) -> None:
+        if len(journeys) == 1:
+            await journeys[0]
+            return
+        # All come to an end: what lies before a failed server is not to be sent again.
+        results = await asyncio.gather(*journeys, return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        lost = [error for error in errors if isinstance(error, HopLost)]
+        for error in errors:
+            if not isinstance(error, HopLost):
+                raise error
+        if lost:
+            raise min(lost, key=lambda failure: failure.piece.start)
+
+    async def _run(self, hop: Hop, piece: tuple[int, int], part: Pass) -> Outputs:
+        """One trip: the tokens of a pass through the blocks ``piece`` of a hop."""
+        outputs, times = await hop.run(self._request(Piece(hop, *piece), part))
         self._trips.append(times)
         return outputs
+
+    def _request(
+        self,
+        piece: Piece,
+        part: Pass,
+        states: Collection[int] = (),
+        inner: Collection[tuple[int, str]] = (),
+        *,
+        later: bool = False,
+    ) -> Request:
+        """What the server of a piece is asked.
+
+        Args:
+            later: the hidden states come later, from the piece before; now only their shape is
+                right.
+        """
+        start, end = piece.start, piece.end
+        hidden = part.input_of(start)
+        if hidden is None:
+            if not later:
+                raise LookupError(f"the history has no input of block {start}")
+            hidden = next(iter(part.edits.values()))
+        return Request(
+            start,
+            end,
+            hidden,
+            part.position,
+            mask=part.mask,
+            position_ids=part.position_ids,
+            states=[index for index in states if start <= index < end - 1],
+            inner=[named for named in inner if start <= named[0] < end],
+            prompts=self._prompts(start, end, part),
+            adapter=self.adapter,
+            rows_version=self._rows_version,
+        )
 
     def _prompts(self, start: int, end: int, part: Pass) -> torch.Tensor | None:
         """Deep prompts of these blocks, if the pass reaches into their positions."""
@@ -232,6 +345,16 @@ class InferenceSession:
             for piece in itertools.pairwise(part.cuts(hop.start, hop.end)):
                 got = await self._run(hop, piece, part)
             self.history.learn(hop.end, part.position, got.states[hop.end - 1])
+
+    def _give_way(self, lost: HopLost) -> None:
+        """Go on without a failed hop, or without handing its input from server to server."""
+        piece, error = lost.piece, lost.error
+        if piece.source is not None and isinstance(error, BadRequest):
+            # Perhaps its input was not what the client would have sent.
+            self._directory.keep_apart(piece.source.leg.peer, piece.hop.leg.peer)
+            piece.hop.reset(self._rows_version)
+        else:
+            self._lose(piece.hop, error)
 
     def _lose(self, hop: Hop, error: RemoteError) -> None:
         """Drop a failed hop, so that its blocks are a gap; raise what no other server can mend."""
@@ -279,3 +402,11 @@ class InferenceSession:
         for hop in self._hops:
             hop.close()
         self._hops = []
+
+
+@contextlib.contextmanager
+def _blaming(piece: Piece) -> Iterator[None]:
+    try:
+        yield
+    except RemoteError as error:
+        raise HopLost(piece, error) from None

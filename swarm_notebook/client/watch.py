@@ -8,12 +8,14 @@ machine is noticed in seconds, and a slow one may be slow up to a limit.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Self
 
 from swarm_notebook.client.directory import Directory
+from swarm_notebook.errors import RemoteError
 from swarm_notebook.net.streams import Stream
 
 logger = logging.getLogger(__name__)
@@ -29,16 +31,23 @@ class Watch:
 
     Args:
         what: says what is waited for; only asked when there is something to say.
+        nudge: called first, when the request has taken longer than a moment.
 
     Attributes:
         verdict: why the request was given up, or empty.
     """
 
     def __init__(
-        self, directory: Directory, peer: str, what: Callable[[], str], stream: Stream
+        self,
+        directory: Directory,
+        peer: str,
+        what: Callable[[], str],
+        stream: Stream,
+        nudge: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.verdict = ""
         self._directory, self._peer, self._what, self._stream = directory, peer, what, stream
+        self._nudge = nudge
         self._task: asyncio.Task | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -58,6 +67,9 @@ class Watch:
     async def _watch(self) -> None:
         began = time.monotonic() - WATCH_AFTER
         tell_after = TELL_AFTER
+        if self._nudge is not None:
+            with contextlib.suppress(RemoteError):  # whoever waits for the answer will meet it
+                await self._nudge()
         while not self.verdict:
             alive = await self._directory.ping(self._peer)
             waited = time.monotonic() - began

@@ -8,7 +8,12 @@ only servers which announce ``swarm_notebook`` in their record are sent:
 - ``states`` in the metadata lists block indices whose outputs come back after the result;
 - row indices (slot 2, Petals' ``hypo_ids``) may change the batch size;
 - ``times`` in the metadata of a step's answer says where its time went in the server: seconds of
-  serialisation, queue and compute.
+  serialisation, queue and compute;
+- ``push_to`` in a step's metadata names a peer and a session of it: the output goes there, over
+  ``rpc_push_stream``, besides to the client (whose answer says ``push_failed`` and why if it did
+  not). ``push_from`` names the peer that will push the input; slot 0 is then a dummy. The client
+  may send the input after all, under the same ``step_id``; if it was used, the answer says
+  ``filled``.
 
 A slot that is not used holds a dummy, an empty tensor, as in Petals. Metadata is msgpack in
 hivemind's dialect; it is read under a size bound and yields a plain dict.
@@ -24,9 +29,12 @@ from hivemind.utils import MSGPackSerializer
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import tensors
 
-PROTOCOL_VERSION = 1
+# 1: masks, states, adapters; 2: pushes from server to server
+PROTOCOL_VERSION = 2
 EXTENSION_KEY = "swarm_notebook"
 TIMES_KEY = "times"
+PUSH_TO, PUSH_FROM = "push_to", "push_from"
+PUSH_FAILED, FILLED = "push_failed", "filled"
 
 _SERVICER = "TransformerConnectionHandler"
 RPC_INFO = f"{_SERVICER}.rpc_info"
@@ -36,6 +44,7 @@ RPC_BACKWARD = f"{_SERVICER}.rpc_backward"
 RPC_BACKWARD_STREAM = f"{_SERVICER}.rpc_backward_stream"
 RPC_INFERENCE = f"{_SERVICER}.rpc_inference"
 RPC_PUSH = f"{_SERVICER}.rpc_push"
+RPC_PUSH_STREAM = f"{_SERVICER}.rpc_push_stream"
 RPC_ADAPTER = f"{_SERVICER}.rpc_adapter"
 
 UID_DELIMITER = "."

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MODEL_INDEX_KEY = "_petals.models"
 MAX_BLOCK = 1 << 16
+PUSH_VERSION = 2
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=200)]
@@ -92,6 +93,11 @@ class ServerSpan:
     def extended(self) -> bool:
         """Whether the server speaks our additions to Petals' protocol."""
         return (self.info.swarm_notebook or 0) >= 1
+
+    @property
+    def pushes(self) -> bool:
+        """Whether it hands its output to the next server, and takes such input."""
+        return (self.info.swarm_notebook or 0) >= PUSH_VERSION
 
 
 def spans_of(blocks: Mapping[int, Mapping[str, ServerInfo]]) -> list[ServerSpan]:

@@ -40,6 +40,18 @@ def text(metadata: dict[str, Any], name: str) -> str | None:
     return value
 
 
+def target(metadata: dict[str, Any], name: str) -> tuple[str, str]:
+    """A peer id and a session id."""
+    value = metadata.get(name)
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != 2
+        or not all(isinstance(part, str) and 0 < len(part) <= MAX_TEXT for part in value)
+    ):
+        raise BadRequest(f"{name}: {str(value)[:MAX_TEXT]}, expected a peer id and a session id")
+    return value[0], value[1]
+
+
 def flag(metadata: dict[str, Any], name: str) -> bool:
     value = metadata.get(name)
     if value is not None and not isinstance(value, bool):

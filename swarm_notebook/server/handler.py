@@ -30,6 +30,7 @@ from swarm_notebook.server.engine import Engine
 from swarm_notebook.server.exchange import Received
 from swarm_notebook.server.intake import Intake
 from swarm_notebook.server.memory import CachePool
+from swarm_notebook.server.relay import Relay
 from swarm_notebook.server.requests import (
     Forward,
     Limits,
@@ -71,6 +72,7 @@ class Handler:
         self._sessions: set[InferenceSession] = set()
         self._running: set[asyncio.Task[Any]] = set()
         self._intake = Intake(engine, compute, limits)
+        self._relay = Relay()
         self._leaving = False
 
     async def register(self, p2p: P2P) -> None:
@@ -82,12 +84,16 @@ class Handler:
             protocol.RPC_BACKWARD_STREAM: self._backward_stream,
             protocol.RPC_ADAPTER: self._adapter,
         }
+        self._relay.start(p2p)
         for name, stream_handler in streams.items():
             await add_stream_handler(p2p, name, self._tracked(stream_handler), frame)
+        # Not tracked: such a stream is no request, and stays open while the server leaves.
+        await add_stream_handler(p2p, protocol.RPC_PUSH_STREAM, self._relay.handle, frame)
         unary = {
             protocol.RPC_INFO: (self._info, runtime_pb2.ExpertUID),
             protocol.RPC_FORWARD: (self._forward, runtime_pb2.ExpertRequest),
             protocol.RPC_BACKWARD: (self._backward, runtime_pb2.ExpertRequest),
+            protocol.RPC_PUSH: (self._relay.handle_unary, runtime_pb2.ExpertRequest),
         }
         for name, (handler, kind) in unary.items():
             # Below P2P.add_protobuf_handler, which would parse the bytes outside our reach.
@@ -115,7 +121,9 @@ class Handler:
         self._check_open()
         choose = partial(self._engine.span_for, peer.to_base58())
         state = SessionState(self._span, self._limits.context, choose)
-        session = InferenceSession(stream, state, self._limits, self._pool, self._compute)
+        session = InferenceSession(
+            stream, state, self._limits, self._pool, self._compute, relay=self._relay
+        )
         self._sessions.add(session)
         try:
             await session.run()

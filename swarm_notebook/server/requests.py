@@ -84,6 +84,7 @@ class Step(Forward):
         position: how many positions precede the new ones; None: all that the cache holds.
         row_ids: the cache's rows to go on with, None for all as they are.
         alloc_timeout: how many seconds the step may wait for memory.
+        push_to: the peer and its session that get the output besides the client.
         times: where its time goes, see `times`.
     """
 
@@ -91,6 +92,7 @@ class Step(Forward):
     row_ids: list[int] | None = None
     step_id: str | None = None
     alloc_timeout: float | None = None
+    push_to: tuple[str, str] | None = None
     times: StepTimes = field(default_factory=StepTimes)
 
 
@@ -178,6 +180,8 @@ def parse_step(
     request.alloc_timeout = fields.seconds(metadata, "alloc_timeout")
     fields.integer(metadata, "max_length")  # Petals reserves by it; our cache grows as needed
     fields.text(metadata, "session_id")
+    if metadata.get(protocol.PUSH_TO) is not None:
+        request.push_to = fields.target(metadata, protocol.PUSH_TO)
     times.parsed()
     return request
 

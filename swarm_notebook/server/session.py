@@ -26,7 +26,9 @@ from swarm_notebook.net import protocol
 from swarm_notebook.net.streams import Stream, StreamClosed
 from swarm_notebook.server import exchange, joining
 from swarm_notebook.server.compute import ComputeThread, Job
+from swarm_notebook.server.inbox import Inbox
 from swarm_notebook.server.memory import CachePool
+from swarm_notebook.server.relay import Relay
 from swarm_notebook.server.requests import Limits, Step, parse_step
 from swarm_notebook.server.schedule import Kind, Task
 from swarm_notebook.server.state import SessionState
@@ -45,12 +47,14 @@ class InferenceSession:
         limits: Limits,
         pool: CachePool,
         compute: ComputeThread,
+        *,
+        relay: Relay,
     ):
-        self._stream, self._limits = stream, limits
+        self._stream, self._limits, self._relay = stream, limits, relay
         self._pool, self._compute = pool, compute
         self._state: SessionState | None = state
         self._account = pool.open(self._drop, stream.peer)
-        self._requests: asyncio.Queue[runtime_pb2.ExpertRequest] = asyncio.Queue(maxsize=1)
+        self._inbox = Inbox(relay, stream.max_frame)
         self._ended: asyncio.Future[SwarmError] = asyncio.get_running_loop().create_future()
         self._blocks: tuple[int, int] | None = None
         self._step_id: str | None = None
@@ -81,6 +85,7 @@ class InferenceSession:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._ended.cancel()
+            self._inbox.close()
             self._release()
 
     def leave(self) -> None:
@@ -105,11 +110,11 @@ class InferenceSession:
             message = await self._stream.receive(runtime_pb2.ExpertRequest)
             if message is None or not (message.uid or message.tensors):
                 return
-            await self._requests.put(message)
+            await self._inbox.put(message)
 
     async def _work(self) -> None:
         while True:
-            message = await self._requests.get()
+            message = await self._inbox.get()
             self._pool.begin(self._account)
             try:
                 answer = await self._step(message)
@@ -138,8 +143,15 @@ class InferenceSession:
         self._blocks, self._step_id = step.blocks, step.step_id
         step.times.computed()
         packed = exchange.pack(outputs, step.compression)
-        told = protocol.pack_metadata({protocol.TIMES_KEY: step.times.parts()})
-        return runtime_pb2.ExpertResponse(tensors=packed, metadata=told)
+        told: dict[str, Any] = {protocol.TIMES_KEY: step.times.parts()}
+        if self._inbox.filled:
+            told[protocol.FILLED] = True
+        if step.push_to is not None and step.step_id is not None:
+            failed = await self._relay.push(*step.push_to, step.step_id, packed[0])
+            if failed:
+                told[protocol.PUSH_FAILED] = failed
+        metadata = protocol.pack_metadata(told)
+        return runtime_pb2.ExpertResponse(tensors=packed, metadata=metadata)
 
     async def _run(self, state: SessionState, step: Step, position: int) -> list[torch.Tensor]:
         peer, short = self._stream.peer, step.rows * step.length <= joining.SHORT_TOKENS

@@ -1,0 +1,192 @@
+"""One step's way along a chain of servers, each of which hands its output to the next.
+
+A chain is a list of `Piece`s: runs of blocks on one server each. Where two servers can reach each
+other, the hidden states go straight from one to the next (see `server.relay`), and every server
+answers to the client besides; where they cannot, or where a hook decides the input, the client
+sends them. A push that fails, or is late, is made good by the client, under the same step id, so
+that it does not matter which of the two comes first.
+
+Several steps may be on their way at once, one behind the other: each hop sends and answers them
+in their order. So the parts of a long prompt keep all servers of a chain busy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from swarm_notebook.client.directory import Directory
+from swarm_notebook.client.events import HopTimes
+from swarm_notebook.client.history import Pass
+from swarm_notebook.client.hop import Hop, Way
+from swarm_notebook.client.request import Outputs, Request
+from swarm_notebook.errors import RemoteError
+
+# A part should be large enough for a matrix product to be worth it.
+MIN_PART_TOKENS = 128
+MAX_PARTS = 16
+
+
+@dataclass(slots=True)
+class Piece:
+    """Blocks ``[start, end)`` on the server of a hop.
+
+    Attributes:
+        given: a hook has decided the input, instead of the piece before.
+        source: the hop whose server hands over the input; None: the client sends it.
+    """
+
+    hop: Hop
+    start: int
+    end: int
+    given: bool = False
+    source: Hop | None = None
+
+
+class HopLost(Exception):
+    """A hop failed; `error` says how."""
+
+    def __init__(self, piece: Piece, error: RemoteError):
+        super().__init__(str(error))
+        self.piece, self.error = piece, error
+
+
+async def carry(
+    directory: Directory,
+    pieces: Sequence[Piece],
+    requests: Sequence[Request],
+    deliver: Callable[[int, Outputs, HopTimes], None],
+) -> None:
+    """Take a step through the pieces of a chain, whose hops are prepared.
+
+    Args:
+        directory: told which servers cannot reach each other.
+        pieces: the chain.
+        requests: one for each piece. Those of the first and of given ones have their hidden
+            states, the others something of the same shape.
+        deliver: gets the number of a piece, its outputs and times, as they come.
+
+    Raises:
+        HopLost: a piece failed; all before it are done.
+    """
+    step_id = str(uuid.uuid4())
+    first = 0
+    while first < len(pieces):
+        last = first + 1
+        while last < len(pieces) and pieces[last].source is not None:
+            last += 1
+        group = _Group(directory, pieces[first:last], requests[first:last], step_id)
+        outputs = await group.run(first, deliver)
+        if last < len(pieces) and not pieces[last].given:
+            requests[last].hidden = outputs.states[pieces[last].start - 1]
+        first = last
+
+
+class _Group:
+    """Pieces that hand their outputs on to each other."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        pieces: Sequence[Piece],
+        requests: Sequence[Request],
+        step_id: str,
+    ):
+        self._directory = directory
+        self._pieces, self._requests = pieces, requests
+        hops = [piece.hop for piece in pieces]
+        self._ways = [
+            Way(
+                step_id,
+                push_from=hops[number - 1].leg.peer if number else None,
+                push_to=(hops[number + 1].leg.peer, hops[number + 1].session_id)
+                if number + 1 < len(hops)
+                else None,
+            )
+            for number in range(len(hops))
+        ]
+
+    async def run(self, number: int, deliver: Callable[[int, Outputs, HopTimes], None]) -> Outputs:
+        """Send to all, then receive from all in order; the outputs of the last one."""
+        began = time.perf_counter()
+        packed, unsent = await self._send()
+        outputs = Outputs({}, {})
+        for index, piece in enumerate(self._pieces):
+            if unsent is not None and unsent.piece is piece:
+                raise unsent
+            hop, request = piece.hop, self._requests[index]
+            try:
+                async with hop.receiving:
+                    nudge = self._nudge(index) if index else None
+                    answer = await hop.receive(request, nudge)
+            except RemoteError as error:
+                raise HopLost(piece, error) from None
+            outputs = answer.outputs
+            deliver(number + index, outputs, hop.times(request, answer, began, packed))
+            # What the next server took is counted from here: it began when this one answered.
+            began = packed = answer.received
+            if answer.told.filled and index:
+                self._keep_apart(index)
+            if index + 1 < len(self._pieces):
+                self._requests[index + 1].hidden = outputs.states[piece.end - 1]
+                if answer.told.push_failed:
+                    self._keep_apart(index + 1)
+                    if unsent is None or unsent.piece is not self._pieces[index + 1]:
+                        await self._resend(index + 1)
+        return outputs
+
+    async def _send(self) -> tuple[float, HopLost | None]:
+        """Send to all in order; when the first was packed, and the piece at which that failed."""
+        packed = 0.0
+        for piece, request, way in zip(self._pieces, self._requests, self._ways, strict=True):
+            try:
+                async with piece.hop.sending:
+                    moment = await piece.hop.send(request, way)
+            except RemoteError as error:
+                return packed, HopLost(piece, error)
+            packed = packed or moment
+        return packed, None
+
+    def _nudge(self, index: int) -> Callable:
+        async def nudge() -> None:
+            async with self._pieces[index].hop.sending:
+                await self._pieces[index].hop.resend(self._requests[index], self._ways[index])
+
+        return nudge
+
+    async def _resend(self, index: int) -> None:
+        try:
+            await self._nudge(index)()
+        except RemoteError as error:
+            raise HopLost(self._pieces[index], error) from None
+
+    def _keep_apart(self, index: int) -> None:
+        before, after = self._pieces[index - 1].hop.leg, self._pieces[index].hop.leg
+        self._directory.keep_apart(before.peer, after.peer)
+
+
+def split(whole: Pass, pieces: Sequence[Piece], *, divisible: bool) -> list[Pass]:
+    """The parts in which a pass travels: one, or for a long one several that overtake nobody."""
+    batch = next(iter(whole.edits.values())).shape[0]
+    servers = len({id(piece.hop) for piece in pieces})
+    count = min(MAX_PARTS, whole.length * batch // MIN_PART_TOKENS)
+    if servers < 2 or count < 2 or not divisible:
+        return [whole]
+    bounds = [whole.position + whole.length * number // count for number in range(count + 1)]
+    return [whole.tokens(low, high) for low, high in itertools.pairwise(bounds) if low < high]
+
+
+def join(parts: Sequence[Outputs]) -> Outputs:
+    """The outputs of the parts of a pass as those of the whole."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    return Outputs(
+        {key: torch.cat([part.states[key] for part in parts], dim=1) for key in first.states},
+        {key: torch.cat([part.inner[key] for part in parts], dim=1) for key in first.inner},
+    )

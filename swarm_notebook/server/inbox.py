@@ -1,0 +1,171 @@
+"""What has arrived for a session and is still to be worked on.
+
+A client sends its steps in order. A step either brings its hidden states, or announces that the
+server before will push them (`relay`). An announced step waits for them at the head of the line,
+or for its client, which sends them itself under the same step id when the push fails or is late.
+
+At most one whole step waits besides the one that is worked on: then the client's stream is not
+read on, and it feels the pressure. Announcements are small, and their number is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.errors import BadRequest
+from swarm_notebook.net import protocol
+from swarm_notebook.server import fields
+from swarm_notebook.server.relay import Relay
+
+MAX_ANNOUNCED = 64
+
+_ANNOUNCES = protocol.PUSH_FROM.encode()
+
+
+class _Announced:
+    """A step whose hidden states are still to come, by push or (`filled`) from the client."""
+
+    __slots__ = ("filled", "message", "step_id", "tensor")
+
+    def __init__(self, message: runtime_pb2.ExpertRequest, step_id: str):
+        self.message, self.step_id = message, step_id
+        self.tensor: runtime_pb2.Tensor | None = None
+        self.filled = False
+
+
+class Inbox:
+    """The steps of one session, in order; belongs to the loop.
+
+    Args:
+        relay: where pushes arrive.
+        limit: how many bytes of hidden states may wait for announced steps.
+
+    Attributes:
+        filled: the step that was taken out last had to be filled in by its client.
+    """
+
+    def __init__(self, relay: Relay, limit: int):
+        self._relay, self._limit = relay, limit
+        self._held = 0
+        self.filled = False
+        self._session_id: str | None = None
+        self._steps: deque[runtime_pb2.ExpertRequest | _Announced] = deque()
+        self._announced: dict[str, tuple[str, _Announced]] = {}
+        self._whole = 0
+        self._changed = asyncio.Event()
+
+    async def put(self, message: runtime_pb2.ExpertRequest) -> None:
+        """Take a message of the client; waits while a whole step is waiting already.
+
+        Raises:
+            BadRequest: an announcement is malformed, or there are too many.
+        """
+        if self._session_id is None:
+            self._introduce(message)
+        if _ANNOUNCES in message.metadata and self._announce(message):
+            return
+        if self._announced and self._fill(message):
+            return
+        while self._whole:
+            await self._wait()
+        self._whole += 1
+        self._steps.append(message)
+        self._changed.set()
+
+    def offer(self, message: runtime_pb2.ExpertRequest) -> None:
+        """Take a step that a Petals server pushes, if there is room; its client sends it, too."""
+        if not self._whole:
+            self._whole += 1
+            self._steps.append(message)
+            self._changed.set()
+
+    async def get(self) -> runtime_pb2.ExpertRequest:
+        """The next step, whole."""
+        while True:
+            if self._steps:
+                first = self._steps[0]
+                if isinstance(first, runtime_pb2.ExpertRequest):
+                    self._whole -= 1
+                    break
+                if first.tensor is not None:
+                    break
+            await self._wait()
+        self._steps.popleft()
+        self._changed.set()
+        if isinstance(first, runtime_pb2.ExpertRequest):
+            self.filled = False
+            return first
+        self.filled = first.filled
+        del self._announced[first.step_id]
+        if first.tensor is not None:
+            self._held -= len(first.tensor.buffer)
+            first.message.tensors[0].CopyFrom(first.tensor)
+        return first.message
+
+    def close(self) -> None:
+        """Expect nothing more from other servers."""
+        for session_id, announced in self._announced.values():
+            self._relay.forget(session_id, announced.step_id)
+        self._announced.clear()
+        if self._session_id:
+            self._relay.dismiss(self._session_id, self.offer)
+
+    def _introduce(self, message: runtime_pb2.ExpertRequest) -> None:
+        """Take a session's name from its first step; Petals' clients leave out the position."""
+        metadata = protocol.unpack_metadata(message.metadata)
+        self._session_id = fields.text(metadata, "session_id") or ""
+        if self._session_id and "start_from_position" not in metadata:
+            self._relay.admit(self._session_id, self.offer)
+
+    def _announce(self, message: runtime_pb2.ExpertRequest) -> bool:
+        metadata = protocol.unpack_metadata(message.metadata)
+        peer = fields.text(metadata, protocol.PUSH_FROM)
+        if not peer:
+            return False
+        session_id, step_id = fields.text(metadata, "session_id"), fields.text(metadata, "step_id")
+        if not session_id or not step_id or not message.tensors:
+            raise BadRequest(f"{protocol.PUSH_FROM}: such a step needs a session_id and a step_id")
+        if step_id in self._announced or len(self._announced) >= MAX_ANNOUNCED:
+            raise BadRequest(
+                f"{protocol.PUSH_FROM}: {len(self._announced)} steps are announced already, at "
+                f"most {MAX_ANNOUNCED} with different step ids are taken"
+            )
+        announced = _Announced(message, step_id)
+
+        def arrived(tensor: runtime_pb2.Tensor) -> None:
+            # What does not fit is left out: the client sends it when its turn has come.
+            if announced.tensor is None and self._held + len(tensor.buffer) <= self._limit:
+                self._hold(announced, tensor)
+
+        self._announced[step_id] = session_id, announced
+        self._steps.append(announced)
+        self._relay.expect(peer, session_id, step_id, arrived)
+        self._changed.set()
+        return True
+
+    def _fill(self, message: runtime_pb2.ExpertRequest) -> bool:
+        """Whether the message brings what an announced step waits for."""
+        step_id = fields.text(protocol.unpack_metadata(message.metadata), "step_id")
+        found = self._announced.get(step_id or "")
+        if found is None:
+            return False
+        session_id, announced = found
+        if announced.tensor is None and message.tensors:
+            self._relay.forget(session_id, announced.step_id)
+            if self._held + len(message.tensors[0].buffer) > self._limit:
+                raise BadRequest(f"more than {self._limit} bytes wait for announced steps")
+            announced.filled = True
+            self._hold(announced, message.tensors[0])
+        return True
+
+    def _hold(self, announced: _Announced, tensor: runtime_pb2.Tensor) -> None:
+        announced.tensor = tensor
+        self._held += len(tensor.buffer)
+        self._changed.set()
+
+    async def _wait(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()

@@ -1,0 +1,210 @@
+"""Hidden states that go from server to server, without a detour by the client.
+
+A client tells each server of its chain, with every step, where the output goes (`push_to`) and
+where the input comes from (`push_from`). Outputs travel over one long-lived stream per pair of
+servers, as requests without an answer. Both sides of a push meet here by the session's id and the
+step's, and only if the sender is the very peer that the client has named: nobody else can put
+anything into a session.
+
+A push may arrive before its announcement. It is kept for a moment, in bounds for each sender and
+for all together; what does not fit or is never announced is dropped, and then the client sends the
+states itself. So no push ever waits for a session, and a stream serves all sessions alike.
+
+Petals' unary ``rpc_push`` is taken as well, for sessions of clients that announce nothing. Petals'
+clients send the same step directly, too: whichever comes first counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.errors import BadRequest, RemoteError
+from swarm_notebook.net import protocol
+from swarm_notebook.net.streams import Stream, open_stream
+from swarm_notebook.server import fields
+
+logger = logging.getLogger(__name__)
+
+PUSH_SECONDS = 4.0
+AVOID_SECONDS = 30.0
+MAX_STREAMS = 64
+EARLY_SECONDS = 10.0
+EARLY_BYTES_PER_PEER = 32 << 20
+EARLY_BYTES = 128 << 20
+
+Arrived = Callable[[runtime_pb2.Tensor], None]
+_TRANSPORT_ERRORS = (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, TimeoutError)
+
+
+@dataclass
+class _Early:
+    """A push that nobody has announced yet."""
+
+    tensor: runtime_pb2.Tensor
+    size: int
+    when: float
+
+
+class Relay:
+    """Pushes of one server, out and in; belongs to the loop."""
+
+    def __init__(self) -> None:
+        self._p2p: P2P | None = None
+        self._streams: OrderedDict[str, asyncio.Future[Stream]] = OrderedDict()
+        self._listening: dict[str, asyncio.Task[None]] = {}
+        self._avoided: dict[str, float] = {}
+        self._expected: dict[tuple[str, str], tuple[str, Arrived]] = {}
+        self._early: OrderedDict[tuple[str, str, str], _Early] = OrderedDict()
+        self._plain: dict[str, Callable[[runtime_pb2.ExpertRequest], None]] = {}
+
+    def start(self, p2p: P2P) -> None:
+        """From now on pushes can be sent."""
+        self._p2p = p2p
+
+    async def push(
+        self, peer: str, session_id: str, step_id: str, tensor: runtime_pb2.Tensor
+    ) -> str:
+        """Send hidden states to the server that is next; an empty text, or why that failed."""
+        if self._avoided.get(peer, 0.0) > time.monotonic():
+            return "it could not be reached a moment ago"
+        metadata = protocol.pack_metadata({"session_id": session_id, "step_id": step_id})
+        message = runtime_pb2.ExpertRequest(tensors=[tensor], metadata=metadata)
+        try:
+            async with asyncio.timeout(PUSH_SECONDS):
+                await (await self._stream(peer)).send(message)
+        except _TRANSPORT_ERRORS as error:
+            self._drop(peer)
+            # A stream may break because its peer has started anew: only silence is held against it.
+            if isinstance(error, TimeoutError):
+                self._avoided[peer] = time.monotonic() + AVOID_SECONDS
+            return str(error) or "it does not take anything"
+        return ""
+
+    def expect(self, peer: str, session_id: str, step_id: str, arrived: Arrived) -> None:
+        """A client announces a push of ``peer``.
+
+        Raises:
+            BadRequest: this push is announced already.
+        """
+        key = session_id, step_id
+        if key in self._expected:
+            raise BadRequest(f"step_id: {step_id[:80]!r} of this session is announced already")
+        early = self._early.pop((peer, *key), None)
+        if early is not None:
+            arrived(early.tensor)
+        else:
+            self._expected[key] = peer, arrived
+
+    def forget(self, session_id: str, step_id: str) -> None:
+        """A push is not needed any more."""
+        self._expected.pop((session_id, step_id), None)
+
+    def admit(self, session_id: str, put: Callable[[runtime_pb2.ExpertRequest], None]) -> None:
+        """A Petals client's session takes steps that are pushed to it."""
+        self._plain.setdefault(session_id, put)
+
+    def dismiss(self, session_id: str, put: Callable[[runtime_pb2.ExpertRequest], None]) -> None:
+        """Undo `admit`."""
+        if self._plain.get(session_id) == put:
+            del self._plain[session_id]
+
+    async def handle(self, stream: Stream, peer: PeerID) -> None:
+        """Take what a server pushes, for as long as it does."""
+        sender = peer.to_base58()
+        while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
+            self._take(sender, message, stream.max_frame)
+
+    async def handle_unary(
+        self, message: runtime_pb2.ExpertRequest, peer: PeerID
+    ) -> runtime_pb2.ExpertResponse:
+        """Petals' ``rpc_push``."""
+        metadata = protocol.unpack_metadata(message.metadata)
+        put = self._plain.get(fields.text(metadata, "session_id") or "")
+        if put is None:
+            raise BadRequest("rpc_push: no session that takes pushes has this session_id")
+        put(message)
+        return runtime_pb2.ExpertResponse()
+
+    def _take(self, sender: str, message: runtime_pb2.ExpertRequest, limit: int) -> None:
+        metadata = protocol.unpack_metadata(message.metadata)
+        session_id, step_id = fields.text(metadata, "session_id"), fields.text(metadata, "step_id")
+        if not session_id or not step_id or len(message.tensors) != 1:
+            raise BadRequest("a push has a session_id, a step_id and one tensor")
+        expected = self._expected.get((session_id, step_id))
+        if expected is None:
+            self._keep((sender, session_id, step_id), message, limit)
+            return
+        named, arrived = expected
+        if named != sender:
+            raise BadRequest("a push into a session whose client has named another server")
+        del self._expected[session_id, step_id]
+        arrived(message.tensors[0])
+
+    def _keep(
+        self, key: tuple[str, str, str], message: runtime_pb2.ExpertRequest, limit: int
+    ) -> None:
+        """Hold a push until it is announced, if there is room."""
+        now, size = time.monotonic(), message.ByteSize()
+        while self._early:
+            oldest = next(iter(self._early))
+            if self._early[oldest].when > now - EARLY_SECONDS:
+                break
+            del self._early[oldest]
+        mine = sum(early.size for (peer, *_), early in self._early.items() if peer == key[0])
+        everybody = sum(early.size for early in self._early.values())
+        if mine + size > min(EARLY_BYTES_PER_PEER, limit) or everybody + size > EARLY_BYTES:
+            logger.info("a push of %s that nobody announced was dropped", key[0])
+            return
+        self._early[key] = _Early(message.tensors[0], size, now)
+
+    async def _stream(self, peer: str) -> Stream:
+        """The stream to a server, opened by the first who needs it."""
+        opening = self._streams.get(peer)
+        if opening is None:
+            opening = asyncio.ensure_future(self._open(peer))
+            self._streams[peer] = opening
+            if len(self._streams) > MAX_STREAMS:
+                self._drop(next(iter(self._streams)))
+        self._streams.move_to_end(peer)
+        # Shielded: one session that gives up must not end it for the others.
+        return await asyncio.shield(opening)
+
+    async def _open(self, peer: str) -> Stream:
+        if self._p2p is None:
+            raise ConnectionError("this server is not connected yet")
+        try:
+            name = PeerID.from_base58(peer)
+        except ValueError:
+            raise ConnectionError(f"{peer[:80]!r} is no peer id") from None
+        stream = await open_stream(self._p2p, name, protocol.RPC_PUSH_STREAM)
+        self._listening[peer] = asyncio.create_task(self._listen(peer, stream))
+        return stream
+
+    async def _listen(self, peer: str, stream: Stream) -> None:
+        """The other side says nothing, unless to end the stream: then the next push opens anew."""
+        try:
+            await stream.receive(runtime_pb2.ExpertResponse)
+        except (RemoteError, ConnectionError) as error:
+            logger.info("the stream to %s for pushes has ended: %s", peer, error)
+        stream.abort()
+        opening = self._streams.get(peer)
+        if opening is not None and opening.done() and opening.result() is stream:
+            del self._streams[peer]
+
+    def _drop(self, peer: str) -> None:
+        opening = self._streams.pop(peer, None)
+        if opening is None:
+            return
+        if not opening.done():
+            opening.cancel()
+        elif not opening.cancelled() and opening.exception() is None:
+            opening.result().abort()

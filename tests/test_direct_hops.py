@@ -1,0 +1,187 @@
+"""States that go from server to server: exact in every mode, and when something is in the way.
+
+Three servers in a row and a double of the middle one. Everything is compared with the local model.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scene import TOLERANCE, AtToken, Scene, generate, kill_process, scene, stop_then_kill
+
+from swarm_notebook.client import passage
+from swarm_notebook.client.hop import Hop, Way
+from swarm_notebook.client.request import Request
+
+SPANS = [(0, 2), (2, 4), (4, 5), (2, 4)]
+
+
+@dataclass
+class Sent:
+    """The ways of all steps that were sent, and those whose states were sent again."""
+
+    ways: list[Way] = field(default_factory=list)
+    again: list[Way] = field(default_factory=list)
+
+    @property
+    def direct(self) -> int:
+        return sum(way.push_from is not None for way in self.ways)
+
+
+@pytest.fixture(scope="module")
+def chain(tiny_llama: Path) -> Iterator[Scene]:
+    with scene(tiny_llama, SPANS) as made:
+        yield made
+
+
+@pytest.fixture
+def stage(chain: Scene) -> Scene:
+    chain.heal()
+    chain.sessions.clear()
+    chain.swarm._connection.directory._apart.clear()
+    return chain
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
+    seen, send, resend = Sent(), Hop.send, Hop.resend
+
+    async def counted(self: Hop, request: Request, way: Way) -> float:
+        seen.ways.append(way)
+        return await send(self, request, way)
+
+    async def counted_again(self: Hop, request: Request, way: Way) -> None:
+        seen.again.append(way)
+        await resend(self, request, way)
+
+    monkeypatch.setattr(Hop, "send", counted)
+    monkeypatch.setattr(Hop, "resend", counted_again)
+    return seen
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "hidden states": {"output_hidden_states": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exact(stage: Scene, sent: Sent, mode: str) -> None:
+    ids = stage.ids(1, 9).repeat(1, 2)
+    ours = generate(stage.remote, ids, **MODES[mode])
+    theirs = generate(stage.reference, ids, **MODES[mode])
+    stage.same(ours, theirs)
+    for mine, local in zip(ours.hidden_states or (), theirs.hidden_states or (), strict=True):
+        for state, expected in zip(mine, local, strict=True):
+            torch.testing.assert_close(state, expected, atol=TOLERANCE, rtol=0)
+    # Two of three servers get their input from the one before; nothing goes twice.
+    assert sent.direct * 3 == len(sent.ways) * 2
+    assert sent.direct
+    assert not sent.again
+    assert stage.sessions[-1].failovers == 0
+
+
+def test_a_padded_batch(stage: Scene, sent: Sent) -> None:
+    batch = stage.padded()
+    stage.same(generate(stage.remote, batch), generate(stage.reference, batch))
+    assert sent.direct
+
+
+def test_a_hook_that_writes_within_a_span_and_one_at_its_edge(stage: Scene, sent: Sent) -> None:
+    def add(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.3 * torch.sin(output)
+
+    ids = stage.ids(2, 9)
+    hooks = [
+        model.model.layers[block].register_forward_hook(add)
+        for model in (stage.remote, stage.reference)
+        for block in (1, 2)
+    ]
+    try:
+        stage.same(generate(stage.remote, ids), generate(stage.reference, ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert sent.direct
+
+
+def test_a_long_prompt_keeps_all_servers_busy(stage: Scene, sent: Sent) -> None:
+    ids = stage.ids(3, 200)
+    stage.same(generate(stage.remote, ids), generate(stage.reference, ids))
+    parts = len({way.step_id for way in sent.ways}) - 13
+    assert parts == 4
+    assert stage.sessions[-1].history.current.length == 1
+
+
+def test_a_long_padded_prompt_with_states_asked_for(stage: Scene) -> None:
+    ids, mask = stage.ids(3, 200), torch.ones(3, 200, dtype=torch.long)
+    ids[1, :150], mask[1, :150] = 0, 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        found = [
+            model(**inputs, use_cache=True, output_hidden_states=True)
+            for model in (stage.remote, stage.reference)
+        ]
+    for ours, theirs in zip(*(one.hidden_states for one in found), strict=True):
+        kept = mask.bool()
+        torch.testing.assert_close(ours[kept], theirs[kept], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kill", [stop_then_kill, kill_process])
+def test_the_middle_server_is_lost(stage: Scene, kill: Any) -> None:
+    """While it computes: the one before it has done its part, the one behind waits."""
+    ids = stage.ids(2, 9)
+    options: dict[str, Any] = {"num_beams": 2}
+    acts = AtToken({4: lambda: kill(stage.server(stage.sessions[-1].hops[1].leg.peer))})
+    ours = generate(stage.remote, ids, stopping_criteria=[acts], **options)
+    stage.same(ours, generate(stage.reference, ids, **options))
+    assert stage.sessions[-1].failovers == 1
+
+
+def test_the_middle_server_is_lost_in_a_long_prompt(stage: Scene) -> None:
+    ids = stage.ids(3, 200)
+    middle = stage.server(stage.swarm.route().hops[1].peer_id)
+    assert middle.pid is not None
+    os.kill(middle.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        ours = generate(stage.remote, ids)
+    finally:
+        os.kill(middle.pid, signal.SIGCONT)
+    stage.same(ours, generate(stage.reference, ids))
+    assert stage.sessions[-1].failovers == 1
+    assert time.monotonic() - began < 40
+
+
+@pytest.mark.parametrize("fault", ["unknown session", "no such peer"])
+def test_a_push_that_does_not_arrive(
+    stage: Scene, sent: Sent, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The client sends the states after all, and from then on by itself."""
+    nobody = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+    init = passage._Group.__init__
+
+    def misled(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
+        way = self._ways[0]
+        if way.push_to is not None:
+            wrong = (way.push_to[0], "lost") if fault == "unknown session" else (nobody, "lost")
+            self._ways[0] = replace(way, push_to=wrong)
+
+    monkeypatch.setattr(passage._Group, "__init__", misled)
+    ids = stage.ids(2, 9)
+    ours = generate(stage.remote, ids)
+    stage.same(ours, generate(stage.reference, ids))
+    # The second and third server are a group of their own then, which is misled as well.
+    assert len(sent.again) == 2
+    assert stage.sessions[-1].failovers == 0
