@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from IPython.core.error import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
+COMPRESSIONS = ("float16", "int8")
 
 
 EXAMPLES = """\
@@ -123,6 +124,11 @@ class CommandLine:
         )
         connect.add_argument("--model", metavar="MODEL", help="Hub id, folder or GGUF file")
         connect.add_argument("--dtype", choices=DTYPES, help="of the parts that run here")
+        connect.add_argument(
+            "--compression",
+            choices=COMPRESSIONS,
+            help="of hidden states on their way; shifts the results a little",
+        )
         connect.add_argument(
             "--timeout", type=_seconds, metavar="S", help="give up after S seconds"
         )

@@ -105,6 +105,7 @@ class SwarmMagics:
         from swarm_notebook.swarm import connect
 
         options = {"model": arguments.model, "dtype": arguments.dtype, "timeout": arguments.timeout}
+        options["compression"] = arguments.compression
         given = {key: value for key, value in options.items() if value is not None}
         before = self._current()
         swarm = connect(arguments.peers or None, **given)

@@ -77,6 +77,7 @@ class SwarmStatus:
     num_blocks: int
     servers: tuple[ServerRow, ...]
     read: float | None = None  # Unix time when the servers' records were read
+    compression: str | None = None  # of hidden states on their way, if the user wants it
 
     @property
     def title(self) -> str:
@@ -116,7 +117,8 @@ class SwarmStatus:
         servers = f"{count} server{'' if count == 1 else 's'} online"
         if self.missing:
             return f"{servers}, MISSING blocks {format_runs(self.missing)}: nobody serves them"
-        return f"{servers}, all {self.num_blocks} blocks served"
+        packed = f", hidden states travel as {self.compression}" if self.compression else ""
+        return f"{servers}, all {self.num_blocks} blocks served{packed}"
 
     def to_pandas(self) -> pd.DataFrame:
         """The servers as a data frame, one row each."""

@@ -25,9 +25,10 @@ from swarm_notebook.client.routing import describe_blocks, leg_seconds
 from swarm_notebook.cost import Bill, Preview, expect, from_accounts
 from swarm_notebook.errors import MissingBlocks, ModelNotServed
 from swarm_notebook.local import LocalSwarm
-from swarm_notebook.model import skeleton
+from swarm_notebook.model import drafting, skeleton
+from swarm_notebook.model.drafting import Draft
 from swarm_notebook.net.records import ModelRecord, ServerSpan, ServerState
-from swarm_notebook.net.tensors import dtype_from_name
+from swarm_notebook.net.tensors import COMPRESSIONS, NONE, dtype_from_name
 from swarm_notebook.status import RouteHop, RouteTable, ServerRow, SwarmStatus
 from swarm_notebook.trace import Trace, from_timeline
 
@@ -154,6 +155,7 @@ class Swarm:
         *,
         chat: bool = True,
         stream: Callable[[str], None] | None = None,
+        draft: Draft = None,
         **generate_kwargs: Any,
     ) -> str:
         """Continue a text, or answer it as a chat message where the tokenizer has a template.
@@ -162,13 +164,17 @@ class Swarm:
             prompt: the text.
             chat: apply the tokenizer's chat template, if there is one.
             stream: called with each piece of text as it comes.
+            draft: guess tokens ahead and verify several in one pass; the outcome is exact. A
+                number guesses as many by looking up how the text went on before, ``"auto"``
+                chooses the number as it goes, a small model of the same vocabulary guesses
+                itself. None guesses nothing, and so do modes without drafts (beams).
             generate_kwargs: as for ``model.generate``.
 
         Returns:
             The new text, without the prompt and without special tokens.
 
         Raises:
-            ValueError: the model has no tokenizer.
+            ValueError: the model has no tokenizer, or ``draft`` is none of these.
         """
         if self.tokenizer is None:
             raise ValueError(f"{self.name} comes without a tokenizer; call model.generate(ids)")
@@ -185,7 +191,8 @@ class Swarm:
         if stream is not None:
             generate_kwargs["streamer"] = _streamer(tokenizer, stream)
         model: Any = self.model
-        output = model.generate(**inputs.to(model.device), **generate_kwargs)
+        with drafting.drafts(draft, generate_kwargs):
+            output = model.generate(**inputs.to(model.device), **generate_kwargs)
         new = output[0, inputs["input_ids"].shape[1] :]
         return str(tokenizer.decode(new, skip_special_tokens=True))
 
@@ -226,6 +233,7 @@ def connect(
     model: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
     timeout: float = PATIENCE,
+    compression: str | None = None,
 ) -> Swarm:
     """Attach to a swarm and build the remote model.
 
@@ -237,11 +245,20 @@ def connect(
             the one model that the swarm serves.
         dtype: of the local part, such as ``"float32"``; None takes what the servers compute in.
         timeout: seconds to wait for a server when some blocks have none.
+        compression: of hidden states on their way: None sends them as the servers compute,
+            ``"float16"`` halves float32, ``"int8"`` sends each position's values in 8 bits, which
+            shifts the logits a little (for Petals servers there is no ``"int8"``). Passes
+            that a backward follows are never compressed.
 
     Raises:
         AddressError, ConnectionFailed: the peers cannot be reached.
         ModelNotFound, ModelNotServed: the model does not exist, or nobody serves it.
+        ValueError: ``compression`` is none of these.
     """
+    if compression is not None and compression not in COMPRESSIONS:
+        raise ValueError(
+            f"compression: {compression!r}, expected {' or '.join(map(repr, COMPRESSIONS))} or None"
+        )
     local: LocalSwarm | None = None
     connection: Connection | None = None
     try:
@@ -253,6 +270,7 @@ def connect(
         source = resolve(model if model is not None else _only_model(peers))
         config = source.config()
         connection = Connection(peers, source.dht_prefix, config.num_hidden_layers, timeout)
+        connection.directory.compression = COMPRESSIONS.get(compression or "", NONE)
         spans = _await_spans(connection, source.name, peers)
         built = skeleton.build(source, connection, _choose_dtype(dtype, spans))
         return Swarm(source, built, connection, local)
@@ -303,7 +321,9 @@ def _status(name: str, connection: Connection) -> SwarmStatus:
         )
         for span in snapshot.spans
     ]
-    return SwarmStatus(name, directory.num_blocks, tuple(rows), snapshot.when)
+    named = (word for word, kind in COMPRESSIONS.items() if kind == directory.compression)
+    compression = next(named, None)
+    return SwarmStatus(name, directory.num_blocks, tuple(rows), snapshot.when, compression)
 
 
 def _only_record(peers: Sequence[str]) -> tuple[str, ModelRecord]:

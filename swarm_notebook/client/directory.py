@@ -25,7 +25,7 @@ from swarm_notebook.client import routing
 from swarm_notebook.client.announced import Announced
 from swarm_notebook.client.events import Events
 from swarm_notebook.errors import BadRequest, MissingBlocks
-from swarm_notebook.net import protocol
+from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ServerSpan, ServerState, spans_of
 
@@ -81,6 +81,7 @@ class Directory:
         uploaded: which version of an adapter, for which blocks, a peer got, by peer and adapter.
         upload_locks: one upload at a time, by peer.
         events: where steps and failovers are told.
+        compression: of hidden states on the wire, as the user wants it.
     """
 
     node: Node
@@ -93,6 +94,7 @@ class Directory:
     uploaded: dict[tuple[str, str], tuple[int, int, int]] = field(default_factory=dict)
     upload_locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     events: Events = field(default_factory=Events)
+    compression: int = tensors.NONE
     _apart: dict[tuple[str, str], float] = field(default_factory=dict)
     _standing: dict[str, _Standing] = field(default_factory=dict)
     _silent: set[str] = field(default_factory=set)
@@ -248,6 +250,11 @@ class Directory:
         self.heard[peer] = time.time()
         if peer in self._standing:
             del self._standing[peer]
+
+    def compression_for(self, span: ServerSpan) -> int:
+        """The compression of hidden states to and from a server, of those that it can read."""
+        wanted = self.compression
+        return tensors.NONE if wanted == tensors.ROW_INT8 and not span.pushes else wanted
 
     def keep_apart(self, sender: str, receiver: str) -> None:
         """For a while, let no hidden states go from one of these servers to the other."""

@@ -22,11 +22,17 @@ import torch
 from swarm_notebook.client.adapters import with_adapter
 from swarm_notebook.client.directory import Directory
 from swarm_notebook.client.events import Failover
-from swarm_notebook.client.request import Outputs, Request, read_outputs, refuse_extensions
+from swarm_notebook.client.request import (
+    Outputs,
+    Request,
+    read_outputs,
+    refuse_extensions,
+    travelling,
+)
 from swarm_notebook.client.routing import Leg, describe_blocks
 from swarm_notebook.client.trip import server_name, trip
 from swarm_notebook.errors import BadRequest, RemoteError
-from swarm_notebook.net import protocol
+from swarm_notebook.net import protocol, tensors
 
 logger = logging.getLogger(__name__)
 
@@ -133,12 +139,25 @@ async def _forward_leg(directory: Directory, leg: Leg, part: Request, kept: str 
     server = server_name(leg)
     refuse_extensions(leg.span, server, part)
     metadata = part.options() | ({"keep": kept} if kept else {})
-    slots = [part.hidden, part.prompts, part.mask, part.position_ids]
+    # Where a backward follows, nothing but the true activations will do.
+    compression = tensors.NONE if kept else directory.compression_for(leg.span)
+    if compression:
+        metadata["output_compression"] = (compression,)
+    hidden = part.hidden if kept else travelling(part.hidden, leg.span)
+    slots = [hidden, part.prompts, part.mask, part.position_ids]
     answer = await with_adapter(
         directory,
         leg,
         part.adapter,
-        lambda: trip(directory, leg, protocol.RPC_FORWARD_STREAM, slots, metadata, always=2),
+        lambda: trip(
+            directory,
+            leg,
+            protocol.RPC_FORWARD_STREAM,
+            slots,
+            metadata,
+            always=2,
+            compression=compression,
+        ),
     )
     return read_outputs(answer.tensors, part, server)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -30,6 +31,7 @@ from swarm_notebook.client.request import (
     read_outputs,
     read_told,
     refuse_extensions,
+    travelling,
 )
 from swarm_notebook.client.routing import Leg
 from swarm_notebook.client.trip import OPEN_TIMEOUT, TRANSPORT_ERRORS, gone, server_name
@@ -38,6 +40,13 @@ from swarm_notebook.errors import ServerFailed
 from swarm_notebook.net import protocol, streams
 
 ALLOC_TIMEOUT = 10.0
+
+_RUN, _STEPS = uuid.uuid4().hex[:8], itertools.count()
+
+
+def new_step_id() -> str:
+    """A name for a step that no other step of this notebook has; cheaper than a uuid."""
+    return f"{_RUN}-{next(_STEPS)}"
 
 
 @dataclass(slots=True)
@@ -109,7 +118,7 @@ class Hop:
         """
         await self.prepare(request.adapter)
         began = time.perf_counter()
-        packed = await self.send(request, Way(str(uuid.uuid4())))
+        packed = await self.send(request, Way(new_step_id()))
         answer = await self.receive(request)
         return answer.outputs, self.times(request, answer, began, packed)
 
@@ -243,10 +252,16 @@ class Hop:
         if not self.leg.span.extended or self._named != blocks:
             uid = protocol.uid_chain(self._directory.prefix, *blocks)
             self._named = blocks
-        hidden = request.hidden if way.push_from is None else None
+        compression = self._directory.compression_for(self.leg.span)
+        if compression:
+            metadata["output_compression"] = (compression,)
+        hidden = None if way.push_from else travelling(request.hidden, self.leg.span)
         slots = [hidden, request.prompts, request.rows, request.mask, request.position_ids]
         return runtime_pb2.ExpertRequest(
             uid=uid,
-            tensors=protocol.pack_slots(slots),
+            # Only Petals insists on the slots that are not used; building them takes time.
+            tensors=protocol.pack_slots(
+                slots, always=1 if self.leg.span.extended else 3, compression=compression
+            ),
             metadata=protocol.pack_metadata(metadata),
         )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ import torch
 from swarm_notebook.client.directory import Directory
 from swarm_notebook.client.events import HopTimes
 from swarm_notebook.client.history import Pass
-from swarm_notebook.client.hop import Hop, Way
+from swarm_notebook.client.hop import Hop, Way, new_step_id
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.errors import RemoteError
 
@@ -74,7 +73,7 @@ async def carry(
     Raises:
         HopLost: a piece failed; all before it are done.
     """
-    step_id = str(uuid.uuid4())
+    step_id = new_step_id()
     first = 0
     while first < len(pieces):
         last = first + 1

@@ -19,6 +19,7 @@ from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.records import ServerSpan
 
 MAX_REASON = 500
+_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -76,6 +77,12 @@ class Request:
             if self.seed is not None:
                 options.update(train=True, seed=self.seed)
         return options
+
+
+def travelling(hidden: torch.Tensor, span: ServerSpan) -> torch.Tensor:
+    """Hidden states as they are sent: not more exactly than the server computes."""
+    half = _HALVES.get(span.info.torch_dtype or "")
+    return hidden.to(half) if half is not None and hidden.dtype == torch.float32 else hidden
 
 
 def refuse_extensions(span: ServerSpan, server: str, request: Request) -> None:

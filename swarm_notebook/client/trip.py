@@ -54,6 +54,7 @@ async def trip(
     metadata: Mapping[str, Any],
     *,
     always: int,
+    compression: int = tensors.NONE,
 ) -> Answer:
     """Ask the server of a leg once.
 
@@ -61,6 +62,7 @@ async def trip(
         rpc: one of protocol's streaming RPCs.
         slots: the tensors by position; None becomes a dummy.
         always: how many slots travel in any case (see `protocol.pack_slots`).
+        compression: of the first slot.
 
     Raises:
         RemoteError: what the server says; ServerFailed if it is gone or hangs.
@@ -78,7 +80,7 @@ async def trip(
         with watch:
             uid = protocol.uid_chain(directory.prefix, leg.start, leg.end)
             packed = protocol.pack_metadata(dict(metadata))
-            for tensor in protocol.pack_slots(list(slots), always=always):
+            for tensor in protocol.pack_slots(list(slots), always, compression):
                 for part in tensors.split(tensor, protocol.PART_BYTES):
                     await stream.send(
                         runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed)

@@ -13,6 +13,7 @@ from transformers import GenerationMixin
 from swarm_notebook.checkpoint.partial import load_edges
 from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.errors import Unsupported
+from swarm_notebook.model import drafting
 from swarm_notebook.model.adapters import Adapters
 from swarm_notebook.model.blocks import remote_class
 from swarm_notebook.model.cache import RemoteCache
@@ -114,6 +115,14 @@ class RemoteGenerator(RemoteModel):
             self._runner.generating = given
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def _get_candidate_generator(
+        self, generation_config: Any, *, logits_processor: Any, **options: Any
+    ) -> Any:
+        found = drafting.chosen_generator(self, generation_config, logits_processor)
+        return found or super()._get_candidate_generator(  # type: ignore[misc]
+            generation_config=generation_config, logits_processor=logits_processor, **options
         )
 
 

@@ -29,7 +29,7 @@ from hivemind.utils import MSGPackSerializer
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import tensors
 
-# 1: masks, states, adapters; 2: pushes from server to server
+# 1: masks, states, adapters; 2: pushes from server to server, 8-bit rows
 PROTOCOL_VERSION = 2
 EXTENSION_KEY = "swarm_notebook"
 TIMES_KEY = "times"
@@ -121,16 +121,19 @@ def unpack_metadata(data: bytes) -> dict:
     return values
 
 
-def pack_slots(slots: list[torch.Tensor | None], always: int = 3) -> list[runtime_pb2.Tensor]:
+def pack_slots(
+    slots: list[torch.Tensor | None], always: int = 3, compression: int = tensors.NONE
+) -> list[runtime_pb2.Tensor]:
     """The tensors of a request by position; None becomes a dummy.
 
     The first ``always`` slots travel in any case (Petals insists on them: three for inference,
-    two for forward), trailing unused ones behind them do not.
+    two for forward), trailing unused ones behind them do not. The first slot, the hidden states,
+    is compressed.
     """
     while len(slots) > always and slots[-1] is None:
         slots = slots[:-1]
     return [
-        tensors.pack(slot)
+        tensors.pack(slot, tensors.NONE if position else compression)
         if slot is not None
         else (_PACKED_DUMMY_INT64 if position >= 2 else _PACKED_DUMMY)
         for position, slot in enumerate(slots)

@@ -96,7 +96,7 @@ class ServerSpan:
 
     @property
     def pushes(self) -> bool:
-        """Whether it hands its output to the next server, and takes such input."""
+        """Whether it hands its output to the next server, takes such input, and 8-bit rows."""
         return (self.info.swarm_notebook or 0) >= PUSH_VERSION
 
 

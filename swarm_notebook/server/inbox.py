@@ -18,7 +18,7 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol
 from swarm_notebook.server import fields
-from swarm_notebook.server.relay import Relay
+from swarm_notebook.server.relay import Arrived, Relay
 
 MAX_ANNOUNCED = 64
 
@@ -28,7 +28,9 @@ _ANNOUNCES = protocol.PUSH_FROM.encode()
 class _Announced:
     """A step whose hidden states are still to come, by push or (`filled`) from the client."""
 
-    __slots__ = ("filled", "message", "step_id", "tensor")
+    __slots__ = ("arrived", "filled", "message", "step_id", "tensor")
+
+    arrived: Arrived
 
     def __init__(self, message: runtime_pb2.ExpertRequest, step_id: str):
         self.message, self.step_id = message, step_id
@@ -108,7 +110,7 @@ class Inbox:
     def close(self) -> None:
         """Expect nothing more from other servers."""
         for session_id, announced in self._announced.values():
-            self._relay.forget(session_id, announced.step_id)
+            self._relay.forget(session_id, announced.step_id, announced.arrived)
         self._announced.clear()
         if self._session_id:
             self._relay.dismiss(self._session_id, self.offer)
@@ -140,9 +142,10 @@ class Inbox:
             if announced.tensor is None and self._held + len(tensor.buffer) <= self._limit:
                 self._hold(announced, tensor)
 
+        announced.arrived = arrived
+        self._relay.expect(peer, session_id, step_id, arrived)
         self._announced[step_id] = session_id, announced
         self._steps.append(announced)
-        self._relay.expect(peer, session_id, step_id, arrived)
         self._changed.set()
         return True
 
@@ -154,7 +157,7 @@ class Inbox:
             return False
         session_id, announced = found
         if announced.tensor is None and message.tensors:
-            self._relay.forget(session_id, announced.step_id)
+            self._relay.forget(session_id, announced.step_id, announced.arrived)
             if self._held + len(message.tensors[0].buffer) > self._limit:
                 raise BadRequest(f"more than {self._limit} bytes wait for announced steps")
             announced.filled = True

@@ -60,7 +60,7 @@ class Relay:
     def __init__(self) -> None:
         self._p2p: P2P | None = None
         self._streams: OrderedDict[str, asyncio.Future[Stream]] = OrderedDict()
-        self._listening: dict[str, asyncio.Task[None]] = {}
+        self._listening: set[asyncio.Task[None]] = set()
         self._avoided: dict[str, float] = {}
         self._expected: dict[tuple[str, str], tuple[str, Arrived]] = {}
         self._early: OrderedDict[tuple[str, str, str], _Early] = OrderedDict()
@@ -85,7 +85,7 @@ class Relay:
             self._drop(peer)
             # A stream may break because its peer has started anew: only silence is held against it.
             if isinstance(error, TimeoutError):
-                self._avoided[peer] = time.monotonic() + AVOID_SECONDS
+                self._avoid(peer)
             return str(error) or "it does not take anything"
         return ""
 
@@ -104,9 +104,11 @@ class Relay:
         else:
             self._expected[key] = peer, arrived
 
-    def forget(self, session_id: str, step_id: str) -> None:
-        """A push is not needed any more."""
-        self._expected.pop((session_id, step_id), None)
+    def forget(self, session_id: str, step_id: str, arrived: Arrived) -> None:
+        """A push that was expected is not needed any more."""
+        _, known = self._expected.get((session_id, step_id), ("", None))
+        if known is arrived:
+            del self._expected[session_id, step_id]
 
     def admit(self, session_id: str, put: Callable[[runtime_pb2.ExpertRequest], None]) -> None:
         """A Petals client's session takes steps that are pushed to it."""
@@ -166,6 +168,13 @@ class Relay:
             return
         self._early[key] = _Early(message.tensors[0], size, now)
 
+    def _avoid(self, peer: str) -> None:
+        now = time.monotonic()
+        if len(self._avoided) >= MAX_STREAMS:
+            self._avoided = {name: until for name, until in self._avoided.items() if until > now}
+        if len(self._avoided) < MAX_STREAMS:
+            self._avoided[peer] = now + AVOID_SECONDS
+
     async def _stream(self, peer: str) -> Stream:
         """The stream to a server, opened by the first who needs it."""
         opening = self._streams.get(peer)
@@ -186,25 +195,29 @@ class Relay:
         except ValueError:
             raise ConnectionError(f"{peer[:80]!r} is no peer id") from None
         stream = await open_stream(self._p2p, name, protocol.RPC_PUSH_STREAM)
-        self._listening[peer] = asyncio.create_task(self._listen(peer, stream))
+        opening = asyncio.current_task()
+        listening = asyncio.create_task(self._listen(peer, stream, opening))
+        self._listening.add(listening)
+        listening.add_done_callback(self._listening.discard)
         return stream
 
-    async def _listen(self, peer: str, stream: Stream) -> None:
+    async def _listen(self, peer: str, stream: Stream, opening: object) -> None:
         """The other side says nothing, unless to end the stream: then the next push opens anew."""
         try:
             await stream.receive(runtime_pb2.ExpertResponse)
         except (RemoteError, ConnectionError) as error:
             logger.info("the stream to %s for pushes has ended: %s", peer, error)
         stream.abort()
-        opening = self._streams.get(peer)
-        if opening is not None and opening.done() and opening.result() is stream:
+        if self._streams.get(peer) is opening:
             del self._streams[peer]
 
     def _drop(self, peer: str) -> None:
         opening = self._streams.pop(peer, None)
-        if opening is None:
-            return
-        if not opening.done():
-            opening.cancel()
-        elif not opening.cancelled() and opening.exception() is None:
-            opening.result().abort()
+        if opening is not None:
+            # Not cancelled: others may wait for it just now.
+            opening.add_done_callback(_end)
+
+
+def _end(opening: asyncio.Future[Stream]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().abort()

@@ -1,0 +1,129 @@
+"""Hidden states on their way: as exact as the servers compute, or packed as the user wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scene import Scene, generate
+
+import swarm_notebook as sn
+from swarm_notebook.client import hop
+from swarm_notebook.errors import BadRequest
+from swarm_notebook.net import tensors
+from swarm_notebook.net.tensors import ROW_INT8, pack, unpack
+
+
+@pytest.fixture
+def packed(tiny_scene: Scene, tiny_llama: Path) -> Iterator[Any]:
+    with sn.connect(tiny_scene.local.initial_peers, model=tiny_llama, compression="int8") as swarm:
+        yield swarm
+
+
+@torch.no_grad()
+def test_int8_shifts_logits_a_little_and_is_shown(tiny_scene: Scene, packed: Any) -> None:
+    """With a cache, over direct hops, and without one."""
+    ids = tiny_scene.ids(2, 9)
+    exact = tiny_scene.reference(ids).logits
+    for use_cache in (True, False):
+        shift = (packed.model(ids, use_cache=use_cache).logits - exact).abs()
+        assert 1e-4 < float(shift.max()) < 0.15 * float(exact.std())
+    assert "hidden states travel as int8" in repr(packed.status())
+    assert "int8" not in repr(tiny_scene.swarm.status())
+
+
+def moved(swarm: Any) -> int:
+    """Bytes that went over the streams to all servers."""
+    accounts = swarm._connection.directory.events.ledger.accounts().values()
+    return sum(account.meter.sent + account.meter.received for account in accounts)
+
+
+def test_int8_takes_a_quarter_of_the_bytes(tiny_scene: Scene, packed: Any) -> None:
+    ids = tiny_scene.ids(2, 100)
+    sizes = []
+    for swarm in (tiny_scene.swarm, packed):
+        before = moved(swarm)
+        generate(swarm.model, ids, max_new_tokens=1, min_new_tokens=1)
+        sizes.append(moved(swarm) - before)
+    # Rows of 48 values: 48 bytes and a scale, instead of 192 bytes; and what is around them.
+    assert sizes[1] < 0.35 * sizes[0]
+
+
+def test_gradients_are_not_packed(tiny_scene: Scene, packed: Any) -> None:
+    ids = tiny_scene.ids(2, 9)
+    gradients = []
+    for model in (packed.model, tiny_scene.reference):
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+        gradients.append(embedded.grad)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_an_unknown_compression(tiny_scene: Scene, tiny_llama: Path) -> None:
+    with pytest.raises(ValueError, match="compression: 'zip', expected 'float16' or 'int8'"):
+        sn.connect(tiny_scene.local.initial_peers, model=tiny_llama, compression="zip")
+
+
+@torch.no_grad()
+def test_half_precision_travels_as_it_is_computed(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float32 model over a bfloat16 server: fewer bytes, and the very same result."""
+    with (
+        sn.LocalSwarm(tiny_llama, 1, threads=1, dtype="bfloat16") as local,
+        sn.connect(local.initial_peers, model=tiny_llama, dtype="float32") as swarm,
+    ):
+        ids = torch.arange(3, 103)[None]
+        found = []
+        for rounded in (True, False):
+            before = moved(swarm)
+            if not rounded:
+                monkeypatch.setattr(hop, "travelling", lambda hidden, _span: hidden)
+            found.append((swarm.model(ids, use_cache=True).logits, moved(swarm) - before))
+        (ours, few), (theirs, many) = found
+        assert torch.equal(ours, theirs)
+        assert abs(many - few - 100 * 48 * 2) < 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_eight_bits(dtype: torch.dtype) -> None:
+    values = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
+    values[0, 0], values[1, 2] = 0.0, values[1, 2] * 1e6
+    got = unpack(pack(values.to(dtype), ROW_INT8))
+    assert got.dtype == dtype
+    error = (got.float() - values).abs() / values.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    assert float(error.max()) < (0.5 / 127 if dtype == torch.float32 else 1.5 / 127)
+    assert not got[0, 0].any()
+    # A second time changes nothing: what is replayed after a failover is what was sent.
+    torch.testing.assert_close(unpack(pack(got, ROW_INT8)), got, rtol=1e-6, atol=0)
+
+
+def test_nan_stays_visible_and_nothing_is_nothing() -> None:
+    values = torch.ones(1, 2, 4)
+    values[0, 1, 2] = torch.nan
+    assert not tensors.all_finite(unpack(pack(values, ROW_INT8)))
+    assert unpack(pack(torch.empty(1, 0, 4), ROW_INT8)).shape == (1, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"buffer": b"12345"}, "8-bit rows of shape"),
+        ({"size": [1 << 20, 1 << 20]}, "8-bit rows of shape"),
+        ({"dtype": "int64"}, "cannot be 8-bit rows"),
+        ({"size": []}, "cannot be 8-bit rows"),
+    ],
+)
+def test_rows_that_are_none(change: dict[str, Any], message: str) -> None:
+    packed = pack(torch.randn(1, 2, 4), ROW_INT8)
+    for name, value in change.items():
+        if name == "size":
+            del packed.size[:]
+            packed.size.extend(value)
+        else:
+            setattr(packed, name, value)
+    with pytest.raises(BadRequest, match=message):
+        unpack(packed)
