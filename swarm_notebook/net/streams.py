@@ -25,6 +25,7 @@ from swarm_notebook.errors import BadRequest, RemoteError, from_wire, to_wire
 logger = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 1 << 30
+UNHEARD_SECONDS = 20.0
 _HEADER_BYTES = 9
 _MESSAGE, _ERROR = 0, 1
 # Below this a frame is written as one piece: one system call instead of two.
@@ -183,7 +184,17 @@ async def _guarded(stream: Stream, work: Awaitable[None]) -> None:
         raise
     except RemoteError as error:
         logger.info("refused a request of %s: %s", stream.peer, error)
-        await stream.send_error(error)
+        await _tell(stream, error)
     except Exception as error:
         logger.exception("a request of %s failed", stream.peer)
-        await stream.send_error(error)
+        await _tell(stream, error)
+
+
+async def _tell(stream: Stream, error: Exception) -> None:
+    """Send an error; a peer that does not read cannot keep the stream for that."""
+    try:
+        async with asyncio.timeout(UNHEARD_SECONDS):
+            await stream.send_error(error)
+    except TimeoutError:
+        stream.abort()
+        raise StreamClosed(f"peer {stream.peer} does not read") from None

@@ -14,6 +14,10 @@ session and returns the list, as a `_Masks` object, which the decoder hands on t
 Whether an architecture plays along (calls the interface, hands the mask on, mixes tokens nowhere
 else) is not known by name but tried: see `joining`.
 
+Everything but attention has the shape ``[1, tokens, …]`` whoever the sessions are: the place for
+static buffers and CUDA graphs, one per number of tokens; and `JoinedCache.attend` for a kernel that
+reads all sessions at once, where a call per session and block costs more than on a CPU.
+
 All of this runs in the one torch thread; `joined` names the sessions of the call that is running.
 """
 

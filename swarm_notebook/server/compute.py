@@ -14,10 +14,11 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from swarm_notebook.server.schedule import CHORE, Backlog, Kind, Pace, Schedule, Task
+from swarm_notebook.server.schedule import CHORE, Backlog, Company, Kind, Pace, Schedule, Task
 
 # Takes the arguments of several jobs; gives, for each, its result or its error.
 Together = Callable[[Sequence[tuple]], Sequence[Any]]
@@ -111,13 +112,19 @@ class Job:
 
 
 class ComputeThread:
-    """Runs jobs in its own thread, in the order that the schedule decides."""
+    """Runs jobs in its own thread, in the order that the schedule decides.
+
+    Attributes:
+        on_ran: told, in the thread, what has run (one task of those that were joined) and how long.
+    """
 
     def __init__(self) -> None:
+        self.on_ran: Callable[[Task, float], None] = lambda _task, _seconds: None
         self._arrived: SimpleQueue[Job | None] = SimpleQueue()
         self._schedule: Schedule[Job] = Schedule()
         self._backlog = Backlog()
         self._pace = Pace()
+        self._company = Company()
         self._stepped = -DECODING_SECONDS
         self._steps = self._step_calls = 0
         self._stopping = False
@@ -175,27 +182,44 @@ class ComputeThread:
             self._let_in()
             if not self._schedule:
                 return []
+            self._gather()
             jobs = [job for _, job in self._schedule.take() if job._claimed()]
             if jobs:
                 return jobs
 
     def _let_in(self) -> None:
         """Move what has arrived to the schedule; wait if there is nothing at all."""
-        try:
+        with suppress(Empty):
             while True:
                 wait = not self._schedule and not self._stopping
-                job = self._arrived.get(block=wait)
-                if job is None:
-                    self._stopping = True
-                else:
-                    self._schedule.add(job.task, job)
-        except Empty:
-            pass
+                self._accept(self._arrived.get(block=wait))
+
+    def _gather(self) -> None:
+        """Wait a moment for steps that could share the next call, if some are on their way."""
+        now = time.monotonic()
+        waiting = self._schedule.joinable
+        end = now + self._company.patience(waiting, now)
+        if end == now:
+            return
+        with suppress(Empty):
+            while now < end and self._company.patience(self._schedule.joinable, now):
+                self._accept(self._arrived.get(timeout=end - now))
+                now = time.monotonic()
+        self._company.gathered(self._schedule.joinable - waiting)
+
+    def _accept(self, job: Job | None) -> None:
+        if job is None:
+            self._stopping = True
+        else:
+            self._schedule.add(job.task, job)
+            self._company.came(job.task, time.monotonic())
 
     def _learn(self, tasks: Sequence[Task], seconds: float, now: float) -> None:
         self._schedule.ran(tasks, seconds)
+        self.on_ran(tasks[0], seconds)
         if tasks[0].kind is Kind.STEP:
             self._stepped = now
+            self._company.ran(seconds)
             self._steps += len(tasks)
             self._step_calls += 1
         elif tasks[0].kind is Kind.PIECE:

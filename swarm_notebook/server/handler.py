@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 MIN_FRAME_BYTES = 64 << 20
 TIDY_SECONDS = 10.0
 LINGER_SECONDS = 0.5
+MAX_HEARD_OUT = 16
 _SCHEMA_TOKENS = 2048
 
 
@@ -73,6 +74,7 @@ class Handler:
         self._running: set[asyncio.Task[Any]] = set()
         self._intake = Intake(engine, compute, limits)
         self._relay = Relay()
+        self._heard_out = 0
         self._leaving = False
 
     async def register(self, p2p: P2P) -> None:
@@ -121,14 +123,34 @@ class Handler:
         self._check_open()
         choose = partial(self._engine.span_for, peer.to_base58())
         state = SessionState(self._span, self._limits.context, choose)
-        session = InferenceSession(
-            stream, state, self._limits, self._pool, self._compute, relay=self._relay
-        )
+        try:
+            session = InferenceSession(
+                stream, state, self._limits, self._pool, self._compute, relay=self._relay
+            )
+        except ServerBusy:
+            await self._hear_out(stream)
+            raise
         self._sessions.add(session)
         try:
             await session.run()
         finally:
             self._sessions.discard(session)
+
+    async def _hear_out(self, stream: Stream) -> None:
+        """Read a refused session's first step: a peer that is still writing would miss the answer.
+
+        A few at a time; what everybody else says is memory for nothing.
+        """
+        if self._heard_out >= MAX_HEARD_OUT:
+            return
+        self._heard_out += 1
+        try:
+            async with asyncio.timeout(exchange.HEAR_OUT_SECONDS):
+                await stream.receive(runtime_pb2.ExpertRequest)
+        except TimeoutError:
+            pass
+        finally:
+            self._heard_out -= 1
 
     async def _info(self, request: runtime_pb2.ExpertUID, _peer: PeerID) -> runtime_pb2.ExpertInfo:
         info: dict[str, Any] = {

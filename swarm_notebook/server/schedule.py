@@ -10,7 +10,9 @@ kind all clients have the same. Both follow one rule, `Shares`: next is who has 
 was away comes back without savings. Nobody waits for ever, and the more one asks the longer the
 own queue.
 
-A batch takes one step of each client in turn, up to `BATCH_TOKENS`; those left are next.
+A batch takes one step of each client in turn, up to `BATCH_TOKENS`; those left are next. Sessions
+that were answered together come back one shortly after the other, and a call costs nearly the same
+for one as for all of them: `Company` knows when it pays to wait a moment. Who is alone never waits.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from typing import Generic, TypeVar
 from swarm_notebook.errors import ServerBusy
 
 BATCH_TOKENS = 256
-# Passes that wait or run, of one client and of all together.
-CLIENT_PASSES = 16
-PASSES = 64
+# Passes that wait or run, of one client and of all together. (A notebook that trains over a long
+# chain sends its batch in parts, two per server.)
+CLIENT_PASSES = 64
+PASSES = 256
 
 # A piece of prefill takes about so many seconds while others decode, and else.
 CROWDED_SECONDS = 0.06
@@ -34,6 +37,12 @@ ALONE_SECONDS = 0.5
 MIN_PIECE, MAX_PIECE = 32, 512
 FIRST_PIECE = 64
 _NEWEST = 0.3
+
+# Waiting for others takes at most this part of a call, and never longer than so many seconds.
+GATHER_PART, GATHER_SECONDS = 0.15, 0.005
+# A session that has not come for so many calls (and so many seconds) is not expected.
+EXPECTED_CALLS, EXPECTED_SECONDS = 6, 0.1
+_LEAST_WORTH = 0.1
 
 K = TypeVar("K", bound=Hashable)
 W = TypeVar("W")
@@ -58,12 +67,16 @@ class Task:
         client: who asked for it; "" is the server itself.
         tokens: rows x positions.
         group: work of the same group can run as one; None runs alone.
+        blocks: how many it runs through, if that is all that it does.
+        session: whose step it is.
     """
 
     kind: Kind
     client: str = ""
     tokens: int = 0
     group: Hashable | None = None
+    blocks: int = 0
+    session: Hashable | None = None
 
 
 CHORE = Task(Kind.PASS)
@@ -112,6 +125,17 @@ class Schedule(Generic[W]):
     def add(self, task: Task, work: W) -> None:
         self._waiting += 1
         self._lanes[task.kind].add(task, work)
+
+    @property
+    def joinable(self) -> int:
+        """How many steps wait, if nothing else does and they may share a call; else 0."""
+        steps = self._lanes[Kind.STEP].queues.values()
+        groups = {task.group for queue in steps for task, _ in queue}
+        return self._waiting if len(groups) == 1 and None not in groups and self._only_steps else 0
+
+    @property
+    def _only_steps(self) -> bool:
+        return not any(lane.queues for kind, lane in self._lanes.items() if kind is not Kind.STEP)
 
     def take(self) -> list[tuple[Task, W]]:
         """The work to run now as one: a single one, or several of one group. Some must wait."""
@@ -166,6 +190,37 @@ class _Lane(Generic[W]):
                 del queue[index]
                 return True
         return False
+
+
+class Company:
+    """The sessions that decode, and how long the next call should wait for those on their way."""
+
+    def __init__(self) -> None:
+        self._came: dict[Hashable, float] = {}
+        self._call = 0.0
+        self._worth = 1.0
+
+    def came(self, task: Task, now: float) -> None:
+        """A step has arrived."""
+        if task.kind is Kind.STEP and task.group is not None:
+            self._came[task.session] = now
+
+    def ran(self, seconds: float) -> None:
+        """A call for steps has run."""
+        self._call += _NEWEST * (seconds - self._call)
+
+    def gathered(self, came: int) -> None:
+        """A wait has ended, and so many steps have come in it."""
+        self._worth += _NEWEST * ((came > 0) - self._worth)
+
+    def patience(self, waiting: int, now: float) -> float:
+        """Seconds to wait for more than the ``waiting`` steps that could share a call."""
+        since = now - max(EXPECTED_SECONDS, EXPECTED_CALLS * self._call)
+        self._came = {session: came for session, came in self._came.items() if came > since}
+        if not waiting or waiting >= len(self._came):
+            return 0.0
+        # Sessions that keep out of each other's way, on different servers, are not waited for.
+        return max(self._worth, _LEAST_WORTH) * min(GATHER_PART * self._call, GATHER_SECONDS)
 
 
 class Backlog:

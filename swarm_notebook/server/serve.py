@@ -184,7 +184,8 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
     model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
     announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
     await announcer.announce(_info(ServerState.JOINING, blocks, options))
-    rates: throughput.Throughput = await measuring.future
+    meter = throughput.Meter(await measuring.future)
+    compute.on_ran = meter.ran
     limits = Limits(
         prefix=source.dht_prefix,
         start=span.start,
@@ -202,7 +203,7 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
     await handler.register(node.p2p)
 
     def describe(state: ServerState) -> ServerInfo:
-        return _info(state, blocks, options, rates, pool)
+        return _info(state, blocks, options, meter.rates, pool)
 
     await announcer.announce(describe(ServerState.ONLINE))
     announcer.keep(lambda: describe(ServerState.ONLINE))
@@ -211,8 +212,8 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
         "serving blocks %d:%d of %s: %.0f tokens/s through a block in steps, %.0f in passes",
         *blocks,
         source.name,
-        rates.inference_rps,
-        rates.forward_rps,
+        meter.rates.inference_rps,
+        meter.rates.forward_rps,
     )
     return _Server(node, handler, announcer, describe)
 

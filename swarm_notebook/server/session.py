@@ -161,10 +161,11 @@ class InferenceSession:
         whole = short or bool(step.inner)
         kind = Kind.STEP if short else Kind.PIECE
         group = joining.group(peer, step, position, state.span) if short else None
+        blocks = step.blocks[1] - step.blocks[0] if step.length else 0
         while begin < step.length or not pieces:
             size = max(1, self._compute.piece_tokens() // step.rows)
             end = step.length if whole else min(begin + size, step.length)
-            task = Task(kind, peer, step.rows * (end - begin), group)
+            task = Task(kind, peer, step.rows * (end - begin), group, blocks, id(self))
             self._job = self._compute.submit(
                 joining.run_one, state, step, position, begin, end, task=task, together=joining.run
             )

@@ -1,8 +1,12 @@
-"""How fast this server is, measured on the first of its blocks when it starts.
+"""How fast this server is: measured on the first of its blocks when it starts, then by its work.
 
 Petals' definition: tokens per second through one block, once for single steps with a cache
 (``inference_rps``) and once for long passes without one (``forward_rps``). Routing adds up the
 times of the blocks, placement compares servers by ``throughput``.
+
+Another server that starts on the same machine takes the cores for seconds at a time, so at start
+the best of several short runs counts. From then on `Meter` follows the steps and long prefills
+that are really computed, with the contexts and the neighbours that they have.
 """
 
 from __future__ import annotations
@@ -14,12 +18,15 @@ from dataclasses import dataclass
 import torch
 
 from swarm_notebook.server.cache import SessionCache
+from swarm_notebook.server.schedule import Kind, Task
 from swarm_notebook.server.span import Span
 
-SECONDS = 0.5
-MIN_RUNS = 3
+SECONDS = 0.1
+TRIES = 6
+MIN_RUNS = 2
 FORWARD_TOKENS = 128
 CONTEXT_TOKENS = 64
+_NEWEST = 0.02
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,36 @@ def measure(span: Span, hidden_size: int) -> Throughput:
     return Throughput(_rate(step), FORWARD_TOKENS * _rate(forward))
 
 
+class Meter:
+    """The rates as they are, told of every step and piece of prefill by `compute`."""
+
+    def __init__(self, measured: Throughput):
+        self._step_seconds = 1 / measured.inference_rps
+        self._token_seconds = 1 / measured.forward_rps
+
+    @property
+    def rates(self) -> Throughput:
+        return Throughput(1 / self._step_seconds, 1 / self._token_seconds)
+
+    def ran(self, task: Task, seconds: float) -> None:
+        """A call of the blocks took so long; a task of several that were joined is enough."""
+        if not task.blocks:
+            return
+        if task.kind is Kind.STEP:
+            # Steps that share a call take as long as the call.
+            self._step_seconds += _NEWEST * (seconds / task.blocks - self._step_seconds)
+        elif task.kind is Kind.PIECE and task.tokens >= FORWARD_TOKENS:
+            a_token = seconds / task.blocks / task.tokens
+            self._token_seconds += _NEWEST * (a_token - self._token_seconds)
+
+
 def _rate(work: Callable[[], None]) -> float:
-    """Calls per second, after one call to warm up."""
+    """Calls per second in the best of several short runs, after one call to warm up."""
     work()
+    return max(_run(work) for _ in range(TRIES))
+
+
+def _run(work: Callable[[], None]) -> float:
     runs, begun = 0, time.perf_counter()
     while True:
         work()

@@ -1,8 +1,7 @@
 """Sessions whose steps share calls against twins that run alone, for every family.
 
-Each session goes its own way: other lengths and rows, padding, rollbacks, rows selected and
-dropped, states of inner blocks. In every round some of them have a step, and those that can be
-joined are.
+Each session goes its own way (`walks`). In every round some of them have a step, and those that can
+be joined are.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
+from walks import Walk, prepared
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
@@ -40,71 +40,30 @@ def span(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return span
 
 
-class Player:
-    """A session and its twin, and what it does next."""
-
-    def __init__(self, span: Span, seed: int):
-        self.random = random.Random(seed)
-        self.noise = torch.Generator().manual_seed(seed)
-        self.joined, self.alone = (SessionState(span, context=None) for _ in range(2))
-        self.padded = seed % 2 == 1
-
-    def step(self) -> Step:
-        cache, dice = self.joined.cache, self.random
-        fields: dict[str, Any] = {}
-        if cache.empty:
-            rows, length = dice.randint(1, 3), dice.randint(1, 14)
-        else:
-            rows, length = cache.rows, dice.choice([1, 1, 1, 3])
-            if dice.random() < 0.3:
-                fields["position"] = dice.randint(0, cache.length)
-            if dice.random() < 0.3:
-                rows = dice.randint(1, 3)
-                fields["row_ids"] = [dice.randrange(cache.rows) for _ in range(rows)]
-        if self.padded and (cache.empty or dice.random() < 0.2):
-            mask = torch.ones(rows, length, dtype=torch.int64)
-            mask[rows - 1, : length // 2] = 0
-            fields["attention_mask"] = mask
-            fields["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + cache.length
-        if dice.random() < 0.3:
-            fields["states"] = tuple(sorted(dice.sample(range(1, 4), 2)))
-        return Step((1, 4), torch.randn(rows, length, HIDDEN, generator=self.noise), **fields)
-
-
-def turn(state: SessionState, step: Step) -> joining.Turn:
-    position = state.check(step)
-    needed = state.needs(step, position)
-    if needed is not None:
-        state.cache.reserve(needed[0] // step.rows)
-    return state, step, position, 0, step.length
-
-
 def close(ours: Any, theirs: Any) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
 
 
 def test_joined_sessions_get_what_they_get_alone(span: Span) -> None:
-    players = [Player(span, seed) for seed in range(SESSIONS)]
+    walks = [Walk(span, HIDDEN, seed) for seed in range(SESSIONS)]
+    joined = {walk: SessionState(span, context=None) for walk in walks}
     dice, largest = random.Random(0), 0
     for _ in range(ROUNDS):
         groups = defaultdict(list)
-        for player in dice.sample(players, dice.randint(2, SESSIONS)):
-            step = player.step()
-            made = turn(player.joined, step)
-            key = joining.group("peer", step, made[2], span)
-            groups[key or player].append((player, step, made))
+        for walk in dice.sample(walks, dice.randint(2, SESSIONS)):
+            step = walk.step()
+            turn = prepared(joined[walk], step)
+            key = joining.group("peer", step, turn[2], span)
+            groups[key or walk].append((walk, turn))
         for members in groups.values():
-            turns = [made for _, _, made in members]
-            if len(turns) > 1:
-                largest = max(largest, len(turns))
-                results = joining.run(turns)
-            else:
-                results = [joining.run_one(*turns[0])]
-            for (player, step, _), got in zip(members, results, strict=True):
+            turns = [turn for _, turn in members]
+            largest = max(largest, len(turns))
+            results = joining.run(turns) if len(turns) > 1 else [joining.run_one(*turns[0])]
+            for (walk, turn), got in zip(members, results, strict=True):
                 if isinstance(got, Exception):
                     raise got
-                close(got, joining.run_one(*turn(player.alone, step)))
+                close(got, walk.run(turn[1]))
     assert largest >= 3 or not span.joins
 
 
@@ -139,7 +98,7 @@ def sessions(span: Span) -> list[SessionState]:
     made = [SessionState(span, context=None) for _ in range(3)]
     for seed, state in enumerate(made):
         hidden = torch.randn(1, 3, HIDDEN, generator=torch.Generator().manual_seed(seed))
-        joining.run_one(*turn(state, Step((1, 4), hidden)))
+        joining.run_one(*prepared(state, Step((1, 4), hidden)))
     return made
 
 
@@ -149,14 +108,14 @@ def test_an_error_belongs_to_its_session_alone(sessions: list[SessionState]) -> 
         raise AdapterMissing("upload it")
 
     step = Step((1, 4), torch.randn(1, 1, HIDDEN))
-    turns = [turn(state, step) for state in sessions]
+    turns = [prepared(state, step) for state in sessions]
     sessions[1]._choose = refuse
     first, second, third = joining.run(turns)
     assert isinstance(second, AdapterMissing)
     assert sessions[1].cache.length == 3
     for state, got in ((sessions[0], first), (sessions[2], third)):
         again = Step((1, 4), step.hidden, position=3)
-        close(got, joining.run_one(*turn(state, again)))
+        close(got, joining.run_one(*prepared(state, again)))
 
 
 @pytest.mark.parametrize("span", ["llama"], indirect=True)
@@ -172,8 +131,8 @@ def test_a_joined_call_that_fails_hurts_only_the_guilty(sessions: list[SessionSt
 
     broken.update = fail  # type: ignore[method-assign]
     step = Step((1, 4), torch.randn(1, 1, HIDDEN))
-    first, second, third = joining.run([turn(state, step) for state in sessions])
+    first, second, third = joining.run([prepared(state, step) for state in sessions])
     assert isinstance(second, RuntimeError)
     for state, got in ((sessions[0], first), (sessions[2], third)):
         assert state.cache.length == 4
-        close(got, joining.run_one(*turn(state, Step((1, 4), step.hidden, position=3))))
+        close(got, joining.run_one(*prepared(state, Step((1, 4), step.hidden, position=3))))

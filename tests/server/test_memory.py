@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from swarm_notebook.errors import CacheFull
+from swarm_notebook.errors import CacheFull, ServerBusy
 from swarm_notebook.server import memory
 from swarm_notebook.server.cache import grown_capacity
 from swarm_notebook.server.memory import Account, CachePool, Grant, Ledger
@@ -53,6 +53,26 @@ def test_sessions_without_memory_are_not_dropped_in_vain() -> None:
     grant = books.decide(mine, 20, 20, now=100, idle_seconds=30)
     assert grant == Grant(20, (holder,))
     assert empty in books.accounts
+
+
+def test_one_client_may_have_so_many_sessions() -> None:
+    books = Ledger(100, [Account(lambda: None, "mine") for _ in range(memory.CLIENT_SESSIONS)])
+    with pytest.raises(ServerBusy, match="128 sessions open"):
+        books.admit("mine", now=1e6)
+    assert books.admit("other", now=0) is None
+
+
+def test_when_all_sessions_are_taken_the_longest_idle_one_makes_room() -> None:
+    books = Ledger(100, [Account(lambda: None, busy=True) for _ in range(memory.SESSIONS)])
+    with pytest.raises(ServerBusy, match="all of the 1024 sessions"):
+        books.admit("mine", now=100)
+    newer, older = books.accounts[5], books.accounts[9]
+    newer.busy = older.busy = False
+    newer.last_used, older.last_used = 60, 50
+    assert books.admit("mine", now=100) is older
+    assert books.admit("mine", now=85) is older
+    with pytest.raises(ServerBusy):
+        books.admit("mine", now=79)
 
 
 def test_capacity_grows_by_pages_up_to_what_the_model_can_use() -> None:
@@ -163,5 +183,34 @@ def test_an_idle_notebook_keeps_its_memory_until_others_need_it() -> None:
         assert lost == []
         await pool.resize(other, 128, 41, wait=0)
         assert lost == ["idle"]
+
+    run(work())
+
+
+def test_few_may_wait_and_who_holds_memory_looks_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "WAITING", 3)
+    monkeypatch.setattr(memory, "CLIENT_WAITING", 2)
+
+    async def work() -> None:
+        pool = CachePool(100)
+        full, holder = pool.open(lambda: None), pool.open(lambda: None, "grows")
+        for account, tokens in ((full, 80), (holder, 20)):
+            pool.begin(account)
+            await pool.resize(account, tokens, tokens, wait=0)
+        new = [pool.open(lambda: None, "new") for _ in range(3)]
+        waits = [asyncio.create_task(pool.resize(each, 70, 70, wait=9)) for each in new[:2]]
+        await asyncio.sleep(0)
+        with pytest.raises(ServerBusy, match="2 sessions wait for cache memory already, 2 of them"):
+            await pool.resize(new[2], 70, 70, wait=9)
+        grows = asyncio.create_task(pool.resize(holder, 90, 90, wait=9))
+        await asyncio.sleep(0)
+        with pytest.raises(ServerBusy, match="3 sessions wait for cache memory already, 0 of them"):
+            await pool.resize(pool.open(lambda: None), 70, 70, wait=9)
+        pool.close(full)
+        assert await grows == 90
+        assert not any(wait.done() for wait in waits)
+        pool.close(holder)
+        assert await waits[0] == 70
+        waits[1].cancel()
 
     run(work())

@@ -9,7 +9,7 @@ import pytest
 
 from swarm_notebook.errors import ServerBusy
 from swarm_notebook.server import schedule
-from swarm_notebook.server.schedule import Backlog, Kind, Pace, Schedule, Task
+from swarm_notebook.server.schedule import Backlog, Company, Kind, Pace, Schedule, Task
 
 GROUP = ((0, 5), None)
 
@@ -130,7 +130,7 @@ def test_passes_are_bounded_for_one_and_for_all() -> None:
     backlog, mine = Backlog(), Task(Kind.PASS, "mine")
     for _ in range(schedule.CLIENT_PASSES):
         backlog.enter(mine)
-    with pytest.raises(ServerBusy, match=r"16 requests of this peer"):
+    with pytest.raises(ServerBusy, match=r"64 requests of this peer"):
         backlog.enter(mine)
     backlog.enter(step("mine"))
     backlog.enter(schedule.CHORE)
@@ -138,8 +138,57 @@ def test_passes_are_bounded_for_one_and_for_all() -> None:
     backlog.enter(mine)
     for number in range(schedule.PASSES - schedule.CLIENT_PASSES):
         backlog.enter(Task(Kind.PASS, f"other {number}"))
-    with pytest.raises(ServerBusy, match=r"0 requests of this peer and 64 of all"):
+    with pytest.raises(ServerBusy, match=r"0 requests of this peer and 256 of all"):
         backlog.enter(Task(Kind.PASS, "late"))
+
+
+def decoding(*sessions: int, call: float = 0.02) -> Company:
+    """So many sessions, whose last steps came at the time 10."""
+    company = Company()
+    for _ in range(50):
+        company.ran(call)
+    for session in sessions:
+        company.came(Task(Kind.STEP, "client", 1, GROUP, session=session), 10.0)
+    return company
+
+
+def test_who_is_alone_never_waits() -> None:
+    assert decoding(1).patience(1, now=10.0) == 0
+    company = decoding(1, 2)
+    assert company.patience(1, now=10.01) > 0
+    assert company.patience(2, now=10.01) == 0
+    assert company.patience(0, now=10.01) == 0
+    # The other one has not come back for long.
+    assert company.patience(1, now=10.2) == 0
+
+
+def test_waiting_is_short_beside_a_call() -> None:
+    assert decoding(1, 2).patience(1, now=10.0) == pytest.approx(0.003)
+    assert decoding(1, 2, call=0.002).patience(1, now=10.0) == pytest.approx(0.0003)
+    assert decoding(1, 2, call=1.0).patience(1, now=10.0) == schedule.GATHER_SECONDS
+
+
+def test_who_waits_in_vain_waits_less() -> None:
+    """Two sessions on two servers take turns; later there are three on each."""
+    company = decoding(1, 2)
+    whole = company.patience(1, now=10.0)
+    for _ in range(20):
+        company.gathered(0)
+    assert company.patience(1, now=10.0) == pytest.approx(whole / 10)
+    for _ in range(20):
+        company.gathered(2)
+    assert company.patience(1, now=10.0) > 0.9 * whole
+
+
+def test_nothing_is_waited_for_that_could_not_be_joined() -> None:
+    assert filled(step("a"), step("b")).joinable == 2
+    assert filled(step("a"), step("b", group="other")).joinable == 0
+    assert filled(step("a", group=None)).joinable == 0
+    assert filled(step("a"), Task(Kind.PIECE, "b", 50)).joinable == 0
+    company = decoding()
+    company.came(Task(Kind.PIECE, "client", 100, None, session=1), 10.0)
+    company.came(Task(Kind.STEP, "client", 1, None, session=2), 10.0)
+    assert company.patience(1, now=10.0) == 0
 
 
 def test_pieces_are_as_long_as_their_time() -> None:

@@ -1,0 +1,343 @@
+"""Many sessions at once against one; prints one JSON line of ratios.
+
+    python benchmarks/batching.py [--threads N] [--sessions N] [--only generate blocks idle]
+
+`generate`: the demo model over two servers. Notebooks that generate together, each with its own
+embeddings and head, against one of them, and against all of them one after another. They are
+threads of this process, so that their heads take the cores that the servers would have; a class has
+machines of its own.
+`blocks`: the same without the notebooks' part: sessions that send hidden states and wait for the
+last block's output. `server_cpu` compares the processor time of the servers per token, which other
+work on the machine does not change much.
+`idle`: one server, 64 sessions, each idle nine tenths of the time: step times, and the memory that
+is taken of the pool.
+
+All outputs are compared with those of the session alone. About two minutes on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+
+PROMPTS = [
+    "The history of the lighthouse begins with a storm",
+    "Bread rises because",
+    "In the year 1912 the ship",
+    "A good teacher knows",
+    "The sum of two odd numbers is",
+    "Once upon a time there was a fox who",
+    "To plant a tree you need",
+    "The moon is far away, but",
+]
+NEW_TOKENS = 48
+REPEATS = 3
+STEPS = 48
+PREFILL = 32
+IDLE_SESSIONS, IDLE_STEPS = 64, 30
+IDLE_TIMES = 9
+TOLERANCE = 1e-3
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+class Clock:
+    """A stopping criterion that stops nothing and notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, _scores: Any, **_: Any) -> Any:
+        self.times.append(time.perf_counter())
+        return input_ids.new_zeros(len(input_ids), dtype=bool)
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds of every token but the first, which waits for the prefill."""
+        return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+
+
+def generate(threads: int, sessions: int) -> dict[str, Any]:
+    """Notebooks that generate together."""
+    import torch
+
+    import swarm_notebook as sn
+
+    torch.set_num_threads(threads)
+    with (
+        sn.LocalSwarm(threads=threads) as servers,
+        sn.connect(servers.initial_peers, model=servers.model) as swarm,
+    ):
+        prompts = [PROMPTS[number % len(PROMPTS)] for number in range(sessions)]
+        inputs = [swarm.tokenizer(prompt, return_tensors="pt") for prompt in prompts]  # type: ignore[misc]
+        options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+
+        def run(number: int, clock: Clock | None = None) -> list[list[int]]:
+            criteria = [clock or Clock()]
+            return swarm.model.generate(  # type: ignore[operator]
+                **inputs[number], **options, stopping_criteria=criteria
+            ).tolist()
+
+        def measured(numbers: list[int], how: Any) -> tuple[list[list[list[int]]], float, Any]:
+            """The tokens, the seconds of all, the seconds of every step."""
+            clocks = [Clock() for _ in numbers]
+            began = time.perf_counter()
+            tokens = list(how(run, numbers, clocks))
+            took = time.perf_counter() - began
+            return tokens, took, [step for clock in clocks for step in clock.steps]
+
+        everybody = list(range(sessions))
+        run(0)  # warm-up
+        alone_tokens, after, _ = measured(everybody, map)
+        one, together = [], []
+        steps: dict[str, list[float]] = {"alone": [], "together": []}
+        with ThreadPoolExecutor(sessions) as pool:
+            for repeat in range(REPEATS):
+                _, took, found = measured([repeat % sessions], map)
+                one.append(took)
+                steps["alone"] += found
+                tokens, took, found = measured(everybody, pool.map)
+                if tokens != alone_tokens:
+                    raise SystemExit("together and alone, tokens differ: a speed is meaningless")
+                together.append(took)
+                steps["together"] += found
+    single = statistics.median(one)
+    return {
+        "one_tokens_per_s": round(NEW_TOKENS / single, 1),
+        "together_tokens_per_s": round(sessions * NEW_TOKENS / statistics.median(together), 1),
+        "times_one": round(sessions * single / statistics.median(together), 2),
+        "times_one_after_another": round(after / statistics.median(together), 2),
+        "goal": 4,
+        **{
+            f"step_ms_{name}": {
+                "median": round(1000 * statistics.median(found), 1),
+                "p99": round(1000 * quantile(found, 0.99), 1),
+            }
+            for name, found in steps.items()
+        },
+    }
+
+
+class BareSession:
+    """A session without a notebook: random hidden states in, the last block's output out."""
+
+    def __init__(self, connection: Any, hidden_size: int, seed: int):
+        import torch
+
+        noise = torch.Generator().manual_seed(seed)
+        self._connection = connection
+        self._session = connection.session()
+        self._hidden = torch.randn(1, PREFILL + STEPS, hidden_size, generator=noise)
+        self.outputs: list[Any] = []
+        self.seconds: list[float] = []
+
+    async def prefill(self) -> None:
+        await self._pass(0, PREFILL)
+
+    async def step(self) -> float:
+        """One token; the seconds that it took."""
+        position = PREFILL + len(self.seconds)
+        began = time.perf_counter()
+        self.outputs.append(await self._pass(position, 1))
+        self.seconds.append(time.perf_counter() - began)
+        return self.seconds[-1]
+
+    async def run(self, steps: int) -> None:
+        for _ in range(steps):
+            await self.step()
+
+    def close(self) -> None:
+        self._session.close()
+
+    async def _pass(self, position: int, length: int) -> Any:
+        from swarm_notebook.client.history import Pass
+
+        hidden = self._hidden[:, position : position + length]
+        self._session.begin(Pass(position, length, {0: hidden}))
+        last = self._connection.num_blocks
+        return (await self._session.step(0, last)).states[last - 1]
+
+
+def check(ours: list[BareSession], theirs: list[BareSession]) -> None:
+    import torch
+
+    for one, other in zip(ours, theirs, strict=True):
+        for mine, alone in zip(one.outputs, other.outputs, strict=False):
+            # Random inputs make large states: relative to their size.
+            if (
+                float((mine - alone).norm() / alone.norm()) > TOLERANCE
+                or not torch.isfinite(mine).all()
+            ):
+                raise SystemExit("together and alone, outputs differ: a speed is meaningless")
+
+
+def server_facts(swarm: Any) -> dict[str, Any]:
+    """What the first server says of itself."""
+    from hivemind.p2p import PeerID
+    from hivemind.proto import runtime_pb2
+
+    from swarm_notebook.net import protocol
+
+    connection = swarm._connection
+
+    async def ask() -> dict[str, Any]:
+        peer = PeerID.from_base58(swarm.route().hops[0].peer_id)
+        answer = await connection.directory.node.p2p.call_protobuf_handler(
+            peer, protocol.RPC_INFO, runtime_pb2.ExpertUID(), runtime_pb2.ExpertInfo
+        )
+        return protocol.unpack_metadata(answer.serialized_info)
+
+    return connection.network.run(ask())
+
+
+def cpu_seconds(servers: Any) -> float:
+    """Processor time that the servers have used."""
+    times = [psutil.Process(server.pid).cpu_times() for server in servers.servers]
+    return sum(each.user + each.system for each in times)
+
+
+def blocks(threads: int, sessions: int) -> dict[str, Any]:
+    """Sessions without their notebooks."""
+    import swarm_notebook as sn
+
+    with (
+        sn.LocalSwarm(threads=threads) as servers,
+        sn.connect(servers.initial_peers, model=servers.model) as swarm,
+    ):
+        connection: Any = swarm._connection
+        size = swarm.model.config.hidden_size  # type: ignore[union-attr]
+
+        def fresh(number: int) -> list[BareSession]:
+            return [BareSession(connection, size, seed) for seed in range(number)]
+
+        async def alone(made: list[BareSession]) -> None:
+            for session in made:
+                await session.prefill()
+                await session.run(STEPS)
+
+        async def together(made: list[BareSession]) -> float:
+            await asyncio.gather(*(session.prefill() for session in made))
+            began = time.perf_counter()
+            await asyncio.gather(*(session.run(STEPS) for session in made))
+            return time.perf_counter() - began
+
+        single, joint, ratios = fresh(sessions), fresh(sessions), []
+        connection.network.run(alone(single))
+        before = server_facts(swarm)
+        cpu: list[float] = []
+        for _ in range(REPEATS):
+            again = fresh(1)
+            marks = [cpu_seconds(servers)]
+            connection.network.run(alone(again))
+            marks.append(cpu_seconds(servers))
+            took = connection.network.run(together(joint))
+            marks.append(cpu_seconds(servers))
+            check(joint, single)
+            ratios.append(sessions * sum(again[0].seconds) / took)
+            cpu.append(sessions * (marks[1] - marks[0]) / (marks[2] - marks[1]))
+            for session in (*again, *joint):
+                session.close()
+            joint = fresh(sessions)
+        after = server_facts(swarm)
+    calls = after["step_calls"] - before["step_calls"] - REPEATS * STEPS
+    return {
+        "times_one": round(statistics.median(ratios), 2),
+        "server_cpu": round(statistics.median(cpu), 2),
+        "steps_per_call": round(REPEATS * sessions * STEPS / calls, 2),
+    }
+
+
+def idle(threads: int, sessions: int) -> dict[str, Any]:
+    """A class of students who mostly read."""
+    import swarm_notebook as sn
+
+    with (
+        sn.LocalSwarm(servers=1, threads=threads) as servers,
+        sn.connect(servers.initial_peers, model=servers.model) as swarm,
+    ):
+        connection: Any = swarm._connection
+        size = swarm.model.config.hidden_size  # type: ignore[union-attr]
+        dice = random.Random(0)
+
+        async def student(session: BareSession) -> None:
+            took = await session.step()
+            for _ in range(IDLE_STEPS - 1):
+                # Idle nine tenths of the time, and not in step with the others.
+                await asyncio.sleep(took * IDLE_TIMES * dice.uniform(0.5, 1.5))
+                took = await session.step()
+
+        async def all_of_them(made: list[BareSession]) -> None:
+            for session in made:
+                await session.prefill()
+            await asyncio.gather(*map(student, made))
+
+        made = [BareSession(connection, size, seed) for seed in range(sessions)]
+        connection.network.run(all_of_them(made))
+        facts = server_facts(swarm)
+        alone = [BareSession(connection, size, seed) for seed in range(2)]
+
+        async def check_some() -> None:
+            for session in alone:
+                await session.prefill()
+                await session.run(IDLE_STEPS)
+
+        connection.network.run(check_some())
+        check(made[: len(alone)], alone)
+    seconds = [second for session in made for second in session.seconds[1:]]
+    median, p99 = statistics.median(seconds), quantile(seconds, 0.99)
+    return {
+        "served": sum(len(session.seconds) == IDLE_STEPS for session in made),
+        "of": sessions,
+        "step_ms_median": round(1000 * median, 1),
+        "step_ms_p99": round(1000 * p99, 1),
+        "p99_times_median": round(p99 / median, 2),
+        "goal_p99_times_median": 3,
+        "cache_tokens_taken": facts["cache_tokens_total"] - facts["cache_tokens_available"],
+        "cache_tokens_total": facts["cache_tokens_total"],
+        "steps_per_call": round(facts["steps"] / facts["step_calls"], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--threads", type=int, default=1, help="per process (default: 1)")
+    parser.add_argument("--sessions", type=int, default=8, help="that run together (default: 8)")
+    parser.add_argument("--only", nargs="+", choices=["generate", "blocks", "idle"])
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ["TQDM_DISABLE"] = "1"
+    parts = {
+        "generate": lambda: generate(options.threads, options.sessions),
+        "blocks": lambda: blocks(options.threads, options.sessions),
+        "idle": lambda: idle(options.threads, IDLE_SESSIONS),
+    }
+    report: dict[str, Any] = {
+        "threads": options.threads,
+        "cpus": os.cpu_count(),
+        "sessions": options.sessions,
+    }
+    for name in options.only or parts:
+        say(f"{name}, load {os.getloadavg()[0]:.1f} …")
+        report[name] = parts[name]()
+        say(json.dumps(report[name]))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
