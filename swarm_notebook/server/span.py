@@ -92,6 +92,7 @@ class Span:
             BadRequest: an inner module is not there, or has no single tensor as its output.
         """
         hidden = hidden.to(self.device, self.dtype)
+        attention_mask, position_ids = self._here(attention_mask), self._here(position_ids)
         if hidden.shape[1] == 0:
             return [hidden] * (1 + len(states) + len(inner))
         arguments: dict[str, Any] = {"inputs_embeds": hidden, "attention_mask": attention_mask}
@@ -108,6 +109,9 @@ class Span:
             output = view(past_key_values=cache, use_cache=cache is not None, **arguments)
         result = output.last_hidden_state
         return [result, *(captured.get(index, result) for index in states), *probes.outputs()]
+
+    def _here(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(self.device)
 
     def run_joined(
         self,
