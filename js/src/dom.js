@@ -89,7 +89,13 @@ export function widget(label, kind, build) {
     const root = h("div", { class: "sn-body" });
     const frame = h(
       "section",
-      { class: `sn-widget sn-${kind}`, "data-testid": kind, "aria-label": label },
+      {
+        class: `sn-widget sn-${kind}`,
+        "data-testid": kind,
+        "aria-label": label,
+        // Keys belong to the view, not to the notebook's command mode (JupyterLab).
+        "data-lm-suppress-shortcuts": "true",
+      },
       panel,
       root,
     );

@@ -78,12 +78,17 @@ function build({ model, root }) {
     { "aria-label": "Colour", onchange: () => set("colour", choice.value) },
     ...Object.entries(COLOURS).map(([value, label]) => h("option", { value }, label)),
   );
-  const word = h("input", { type: "text", size: 12, "aria-label": "Token to rank" });
-  const rank = h("button", { type: "submit" }, "Rank");
-  const form = h("form", { class: "sn-rank" }, word, rank);
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    if (word.value) act(model, "rank", { token: word.value });
+  const word = h("input", {
+    type: "text",
+    size: 12,
+    placeholder: "·token",
+    title: "· is a space",
+    "aria-label": "Token to rank",
+  });
+  const rank = h("button", { type: "button", onclick: () => askRank() });
+  const form = h("span", { class: "sn-rank" }, word, rank);
+  word.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") askRank();
   });
   const earlier = h("button", { type: "button", onclick: () => turn(page - 1) }, "‹ earlier");
   const later = h("button", { type: "button", onclick: () => turn(page + 1) }, "later ›");
@@ -117,6 +122,10 @@ function build({ model, root }) {
     h("div", { class: "sn-bar", hidden: pages === 1 && !first }, earlier, range, later),
     h("div", { class: "sn-split" }, h("div", { class: "sn-grid" }, grid), details),
   );
+
+  function askRank() {
+    if (word.value && !rank.disabled) act(model, "rank", { token: word.value });
+  }
 
   /**
    * @param {string} trait
@@ -216,7 +225,7 @@ function build({ model, root }) {
       h("div", {}, `block ${block}, token ${first + at + 1} `, h("bdi", { class: "sn-mono" }, words[at])),
       h("ol", {}, ...lines),
       h("div", { class: "sn-dim" }, `entropy ${numbers.entropy[cell].toFixed(1)} bits`),
-      numbers.rank.length &&
+      numbers.rank.length > 0 &&
         h("div", { class: "sn-dim" }, "rank of ", h("bdi", { class: "sn-mono" }, model.get("token")), ` ${numbers.rank[cell]}`),
       h(
         "div",

@@ -87,7 +87,7 @@ test("ranks are asked for by word or by a shown token, and shown when they come"
   const shown = show(lens, fake);
   const word = /** @type {HTMLInputElement} */ (shown.find("input"));
   word.value = "maybe";
-  shown.find("form").dispatchEvent(new Event("submit", { cancelable: true }));
+  press(word, "Enter");
   cells(shown)[0].dispatchEvent(new Event("focusin", { bubbles: true }));
   shown.find("li button").click();
   expect(fake.sent).toEqual([
@@ -95,7 +95,7 @@ test("ranks are asked for by word or by a shown token, and shown when they come"
     { action: "rank_number", with: { number: 0 } },
   ]);
   fake.update({ ranking: true });
-  expect(shown.find("form button").textContent).toBe("Ranking …");
+  expect(shown.find(".sn-rank button").textContent).toBe("Ranking …");
   fake.update({ ranking: false, token: "maybe", colour: "rank", ranks: view(new Uint32Array([1024, 32, 1, 2])) });
   expect(cells(shown).map((cell) => cell.textContent)).toEqual(["1", "2", "1024", "32"]);
   expect(cells(shown)[3].style.getPropertyValue("--strength")).toBe("0.500");

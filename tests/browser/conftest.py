@@ -16,6 +16,7 @@ from browser.lab import Lab, jupyter_lab
 from browser.notebook import Notebook
 from playwright.sync_api import Browser, Locator
 
+DESK = pytest.StashKey["Notebook"]()
 SCREENS = Path(__file__).parents[2] / "build" / "browser"
 
 
@@ -46,9 +47,9 @@ def open_notebook(lab: Lab, browser: Browser) -> Iterator[Callable[[str], Notebo
 
 
 @pytest.fixture(scope="session")
-def notebook(open_notebook: Callable[[str], Notebook]) -> Notebook:
+def notebook(request: pytest.FixtureRequest, open_notebook: Callable[..., Notebook]) -> Notebook:
     """Connected to an embedded swarm of the demo model: ``local`` and ``swarm``."""
-    opened = open_notebook("desk.ipynb")
+    request.session.stash[DESK] = opened = open_notebook("desk.ipynb")
     opened.run("%load_ext swarm_notebook")
     opened.run(
         "import swarm_notebook as sn\n"
@@ -58,6 +59,17 @@ def notebook(open_notebook: Callable[[str], Notebook]) -> Notebook:
         seconds=150,
     )
     return opened
+
+
+@pytest.fixture(autouse=True)
+def _what_was_seen(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The screen as it was when a test failed."""
+    failed = request.session.testsfailed
+    yield
+    opened: Notebook | None = request.session.stash.get(DESK, None)
+    if request.session.testsfailed > failed and opened is not None:
+        SCREENS.mkdir(parents=True, exist_ok=True)
+        opened.page.screenshot(path=SCREENS / f"failed-{request.node.name}.png")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ def test_status_names_its_servers(
     notebook: Notebook, picture: Callable[[Locator, str], None]
 ) -> None:
     output = notebook.run("%swarm status")
-    expect(output.get_by_text("3 servers online, all 30 blocks served")).to_be_visible()
-    expect(output.get_by_role("row")).to_have_count(4)
+    expect(output.get_by_text("all 30 blocks served")).to_be_visible()
+    expect(output.get_by_role("row").filter(has_text="local-0")).to_be_visible()
     picture(output, "status")
     assert not notebook.errors

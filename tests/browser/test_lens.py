@@ -1,0 +1,82 @@
+"""``%swarm lens``: the heat map by mouse and keyboard, and the hidden state in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from browser.notebook import Notebook
+from playwright.sync_api import Locator, expect
+
+TEXT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def lens(notebook: Notebook) -> Locator:
+    output = notebook.run(f'%swarm lens "{TEXT}" -o lens')
+    assert not output.inner_text()
+    return notebook.run("lens").get_by_test_id("lens")
+
+
+def test_the_last_block_says_what_the_model_says(lens: Locator) -> None:
+    expect(lens.get_by_role("columnheader")).to_have_text(
+        ["block", "The", "·capital", "·of", "·France", "·is"]
+    )
+    expect(lens.get_by_role("row")).to_have_count(31)
+    top = lens.get_by_role("row").nth(1)
+    expect(top.get_by_role("rowheader")).to_have_text("29")
+    expect(top.get_by_role("gridcell").last).to_have_text("·Paris")
+
+
+def test_pointing_at_a_cell_shows_its_top_tokens(notebook: Notebook, lens: Locator) -> None:
+    lens.get_by_role("row").nth(1).get_by_role("gridcell").last.hover()
+    details = lens.get_by_test_id("details")
+    expect(details).to_contain_text("block 29, token 5 ·is")
+    expect(details.get_by_role("listitem")).to_have_count(5)
+    expect(details.get_by_role("listitem").first).to_contain_text("·Paris")
+    expect(details).to_contain_text("bits")
+
+
+def test_a_click_and_enter_give_the_state_to_python(notebook: Notebook, lens: Locator) -> None:
+    lens.get_by_role("row").nth(30).get_by_role("gridcell").nth(1).click()
+    expect(lens.get_by_test_id("details")).to_contain_text("selected: .hidden_state in Python")
+    assert notebook.value("lens.selected") == "[0, 1]"
+    # Keys move from the clicked cell: up a block, to the end of the row.
+    lens.get_by_role("gridcell", selected=True).focus()
+    for key in ("ArrowUp", "End", "Enter"):
+        notebook.page.keyboard.press(key)
+    assert notebook.value("lens.selected, tuple(lens.hidden_state.shape)") == "([1, 4], (576,))"
+    inputs = f"**tokenizer({TEXT!r}, return_tensors='pt')"
+    notebook.run(f"states = swarm.model({inputs}, output_hidden_states=True).hidden_states")
+    assert notebook.value("bool((states[2][0, 4] - lens.hidden_state).abs().max() < 1e-4)") == (
+        "True"
+    )
+
+
+def test_ranks_of_a_token_typed_in(notebook: Notebook, lens: Locator) -> None:
+    box = lens.get_by_label("Token to rank")
+    box.fill("·Paris")
+    box.press("Enter")
+    last = lens.get_by_role("row").nth(1).get_by_role("gridcell").last
+    expect(last).to_have_text("1")
+    expect(lens.get_by_label("Colour")).to_have_value("rank")
+    box.fill("two words")
+    box.press("Enter")
+    expect(lens.get_by_test_id("error")).to_contain_text("is 2 tokens")
+    lens.get_by_role("button", name="Dismiss").click()
+    expect(lens.get_by_test_id("error")).to_be_hidden()
+
+
+def test_two_views_agree(notebook: Notebook, lens: Locator) -> None:
+    other = notebook.run("lens").get_by_test_id("lens")
+    other.get_by_label("Colour").select_option("entropy")
+    expect(lens.get_by_label("Colour")).to_have_value("entropy")
+    other.get_by_role("row").nth(5).get_by_role("gridcell").nth(2).click()
+    expect(lens.get_by_role("gridcell", selected=True)).to_have_count(1)
+    assert notebook.value("lens.selected") == "[25, 2]"
+
+
+def test_pictures(lens: Locator, picture: Callable[[Locator, str], None]) -> None:
+    lens.get_by_label("Colour").select_option("probability")
+    lens.get_by_role("row").nth(2).get_by_role("gridcell").last.hover()
+    picture(lens, "lens")
