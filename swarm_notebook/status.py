@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from swarm_notebook import status_html
@@ -84,7 +85,7 @@ class SwarmStatus:
         """The model's name, without the folder that it was read from."""
         return model_title(self.model)
 
-    @property
+    @cached_property
     def servers_per_block(self) -> list[int]:
         """For each block, how many servers can be asked for it now."""
         counts = [0] * self.num_blocks
@@ -93,6 +94,11 @@ class SwarmStatus:
                 for block in range(row.start, min(row.end, self.num_blocks)):
                     counts[block] += 1
         return counts
+
+    @property
+    def coverage(self) -> list[tuple[int, int, int]]:
+        """`servers_per_block` as runs: ``(start, end, count)``."""
+        return runs(self.servers_per_block)
 
     @property
     def missing(self) -> list[int]:
@@ -147,9 +153,7 @@ class SwarmStatus:
             ]
             for row in self.servers
         ]
-        per_block = ", ".join(
-            f"{start}:{end} x{count}" for start, end, count in runs(self.servers_per_block)
-        )
+        per_block = ", ".join(f"{start}:{end} x{count}" for start, end, count in self.coverage)
         return "\n".join(
             [
                 f"{self.title}: {self.headline}",

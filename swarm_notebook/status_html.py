@@ -10,7 +10,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from swarm_notebook.formatting import UNKNOWN, milliseconds, number, runs
+from swarm_notebook.formatting import UNKNOWN, milliseconds, number
 
 if TYPE_CHECKING:
     from swarm_notebook.status import RouteTable, ServerRow, SwarmStatus
@@ -114,7 +114,7 @@ def _table(titles: list[str], numbers: list[str], more: list[str], rows: str) ->
 def _strip(facts: SwarmStatus) -> str:
     """Neighbouring blocks with as many servers as one bar; red where there is none."""
     bars = []
-    for start, end, count in runs(facts.servers_per_block):
+    for start, end, count in facts.coverage:
         label = "none" if count == 0 else f"&times;{count}"
         title = f"blocks {start}:{end}: {count} server{'' if count == 1 else 's'}"
         bars.append(

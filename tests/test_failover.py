@@ -27,6 +27,7 @@ from scene import (
 )
 
 from swarm_notebook.local import LocalServer
+from swarm_notebook.widgets import SwarmMap
 
 # A new session takes one of the first two servers; the others can stand in together.
 SPANS = [(0, 5), (0, 5), (0, 2), (2, 5)]
@@ -65,6 +66,32 @@ def test_killed_in_mid_decode(stage: Scene, options: dict[str, Any]) -> None:
     kill = AtToken({4: lambda: stage.in_use().kill()})
     stage.same(generate(stage.remote, ids, stopping_criteria=[kill], **options), theirs)
     assert stage.sessions[-1].failovers == 1
+
+
+def test_the_map_sees_it_while_this_thread_is_busy(stage: Scene) -> None:
+    shown, victims = SwarmMap(stage.swarm), []
+
+    def kill() -> None:
+        victims.append(stage.in_use())
+        victims[0].kill()
+
+    def seen() -> bool:
+        return bool(shown.failovers) and shown.failovers[-1][7] is not None
+
+    try:
+        generate(stage.remote, stage.ids(1, 9), stopping_criteria=[AtToken({4: kill})])
+        deadline = time.monotonic() + FAILOVER_SECONDS
+        while not seen() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        _, peer, name, start, end, reason, taken, seconds = shown.failovers[-1]
+        assert (peer, name, (start, end)) == (victims[0].peer_id, victims[0].name, (0, 5))
+        assert "is gone" in reason or "ended the session" in reason
+        assert name not in taken
+        assert seconds > 0
+        assert peer not in [part[0] for part in shown.route]
+        assert {row[0]: row[4] for row in shown.servers}[peer] == "avoided"
+    finally:
+        shown.close()
 
 
 def test_killed_while_it_computes_for_a_padded_batch(stage: Scene) -> None:

@@ -2,8 +2,9 @@
 
     SwarmMap(swarm)                    # or %swarm map
 
-A thread of the map reads what the notebook knows anyway and sends the views what has changed: it
-asks the network nothing and keeps up while a cell is running.
+A thread of the map reads what the notebook knows anyway (the directory, the events of passing
+tokens, the ledger of what each server got) and sends the views what has changed. It asks the
+network nothing, costs a token nothing, and keeps up while a cell is running.
 """
 
 from __future__ import annotations
@@ -14,18 +15,25 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 
 from swarm_notebook import status_html
+from swarm_notebook.client.events import Failover
+from swarm_notebook.errors import MissingBlocks
+from swarm_notebook.formatting import format_runs
 from swarm_notebook.widgets.base import Widget, action
 from swarm_notebook.widgets.live import start_pulse
+from swarm_notebook.widgets.traffic import Traffic
 
 if TYPE_CHECKING:
+    from swarm_notebook.cost import ServerBill
     from swarm_notebook.status import ServerRow, SwarmStatus
     from swarm_notebook.swarm import Swarm
 
 PERIOD = 0.25
+FACTS_PERIOD = 1.0
+AGE_SECONDS = 5  # ages are told in steps of this, so that rows do not change every second
 
 
 class SwarmMap(Widget, module="map"):
-    """Who serves which blocks, live.
+    """Who serves which blocks, where tokens pass, and who has seen them; live.
 
     Args:
         swarm: what `connect` returned.
@@ -35,24 +43,40 @@ class SwarmMap(Widget, module="map"):
         num_blocks: how many blocks it has.
         headline: one sentence on whether it is whole.
         missing: the blocks that nobody serves.
-        servers: the facts on each server and its blocks, see `compact`.
-        clock: when that was known, in seconds of Unix time.
+        coverage: how many servers each block has, as runs ``[start, end, count]``.
+        servers: the facts on each server, see `compact`.
+        read: when they were read, in seconds of Unix time.
+        route: who computes the blocks, as ``[peer, start, end]``.
+        planned: whether that is the route of a new request, for want of tokens that passed.
+        pace: ``[tokens, tokens per second, seconds per pass]``.
+        seen: what each server got from this notebook, by peer, see `account`.
+        failovers: servers lost on the way, see `Traffic.failovers`.
+        connected: whether the notebook still is.
         selected: the peer id of the row that a user has chosen, or empty.
     """
 
     title = traitlets.Unicode().tag(sync=True)
     num_blocks = traitlets.Int().tag(sync=True)
     headline = traitlets.Unicode().tag(sync=True)
-    missing = traitlets.List(traitlets.Int()).tag(sync=True)
+    missing: traitlets.List[int] = traitlets.List(traitlets.Int()).tag(sync=True)
+    coverage: traitlets.List[list[int]] = traitlets.List().tag(sync=True)
     servers: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
-    clock = traitlets.Float().tag(sync=True)
+    read = traitlets.Float().tag(sync=True)
+    route: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
+    planned = traitlets.Bool(True).tag(sync=True)
+    pace: traitlets.List[float] = traitlets.List([0, 0.0, 0.0]).tag(sync=True)
+    seen: traitlets.Dict[str, list[Any]] = traitlets.Dict().tag(sync=True)
+    failovers: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
+    connected = traitlets.Bool(True).tag(sync=True)
     selected = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, swarm: Swarm, **options: Any) -> None:
-        self._swarm = swarm
-        status = swarm.status(refresh=False)
-        super().__init__(title=status.title, num_blocks=status.num_blocks, **options)
-        self._take(status)
+        self._swarm, self._traffic, self._events = swarm, Traffic(), swarm.events()
+        self._status = swarm.status(refresh=False)
+        self._next_facts = 0.0
+        title, blocks = self._status.title, self._status.num_blocks
+        super().__init__(title=title, num_blocks=blocks, **options)
+        self._beat()
         start_pulse(self._beat, PERIOD)
 
     def summary(self) -> str:
@@ -60,29 +84,70 @@ class SwarmMap(Widget, module="map"):
         return f"{self.title}, {self.headline}"
 
     def picture(self) -> str:
-        """The table of `Swarm.status`."""
-        return status_html.status(self._status)
+        """The servers, and what they have seen."""
+        bill = self._swarm.bill()
+        used = bill._repr_mimebundle_()["text/html"] if bill.servers else ""
+        return status_html.status(self._status) + used
+
+    def close(self) -> None:
+        """End the views and stop watching."""
+        self._events.close()
+        super().close()
 
     @action
     def refresh(self) -> None:
         """Ask the swarm now, instead of within seconds."""
-        self._take(self._swarm.status())
+        self._swarm.status()
+        self._tell_facts()
 
     def _beat(self) -> bool:
-        self._take(self._swarm.status(refresh=False))
-        return self._swarm.connected
+        events = self._events.drain()
+        self._traffic.take(events)
+        rate, seconds = self._traffic.pace()
+        changed: dict[str, Any] = {
+            "pace": [self._traffic.tokens, float(f"{rate:.3g}"), float(f"{seconds:.3g}")],
+        }
+        if events:
+            changed |= {
+                "route": [list(part) for part in self._traffic.route],
+                "planned": not self._traffic.route,
+                "failovers": self._traffic.failovers(),
+            }
+        self.update(**changed)
+        lost = any(isinstance(event, Failover) for event in events)
+        if lost or time.monotonic() >= self._next_facts:
+            self._tell_facts()
+        return self.connected
 
-    def _take(self, status: SwarmStatus) -> None:
+    def _tell_facts(self) -> None:
+        self._next_facts = time.monotonic() + FACTS_PERIOD
+        before, status = self._status, self._swarm.status(refresh=False)
         self._status = status
-        self.update(
-            headline=status.headline,
-            missing=status.missing,
-            servers=[compact(row) for row in status.servers],
-            clock=float(int(time.time())),
-        )
+        changed: dict[str, Any] = {
+            "seen": {one.peer_id: account(one) for one in self._swarm.bill().servers},
+            "connected": self._swarm.connected,
+        }
+        if status != before or not self.servers:
+            changed |= {
+                "headline": status.headline,
+                "missing": status.missing,
+                "coverage": [list(run) for run in status.coverage],
+                "servers": [compact(row, status) for row in status.servers],
+                "read": float(round(status.read or 0)),
+            }
+            if not self._traffic.route:
+                changed["route"] = self._plan()
+        self.update(**changed)
+
+    def _plan(self) -> list[list[Any]]:
+        """The route that a new request would take; empty if there is none."""
+        try:
+            return [[hop.peer_id, hop.start, hop.end] for hop in self._swarm.route().hops]
+        except MissingBlocks:
+            return []
 
 
-def compact(row: ServerRow) -> list[Any]:
+def compact(row: ServerRow, status: SwarmStatus) -> list[Any]:
     """A server as a list, which is a third of the same as a dict; `js/src/map.js` reads it."""
     return [
         row.peer_id,
@@ -91,10 +156,23 @@ def compact(row: ServerRow) -> list[Any]:
         row.end,
         row.state,
         row.note,
-        row.rtt,
-        row.throughput,
+        row.rtt and float(f"{row.rtt:.2g}"),
+        row.throughput and float(f"{row.throughput:.3g}"),
         row.precision,
         row.cache_left,
         row.cache_total,
         row.version,
+        _age(row.announced),
+        _age(row.heard),
+        format_runs(status.needed(row.peer_id)),
     ]
+
+
+def account(server: ServerBill) -> list[Any]:
+    """What a server got: name, blocks, tokens, bytes sent and received, when last."""
+    blocks = ", ".join(f"{start}:{end}" for start, end in server.blocks)
+    return [server.name, blocks, server.tokens, server.sent, server.received, _age(server.last)]
+
+
+def _age(moment: float | None) -> int | None:
+    return None if moment is None else int(moment // AGE_SECONDS * AGE_SECONDS)

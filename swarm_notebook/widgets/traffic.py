@@ -1,0 +1,123 @@
+"""What the map shows of the tokens that pass: the route, the pace, and servers lost on the way.
+
+Pure code: it is fed the events of `Swarm.events` and says what a view needs, as compact lists.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarm_notebook.client.events import Event, Failover, HopTimes, Step
+
+PACE_SECONDS = 3.0
+MAX_FAILOVERS = 20
+
+
+@dataclass
+class Loss:
+    """A server that was lost, and who went on in its place.
+
+    Attributes:
+        when: seconds of Unix time.
+        left: blocks that nobody has computed since.
+        taken: names of those who did, in the order of their answers.
+        seconds: from the loss until the last of the blocks was computed elsewhere; None before.
+    """
+
+    failover: Failover
+    when: float
+    left: set[int]
+    taken: list[str] = field(default_factory=list)
+    seconds: float | None = None
+
+
+class Traffic:
+    """The traffic of one notebook, as far as its events were taken in.
+
+    Attributes:
+        route: who computed the latest step, as ``(peer, start, end)`` in the order of the blocks.
+        losses: the servers lost last.
+        tokens: tokens times sequences that have passed.
+    """
+
+    def __init__(self) -> None:
+        self.route: list[tuple[str, int, int]] = []
+        self.losses: deque[Loss] = deque(maxlen=MAX_FAILOVERS)
+        self.tokens = 0
+        self._recent: deque[Step] = deque(maxlen=256)
+
+    def take(self, events: Iterable[Event]) -> None:
+        """Take in what has happened."""
+        for event in events:
+            if isinstance(event, Step):
+                self._pass(event)
+            else:
+                when = event.when + time.time() - time.perf_counter()
+                self.losses.append(Loss(event, when, set(range(event.start, event.end))))
+
+    def pace(self, now: float | None = None) -> tuple[float, float]:
+        """Tokens per second in the last seconds, and seconds per pass; zeros if none passed.
+
+        Args:
+            now: of `time.perf_counter`.
+        """
+        now = time.perf_counter() if now is None else now
+        recent = [step for step in self._recent if now - step.ended < PACE_SECONDS]
+        if not recent:
+            return 0.0, 0.0
+        span = max(now - recent[0].began, 1e-3)
+        tokens = sum(step.tokens * step.rows for step in recent)
+        return tokens / span, sum(step.ended - step.began for step in recent) / len(recent)
+
+    def failovers(self) -> list[list[Any]]:
+        """The losses for the view: when, peer, name, blocks, reason, successors, seconds."""
+        return [
+            [
+                round(loss.when, 1),
+                loss.failover.peer,
+                loss.failover.name,
+                loss.failover.start,
+                loss.failover.end,
+                loss.failover.reason,
+                loss.taken,
+                loss.seconds and round(loss.seconds, 2),
+            ]
+            for loss in self.losses
+        ]
+
+    def _pass(self, step: Step) -> None:
+        self.tokens += step.tokens * step.rows
+        self._recent.append(step)
+        if step.hops:
+            self.route = way(step.hops)
+        for loss in self.losses:
+            if loss.left:
+                _mend(loss, step)
+
+
+def way(hops: Iterable[HopTimes]) -> list[tuple[str, int, int]]:
+    """Who computed which blocks last, neighbours of one server as one."""
+    last = {block: hop.peer for hop in hops for block in range(hop.start, hop.end)}
+    found: list[tuple[str, int, int]] = []
+    for block in sorted(last):
+        if found and found[-1][0] == last[block] and found[-1][2] == block:
+            found[-1] = (last[block], found[-1][1], block + 1)
+        else:
+            found.append((last[block], block, block + 1))
+    return found
+
+
+def _mend(loss: Loss, step: Step) -> None:
+    """Note who computed a lost server's blocks after it."""
+    for hop in step.hops:
+        mended = loss.left & set(range(hop.start, hop.end))
+        if mended:
+            loss.left -= mended
+            if hop.name not in loss.taken:
+                loss.taken.append(hop.name)
+    if not loss.left:
+        loss.seconds = max(step.ended - loss.failover.when, 0.0)

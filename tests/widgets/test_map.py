@@ -1,0 +1,104 @@
+"""The swarm map: what it makes of events, and that it lives beside the kernel's main thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from swarm_notebook.client.events import Failover, HopTimes, Step
+from swarm_notebook.widgets import SwarmMap
+from swarm_notebook.widgets.traffic import Traffic, way
+
+if TYPE_CHECKING:
+    from scene import Scene
+
+
+def hop(name: str, start: int, end: int) -> HopTimes:
+    return HopTimes(f"peer-{name}", name, start, end, 0.0, 0.001, 0.0, 0.001)
+
+
+def step(ended: float, *hops: HopTimes, tokens: int = 1) -> Step:
+    return Step(0, tokens, 2, ended - 0.1, ended, hops)
+
+
+def test_the_way_of_a_step_joins_what_one_server_did() -> None:
+    hops = [hop("a", 0, 2), hop("a", 2, 3), hop("b", 3, 5), hop("c", 4, 5)]
+    assert way(hops) == [("peer-a", 0, 3), ("peer-b", 3, 4), ("peer-c", 4, 5)]
+
+
+def test_pace_is_that_of_the_last_seconds() -> None:
+    traffic = Traffic()
+    assert traffic.pace(100.0) == (0.0, 0.0)
+    traffic.take([step(50.0, hop("a", 0, 5), tokens=90), step(99.0, hop("a", 0, 5))])
+    traffic.take([step(100.0, hop("a", 0, 5))])
+    rate, seconds = traffic.pace(100.1)
+    assert rate == pytest.approx(4 / 1.2)
+    assert seconds == pytest.approx(0.1)
+    assert traffic.pace(200.0) == (0.0, 0.0)
+    assert traffic.tokens == 184
+
+
+def test_a_loss_is_mended_by_those_who_compute_its_blocks() -> None:
+    traffic = Traffic()
+    now = time.perf_counter()
+    traffic.take([step(now - 1, hop("a", 0, 2), hop("b", 2, 5))])
+    traffic.take([Failover("peer-b", "b", 2, 5, "is gone", now)])
+    (loss,) = traffic.failovers()
+    assert loss[0] == pytest.approx(time.time(), abs=5)
+    assert loss[1:] == ["peer-b", "b", 2, 5, "is gone", [], None]
+    assert traffic.route == [("peer-a", 0, 2), ("peer-b", 2, 5)]
+    traffic.take([step(now + 0.25, hop("a", 0, 2), hop("c", 2, 4))])
+    assert traffic.failovers()[0][6:] == [["c"], None]
+    traffic.take([step(now + 0.5, hop("a", 0, 2), hop("c", 2, 4), hop("d", 4, 5))])
+    assert traffic.failovers()[0][6:] == [["c", "d"], 0.5]
+    traffic.take([step(now + 9.0, hop("e", 0, 5))])
+    assert traffic.failovers()[0][6:] == [["c", "d"], 0.5]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+
+
+def test_the_map_follows_a_real_swarm_without_the_main_thread(tiny_scene: Scene) -> None:
+    from scene import generate
+
+    swarm = tiny_scene.swarm
+    shown = SwarmMap(swarm, selected="nobody")
+    try:
+        # This thread only sleeps or generates: what is seen, the map's own thread has done.
+        assert shown.planned
+        assert [part[1:] for part in shown.route] == [[0, 2], [2, 5]]
+        assert [(row[1], row[2], row[3], row[4], row[14]) for row in shown.servers] == [
+            ("local-0", 0, 2, "online", "0:2"),
+            ("local-1", 2, 5, "online", "2:5"),
+        ]
+        assert shown.coverage == [[0, 5, 1]]
+        generate(swarm.model, tiny_scene.ids(1, 9))
+        wait_for(lambda: not shown.planned)
+        assert shown.route == [[row[0], row[2], row[3]] for row in shown.servers]
+        wait_for(lambda: shown.pace[0] == 9 + 13)
+        assert shown.pace[1] > 0
+        wait_for(lambda: len(shown.seen) == 2)
+        assert {facts[0]: facts[1] for facts in shown.seen.values()}["local-1"] == "2:5"
+        wait_for(lambda: shown.pace[1] == 0)
+        read = shown.read
+        time.sleep(1.1)
+        shown.refresh()
+        assert shown.read > read
+        assert not shown.error
+        assert repr(shown).startswith("<SwarmMap: tiny-llama, 2 servers online")
+        assert "local-0" in shown.picture()
+        assert "waiting" in shown.picture()
+    finally:
+        shown.close()
+
+
+def test_an_unknown_argument_is_refused(tiny_scene: Scene) -> None:
+    with pytest.raises(TypeError, match=r"SwarmMap\(\) has no argument height"):
+        SwarmMap(tiny_scene.swarm, height=3)
