@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from swarm_notebook.cost import Bill as Bill
     from swarm_notebook.cost import Preview as Preview
     from swarm_notebook.errors import SwarmError as SwarmError
+    from swarm_notebook.lend import Lending as Lending
     from swarm_notebook.local import LocalServer as LocalServer
     from swarm_notebook.local import LocalSwarm as LocalSwarm
     from swarm_notebook.status import RouteTable as RouteTable
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _PUBLIC = {
     "Bill": "cost",
+    "Lending": "lend",
     "LocalServer": "local",
     "LocalSwarm": "local",
     "Preview": "cost",
@@ -47,6 +49,7 @@ _PUBLIC = {
 }
 __all__ = [
     "Bill",
+    "Lending",
     "LocalServer",
     "LocalSwarm",
     "Preview",

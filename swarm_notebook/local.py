@@ -19,7 +19,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from swarm_notebook.local_server import POLL_SECONDS, START_SECONDS, LocalServer
+from swarm_notebook.local_server import (
+    POLL_SECONDS,
+    START_SECONDS,
+    LocalServer,
+    server_environment,
+)
 
 __all__ = ["LocalServer", "LocalSwarm"]
 
@@ -59,7 +64,7 @@ class LocalSwarm:
         # Found here, once, with progress; the servers get a place that is known to exist.
         from swarm_notebook.checkpoint.source import resolve
 
-        with _Conversion() as progress:
+        with Conversion() as progress:
             source = resolve(model, progress=progress)
         spans = plan_spans(source.config().num_hidden_layers, servers)
         self.model = str(source.path or source.name)
@@ -69,7 +74,7 @@ class LocalSwarm:
         if cache_tokens is not None:
             options += ["--cache-tokens", str(cache_tokens)]
         folder = Path(tempfile.mkdtemp(prefix="swarm-notebook-"))
-        environment = _environment(threads)
+        environment = server_environment(threads)
         self.servers = [
             LocalServer(
                 f"local-{index}",
@@ -175,7 +180,7 @@ def plan_spans(num_blocks: int, servers: int | Sequence[tuple[int, int]]) -> lis
     return spans
 
 
-class _Conversion:
+class Conversion:
     """A progress bar that appears if the demo model has to be converted, which happens once."""
 
     def __init__(self) -> None:
@@ -195,11 +200,3 @@ class _Conversion:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def _environment(threads: int | None) -> dict[str, str]:
-    environment = dict(os.environ)
-    environment["PYTHONUNBUFFERED"] = "1"
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    return environment

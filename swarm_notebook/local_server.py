@@ -34,6 +34,15 @@ ANY_PORT = "/ip4/127.0.0.1/tcp/0"
 LOOPBACK_PORT = re.compile(r"/ip4/127\.0\.0\.1/tcp/\d+")
 
 
+def server_environment(threads: int | None) -> dict[str, str]:
+    """The environment variables of a server process."""
+    environment = dict(os.environ)
+    environment["PYTHONUNBUFFERED"] = "1"
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    return environment
+
+
 class LocalServer:
     """A server process of this machine that holds blocks ``[start, end)`` of a model."""
 
@@ -46,6 +55,7 @@ class LocalServer:
         options: Sequence[str],
         environment: dict[str, str],
         swarm_addresses: Callable[[], list[str]],
+        listen: str = ANY_PORT,
     ) -> None:
         self.name, self.blocks = name, blocks
         self.log_path = folder / f"{name}.log"
@@ -54,7 +64,7 @@ class LocalServer:
         self._swarm_addresses = swarm_addresses
         self._process: subprocess.Popen[str] | None = None
         self._facts: dict[str, Any] = {}
-        self._listen = ANY_PORT
+        self._listen = listen
 
     @property
     def pid(self) -> int | None:
@@ -75,6 +85,11 @@ class LocalServer:
         return bool(self._facts.get("ready"))
 
     @property
+    def weights(self) -> tuple[int, int]:
+        """Bytes of its weights that it has read, and all of them; zeros before it begins."""
+        return self._facts.get("weights_read", 0), self._facts.get("weights", 0)
+
+    @property
     def peer_id(self) -> str | None:
         """Its peer id, as soon as it listens."""
         return self._facts.get("peer_id")
@@ -86,7 +101,8 @@ class LocalServer:
 
     def launch(self) -> None:
         """Start the process, which loads its code and then waits for `join`."""
-        if self.addresses and (known := LOOPBACK_PORT.match(self.addresses[0])):
+        on_loopback = self._listen == ANY_PORT
+        if on_loopback and self.addresses and (known := LOOPBACK_PORT.match(self.addresses[0])):
             self._listen = known[0]
         start, end = self.blocks
         command = [sys.executable, "-m", "swarm_notebook.cli", "serve", *self._options]

@@ -69,6 +69,7 @@ class CommandLine:
             self._map()
             self._lens()
             self._monitor()
+            self._serve()
         self._generate(with_prompt=magic == "%swarm")
         if magic == "%swarm":
             self._add("disconnect", "end the connection; an embedded swarm ends with it")
@@ -158,6 +159,30 @@ class CommandLine:
         monitor.add_argument("--total", type=_count, metavar="N", help="steps of the run")
         _add_output(monitor, "the TrainingMonitor, instead of showing it,")
 
+    def _serve(self) -> None:
+        serve = self._add("serve", "lend this machine's memory: hold blocks of a model for a swarm")
+        serve.add_argument(
+            "model",
+            nargs="?",
+            metavar="MODEL",
+            help="Hub id, folder or GGUF file (default: the model of the swarm that is attached)",
+        )
+        serve.add_argument(
+            "--blocks", type=_blocks, metavar="A:B", help="hold blocks A to B-1, and start at once"
+        )
+        serve.add_argument(
+            "--initial-peers",
+            nargs="+",
+            default=[],
+            metavar="ADDRESS",
+            help="servers of the swarm to join (default: the attached swarm, else a new one)",
+        )
+        serve.add_argument("--dtype", choices=DTYPES, help="what to compute in")
+        serve.add_argument("--threads", type=_count, metavar="N", help="CPU threads to use")
+        serve.add_argument("--name", metavar="NAME", help="what others see in their status")
+        serve.add_argument("--listen", metavar="ADDRESS", help="where, such as /ip4/0.0.0.0/tcp/0")
+        _add_output(serve, "the ServePanel, instead of showing it,")
+
     def _generate(self, *, with_prompt: bool) -> None:
         generate = self._add("generate", "let the model answer; the text streams into the cell")
         if with_prompt:
@@ -183,6 +208,13 @@ def _add_output(parser: Arguments, what: str) -> None:
     parser.add_argument(
         "-o", "--output", type=_name, metavar="NAME", help=f"store {what} in this variable"
     )
+
+
+def _blocks(text: str) -> tuple[int, int]:
+    start, colon, end = text.partition(":")
+    if not (colon and start.isdigit() and end.isdigit() and int(start) < int(end)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B with A < B, like 0:15")
+    return int(start), int(end)
 
 
 def _name(text: str) -> str:

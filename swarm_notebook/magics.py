@@ -144,6 +144,23 @@ class SwarmMagics:
         self.shell.push({"monitor": monitor})
         return self._store(arguments.output, monitor)
 
+    def _serve(self, arguments: argparse.Namespace) -> Any:
+        self._warmup.wait()
+        from swarm_notebook.widgets import ServePanel
+
+        given = {key: getattr(arguments, key) for key in ("dtype", "threads", "name", "listen")}
+        swarm = None if arguments.initial_peers else self._current()
+        panel = ServePanel(
+            arguments.model,
+            blocks=arguments.blocks,
+            swarm=swarm,
+            initial_peers=arguments.initial_peers,
+            **{key: value for key, value in given.items() if value is not None},
+        )
+        if arguments.blocks is not None:
+            panel.begin()
+        return self._store(arguments.output, panel)
+
     def _generate(self, arguments: argparse.Namespace) -> None:
         pieces: list[str] = []
 

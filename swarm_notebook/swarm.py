@@ -71,6 +71,11 @@ class Swarm:
         self.disconnect()
 
     @property
+    def initial_peers(self) -> list[str]:
+        """Addresses by which others can join this swarm, as far as this notebook was given them."""
+        return self._connection.initial_peers
+
+    @property
     def connected(self) -> bool:
         """Whether `disconnect` has not been called yet."""
         return self._connection.is_open

@@ -72,6 +72,11 @@ class Connection:
             raise
 
     @property
+    def initial_peers(self) -> list[str]:
+        """The peers that it was given."""
+        return sorted(self._peers)
+
+    @property
     def is_open(self) -> bool:
         """Whether `close` has not been called yet."""
         return self._open
@@ -133,6 +138,31 @@ class Connection:
             self._open = False
             self.network.run(self.directory.stop())
             _release(self._peers, self.network)
+
+
+class Inquiry:
+    """The way to servers of a swarm to ask what they do, without attaching to a model.
+
+    Args:
+        initial_peers: multiaddrs of peers of the swarm.
+
+    Raises:
+        AddressError, ConnectionFailed: from joining the swarm.
+    """
+
+    def __init__(self, initial_peers: Sequence[str]):
+        self._network = network_thread()
+        self._peers = frozenset(str(peer) for peer in initial_peers)
+        shared = _acquire(self._peers, self._network)
+        self._directory = Directory(shared.node, "", 0)
+
+    def info(self, peer: str) -> dict[str, Any] | None:
+        """What a server tells of itself; None if it does not answer within seconds."""
+        return self._network.run(self._directory.try_info(peer))
+
+    def close(self) -> None:
+        """Leave the swarm, unless others of this process are still there."""
+        _release(self._peers, self._network)
 
 
 def served_models(initial_peers: Sequence[str]) -> dict[str, ModelRecord]:

@@ -180,6 +180,15 @@ class Directory:
         )
         return protocol.unpack_metadata(answer.serialized_info)
 
+    async def try_info(self, peer: str) -> dict | None:
+        """`info`, or None if no readable answer comes within `PING_TIMEOUT`."""
+        try:
+            async with asyncio.timeout(PING_TIMEOUT):
+                return await self.info(peer)
+        except _PING_ERRORS as error:
+            logger.debug("asking %s: %s", peer, error)
+            return None
+
     def missing(self) -> list[int]:
         """Blocks that no server in good standing holds."""
         return self._missing(0, self.num_blocks)

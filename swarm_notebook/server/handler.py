@@ -39,6 +39,7 @@ from swarm_notebook.server.requests import (
     parse_forward,
 )
 from swarm_notebook.server.schedule import Kind, Task
+from swarm_notebook.server.served import Served
 from swarm_notebook.server.session import InferenceSession
 from swarm_notebook.server.span import Span
 from swarm_notebook.server.state import SessionState
@@ -76,6 +77,7 @@ class Handler:
         self._relay = Relay()
         self._heard_out = 0
         self._leaving = False
+        self._served = Served()
 
     async def register(self, p2p: P2P) -> None:
         """Offer the RPCs to the swarm."""
@@ -125,7 +127,13 @@ class Handler:
         state = SessionState(self._span, self._limits.context, choose)
         try:
             session = InferenceSession(
-                stream, state, self._limits, self._pool, self._compute, relay=self._relay
+                stream,
+                state,
+                self._limits,
+                self._pool,
+                self._compute,
+                relay=self._relay,
+                served=self._served,
             )
         except ServerBusy:
             await self._hear_out(stream)
@@ -159,6 +167,8 @@ class Handler:
             "cache_tokens_available": self._pool.free,
             "cache_tokens_total": self._pool.total,
             "sessions": self._pool.sessions,
+            "requests_served": self._served.requests,
+            "tokens_served": self._served.tokens,
             **self._engine.facts(),
             **self._compute.facts(),
             protocol.EXTENSION_KEY: protocol.PROTOCOL_VERSION,
@@ -204,7 +214,9 @@ class Handler:
         request = parse_forward(message.uid, message.tensors, metadata, self._limits)
         task = _pass_of(peer, request)
         job = self._compute.submit(self._engine.forward, task.client, request, task=task)
-        return exchange.pack(await exchange.result(job, stream), request.compression)
+        outputs = await exchange.result(job, stream)
+        self._served.count(request)
+        return exchange.pack(outputs, request.compression)
 
     async def _run_backward(
         self,
@@ -217,6 +229,7 @@ class Handler:
         task = _pass_of(peer, request)
         job = self._compute.submit(self._engine.backward, task.client, request, task=task)
         gradients: Gradients = await exchange.result(job, stream)
+        self._served.count(request)
         packed = exchange.pack(gradients.tensors, request.compression)
         return packed, {} if gradients.weights is None else {"adapter_grads": gradients.weights}
 

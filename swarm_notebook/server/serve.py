@@ -49,6 +49,7 @@ UPDATE_PERIOD = 60.0
 LEAVE_SECONDS = 30.0
 FAREWELL_SECONDS = 5.0
 PROGRESS_SECONDS = 2.0
+TELL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,13 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
 def _load(source: ModelSource, options: ServeOptions) -> LoadedBlocks:
     """In the torch thread: read the blocks, telling how far it is."""
     started = last = time.monotonic()
+    told = 0.0
 
     def progress(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, told
+        if time.monotonic() - told > TELL_SECONDS or done == total:
+            told = time.monotonic()
+            _tell({"weights_read": done, "weights": total})
         if time.monotonic() - last > PROGRESS_SECONDS:
             last = time.monotonic()
             logger.info("read %d of %d MB of weights", done >> 20, total >> 20)

@@ -31,6 +31,7 @@ from swarm_notebook.server.memory import CachePool
 from swarm_notebook.server.relay import Relay
 from swarm_notebook.server.requests import Limits, Step, parse_step
 from swarm_notebook.server.schedule import Kind, Task
+from swarm_notebook.server.served import Served
 from swarm_notebook.server.state import SessionState
 
 ALLOC_TIMEOUT = 10.0
@@ -49,8 +50,10 @@ class InferenceSession:
         compute: ComputeThread,
         *,
         relay: Relay,
+        served: Served,
     ):
-        self._stream, self._limits, self._relay = stream, limits, relay
+        self._stream, self._limits = stream, limits
+        self._relay, self._served = relay, served
         self._pool, self._compute = pool, compute
         self._state: SessionState | None = state
         self._account = pool.open(self._drop, stream.peer)
@@ -141,6 +144,7 @@ class InferenceSession:
             state.cache.reserve(granted // step.rows)
         outputs = await self._run(state, step, position)
         self._blocks, self._step_id = step.blocks, step.step_id
+        self._served.count(step)
         step.times.computed()
         packed = exchange.pack(outputs, step.compression)
         told: dict[str, Any] = {protocol.TIMES_KEY: step.times.parts()}

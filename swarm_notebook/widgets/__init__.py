@@ -29,14 +29,16 @@ if TYPE_CHECKING:
     from swarm_notebook.widgets.lens import LensWidget as LensWidget
     from swarm_notebook.widgets.map import SwarmMap as SwarmMap
     from swarm_notebook.widgets.monitor import TrainingMonitor as TrainingMonitor
+    from swarm_notebook.widgets.serve import ServePanel as ServePanel
 
 # Public name -> the module that defines it.
 _PUBLIC = {
     "LensWidget": "lens",
+    "ServePanel": "serve",
     "SwarmMap": "map",
     "TrainingMonitor": "monitor",
 }
-__all__ = ["LensWidget", "SwarmMap", "TrainingMonitor"]
+__all__ = ["LensWidget", "ServePanel", "SwarmMap", "TrainingMonitor"]
 
 
 def __getattr__(name: str) -> object:

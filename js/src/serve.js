@@ -1,0 +1,161 @@
+// The serve panel: which blocks to lend, start and stop, and what the server does for others.
+
+import { act, bytes, duration, fill, follow, h, number, setText, widget } from "./dom.js";
+
+/** @typedef {import("@anywidget/types").AnyModel<any>} Model */
+
+const WORDS = /** @type {Record<string, string>} */ ({
+  stopped: "not serving",
+  starting: "starting a server process",
+  loading: "reading weights",
+  measuring: "measuring how fast it computes",
+  serving: "serving",
+  stopping: "answering what is in flight, then leaving",
+  failed: "the server has ended by itself",
+});
+
+/**
+ * What the server counts, as title and text.
+ * @param {Model} model
+ * @returns {Array<[string, string]>}
+ */
+function counts(model) {
+  const facts = model.get("facts");
+  const free = facts.cache_tokens_available;
+  const all = facts.cache_tokens_total;
+  const used = all ? `${Math.round(100 * (1 - free / all))} %` : "–";
+  return [
+    ["sessions", number(facts.sessions)],
+    ["tokens served", number(facts.tokens_served)],
+    ["requests served", number(facts.requests_served)],
+    ["cache used", used],
+    ["serving for", duration(Math.floor(Date.now() / 1000 - model.get("since")))],
+  ];
+}
+
+/** @param {{ model: Model, root: HTMLElement }} view */
+function build({ model, root }) {
+  const blocks = model.get("num_blocks");
+  const bound = (/** @type {"start" | "end"} */ name, /** @type {string} */ label) => {
+    const input = h("input", {
+      type: "number",
+      min: name === "start" ? 0 : 1,
+      max: name === "start" ? blocks - 1 : blocks,
+      "aria-label": label,
+      "data-testid": name,
+      onchange: () => {
+        if (input.checkValidity() && input.value !== "") {
+          model.set(name, Number(input.value));
+          model.save_changes();
+        }
+      },
+    });
+    return input;
+  };
+  const start = bound("start", "first block");
+  const end = bound("end", "block after the last");
+  const begin = h(
+    "button",
+    { type: "button", class: "sn-primary", "data-testid": "begin", onclick: () => act(model, "begin") },
+    "Serve",
+  );
+  const stop = h(
+    "button",
+    { type: "button", "data-testid": "stop", onclick: () => act(model, "stop") },
+    "Stop",
+  );
+  const span = h("div", { class: "sn-span" });
+  const track = h("div", { class: "sn-track", role: "img" }, span);
+  const words = h("span", { role: "status", "data-testid": "state" });
+  const state = h("div", {}, h("span", { class: "sn-dot", "aria-hidden": "true" }), words);
+  const progress = h("progress", { max: 1, "aria-label": "weights read" });
+  const dl = h("dl", { class: "sn-counts", "data-testid": "counts" });
+  const command = h("code", { tabindex: 0 });
+  const share = h(
+    "div",
+    { class: "sn-share" },
+    h("span", { class: "sn-dim" }, "others attach with"),
+    command,
+  );
+  const pre = h("pre", { tabindex: 0, "aria-label": "log" });
+  const log = h("details", { "data-testid": "log" }, h("summary", {}, "Log"), pre);
+  fill(
+    root,
+    h(
+      "div",
+      { class: "sn-head" },
+      h("span", { class: "sn-title" }, model.get("title")),
+      h("span", { class: "sn-dim" }, `${blocks} blocks`),
+    ),
+    h(
+      "div",
+      { class: "sn-form" },
+      h("label", {}, "blocks", start),
+      h("label", {}, ":", end),
+      begin,
+      stop,
+    ),
+    track,
+    state,
+    progress,
+    dl,
+    share,
+    log,
+  );
+
+  const showCounts = () => {
+    dl.hidden = model.get("state") !== "serving";
+    if (dl.hidden) return;
+    const shown = counts(model).map(([title, text]) =>
+      h("div", {}, h("dt", {}, title), h("dd", {}, text)),
+    );
+    fill(dl, ...shown);
+  };
+  const clock = setInterval(showCounts, 1000);
+
+  return [
+    () => clearInterval(clock),
+    follow(model, ["start", "end", "state"], () => {
+      const [first, last] = [model.get("start"), model.get("end")];
+      const idle = ["stopped", "failed"].includes(model.get("state"));
+      start.value = String(first);
+      end.value = String(last);
+      start.disabled = end.disabled = !idle;
+      begin.disabled = !idle || !(first < last);
+      stop.disabled = idle || model.get("state") === "stopping";
+      span.style.left = `${(100 * first) / blocks}%`;
+      span.style.width = `${(100 * Math.max(last - first, 0)) / blocks}%`;
+      track.setAttribute("aria-label", `blocks ${first}:${last} of ${blocks}`);
+    }),
+    follow(model, ["state", "weights"], () => {
+      const now = model.get("state");
+      const [done, total] = model.get("weights");
+      state.dataset.state = span.dataset.state = now;
+      const amount =
+        now === "loading" ? `: ${bytes(done)} of ${bytes(total)}`
+        : now === "serving" && total ? ` with ${bytes(total)} of weights`
+        : "";
+      setText(words, `${WORDS[now] ?? now}${amount}`);
+      progress.hidden = !["starting", "loading", "measuring"].includes(now);
+      if (now === "loading" && total) progress.value = done / total;
+      else progress.removeAttribute("value");
+    }),
+    follow(model, ["state", "facts"], showCounts),
+    follow(model, ["addresses", "state"], () => {
+      /** @type {string[]} */
+      const addresses = model.get("addresses");
+      const address = addresses.find((one) => !one.startsWith("/ip4/127.")) ?? addresses[0];
+      share.hidden = !address || model.get("state") !== "serving";
+      setText(command, `%swarm connect ${address} --model ${model.get("title")}`);
+    }),
+    follow(model, ["log"], () => {
+      log.hidden = !model.get("log");
+      setText(pre, model.get("log"));
+    }),
+    follow(model, ["state"], () => {
+      if (model.get("state") === "failed") log.open = true;
+    }),
+  ];
+}
+
+export default { render: widget("Serve panel", "serve", build) };

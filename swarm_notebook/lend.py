@@ -1,0 +1,189 @@
+"""Lending this machine's memory to a swarm: a server process that a notebook starts and ends.
+
+    lending = sn.Lending("org/name", (0, 15), swarm=swarm)
+    lending.start()
+    lending.state, lending.facts()     # "serving", what it does
+    lending.stop()
+
+The process is that of ``swarm-notebook serve``; it ends with the notebook. Nothing here blocks for
+long but `stop`, which gives requests in flight a few seconds to be answered.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.client.connection import Inquiry
+from swarm_notebook.errors import BlocksOutOfRange, ServerStartError
+from swarm_notebook.local import Conversion
+from swarm_notebook.local_server import ANY_PORT, LocalServer, server_environment
+
+if TYPE_CHECKING:
+    from swarm_notebook.swarm import Swarm
+
+ANY_INTERFACE = "/ip4/0.0.0.0/tcp/0"
+STATES = ("stopped", "starting", "loading", "measuring", "serving", "failed")
+
+
+class Lending:
+    """One server process of this notebook, to be started and stopped again.
+
+    Args:
+        model: a Hub id, a folder or a GGUF file; None takes the swarm's, or the demo model.
+        blocks: ``(start, end)`` to hold; None takes what the swarm lacks, else all blocks.
+        swarm: an attached swarm to serve in.
+        initial_peers: addresses of the swarm to join, if none is attached; none begin a new one.
+        dtype: what to compute in.
+        threads: CPU threads; None leaves it to torch.
+        name: what others see in their status.
+        listen: multiaddr to listen at; None takes the loopback interface if all known peers are
+            there, else all interfaces.
+
+    Raises:
+        ModelNotFound: there is no such model.
+        BlocksOutOfRange: it has no such blocks.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        blocks: tuple[int, int] | None = None,
+        *,
+        swarm: Swarm | None = None,
+        initial_peers: Sequence[str] = (),
+        dtype: str = "float32",
+        threads: int | None = None,
+        name: str = "notebook",
+        listen: str | None = None,
+    ) -> None:
+        self._peers = swarm.initial_peers if swarm is not None else list(initial_peers)
+        with Conversion() as progress:
+            source = resolve(swarm.name if model is None and swarm else model, progress=progress)
+        self.model, self.num_blocks = source.name, source.config().num_hidden_layers
+        self._path, self._name, self._threads = str(source.path or source.name), name, threads
+        self._listen = listen or (ANY_PORT if _all_loopback(self._peers) else ANY_INTERFACE)
+        self._folder = Path(tempfile.mkdtemp(prefix="swarm-notebook-"))
+        self._server: LocalServer | None = None
+        self._inquiry: Inquiry | None = None
+        self.dtype = dtype
+        self.blocks = blocks or _lacking(swarm) or (0, self.num_blocks)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """The blocks to hold, ``(start, end)``; a change counts from the next start on."""
+        return self._blocks
+
+    @blocks.setter
+    def blocks(self, blocks: tuple[int, int]) -> None:
+        start, end = blocks
+        if not 0 <= start < end <= self.num_blocks:
+            raise BlocksOutOfRange(
+                f"blocks: {start}:{end}, but {self.model} has blocks 0:{self.num_blocks}"
+            )
+        self._blocks = (start, end)
+
+    @property
+    def state(self) -> str:
+        """One of `STATES`."""
+        server = self._server
+        if server is None:
+            return "stopped"
+        if not server.running:
+            return "failed"
+        if server.ready:
+            return "serving"
+        done, total = server.weights
+        if total and done == total:
+            return "measuring"
+        return "loading" if total else "starting"
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """Bytes of the weights that were read, and all of them."""
+        return (0, 0) if self._server is None else self._server.weights
+
+    @property
+    def peer_id(self) -> str:
+        """Its peer id, as soon as it listens."""
+        return (self._server.peer_id or "") if self._server is not None else ""
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens: what others need to join."""
+        return [] if self._server is None else self._server.addresses
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the latest start."""
+        return None if self._server is None else self._server.pid
+
+    def start(self) -> None:
+        """Start the process; it loads its blocks and announces them by itself.
+
+        Raises:
+            ServerStartError: it runs already.
+        """
+        if self._server is not None and self._server.running:
+            raise ServerStartError(f"{self!r} runs already; stop it first")
+        self.stop()
+        self._server = LocalServer(
+            self._name,
+            self.blocks,
+            folder=self._folder,
+            options=[self._path, "--dtype", self.dtype]
+            + ([] if self._threads is None else ["--threads", str(self._threads)]),
+            environment=server_environment(self._threads),
+            swarm_addresses=lambda: self._peers,
+            listen=self._listen,
+        )
+        atexit.register(self.stop)
+        self._server.launch()
+        self._server.join(self._peers)
+
+    def facts(self) -> dict[str, Any] | None:
+        """What the server tells of itself (its rpc_info); None unless it serves and answers.
+
+        Among them: sessions, requests_served, tokens_served, cache_tokens_available,
+        cache_tokens_total.
+        """
+        if self.state != "serving":
+            return None
+        if self._inquiry is None:
+            self._inquiry = Inquiry(self._peers or self.addresses)
+        return self._inquiry.info(self.peer_id)
+
+    def stop(self) -> None:
+        """Let the server leave the swarm and end; returns when it is gone."""
+        atexit.unregister(self.stop)
+        if self._inquiry is not None:
+            self._inquiry.close()
+            self._inquiry = None
+        if self._server is not None:
+            self._server.terminate()
+            self._server = None
+
+    def log_tail(self, lines: int = 12) -> str:
+        """The last lines of the server's log."""
+        return "" if self._server is None else self._server.log_tail(lines)
+
+    def __repr__(self) -> str:
+        start, end = self.blocks
+        return f"<Lending blocks {start}:{end} of {Path(self.model).name}: {self.state}>"
+
+
+def _lacking(swarm: Swarm | None) -> tuple[int, int] | None:
+    """The first run of blocks that nobody serves."""
+    if swarm is None:
+        return None
+    runs = swarm.status(refresh=False).coverage
+    return next(((start, end) for start, end, count in runs if count == 0), None)
+
+
+def _all_loopback(peers: Sequence[str]) -> bool:
+    return bool(peers) and all("/ip4/127." in peer or "/ip6/::1/" in peer for peer in peers)

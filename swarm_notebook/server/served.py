@@ -1,0 +1,20 @@
+"""What a server has done for others since it started: a count for its owner, told by rpc_info."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarm_notebook.server.requests import Forward
+
+
+@dataclass
+class Served:
+    """Answered requests, and the tokens of all sequences in them."""
+
+    requests: int = 0
+    tokens: int = 0
+
+    def count(self, request: Forward) -> None:
+        """A request was computed."""
+        self.requests += 1
+        self.tokens += request.rows * request.length

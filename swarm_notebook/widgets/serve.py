@@ -1,0 +1,156 @@
+"""The serve panel: lend this machine's memory to a swarm, from a notebook.
+
+    ServePanel("org/name", swarm=swarm)          # or %swarm serve MODEL
+
+It is a view of a `Lending`, which does the work in a process of its own. A thread of the panel asks
+that process once a second how it is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from html import escape
+from typing import Any
+
+import traitlets
+
+from swarm_notebook.formatting import model_title, number
+from swarm_notebook.lend import Lending
+from swarm_notebook.status_html import STYLE
+from swarm_notebook.widgets.base import Widget, action
+from swarm_notebook.widgets.live import start_pulse
+
+PERIOD = 0.5
+
+
+class ServePanel(Widget, module="serve"):
+    """Choose blocks, start and stop a server of this machine, and see what it does for others.
+
+    Args:
+        lending: what to start and stop; None makes one of the other arguments.
+        model, blocks, swarm, initial_peers, dtype, threads, name, listen: as for `Lending`.
+
+    Attributes:
+        title: the model's name.
+        num_blocks: how many blocks it has.
+        start, end: the blocks to hold; a view may change them until the server starts.
+        state: one of `lend.STATES`, or ``stopping``.
+        weights: bytes read and all bytes of the weights.
+        addresses: where the server listens.
+        facts: requests and tokens served, sessions, cache tokens free and of all; empty unless
+            the server answers.
+        since: when it began to serve, in seconds of Unix time.
+        log: the end of its log.
+    """
+
+    title = traitlets.Unicode().tag(sync=True)
+    num_blocks = traitlets.Int().tag(sync=True)
+    start = traitlets.Int().tag(sync=True)
+    end = traitlets.Int().tag(sync=True)
+    state = traitlets.Unicode("stopped").tag(sync=True)
+    weights: traitlets.List[int] = traitlets.List([0, 0]).tag(sync=True)
+    addresses: traitlets.List[str] = traitlets.List().tag(sync=True)
+    facts: traitlets.Dict[str, int] = traitlets.Dict().tag(sync=True)
+    since = traitlets.Float().tag(sync=True)
+    log = traitlets.Unicode().tag(sync=True)
+
+    def __init__(
+        self, model: Any = None, *, lending: Lending | None = None, **options: Any
+    ) -> None:
+        traits = {name: options.pop(name) for name in [*options] if name in _LAYOUT}
+        self.lending = lending or Lending(model, **options)
+        self._turning = threading.Lock()
+        start, end = self.lending.blocks
+        super().__init__(
+            title=model_title(self.lending.model),
+            num_blocks=self.lending.num_blocks,
+            start=start,
+            end=end,
+            **traits,
+        )
+        start_pulse(self._beat, PERIOD)
+
+    def summary(self) -> str:
+        """The blocks and the model; whether they are served just now varies."""
+        return f"blocks {self.start}:{self.end} of {self.title}"
+
+    def picture(self) -> str:
+        """The state and the counts."""
+        facts = self.facts
+        cells = {
+            "blocks": f"{self.start}:{self.end} of {self.num_blocks}",
+            "state": self.state,
+            "sessions": number(facts.get("sessions")),
+            "requests served": number(facts.get("requests_served")),
+            "tokens served": number(facts.get("tokens_served")),
+        }
+        rows = "".join(
+            f'<tr><td class="sn-dim">{name}</td><td>{escape(text)}</td></tr>'
+            for name, text in cells.items()
+        )
+        head = f'<div class="sn-head"><span class="sn-model">{escape(self.title)}</span></div>'
+        return f'{STYLE}<div class="sn-view">{head}<table class="sn-table">{rows}</table></div>'
+
+    @action
+    def begin(self) -> None:
+        """Start the server with the blocks chosen."""
+        self.lending.blocks = (self.start, self.end)
+        self.update(error="", state="starting")
+        self._turn(self.lending.start)
+
+    @action
+    def stop(self) -> None:
+        """Stop the server; its requests in flight are answered first."""
+        self.update(state="stopping")
+        self._turn(self.lending.stop)
+
+    def close(self) -> None:
+        """Stop the server and end the views."""
+        super().close()
+        with self._turning:
+            self.lending.stop()
+
+    def _turn(self, work: Any) -> None:
+        """Start or stop beside the kernel's main thread, one after the other."""
+
+        def run() -> None:
+            with self.showing_errors(), self._turning:
+                work()
+            self._look()
+
+        threading.Thread(target=run, name="swarm_notebook-serve", daemon=True).start()
+
+    def _beat(self) -> bool:
+        if self._turning.acquire(blocking=False):
+            try:
+                self._look()
+            finally:
+                self._turning.release()
+        return True
+
+    def _look(self) -> None:
+        lending = self.lending
+        state, facts = lending.state, lending.facts() or {}
+        changed: dict[str, Any] = {
+            "weights": list(lending.weights),
+            "addresses": lending.addresses,
+            "facts": {name: facts[name] for name in _SHOWN if isinstance(facts.get(name), int)},
+        }
+        if state != self.state or state in {"starting", "loading"}:
+            changed["log"] = lending.log_tail()
+        if state == "serving" and self.state != "serving":
+            changed["since"] = time.time()
+        if state == "failed" and self.state != "failed":
+            changed["error"] = "the server has ended by itself; its log says why"
+        self.update(state=state, **changed)
+
+
+_SHOWN = (
+    "sessions",
+    "requests_served",
+    "tokens_served",
+    "cache_tokens_available",
+    "cache_tokens_total",
+)
+_LAYOUT = ("layout", "tooltip", "tabbable")

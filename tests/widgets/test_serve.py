@@ -1,0 +1,95 @@
+"""The serve panel and the `Lending` behind it, with a real server process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import swarm_notebook as sn
+from swarm_notebook.errors import BlocksOutOfRange, ServerStartError
+from swarm_notebook.lend import ANY_INTERFACE
+from swarm_notebook.local_server import ANY_PORT
+from swarm_notebook.widgets import ServePanel
+
+if TYPE_CHECKING:
+    from scene import Scene
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def panel(tiny_scene: Scene) -> Iterator[ServePanel]:
+    made = ServePanel(blocks=(1, 4), swarm=tiny_scene.swarm, threads=1, name="lent")
+    yield made
+    made.close()
+
+
+def test_lend_look_and_stop(panel: ServePanel, tiny_scene: Scene) -> None:
+    from scene import generate
+
+    swarm = tiny_scene.swarm
+    assert (panel.title, panel.num_blocks, panel.state) == ("tiny-llama", 5, "stopped")
+    assert repr(panel) == "<ServePanel: blocks 1:4 of tiny-llama>"
+    panel.start, panel.end = 0, 5  # as a view does it
+    panel.begin()
+    panel.begin()
+    wait_for(lambda: panel.state == "serving")
+    assert "ServerStartError" in panel.error  # the second start
+    assert panel.weights[0] == panel.weights[1] > 100_000
+    assert all("/127.0.0.1/" in address for address in panel.addresses)
+    wait_for(lambda: panel.facts)
+    assert panel.facts["tokens_served"] == 0
+    with sn.connect(panel.addresses, model=swarm.name) as guest:
+        # One trip is shorter than two, so a new route leads through the lent server alone.
+        assert [hop.name for hop in guest.route().hops] == ["lent"]
+        generate(guest.model, tiny_scene.ids(2, 10))
+        wait_for(lambda: panel.facts.get("tokens_served") == 2 * (10 + 13))
+        assert panel.facts["requests_served"] == 14
+        assert "46" in panel.picture()
+    before = panel.lending.pid
+    assert before is not None
+    panel.stop()
+    assert panel.state == "stopping"
+    wait_for(lambda: panel.state == "stopped")
+    assert panel.facts == {}
+    assert panel.lending.pid is None
+    swarm.status()
+
+
+def test_a_server_that_dies_is_told_of_with_its_log(tiny_llama: Path) -> None:
+    lending = sn.Lending(tiny_llama, (0, 2), initial_peers=["/ip4/127.0.0.1/tcp/1/p2p/QmNope"])
+    panel = ServePanel(lending=lending)
+    try:
+        panel.begin()
+        wait_for(lambda: panel.state == "failed")
+        assert "ended by itself" in panel.error
+        assert "QmNope" in panel.log
+    finally:
+        panel.close()
+    assert lending.state == "stopped"
+
+
+def test_blocks_and_where_to_listen_are_chosen_sensibly(tiny_llama: Path) -> None:
+    lending = sn.Lending(tiny_llama)
+    assert lending.blocks == (0, 5)
+    assert lending._listen == ANY_INTERFACE
+    lending.blocks = (2, 3)
+    assert repr(lending) == "<Lending blocks 2:3 of tiny-llama: stopped>"
+    with pytest.raises(BlocksOutOfRange, match=r"blocks: 3:9, but .* has blocks 0:5"):
+        lending.blocks = (3, 9)
+    assert sn.Lending(tiny_llama, initial_peers=["/ip4/127.0.0.1/tcp/1/p2p/Q"])._listen == ANY_PORT
+    far = ["/ip4/127.0.0.1/tcp/1/p2p/Q", "/ip4/10.0.0.2/tcp/1/p2p/Q"]
+    assert sn.Lending(tiny_llama, initial_peers=far)._listen == ANY_INTERFACE
+    assert issubclass(BlocksOutOfRange, ValueError)
+    assert issubclass(ServerStartError, RuntimeError)
+    with pytest.raises(TypeError, match="colour"):
+        ServePanel(tiny_llama, colour="red")
