@@ -149,8 +149,8 @@ class Lending:
     def facts(self) -> dict[str, Any] | None:
         """What the server tells of itself (its rpc_info); None unless it serves and answers.
 
-        Among them: sessions, requests_served, tokens_served, cache_tokens_available,
-        cache_tokens_total.
+        Among them: sessions (open now), sessions_served, requests_served, tokens_served,
+        cache_tokens_available, cache_tokens_total.
         """
         if self.state != "serving":
             return None

@@ -31,6 +31,7 @@ from swarm_notebook.net.records import ModelRecord, ServerSpan, ServerState
 from swarm_notebook.net.tensors import COMPRESSIONS, NONE, dtype_from_name
 from swarm_notebook.status import RouteHop, RouteTable, ServerRow, SwarmStatus
 from swarm_notebook.trace import Trace, from_timeline
+from swarm_notebook.waiting import Waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -272,12 +273,14 @@ def connect(
             initial_peers = local.initial_peers
             model = local.model
         peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
-        source = resolve(model if model is not None else _only_model(peers))
-        config = source.config()
-        connection = Connection(peers, source.dht_prefix, config.num_hidden_layers, timeout)
-        connection.directory.compression = COMPRESSIONS.get(compression or "", NONE)
-        spans = _await_spans(connection, source.name, peers)
-        built = skeleton.build(source, connection, _choose_dtype(dtype, spans))
+        with Waiting("Joining the swarm") as waiting:
+            source = resolve(model if model is not None else _only_model(peers))
+            config = source.config()
+            connection = Connection(peers, source.dht_prefix, config.num_hidden_layers, timeout)
+            connection.directory.compression = COMPRESSIONS.get(compression or "", NONE)
+            spans = _await_spans(connection, source.name, peers, waiting)
+            waiting.say("Loading what runs here: embeddings, norm and head")
+            built = skeleton.build(source, connection, _choose_dtype(dtype, spans))
         return Swarm(source, built, connection, local)
     except BaseException:
         if connection is not None:
@@ -351,7 +354,9 @@ def _only_model(peers: Sequence[str]) -> str:
     return record.repository.removeprefix(_HUB)
 
 
-def _await_spans(connection: Connection, name: str, peers: Sequence[str]) -> tuple[ServerSpan, ...]:
+def _await_spans(
+    connection: Connection, name: str, peers: Sequence[str], waiting: Waiting
+) -> tuple[ServerSpan, ...]:
     """What is served of the model; waits for servers that are just joining.
 
     A swarm that says nothing of the model is asked again for a moment only: most likely nobody
@@ -366,6 +371,7 @@ def _await_spans(connection: Connection, name: str, peers: Sequence[str]) -> tup
             break
         if not spans and readings >= SILENT_READINGS and waited > SILENCE_SECONDS:
             break
+        waiting.say(f"Waiting for servers of {describe_blocks(directory.missing())}")
         if not told:
             logger.warning("waiting for servers of %s", describe_blocks(directory.missing()))
             told = True

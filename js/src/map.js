@@ -224,6 +224,7 @@ function build({ model, root }) {
   const age = h("span", { class: "sn-dim", "data-testid": "age" });
   const refresh = h("button", { type: "button", onclick: () => act(model, "refresh") }, "Refresh");
   const pace = h("span", { "data-testid": "pace" });
+  const bill = h("span", { class: "sn-dim", "data-testid": "bill" });
   const privacy = h("span", { class: "sn-dim", "data-testid": "privacy" });
   const cover = h("div", { class: "sn-track sn-cover", "data-testid": "coverage" });
   const way = h("div", { class: "sn-track", "data-testid": "route" });
@@ -264,7 +265,7 @@ function build({ model, root }) {
     root,
     h("div", { class: "sn-head" }, h("span", { class: "sn-title" }, model.get("title")), headline,
       h("span", { class: "sn-side" }, age, refresh)),
-    h("div", { class: "sn-activity" }, pace, privacy),
+    h("div", { class: "sn-activity" }, pace, bill, privacy),
     h("div", { class: "sn-rows" }, table),
     detail,
     log,
@@ -382,6 +383,7 @@ function build({ model, root }) {
       const who = seen.length ? `${names}${more}` : "nobody";
       setText(privacy, `activations of this notebook were seen by ${who}`);
     }),
+    follow(model, ["bill"], () => setText(bill, model.get("bill"))),
     follow(model, ["selected", "servers", "seen"], showDetail),
     follow(model, ["failovers"], () => {
       const latest = model.get("failovers").slice(-5).reverse();

@@ -25,7 +25,8 @@ function counts(model) {
   const all = facts.cache_tokens_total;
   const used = all ? `${Math.round(100 * (1 - free / all))} %` : "–";
   return [
-    ["sessions", number(facts.sessions)],
+    ["sessions now", number(facts.sessions)],
+    ["sessions served", number(facts.sessions_served)],
     ["tokens served", number(facts.tokens_served)],
     ["requests served", number(facts.requests_served)],
     ["cache used", used],

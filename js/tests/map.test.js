@@ -40,6 +40,7 @@ function swarm(traits = {}) {
     planned: true,
     pace: [0, 0, 0],
     seen: {},
+    bill: "",
     failovers: [],
     connected: true,
     selected: "",
@@ -75,7 +76,9 @@ describe("the swarm map", () => {
       planned: false,
       pace: [120, 12.5, 0.08],
       seen: { "peer-a": ["a", "0:6", 120, 5000, 4000, NOW] },
+      bill: "120 requests to 1 server",
     });
+    expect(view.byId("bill").textContent).toBe("120 requests to 1 server");
     expect(view.all('[data-testid="server"]')[0]).toBe(first);
     expect(first.textContent).toContain("200 ms");
     expect(view.all(".sn-planned").length).toBe(0);

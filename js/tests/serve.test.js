@@ -68,6 +68,7 @@ describe("the serve panel", () => {
       addresses: ["/ip4/127.0.0.1/tcp/1/p2p/Qm"],
       facts: {
         sessions: 2,
+        sessions_served: 17,
         tokens_served: 1234,
         requests_served: 99,
         cache_tokens_available: 3,
@@ -75,7 +76,7 @@ describe("the serve panel", () => {
       },
     });
     const text = view.byId("counts").textContent ?? "";
-    for (const part of ["sessions2", "tokens served1,234", "cache used25 %", "serving for5 s"]) {
+    for (const part of ["sessions now2", "sessions served17", "tokens served1,234", "cache used25 %", "serving for5 s"]) {
       expect(text).toContain(part);
     }
     expect(view.find("code").textContent).toBe(

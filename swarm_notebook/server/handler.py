@@ -139,6 +139,7 @@ class Handler:
             await self._hear_out(stream)
             raise
         self._sessions.add(session)
+        self._served.sessions += 1
         try:
             await session.run()
         finally:
@@ -167,6 +168,7 @@ class Handler:
             "cache_tokens_available": self._pool.free,
             "cache_tokens_total": self._pool.total,
             "sessions": self._pool.sessions,
+            "sessions_served": self._served.sessions,
             "requests_served": self._served.requests,
             "tokens_served": self._served.tokens,
             **self._engine.facts(),

@@ -9,8 +9,9 @@ from swarm_notebook.server.requests import Forward
 
 @dataclass
 class Served:
-    """Answered requests, and the tokens of all sequences in them."""
+    """Sessions begun, answered requests, and the tokens of all sequences in them."""
 
+    sessions: int = 0
     requests: int = 0
     tokens: int = 0
 

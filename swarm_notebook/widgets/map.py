@@ -49,6 +49,7 @@ class SwarmMap(Widget, module="map"):
         route: who computes the blocks, as ``[peer, start, end]``.
         planned: whether that is the route of a new request, for want of tokens that passed.
         pace: ``[tokens, tokens per second, seconds per pass]``.
+        bill: what was used since the notebook was attached, in one line.
         seen: what each server got from this notebook, by peer, see `account`.
         failovers: servers lost on the way, see `Traffic.failovers`.
         connected: whether the notebook still is.
@@ -65,6 +66,7 @@ class SwarmMap(Widget, module="map"):
     route: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
     planned = traitlets.Bool(True).tag(sync=True)
     pace: traitlets.List[float] = traitlets.List([0, 0.0, 0.0]).tag(sync=True)
+    bill = traitlets.Unicode().tag(sync=True)
     seen: traitlets.Dict[str, list[Any]] = traitlets.Dict().tag(sync=True)
     failovers: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
     connected = traitlets.Bool(True).tag(sync=True)
@@ -123,8 +125,10 @@ class SwarmMap(Widget, module="map"):
         self._next_facts = time.monotonic() + FACTS_PERIOD
         before, status = self._status, self._swarm.status(refresh=False)
         self._status = status
+        bill = self._swarm.bill()
         changed: dict[str, Any] = {
-            "seen": {one.peer_id: account(one) for one in self._swarm.bill().servers},
+            "bill": bill.line if bill.servers else "",
+            "seen": {one.peer_id: account(one) for one in bill.servers},
             "connected": self._swarm.connected,
         }
         if status != before or not self.servers:

@@ -38,8 +38,8 @@ class ServePanel(Widget, module="serve"):
         state: one of `lend.STATES`, or ``stopping``.
         weights: bytes read and all bytes of the weights.
         addresses: where the server listens.
-        facts: requests and tokens served, sessions, cache tokens free and of all; empty unless
-            the server answers.
+        facts: sessions open now; sessions, requests and tokens served; cache tokens free and of
+            all. Empty unless the server answers.
         since: when it began to serve, in seconds of Unix time.
         log: the end of its log.
     """
@@ -81,7 +81,7 @@ class ServePanel(Widget, module="serve"):
         cells = {
             "blocks": f"{self.start}:{self.end} of {self.num_blocks}",
             "state": self.state,
-            "sessions": number(facts.get("sessions")),
+            "sessions served": number(facts.get("sessions_served")),
             "requests served": number(facts.get("requests_served")),
             "tokens served": number(facts.get("tokens_served")),
         }
@@ -148,6 +148,7 @@ class ServePanel(Widget, module="serve"):
 
 _SHOWN = (
     "sessions",
+    "sessions_served",
     "requests_served",
     "tokens_served",
     "cache_tokens_available",

@@ -87,6 +87,7 @@ def test_the_map_follows_a_real_swarm_without_the_main_thread(tiny_scene: Scene)
         wait_for(lambda: len(shown.seen) == 2)
         assert {facts[0]: facts[1] for facts in shown.seen.values()}["local-1"] == "2:5"
         wait_for(lambda: shown.pace[1] == 0)
+        assert shown.bill == swarm.bill().line
         read = shown.read
         time.sleep(1.1)
         shown.refresh()

@@ -54,6 +54,7 @@ def test_lend_look_and_stop(panel: ServePanel, tiny_scene: Scene) -> None:
         generate(guest.model, tiny_scene.ids(2, 10))
         wait_for(lambda: panel.facts.get("tokens_served") == 2 * (10 + 13))
         assert panel.facts["requests_served"] == 14
+        assert panel.facts["sessions_served"] == 1
         assert "46" in panel.picture()
     before = panel.lending.pid
     assert before is not None

@@ -1,0 +1,37 @@
+"""What is waited for is said, if it takes longer than a moment."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from swarm_notebook.waiting import Waiting
+
+
+def wait_for(capsys: pytest.CaptureFixture[str], text: str) -> str:
+    """What was shown so far, as soon as `text` is in it."""
+    seen, deadline = "", time.monotonic() + 20
+    while text not in seen:
+        assert time.monotonic() < deadline, f"{text!r} is not in {seen!r}"
+        time.sleep(0.02)
+        seen += capsys.readouterr().err
+    return seen
+
+
+def test_it_shows_what_it_waits_for_while_this_thread_is_busy(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Waiting("Reading", total=9, unit="blocks", after=0.0) as waiting:
+        wait_for(capsys, "Reading: 0 of 9 blocks")
+        waiting.done(4)
+        waiting.say("Loading")
+        wait_for(capsys, "Loading: 4 of 9 blocks")
+    assert "swarm_notebook-waiting" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_moment_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="inside"), Waiting("Reading", after=60.0):
+        raise ValueError("inside")
+    assert not capsys.readouterr().err
