@@ -15,7 +15,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.client.routing import leg_seconds, prompt_seconds
-from swarm_notebook.formatting import clean, model_title, number, text_table
+from swarm_notebook.formatting import clean, model_title, number, size, text_table
 from swarm_notebook.status_html import STYLE
 
 if TYPE_CHECKING:
@@ -280,17 +280,6 @@ def _token_seconds(leg: Leg, accounts: Mapping[str, Account]) -> float | None:
     """What a token took on this leg so far, if any went there."""
     account = accounts.get(leg.peer)
     return None if account is None else account.token_seconds.get((leg.start, leg.end))
-
-
-def size(count: int) -> str:
-    """A number of bytes for people: three digits and a unit."""
-    amount, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while amount >= 999.5 and len(units) > 1:
-        amount /= 1000
-        units.pop(0)
-    if units[0] == "B":
-        return f"{amount:.0f} B"
-    return f"{amount:.{max(0, 3 - len(f'{amount:.0f}'))}f} {units[0]}"
 
 
 def duration(amount: float) -> str:

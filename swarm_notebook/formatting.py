@@ -46,6 +46,17 @@ def milliseconds(seconds: float | None) -> str:
     return UNKNOWN if seconds is None else f"{seconds * 1000:.1f} ms"
 
 
+def size(count: int) -> str:
+    """A number of bytes for people: three digits and a unit."""
+    amount, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while amount >= 999.5 and len(units) > 1:
+        amount /= 1000
+        units.pop(0)
+    if units[0] == "B":
+        return f"{amount:.0f} B"
+    return f"{amount:.{max(0, 3 - len(f'{amount:.0f}'))}f} {units[0]}"
+
+
 def model_title(name: str) -> str:
     """A model's name for people: a folder's path is no part of it."""
     return clean(Path(name).name if Path(name).is_absolute() else name)

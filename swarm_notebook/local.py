@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from swarm_notebook.formatting import size
 from swarm_notebook.local_server import (
     POLL_SECONDS,
     START_SECONDS,
@@ -30,7 +31,7 @@ __all__ = ["LocalServer", "LocalSwarm"]
 
 STOP_SECONDS = 10.0
 TICKS_PER_SHOW = 20
-BAR = "{desc}: {n}/{total} ready [{elapsed}]"
+BAR = "{desc}: {n}/{total} ready{postfix} [{elapsed}]"
 
 
 class LocalSwarm:
@@ -137,9 +138,15 @@ class LocalSwarm:
                 ready = sum(server.ready for server in self.servers)
                 if ready > bar.n or tick % TICKS_PER_SHOW == 0:
                     bar.n = ready
-                    bar.refresh()
+                    bar.set_postfix_str(self._loading())  # refreshes
                 if ready == count:
                     return
+
+    def _loading(self) -> str:
+        """How much of the weights the servers have read, while they read."""
+        parts = [server.weights for server in self.servers]
+        read, whole = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        return f"{size(read)} of {size(whole)} of weights read" if read < whole else ""
 
     def _watch(self, timeout: float) -> Iterator[int]:
         """Tick while the servers start; raise ServerStartError if one fails or time is up."""

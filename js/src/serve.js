@@ -147,7 +147,10 @@ function build({ model, root }) {
       const addresses = model.get("addresses");
       const address = addresses.find((one) => !one.startsWith("/ip4/127.")) ?? addresses[0];
       share.hidden = !address || model.get("state") !== "serving";
-      setText(command, `%swarm connect ${address} --model ${model.get("title")}`);
+      // A folder's or file's place is another one on each machine.
+      const title = model.get("title");
+      const name = title.includes("/") ? title : `…/${title}`;
+      setText(command, `%swarm connect ${address} --model ${name}`);
     }),
     follow(model, ["log"], () => {
       log.hidden = !model.get("log");

@@ -80,7 +80,7 @@ describe("the serve panel", () => {
       expect(text).toContain(part);
     }
     expect(view.find("code").textContent).toBe(
-      "%swarm connect /ip4/127.0.0.1/tcp/1/p2p/Qm --model tiny",
+      "%swarm connect /ip4/127.0.0.1/tcp/1/p2p/Qm --model …/tiny",
     );
     expect(view.find("progress").hidden).toBe(true);
     view.byId("stop").click();

@@ -226,7 +226,8 @@ def _load(source: ModelSource, options: ServeOptions) -> LoadedBlocks:
 
     def progress(done: int, total: int) -> None:
         nonlocal last, told
-        if time.monotonic() - told > TELL_SECONDS or done == total:
+        # A notebook shows it; a person who reads the terminal has the log.
+        if options.exit_with_stdin and (time.monotonic() - told > TELL_SECONDS or done == total):
             told = time.monotonic()
             _tell({"weights_read": done, "weights": total})
         if time.monotonic() - last > PROGRESS_SECONDS:
