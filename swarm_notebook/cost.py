@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from swarm_notebook.client.passage import part_count
 from swarm_notebook.client.routing import leg_seconds, prompt_seconds
 from swarm_notebook.formatting import clean, model_title, number, size, text_table
 from swarm_notebook.status_html import STYLE
@@ -108,7 +109,7 @@ class ServerBill:
     Attributes:
         blocks: the spans that it was asked for, each as ``(start, end)``.
         requests: how many it answered.
-        tokens: tokens times sequences that went through it, once per request.
+        tokens: tokens times sequences that went through it, once per pass.
         sent, received: bytes.
         seconds: of waiting for it.
         last: when it was last asked, in seconds of Unix time.
@@ -218,6 +219,7 @@ def expect(
     prompt_tokens: int,
     max_new_tokens: int,
     batch: int,
+    fed: int,
 ) -> Preview:
     """The preview of a generation over a chain of servers.
 
@@ -225,6 +227,8 @@ def expect(
         rtt: measured round trip in seconds by peer.
         accounts: what earlier tokens took, by peer.
         token_bytes: of one token's hidden state.
+        fed: how many servers get the hidden states from the notebook, instead of from the server
+            before.
     """
     given = {"prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens, "batch": batch}
     for name, count in given.items():
@@ -239,8 +243,9 @@ def expect(
         max(seconds, rtt.get(leg.peer, 0.0) + prompt_tokens * batch * prompt_seconds(leg))
         for leg, seconds in zip(chain, each, strict=True)
     )
-    requests = max_new_tokens * len(chain)
-    states = (prompt_tokens + max_new_tokens - 1) * batch * token_bytes * len(chain)
+    parts = part_count(prompt_tokens, batch, len(chain))
+    requests = (parts + max_new_tokens - 1) * len(chain)
+    states = (prompt_tokens + max_new_tokens - 1) * batch * token_bytes
     return Preview(
         model,
         prompt_tokens,
@@ -248,8 +253,8 @@ def expect(
         batch,
         tuple(leg.span.name for leg in chain),
         requests,
-        states + requests * REQUEST_BYTES,
-        states + requests * ANSWER_BYTES,
+        fed * states + requests * REQUEST_BYTES,
+        len(chain) * states + requests * ANSWER_BYTES,
         first,
         first + (max_new_tokens - 1) * sum(each),
         all(measured is not None for measured in known),

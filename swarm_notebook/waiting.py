@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,8 +28,9 @@ class Waiting:
 
     Args:
         what: a few words.
-        total: how many there are of what is counted by `done`, if anything is.
+        total: how many there are of what is counted, if anything is.
         unit: what is counted.
+        count: says how many of the total are done; called by the thread that shows it.
         after: seconds before anything is shown.
     """
 
@@ -38,10 +40,11 @@ class Waiting:
         *,
         total: int | None = None,
         unit: str = "",
+        count: Callable[[], int] = lambda: 0,
         after: float = SHOW_AFTER_SECONDS,
     ) -> None:
         self._what, self._total, self._unit, self._after = what, total, unit, after
-        self._done = 0
+        self._count = count
         self._over = threading.Event()
         context = contextvars.copy_context()  # the output belongs to the cell that waits
         self._thread = threading.Thread(
@@ -51,10 +54,6 @@ class Waiting:
     def say(self, what: str) -> None:
         """From now on wait for something else."""
         self._what = what
-
-    def done(self, count: int) -> None:
-        """How many of the total are done."""
-        self._done = count
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -80,5 +79,5 @@ class Waiting:
         )
         with bar:
             while not self._over.wait(REFRESH_SECONDS):
-                bar.n = self._done
+                bar.n = self._count()
                 bar.set_description_str(self._what)  # refreshes

@@ -33,7 +33,7 @@ RTT = {"peer-a": 0.01, "peer-b": 0.02}
 
 
 def preview(ledger: Ledger, **numbers: int):
-    options = {"prompt_tokens": 100, "max_new_tokens": 11, "batch": 1, **numbers}
+    options = {"prompt_tokens": 100, "max_new_tokens": 11, "batch": 1, "fed": 2, **numbers}
     return expect("m", CHAIN, RTT, ledger.accounts(), token_bytes=1000, **options)
 
 
@@ -60,6 +60,8 @@ def test_a_preview_rests_on_announced_speed_until_tokens_have_passed() -> None:
     known = preview(ledger)
     assert known.measured
     assert known.seconds - known.first_token_seconds == pytest.approx(10 * 0.008)
+    assert preview(ledger, prompt_tokens=1024).requests == (8 + 10) * 2  # a long one in parts
+    assert preview(ledger, fed=1).sent == pytest.approx(known.sent - 110 * 1000)
     assert preview(ledger, batch=3).sent > 2.9 * (known.sent - 22 * 300)
 
 

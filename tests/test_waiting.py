@@ -23,9 +23,10 @@ def wait_for(capsys: pytest.CaptureFixture[str], text: str) -> str:
 def test_it_shows_what_it_waits_for_while_this_thread_is_busy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with Waiting("Reading", total=9, unit="blocks", after=0.0) as waiting:
+    done = [0]
+    with Waiting("Reading", total=9, unit="blocks", count=lambda: done[0], after=0.0) as waiting:
         wait_for(capsys, "Reading: 0 of 9 blocks")
-        waiting.done(4)
+        done[0] = 4
         waiting.say("Loading")
         wait_for(capsys, "Loading: 4 of 9 blocks")
     assert "swarm_notebook-waiting" not in [thread.name for thread in threading.enumerate()]

@@ -22,8 +22,12 @@ from swarm_notebook.client.session import InferenceSession
 from swarm_notebook.errors import ConnectionFailed
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import MODEL_INDEX_KEY, ModelRecord, parse_model_record
+from swarm_notebook.waiting import Waiting
 
 T = TypeVar("T")
+
+# Passes of so many tokens may take long enough to be shown, if they do take so many seconds.
+LONG_PASS, LONG_SECONDS = 256, 2.0
 
 
 class _SharedNode:
@@ -92,8 +96,19 @@ class Connection:
         states: Collection[int],
         inner: Collection[tuple[int, str]] = (),
     ) -> Outputs:
-        """`InferenceSession.step` from ``block`` to the last one."""
-        return self._run(session.step(block, self.num_blocks, states, inner))
+        """`InferenceSession.step` from ``block`` to the last one; shows how far a long one is."""
+        length = session.history.current.length
+        work = session.step(block, self.num_blocks, states, inner)
+        if length < LONG_PASS:
+            return self._run(work)
+        with Waiting(
+            f"Reading {length} tokens",
+            total=self.num_blocks - block,
+            unit="blocks",
+            count=lambda: session.passed // length,
+            after=LONG_SECONDS,
+        ):
+            return self._run(work)
 
     def forward(self, request: Request, *, keep: bool = False) -> tuple[Outputs, list[Trail]]:
         """`forward.forward`, waited for."""

@@ -177,6 +177,7 @@ class Hop:
         self.position = request.position + request.hidden.shape[1]
         self.owed -= 1
         self._directory.succeeded(self.leg.peer)
+        self._directory.events.ledger.received(self.leg)
         return Answer(outputs, read_told(answer.metadata), received)
 
     def times(self, request: Request, answer: Answer, began: float, packed: float) -> HopTimes:

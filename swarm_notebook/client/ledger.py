@@ -30,7 +30,7 @@ class Account:
         name: what it calls itself.
         meter: bytes on its streams.
         requests: how many it has answered.
-        tokens: tokens times sequences that went through it, once per request.
+        tokens: tokens times sequences that went through it, once per pass.
         seconds: of waiting for its answers.
         last: when it was last asked, in seconds of Unix time.
         blocks: the spans for which it was asked.
@@ -75,7 +75,6 @@ class Ledger:
         for hop in step.hops:
             account = self._accounts[hop.peer]
             seconds = hop.serialisation + hop.network + hop.queue + hop.compute
-            account.requests += 1
             account.tokens += tokens
             account.seconds += seconds
             account.last = now
@@ -83,6 +82,10 @@ class Ledger:
                 span = (hop.start, hop.end)
                 known = account.token_seconds.get(span, seconds)
                 account.token_seconds[span] = known + SMOOTHING * (seconds - known)
+
+    def received(self, leg: Leg) -> None:
+        """A request of a session was answered; what it took comes with the step."""
+        self._accounts[leg.peer].requests += 1
 
     def answered(self, leg: Leg, tokens: int, seconds: float) -> None:
         """A request without a session was answered."""

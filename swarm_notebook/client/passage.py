@@ -169,12 +169,17 @@ class _Group:
         self._directory.keep_apart(before.peer, after.peer)
 
 
+def part_count(length: int, batch: int, servers: int) -> int:
+    """In how many parts a pass of ``length`` tokens travels through so many servers."""
+    count = min(MAX_PARTS, length * batch // MIN_PART_TOKENS, length)
+    return 1 if servers < 2 else max(count, 1)
+
+
 def split(whole: Pass, pieces: Sequence[Piece], *, divisible: bool) -> list[Pass]:
     """The parts in which a pass travels: one, or for a long one several that overtake nobody."""
     batch = next(iter(whole.edits.values())).shape[0]
-    servers = len({id(piece.hop) for piece in pieces})
-    count = min(MAX_PARTS, whole.length * batch // MIN_PART_TOKENS)
-    if servers < 2 or count < 2 or not divisible:
+    count = part_count(whole.length, batch, len({id(piece.hop) for piece in pieces}))
+    if count == 1 or not divisible:
         return [whole]
     bounds = [whole.position + whole.length * number // count for number in range(count + 1)]
     return [whole.tokens(low, high) for low, high in itertools.pairwise(bounds) if low < high]

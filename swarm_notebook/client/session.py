@@ -67,6 +67,8 @@ class InferenceSession:
         # Where time goes, of the generation under way and of its present step.
         self._timeline: Timeline | None = None
         self._trips: list[HopTimes] = []
+        # Tokens of the present step times blocks that they have passed.
+        self.passed = 0
         # Within one step: servers that were lost, and those that refused it.
         self._lost: set[str] = set()
         self._refusing: set[str] = set()
@@ -120,7 +122,7 @@ class InferenceSession:
         """
         self._lost.clear()
         self._refusing.clear()
-        self._trips = []
+        self._trips, self.passed = [], 0
         began = time.perf_counter()
         timeline = self._timeline or self._directory.events.begin(began)
         self._timeline = timeline
@@ -234,6 +236,8 @@ class InferenceSession:
 
         def deliver(number: int, outputs: Outputs, times: HopTimes) -> None:
             got[number].append(outputs)
+            piece = pieces[number]
+            self.passed += outputs.states[piece.end - 1].shape[1] * (piece.end - piece.start)
             trips[number] = times.plus(trips.get(number))
 
         requests = [
