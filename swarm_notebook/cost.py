@@ -215,20 +215,18 @@ def expect(
     rtt: Mapping[str, float],
     accounts: Mapping[str, Account],
     *,
-    token_bytes: int,
+    loads: Sequence[tuple[int, int]],
     prompt_tokens: int,
     max_new_tokens: int,
     batch: int,
-    fed: int,
 ) -> Preview:
     """The preview of a generation over a chain of servers.
 
     Args:
         rtt: measured round trip in seconds by peer.
         accounts: what earlier tokens took, by peer.
-        token_bytes: of one token's hidden state.
-        fed: how many servers get the hidden states from the notebook, instead of from the server
-            before.
+        loads: bytes of one token's hidden state to and from each server of the chain; zero where
+            it comes from the server before.
     """
     given = {"prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens, "batch": batch}
     for name, count in given.items():
@@ -245,7 +243,7 @@ def expect(
     )
     parts = part_count(prompt_tokens, batch, len(chain))
     requests = (parts + max_new_tokens - 1) * len(chain)
-    states = (prompt_tokens + max_new_tokens - 1) * batch * token_bytes
+    tokens = (prompt_tokens + max_new_tokens - 1) * batch
     return Preview(
         model,
         prompt_tokens,
@@ -253,8 +251,8 @@ def expect(
         batch,
         tuple(leg.span.name for leg in chain),
         requests,
-        fed * states + requests * REQUEST_BYTES,
-        len(chain) * states + requests * ANSWER_BYTES,
+        tokens * sum(up for up, _ in loads) + requests * REQUEST_BYTES,
+        tokens * sum(down for _, down in loads) + requests * ANSWER_BYTES,
         first,
         first + (max_new_tokens - 1) * sum(each),
         all(measured is not None for measured in known),

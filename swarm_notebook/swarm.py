@@ -7,7 +7,6 @@ here.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import time
@@ -127,17 +126,15 @@ class Swarm:
         directory = self._connection.directory
         config: Any = self.model.config.get_text_config()
         chain = directory.chain(0, directory.num_blocks)
-        handed = [directory.together(a.span, b.span) for a, b in itertools.pairwise(chain)]
         return expect(
             self.name,
             chain,
             directory.rtt,
             directory.events.ledger.accounts(),
-            token_bytes=config.hidden_size * self.model.dtype.itemsize,
+            loads=directory.loads(chain, config.hidden_size, self.model.dtype),
             prompt_tokens=prompt_tokens,
             max_new_tokens=max_new_tokens,
             batch=batch,
-            fed=len(chain) - sum(handed),
         )
 
     def bill(self) -> Bill:

@@ -33,8 +33,9 @@ RTT = {"peer-a": 0.01, "peer-b": 0.02}
 
 
 def preview(ledger: Ledger, **numbers: int):
-    options = {"prompt_tokens": 100, "max_new_tokens": 11, "batch": 1, "fed": 2, **numbers}
-    return expect("m", CHAIN, RTT, ledger.accounts(), token_bytes=1000, **options)
+    options = {"prompt_tokens": 100, "max_new_tokens": 11, "batch": 1, **numbers}
+    loads = options.pop("loads", [(1000, 1000)] * 2)
+    return expect("m", CHAIN, RTT, ledger.accounts(), loads=loads, **options)
 
 
 def step(tokens: int, seconds: float) -> Step:
@@ -61,7 +62,8 @@ def test_a_preview_rests_on_announced_speed_until_tokens_have_passed() -> None:
     assert known.measured
     assert known.seconds - known.first_token_seconds == pytest.approx(10 * 0.008)
     assert preview(ledger, prompt_tokens=1024).requests == (8 + 10) * 2  # a long one in parts
-    assert preview(ledger, fed=1).sent == pytest.approx(known.sent - 110 * 1000)
+    pushed = preview(ledger, loads=[(1000, 1000), (0, 1000)])
+    assert (pushed.sent, pushed.received) == (known.sent - 110 * 1000, known.received)
     assert preview(ledger, batch=3).sent > 2.9 * (known.sent - 22 * 300)
 
 

@@ -14,9 +14,10 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from google.protobuf.message import DecodeError
 from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
@@ -275,6 +276,26 @@ class Directory:
             return False
         until = self._apart.get((sender.peer, receiver.peer))
         return until is None or until < time.monotonic()
+
+    def loads(
+        self, chain: Sequence[routing.Leg], width: int, dtype: torch.dtype
+    ) -> list[tuple[int, int]]:
+        """Bytes of one hidden state to and from each server; none to one that is handed it.
+
+        Args:
+            width: how many values a hidden state has.
+            dtype: what the notebook computes in.
+        """
+        found: list[tuple[int, int]] = []
+        before: ServerSpan | None = None
+        for leg in chain:
+            span = leg.span
+            compression = self.compression_for(span)
+            size = tensors.state_bytes(width, dtype, span.info.torch_dtype, compression)
+            handed = before is not None and self.together(before, span)
+            found.append((0 if handed else size, size))
+            before = span
+        return found
 
     def avoided(self, peer: str) -> str:
         """Why a peer is avoided just now; an empty text if it is not."""

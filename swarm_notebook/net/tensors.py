@@ -79,6 +79,23 @@ def pack(tensor: torch.Tensor, compression: int = NONE) -> runtime_pb2.Tensor:
     )
 
 
+def state_bytes(width: int, ours: torch.dtype, theirs: str | None, compression: int) -> int:
+    """Bytes of one hidden state on the wire, which is no wider than both sides compute in.
+
+    Args:
+        width: how many values it has.
+        theirs: wire name of what the server computes in; None if it does not say.
+    """
+    if compression == ROW_INT8:
+        return width + 4
+    sizes = [ours.itemsize]
+    if theirs in _DTYPES:
+        sizes.append(_DTYPES[theirs].itemsize)
+    if compression == FLOAT16:
+        sizes.append(torch.float16.itemsize)
+    return width * min(sizes)
+
+
 def unpack(message: runtime_pb2.Tensor) -> torch.Tensor:
     """The tensor in a protobuf, as an own writable CPU tensor.
 

@@ -59,8 +59,8 @@ class ServePanel(Widget, module="serve"):
         self, model: Any = None, *, lending: Lending | None = None, **options: Any
     ) -> None:
         traits = {name: options.pop(name) for name in [*options] if name in _LAYOUT}
-        self.lending = lending or Lending(model, **options)
         self._turning = threading.Lock()
+        self.lending = lending or Lending(model, **options)
         start, end = self.lending.blocks
         super().__init__(
             title=model_title(self.lending.model),
@@ -108,8 +108,11 @@ class ServePanel(Widget, module="serve"):
     def close(self) -> None:
         """Stop the server and end the views."""
         super().close()
-        with self._turning:
-            self.lending.stop()
+        # ipywidgets calls this, too, for a panel whose arguments were refused.
+        lending: Lending | None = getattr(self, "lending", None)
+        if lending is not None:
+            with self._turning:
+                lending.stop()
 
     def _turn(self, work: Any) -> None:
         """Start or stop beside the kernel's main thread, one after the other."""
