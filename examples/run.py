@@ -56,15 +56,22 @@ def show_output(cell: nbformat.NotebookNode, **_others: object) -> None:
     for output in cell.outputs:
         if output.output_type == "stream" and output.name == "stdout":
             print(output.text, end="", flush=True)
-        elif "data" in output and WIDGET not in output.data:
+        elif "data" in output and (WIDGET not in output.data or "text/html" in output.data):
             print(output.data.get("text/plain", ""), flush=True)
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:
-    """Drop what means nothing in a stored notebook: views of widgets that are gone."""
+    """Drop what means nothing in a stored notebook: views of widgets that are gone.
+
+    Our own widgets leave a picture; progress bars leave nothing.
+    """
     for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [found for found in cell.outputs if WIDGET not in found.get("data", {})]
+        if cell.cell_type != "code":
+            continue
+        for output in cell.outputs:
+            if "text/html" in output.get("data", {}):
+                output.data.pop(WIDGET, None)
+        cell.outputs = [found for found in cell.outputs if WIDGET not in found.get("data", {})]
     notebook.metadata.pop("widgets", None)
     notebook.metadata.language_info = {"name": "python"}
 

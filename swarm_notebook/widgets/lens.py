@@ -180,12 +180,15 @@ def _one_token(subject: Subject, token: str | int) -> int:
     if tokenizer is None:
         raise ValueError("token: a word needs a tokenizer; give the token's id")
     word = token.replace("·", " ")
-    for spelling in (word, f" {word}"):
-        ids = tokenizer(spelling, add_special_tokens=False)["input_ids"]
+    exact, spaced = (
+        tokenizer(spelling, add_special_tokens=False)["input_ids"]
+        for spelling in (word, f" {word}")
+    )
+    for ids in (exact, spaced):
         if len(ids) == 1:
             return int(ids[0])
-    parts = " ".join(visible(part) for part in subject.words(ids[:10]))
-    raise ValueError(f"token: {token!r} is {len(ids)} tokens ({parts}); a rank is of one")
+    parts = " ".join(visible(part) for part in subject.words(exact[:10]))
+    raise ValueError(f"token: {token!r} is {len(exact)} tokens ({parts}); a rank is of one")
 
 
 def _bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:

@@ -16,11 +16,12 @@ START_SECONDS = 90.0
 STOP_SECONDS = 20.0
 TOKEN = "browser-tests"
 SETTINGS = {
-    "apputils-extension/notification": {"checkForUpdates": False, "fetchNews": "false"},
-    "apputils-extension/themes": {"theme": "JupyterLab Light"},
+    "@jupyterlab/apputils-extension/notification": {"checkForUpdates": False, "fetchNews": "false"},
+    "@jupyterlab/apputils-extension/themes": {"theme": "JupyterLab Light"},
     # A test asks for a cell that has scrolled out of view.
-    "notebook-extension/tracker": {"windowingMode": "none"},
-    "docmanager-extension/plugin": {"autosave": False},
+    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
+    "@jupyterlab/docmanager-extension/plugin": {"autosave": False},
+    "@jupyter-widgets/jupyterlab-manager/plugin": {"saveState": True},
 }
 
 
@@ -42,7 +43,7 @@ def jupyter_lab(folder: Path) -> Iterator[Lab]:
     notebooks, own = folder / "notebooks", folder / "jupyter"
     notebooks.mkdir(parents=True)
     for name, values in SETTINGS.items():
-        path = own / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path = own / "settings" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values), encoding="utf-8")
     environment = {

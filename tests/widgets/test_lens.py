@@ -87,7 +87,7 @@ def test_ranks_of_a_word_and_of_a_shown_token(lens: LensWidget, lettered: Any) -
 
 def test_what_cannot_be_ranked_is_said(lens: LensWidget, lettered: Any) -> None:
     act(lens, "rank", token="you")
-    assert lens.error.startswith("ValueError: token: 'you' is 4 tokens (· y o u)")
+    assert lens.error.startswith("ValueError: token: 'you' is 3 tokens (y o u)")
     assert not lens.ranks
     act(lens, "dismiss")
     act(lens, "rank_number", number=10_000)
