@@ -40,6 +40,7 @@ class Lending:
         swarm: an attached swarm to serve in.
         initial_peers: addresses of the swarm to join, if none is attached; none begin a new one.
         dtype: what to compute in.
+        device: where: a torch device.
         threads: CPU threads; None leaves it to torch.
         name: what others see in their status.
         listen: multiaddr to listen at; None takes the loopback interface if all known peers are
@@ -58,6 +59,7 @@ class Lending:
         swarm: Swarm | None = None,
         initial_peers: Sequence[str] = (),
         dtype: str = "float32",
+        device: str = "cpu",
         threads: int | None = None,
         name: str = "notebook",
         listen: str | None = None,
@@ -71,7 +73,7 @@ class Lending:
         self._folder = Path(tempfile.mkdtemp(prefix="swarm-notebook-"))
         self._server: LocalServer | None = None
         self._inquiry: Inquiry | None = None
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.blocks = blocks or _lacking(swarm) or (0, self.num_blocks)
 
     @property
@@ -136,7 +138,7 @@ class Lending:
             self._name,
             self.blocks,
             folder=self._folder,
-            options=[self._path, "--dtype", self.dtype]
+            options=[self._path, "--dtype", self.dtype, "--device", self.device]
             + ([] if self._threads is None else ["--threads", str(self._threads)]),
             environment=server_environment(self._threads),
             swarm_addresses=lambda: self._peers,

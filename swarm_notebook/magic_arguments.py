@@ -178,6 +178,7 @@ class CommandLine:
             help="servers of the swarm to join (default: the attached swarm, else a new one)",
         )
         serve.add_argument("--dtype", choices=DTYPES, help="what to compute in")
+        serve.add_argument("--device", metavar="DEVICE", help="where, such as cuda")
         serve.add_argument("--threads", type=_count, metavar="N", help="CPU threads to use")
         serve.add_argument("--name", metavar="NAME", help="what others see in their status")
         serve.add_argument("--listen", metavar="ADDRESS", help="where, such as /ip4/0.0.0.0/tcp/0")

@@ -148,7 +148,8 @@ class SwarmMagics:
         self._warmup.wait()
         from swarm_notebook.widgets import ServePanel
 
-        given = {key: getattr(arguments, key) for key in ("dtype", "threads", "name", "listen")}
+        names = ("dtype", "device", "threads", "name", "listen")
+        given = {key: getattr(arguments, key) for key in names}
         swarm = None if arguments.initial_peers else self._current()
         panel = ServePanel(
             arguments.model,
