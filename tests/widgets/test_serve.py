@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 import swarm_notebook as sn
 from swarm_notebook.errors import BlocksOutOfRange, ServerStartError
@@ -27,16 +28,16 @@ def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
 
 
 @pytest.fixture
-def panel(tiny_scene: Scene) -> Iterator[ServePanel]:
-    made = ServePanel(blocks=(1, 4), swarm=tiny_scene.swarm, threads=1, name="lent")
+def panel(tiny_llama: Path) -> Iterator[ServePanel]:
+    """In a swarm of its own: in the tests' one it would be remembered for minutes."""
+    made = ServePanel(tiny_llama, blocks=(1, 4), threads=1, name="lent", listen=ANY_PORT)
     yield made
     made.close()
 
 
-def test_lend_look_and_stop(panel: ServePanel, tiny_scene: Scene) -> None:
+def test_lend_look_and_stop(panel: ServePanel, tiny_llama: Path) -> None:
     from scene import generate
 
-    swarm = tiny_scene.swarm
     assert (panel.title, panel.num_blocks, panel.state) == ("tiny-llama", 5, "stopped")
     assert repr(panel) == "<ServePanel: blocks 1:4 of tiny-llama>"
     panel.start, panel.end = 0, 5  # as a view does it
@@ -48,10 +49,9 @@ def test_lend_look_and_stop(panel: ServePanel, tiny_scene: Scene) -> None:
     assert all("/127.0.0.1/" in address for address in panel.addresses)
     wait_for(lambda: panel.facts)
     assert panel.facts["tokens_served"] == 0
-    with sn.connect(panel.addresses, model=swarm.name) as guest:
-        # One trip is shorter than two, so a new route leads through the lent server alone.
+    with sn.connect(panel.addresses, model=tiny_llama) as guest:
         assert [hop.name for hop in guest.route().hops] == ["lent"]
-        generate(guest.model, tiny_scene.ids(2, 10))
+        generate(guest.model, torch.ones(2, 10, dtype=torch.long))
         wait_for(lambda: panel.facts.get("tokens_served") == 2 * (10 + 13))
         assert panel.facts["requests_served"] == 14
         assert panel.facts["sessions_served"] == 1
@@ -63,7 +63,6 @@ def test_lend_look_and_stop(panel: ServePanel, tiny_scene: Scene) -> None:
     wait_for(lambda: panel.state == "stopped")
     assert panel.facts == {}
     assert panel.lending.pid is None
-    swarm.status()
 
 
 def test_a_server_that_dies_is_told_of_with_its_log(tiny_llama: Path) -> None:
@@ -77,6 +76,13 @@ def test_a_server_that_dies_is_told_of_with_its_log(tiny_llama: Path) -> None:
     finally:
         panel.close()
     assert lending.state == "stopped"
+
+
+def test_in_an_attached_swarm_it_joins_where_that_is(tiny_scene: Scene) -> None:
+    lending = sn.Lending(swarm=tiny_scene.swarm)
+    assert (lending.model, lending.blocks) == (tiny_scene.swarm.name, (0, 5))
+    assert lending._peers == sorted(tiny_scene.swarm.initial_peers) != []
+    assert lending._listen == ANY_PORT
 
 
 def test_blocks_and_where_to_listen_are_chosen_sensibly(tiny_llama: Path) -> None:
