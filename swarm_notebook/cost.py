@@ -241,7 +241,7 @@ def expect(
         max(seconds, rtt.get(leg.peer, 0.0) + prompt_tokens * batch * prompt_seconds(leg))
         for leg, seconds in zip(chain, each, strict=True)
     )
-    parts = part_count(prompt_tokens, batch, len(chain))
+    parts = part_count(prompt_tokens, batch, [leg.span for leg in chain])
     requests = (parts + max_new_tokens - 1) * len(chain)
     tokens = (prompt_tokens + max_new_tokens - 1) * batch
     return Preview(

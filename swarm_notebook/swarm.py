@@ -253,9 +253,9 @@ def connect(
         dtype: of the local part, such as ``"float32"``; None takes what the servers compute in.
         timeout: seconds to wait for a server when some blocks have none.
         compression: of hidden states on their way: None sends them as the servers compute,
-            ``"float16"`` halves float32, ``"int8"`` sends each position's values in 8 bits, which
-            shifts the logits a little (for Petals servers there is no ``"int8"``). Passes
-            that a backward follows are never compressed.
+            ``"float16"`` halves float32, ``"int8"`` sends 9 bits per value, which shifts the
+            logits a little (Petals servers do without it). Passes that a backward follows are
+            never compressed.
 
     Raises:
         AddressError, ConnectionFailed: the peers cannot be reached.

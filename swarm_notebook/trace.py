@@ -91,11 +91,11 @@ class Trace:
 
     @property
     def tokens(self) -> int:
-        """How many tokens of each sequence came out."""
+        """How many tokens of each sequence came out; of guesses in the last pass, none counts."""
         if not self.passes:
             return 0
         first, last = self.passes[0], self.passes[-1]
-        return last.position + last.tokens - first.position - first.tokens + 1
+        return last.position - first.position - first.tokens + 2 if last is not first else 1
 
     @property
     def first_token_seconds(self) -> float:

@@ -61,7 +61,7 @@ def test_a_preview_rests_on_announced_speed_until_tokens_have_passed() -> None:
     known = preview(ledger)
     assert known.measured
     assert known.seconds - known.first_token_seconds == pytest.approx(10 * 0.008)
-    assert preview(ledger, prompt_tokens=1024).requests == (8 + 10) * 2  # a long one in parts
+    assert preview(ledger, prompt_tokens=1024).requests == (16 + 10) * 2  # a long one in parts
     pushed = preview(ledger, loads=[(1000, 1000), (0, 1000)])
     assert (pushed.sent, pushed.received) == (known.sent - 110 * 1000, known.received)
     assert preview(ledger, batch=3).sent > 2.9 * (known.sent - 22 * 300)

@@ -20,6 +20,7 @@ from scene import TOLERANCE, AtToken, Scene, generate, kill_process, scene, stop
 from swarm_notebook.client import passage
 from swarm_notebook.client.hop import Hop, Way
 from swarm_notebook.client.request import Request
+from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 
 SPANS = [(0, 2), (2, 4), (4, 5), (2, 4)]
 
@@ -115,7 +116,10 @@ def test_a_hook_that_writes_within_a_span_and_one_at_its_edge(stage: Scene, sent
     assert sent.direct
 
 
-def test_a_long_prompt_keeps_all_servers_busy(stage: Scene, sent: Sent) -> None:
+def test_a_long_prompt_keeps_all_servers_busy(
+    stage: Scene, sent: Sent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passage, "part_tokens", lambda _span: 128)  # it is measured, and varies
     ids = stage.ids(3, 200)
     stage.same(generate(stage.remote, ids), generate(stage.reference, ids))
     parts = len({way.step_id for way in sent.ways}) - 13
@@ -123,7 +127,23 @@ def test_a_long_prompt_keeps_all_servers_busy(stage: Scene, sent: Sent) -> None:
     assert stage.sessions[-1].history.current.length == 1
 
 
-def test_a_long_padded_prompt_with_states_asked_for(stage: Scene) -> None:
+def test_parts_are_large_enough_for_the_server() -> None:
+    def tokens(single: float | None, many: float | None) -> int:
+        info = ServerInfo(
+            state=ServerState.ONLINE, throughput=1.0, inference_rps=single, forward_rps=many
+        )
+        return passage.part_tokens(ServerSpan("Qm", 0, 1, info))
+
+    assert tokens(1000.0, 30_000.0) == 120
+    assert tokens(1000.0, 1000.0) == passage.MIN_PART_TOKENS
+    assert tokens(1e-9, 1e300) == passage.MAX_PART_TOKENS
+    assert tokens(None, 5.0) == tokens(0.0, 5.0) == passage.PART_TOKENS
+
+
+def test_a_long_padded_prompt_with_states_asked_for(
+    stage: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passage, "part_tokens", lambda _span: 64)
     ids, mask = stage.ids(3, 200), torch.ones(3, 200, dtype=torch.long)
     ids[1, :150], mask[1, :150] = 0, 0
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -148,7 +168,10 @@ def test_the_middle_server_is_lost(stage: Scene, kill: Any) -> None:
     assert stage.sessions[-1].failovers == 1
 
 
-def test_the_middle_server_is_lost_in_a_long_prompt(stage: Scene) -> None:
+def test_the_middle_server_is_lost_in_a_long_prompt(
+    stage: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passage, "part_tokens", lambda _span: 64)
     ids = stage.ids(3, 200)
     middle = stage.server(stage.swarm.route().hops[1].peer_id)
     assert middle.pid is not None
@@ -183,5 +206,6 @@ def test_a_push_that_does_not_arrive(
     ours = generate(stage.remote, ids)
     stage.same(ours, generate(stage.reference, ids))
     # The second and third server are a group of their own then, which is misled as well.
-    assert len(sent.again) == 2
+    # A server that is busy may be sent them once more.
+    assert 2 <= len(sent.again) <= 4
     assert stage.sessions[-1].failovers == 0

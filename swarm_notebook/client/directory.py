@@ -264,7 +264,7 @@ class Directory:
     def compression_for(self, span: ServerSpan) -> int:
         """The compression of hidden states to and from a server, of those that it can read."""
         wanted = self.compression
-        return tensors.NONE if wanted == tensors.ROW_INT8 and not span.pushes else wanted
+        return tensors.NONE if wanted == tensors.INT8 and not span.pushes else wanted
 
     def keep_apart(self, sender: str, receiver: str) -> None:
         """For a while, let no hidden states go from one of these servers to the other."""

@@ -25,10 +25,12 @@ from swarm_notebook.client.history import Pass
 from swarm_notebook.client.hop import Hop, Way, new_step_id
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.errors import RemoteError
+from swarm_notebook.net.records import ServerSpan
 
-# A part should be large enough for a matrix product to be worth it.
-MIN_PART_TOKENS = 128
 MAX_PARTS = 16
+# How many times longer than a single token a part should take: less is overhead.
+PART_STEPS = 4
+PART_TOKENS, MIN_PART_TOKENS, MAX_PART_TOKENS = 128, 64, 4096
 
 
 @dataclass(slots=True)
@@ -169,20 +171,30 @@ class _Group:
         self._directory.keep_apart(before.peer, after.peer)
 
 
-def part_count(length: int, batch: int, servers: int) -> int:
-    """In how many parts a pass of ``length`` tokens travels through so many servers."""
-    count = min(MAX_PARTS, length * batch // MIN_PART_TOKENS, length)
-    return 1 if servers < 2 else max(count, 1)
+def part_count(length: int, batch: int, servers: Sequence[ServerSpan]) -> int:
+    """In how many parts a pass of ``length`` tokens travels through these servers."""
+    size = max(part_tokens(span) for span in servers)
+    count = min(MAX_PARTS, length * batch // size, length)
+    return 1 if len(servers) < 2 else max(count, 1)
 
 
 def split(whole: Pass, pieces: Sequence[Piece], *, divisible: bool) -> list[Pass]:
     """The parts in which a pass travels: one, or for a long one several that overtake nobody."""
     batch = next(iter(whole.edits.values())).shape[0]
-    count = part_count(whole.length, batch, len({id(piece.hop) for piece in pieces}))
+    spans = {id(piece.hop): piece.hop.leg.span for piece in pieces}
+    count = part_count(whole.length, batch, list(spans.values()))
     if count == 1 or not divisible:
         return [whole]
     bounds = [whole.position + whole.length * number // count for number in range(count + 1)]
     return [whole.tokens(low, high) for low, high in itertools.pairwise(bounds) if low < high]
+
+
+def part_tokens(span: ServerSpan) -> int:
+    """From how many tokens on a server computes about as fast as it ever does."""
+    single, many = span.info.inference_rps, span.info.forward_rps
+    if not single or not many:
+        return PART_TOKENS
+    return int(min(max(PART_STEPS * many / single, MIN_PART_TOKENS), MAX_PART_TOKENS))
 
 
 def join(parts: Sequence[Outputs]) -> Outputs:

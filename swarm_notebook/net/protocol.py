@@ -29,7 +29,7 @@ from hivemind.utils import MSGPackSerializer
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import tensors
 
-# 1: masks, states, adapters; 2: pushes from server to server, 8-bit rows
+# 1: masks, states, adapters; 2: pushes from server to server, 8-bit values
 PROTOCOL_VERSION = 2
 EXTENSION_KEY = "swarm_notebook"
 TIMES_KEY = "times"

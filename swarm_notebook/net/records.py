@@ -96,7 +96,7 @@ class ServerSpan:
 
     @property
     def pushes(self) -> bool:
-        """Whether it hands its output to the next server, takes such input, and 8-bit rows."""
+        """Whether it hands its output to the next server, takes such input, and 8-bit values."""
         return (self.info.swarm_notebook or 0) >= PUSH_VERSION
 
 

@@ -117,7 +117,7 @@ def compression(value: Any) -> int:
     """The first of Petals' tuple of compressions of the outputs (backward: one or two)."""
     if value is None:
         return tensors.NONE
-    known = (tensors.NONE, tensors.FLOAT16, tensors.ROW_INT8)
+    known = (tensors.NONE, tensors.FLOAT16, tensors.INT8)
     if not isinstance(value, (list, tuple)) or len(value) not in (1, 2) or value[0] not in known:
         raise BadRequest(
             f"output_compression: {str(value)[:MAX_TEXT]}, expected one of {list(known)}"

@@ -4,8 +4,9 @@ A client sends its steps in order. A step either brings its hidden states, or an
 server before will push them (`relay`). An announced step waits for them at the head of the line,
 or for its client, which sends them itself under the same step id when the push fails or is late.
 
-At most one whole step waits besides the one that is worked on: then the client's stream is not
-read on, and it feels the pressure. Announcements are small, and their number is bounded.
+What waits is bounded: when whole steps take as much as the largest request may, the client's
+stream is not read on, and it feels the pressure. Below that the stream is always read, so that a
+client that leaves is noticed, and the parts of its long prompt that still wait are not computed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from swarm_notebook.net import protocol
 from swarm_notebook.server import fields
 from swarm_notebook.server.relay import Arrived, Relay
 
-MAX_ANNOUNCED = 64
+MAX_WHOLE, MAX_ANNOUNCED = 64, 64
 
 _ANNOUNCES = protocol.PUSH_FROM.encode()
 
@@ -43,7 +44,7 @@ class Inbox:
 
     Args:
         relay: where pushes arrive.
-        limit: how many bytes of hidden states may wait for announced steps.
+        limit: how many bytes of hidden states may wait, in whole steps and for announced ones.
 
     Attributes:
         filled: the step that was taken out last had to be filled in by its client.
@@ -56,11 +57,11 @@ class Inbox:
         self._session_id: str | None = None
         self._steps: deque[runtime_pb2.ExpertRequest | _Announced] = deque()
         self._announced: dict[str, tuple[str, _Announced]] = {}
-        self._whole = 0
+        self._whole = self._whole_bytes = 0
         self._changed = asyncio.Event()
 
     async def put(self, message: runtime_pb2.ExpertRequest) -> None:
-        """Take a message of the client; waits while a whole step is waiting already.
+        """Take a message of the client; waits while too much is waiting already.
 
         Raises:
             BadRequest: an announcement is malformed, or there are too many.
@@ -71,18 +72,21 @@ class Inbox:
             return
         if self._announced and self._fill(message):
             return
-        while self._whole:
+        size = _size(message)
+        while self._whole and (self._whole >= MAX_WHOLE or self._whole_bytes + size > self._limit):
             await self._wait()
+        self._append(message, size)
+
+    def _append(self, message: runtime_pb2.ExpertRequest, size: int) -> None:
         self._whole += 1
+        self._whole_bytes += size
         self._steps.append(message)
         self._changed.set()
 
     def offer(self, message: runtime_pb2.ExpertRequest) -> None:
         """Take a step that a Petals server pushes, if there is room; its client sends it, too."""
         if not self._whole:
-            self._whole += 1
-            self._steps.append(message)
-            self._changed.set()
+            self._append(message, _size(message))
 
     async def get(self) -> runtime_pb2.ExpertRequest:
         """The next step, whole."""
@@ -91,6 +95,7 @@ class Inbox:
                 first = self._steps[0]
                 if isinstance(first, runtime_pb2.ExpertRequest):
                     self._whole -= 1
+                    self._whole_bytes -= _size(first)
                     break
                 if first.tensor is not None:
                     break
@@ -172,3 +177,7 @@ class Inbox:
     async def _wait(self) -> None:
         self._changed.clear()
         await self._changed.wait()
+
+
+def _size(message: runtime_pb2.ExpertRequest) -> int:
+    return sum(len(tensor.buffer) for tensor in message.tensors)

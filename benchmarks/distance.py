@@ -1,0 +1,207 @@
+"""What distance costs: tokens per second over servers that are far apart; prints one JSON line.
+
+    python benchmarks/distance.py [--delays 0.5 10 50 150] [--jitter MS] [--loss PERCENT]
+                                  [--rate MBIT] [--servers N] [--model tiny demo]
+
+Servers and notebook run in network namespaces of their own, with the given round trip (in
+milliseconds) between any two of them; see `links`. Each delay is measured with the client routing
+every server's output itself, with direct hops, and with direct hops and prompt lookup on a text
+that repeats itself. Next to it stands the lower bound of a pass with direct hops: half a round
+trip from machine to machine, and the same pass without any distance. Takes root; about a minute
+per delay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from decode import TINY, say
+from links import Link, Machines
+
+START_SECONDS = 120
+REPEATS = 3
+SIZES = ("height", "width", "depth")
+TEXT = "\n".join(f"    self.{size} = {size}  # {size} in mm" for size in SIZES)
+PROMPT = f"{TEXT}\n{TEXT}\n{TEXT}\n    self.height = height"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--delays", nargs="+", type=float, default=[0.5, 10, 50, 150])
+    parser.add_argument("--jitter", type=float, default=0.0, help="standard deviation, ms")
+    parser.add_argument("--loss", type=float, default=0.0, help="percent of the packets")
+    parser.add_argument("--rate", type=float, help="Mbit/s in each direction")
+    parser.add_argument("--servers", type=int, default=3)
+    parser.add_argument("--model", choices=["tiny", "demo"], default="tiny")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"
+    if options.child:
+        model, *peers = options.child
+        print(json.dumps(child(model, peers, options.tokens)))
+        return
+    with tempfile.TemporaryDirectory() as folder, Machines(options.servers + 1) as machines:
+        model = build(options.model, Path(folder))
+        servers: list[subprocess.Popen[str]] = []
+        try:
+            peers = start(machines, model, options.servers, servers, Path(folder))
+            report = measure(machines, model, peers, options)
+        finally:
+            for server in servers:
+                server.terminate()
+            for server in servers:
+                server.wait(30)
+    print(json.dumps(report))
+
+
+def build(which: str, folder: Path) -> str:
+    """The model's folder; the tiny one is made, with the demo model's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    from swarm_notebook.checkpoint.demo import demo_model
+
+    demo = str(demo_model())
+    if which == "demo":
+        return demo
+    torch.manual_seed(0)
+    vocabulary = AutoConfig.from_pretrained(demo).vocab_size
+    config = LlamaConfig(**{**TINY, "vocab_size": vocabulary})
+    path = folder / "tiny-llama"
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    AutoTokenizer.from_pretrained(demo).save_pretrained(path)
+    return str(path)
+
+
+def start(
+    machines: Machines,
+    model: str,
+    count: int,
+    servers: list[subprocess.Popen[str]],
+    folder: Path,
+) -> list[str]:
+    """Start a server on each machine but the first; the address of the first of them."""
+    from transformers import AutoConfig
+
+    blocks = AutoConfig.from_pretrained(model).num_hidden_layers
+    peers: list[str] = []
+    for index in range(count):
+        span = f"{blocks * index // count}:{blocks * (index + 1) // count}"
+        listen = f"/ip4/{machines.address(index + 1)}/tcp/0"
+        command = [sys.executable, "-m", "swarm_notebook.cli", "serve", model, "--blocks", span]
+        command += ["--host-maddrs", listen, "--threads", "1", "--name", f"far-{index}"]
+        if peers:
+            command += ["--initial-peers", *peers]
+        with (folder / f"server-{index}.log").open("w") as log:
+            server = subprocess.Popen(
+                machines.command(index + 1, *command),
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        servers.append(server)
+        facts = told(server, "maddrs", folder / f"server-{index}.log")
+        if not peers:
+            peers = [maddr for maddr in facts["maddrs"] if machines.address(1) in maddr]
+    for index, server in enumerate(servers):
+        told(server, "ready", folder / f"server-{index}.log")
+    return peers
+
+
+def told(server: subprocess.Popen[str], key: str, log: Path) -> dict[str, Any]:
+    """The line of a server's output that has ``key``."""
+    assert server.stdout is not None
+    for line in server.stdout:
+        facts: dict[str, Any] = json.loads(line)
+        if key in facts:
+            return facts
+    raise SystemExit(f"a server ended:\n{log.read_text()}")
+
+
+def measure(
+    machines: Machines, model: str, peers: list[str], options: argparse.Namespace
+) -> dict[str, Any]:
+    """All delays, each in a fresh process on the first machine; first without any."""
+    report: dict[str, Any] = {"servers": options.servers, "model": options.model, "at": {}}
+    near: dict[str, float] = {}
+    for delay in [0.0, *options.delays]:
+        say(f"{delay} ms, load {os.getloadavg()[0]:.1f} …")
+        if delay:
+            machines.switch.link = Link(
+                delay / 2000,
+                options.jitter / 1000,
+                options.loss / 100,
+                options.rate * 125_000 if options.rate else None,
+            )
+        command = [sys.executable, __file__, "--tokens", str(options.tokens)]
+        done = subprocess.run(
+            machines.command(0, *command, "--child", model, *peers),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        if not delay:
+            near = found
+        # There, from server to server, and back.
+        bound = near["direct_ms"] + delay / 2 * (options.servers + 1)
+        first = near["first_token_ms"] + delay / 2 * (options.servers + 1)
+        report["at"][delay] = {
+            **found,
+            "bound_ms": round(bound, 1),
+            "direct_to_bound": round(found["direct_ms"] / bound, 3),
+            "lookup_speedup": round(found["direct_ms"] / found["lookup_ms"], 2),
+            "first_token_bound_ms": round(first, 1),
+        }
+    return report
+
+
+def child(model: str, peers: list[str], tokens: int) -> dict[str, float]:
+    """On the notebook's machine: milliseconds per token in each mode, and of a first token."""
+    import swarm_notebook as sn
+    from swarm_notebook.client.directory import Directory
+
+    def apart(*_: object) -> bool:
+        return False
+
+    found: dict[str, float] = {}
+    together = Directory.together
+    with sn.connect(peers, model=model) as swarm:
+        swarm.status()  # every server is known, and has been pinged twice
+        fixed = {"chat": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        fixed["do_sample"] = False
+        texts = set()
+        for mode in ("routed", "direct", "lookup"):
+            Directory.together = apart if mode == "routed" else together  # type: ignore[method-assign]
+            draft = {"draft": "auto"} if mode == "lookup" else {}
+            times = []
+            for _ in range(REPEATS + 1):
+                began = time.perf_counter()
+                texts.add(swarm.generate(PROMPT, **fixed, **draft))
+                trace = swarm.trace()
+                seconds = time.perf_counter() - began - trace.first_token_seconds
+                times.append(1000 * seconds / (tokens - 1))
+            found[f"{mode}_ms"] = round(statistics.median(times[1:]), 2)
+            if mode == "direct":
+                found["first_token_ms"] = round(1000 * trace.first_token_seconds, 1)
+                found["prompt_tokens"] = trace.passes[0].tokens
+            if mode == "lookup":
+                found["lookup_passes"] = len(trace.passes)
+        if len(texts) != 1:
+            raise SystemExit("the modes differ in their outcome: a speed is meaningless")
+    return found
+
+
+if __name__ == "__main__":
+    main()
