@@ -1,0 +1,79 @@
+"""``%swarm map``: live while a cell runs, by mouse and keyboard, and a server killed in view."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+
+import pytest
+from browser.notebook import Notebook
+from playwright.sync_api import Locator, expect
+
+SERVERS = 3
+
+
+@pytest.fixture(scope="module")
+def shown(notebook: Notebook) -> Locator:
+    return notebook.run("%swarm map").get_by_test_id("map")
+
+
+def rows(shown: Locator) -> Locator:
+    return shown.get_by_test_id("server")
+
+
+def test_servers_blocks_and_redundancy(shown: Locator) -> None:
+    expect(rows(shown)).to_have_count(SERVERS)
+    expect(shown.get_by_test_id("headline")).to_have_text(re.compile("all 30 blocks served"))
+    cover = shown.get_by_test_id("coverage").get_by_role("img")
+    expect(cover).to_have_count(2)
+    expect(cover.first).to_have_attribute("title", "blocks 0:15: 1 server")
+    expect(cover.last).to_have_attribute("title", "blocks 15:30: 2 servers")
+
+
+def test_a_row_is_chosen_by_keyboard_and_by_mouse(notebook: Notebook, shown: Locator) -> None:
+    rows(shown).first.focus()
+    notebook.page.keyboard.press("ArrowDown")
+    expect(rows(shown).nth(1)).to_be_focused()
+    notebook.page.keyboard.press("Enter")
+    expect(shown.get_by_test_id("detail")).to_be_visible()
+    expect(rows(shown).nth(1)).to_have_attribute("aria-selected", "true")
+    rows(shown).first.click()
+    expect(rows(shown).first).to_have_attribute("aria-selected", "true")
+    # Without its only server, half of the model would be gone: said before it happens.
+    expect(shown.get_by_test_id("detail")).to_contain_text("0:15")
+
+
+def test_two_views_agree(notebook: Notebook, shown: Locator) -> None:
+    notebook.run("%swarm map -o again")
+    one, two = (notebook.run("again").get_by_test_id("map") for _ in range(2))
+    rows(one).nth(2).click()
+    expect(rows(two).nth(2)).to_have_attribute("aria-selected", "true")
+
+
+def test_a_killed_server_is_seen_while_a_cell_runs(
+    notebook: Notebook, shown: Locator, picture: Callable[[Locator, str], None]
+) -> None:
+    told = notebook.value("' '.join(f'local-{n} {s.pid}' for n, s in enumerate(local.servers))")
+    words = told.strip("'").split()
+    pids = {name: int(pid) for name, pid in zip(words[::2], words[1::2], strict=True)}
+    notebook.run("import torch; ids = tokenizer('Once upon a time', return_tensors='pt')")
+    options = "do_sample=False, max_new_tokens=60, min_new_tokens=60"
+    notebook.run(f"whole = model.generate(**ids, {options})")
+    cell = notebook.start(f"again = model.generate(**ids, {options})")
+    expect(shown.get_by_test_id("pace")).to_contain_text("tokens/s,", timeout=20_000)
+    way = rows(shown).filter(has=notebook.page.get_by_test_id("way"))
+    expect(way).to_have_count(2)
+    victim = way.last.get_attribute("data-peer")
+    name = way.last.get_by_role("rowheader").inner_text()
+    os.kill(pids[name], signal.SIGKILL)
+    lost = shown.get_by_test_id("failover")
+    expect(lost).to_contain_text(f"{name} lost, blocks 15:30", timeout=20_000)
+    expect(notebook.cells.nth(cell).locator(".jp-InputPrompt").first).to_have_text("[*]:")
+    expect(lost).to_contain_text("continued on", timeout=20_000)
+    picture(shown, "map")
+    notebook.finish(cell)
+    assert notebook.value("torch.equal(whole, again)") == "True"
+    gone = shown.locator(f'[data-peer="{victim}"][data-state="online"]')
+    expect(gone).to_have_count(0, timeout=20_000)
