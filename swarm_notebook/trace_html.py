@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from swarm_notebook.trace import PassTimes, Trace
 
-WIDTH, HEIGHT, LEFT = 640, 120, 44
+WIDTH, HEIGHT, LEFT = 640, 120, 56
 MAX_BARS = 160
 SPIKE = 1.25  # how far above the 95th percentile a bar may rise before it is cut
 
@@ -75,10 +75,10 @@ def plot(passes: Sequence[PassTimes]) -> str:
             low = high
     axis = "".join(
         f'<text x="{LEFT - 6}" y="{HEIGHT * (1 - share) + 4:.0f}" text-anchor="end" '
-        f'font-size="11" fill="currentColor" opacity=".65">{1000 * top * share:.3g}</text>'
+        f'font-size="11" fill="currentColor" opacity=".65">{1000 * top * share:.3g}{unit}</text>'
         f'<line x1="{LEFT}" x2="{WIDTH}" y1="{HEIGHT * (1 - share):.1f}" '
         f'y2="{HEIGHT * (1 - share):.1f}" stroke="currentColor" opacity=".15"/>'
-        for share in (0.0, 0.5, 1.0)
+        for share, unit in ((0.0, ""), (0.5, ""), (1.0, " ms"))
     )
     return (
         f'<svg viewBox="0 -8 {WIDTH} {HEIGHT + 16}" width="100%" style="max-width:{WIDTH}px" '
