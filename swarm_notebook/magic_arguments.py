@@ -70,6 +70,7 @@ class CommandLine:
             self._lens()
             self._monitor()
             self._serve()
+            self._chat()
         self._generate(with_prompt=magic == "%swarm")
         if magic == "%swarm":
             self._add("disconnect", "end the connection; an embedded swarm ends with it")
@@ -184,25 +185,40 @@ class CommandLine:
         serve.add_argument("--listen", metavar="ADDRESS", help="where, such as /ip4/0.0.0.0/tcp/0")
         _add_output(serve, "the ServePanel, instead of showing it,")
 
+    def _chat(self) -> None:
+        chat = self._add("chat", "talk with the model; defines chat in the notebook")
+        chat.add_argument("--system", metavar="TEXT", help="instructions to begin with")
+        _add_sampling(chat)
+        _add_output(chat, "the ChatWidget, instead of showing it,")
+
     def _generate(self, *, with_prompt: bool) -> None:
         generate = self._add("generate", "let the model answer; the text streams into the cell")
         if with_prompt:
-            generate.add_argument("prompt", nargs="+", metavar="TEXT", help="what to answer")
+            generate.add_argument("prompt", nargs="*", metavar="TEXT", help="what to answer")
+        generate.add_argument(
+            "--widget",
+            action="store_true",
+            help="in the background, with a colour per token that says how sure the model was",
+        )
         generate.add_argument(
             "--raw", action="store_true", help="continue the text itself: no chat template"
         )
-        generate.add_argument("-n", "--max-new-tokens", type=_count, default=256, metavar="N")
-        generate.add_argument("--sample", action="store_true", help="sample instead of greedy")
-        generate.add_argument("--temperature", type=float, metavar="T", help="implies --sample")
-        generate.add_argument("--top-p", type=float, metavar="P", help="implies --sample")
-        generate.add_argument("--seed", type=int, metavar="N", help="of the sampling")
-        _add_output(generate, "the text")
+        _add_sampling(generate)
+        _add_output(generate, "the text (the GenerateWidget, instead of showing it)")
 
     def _help(self) -> None:
         shown = list(self.commands)
         self._add("help", "show this, or the help of one command").add_argument(
             "about", nargs="?", choices=shown, metavar="COMMAND"
         )
+
+
+def _add_sampling(parser: Arguments) -> None:
+    parser.add_argument("-n", "--max-new-tokens", type=_count, default=256, metavar="N")
+    parser.add_argument("--sample", action="store_true", help="sample instead of greedy")
+    parser.add_argument("--temperature", type=float, metavar="T", help="implies --sample")
+    parser.add_argument("--top-p", type=float, metavar="P", help="implies --sample")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")
 
 
 def _add_output(parser: Arguments, what: str) -> None:

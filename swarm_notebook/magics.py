@@ -95,6 +95,8 @@ class SwarmMagics:
             return commands.show_help(arguments.about)
         if arguments.command == "generate":
             arguments.prompt = " ".join(arguments.prompt) if cell is None else cell.strip("\n")
+            if not arguments.prompt and not arguments.widget:
+                commands.commands["generate"].error("the following arguments are required: TEXT")
         try:
             return getattr(self, f"_{arguments.command}")(arguments)
         except SwarmError as error:
@@ -131,10 +133,8 @@ class SwarmMagics:
     def _lens(self, arguments: argparse.Namespace) -> Any:
         from swarm_notebook.widgets import LensWidget
 
-        try:
-            lens = LensWidget(self._need(), " ".join(arguments.text), token=arguments.token)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        text = " ".join(arguments.text)
+        lens = self._made(LensWidget, self._need(), text, token=arguments.token)
         return self._store(arguments.output, lens)
 
     def _monitor(self, arguments: argparse.Namespace) -> Any:
@@ -162,7 +162,21 @@ class SwarmMagics:
             panel.begin()
         return self._store(arguments.output, panel)
 
-    def _generate(self, arguments: argparse.Namespace) -> None:
+    def _chat(self, arguments: argparse.Namespace) -> Any:
+        from swarm_notebook.widgets import ChatWidget
+
+        options = _sampling(arguments) | {"seed": arguments.seed}
+        chat = self._made(ChatWidget, self._need(), system=arguments.system, **options)
+        self.shell.push({"chat": chat})
+        return self._store(arguments.output, chat)
+
+    def _generate(self, arguments: argparse.Namespace) -> Any:
+        if arguments.widget:
+            return self._generate_widget(arguments)
+        if arguments.seed is not None:
+            from transformers import set_seed
+
+            set_seed(arguments.seed)
         pieces: list[str] = []
 
         def show(piece: str) -> None:
@@ -180,6 +194,27 @@ class SwarmMagics:
             if pieces:
                 print()
             self._store(arguments.output, "".join(pieces))
+        return None
+
+    def _generate_widget(self, arguments: argparse.Namespace) -> Any:
+        from swarm_notebook.widgets import GenerateWidget
+
+        swarm = self._need()
+        options = _sampling(arguments) | {"seed": arguments.seed}
+        template = getattr(swarm.tokenizer, "chat_template", None)
+        chat = bool(template) and not arguments.raw
+        widget = self._made(GenerateWidget, swarm, arguments.prompt, chat=chat, **options)
+        if arguments.prompt:
+            widget.run()
+        return self._store(arguments.output, widget)
+
+    @staticmethod
+    def _made(kind: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """A widget; what it says of wrong arguments is one line."""
+        try:
+            return kind(*arguments, **options)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
     def _disconnect(self, arguments: argparse.Namespace) -> None:
         swarm = self._need()
@@ -210,10 +245,6 @@ class SwarmMagics:
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of transformers' ``generate`` that were asked for."""
-    if arguments.seed is not None:
-        from transformers import set_seed
-
-        set_seed(arguments.seed)
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens}
     chosen = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     options |= {key: value for key, value in chosen.items() if value is not None}

@@ -118,6 +118,20 @@ def test_a_cell_as_the_prompt_raw(connected: Kernel) -> None:
     assert result.stdout == " Paris.\n"
 
 
+def test_generate_in_the_background_and_chat(connected: Kernel) -> None:
+    line = '%swarm generate --widget "What is the capital of Germany?" -n 20'
+    shown = connected.run(line)
+    assert "GenerateWidget: " in shown.plain
+    assert "application/vnd.jupyter.widget-view+json" in shown.displayed[-1]
+    connected.run(f"{line} -o writer")
+    assert connected.value("(writer.wait(60), writer.text)") == f"(True, {ANSWER!r})"
+    assert "ChatWidget: " in connected.run("%swarm chat --system 'Be brief.' -n 20").plain
+    connected.run("chat.send('What is the capital of Germany?')")
+    assert connected.value("(chat.wait(60), len(chat.messages))") == "(True, 3)"
+    wrong = connected.finish(connected.start("%swarm chat --temperature 0"))
+    assert "UsageError: temperature: 0.0 is not a number above 0" in wrong.stderr
+
+
 def test_sampling_options_reach_the_model(connected: Kernel) -> None:
     line = "%swarm generate --temperature 1.5 --seed {} -n 12 Tell me a story"
     texts = [connected.run(line.format(seed)).stdout for seed in (1, 1, 2)]

@@ -4,6 +4,10 @@
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 /** @typedef {Node | string | number | null | undefined | false} Child */
 
+// For what is operated with arrow keys: JupyterLab, which sees every key first, would go to another
+// cell.
+export const OWN_KEYS = { "data-lm-suppress-shortcuts": "true" };
+
 /**
  * An element. Attributes of the form `onclick` are listeners; `null` and `false` leave one out.
  * @template {keyof HTMLElementTagNameMap} K
@@ -166,6 +170,7 @@ export function followTheme(element) {
  * @param {string} selector
  */
 export function roving(container, selector) {
+  for (const [name, value] of Object.entries(OWN_KEYS)) container.setAttribute(name, value);
   container.addEventListener("keydown", (event) => {
     const items = [...container.querySelectorAll(selector)];
     const here = items.indexOf(/** @type {Element} */ (event.target));

@@ -26,6 +26,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from swarm_notebook.widgets.chat import ChatWidget as ChatWidget
+    from swarm_notebook.widgets.generate import GenerateWidget as GenerateWidget
     from swarm_notebook.widgets.lens import LensWidget as LensWidget
     from swarm_notebook.widgets.map import SwarmMap as SwarmMap
     from swarm_notebook.widgets.monitor import TrainingMonitor as TrainingMonitor
@@ -33,12 +35,21 @@ if TYPE_CHECKING:
 
 # Public name -> the module that defines it.
 _PUBLIC = {
+    "ChatWidget": "chat",
+    "GenerateWidget": "generate",
     "LensWidget": "lens",
     "ServePanel": "serve",
     "SwarmMap": "map",
     "TrainingMonitor": "monitor",
 }
-__all__ = ["LensWidget", "ServePanel", "SwarmMap", "TrainingMonitor"]
+__all__ = [
+    "ChatWidget",
+    "GenerateWidget",
+    "LensWidget",
+    "ServePanel",
+    "SwarmMap",
+    "TrainingMonitor",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -51,10 +51,11 @@ def script(name: str) -> str:
 
 @cache
 def style(name: str) -> str:
-    """The theme, and ``name.css`` if there is one."""
-    own = folder() / f"{name}.css"
-    theme = (folder() / THEME).read_text("utf-8")
-    return theme + (own.read_text("utf-8") if own.exists() else "")
+    """The theme, and the ``.css`` of the same name beside ``name.js`` and all that it imports."""
+    parts: dict[str, str] = {}
+    _collect(f"{name}.js", parts)
+    sheets = [folder() / THEME, *((folder() / part).with_suffix(".css") for part in parts)]
+    return "".join(sheet.read_text("utf-8") for sheet in sheets if sheet.exists())
 
 
 def _collect(name: str, parts: dict[str, str]) -> None:

@@ -1,0 +1,177 @@
+// Chat: turns, a place to type, and an answer that grows. The HTML of answers comes from Python,
+// which has made it harmless (widgets/markdown.py); everything else is text.
+
+import { OWN_KEYS, act, fill, follow, h, widget } from "./dom.js";
+import { button, isRunning, ownKeys, runFacts, samplingControls, stopButton } from "./controls.js";
+
+/** @typedef {import("@anywidget/types").AnyModel<any>} Model */
+/** @typedef {{ role: string, text: string, html?: string }} Turn */
+
+const NAMES = /** @type {Record<string, string>} */ ({
+  user: "You",
+  assistant: "Model",
+  system: "Instructions",
+});
+
+/**
+ * A text area in which Enter sends and Shift+Enter begins a line.
+ * @param {Record<string, any>} attributes
+ * @param {(text: string) => boolean} send whether it was sent
+ * @param {() => void} [leave] on Escape
+ */
+function entry(attributes, send, leave) {
+  const area = h("textarea", { rows: 2, dir: "auto", ...attributes });
+  ownKeys(area, (event) => {
+    if (event.key === "Escape" && leave) leave();
+    else if (event.key !== "Enter" || event.shiftKey || event.isComposing) return false;
+    else if (send(area.value)) area.value = "";
+    return true;
+  });
+  return area;
+}
+
+/** @param {{ model: Model, root: HTMLElement }} view */
+function build({ model, root }) {
+  let editing = -1;
+  const log = h("div", {
+    class: "sn-log",
+    role: "log",
+    "aria-label": "Conversation",
+    "data-testid": "log",
+    tabindex: 0,
+    ...OWN_KEYS,
+  });
+  const live = h("div", { class: "sn-said", dir: "auto" });
+  const liveTurn = h(
+    "article",
+    { class: "sn-turn sn-assistant", "data-testid": "live", "aria-busy": "true" },
+    h("header", {}, h("span", { class: "sn-role" }, NAMES.assistant)),
+    live,
+  );
+  const empty = h("p", { class: "sn-dim" }, "Nothing was said yet.");
+
+  /**
+   * @param {Turn} turn
+   * @param {number} at
+   * @param {boolean} last
+   */
+  function article(turn, at, last) {
+    const idle = !isRunning(model);
+    const said = h("div", { class: "sn-said", dir: "auto" });
+    if (editing === at) {
+      const area = entry(
+        { "aria-label": "Edit this turn", "data-testid": "edit-text" },
+        (text) => change(at, text),
+        () => edit(-1),
+      );
+      area.value = turn.text;
+      fill(
+        said,
+        area,
+        h(
+          "div",
+          { class: "sn-bar" },
+          button("Save", "edit-save", () => change(at, area.value), "sn-primary"),
+          button("Cancel", "edit-cancel", () => edit(-1)),
+        ),
+      );
+    } else if (turn.html === undefined) said.textContent = turn.text;
+    else said.innerHTML = turn.html;
+    return h(
+      "article",
+      { class: `sn-turn sn-${turn.role}`, "data-testid": "turn", "data-role": turn.role },
+      h(
+        "header",
+        {},
+        h("span", { class: "sn-role" }, NAMES[turn.role] ?? turn.role),
+        idle && editing !== at && button("Edit", "edit", () => edit(at)),
+        idle && last && turn.role === "assistant" && button("Retry", "retry", () => act(model, "retry")),
+      ),
+      said,
+    );
+  }
+
+  function show() {
+    const turns = /** @type {Turn[]} */ (model.get("turns"));
+    const running = isRunning(model);
+    const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 30;
+    const shown = turns.map((turn, at) => article(turn, at, at === turns.length - 1));
+    fill(log, ...shown, running && liveTurn, !turns.length && !running && empty);
+    if (follows) log.scrollTop = log.scrollHeight;
+  }
+
+  /** @param {number} at */
+  function edit(at) {
+    editing = at;
+    show();
+    /** @type {HTMLElement | null} */ (log.querySelector("textarea"))?.focus();
+  }
+
+  /**
+   * @param {number} turn
+   * @param {string} text
+   */
+  function change(turn, text) {
+    if (isRunning(model) || !text.trim()) return false;
+    act(model, "edit", { turn, text });
+    edit(-1);
+    return true;
+  }
+
+  /** @param {string} text */
+  function send(text) {
+    if (isRunning(model) || !text.trim()) return false;
+    act(model, "send", { text });
+    return true;
+  }
+
+  const message = entry(
+    { placeholder: "Message", "aria-label": "Message", "data-testid": "message" },
+    send,
+  );
+  const start = button(
+    "Send",
+    "send",
+    () => {
+      if (send(message.value)) message.value = "";
+      message.focus();
+    },
+    "sn-primary",
+  );
+  start.title = "Enter; Shift+Enter begins a new line";
+  const stop = stopButton(model);
+  const resume = button("Continue", "continue", () => act(model, "resume"));
+  const clear = button("Clear", "clear", () => act(model, "clear"));
+  const controls = samplingControls(model);
+  const facts = runFacts(model);
+  fill(
+    root,
+    h("div", { class: "sn-dim sn-title" }, model.get("title")),
+    log,
+    message,
+    h("div", { class: "sn-bar" }, start, stop, resume, clear),
+    h("details", {}, h("summary", { class: "sn-dim" }, "Sampling"), controls.element),
+    facts.element,
+  );
+  return [
+    controls.end,
+    ...facts.ends,
+    follow(model, ["turns", "state"], () => {
+      const turns = /** @type {Turn[]} */ (model.get("turns"));
+      const running = isRunning(model);
+      start.disabled = running;
+      stop.disabled = !running;
+      resume.disabled = running || turns[turns.length - 1]?.role !== "assistant";
+      clear.disabled = running || !turns.length;
+      if (running) editing = -1;
+      show();
+    }),
+    follow(model, ["live"], () => {
+      const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 30;
+      live.innerHTML = model.get("live");
+      if (follows) log.scrollTop = log.scrollHeight;
+    }),
+  ];
+}
+
+export default { render: widget("Chat", "chat", build) };

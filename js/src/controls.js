@@ -1,0 +1,212 @@
+// What the two widgets that write with a model share: sampling controls, and facts on the run.
+
+import { act, duration, fill, follow, h, number, setText } from "./dom.js";
+
+/** @typedef {import("@anywidget/types").AnyModel<any>} Model */
+
+// Name, step and bounds of the numbers; as transformers has them.
+const NUMBERS = /** @type {Array<[string, string, string, string]>} */ ([
+  ["temperature", "0.1", "0", ""],
+  ["top_p", "0.05", "0", "1"],
+  ["top_k", "1", "0", ""],
+  ["max_new_tokens", "1", "1", ""],
+  ["seed", "1", "0", ""],
+]);
+const ONLY_SAMPLING = ["temperature", "top_p", "top_k", "seed"];
+
+const STATES = /** @type {Record<string, string>} */ ({
+  reading: "reading the prompt",
+  writing: "writing",
+  stopping: "stopping after this token; Stop again stops at once",
+});
+
+/**
+ * Set a trait for Python and all views.
+ * @param {Model} model
+ * @param {string} trait
+ * @param {any} value
+ */
+export function set(model, trait, value) {
+  model.set(trait, value);
+  model.save_changes();
+}
+
+/** @param {Model} model */
+export const isRunning = (model) => model.get("state") !== "idle";
+
+/**
+ * Keys typed here are not the notebook's; some do something.
+ * @param {HTMLElement} element
+ * @param {(event: KeyboardEvent) => boolean} [handle] whether it has dealt with the key
+ */
+export function ownKeys(element, handle = () => false) {
+  element.addEventListener("keydown", (event) => {
+    if (handle(event)) event.preventDefault();
+    event.stopPropagation();
+  });
+}
+
+/**
+ * A text area that holds a trait and grows with it.
+ * @param {Model} model
+ * @param {string} trait
+ * @param {Record<string, any>} attributes
+ */
+export function textArea(model, trait, attributes) {
+  const area = h("textarea", {
+    rows: 2,
+    spellcheck: "false",
+    dir: "auto",
+    oninput: () => set(model, trait, area.value),
+    ...attributes,
+  });
+  const end = follow(model, [trait], () => {
+    if (area.value !== model.get(trait)) area.value = model.get(trait);
+  });
+  return { area, end };
+}
+
+/**
+ * Whether a number is within its bounds. The step is for the arrows: what lies between is as good.
+ * @param {HTMLInputElement} input
+ * @param {boolean} whole
+ */
+function fits(input, whole) {
+  const { badInput, rangeUnderflow, rangeOverflow } = input.validity;
+  if (input.value === "" || badInput || rangeUnderflow || rangeOverflow) return false;
+  return !whole || Number.isInteger(Number(input.value));
+}
+
+/**
+ * The sampling controls.
+ * @param {Model} model
+ */
+export function samplingControls(model) {
+  const sample = h("input", {
+    type: "checkbox",
+    "data-testid": "do_sample",
+    onchange: () => set(model, "do_sample", sample.checked),
+  });
+  /** @type {Record<string, HTMLInputElement>} */
+  const inputs = {};
+  for (const [name, step, min, max] of NUMBERS) {
+    const input = h("input", {
+      type: "number",
+      step,
+      min,
+      max: max || null,
+      placeholder: name === "seed" ? "any" : null,
+      "data-testid": name,
+      onchange: () => {
+        if (input.value === "" && name === "seed") set(model, name, null);
+        else if (fits(input, step === "1")) set(model, name, Number(input.value));
+        else input.value = String(model.get(name) ?? "");
+      },
+    });
+    ownKeys(input);
+    inputs[name] = input;
+  }
+  const element = h(
+    "div",
+    { class: "sn-controls", role: "group", "aria-label": "Sampling" },
+    h("label", {}, sample, "do_sample"),
+    ...NUMBERS.map(([name]) => h("label", {}, name, inputs[name])),
+  );
+  const end = follow(model, ["do_sample", ...NUMBERS.map(([name]) => name)], () => {
+    sample.checked = model.get("do_sample");
+    for (const [name, input] of Object.entries(inputs)) {
+      const text = String(model.get(name) ?? "");
+      if (input.value !== text) input.value = text;
+      input.disabled = ONLY_SAMPLING.includes(name) && !sample.checked;
+    }
+  });
+  return { element, end };
+}
+
+/**
+ * @param {string} label
+ * @param {string} id
+ * @param {() => void} press
+ * @param {string} [kind]
+ */
+export const button = (label, id, press, kind = "") =>
+  h("button", { type: "button", class: kind || null, "data-testid": id, onclick: press }, label);
+
+/** @param {Model} model */
+export const stopButton = (model) => button("Stop", "stop", () => act(model, "stop"));
+
+/** @param {Record<string, any>} stats */
+function sentence(stats) {
+  if (!stats.tokens) return "";
+  const parts = [`${number(stats.tokens)} token${stats.tokens === 1 ? "" : "s"}`];
+  parts.push(`first after ${duration(stats.first)}`);
+  if (stats.rate) parts.push(`${number(stats.rate)} tokens/s`);
+  parts.push(`${number(stats.computed)} of the prompt read`);
+  if (stats.lost) parts.push(`${stats.lost} server${stats.lost === 1 ? "" : "s"} lost and replaced`);
+  return parts.join(" · ");
+}
+
+/**
+ * Where the time went: a bar with a part per server, and the rest.
+ * @param {Array<[string, number]>} shares
+ */
+function shareBar(shares) {
+  if (!shares.length) return [];
+  const rest = 1 - shares.reduce((sum, [, part]) => sum + part, 0);
+  const all = /** @type {Array<[string, number]>} */ ([...shares, ["notebook", Math.max(0, rest)]]);
+  const parts = all.map(([name, part], index) => {
+    const element = h("span", { class: "sn-part", title: `${name}: ${Math.round(100 * part)} %` });
+    element.style.flexGrow = String(part);
+    element.dataset.hue = index === all.length - 1 ? "rest" : String(index % 4);
+    return element;
+  });
+  const names = all.map(([name, part], index) => {
+    const dot = h("span", { class: "sn-dot" });
+    dot.dataset.hue = index === all.length - 1 ? "rest" : String(index % 4);
+    return h("span", { class: "sn-name" }, dot, `${name} ${Math.round(100 * part)} %`);
+  });
+  return [
+    h("div", { class: "sn-shares", "aria-hidden": "true" }, ...parts),
+    h("div", { class: "sn-names", "aria-label": "Share of the time" }, ...names),
+  ];
+}
+
+/**
+ * The lines below the text: what goes on, how fast, what it costs.
+ * @param {Model} model
+ */
+export function runFacts(model) {
+  const status = h("span", { role: "status", "data-testid": "status" });
+  const stats = h("span", { class: "sn-dim", "data-testid": "stats" });
+  const shares = h("div", { "data-testid": "shares" });
+  const cost = h("div", { class: "sn-dim sn-cost", "data-testid": "cost" });
+  const element = h(
+    "div",
+    { class: "sn-facts" },
+    h("div", { class: "sn-line" }, status, stats),
+    shares,
+    cost,
+  );
+  let drawn = "";
+  const ends = [
+    follow(model, ["state", "note", "progress"], () => {
+      const [read, total] = model.get("progress");
+      const working = STATES[model.get("state")] ?? model.get("note");
+      setText(status, total ? `${working}: ${number(read)} of ${number(total)} tokens` : working);
+      status.className = isRunning(model) ? "sn-busy" : "";
+    }),
+    follow(model, ["stats"], () => {
+      const found = model.get("stats");
+      setText(stats, sentence(found));
+      const now = JSON.stringify(found.shares ?? []);
+      if (now !== drawn) fill(shares, ...shareBar(found.shares ?? []));
+      drawn = now;
+    }),
+    follow(model, ["preview", "bill", "state"], () => {
+      const bill = model.get("bill") && `It took ${model.get("bill")}. `;
+      const next = model.get("preview") && `Next run: up to ${model.get("preview")}.`;
+      setText(cost, isRunning(model) ? "" : `${bill}${next}`);
+    }),
+  ];
+  return { element, ends };
+}

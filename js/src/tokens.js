@@ -1,0 +1,281 @@
+// A text whose every token can be pointed at: coloured by how sure the model was, with the tokens
+// that it might have written instead. Tokens are appended in paragraphs, so that a long text costs
+// the browser no more per token than a short one.
+
+import { OWN_KEYS, fill, h, roving } from "./dom.js";
+import { ownKeys } from "./controls.js";
+
+/** @typedef {[number, string, number]} Alternative id, text, probability */
+/** @typedef {[string, number | null, boolean, Alternative[]]} Cell as in widgets/cells.py */
+
+// Marks that turn the direction of all that follows: shown instead of obeyed.
+// eslint-disable-next-line no-control-regex
+const HARMFUL = /[\u202a-\u202e\u2066-\u2069\u0000-\u0008\u000b-\u001f\u007f]/g;
+const MOST_IN_PARAGRAPH = 1000;
+const HIDE_AFTER = 300; // ms in which the pointer can get from a token to its alternatives
+const SWITCH_AFTER = 120; // ms on another token before that one's are shown
+
+/**
+ * A text as it can be shown anywhere.
+ * @param {string} text
+ */
+export function harmless(text) {
+  return text.replace(HARMFUL, (mark) => {
+    const code = mark.charCodeAt(0);
+    return code < 32 ? String.fromCharCode(0x2400 + code) : `[U+${code.toString(16).toUpperCase().padStart(4, "0")}]`;
+  });
+}
+
+/**
+ * A single token in a list: its white space is to be seen.
+ * @param {string} text
+ */
+export function visible(text) {
+  return harmless(text).replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "→") || "∅";
+}
+
+/** @param {number | null} part */
+export function percent(part) {
+  if (part === null) return "not asked";
+  const shown = 100 * part;
+  if (shown > 0 && shown < 0.1) return "< 0.1 %";
+  return `${shown >= 99.95 || shown === 0 ? Math.round(shown) : shown.toFixed(1)} %`;
+}
+
+/**
+ * @param {(position: number, token: number | string) => void} branch what a choice does
+ */
+export function tokenView(branch) {
+  const text = h("div", {
+    class: "sn-text",
+    role: "group",
+    "aria-label": "Written text",
+    "data-testid": "text",
+  });
+  const popover = h("div", {
+    class: "sn-popover",
+    role: "dialog",
+    popover: "manual", // above everything, and cut off by no cell
+    "data-testid": "alternatives",
+    hidden: true,
+  });
+  const element = h("div", { class: "sn-output", ...OWN_KEYS }, text, popover);
+  /** @type {Cell[]} */
+  let cells = [];
+  /** @type {HTMLElement[]} */
+  const spans = [];
+  let shown = -1;
+  let enabled = true;
+  /** @type {number | undefined} */
+  let timer;
+
+  const position = (/** @type {EventTarget | null} */ target) =>
+    target instanceof HTMLElement && target.dataset.at !== undefined ? Number(target.dataset.at) : -1;
+
+  /** @param {Cell} cell */
+  function span(cell, /** @type {number} */ at) {
+    const [piece, probability, special] = cell;
+    const partial = piece === "";
+    const kind = special ? " sn-special" : partial ? " sn-partial" : "";
+    const token = h(
+      "span",
+      {
+        class: `sn-token${kind}`,
+        "data-at": at,
+        "data-testid": "token",
+        tabindex: at ? -1 : 0,
+        title: partial ? "a part of a character" : null,
+      },
+      harmless(piece),
+    );
+    if (probability !== null) token.style.setProperty("--unsure", (1 - probability).toFixed(2));
+    else token.classList.add("sn-edited");
+    return token;
+  }
+
+  function paragraph() {
+    const last = text.lastElementChild;
+    const before = spans[spans.length - 1]?.textContent ?? "";
+    if (last && !before.endsWith("\n") && last.childElementCount < MOST_IN_PARAGRAPH) return last;
+    const added = h("div", { class: "sn-paragraph", dir: "auto" });
+    text.append(added);
+    return added;
+  }
+
+  function cut(/** @type {number} */ length) {
+    for (const gone of spans.splice(length)) {
+      const parent = gone.parentElement;
+      gone.remove();
+      if (parent && !parent.childElementCount) parent.remove();
+    }
+    if (shown >= length) hide();
+  }
+
+  function show(/** @type {Cell[]} */ now) {
+    let same = Math.min(spans.length, now.length);
+    // Cells never change but by being cut off; the last ones tell.
+    while (same && JSON.stringify(cells[same - 1]) !== JSON.stringify(now[same - 1])) same--;
+    const follows = text.scrollHeight - text.scrollTop - text.clientHeight < 30;
+    cut(same);
+    for (let at = same; at < now.length; at++) {
+      const parent = paragraph();
+      spans.push(span(now[at], at));
+      parent.append(spans[at]);
+    }
+    cells = now;
+    if (follows && shown < 0) text.scrollTop = text.scrollHeight;
+  }
+
+  function hide() {
+    clearTimeout(timer);
+    spans[shown]?.classList.remove("sn-shown");
+    shown = -1;
+    if (!popover.hidden) popover.hidePopover?.();
+    popover.hidden = true;
+  }
+
+  /** @param {number} at */
+  function open(at) {
+    clearTimeout(timer);
+    if (at === shown || !cells[at]) return;
+    hide();
+    shown = at;
+    const [piece, probability, , alternatives] = cells[at];
+    const name = visible(piece);
+    popover.setAttribute("aria-label", `Alternatives to ${name}`);
+    const rows = alternatives.map(([id, word, part], index) => {
+      const bar = h("span", { class: "sn-chance" });
+      bar.style.width = `${100 * part}%`;
+      return h(
+        "li",
+        {},
+        h(
+          "button",
+          {
+            type: "button",
+            disabled: !enabled,
+            tabindex: index ? -1 : 0,
+            "data-testid": "alternative",
+            "aria-label": `Branch with ${visible(word)}, ${percent(part)}`,
+            onclick: () => choose(at, id),
+          },
+          h("bdi", { class: "sn-word" }, visible(word)),
+          h("span", { class: "sn-num" }, percent(part)),
+          bar,
+        ),
+      );
+    });
+    const other = h("input", {
+      type: "text",
+      placeholder: "other text, Enter",
+      disabled: !enabled,
+      "aria-label": "Other text to branch with",
+      "data-testid": "other",
+    });
+    ownKeys(other, (event) => {
+      if (event.key === "Enter" && other.value) choose(at, other.value);
+      else if (event.key === "Escape") back();
+      return event.key === "Enter" || event.key === "Escape";
+    });
+    const list = h("ol", {}, ...rows);
+    roving(list, "button:not(:disabled)");
+    fill(
+      popover,
+      h("div", { class: "sn-head" }, h("bdi", { class: "sn-word" }, name), h("span", { class: "sn-num" }, percent(probability))),
+      list,
+      other,
+    );
+    spans[at].classList.add("sn-shown");
+    popover.hidden = false;
+    popover.showPopover?.();
+    place(spans[at]);
+  }
+
+  /** @param {HTMLElement} token */
+  function place(token) {
+    const { left, top, bottom } = [...token.getClientRects()].pop() ?? token.getBoundingClientRect();
+    const [width, height] = [popover.offsetWidth, popover.offsetHeight];
+    const below = bottom + height <= window.innerHeight || top < height;
+    popover.style.left = `${Math.max(0, Math.min(left - 6, window.innerWidth - width))}px`;
+    popover.style.top = `${below ? bottom : top - height}px`;
+  }
+
+  /**
+   * @param {number} at
+   * @param {number | string} token
+   */
+  function choose(at, token) {
+    if (!enabled) return;
+    hide();
+    branch(at, token);
+  }
+
+  function back() {
+    const token = spans[shown];
+    hide();
+    token?.focus();
+  }
+
+  const soon = (/** @type {() => void} */ work, /** @type {number} */ ms) => {
+    clearTimeout(timer);
+    timer = window.setTimeout(work, ms);
+  };
+  text.addEventListener("mouseover", (event) => {
+    const at = position(event.target);
+    if (at < 0 || popover.contains(document.activeElement)) return;
+    if (shown < 0) open(at);
+    else soon(() => open(at), SWITCH_AFTER);
+  });
+  popover.addEventListener("mouseenter", () => clearTimeout(timer));
+  element.addEventListener("mouseleave", () => {
+    if (!element.contains(document.activeElement)) soon(hide, HIDE_AFTER);
+  });
+  text.addEventListener("focusin", (event) => open(position(event.target)));
+  element.addEventListener("focusout", (event) => {
+    if (!element.contains(/** @type {Node | null} */ (event.relatedTarget))) soon(hide, HIDE_AFTER);
+  });
+  const scrolled = (/** @type {Event} */ event) => {
+    if (!popover.contains(/** @type {Node} */ (event.target))) hide();
+  };
+  window.addEventListener("scroll", scrolled, { capture: true, passive: true });
+  ownKeys(element, (event) => {
+    if (event.key === "Escape") back();
+    else if ((event.key === "Enter" || event.key === "ArrowDown") && position(event.target) >= 0) {
+      open(position(event.target));
+      /** @type {HTMLElement | null} */ (popover.querySelector("button, input"))?.focus();
+    } else return false;
+    return true;
+  });
+  // After the keys above: left and right walk along the text, up stays for the page.
+  text.addEventListener("keydown", (event) => {
+    const at = position(event.target);
+    const steps = /** @type {Record<string, number>} */ ({
+      ArrowRight: at + 1,
+      ArrowLeft: at - 1,
+      Home: 0,
+      End: spans.length - 1,
+    });
+    const next = spans[steps[event.key] ?? -1];
+    if (at < 0 || !next) return;
+    event.preventDefault();
+    spans[at].tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  });
+
+  return {
+    element,
+    show,
+    /** @param {boolean} value whether a choice can be made now */
+    enable: (value) => {
+      enabled = value;
+      for (const control of popover.querySelectorAll("button, input")) {
+        /** @type {HTMLButtonElement} */ (control).disabled = !value;
+      }
+    },
+    end: () => {
+      hide();
+      window.removeEventListener("scroll", scrolled, { capture: true });
+    },
+  };
+}

@@ -1,0 +1,256 @@
+import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
+import generate from "../src/generate.js";
+import { harmless, percent, visible } from "../src/tokens.js";
+import { FakeModel, show } from "./fake_model.js";
+
+const ALTERNATIVES = [
+  [7, " Paris", 0.75],
+  [8, " <b>x</b>", 0.2],
+];
+
+/**
+ * @param {string} text
+ * @param {number | null} [probability]
+ * @param {boolean} [special]
+ */
+const cell = (text, probability = 0.75, special = false) => [text, probability, special, ALTERNATIVES];
+
+/** @param {Record<string, any>} [more] */
+const model = (more = {}) =>
+  new FakeModel({
+    title: "tiny",
+    prompt: "Hello",
+    chat: false,
+    has_template: true,
+    do_sample: false,
+    temperature: 1,
+    top_p: 1,
+    top_k: 50,
+    max_new_tokens: 20,
+    seed: null,
+    state: "idle",
+    progress: [],
+    note: "",
+    stats: {},
+    preview: "",
+    bill: "",
+    cells: [],
+    tail: [],
+    ...more,
+  });
+
+/**
+ * @param {Element | null} on
+ * @param {string} key
+ * @param {Record<string, any>} [more]
+ */
+const press = (on, key, more = {}) => {
+  const event = new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more });
+  on?.dispatchEvent(event);
+  return event;
+};
+
+/** @param {Element} on */
+const hover = (on) => on.dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
+
+beforeEach(() => vi.useFakeTimers());
+afterEach(() => {
+  vi.useRealTimers();
+  document.body.replaceChildren();
+});
+
+/** @param {ReturnType<typeof show>} view */
+const text = (view) => view.all("[data-testid=token]").map((token) => token.textContent).join("");
+
+describe("running", () => {
+  test("Run, Stop and Continue are offered when they can do something", () => {
+    const fake = model();
+    const view = show(generate, fake);
+    const disabled = () =>
+      ["run", "stop", "continue"].map((id) => /** @type {any} */ (view.byId(id)).disabled);
+    expect(disabled()).toEqual([false, true, true]);
+    view.byId("run").click();
+    fake.update({ state: "writing", tail: [cell("a")] });
+    expect(disabled()).toEqual([true, false, true]);
+    view.byId("stop").click();
+    fake.update({ state: "idle", note: "stopped" });
+    expect(disabled()).toEqual([false, true, false]);
+    expect(view.byId("status").textContent).toBe("stopped");
+    view.byId("continue").click();
+    expect(fake.sent.map((message) => message.action)).toEqual(["run", "stop", "resume"]);
+    view.close();
+    expect(fake.listening).toBe(0);
+  });
+
+  test("the prompt is a trait; Ctrl+Enter runs; no key reaches the notebook", () => {
+    const fake = model();
+    const views = [show(generate, fake), show(generate, fake)];
+    const area = /** @type {HTMLTextAreaElement} */ (views[0].byId("prompt"));
+    const outside = vi.fn();
+    document.body.addEventListener("keydown", outside);
+    area.value = "new";
+    area.dispatchEvent(new Event("input"));
+    expect(fake.saved.prompt).toBe("new");
+    expect(/** @type {HTMLTextAreaElement} */ (views[1].byId("prompt")).value).toBe("new");
+    expect(press(area, "a").defaultPrevented).toBe(false);
+    expect(press(area, "Enter", { ctrlKey: true }).defaultPrevented).toBe(true);
+    expect(fake.sent).toEqual([{ action: "run", with: {} }]);
+    expect(outside).not.toHaveBeenCalled();
+  });
+
+  test("the controls are traits; what does not count without sampling is off", () => {
+    const fake = model();
+    const view = show(generate, fake);
+    const input = (/** @type {string} */ id) => /** @type {HTMLInputElement} */ (view.byId(id));
+    const change = (/** @type {string} */ id, /** @type {string} */ value) => {
+      input(id).value = value;
+      input(id).dispatchEvent(new Event("change"));
+    };
+    expect(input("temperature").disabled).toBe(true);
+    expect(input("max_new_tokens").disabled).toBe(false);
+    input("do_sample").checked = true;
+    input("do_sample").dispatchEvent(new Event("change"));
+    expect(input("temperature").disabled).toBe(false);
+    change("temperature", "0.75");
+    change("seed", "5");
+    change("top_k", "2.5");
+    expect(fake.saved).toEqual({ do_sample: true, temperature: 0.75, seed: 5 });
+    expect(input("top_k").value).toBe("50");
+    change("seed", "");
+    expect(fake.saved.seed).toBe(null);
+  });
+
+  test("facts of the run", () => {
+    const fake = model({ state: "reading", progress: [256, 1000] });
+    const view = show(generate, fake);
+    expect(view.byId("status").textContent).toBe("reading the prompt: 256 of 1,000 tokens");
+    const stats = { tokens: 3, computed: 9, first: 0.2, rate: 12.34, shares: [["a", 0.5]], lost: 1 };
+    fake.update({ state: "idle", progress: [], note: "finished", stats, bill: "6 requests" });
+    expect(view.byId("stats").textContent).toBe(
+      "3 tokens · first after 200 ms · 12.3 tokens/s · 9 of the prompt read · 1 server lost and replaced",
+    );
+    expect(view.byId("shares").textContent).toBe("a 50 %notebook 50 %");
+    expect(view.byId("cost").textContent).toBe("It took 6 requests. ");
+  });
+});
+
+describe("the text", () => {
+  test("grows, is cut off, and is text whatever it holds", () => {
+    const fake = model({ cells: [cell("<b>a</b>")], tail: [cell(" b")] });
+    const view = show(generate, fake);
+    const first = view.all("[data-testid=token]")[0];
+    expect(first.children.length).toBe(0);
+    fake.update({ tail: [cell(" b"), cell("\n"), cell("c", null)] });
+    expect(text(view)).toBe("<b>a</b> b\nc");
+    expect(view.all("[data-testid=token]")[0]).toBe(first);
+    expect(view.all(".sn-paragraph").length).toBe(2);
+    fake.update({ cells: [cell("<b>a</b>"), cell(" b")], tail: [] });
+    expect(text(view)).toBe("<b>a</b> b");
+    expect(view.all(".sn-paragraph").length).toBe(1);
+    fake.update({ cells: [], tail: [cell("z")] });
+    expect(text(view)).toBe("z");
+  });
+
+  test("a long text without a line break stay in paragraphs of bounded size", () => {
+    const fake = model({ cells: Array.from({ length: 3000 }, (_, at) => cell(`w${at} `)) });
+    const view = show(generate, fake);
+    expect(view.all("[data-testid=token]").length).toBe(3000);
+    expect(Math.max(...view.all(".sn-paragraph").map((one) => one.childElementCount))).toBe(1000);
+    const last = view.all("[data-testid=token]")[2999];
+    fake.update({ tail: [cell("end")] });
+    expect(view.all("[data-testid=token]")[2999]).toBe(last);
+    expect(view.all("[data-testid=token]").length).toBe(3001);
+  });
+
+  test("marks that turn the direction of text, and control characters, are shown", () => {
+    expect(harmless("a\u202eb\u2066c\u0000d\ne")).toBe("a[U+202E]b[U+2066]c\u2400d\ne");
+    expect(visible(" a\n")).toBe("·a↵");
+    expect(visible("")).toBe("∅");
+    expect([0.5, 0.99999, 0.0000001, 0, null].map(percent)).toEqual([
+      "50.0 %",
+      "100 %",
+      "< 0.1 %",
+      "0 %",
+      "not asked",
+    ]);
+  });
+
+  test("a part of a character, a mark of the format and an edited token look different", () => {
+    const fake = model({ tail: [cell(""), cell("🦜"), cell("<|end|>", 0.9, true), cell("x", null)] });
+    const kinds = show(generate, fake)
+      .all("[data-testid=token]")
+      .map((token) => token.className);
+    expect(kinds).toEqual([
+      "sn-token sn-partial",
+      "sn-token",
+      "sn-token sn-special",
+      "sn-token sn-edited",
+    ]);
+  });
+});
+
+describe("alternatives", () => {
+  const open = (/** @type {Record<string, any>} */ more = {}) => {
+    const fake = model({ tail: [cell("a"), cell(" b"), cell(" c")], ...more });
+    const view = show(generate, fake);
+    return { fake, view, tokens: view.all("[data-testid=token]"), popover: view.byId("alternatives") };
+  };
+
+  test("the pointer shows them, a click branches", () => {
+    const { fake, view, tokens, popover } = open();
+    expect(popover.hidden).toBe(true);
+    hover(tokens[1]);
+    expect(popover.hidden).toBe(false);
+    expect(popover.getAttribute("aria-label")).toBe("Alternatives to ·b");
+    const choices = view.all("[data-testid=alternative]");
+    expect(choices.map((one) => one.textContent)).toEqual(["·Paris75.0 %", "·<b>x</b>20.0 %"]);
+    choices[1].click();
+    expect(fake.sent).toEqual([{ action: "branch", with: { position: 1, token: 8 } }]);
+    expect(popover.hidden).toBe(true);
+  });
+
+  test("on the way to them other tokens do not take their place; away from all they go", () => {
+    const { view, tokens, popover } = open();
+    hover(tokens[0]);
+    hover(tokens[2]);
+    popover.dispatchEvent(new MouseEvent("mouseenter"));
+    vi.advanceTimersByTime(1000);
+    expect(popover.getAttribute("aria-label")).toBe("Alternatives to a");
+    hover(tokens[2]);
+    vi.advanceTimersByTime(1000);
+    expect(popover.getAttribute("aria-label")).toBe("Alternatives to ·c");
+    view.find(".sn-output").dispatchEvent(new MouseEvent("mouseleave"));
+    vi.advanceTimersByTime(1000);
+    expect(popover.hidden).toBe(true);
+  });
+
+  test("with keys alone: walk, enter, choose, write something else, leave", () => {
+    const { fake, view, tokens, popover } = open();
+    tokens[0].focus();
+    press(document.activeElement, "ArrowRight");
+    expect(document.activeElement).toBe(tokens[1]);
+    expect(tokens.map((token) => token.tabIndex)).toEqual([-1, 0, -1]);
+    press(document.activeElement, "Enter");
+    expect(document.activeElement).toBe(view.all("[data-testid=alternative]")[0]);
+    press(document.activeElement, "ArrowDown");
+    expect(document.activeElement).toBe(view.all("[data-testid=alternative]")[1]);
+    press(document.activeElement, "Escape");
+    expect(document.activeElement).toBe(tokens[1]);
+    press(document.activeElement, "ArrowDown");
+    const other = /** @type {HTMLInputElement} */ (view.byId("other"));
+    other.focus();
+    other.value = " Rome";
+    press(other, "Enter");
+    expect(fake.sent).toEqual([{ action: "branch", with: { position: 1, token: " Rome" } }]);
+    expect(popover.hidden).toBe(true);
+  });
+
+  test("while the model writes they are seen but not chosen", () => {
+    const { fake, view, tokens } = open({ state: "writing" });
+    hover(tokens[0]);
+    const choice = () => /** @type {HTMLButtonElement} */ (view.byId("alternative"));
+    expect(choice().disabled).toBe(true);
+    fake.update({ state: "idle" });
+    expect(choice().disabled).toBe(false);
+  });
+});

@@ -1,0 +1,161 @@
+"""Watch a model write, see what else it might have written, and take one of those ways.
+
+    GenerateWidget(swarm, "Once upon a time", max_new_tokens=100)     # or %swarm generate --widget
+
+It works in the background: the cell returns at once. The colour of a token says how sure the
+model was; its alternatives can be seen and chosen, and the text goes on from there with nothing
+computed twice. The same can be done from Python: `run`, `stop`, `resume`, `branch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import traitlets
+
+from swarm_notebook.widgets.base import action
+from swarm_notebook.widgets.cells import Cells
+from swarm_notebook.widgets.pictures import facts, shell
+from swarm_notebook.widgets.writing import WritingWidget
+
+if TYPE_CHECKING:
+    from swarm_notebook.writing import Token
+
+
+class GenerateWidget(WritingWidget, module="generate"):
+    """A prompt, the text that follows, and how sure the model was of each token.
+
+    Args:
+        target: a swarm, or a causal LM of transformers.
+        prompt: what to begin with.
+        chat: wrap the prompt in the tokenizer's chat template.
+        tokenizer: for a model alone; a swarm has its own.
+        options: sampling, named as in transformers: ``do_sample``, ``temperature``, ``top_p``,
+            ``top_k``, ``max_new_tokens``, ``seed``.
+
+    Attributes:
+        cells: the first part of the text, see `cells`.
+        tail: the rest of it.
+
+    Raises:
+        ValueError: there is no tokenizer, or an option is out of range.
+        TypeError: an option is unknown.
+    """
+
+    prompt = traitlets.Unicode().tag(sync=True)
+    chat = traitlets.Bool().tag(sync=True)
+    cells: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
+    tail: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
+
+    def __init__(self, target: Any, prompt: str = "", **options: Any) -> None:
+        self._cells: Cells | None = None
+        super().__init__(target, prompt=prompt, **options)
+
+    @property
+    def text(self) -> str:
+        """What was written, without the prompt and without special tokens."""
+        written = self.writer.draft.written
+        return str(self._tokenizer.decode(written, skip_special_tokens=True))
+
+    @property
+    def tokens(self) -> list[Token]:
+        """The written tokens, each with its probability and alternatives."""
+        return list(self.writer.draft.tokens)
+
+    @action
+    def run(self) -> None:
+        """Begin anew with the prompt.
+
+        Raises:
+            Busy: a run is going on.
+            ValueError: the prompt is empty, or a control is out of range.
+        """
+        sampling, ids = self.sampling, self._prompt_ids()
+        self._start(lambda: self.writer.write(ids, sampling))
+
+    @action
+    def resume(self) -> None:
+        """Go on where the text ends.
+
+        Raises:
+            Busy: a run is going on.
+            ValueError: there is no text yet.
+        """
+        sampling = self.sampling
+        self._start(lambda: self.writer.resume(sampling))
+
+    @action
+    def branch(self, position: int, token: int | str) -> None:
+        """Put something else in the place of a token and of what follows it, and go on from there.
+
+        Args:
+            position: of the written tokens, from 0.
+            token: an id, or a text of any length.
+
+        Raises:
+            Busy: a run is going on.
+            IndexError: there is no such position.
+            ValueError: the token is not in the vocabulary, or the text is empty.
+        """
+        sampling, ids = self.sampling, self._ids_of(token)
+        self._start(lambda: self.writer.branch(position, ids, sampling))
+
+    @action
+    def edit(self, position: int, token: int | str) -> None:
+        """As `branch`, but write nothing yet; see `resume`."""
+        self.writer.edit(position, self._ids_of(token))
+
+    def summary(self) -> str:
+        written = len(self.writer.draft.tokens)
+        return f"{self.title}, {written} token{'' if written == 1 else 's'} written"
+
+    def picture(self) -> str:
+        """The text in its colours."""
+        body = "".join(
+            f'<span style="--u:{0 if cell[1] is None else 1 - cell[1]:.2f}" '
+            f'title="{"" if cell[1] is None else f"{cell[1]:.1%}"}">{escape(cell[0])}</span>'
+            for cell in self.cells + self.tail
+            if not cell[2]
+        )
+        return shell(
+            f'<div class="snw-dim">{escape(self.title)}</div>'
+            f'<div class="snw-prompt">{escape(self.prompt)}</div>'
+            f'<div class="snw-text" dir="auto">{body}</div>'
+            f'<div class="snw-dim">{escape(facts(self.note, self.stats))}</div>'
+        )
+
+    def _show_text(self, values: dict[str, Any], *, ended: bool) -> float | None:
+        if self._cells is None:
+            self._cells = Cells(self._vocabulary)
+        self._cells.follow(self.writer.draft)
+        if self._cells.settled is not self.cells:
+            values["cells"] = self._cells.settled
+        values["tail"] = list(self._cells.tail)
+        return None
+
+    def _estimate_traits(self) -> list[str]:
+        return ["prompt", "chat", "max_new_tokens"]
+
+    def _prompt_ids(self) -> Sequence[int]:
+        if not self.prompt:
+            return []
+        if self.chat and self.has_template:
+            messages = [{"role": "user", "content": self.prompt}]
+            encoded = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True
+            )
+            return list(encoded["input_ids"])
+        return list(self._tokenizer(self.prompt)["input_ids"])
+
+    def _ids_of(self, token: int | str) -> list[int]:
+        if isinstance(token, str):
+            ids = list(self._tokenizer.encode(token, add_special_tokens=False))
+            if not ids:
+                raise ValueError(f"token: {token!r} has no tokens")
+            return ids
+        size = self._model.config.get_text_config().vocab_size
+        if not 0 <= token < size:
+            raise ValueError(f"token: {token} is not in the vocabulary of {size} tokens")
+        return [token]

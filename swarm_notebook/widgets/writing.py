@@ -1,0 +1,230 @@
+"""What the two widgets that write with a model have in common: the run, its settings, its facts.
+
+The writing itself is `swarm_notebook.writing.Writer`, on a thread of its own. Whatever changes
+there asks a second thread (`Paced`) to tell the views; the kernel's main thread does nothing per
+token.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import traitlets
+
+from swarm_notebook.errors import SwarmError
+from swarm_notebook.formatting import model_title
+from swarm_notebook.swarm import Swarm
+from swarm_notebook.widgets.base import Widget, action
+from swarm_notebook.widgets.paced import Paced
+from swarm_notebook.writing import Sampling, Vocabulary, Writer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from swarm_notebook.cost import Bill
+
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+
+
+class WritingWidget(Widget):
+    """A model, how to sample from it, and the run that is going on.
+
+    Args:
+        target: a swarm, or a causal LM of transformers.
+        tokenizer: for a model alone; a swarm has its own.
+        options: of `Sampling`, and other traits. What is not given is taken from the model's own
+            generation config.
+
+    Attributes:
+        writer: what writes; its draft has the tokens.
+        state: ``idle``, ``reading`` the prompt, ``writing`` or ``stopping``.
+        note: what became of the last run, in a few words.
+        stats: how fast the last run was: ``tokens``, ``computed`` (prompt tokens that had to be
+            read), ``first`` (seconds to the first token), ``rate`` (tokens per second), ``shares``
+            (pairs of a server's name and its part of the time) and ``lost`` (servers).
+        preview: what the next run will take, for a swarm.
+        bill: what the last one took.
+
+    Raises:
+        ValueError: there is no tokenizer, or a sampling argument is out of range.
+        TypeError: an option is unknown.
+    """
+
+    title = traitlets.Unicode().tag(sync=True)
+    has_template = traitlets.Bool(help="the tokenizer has a chat template").tag(sync=True)
+    do_sample = traitlets.Bool().tag(sync=True)
+    temperature = traitlets.CFloat().tag(sync=True)
+    top_p = traitlets.CFloat().tag(sync=True)
+    top_k = traitlets.Int().tag(sync=True)
+    max_new_tokens = traitlets.Int().tag(sync=True)
+    seed = traitlets.Int(None, allow_none=True).tag(sync=True)
+    state = traitlets.Unicode("idle").tag(sync=True)
+    progress = traitlets.List(traitlets.Int(), help="tokens read, of how many").tag(sync=True)
+    note = traitlets.Unicode().tag(sync=True)
+    stats: traitlets.Dict[str, Any] = traitlets.Dict().tag(sync=True)
+    preview = traitlets.Unicode().tag(sync=True)
+    bill = traitlets.Unicode().tag(sync=True)
+
+    def __init__(
+        self,
+        target: Any,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> None:
+        swarm = target if isinstance(target, Swarm) else None
+        model = target.model if isinstance(target, Swarm) else target
+        found: Any = tokenizer or (swarm.tokenizer if swarm else None)
+        if found is None:
+            raise ValueError("tokenizer: the model comes without one; give it with tokenizer=…")
+        self._swarm, self._model, self._tokenizer = swarm, model, found
+        chosen = {name: options.pop(name) for name in SAMPLING if name in options}
+        sampling = Sampling.of(model, **chosen)
+        self._vocabulary = Vocabulary(found)
+        self._estimated: tuple[Any, ...] = ()
+        self._before: Bill | None = None
+        # Runs that were begun, and those whose end the views know.
+        self._runs = self._told = 0
+        self._counting = threading.Condition()
+        self._views = Paced(self._show)
+        self.writer = Writer(model, self._changed)
+        name = swarm.name if swarm else str(model.config._name_or_path) or type(model).__name__
+        super().__init__(
+            title=model_title(name),
+            has_template=bool(getattr(found, "chat_template", None)),
+            **{key: getattr(sampling, key) for key in SAMPLING},
+            **options,
+        )
+        self.observe(lambda _: self._views.ask(), self._estimate_traits())
+        self._views.ask()
+
+    @property
+    def sampling(self) -> Sampling:
+        """What the controls say.
+
+        Raises:
+            ValueError: a value is out of range; the message names it.
+        """
+        return Sampling(**{name: getattr(self, name) for name in SAMPLING})
+
+    @action
+    def stop(self) -> None:
+        """End the run after the present token; asked twice, at once. Text and cache are kept."""
+        self.writer.stop()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the run to end and the views to know; whether it has.
+
+        An interrupt of the kernel stops the run and is raised.
+        """
+        runs = self._runs
+        if not self.writer.wait(timeout):
+            return False
+        with self._counting:
+            return self._counting.wait_for(lambda: self._told >= runs, timeout)
+
+    def close(self) -> None:
+        """End the run and the views; the text stays."""
+        if "writer" in self.__dict__:  # else it is one whose arguments were wrong
+            self.writer.close()
+        super().close()
+
+    def _start(self, begin: Callable[[], None]) -> None:
+        """Begin a run; what `begin` raises means that there is none."""
+        before = self._swarm.bill() if self._swarm is not None else None
+        with self._counting:
+            begin()
+            self._before = before
+            self._runs += 1
+
+    def _changed(self) -> None:
+        """The writer's state or text has changed; called in its thread as well."""
+        self._views.ask()
+
+    def _show(self) -> float | None:
+        """Tell the views; runs in a thread of its own."""
+        writer, pause = self.writer, None
+        with self._counting:
+            state, runs = writer.state, self._runs
+            ended = state == "idle" and self._told < runs
+        if self.comm is None:
+            self._tell(runs)
+            return None
+        with self.showing_errors():
+            values: dict[str, Any] = {}
+            if ended:
+                values |= self._ending()
+            pause = self._show_text(values, ended=ended)
+            timing = writer.timing
+            if timing is not None:
+                values["stats"] = {
+                    "tokens": timing.tokens,
+                    "computed": timing.computed,
+                    "first": timing.to_first,
+                    "rate": timing.per_second,
+                    "shares": [[name, round(part, 4)] for name, part in timing.shares.items()],
+                    "lost": timing.lost,
+                }
+            total = len(writer.draft.prompt) + len(writer.draft.tokens)
+            values["progress"] = [writer.read, total] if state == "reading" and writer.read else []
+            if state == "idle":
+                values["preview"] = self._estimate()
+            self.update(state=state, **values)
+        if ended:
+            self._tell(runs)
+        return pause
+
+    def _tell(self, runs: int) -> None:
+        """The views know how so many runs ended."""
+        with self._counting:
+            self._told = runs
+            self._counting.notify_all()
+
+    def _show_text(self, values: dict[str, Any], *, ended: bool) -> float | None:
+        """Add to ``values`` what shows the text; may ask for a longer pause before the next."""
+        raise NotImplementedError
+
+    def _ending(self) -> dict[str, Any]:
+        """What to say of a run that has ended."""
+        writer = self.writer
+        bill = ""
+        if self._swarm is not None and self._before is not None and self._swarm.connected:
+            bill = (self._swarm.bill() - self._before).line
+        if writer.error is not None:
+            error = f"{type(writer.error).__name__}: {writer.error}"
+            return {"note": "ended by an error; the text is kept", "error": error, "bill": bill}
+        return {"note": self._verdict(), "bill": bill}
+
+    def _verdict(self) -> str:
+        written = self.writer.timing.tokens if self.writer.timing is not None else 0
+        if self.writer.finished:
+            return "finished"
+        if written >= self.max_new_tokens:
+            return f"reached max_new_tokens ({written})"
+        return "stopped"
+
+    def _estimate_traits(self) -> list[str]:
+        """Traits that the preview depends on."""
+        return ["max_new_tokens"]
+
+    def _prompt_ids(self) -> Sequence[int]:
+        """The ids of what would be written after, with what the widget holds now."""
+        raise NotImplementedError
+
+    def _estimate(self) -> str:
+        """What a run will take, or nothing if that cannot be told."""
+        if self._swarm is None or not self._swarm.connected:
+            return ""
+        inputs = (*(getattr(self, name) for name in self._estimate_traits()), self.bill)
+        if inputs == self._estimated:
+            return self.preview
+        self._estimated = inputs
+        count = len(self._prompt_ids())
+        if not count or self.max_new_tokens < 1:
+            return ""
+        try:
+            return self._swarm.preview(prompt_tokens=count, max_new_tokens=self.max_new_tokens).line
+        except SwarmError as error:
+            return str(error)

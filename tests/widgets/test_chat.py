@@ -1,0 +1,208 @@
+"""The Chat widget: turns, what is read again and what is not, and hostile answers."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import swarm_notebook as sn
+from swarm_notebook.client.events import HopTimes
+from swarm_notebook.client.hop import Hop
+from swarm_notebook.client.request import Outputs, Request
+from swarm_notebook.errors import Busy
+from swarm_notebook.widgets import ChatWidget
+
+GERMANY, FRANCE = "What is the capital of Germany?", "And what is the capital of France?"
+ANSWER = "The capital of Germany is Berlin."
+SECONDS = 60.0
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'][0] + ':' + message['content'] + ';' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def swarm(demo_swarm: sn.LocalSwarm) -> Iterator[sn.Swarm]:
+    with sn.connect(demo_swarm.initial_peers, model=demo_swarm.model) as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def chat(lettered: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatWidget]:
+    """With the local tiny model, which talks on and on."""
+    monkeypatch.setattr(lettered.model.generation_config, "eos_token_id", None)
+    tokenizer = copy.deepcopy(lettered.tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    widget = ChatWidget(lettered.model, tokenizer=tokenizer, max_new_tokens=8)
+    yield widget
+    widget.close()
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens per request to the first server."""
+    lengths: list[int] = []
+    run = Hop.run
+
+    async def counted(hop: Hop, request: Request) -> tuple[Outputs, HopTimes]:
+        if hop.start == 0:
+            lengths.append(request.hidden.shape[1])
+        return await run(hop, request)
+
+    monkeypatch.setattr(Hop, "run", counted)
+    return lengths
+
+
+def act(widget: ChatWidget, action: str, **arguments: Any) -> None:
+    """As the script does it."""
+    widget._handle_custom_msg({"action": action, "with": arguments}, [])
+
+
+def answered(widget: ChatWidget) -> str:
+    assert widget.wait(SECONDS)
+    assert not widget.error
+    assert widget.messages[-1]["role"] == "assistant"
+    return widget.messages[-1]["content"]
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def template_ids(swarm: sn.Swarm, messages: list[dict[str, str]]) -> list[int]:
+    tokenizer: Any = swarm.tokenizer
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def test_a_conversation_reads_only_what_is_new(swarm: sn.Swarm, sent: list[int]) -> None:
+    chat = ChatWidget(swarm, max_new_tokens=24)
+    try:
+        act(chat, "send", text=GERMANY)
+        assert answered(chat) == ANSWER
+        assert [turn["role"] for turn in chat.turns] == ["user", "assistant"]
+        assert chat.turns[1]["html"] == f"<p>{ANSWER}</p>\n"
+        assert chat.live == ""
+        assert chat.note == "finished"
+        first = len(template_ids(swarm, chat.messages[:1]))
+        assert sent[0] == first
+        known = first + len(sent) - 1  # the last written token has not been read
+        sent.clear()
+        act(chat, "send", text=FRANCE)
+        assert "Paris" in answered(chat)
+        messages = chat.messages
+        assert [message["content"] for message in messages[::2]] == [GERMANY, FRANCE]
+        assert sent[0] == len(template_ids(swarm, messages[:3])) - known
+        assert chat.stats["computed"] == sent[0]
+        assert "requests to 2 servers" in chat.preview
+        expected = swarm.model.generate(  # type: ignore[operator]
+            **swarm.tokenizer.apply_chat_template(  # type: ignore[union-attr]
+                messages[:3], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            ),
+            max_new_tokens=24,
+            do_sample=False,
+        )
+        assert chat.writer.draft.ids == expected[0].tolist()
+
+        # Asked again, only the last token of the question is read again.
+        sent.clear()
+        act(chat, "retry")
+        assert answered(chat) == messages[-1]["content"]
+        assert sent[0] == 1
+        assert len(chat.messages) == 4
+
+        # An edited question shares its beginning with the old one.
+        sent.clear()
+        act(chat, "edit", turn=0, text="What is the capital of Italy?")
+        assert "Rome" in answered(chat)
+        assert len(chat.turns) == 2
+        assert sent[0] < 12
+    finally:
+        chat.close()
+
+
+def test_stop_keeps_what_was_said_and_it_can_go_on(chat: ChatWidget) -> None:
+    chat.max_new_tokens = 150
+    chat.send("Hi")
+    with pytest.raises(Busy):
+        chat.send("again")
+    with pytest.raises(Busy):
+        chat.clear()
+    until(lambda: bool(chat.live))
+    act(chat, "stop")
+    part = answered(chat)
+    assert chat.note == "stopped"
+    count = len(chat.writer.draft.tokens)
+    assert 0 < count < 150
+    chat.max_new_tokens = 5
+    act(chat, "resume")
+    assert answered(chat)[: len(part)] == part
+    assert len(chat.writer.draft.tokens) == count + 5
+    assert [turn["text"] for turn in chat.turns] == ["Hi", answered(chat)]
+
+
+def test_turns_can_be_edited_and_exported(chat: ChatWidget) -> None:
+    chat.send("one")
+    answered(chat)
+    act(chat, "edit", turn=1, text="my <b>own</b> words")
+    assert chat.messages[1] == {"role": "assistant", "content": "my <b>own</b> words"}
+    assert "&lt;b&gt;" in chat.turns[1]["html"]
+    act(chat, "resume")
+    assert "no answer of the model to go on with" in chat.error
+    act(chat, "dismiss")
+    act(chat, "send", text="two")
+    answered(chat)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    act(chat, "edit", turn=9, text="x")
+    assert "IndexError: turn: 9" in chat.error
+    chat.messages[0]["content"] = "a copy"
+    assert chat.messages[0]["content"] == "one"
+    chat.clear()
+    assert chat.messages == []
+    act(chat, "retry")
+    assert "nothing was asked yet" in chat.error
+
+
+def test_messages_and_instructions_to_begin_with(lettered: Any) -> None:
+    tokenizer = copy.deepcopy(lettered.tokenizer)
+    with pytest.raises(ValueError, match="no chat template"):
+        ChatWidget(lettered.model, tokenizer=tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    given = [{"role": "user", "content": "<script>x</script>"}]
+    chat = ChatWidget(lettered.model, given, system="Be brief", tokenizer=tokenizer)
+    assert chat.messages == [{"role": "system", "content": "Be brief"}, *given]
+    assert "<script>" not in chat.picture()
+    assert "&lt;script&gt;" in chat.picture()
+    assert repr(chat).endswith("2 messages>")
+    chat.clear()
+    assert [message["role"] for message in chat.messages] == ["system"]
+    chat.close()
+    with pytest.raises(ValueError, match=r"messages: .* is not of the form"):
+        ChatWidget(lettered.model, [{"role": "robot", "content": "x"}], tokenizer=tokenizer)
+
+
+def test_an_error_ends_the_turn_and_the_conversation_goes_on(
+    chat: ChatWidget, lettered: Any
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = lettered.model.register_forward_pre_hook(fail)
+    try:
+        chat.send("Hi")
+        assert chat.wait(SECONDS)
+    finally:
+        handle.remove()
+    assert chat.error == "RuntimeError: out of memory"
+    assert [message["role"] for message in chat.messages] == ["user"]
+    act(chat, "dismiss")
+    act(chat, "retry")
+    assert answered(chat)
+    assert len(chat.writer.draft.tokens) == 8

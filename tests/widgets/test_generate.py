@@ -1,0 +1,255 @@
+"""The Generate widget: what a browser is sent, what its buttons do; hostile text is text."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import swarm_notebook as sn
+from swarm_notebook.client.events import HopTimes
+from swarm_notebook.client.hop import Hop
+from swarm_notebook.client.request import Outputs, Request
+from swarm_notebook.errors import Busy
+from swarm_notebook.widgets import GenerateWidget
+from swarm_notebook.widgets.cells import TAIL, Cells
+from swarm_notebook.widgets.paced import Paced
+from swarm_notebook.writing import Draft, Token, Vocabulary
+
+QUESTION = "What is the capital of Germany?"
+ANSWER = "The capital of Germany is Berlin."
+SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def swarm(demo_swarm: sn.LocalSwarm) -> Iterator[sn.Swarm]:
+    with sn.connect(demo_swarm.initial_peers, model=demo_swarm.model) as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def make(lettered: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., GenerateWidget]]:
+    """Widgets of the local tiny model, which writes on and on; closed in the end."""
+    monkeypatch.setattr(lettered.model.generation_config, "eos_token_id", None)
+    made: list[GenerateWidget] = []
+
+    def make(prompt: str = "Hello", **options: Any) -> GenerateWidget:
+        options = {"tokenizer": lettered.tokenizer, "max_new_tokens": 12, **options}
+        made.append(GenerateWidget(lettered.model, prompt, **options))
+        return made[-1]
+
+    yield make
+    for widget in made:
+        widget.close()
+
+
+def act(widget: GenerateWidget, action: str, **arguments: Any) -> None:
+    """As the script does it."""
+    widget._handle_custom_msg({"action": action, "with": arguments}, [])
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def cells(widget: GenerateWidget) -> list[Any]:
+    return widget.cells + widget.tail
+
+
+def test_an_answer_of_the_swarm(swarm: sn.Swarm) -> None:
+    widget = GenerateWidget(swarm, QUESTION, chat=True, max_new_tokens=30)
+    try:
+        until(lambda: "requests to 2 servers" in widget.preview)
+        act(widget, "run")
+        assert widget.wait(SECONDS)
+        assert widget.text == ANSWER
+        assert (widget.state, widget.note, widget.error) == ("idle", "finished", "")
+        assert "".join(cell[0] for cell in cells(widget) if not cell[2]) == ANSWER
+        assert cells(widget)[-1][2]  # the end mark, which is no text
+        assert [name for name, _ in widget.stats["shares"]] == ["local-0", "local-1"]
+        assert widget.stats["tokens"] == len(widget.tokens)
+        assert widget.stats["rate"] > 0
+        assert "2 servers" in widget.bill
+        assert ANSWER not in widget.picture()  # each token is a cell of its own
+        assert "Berlin</span>" in widget.picture()
+        assert repr(widget).endswith(f"{len(widget.tokens)} tokens written>")
+    finally:
+        widget.close()
+
+
+def test_a_branch_goes_on_from_there_and_sends_only_what_is_new(
+    swarm: sn.Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widget = GenerateWidget(swarm, QUESTION, chat=True, max_new_tokens=12)
+    try:
+        widget.run()
+        assert widget.wait(SECONDS)
+        written, position = widget.writer.draft.written, 2
+        token = next(one for one, *_ in cells(widget)[position][3] if one != written[position])
+        sent: list[int] = []
+        run = Hop.run
+
+        async def counted(hop: Hop, request: Request) -> tuple[Outputs, HopTimes]:
+            sent.append(request.hidden.shape[1])
+            return await run(hop, request)
+
+        monkeypatch.setattr(Hop, "run", counted)
+        act(widget, "branch", position=position, token=token)
+        assert widget.wait(SECONDS)
+        assert not widget.error
+        assert set(sent) == {1}
+        draft = widget.writer.draft
+        assert draft.written[: position + 1] == [*written[:position], token]
+        ids = torch.tensor([draft.prompt + draft.written[: position + 1]])
+        fresh = swarm.model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )
+        assert draft.ids == fresh[0].tolist()
+    finally:
+        widget.close()
+
+
+def test_the_cell_returns_at_once_and_stop_ends_within_a_token(make: Any) -> None:
+    widget = make(max_new_tokens=200)
+    widget.run()
+    with pytest.raises(Busy):
+        widget.run()
+    until(lambda: len(cells(widget)) >= 5)
+    assert widget.state == "writing"
+    seen = len(widget.writer.draft.tokens)
+    act(widget, "stop")
+    assert widget.wait(SECONDS)
+    assert len(widget.tokens) - seen <= 3  # some may have come between the two lines above
+    assert widget.note == "stopped"
+    before, count = widget.text, len(widget.tokens)
+    act(widget, "resume")
+    until(lambda: len(widget.tokens) > count)
+    widget.stop()
+    assert widget.wait(SECONDS)
+    assert widget.text.startswith(before)
+
+
+def test_two_views_and_a_reload_see_one_state(make: Any) -> None:
+    widget = make()
+    widget.run()
+    assert widget.wait(SECONDS)
+    state = json.loads(json.dumps(widget.get_state(["cells", "tail", "note", "stats"])))
+    assert "".join(cell[0] for cell in state["cells"] + state["tail"]) == widget.text
+    assert state["note"] == "reached max_new_tokens (12)"
+
+
+def test_the_controls_are_those_of_transformers(make: Any, lettered: Any) -> None:
+    with pytest.raises(TypeError, match="no argument beams"):
+        make(beams=3)
+    with pytest.raises(ValueError, match="tokenizer"):
+        GenerateWidget(lettered.model)
+    widget = make(do_sample=True, temperature=1.7, seed=3)
+    widget.run()
+    assert widget.wait(SECONDS)
+    torch.manual_seed(3)
+    inputs = lettered.tokenizer("Hello", return_tensors="pt")
+    expected = lettered.model.generate(**inputs, do_sample=True, temperature=1.7, max_new_tokens=12)
+    assert widget.writer.draft.ids == expected[0].tolist()
+    widget.set_state({"temperature": 0})
+    act(widget, "run")
+    assert widget.error.startswith("ValueError: temperature: 0")
+    act(widget, "dismiss")
+    widget.set_state({"temperature": 1, "prompt": ""})
+    act(widget, "run")
+    assert "prompt: it has no tokens" in widget.error
+
+
+@pytest.mark.parametrize(("position", "token"), [(99, 5), (0, 10**6), (0, "")])
+def test_an_impossible_branch_is_told_and_harms_nothing(
+    make: Any, position: int, token: int | str
+) -> None:
+    widget = make()
+    widget.run()
+    assert widget.wait(SECONDS)
+    text = widget.text
+    act(widget, "branch", position=position, token=token)
+    assert ("IndexError" if position else "ValueError") in widget.error
+    assert widget.text == text
+    assert widget.wait(1)
+
+
+def test_an_error_stands_in_the_panel_and_the_text_stays(
+    make: Any, lettered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widget = make("x" * 250, max_new_tokens=40)
+    calls: list[int] = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("the disk is <b>full</b>")
+
+    handle = lettered.model.register_forward_pre_hook(fail)
+    try:
+        widget.run()
+        assert widget.wait(SECONDS)
+    finally:
+        handle.remove()
+    assert widget.error == "RuntimeError: the disk is <b>full</b>"
+    assert widget.note == "ended by an error; the text is kept"
+    assert len(widget.tokens) == 3
+    widget.resume()
+    assert widget.wait(SECONDS)
+    assert len(widget.tokens) == 43
+
+
+def test_hostile_text_is_escaped_in_the_picture(make: Any) -> None:
+    widget = make("<script>alert(1)</script>")
+    widget.run()
+    assert widget.wait(SECONDS)
+    widget.branch(0, "<img src=x onerror=alert(1)>")
+    assert widget.wait(SECONDS)
+    assert "<script>" not in widget.picture()
+    assert "<img" not in widget.picture()
+    assert widget.text.startswith("<img src=x onerror=alert(1)>")
+
+
+def test_cells_of_a_long_text_are_sent_in_short_pieces(lettered: Any) -> None:
+    shown = Cells(Vocabulary(lettered.tokenizer))
+    draft = Draft([5, 6])
+    settled = 0
+    for step in range(20_000):
+        draft.tokens.append(Token(40 + step % 60, 0.5, ((40, 0.5), (41, 0.25))))
+        if step % 4 == 0:
+            before = shown.settled
+            shown.follow(draft)
+            assert len(shown.tail) <= TAIL
+            settled += shown.settled is not before
+    shown.follow(draft)
+    assert settled <= 20_000 / TAIL
+    assert shown.text == lettered.tokenizer.decode(draft.written, skip_special_tokens=True)
+    draft.replace(100, [50])
+    shown.follow(draft)
+    assert len(shown.all) == 101
+    assert shown.text == lettered.tokenizer.decode(draft.written, skip_special_tokens=True)
+
+
+def test_the_views_are_told_soon_and_not_too_often() -> None:
+    done: list[float] = []
+    paced = Paced(lambda: done.append(time.monotonic()), period=0.05)
+    began = time.monotonic()
+    while time.monotonic() < began + 0.3:
+        paced.ask()
+        time.sleep(0.001)
+    asked = time.monotonic()
+    until(lambda: done[-1] >= asked or paced._thread is None)
+    assert 1 <= len(done) <= 10
+    assert all(later - one >= 0.05 for one, later in itertools.pairwise(done))
+    until(lambda: paced._thread is None)
+    assert "swarm_notebook-paced" not in {thread.name for thread in threading.enumerate()}
+    paced.ask()
+    until(lambda: done[-1] > asked)
