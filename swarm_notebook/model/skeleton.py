@@ -86,9 +86,13 @@ class RemoteGenerator(RemoteModel):
                 cache.leave()
             raise interrupt.with_traceback(None) from None
 
-    def new_cache(self) -> RemoteCache:
-        """An empty cache, to be given to several calls of the model or of ``generate``."""
-        return RemoteCache(self._runner.connection)
+    def new_cache(self, max_length: int | None = None) -> RemoteCache:
+        """An empty cache, to be given to several calls of the model or of ``generate``.
+
+        Args:
+            max_length: tokens that Petals' servers are to reserve; ours need not know.
+        """
+        return RemoteCache(self._runner.connection, max_length=max_length)
 
     def _prepare_cache_for_generation(
         self,

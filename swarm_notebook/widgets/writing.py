@@ -173,6 +173,7 @@ class WritingWidget(Widget):
                 values["preview"] = self._estimate()
             self.update(state=state, **values)
         if ended:
+            self.update(state="idle")  # also if showing the text has failed
             self._tell(runs)
         return pause
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from swarm_notebook.writing.draft import common_prefix
 
+_ROOM = 2048  # tokens that a text may have, at least, without asking Petals' servers for more
+
 
 class KeysAndValues:
     """What a model has computed for the beginning of a text.
@@ -30,15 +32,19 @@ class KeysAndValues:
         held = self._ids[: self._cache.get_seq_length()]
         return max(0, min(common_prefix(held, ids), len(ids) - 1))
 
-    def prepare(self, ids: Sequence[int]) -> Any:
-        """The cache to give to the model along with ``ids``, or None if it makes its own."""
+    def prepare(self, ids: Sequence[int], new: int) -> Any:
+        """The cache to give to the model along with ``ids``, or None if it makes its own.
+
+        Args:
+            new: how many tokens are to be written.
+        """
         keep = self.known(ids)
         extra = self._cache.get_seq_length() - keep if self._cache is not None else 0
         if extra and (keep == 0 or not _exact(self._cache)):
             self.forget()
             extra = 0
         if self._cache is None:
-            self._cache = self._new()
+            self._cache = self._new(max(_ROOM, 2 * (len(ids) + new)))
         if extra:
             self._cache.crop(-extra)
         self._ids = list(ids)
@@ -72,9 +78,9 @@ class KeysAndValues:
         """How many servers were lost since the cache was made."""
         return self._cache.session.failovers if self._remote and self._cache is not None else 0
 
-    def _new(self) -> Any:
+    def _new(self, room: int) -> Any:
         if self._remote:
-            return self._model.new_cache()
+            return self._model.new_cache(max_length=room)
         from transformers import DynamicCache
 
         if not self._model._supports_default_dynamic_cache():

@@ -200,7 +200,7 @@ class Writer:
             raise RuntimeError("a run needs its clock and its randomness")
         lost = self._keys.lost()
         timing.computed = len(ids) - self._keys.known(ids)
-        cache = self._keys.prepare(ids)
+        cache = self._keys.prepare(ids, sampling.max_new_tokens)
         if cache is not None and not self._read(ids, cache, timing):
             return
         predictions = Predictions(self._alternatives)
