@@ -68,11 +68,15 @@ class KeysAndValues:
     def latest(self) -> dict[str, float]:
         """The seconds that each server took in the latest pass, with the way there and back."""
         step = self._cache.session.latest if self._remote and self._cache is not None else None
+        if step is None:
+            return {}
         seconds: dict[str, float] = {}
-        for hop in step.hops if step is not None else ():
+        for hop in step.hops:
             took = hop.serialisation + hop.network + hop.queue + hop.compute
             seconds[hop.name] = seconds.get(hop.name, 0.0) + took
-        return seconds
+        # With parts of a long prompt they work at the same time: each gets its share.
+        share = min(1.0, (step.ended - step.began) / max(sum(seconds.values()), 1e-9))
+        return {name: share * took for name, took in seconds.items()}
 
     def lost(self) -> int:
         """How many servers were lost since the cache was made."""

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import swarm_notebook as sn
-from swarm_notebook.client.events import HopTimes
-from swarm_notebook.client.hop import Hop
-from swarm_notebook.client.request import Outputs, Request
+from swarm_notebook.client.hop import Hop, Way
+from swarm_notebook.client.request import Request
 from swarm_notebook.errors import Busy
 from swarm_notebook.widgets import GenerateWidget
 from swarm_notebook.widgets.cells import TAIL, Cells
@@ -96,13 +95,13 @@ def test_a_branch_goes_on_from_there_and_sends_only_what_is_new(
         written, position = widget.writer.draft.written, 2
         token = next(one for one, *_ in cells(widget)[position][3] if one != written[position])
         sent: list[int] = []
-        run = Hop.run
+        send = Hop.send
 
-        async def counted(hop: Hop, request: Request) -> tuple[Outputs, HopTimes]:
+        async def counted(hop: Hop, request: Request, way: Way) -> float:
             sent.append(request.hidden.shape[1])
-            return await run(hop, request)
+            return await send(hop, request, way)
 
-        monkeypatch.setattr(Hop, "run", counted)
+        monkeypatch.setattr(Hop, "send", counted)
         act(widget, "branch", position=position, token=token)
         assert widget.wait(SECONDS)
         assert not widget.error

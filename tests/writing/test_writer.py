@@ -14,9 +14,8 @@ import pytest
 import torch
 from scene import Scene
 
-from swarm_notebook.client.events import HopTimes
-from swarm_notebook.client.hop import Hop
-from swarm_notebook.client.request import Outputs, Request
+from swarm_notebook.client.hop import Hop, Way
+from swarm_notebook.client.request import Request
 from swarm_notebook.errors import Busy, MissingBlocks
 from swarm_notebook.writing import Sampling, Writer
 from swarm_notebook.writing.writer import READ_AT_ONCE
@@ -87,13 +86,13 @@ def plain(model: Any, ids: list[int], count: int = NEW, **options: Any) -> list[
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens per request, over all requests to all servers."""
     lengths: list[int] = []
-    run = Hop.run
+    send = Hop.send
 
-    async def counted(hop: Hop, request: Request) -> tuple[Outputs, HopTimes]:
+    async def counted(hop: Hop, request: Request, way: Way) -> float:
         lengths.append(request.hidden.shape[1])
-        return await run(hop, request)
+        return await send(hop, request, way)
 
-    monkeypatch.setattr(Hop, "run", counted)
+    monkeypatch.setattr(Hop, "send", counted)
     return lengths
 
 
@@ -281,22 +280,22 @@ def test_a_second_stop_does_not_wait_for_the_token(tiny_scene: Scene) -> None:
 
 def test_an_error_is_kept_with_the_text(tiny_scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = prompt(tiny_scene, 11)
-    run = Hop.run
+    send = Hop.send
     lost: list[bool] = []
 
-    async def failing(hop: Hop, request: Request) -> tuple[Outputs, HopTimes]:
+    async def failing(hop: Hop, request: Request, way: Way) -> float:
         if lost:
             raise MissingBlocks("no server holds blocks 2:5")
-        return await run(hop, request)
+        return await send(hop, request, way)
 
-    monkeypatch.setattr(Hop, "run", failing)
+    monkeypatch.setattr(Hop, "send", failing)
     with writing(tiny_scene.remote, at_token(4, lambda _: lost.append(True))) as writer:
         writer.write(ids, GREEDY)
         assert writer.wait(SECONDS)
         assert isinstance(writer.error, MissingBlocks)
         assert len(writer.draft.tokens) == 4
         lost.clear()
-        monkeypatch.setattr(Hop, "run", run)
+        monkeypatch.setattr(Hop, "send", send)
         writer.resume(Sampling(max_new_tokens=NEW - 4))
         assert finish(writer) == plain(tiny_scene.reference, ids)
 
