@@ -67,6 +67,7 @@ class ChatWidget(WritingWidget, module="chat"):
         self._answering = False
         first = [{"role": "system", "content": system}] if system else []
         self._messages = [_message(one) for one in [*first, *messages]]
+        self._shown = self._messages  # the list that the views know; each change makes a new one
         super().__init__(target, turns=[_turn(one) for one in self._messages], **options)
         if not self.has_template:
             self.close()
@@ -140,7 +141,7 @@ class ChatWidget(WritingWidget, module="chat"):
             if last.get("role") != "assistant" or last["content"] != self._written():
                 raise ValueError("there is no answer of the model to go on with")
             self._start(lambda: self.writer.resume(sampling))
-            self._messages.pop()
+            self._messages = self._messages[:-1]
             self._answering = True
         self._views.ask()
 
@@ -184,7 +185,7 @@ class ChatWidget(WritingWidget, module="chat"):
     def _replace(self, messages: list[Message]) -> None:
         with self._talking:
             self._refuse_if_answering()
-            self._messages = messages
+            self._messages = self._shown = messages
         self.update(turns=[_turn(one) for one in messages], note="")
         self._views.ask()
 
@@ -200,7 +201,7 @@ class ChatWidget(WritingWidget, module="chat"):
         with self._talking:
             if not self._answering:
                 return None
-            text, began = self._written(), time.monotonic()
+            began, text = time.monotonic(), self._written()
             if ended:
                 self._answering = False
                 if text:
@@ -208,8 +209,9 @@ class ChatWidget(WritingWidget, module="chat"):
                 values["live"] = ""
             else:
                 values["live"] = markdown.render(text)
-            if ended or len(self.turns) != len(self._messages):
+            if self._shown is not self._messages:
                 values["turns"] = [_turn(one) for one in self._messages]
+                self._shown = self._messages
         return (time.monotonic() - began) / _RENDERING
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
