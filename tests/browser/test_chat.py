@@ -1,0 +1,62 @@
+"""``%swarm chat``: turns, Stop, retry, an edited turn; what was typed is never taken for HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from browser.notebook import Notebook
+from playwright.sync_api import Locator, expect
+
+
+@pytest.fixture(scope="module")
+def chat(notebook: Notebook) -> Locator:
+    return notebook.run("%swarm chat -n 60").get_by_test_id("chat").first
+
+
+def say(chat: Locator, text: str) -> None:
+    chat.get_by_test_id("message").fill(text)
+    chat.get_by_test_id("message").press("Enter")
+
+
+def turns(chat: Locator) -> Locator:
+    return chat.get_by_test_id("turn")
+
+
+def idle(chat: Locator) -> None:
+    expect(chat.get_by_test_id("stop")).to_be_disabled(timeout=60_000)
+
+
+def test_a_question_is_answered(notebook: Notebook, chat: Locator) -> None:
+    say(chat, "What is the capital of Germany?")
+    expect(turns(chat).nth(1)).to_contain_text("The capital of Germany is Berlin.", timeout=60_000)
+    idle(chat)
+    assert notebook.value("[m['role'] for m in chat.messages]") == "['user', 'assistant']"
+
+
+def test_an_edited_turn_replaces_what_followed(notebook: Notebook, chat: Locator) -> None:
+    turns(chat).first.get_by_test_id("edit").click()
+    edit = chat.get_by_test_id("edit-text")
+    edit.fill("What is the capital of <b>France</b>?")
+    edit.press("Enter")
+    expect(turns(chat).nth(1)).to_contain_text("Paris", timeout=60_000)
+    idle(chat)
+    expect(turns(chat)).to_have_count(2)
+    expect(turns(chat).first.locator("b")).to_have_count(0)
+
+
+def test_stop_and_retry(chat: Locator) -> None:
+    say(chat, "Tell me a long story about the sea.")
+    expect(chat.get_by_test_id("live")).to_contain_text(" ", timeout=60_000)
+    chat.get_by_test_id("stop").click()
+    idle(chat)
+    expect(turns(chat)).to_have_count(4)
+    chat.get_by_test_id("retry").click()
+    expect(chat.get_by_test_id("stop")).to_be_enabled()
+    chat.get_by_test_id("stop").click()
+    idle(chat)
+    expect(turns(chat)).to_have_count(4)
+
+
+def test_pictures(chat: Locator, picture: Callable[[Locator, str], None]) -> None:
+    picture(chat, "chat")
