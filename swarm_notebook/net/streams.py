@@ -10,6 +10,7 @@ message, a bound on the length that a peer may declare, and typed errors.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 1 << 30
 UNHEARD_SECONDS = 20.0
+LINGER_SECONDS = 10.0
+MAX_LINGERING = 64
 _HEADER_BYTES = 9
 _MESSAGE, _ERROR = 0, 1
 # Below this a frame is written as one piece: one system call instead of two.
@@ -110,6 +113,13 @@ class Stream:
         """End this direction after what is still in the buffer."""
         self._writer.close()
 
+    async def linger(self) -> None:
+        """Wait until the other side has closed the stream, and ignore what it still says."""
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while await self._reader.read(_JOIN_BYTES):
+                    pass
+
     def abort(self) -> None:
         """End both directions now; a peer that reads no more cannot hold this up."""
         self._writer.transport.abort()
@@ -160,14 +170,27 @@ async def add_stream_handler(
     handler: Callable[[Stream, PeerID], Awaitable[None]],
     max_frame: int = MAX_FRAME_BYTES,
 ) -> None:
-    """Serve `name`: `handler` runs once per stream; what it raises travels as an error frame."""
+    """Serve `name`: `handler` runs once per stream; what it raises travels as an error frame.
+
+    Who has said the last word must not be the first to close: p2pd then sometimes resets the
+    stream, and a reset overtakes what the other side has not read yet, such as that last word. So
+    the stream stays until the peer has closed it, for a while and for so many peers at once.
+    """
+    lingering = 0
 
     async def on_stream(
         info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        nonlocal lingering
         stream = Stream(reader, writer, info.peer_id.to_base58(), max_frame)
         try:
             await _guarded(stream, handler(stream, info.peer_id))
+            if lingering < MAX_LINGERING:
+                lingering += 1
+                try:
+                    await stream.linger()
+                finally:
+                    lingering -= 1
         except StreamClosed:
             logger.debug("%s: peer %s left", name, stream.peer)
         finally:

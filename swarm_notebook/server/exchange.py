@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from swarm_notebook.net.streams import Stream
 from swarm_notebook.server.compute import Job
 
 STALLED_SECONDS = 60.0
-HEAR_OUT_SECONDS = 10.0
 
 
 @dataclass
@@ -49,18 +47,10 @@ async def receive(
             arrived(message.ByteSize())
         except RemoteError:
             parts.clear()
-            await _hear_out(stream)
             raise
     if first is None:
         raise BadRequest("the stream ended before a request")
     return Received(first.uid, first.metadata, tensors.join(parts))
-
-
-async def _hear_out(stream: Stream) -> None:
-    """Let the peer say the rest for a while: one that is still writing would miss the answer."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(HEAR_OUT_SECONDS):
-            await _left(stream)
 
 
 async def _next(stream: Stream) -> runtime_pb2.ExpertRequest | None:
@@ -106,8 +96,10 @@ async def result(job: Job, stream: Stream | None = None) -> Any:
     finally:
         if not job.settled:
             job.cancel()
-        if leaving is not None and not leaving.cancel() and not leaving.cancelled():
-            leaving.exception()  # it came too late to matter
+        if leaving is not None:
+            leaving.cancel()
+            # Until it has let go of the stream; what it found came too late to matter.
+            await asyncio.gather(leaving, return_exceptions=True)
 
 
 async def _left(stream: Stream) -> None:

@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 MIN_FRAME_BYTES = 64 << 20
 TIDY_SECONDS = 10.0
 LINGER_SECONDS = 0.5
-MAX_HEARD_OUT = 16
 _SCHEMA_TOKENS = 2048
 
 
@@ -75,7 +74,6 @@ class Handler:
         self._running: set[asyncio.Task[Any]] = set()
         self._intake = Intake(engine, compute, limits)
         self._relay = Relay()
-        self._heard_out = 0
         self._leaving = False
         self._served = Served()
 
@@ -125,41 +123,21 @@ class Handler:
         self._check_open()
         choose = partial(self._engine.span_for, peer.to_base58())
         state = SessionState(self._span, self._limits.context, choose)
-        try:
-            session = InferenceSession(
-                stream,
-                state,
-                self._limits,
-                self._pool,
-                self._compute,
-                relay=self._relay,
-                served=self._served,
-            )
-        except ServerBusy:
-            await self._hear_out(stream)
-            raise
+        session = InferenceSession(
+            stream,
+            state,
+            self._limits,
+            self._pool,
+            self._compute,
+            relay=self._relay,
+            served=self._served,
+        )
         self._sessions.add(session)
         self._served.sessions += 1
         try:
             await session.run()
         finally:
             self._sessions.discard(session)
-
-    async def _hear_out(self, stream: Stream) -> None:
-        """Read a refused session's first step: a peer that is still writing would miss the answer.
-
-        A few at a time; what everybody else says is memory for nothing.
-        """
-        if self._heard_out >= MAX_HEARD_OUT:
-            return
-        self._heard_out += 1
-        try:
-            async with asyncio.timeout(exchange.HEAR_OUT_SECONDS):
-                await stream.receive(runtime_pb2.ExpertRequest)
-        except TimeoutError:
-            pass
-        finally:
-            self._heard_out -= 1
 
     async def _info(self, request: runtime_pb2.ExpertUID, _peer: PeerID) -> runtime_pb2.ExpertInfo:
         info: dict[str, Any] = {

@@ -1,0 +1,55 @@
+"""Streams between two peers of a swarm, through real daemons."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hivemind.p2p import PeerID
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.errors import BadRequest
+from swarm_notebook.net.node import Node
+from swarm_notebook.net.streams import Stream, add_stream_handler, open_stream
+
+Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse
+
+
+async def _answer(stream: Stream, _peer: PeerID) -> None:
+    await stream.receive(Request)
+    await stream.send(Response(metadata=b"the last word"))
+
+
+async def _refuse(stream: Stream, _peer: PeerID) -> None:
+    raise BadRequest("not like this")
+
+
+async def _talk() -> None:
+    server = await Node.start(client=False)
+    client = await Node.start(await server.addresses(), client=True)
+    try:
+        await add_stream_handler(server.p2p, "Test.answer", _answer)
+        await add_stream_handler(server.p2p, "Test.refuse", _refuse)
+        stream = await open_stream(client.p2p, server.peer_id, "Test.answer")
+        await stream.send(Request(uid="question"))
+        answer = await stream.receive(Response)
+        assert answer is not None
+        assert answer.metadata == b"the last word"
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await stream.receive(Response)  # StreamClosed, if the server had closed it
+        stream.abort()
+
+        refused = await open_stream(client.p2p, server.peer_id, "Test.refuse")
+        for _ in range(64):  # more than lies between the two
+            await refused.send(Request(metadata=bytes(1 << 18)))
+        with pytest.raises(BadRequest, match="not like this"):
+            await refused.receive(Response)
+        refused.abort()
+    finally:
+        await client.stop()
+        await server.stop()
+
+
+def test_who_has_the_last_word_leaves_the_closing_to_the_other() -> None:
+    asyncio.run(_talk())
