@@ -136,6 +136,7 @@ class Handler:
         self._served.sessions += 1
         try:
             await session.run()
+            await stream.send_end()
         finally:
             self._sessions.discard(session)
 
