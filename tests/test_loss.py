@@ -114,10 +114,10 @@ def test_a_batch_that_never_fits(small: Scene) -> None:
 def test_a_batch_that_does_not_fit_now(small: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hop, "ALLOC_TIMEOUT", 0.2)
     gc.collect()
-    held = small.remote(small.ids(1, 60), use_cache=True).past_key_values
-    numbers = rf"asked for 240 .*, 192 of {CACHE_TOKENS} are free"
+    held = small.remote(small.ids(1, 56), use_cache=True).past_key_values  # takes a page of 64
+    numbers = rf"asked for 224 .*, 192 of {CACHE_TOKENS} are free"
     with pytest.raises(CacheFull, match=numbers):
-        small.remote(small.ids(4, 60), use_cache=True)
+        small.remote(small.ids(4, 56), use_cache=True)
     assert held.session.hops
 
 

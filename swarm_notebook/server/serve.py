@@ -275,4 +275,6 @@ def _info(
 
 def _tell(facts: dict[str, Any]) -> None:
     """One JSON line for the program that started this server."""
-    print(json.dumps(facts), flush=True)
+    # Two threads tell: in one piece, or a line of one might end up within one of the other.
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()

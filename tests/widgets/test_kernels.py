@@ -152,7 +152,12 @@ def test_a_map_is_live_while_a_cell_runs(kernel: FrontEnd, tiny_scene: Scene) ->
     )
     shown = kernel.show("SwarmMap(swarm)")
     assert len(kernel.states[shown]["servers"]) == 2
-    cell = kernel.start("time.sleep(4)")
+    # Tokens pass while the main thread is busy with something else.
+    cell = kernel.start(
+        "import threading, torch\n"
+        "threading.Timer(1, lambda: swarm.model(torch.tensor([[3, 4, 5]]))).start()\n"
+        "time.sleep(4)"
+    )
     updates = 0
     while not kernel.is_idle(found := kernel.receive(), cell):
         updates += found["msg_type"] == "comm_msg" and found["content"]["comm_id"] == shown
