@@ -11,7 +11,6 @@ import pytest
 import torch
 from hivemind.proto import runtime_pb2
 
-from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream, StreamClosed
 from swarm_notebook.server import exchange
