@@ -69,10 +69,12 @@ def test_killed_in_mid_decode(stage: Scene, options: dict[str, Any]) -> None:
 
 
 def test_the_map_sees_it_while_this_thread_is_busy(stage: Scene) -> None:
-    shown, victims = SwarmMap(stage.swarm), []
+    shown, victims, blocks = SwarmMap(stage.swarm), [], []
 
     def kill() -> None:
         victims.append(stage.in_use())
+        hop = stage.sessions[-1].hops[-1]
+        blocks.append((hop.start, hop.end))
         victims[0].kill()
 
     def seen() -> bool:
@@ -84,7 +86,7 @@ def test_the_map_sees_it_while_this_thread_is_busy(stage: Scene) -> None:
         while not seen() and time.monotonic() < deadline:
             time.sleep(0.05)
         _, peer, name, start, end, reason, taken, seconds = shown.failovers[-1]
-        assert (peer, name, (start, end)) == (victims[0].peer_id, victims[0].name, (0, 5))
+        assert (peer, name, (start, end)) == (victims[0].peer_id, victims[0].name, blocks[0])
         assert "is gone" in reason or "ended the session" in reason
         assert name not in taken
         assert seconds > 0
