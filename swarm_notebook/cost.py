@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from swarm_notebook.client.routing import Leg
 
 # Beyond hidden states, a request has ids, positions and frames, and an answer has timings.
-REQUEST_BYTES, ANSWER_BYTES = 180, 66
+REQUEST_BYTES, ANSWER_BYTES = 203, 66
 
 
 @dataclass(frozen=True)

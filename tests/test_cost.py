@@ -122,13 +122,9 @@ def test_a_real_run_costs_what_the_preview_says(tiny_scene: Scene) -> None:
 
     swarm = tiny_scene.swarm
     expected = swarm.preview(prompt_tokens=TOKENS, max_new_tokens=NEW, batch=2)
-    bills = []
-    for _ in range(3):
-        before = swarm.bill()
-        generate(swarm.model, tiny_scene.ids(2, TOKENS))
-        bills.append(swarm.bill() - before)
-    # On a busy machine a hand-over may be late, and is sent again.
-    taken = min(bills, key=lambda bill: bill.sent)
+    before = swarm.bill()
+    generate(swarm.model, tiny_scene.ids(2, TOKENS))
+    taken = swarm.bill() - before
     assert taken.requests == expected.requests == 2 * NEW
     assert taken.sent == pytest.approx(expected.sent, rel=0.05)
     assert taken.received == pytest.approx(expected.received, rel=0.05)

@@ -172,9 +172,9 @@ async def add_stream_handler(
 ) -> None:
     """Serve `name`: `handler` runs once per stream; what it raises travels as an error frame.
 
-    Who has said the last word must not be the first to close: p2pd then sometimes resets the
-    stream, and a reset overtakes what the other side has not read yet, such as that last word. So
-    the stream stays until the peer has closed it, for a while and for so many peers at once.
+    Who has said the last word is not the first to close. On busy machines answers were seen to get
+    lost when it was; supposedly p2pd may then reset the stream, and a reset overtakes what has not
+    been read yet. The stream stays until the peer has closed it, for a while and for so many peers.
     """
     lingering = 0
 
