@@ -59,10 +59,14 @@ def test_a_killed_server_is_seen_while_a_cell_runs(
     words = told.strip("'").split()
     pids = {name: int(pid) for name, pid in zip(words[::2], words[1::2], strict=True)}
     notebook.run("import torch; ids = tokenizer('Once upon a time', return_tensors='pt')")
-    options = "do_sample=False, max_new_tokens=60, min_new_tokens=60"
-    notebook.run(f"whole = model.generate(**ids, {options})")
-    cell = notebook.start(f"again = model.generate(**ids, {options})")
-    expect(shown.get_by_test_id("pace")).to_contain_text("tokens/s,", timeout=20_000)
+    write = "model.generate(**ids, do_sample=False, max_new_tokens={0}, min_new_tokens={0})"
+    notebook.run(f"whole = {write.format(60)}")
+    # What the map shows from here on is the run that is to lose a server, and that run is long
+    # enough to be in the middle when it does, however fast the machine.
+    pace = shown.get_by_test_id("pace")
+    expect(pace).to_contain_text("idle", timeout=20_000)
+    cell = notebook.start(f"again = {write.format(400)}")
+    expect(pace).to_contain_text("tokens/s,", timeout=20_000)
     way = rows(shown).filter(has=notebook.page.get_by_test_id("way"))
     expect(way).to_have_count(2)
     victim = way.last.get_attribute("data-peer")
@@ -74,6 +78,6 @@ def test_a_killed_server_is_seen_while_a_cell_runs(
     expect(lost).to_contain_text("continued on", timeout=20_000)
     picture(shown, "map")
     notebook.finish(cell)
-    assert notebook.value("torch.equal(whole, again)") == "True"
+    assert notebook.value("torch.equal(whole, again[:, : whole.shape[1]])") == "True"
     gone = shown.locator(f'[data-peer="{victim}"][data-state="online"]')
     expect(gone).to_have_count(0, timeout=20_000)
