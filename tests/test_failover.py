@@ -6,6 +6,7 @@ Everything is compared with the local model, which the undisturbed remote one eq
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -154,6 +155,25 @@ def test_killed_with_a_hook_that_writes(stage: Scene) -> None:
     ours = generate(stage.remote, ids, stopping_criteria=[kill])
     theirs = generate(stage.reference, ids, stopping_criteria=[same_end])
     stage.same(ours, theirs)
+    assert stage.sessions[-1].failovers == 1
+
+
+def test_killed_inside_a_hook_that_writes(stage: Scene) -> None:
+    """The step begins again with a block before the hook's: two requests to one server."""
+    ids = stage.ids(2, 9)
+    hooks = [steer(stage.remote), steer(stage.reference)]
+    calls = itertools.count()
+
+    def kill(_module: Any, _inputs: Any, _output: torch.Tensor) -> None:
+        if next(calls) == 5:
+            stage.in_use().kill()
+
+    hooks.append(stage.remote.model.layers[2].register_forward_hook(kill))
+    try:
+        stage.same(generate(stage.remote, ids), generate(stage.reference, ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
     assert stage.sessions[-1].failovers == 1
 
 

@@ -75,13 +75,12 @@ async def carry(
     Raises:
         HopLost: a piece failed; all before it are done.
     """
-    step_id = new_step_id()
     first = 0
     while first < len(pieces):
         last = first + 1
         while last < len(pieces) and pieces[last].source is not None:
             last += 1
-        group = _Group(directory, pieces[first:last], requests[first:last], step_id)
+        group = _Group(directory, pieces[first:last], requests[first:last])
         outputs = await group.run(first, deliver)
         if last < len(pieces) and not pieces[last].given:
             requests[last].hidden = outputs.states[pieces[last].start - 1]
@@ -96,9 +95,11 @@ class _Group:
         directory: Directory,
         pieces: Sequence[Piece],
         requests: Sequence[Request],
-        step_id: str,
     ):
         self._directory = directory
+        # Not that of the group before: its last server may be this one's first, and takes a step
+        # that comes twice for one.
+        step_id = new_step_id()
         self._pieces, self._requests = pieces, requests
         hops = [piece.hop for piece in pieces]
         self._ways = [
