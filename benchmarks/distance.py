@@ -1,14 +1,16 @@
 """What distance costs: tokens per second over servers that are far apart; prints one JSON line.
 
+    python benchmarks/distance.py --profiles [lan city continent intercontinental]
     python benchmarks/distance.py [--delays 0.5 10 50 150] [--jitter MS] [--loss PERCENT]
                                   [--rate MBIT] [--servers N] [--model tiny demo]
 
 Servers and notebook run in network namespaces of their own, with the given round trip (in
-milliseconds) between any two of them; see `links`. Each delay is measured with the client routing
-every server's output itself, with direct hops, and with direct hops and prompt lookup on a text
-that repeats itself. Next to it stands the lower bound of a pass with direct hops: half a round
-trip from machine to machine, and the same pass without any distance. Takes root; about a minute
-per delay.
+milliseconds) between any two of them, or with the delay, jitter, loss and rate of a named profile;
+see `links`. Each is measured with the client routing every server's output itself, with direct
+hops, and with direct hops and prompt lookup on a text that repeats itself. Next to it stands the
+lower bound of a pass with direct hops: what `pass_bound` says of the links, and the same pass
+without any distance, measured before and after all others. A table goes to standard error. Takes
+root; about half a minute per row.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from decode import TINY, say
-from links import Link, Machines
+from links import PROFILES, Link, Machines
 
 START_SECONDS = 120
 REPEATS = 3
@@ -36,8 +40,9 @@ PROMPT = f"{TEXT}\n{TEXT}\n{TEXT}\n    self.height = height"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--profiles", nargs="*", choices=PROFILES, help="some of them, or all")
     parser.add_argument("--delays", nargs="+", type=float, default=[0.5, 10, 50, 150])
-    parser.add_argument("--jitter", type=float, default=0.0, help="standard deviation, ms")
+    parser.add_argument("--jitter", type=float, default=0.0, help="deviation, ms; see links.Link")
     parser.add_argument("--loss", type=float, default=0.0, help="percent of the packets")
     parser.add_argument("--rate", type=float, help="Mbit/s in each direction")
     parser.add_argument("--servers", type=int, default=3)
@@ -51,6 +56,8 @@ def main() -> None:
         model, *peers = options.child
         print(json.dumps(child(model, peers, options.tokens)))
         return
+    # A benchmark that is told to end leaves no servers and no namespaces behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     with tempfile.TemporaryDirectory() as folder, Machines(options.servers + 1) as machines:
         model = build(options.model, Path(folder))
         servers: list[subprocess.Popen[str]] = []
@@ -129,21 +136,41 @@ def told(server: subprocess.Popen[str], key: str, log: Path) -> dict[str, Any]:
     raise SystemExit(f"a server ended:\n{log.read_text()}")
 
 
+def links(options: argparse.Namespace) -> dict[str, Link]:
+    """What to measure, by name."""
+    if options.profiles is not None:
+        return {name: PROFILES[name] for name in options.profiles or PROFILES}
+    rate = options.rate * 125_000 if options.rate else None
+    jitter, loss = options.jitter / 1000, options.loss / 100
+    return {f"{delay:g} ms": Link(delay / 2000, jitter, loss, rate) for delay in options.delays}
+
+
+def pass_bound(near: float, link: Link, *, ways: int, size: float) -> float:
+    """Milliseconds that a pass takes at least in the mean, whoever carries it.
+
+    On each way from machine to machine a message takes the delay with the mean of its jitter, and
+    its bytes take their turn. If its one packet is lost, at least a round trip passes until another
+    is sent in its place; TCP takes longer where nothing that follows gives the loss away (on Linux
+    200 ms more), so that a measured pass may well be above this.
+
+    Args:
+        near: milliseconds of the same pass without any distance.
+        ways: from the notebook, from server to server, and back.
+        size: bytes of a message.
+    """
+    repairs = link.loss / (1 - link.loss) * 2 * link.mean_delay
+    turn = size / link.rate if link.rate else 0.0
+    return near + 1000 * ways * (link.mean_delay + turn + repairs)
+
+
 def measure(
     machines: Machines, model: str, peers: list[str], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """All delays, each in a fresh process on the first machine; first without any."""
-    report: dict[str, Any] = {"servers": options.servers, "model": options.model, "at": {}}
-    near: dict[str, float] = {}
-    for delay in [0.0, *options.delays]:
-        say(f"{delay} ms, load {os.getloadavg()[0]:.1f} …")
-        if delay:
-            machines.switch.link = Link(
-                delay / 2000,
-                options.jitter / 1000,
-                options.loss / 100,
-                options.rate * 125_000 if options.rate else None,
-            )
+    """Every link, each in a fresh process on the first machine; without any first and last."""
+    wanted, found = links(options), {}
+    for name, link in {"near": Link(), **wanted, "near again": Link()}.items():
+        say(f"{name}, load {os.getloadavg()[0]:.1f} …")
+        machines.switch.link = link
         command = [sys.executable, __file__, "--tokens", str(options.tokens)]
         done = subprocess.run(
             machines.command(0, *command, "--child", model, *peers),
@@ -151,20 +178,40 @@ def measure(
             text=True,
             check=True,
         )
-        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        if not delay:
-            near = found
-        # There, from server to server, and back.
-        bound = near["direct_ms"] + delay / 2 * (options.servers + 1)
-        first = near["first_token_ms"] + delay / 2 * (options.servers + 1)
-        report["at"][delay] = {
-            **found,
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    ends = found["near"], found["near again"]
+    near = {key: min(one[key] for one in ends) for key in ("direct_ms", "first_token_ms")}
+    report: dict[str, Any] = {"servers": options.servers, "model": options.model, "near": ends[0]}
+    report["near_again"], report["at"] = ends[1], {}
+    ways = options.servers + 1
+    for name, link in wanted.items():
+        row = found[name]
+        bound = pass_bound(near["direct_ms"], link, ways=ways, size=row["token_bytes"])
+        # The pieces of a prompt follow each other, so that its bytes take their turn only once.
+        whole = Link(link.delay, link.jitter, link.loss)
+        first = pass_bound(near["first_token_ms"], whole, ways=ways, size=0)
+        if link.rate:
+            first += 1000 * row["prompt_tokens"] * row["token_bytes"] / link.rate
+        report["at"][name] = {
+            "link": asdict(link),
+            **row,
             "bound_ms": round(bound, 1),
-            "direct_to_bound": round(found["direct_ms"] / bound, 3),
-            "lookup_speedup": round(found["direct_ms"] / found["lookup_ms"], 2),
+            "direct_to_bound": round(row["direct_ms"] / bound, 3),
+            "lookup_speedup": round(row["direct_ms"] / row["lookup_ms"], 2),
             "first_token_bound_ms": round(first, 1),
         }
+    say(table(report["at"]))
     return report
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """What was measured, for reading; milliseconds."""
+    names = ("routed", "direct", "bound", "lookup", "first_token", "first_token_bound")
+    head = [f"{'ms per token':16}", *(f"{name.replace('_', ' '):>18}" for name in names)]
+    lines = ["".join(head)]
+    for name, row in rows.items():
+        lines.append(f"{name:16}" + "".join(f"{row[f'{column}_ms']:18.1f}" for column in names))
+    return "\n".join(lines)
 
 
 def child(model: str, peers: list[str], tokens: int) -> dict[str, float]:
@@ -185,7 +232,7 @@ def child(model: str, peers: list[str], tokens: int) -> dict[str, float]:
         for mode in ("routed", "direct", "lookup"):
             Directory.together = apart if mode == "routed" else together  # type: ignore[method-assign]
             draft = {"draft": "auto"} if mode == "lookup" else {}
-            times = []
+            times, before = [], swarm.bill()
             for _ in range(REPEATS + 1):
                 began = time.perf_counter()
                 texts.add(swarm.generate(PROMPT, **fixed, **draft))
@@ -195,7 +242,9 @@ def child(model: str, peers: list[str], tokens: int) -> dict[str, float]:
             found[f"{mode}_ms"] = round(statistics.median(times[1:]), 2)
             if mode == "direct":
                 found["first_token_ms"] = round(1000 * trace.first_token_seconds, 1)
-                found["prompt_tokens"] = trace.passes[0].tokens
+                found["prompt_tokens"] = prompt = trace.passes[0].tokens
+                sent = (swarm.bill() - before).sent
+                found["token_bytes"] = round(sent / (REPEATS + 1) / (prompt + tokens - 1))
             if mode == "lookup":
                 found["lookup_passes"] = len(trace.passes)
         if len(texts) != 1:
