@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 TIMEOUT = 40.0
 OLD = Path(sys.prefix) / "ipykernel-6"
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+# Fifty tokens a second: fast enough to wait for some, slow enough to be stopped in the middle.
+SLOWED = "pace = model.register_forward_pre_hook(lambda *_: time.sleep(0.02))"
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -97,9 +100,14 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Fr
         opened.run(
             "import time, torch, swarm_notebook as sn\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            "from swarm_notebook.widgets import LensWidget, SwarmMap, TrainingMonitor\n"
-            f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"
+            "from swarm_notebook.widgets import (\n"
+            "    ChatWidget, GenerateWidget, LensWidget, ServePanel, SwarmMap, TrainingMonitor\n"
+            ")\n"
+            f"folder = {str(folder)!r}\n"
+            "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+            "model.generation_config.eos_token_id = None  # it writes on and on\n"
+            "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+            f"tokenizer.chat_template = {TEMPLATE!r}"
         )
         yield opened
 
@@ -113,6 +121,80 @@ def test_a_lens_takes_a_selection_and_ranks_a_token(kernel: FrontEnd) -> None:
     kernel.until(lambda: kernel.states[lens]["token"] == "o")
     kernel.act(lens, "rank", token="no")
     kernel.until(lambda: "is 2 tokens" in kernel.states[lens]["error"])
+
+
+def test_a_text_grows_while_a_cell_runs_and_an_interrupt_of_waiting_stops_it(
+    kernel: FrontEnd,
+) -> None:
+    kernel.run(SLOWED)
+    shown = kernel.show(
+        "writer = GenerateWidget(model, 'Hello', tokenizer=tokenizer, max_new_tokens=240); writer"
+    )
+    state = kernel.states[shown]
+
+    def written() -> int:
+        return len(state["cells"]) + len(state["tail"])
+
+    kernel.act(shown, "run")
+    kernel.until(lambda: written() > 2)
+    before, cell = written(), kernel.start("time.sleep(0.5)")
+    kernel.await_idle(cell)
+    assert before < written() < 240
+    kernel.act(shown, "stop")
+    kernel.until(lambda: state["note"] == "stopped" and state["state"] == "idle")
+    stopped = written()
+    assert kernel.value("len(writer.tokens)") == str(stopped)
+    kernel.act(shown, "resume")
+    kernel.until(lambda: written() > stopped)
+    cell = kernel.start("writer.wait()")
+    kernel.until(lambda: written() > stopped + 5)
+    kernel.manager.interrupt_kernel()
+    kernel.until(lambda: state["state"] == "idle")
+    kernel.await_idle(cell)
+    assert state["note"] == "stopped"
+    assert written() < 240
+    kernel.act(shown, "branch", position=999, token="x")
+    kernel.until(lambda: "IndexError" in state["error"])
+    kernel.run("pace.remove(); writer.close()")
+
+
+def test_a_conversation_is_stopped_and_goes_on(kernel: FrontEnd) -> None:
+    kernel.run(SLOWED)
+    shown = kernel.show("chat = ChatWidget(model, tokenizer=tokenizer, max_new_tokens=200); chat")
+    state = kernel.states[shown]
+    kernel.act(shown, "send", text="Hi")
+    kernel.until(lambda: bool(state["live"]))
+    cell = kernel.start("time.sleep(0.3)")
+    early = state["live"]
+    kernel.await_idle(cell)
+    assert len(state["live"]) > len(early)
+    kernel.act(shown, "stop")
+    kernel.until(lambda: [turn["role"] for turn in state["turns"]] == ["user", "assistant"])
+    assert state["note"] == "stopped"
+    assert kernel.value("chat.messages[1]['content']") == repr(state["turns"][1]["text"])
+    kernel.run("pace.remove()")
+    kernel.tell(shown, {"method": "update", "state": {"max_new_tokens": 3}, "buffer_paths": []})
+    kernel.act(shown, "edit", turn=0, text="Ho")
+    kernel.until(lambda: state["note"] == "reached max_new_tokens (3)")
+    assert kernel.value("chat.messages[0]['content'], len(chat.messages)") == "('Ho', 2)"
+    kernel.run("chat.close()")
+
+
+def test_a_server_is_lent_and_taken_back_by_buttons(kernel: FrontEnd) -> None:
+    shown = kernel.show(
+        "panel = ServePanel(folder, blocks=(1, 4), threads=1, listen='/ip4/127.0.0.1/tcp/0')\npanel"
+    )
+    state = kernel.states[shown]
+    kernel.act(shown, "begin")
+    # The server starts beside the kernel, and the panel follows while a cell runs.
+    cell = kernel.start("while panel.state != 'serving': time.sleep(0.05)")
+    kernel.until(lambda: state["state"] == "serving")
+    kernel.await_idle(cell)
+    kernel.until(lambda: state["facts"].get("cache_tokens_total", 0) > 0)
+    kernel.act(shown, "stop")
+    kernel.until(lambda: state["state"] == "stopped")
+    assert kernel.value("panel.lending.pid, panel.error") == "(None, '')"
+    kernel.run("panel.close()")
 
 
 def test_a_monitor_in_the_background_obeys_its_buttons(kernel: FrontEnd) -> None:
