@@ -38,14 +38,18 @@ import psutil
 import torch
 from tiny import tiny_model
 
+from swarm_notebook.server.handler import TIDY_SECONDS
+
 TOLERANCE = 1e-4
 THREADS, PROCESSES = 5, 2
 SPANS = [(0, 2), (2, 5), (0, 2), (2, 5)]
 STEADY, KILLED = (0, 1), (2, 3)
 VOCABULARY = 128
-# What may stay: allocators and Python keep a little of what they had at their peak.
-MEMORY_MARGIN = 40 << 20
+# What may stay: code that was first needed late, a stream from server to server.
+MEMORY_MARGIN = 16 << 20
 FILES_MARGIN = 4
+# An idle server gives back what its allocator keeps when it has seen that nobody asks for anything.
+TIDY = 2 * TIDY_SECONDS + 1
 # Servers keep the activations of an interrupted training step for two minutes.
 CALM_SECONDS = 150.0
 
@@ -223,10 +227,11 @@ class Soak:
     def calm(self) -> dict[str, Any]:
         """With nobody there: what the servers that nobody kills take."""
         gc.collect()
+        servers = [self.local.servers[number] for number in STEADY]
+        told = [self._calm_facts(server) for server in servers]
+        time.sleep(TIDY)
         taken: dict[str, Any] = {}
-        for number in STEADY:
-            server = self.local.servers[number]
-            facts = self._calm_facts(server)
+        for server, facts in zip(servers, told, strict=True):
             process = psutil.Process(server.pid)
             taken[str(server.blocks)] = {
                 "sessions": facts["sessions"],

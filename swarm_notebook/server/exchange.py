@@ -100,6 +100,8 @@ async def result(job: Job, stream: Stream | None = None) -> Any:
             leaving.cancel()
             # Until it has let go of the stream; what it found came too late to matter.
             await asyncio.gather(leaving, return_exceptions=True)
+        # What is raised here knows this frame, and these know what was raised.
+        del leaving, waited
 
 
 async def _left(stream: Stream) -> None:

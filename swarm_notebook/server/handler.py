@@ -8,6 +8,7 @@ on a stream, an error text on a unary call. Unary answers are bounded (see
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -23,7 +24,7 @@ from swarm_notebook import __version__
 from swarm_notebook.errors import BadRequest, ServerBusy, ShuttingDown, to_wire
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream, add_stream_handler
-from swarm_notebook.server import exchange
+from swarm_notebook.server import exchange, heap
 from swarm_notebook.server.backward import Gradients
 from swarm_notebook.server.compute import ComputeThread
 from swarm_notebook.server.engine import Engine
@@ -47,7 +48,7 @@ from swarm_notebook.server.state import SessionState
 logger = logging.getLogger(__name__)
 
 MIN_FRAME_BYTES = 64 << 20
-TIDY_SECONDS = 10.0
+TIDY_SECONDS = 5.0
 LINGER_SECONDS = 0.5
 _SCHEMA_TOKENS = 2048
 
@@ -104,8 +105,14 @@ class Handler:
     async def keep_tidy(self) -> None:
         """Let go of what notebooks left behind and no longer use; runs until it is cancelled."""
         while True:
+            served = self._served.requests
             await asyncio.sleep(TIDY_SECONDS)
+            self._relay.expire()
             await self._compute.submit(self._engine.expire).future
+            if self._served.requests == served:
+                # Nobody is there whose step would have to wait for it.
+                gc.collect()
+                await self._compute.submit(heap.trim).future
 
     async def leave(self, seconds: float) -> None:
         """Take no more requests; give those in flight up to ``seconds`` to be answered."""

@@ -110,6 +110,15 @@ class Relay:
         if known is arrived:
             del self._expected[session_id, step_id]
 
+    def expire(self) -> None:
+        """Drop pushes that nobody has announced in time."""
+        since = time.monotonic() - EARLY_SECONDS
+        while self._early:
+            oldest = next(iter(self._early))
+            if self._early[oldest].when > since:
+                break
+            del self._early[oldest]
+
     def admit(self, session_id: str, put: Callable[[runtime_pb2.ExpertRequest], None]) -> None:
         """A Petals client's session takes steps that are pushed to it."""
         self._plain.setdefault(session_id, put)
@@ -155,18 +164,14 @@ class Relay:
         self, key: tuple[str, str, str], message: runtime_pb2.ExpertRequest, limit: int
     ) -> None:
         """Hold a push until it is announced, if there is room."""
-        now, size = time.monotonic(), message.ByteSize()
-        while self._early:
-            oldest = next(iter(self._early))
-            if self._early[oldest].when > now - EARLY_SECONDS:
-                break
-            del self._early[oldest]
+        self.expire()
+        size = message.ByteSize()
         mine = sum(early.size for (peer, *_), early in self._early.items() if peer == key[0])
         everybody = sum(early.size for early in self._early.values())
         if mine + size > min(EARLY_BYTES_PER_PEER, limit) or everybody + size > EARLY_BYTES:
             logger.info("a push of %s that nobody announced was dropped", key[0])
             return
-        self._early[key] = _Early(message.tensors[0], size, now)
+        self._early[key] = _Early(message.tensors[0], size, time.monotonic())
 
     def _avoid(self, peer: str) -> None:
         now = time.monotonic()

@@ -31,7 +31,7 @@ from swarm_notebook.errors import ServerFailed
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import LOOPBACK, Node
 from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
-from swarm_notebook.server import joining, lifetime, throughput
+from swarm_notebook.server import heap, joining, lifetime, throughput
 from swarm_notebook.server.activations import BUDGET_BYTES
 from swarm_notebook.server.adapter_store import AdapterLimits
 from swarm_notebook.server.announce import Announcer
@@ -201,6 +201,7 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
     handler = Handler(span, limits, pool, compute, engine)
     tidying = asyncio.create_task(handler.keep_tidy())
     stack.callback(tidying.cancel)
+    heap.settle()
     await handler.register(node.p2p)
 
     def describe(state: ServerState) -> ServerInfo:

@@ -75,8 +75,8 @@ class InferenceSession:
             asyncio.create_task(self._read()),
             asyncio.create_task(self._work()),
         ]
+        endings: list[asyncio.Future[Any]] = [*tasks, self._ended]
         try:
-            endings: list[asyncio.Future[Any]] = [*tasks, self._ended]
             await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
             if self._ended.done():
                 raise self._ended.result()
@@ -90,6 +90,9 @@ class InferenceSession:
             self._ended.cancel()
             self._inbox.close()
             self._release()
+            # What is raised here knows this frame, and a task knows what it has raised: a circle
+            # that would hold the whole session until the garbage collector comes by.
+            del tasks, endings, task
 
     def leave(self) -> None:
         """The server shuts down: end now, or after the step in flight."""
@@ -174,6 +177,8 @@ class InferenceSession:
                 joining.run_one, state, step, position, begin, end, task=task, together=joining.run
             )
             pieces.append(await self._job.future)
+            # It knows the session's memory, which others may get before the next step comes.
+            self._job = None
             begin = end
         if len(pieces) == 1:
             return pieces[0]
@@ -196,5 +201,5 @@ class InferenceSession:
             self._free()
 
     def _free(self) -> None:
-        self._state = None
+        self._state = self._job = None
         self._pool.close(self._account)

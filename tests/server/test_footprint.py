@@ -1,4 +1,4 @@
-"""A server takes the memory of its blocks only.
+"""A server takes the memory of its blocks, and of what it holds for those who are there.
 
 Weights are mapped from the file and become resident when they are first used, so each server
 computes a token before it is measured.
@@ -6,17 +6,30 @@ computes a token before it is measured.
 
 from __future__ import annotations
 
+import asyncio
+import time
+import uuid
 from pathlib import Path
 
 import psutil
 import torch
+from hivemind.proto import runtime_pb2
 from raw_wire import RawClient, ServerProcess, request
+from training_wire import Bench
 
 from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.net import protocol
+from swarm_notebook.net import protocol, streams, tensors
+from swarm_notebook.server.handler import TIDY_SECONDS
+from swarm_notebook.server.relay import EARLY_SECONDS
 
 BLOCKS, SOME, HIDDEN = 30, (10, 15), 576
 BLOCK_BYTES = 3_540_096 * 4
+
+# Sessions of the tiny Llama, whose cache takes this much of memory; pages of 64 positions.
+SESSIONS, POSITIONS = 80, 160
+SESSION_BYTES = 3 * 2 * 2 * 16 * 192 * 4
+# Hidden states that are pushed for a session that does not exist.
+PUSHES, PUSHED = 30, torch.zeros(1, 4096, 48)
 
 
 def test_five_of_thirty_blocks_take_five_blocks_of_memory(tmp_path: Path) -> None:
@@ -43,3 +56,35 @@ def test_five_of_thirty_blocks_take_five_blocks_of_memory(tmp_path: Path) -> Non
     print(f"all 30 blocks: {resident[0] >> 20} MB, 5 of them: {resident[1] >> 20} MB")
     saved = (resident[0] - resident[1]) / BLOCK_BYTES
     assert 22 < saved < 30, f"{saved:.1f} blocks less in memory, expected about 25"
+
+
+def test_what_a_crowd_leaves_behind_goes_back_to_the_system(llama: Bench) -> None:
+    """One of many sessions stays; nobody will ever ask for what was pushed."""
+    process, peer = psutil.Process(llama.server.process.pid), llama.server.peer
+    uid = protocol.uid_chain("tiny-llama", llama.start, llama.end)
+    states = torch.randn(1, POSITIONS, 48)
+
+    async def crowd() -> int:
+        """What the server takes while all are there."""
+        sessions = [await llama.client.session(peer) for _ in range(SESSIONS)]
+        for session in sessions:
+            fields = {"session_id": str(uuid.uuid4()), "max_length": POSITIONS}
+            await session.step(uid, states, None, None, start_from_position=0, **fields)
+        stream = await streams.open_stream(llama.client.node.p2p, peer, protocol.RPC_PUSH_STREAM)
+        for number in range(PUSHES):
+            metadata = protocol.pack_metadata({"session_id": "none", "step_id": str(number)})
+            pushed = [tensors.pack(PUSHED)]
+            await stream.send(runtime_pb2.ExpertRequest(tensors=pushed, metadata=metadata))
+        await asyncio.sleep(1.0)
+        peak = process.memory_info().rss
+        for session in sessions[:-1]:
+            session.close()
+        stream.abort()
+        return peak
+
+    peak = llama.client.run(crowd())
+    held = (SESSIONS - 1) * SESSION_BYTES + PUSHES * PUSHED.nbytes
+    deadline = time.monotonic() + EARLY_SECONDS + 5 * TIDY_SECONDS
+    while (given_back := peak - process.memory_info().rss) < held:
+        assert time.monotonic() < deadline, f"{given_back >> 20} MB of {held >> 20} MB came back"
+        time.sleep(0.5)
