@@ -89,7 +89,7 @@ class Job:
     def _run_all(jobs: Sequence[Job]) -> Sequence[Any]:
         """In the thread: results or errors of jobs of one group."""
         together = jobs[0]._together
-        if len(jobs) == 1 or together is None:
+        if together is None or jobs[0].task.group is None:
             return [job._run() for job in jobs]
         try:
             return together([job._arguments for job in jobs])

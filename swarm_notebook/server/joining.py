@@ -22,6 +22,7 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from swarm_notebook.server.attention import Part
+from swarm_notebook.server.graphs import CLOSE, CLOSE_HALF, Graph
 from swarm_notebook.server.requests import Step
 from swarm_notebook.server.span import Span
 from swarm_notebook.server.state import SessionState
@@ -30,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 # Beyond so many tokens (rows x positions) a step is compute of its own, which joining cannot share.
 SHORT_TOKENS = 64
-# How far joined results may be from separate ones in a trial, relative to their size.
-_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_CLOSE_HALF = 5e-2
 
 # A session, its step, the position of the step, and the piece of it to compute.
 Turn = tuple[SessionState, Step, int, int, int]
@@ -64,6 +62,9 @@ def run_one(
 
 def run(turns: Sequence[Turn]) -> list[list[torch.Tensor] | Exception]:
     """The outputs, or the error, of each turn; all are of one group."""
+    graph = _graph(turns)
+    if graph is None and len(turns) == 1:
+        return [_alone(turns[0])]
     began = time.perf_counter()
     outcomes: dict[int, list[torch.Tensor] | Exception] = {}
     parts: dict[int, Part] = {}
@@ -74,7 +75,7 @@ def run(turns: Sequence[Turn]) -> list[list[torch.Tensor] | Exception]:
             outcomes[index] = error
     ready = [turns[index] for index in parts]
     try:
-        joined = _run_joined(ready, list(parts.values()))
+        joined = _run_joined(ready, list(parts.values()), graph)
     except Exception:
         logger.exception("a joined step of %d sessions failed; they run one by one", len(ready))
         joined = [_run_again(*turn) for turn in ready]
@@ -84,8 +85,24 @@ def run(turns: Sequence[Turn]) -> list[list[torch.Tensor] | Exception]:
     return [outcomes[index] for index in range(len(turns))]
 
 
+def _alone(turn: Turn) -> list[torch.Tensor] | Exception:
+    try:
+        return run_one(*turn)
+    except Exception as error:  # belongs to who waits for this turn
+        return error
+
+
+def _graph(turns: Sequence[Turn]) -> Graph | None:
+    """The recording for a group, if there is one."""
+    state, step, *_ = turns[0]
+    if step.adapter is not None or state.span.graphs is None:
+        return None
+    tokens = sum(step.rows * step.length for _, step, *_ in turns)
+    return state.span.graphs.find(*step.blocks, tokens)
+
+
 def _run_joined(
-    turns: Sequence[Turn], parts: Sequence[Part]
+    turns: Sequence[Turn], parts: Sequence[Part], graph: Graph | None = None
 ) -> list[list[torch.Tensor] | Exception]:
     if not turns:
         return []
@@ -99,6 +116,7 @@ def _run_joined(
         *first.blocks,
         [step.hidden for _, step, *_ in turns],
         parts,
+        graph,
         position_ids=torch.tensor([ids], device=span.device),
         states=wanted,
     )
@@ -160,7 +178,7 @@ def try_out(span: Span, hidden_size: int) -> bool:
     except Exception as error:  # whatever a decoder does with what it does not expect
         logger.info("steps of different sessions cannot be joined: %s", error)
         return False
-    within = _CLOSE.get(span.dtype, _CLOSE_HALF)
+    within = CLOSE.get(span.dtype, CLOSE_HALF)
     for alone, joined in zip(apart, together, strict=True):
         if isinstance(joined, Exception):
             return False

@@ -37,6 +37,7 @@ from swarm_notebook.server.adapter_store import AdapterLimits
 from swarm_notebook.server.announce import Announcer
 from swarm_notebook.server.compute import ComputeThread
 from swarm_notebook.server.engine import Engine
+from swarm_notebook.server.graphs import Graphs
 from swarm_notebook.server.handler import Handler
 from swarm_notebook.server.memory import CachePool
 from swarm_notebook.server.requests import Limits
@@ -181,7 +182,12 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
     loaded: LoadedBlocks = await loading.future
     config, blocks = source.config(), (loaded.start, loaded.end)
     span = Span(loaded.decoder, loaded.layers_name, loaded.start)
-    measuring = compute.submit(_measure, span, config.hidden_size)
+    loop = asyncio.get_running_loop()
+
+    def later(call: Callable[[], None]) -> None:
+        loop.call_soon_threadsafe(compute.submit, call)
+
+    measuring = compute.submit(_measure, span, config.hidden_size, later)
     model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
     announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
     await announcer.announce(_info(ServerState.JOINING, blocks, options))
@@ -242,9 +248,14 @@ def _load(source: ModelSource, options: ServeOptions) -> LoadedBlocks:
     return loaded
 
 
-def _measure(span: Span, hidden_size: int) -> throughput.Throughput:
+def _measure(
+    span: Span, hidden_size: int, later: Callable[[Callable[[], None]], None]
+) -> throughput.Throughput:
     """In the torch thread: how fast the blocks are, and whether sessions can share a call."""
     span.joins = joining.try_out(span, hidden_size)
+    if span.joins:
+        span.graphs = Graphs(span, hidden_size, later)
+        span.graphs.record(span.start, span.end, 1)
     return throughput.measure(span, hidden_size)
 
 

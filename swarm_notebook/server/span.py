@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,9 +26,12 @@ from transformers import PreTrainedConfig
 
 from swarm_notebook.checkpoint.anatomy import restrict_config
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.server.attention import JoinedCache, Part, joined
+from swarm_notebook.server.attention import JoinedCache, Part, Script, joined
 from swarm_notebook.server.cache import SessionCache
 from swarm_notebook.server.probes import Probes
+
+if TYPE_CHECKING:
+    from swarm_notebook.server.graphs import Graph, Graphs
 
 MAX_VIEWS = 64
 KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -47,6 +50,8 @@ class Span:
         self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         # Whether `run_joined` may be called: see `joining.try_out`.
         self.joins = False
+        # Its calls that have been recorded, if any are.
+        self.graphs: Graphs | None = None
         self._views: OrderedDict[tuple[int, int], nn.Module] = OrderedDict()
 
     @cached_property
@@ -119,6 +124,7 @@ class Span:
         end: int,
         hidden: Sequence[torch.Tensor],
         parts: Sequence[Part],
+        graph: Graph | None = None,
         **options: Any,
     ) -> list[list[torch.Tensor]]:
         """What `run` gives for each of several sessions, in one call for all of them.
@@ -126,19 +132,31 @@ class Span:
         Args:
             hidden: each session's ``[rows, positions, hidden size]``.
             parts: the sessions, in the same order.
+            graph: of `graphs`, to run instead of the decoder.
             options: ``position_ids`` ``[1, tokens]`` and ``states`` as in `compute`.
         """
-        cache = JoinedCache(parts)
         flat = torch.cat([own.reshape(1, -1, own.shape[2]) for own in hidden], dim=1)
-        view: Any = self._view(start, end)
-        with joined([view.config, *self._configs], cache):
-            outputs = self.run(start, end, flat, cache=cache, **options)
+        if graph is not None:
+            outputs = graph.run(flat, parts, **options)
+        else:
+            cache = JoinedCache(parts)
+            with self.attending(start, end, cache):
+                outputs = self.run(start, end, flat, cache=cache, **options)
         sizes = [part.tokens for part in parts]
         shapes = [(part.rows, part.length, -1) for part in parts]
         split = [output[0].split(sizes) for output in outputs]
         return [
             [output[index].view(shape) for output in split] for index, shape in enumerate(shapes)
         ]
+
+    @contextmanager
+    def attending(
+        self, start: int, end: int, cache: JoinedCache, script: Script | None = None
+    ) -> Iterator[str]:
+        """Let blocks ``[start, end)`` attend as ``cache``'s sessions; how they do by themselves."""
+        view: Any = self._view(start, end)
+        with joined([view.config, *self._configs], cache, script) as original:
+            yield original
 
     @cached_property
     def _configs(self) -> list[PreTrainedConfig]:

@@ -1,0 +1,155 @@
+"""Calls that are replayed from a recording against sessions that run alone, for every family."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model
+from torch import nn
+from walks import Walk, prepared
+
+from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.server import graphs, joining, linear
+from swarm_notebook.server.graphs import WANTED_STEPS, Graphs
+from swarm_notebook.server.requests import Step
+from swarm_notebook.server.span import Span
+from swarm_notebook.server.state import SessionState
+
+HIDDEN = 48
+# BLOOM and Falcon cannot be joined: there is nothing to record.
+RECORDED = sorted(FAMILIES.keys() - {"bloom", "falcon"})
+
+
+def loaded(folder: Path) -> Span:
+    found = load_blocks(resolve(folder), 1, 4, dtype=torch.float32)
+    span = Span(found.decoder, found.layers_name, 1)
+    span.joins = joining.try_out(span, HIDDEN)
+    return span
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Span:
+    return loaded(tiny_model("llama", tmp_path_factory.mktemp("models")))
+
+
+def record(span: Span, *keys: graphs.Key) -> Graphs:
+    """Recordings that are used even if they should not be faster on a busy machine."""
+    made = Graphs(span, HIDDEN, lambda call: call())
+    packs = linear.Packs()
+    for key in keys:
+        made._graphs[key] = graphs.record(span, key, HIDDEN, packs)
+    return made
+
+
+def everything(span: Span) -> Graphs:
+    return record(span, *((1, 4, 1 << power) for power in range(5)), (2, 4, 1))
+
+
+@pytest.mark.parametrize("family", RECORDED)
+def test_sessions_get_what_they_get_alone(family: str, tmp_path: Path) -> None:
+    span = loaded(tiny_model(family, tmp_path))
+    walks = [Walk(span, HIDDEN, seed, longest=6) for seed in range(4)]
+    sessions = {walk: SessionState(span, context=None) for walk in walks}
+    recorded = everything(span)
+    dice = random.Random(0)
+    for _ in range(14):
+        several: dict[Any, list[tuple[Walk, Any]]] = {}
+        for walk in dice.sample(walks, dice.randint(1, 4)):
+            turn = prepared(sessions[walk], walk.step())
+            several.setdefault(turn[1].blocks, []).append((walk, turn))
+        for members in several.values():
+            span.graphs = recorded
+            results = joining.run([turn for _, turn in members])
+            span.graphs = None
+            for (walk, turn), got in zip(members, results, strict=True):
+                if isinstance(got, Exception):
+                    raise got
+                for mine, other in zip(got, walk.run(turn[1]), strict=True):
+                    torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+
+
+def steps(span: Span, count: int, tokens: int = 1) -> list[torch.Tensor]:
+    """Outputs of some tokens of one session."""
+    state, noise = SessionState(span, context=None), torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count):
+        hidden = torch.randn(1, tokens, HIDDEN, generator=noise)
+        (output,) = joining.run([prepared(state, Step((1, 4), hidden))])
+        assert not isinstance(output, Exception)
+        found.append(output[0])
+    return found
+
+
+def test_a_number_of_tokens_that_comes_again_and_again_is_recorded(llama: Span) -> None:
+    plain = steps(llama, WANTED_STEPS, tokens=3)
+    wanted: list[Any] = []
+    llama.graphs = Graphs(llama, HIDDEN, wanted.append)
+    steps(llama, WANTED_STEPS - 1, tokens=3)
+    assert not wanted
+    steps(llama, WANTED_STEPS, tokens=3)
+    assert len(wanted) == 1
+    wanted[0]()
+    again = steps(llama, WANTED_STEPS, tokens=3)
+    assert len(wanted) == 1
+    for mine, other in zip(again, plain, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+    llama.graphs = None
+
+
+class Looking(nn.Module):
+    """A block that decides by the values of its states, as a bad recording would forget."""
+
+    def __init__(self, inner: nn.Module, look: Any):
+        super().__init__()
+        self.inner, self.look = inner, look
+
+    def forward(self, hidden: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        return self.inner(hidden * self.look(hidden), *rest, **named)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        pytest.param(lambda hidden: 2.0 if bool(hidden.sum() > 0) else 0.5, id="refuses"),
+        pytest.param(lambda hidden: float(hidden.detach().numpy().sum() > 0) + 0.5, id="differs"),
+    ],
+)
+def test_blocks_that_look_at_their_states_are_not_recorded(look: Any, tmp_path: Path) -> None:
+    span = loaded(tiny_model("llama", tmp_path))
+    layers: Any = getattr(span._decoder, span.layers_name)
+    layers[0] = Looking(layers[0], look)
+    made = Graphs(span, HIDDEN, lambda call: call())
+    made.record(1, 4, 1)
+    assert made.find(1, 4, 1) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("way", [linear.turned, linear.packed])
+def test_ways_to_multiply_give_the_same(way: Any, bias: bool, tokens: int) -> None:
+    noise = torch.Generator().manual_seed(tokens)
+    x, weight = torch.randn(1, tokens, 24, generator=noise), torch.randn(40, 24, generator=noise)
+    added = torch.randn(40, generator=noise) if bias else None
+    packs = linear.Packs()
+    assert packs.allow([weight])
+    operand = packs.of(weight) if way is linear.packed else weight
+    expected = linear.plain(x, weight, added)
+    torch.testing.assert_close(way(x, operand, added), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_are_not_packed_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(1 << 9, 1 << 9)
+
+    class Memory:
+        available = 2 * weight.numel() * weight.itemsize - 1
+
+    packs = linear.Packs()
+    assert packs.allow([weight])
+    monkeypatch.setattr(linear.psutil, "virtual_memory", Memory)
+    assert not packs.allow([weight])
+    assert not packs.allow([torch.randn(4, 4, dtype=torch.float64)])
