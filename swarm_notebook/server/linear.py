@@ -14,16 +14,15 @@ measures, for each shape of weight and number of tokens, the ways that give the 
 from __future__ import annotations
 
 import functools
-import logging
+import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import psutil
 import torch
 from torch.nn import functional
-
-logger = logging.getLogger(__name__)
 
 # From so many tokens on reading a weight in any order costs less than multiplying by it.
 MAX_TOKENS = 64
@@ -35,7 +34,13 @@ _SPREAD_BYTES = 64 << 20
 # A way must be that much faster than the plain one.
 _WORTH = 0.95
 
-Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+class Way(Protocol):
+    """One of the functions below."""
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
 
 
 def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -67,65 +72,68 @@ def _onednn() -> Callable[..., torch.Tensor]:
 
 
 def packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """As `plain`; ``weight`` comes from `Packs`."""
+    """As `plain`; ``weight`` comes from `Products.pack`."""
     return _onednn()(x, weight, bias)
 
 
-class Packs:
-    """Copies of weights for `packed`, made when they are first wanted."""
+class Products:
+    """How to multiply by the weights of a server's blocks.
 
-    def __init__(self) -> None:
+    Args:
+        weights: all of them that are matrices.
+    """
+
+    def __init__(self, weights: Iterable[torch.Tensor]):
+        self._weights: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
+        for weight in weights:
+            if weight.ndim == 2:
+                self._weights[weight.shape].append(weight.detach())
+        self._ways: dict[tuple[torch.Size, int], Way] = {}
         self._packs: dict[int, torch.Tensor] = {}
 
-    def allow(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether there is a way to pack these weights, and room for the copies."""
-        first = weights[0]
-        if first.dtype != torch.float32 or first.device.type != "cpu":
-            return False
-        if not torch.backends.mkldnn.is_available():
-            return False
-        missing = [weight for weight in weights if weight.data_ptr() not in self._packs]
-        wanted = sum(weight.numel() * weight.itemsize for weight in missing)
-        return 2 * wanted <= psutil.virtual_memory().available
+    def way(self, weight: torch.Tensor, tokens: int) -> Way:
+        """The fastest way to multiply so many tokens by weights of this shape, by trying them."""
+        key = weight.shape, tokens
+        if key not in self._ways:
+            weights = self._weights.get(weight.shape, [])
+            self._ways[key] = self._fastest(weights, tokens) if weights else plain
+        return self._ways[key]
 
-    def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """The packed copy of a weight."""
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """The copy of a weight for `packed`; made when it is first wanted."""
         key = weight.data_ptr()
         if key not in self._packs:
             self._packs[key] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         return self._packs[key]
 
+    def can_pack(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether oneDNN takes these weights, and there is room for their copies."""
+        if weights[0].dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+            return False
+        missing = [weight for weight in weights if weight.data_ptr() not in self._packs]
+        wanted = sum(weight.numel() * weight.itemsize for weight in missing)
+        return 2 * wanted <= psutil.virtual_memory().available
 
-def fastest(
-    weights: Sequence[torch.Tensor], tokens: int, packs: Packs, bias: torch.Tensor | None = None
-) -> Way:
-    """The way to multiply ``tokens`` tokens by weights of one shape, by trying them out."""
-    first = weights[0]
-    if tokens > MAX_TOKENS or first.device.type != "cpu":
-        return plain
-    ways: list[Way] = [plain, turned]
-    if tokens >= _PACKED_FROM and packs.allow(weights):
-        ways.append(packed)
-    sample = weights[: max(1, _SPREAD_BYTES // (first.numel() * first.itemsize))]
-    x = torch.randn(1, tokens, first.shape[1]).to(first.dtype)
-    seconds = {way: _seconds(way, x, sample, bias, packs) for way in ways}
-    best = min(seconds, key=seconds.__getitem__)
-    return best if seconds[best] < _WORTH * seconds[plain] else plain
+    def _fastest(self, weights: Sequence[torch.Tensor], tokens: int) -> Way:
+        first = weights[0]
+        if tokens > MAX_TOKENS or first.device.type != "cpu":
+            return plain
+        ways: list[Way] = [plain, turned]
+        if tokens >= _PACKED_FROM and self.can_pack(weights):
+            ways.append(packed)
+        sample = weights[: max(1, _SPREAD_BYTES // (first.numel() * first.itemsize))]
+        x = torch.randn(1, tokens, first.shape[1]).to(first.dtype)
+        seconds = {way: self._seconds(way, x, sample) for way in ways}
+        best = min(seconds, key=seconds.__getitem__)
+        return best if seconds[best] < _WORTH * seconds[plain] else plain
 
-
-def _seconds(
-    way: Way,
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    bias: torch.Tensor | None,
-    packs: Packs,
-) -> float:
-    """Seconds for one product with each of the weights: the best of some tries."""
-    operands: list[Any] = [packs.of(weight) for weight in weights] if way is packed else [*weights]
-    best = float("inf")
-    for _ in range(_TRIES):
-        began = time.perf_counter()
-        for weight in operands:
-            way(x, weight, bias)
-        best = min(best, time.perf_counter() - began)
-    return best
+    def _seconds(self, way: Way, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> float:
+        """Seconds for one product with each of the weights: the best of some tries."""
+        operands = [self.pack(weight) if way is packed else weight for weight in weights]
+        best = math.inf
+        for _ in range(_TRIES):
+            began = time.perf_counter()
+            for weight in operands:
+                way(x, weight)
+            best = min(best, time.perf_counter() - began)
+        return best

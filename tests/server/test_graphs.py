@@ -14,8 +14,9 @@ from walks import Walk, prepared
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.server import graphs, joining, linear
+from swarm_notebook.server import graphs, joining, linear, recording
 from swarm_notebook.server.graphs import WANTED_STEPS, Graphs
+from swarm_notebook.server.recording import Extent
 from swarm_notebook.server.requests import Step
 from swarm_notebook.server.span import Span
 from swarm_notebook.server.state import SessionState
@@ -37,21 +38,21 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Span:
     return loaded(tiny_model("llama", tmp_path_factory.mktemp("models")))
 
 
-def record(span: Span, *keys: graphs.Key) -> Graphs:
+def everything(span: Span) -> Graphs:
     """Recordings that are used even if they should not be faster on a busy machine."""
     made = Graphs(span, HIDDEN, lambda call: call())
-    packs = linear.Packs()
-    for key in keys:
-        made._graphs[key] = graphs.record(span, key, HIDDEN, packs)
+    # Blocks 1 and 2, then 3: as a longer run would be cut. Some steps begin with block 2.
+    extents = [Extent(*blocks, size) for blocks in ((1, 3), (3, 4)) for size in (1, 4, 8, 16)]
+    for extent in (*extents, Extent(2, 4, 1)):
+        made._recordings[extent] = recording.record(span, extent, HIDDEN, made._products)
     return made
 
 
-def everything(span: Span) -> Graphs:
-    return record(span, *((1, 4, 1 << power) for power in range(5)), (2, 4, 1))
-
-
 @pytest.mark.parametrize("family", RECORDED)
-def test_sessions_get_what_they_get_alone(family: str, tmp_path: Path) -> None:
+def test_sessions_get_what_they_get_alone(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "CHUNK", 2)
     span = loaded(tiny_model(family, tmp_path))
     walks = [Walk(span, HIDDEN, seed, longest=6) for seed in range(4)]
     sessions = {walk: SessionState(span, context=None) for walk in walks}
@@ -135,9 +136,9 @@ def test_ways_to_multiply_give_the_same(way: Any, bias: bool, tokens: int) -> No
     noise = torch.Generator().manual_seed(tokens)
     x, weight = torch.randn(1, tokens, 24, generator=noise), torch.randn(40, 24, generator=noise)
     added = torch.randn(40, generator=noise) if bias else None
-    packs = linear.Packs()
-    assert packs.allow([weight])
-    operand = packs.of(weight) if way is linear.packed else weight
+    products = linear.Products([weight])
+    assert products.can_pack([weight])
+    operand = products.pack(weight) if way is linear.packed else weight
     expected = linear.plain(x, weight, added)
     torch.testing.assert_close(way(x, operand, added), expected, atol=1e-5, rtol=1e-5)
 
@@ -148,8 +149,8 @@ def test_weights_are_not_packed_where_memory_is_short(monkeypatch: pytest.Monkey
     class Memory:
         available = 2 * weight.numel() * weight.itemsize - 1
 
-    packs = linear.Packs()
-    assert packs.allow([weight])
+    products = linear.Products([weight])
+    assert products.can_pack([weight])
+    assert not products.can_pack([weight.to(torch.float64)])
     monkeypatch.setattr(linear.psutil, "virtual_memory", Memory)
-    assert not packs.allow([weight])
-    assert not packs.allow([torch.randn(4, 4, dtype=torch.float64)])
+    assert not products.can_pack([weight])
