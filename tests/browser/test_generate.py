@@ -11,6 +11,23 @@ from playwright.sync_api import Locator, expect
 
 HOSTILE = "<img src=x onerror=document.title='harmed'> \u202eright to left\u202c 🦙 " + "long" * 200
 
+# A model would take minutes; what it writes comes as from the writer's own thread, in bursts.
+LONG = """
+import threading, time
+from swarm_notebook.widgets import GenerateWidget
+from swarm_notebook.writing import Token
+long = GenerateWidget(swarm, "A long text:")
+word, other = tokenizer.encode(" word other")
+def write(count):
+    for number in range(count):
+        long.writer._take(Token(word, 0.9, ((word, 0.9), (other, 0.1))))
+        if number < 50 or number % 1000 == 999:
+            long.writer._on_change()
+            time.sleep(0.05)
+    long.writer._on_change()
+long
+"""
+
 
 @pytest.fixture(scope="module")
 def writer(notebook: Notebook) -> Locator:
@@ -74,6 +91,23 @@ def test_tokens_by_keyboard(notebook: Notebook, writer: Locator) -> None:
     expect(writer.get_by_test_id("alternatives")).to_be_hidden()
 
 
+def test_two_views_agree(notebook: Notebook, writer: Locator) -> None:
+    other = notebook.run("writer").get_by_test_id("generate")
+    expect(tokens(other)).to_have_count(tokens(writer).count())
+    other.get_by_test_id("prompt").fill("One text,")
+    expect(writer.get_by_test_id("prompt")).to_have_value("One text,")
+    other.get_by_test_id("run").click()
+    expect(writer.get_by_test_id("stop")).to_be_enabled()
+    expect(tokens(writer).nth(3)).to_be_visible(timeout=20_000)
+    writer.get_by_test_id("stop").click()
+    for view in (writer, other):
+        expect(view.get_by_test_id("status")).to_have_text("stopped")
+        expect(view.get_by_test_id("stop")).to_be_disabled()
+    written = tokens(writer).all_text_contents()
+    assert tokens(other).all_text_contents() == written
+    assert len(written) > 3
+
+
 def test_pictures(writer: Locator, picture: Callable[[Locator, str], None]) -> None:
     writer.get_by_test_id("continue").click()
     expect(tokens(writer).nth(30)).to_be_visible(timeout=30_000)
@@ -93,3 +127,41 @@ def test_a_hostile_prompt_is_text(notebook: Notebook, writer: Locator) -> None:
     assert notebook.page.title() == title
     expect(writer.locator("img")).to_have_count(0)
     assert not notebook.errors
+
+
+def test_a_text_of_20000_tokens_can_be_read_and_worked_with(notebook: Notebook) -> None:
+    view = notebook.run(LONG).get_by_test_id("generate")
+    notebook.run("writing = threading.Thread(target=write, args=[20_000]); writing.start()")
+    expect(tokens(view)).to_have_count(20_000, timeout=60_000)
+    text = view.get_by_test_id("text")
+    # It follows the end, until somebody scrolls up to read.
+    expect(tokens(view).last).to_be_in_viewport()
+    text.hover()
+    notebook.page.mouse.wheel(0, -3000)
+    expect(tokens(view).last).not_to_be_in_viewport()
+    tokens(view).nth(10_000).scroll_into_view_if_needed()
+    top = text.evaluate("(text) => text.scrollTop")
+    assert top > 0
+    notebook.run("write(3)")
+    expect(tokens(view)).to_have_count(20_003, timeout=10_000)
+    assert text.evaluate("(text) => text.scrollTop") == top
+    # A token in the middle shows what else it might have been, by mouse and by keyboard.
+    tokens(view).nth(10_000).hover()
+    expect(view.get_by_test_id("alternative").nth(1)).to_have_text(re.compile("·other"))
+    tokens(view).nth(10_000).focus()
+    notebook.page.keyboard.press("ArrowRight")
+    expect(tokens(view).nth(10_001)).to_be_focused()
+    notebook.page.keyboard.press("End")
+    expect(tokens(view).last).to_be_in_viewport()
+    # Typing: every key arrives, in the page and in the kernel.
+    prompt = view.get_by_test_id("prompt")
+    prompt.fill("")
+    prompt.press_sequentially("Typed beside it")
+    expect(prompt).to_have_value("Typed beside it")
+    assert notebook.value("long.prompt") == "'Typed beside it'"
+    notebook.run("long.edit(19_000, ' other')")
+    expect(tokens(view)).to_have_count(19_001)
+    expect(tokens(view).last).to_have_text(" other")
+    assert not notebook.errors
+    notebook.run("long.close()")  # what is open is saved with the notebook
+    expect(view).to_have_count(0)
