@@ -30,6 +30,8 @@ from swarm_notebook.server.span import Span
 HIDDEN, TOLERANCE = 48, 1e-4
 SESSIONS, STEPS = 6, 12
 PLAIN = {"bloom"}
+# Beyond those that every test of a server has: experts with sinks, soft caps with sliding windows.
+FAMILIES = ("bloom", "gemma2", "gemma3_text", "gpt2", "gpt_oss", "llama", "qwen3_moe")
 
 
 @dataclass
@@ -117,6 +119,7 @@ async def settled(bench: Bench, free: int) -> dict[str, Any]:
         await asyncio.sleep(0.02)
 
 
+@pytest.mark.parametrize("bench", FAMILIES, indirect=True)
 def test_sessions_that_come_and_go_get_what_they_get_alone(bench: Bench, span: Span) -> None:
     scripts = [script(span, seed) for seed in range(SESSIONS)]
     # Unpadded: what stands in padding depends on how a prefill is cut.
