@@ -22,6 +22,7 @@ import gc
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -50,6 +51,7 @@ MEMORY_MARGIN = 16 << 20
 FILES_MARGIN = 4
 # An idle server gives back what its allocator keeps when it has seen that nobody asks for anything.
 TIDY = 2 * TIDY_SECONDS + 1
+INTERRUPTS, INTERRUPT_SECONDS = 3, 15.0
 # Servers keep the activations of an interrupted training step for two minutes.
 CALM_SECONDS = 150.0
 
@@ -300,11 +302,18 @@ class Soak:
         for _ in range(dice.randint(1, 6)):
             if self._stop.wait(dice.uniform(0.2, 3)):
                 return
-            child.send_signal(signal.SIGINT)
-            if child.stdout.readline() != "interrupted\n":
+            if not self._interrupt(child):
                 return
             self.done["interrupt"] += 1
         self._stop.wait(dice.uniform(0, 1))
+
+    def _interrupt(self, child: subprocess.Popen) -> bool:
+        """Interrupt a notebook, again if need be: Python drops what strikes in a finalizer."""
+        for _ in range(INTERRUPTS):
+            child.send_signal(signal.SIGINT)
+            if select.select([child.stdout], [], [], INTERRUPT_SECONDS)[0]:
+                return child.stdout is not None and child.stdout.readline() == "interrupted\n"
+        raise TimeoutError("a notebook did not notice that it was interrupted")
 
     def _killer(self, dice: random.Random) -> None:
         """Kills servers that have a double, one at a time."""
