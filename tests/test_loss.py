@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from scene import RESTART_SECONDS, AtToken, Scene, generate, scene
+from scene import RESTART_SECONDS, TOLERANCE, AtToken, Scene, generate, scene
 
 from swarm_notebook.client import hop
 from swarm_notebook.errors import CacheFull, MissingBlocks
@@ -98,6 +101,54 @@ def test_a_session_whose_memory_was_given_to_others_is_rebuilt(small: Scene) -> 
     ours = generate(small.remote, longer, past_key_values=first.past_key_values)
     small.same(ours, generate(small.reference, longer, past_key_values=theirs.past_key_values))
     assert small.sessions[-2].failovers == 1
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_idle_sessions_make_room_for_a_crowd_and_go_on_after_it(small: Scene) -> None:
+    """Three are idle and one is at work, with all the memory; two more come, then two go on."""
+    gc.collect()
+    prompts = [small.ids(1, 20, seed) for seed in range(5)]
+    notebooks = [copy.deepcopy(small.remote) for _ in range(6)]
+    theirs = [generate(small.reference, ids) for ids in prompts]
+    longer = [torch.cat([one.sequences, small.ids(1, 3)], dim=1) for one in theirs[:2]]
+    firsts = [generate(notebooks[index], prompts[index]) for index in range(3)]
+    idle = small.sessions[-3:]
+    ids, done = small.ids(1, 20, seed=5), threading.Event()
+    with torch.no_grad():
+        busy = notebooks[5](ids, use_cache=True).past_key_values
+        last = small.reference(ids).logits[:, -1:]
+
+    @torch.no_grad()
+    def work() -> int:
+        """Take the last token back and ask for it again, until all others are through."""
+        turns = 0
+        while not done.is_set():
+            busy.crop(-1)
+            ours = notebooks[5](ids[:, -1:], past_key_values=busy, use_cache=True).logits
+            torch.testing.assert_close(ours, last, atol=TOLERANCE, rtol=0)
+            turns += 1
+        return turns
+
+    def go_on(index: int) -> Any:
+        cache = firsts[index].past_key_values
+        return generate(notebooks[index], longer[index], past_key_values=cache)
+
+    with ThreadPoolExecutor(4) as threads:
+        working = threads.submit(work)
+        try:
+            came = list(
+                threads.map(lambda index: generate(notebooks[index], prompts[index]), (3, 4))
+            )
+            went_on = list(threads.map(go_on, range(2)))
+        finally:
+            done.set()
+        assert working.result() > 10
+    for ours, one in zip(came, theirs[3:], strict=True):
+        small.same(ours, one)
+    for ours, longer_ids, one in zip(went_on, longer, theirs[:2], strict=True):
+        small.same(ours, generate(small.reference, longer_ids, past_key_values=one.past_key_values))
+    assert sum(session.failovers for session in idle) >= 2
+    assert busy.session.failovers == 0
 
 
 @torch.no_grad()
