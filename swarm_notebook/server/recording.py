@@ -63,7 +63,8 @@ class Recording:
     ) -> tuple[torch.Tensor, ...]:
         """The output of each block for ``[1, tokens, hidden size]``, as ``cache``'s sessions."""
         cache.focus(self.extent.start, self.extent.end)
-        with replayed(self.script, cache, self.original):
+        # Optimising would compile kernels on the way, and round differently than the decoder.
+        with torch.jit.optimized_execution(False), replayed(self.script, cache, self.original):
             return self.function(hidden, position_ids)
 
 
