@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -32,6 +33,8 @@ from swarm_notebook.server.span import Span
 _PAST, _TRIALS = 3, (4, 5, 6)
 
 _LINEAR = torch.ops.aten.linear.default
+
+_optimized: Any = torch.jit.optimized_execution  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Recording:
         """The output of each block for ``[1, tokens, hidden size]``, as ``cache``'s sessions."""
         cache.focus(self.extent.start, self.extent.end)
         # Optimising would compile kernels on the way, and round differently than the decoder.
-        with torch.jit.optimized_execution(False), replayed(self.script, cache, self.original):
+        with _optimized(False), replayed(self.script, cache, self.original):
             return self.function(hidden, position_ids)
 
 
