@@ -175,6 +175,8 @@ class ComputeThread:
             loop = jobs[0].future.get_loop()
             loop.call_soon_threadsafe(_finish_all, jobs, outcomes)
             self._learn([job.task for job in jobs], ended - begun, ended)
+            # While it waits for more, it holds nothing of sessions that may have ended.
+            del jobs, outcomes
 
     def _take(self) -> list[Job]:
         """The jobs to run next as one; waits for some, and is empty when all is done."""
