@@ -10,7 +10,8 @@ joined call itself fails, its sessions run one by one, so that only the guilty o
 
 `try_out` tells whether a model's blocks can be joined at all (see `attention`): two sessions of
 different shapes, one of them padded, must get the same together as apart. BLOOM and Falcon do not
-call transformers' attention interface; they and their like run session by session.
+call transformers' attention interface; rotations that stretch with the longest sequence of a call
+would stretch for everybody in it. Such models run session by session.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 # Beyond so many tokens (rows x positions) a step is compute of its own, which joining cannot share.
 SHORT_TOKENS = 64
+
+# How transformers names rotations that depend on the largest position of a call.
+_STRETCHING = ("dynamic", "longrope")
 
 # A session, its step, the position of the step, and the piece of it to compute.
 Turn = tuple[SessionState, Step, int, int, int]
@@ -149,7 +153,9 @@ def _run_again(
 @torch.inference_mode()
 def try_out(span: Span, hidden_size: int) -> bool:
     """Whether sessions of these blocks can be joined; runs a few tokens through all of them."""
-    if not span.takes_positions:
+    if not span.takes_positions or any(
+        word in kind for kind in span.rotations for word in _STRETCHING
+    ):
         return False
     noise = torch.Generator().manual_seed(0)
     lengths = {1: (7, 1), 2: (4, 2)}  # rows: cached and new positions

@@ -54,6 +54,13 @@ class Span:
         self.graphs: Graphs | None = None
         self._views: OrderedDict[tuple[int, int], nn.Module] = OrderedDict()
 
+    @property
+    def rotations(self) -> set[str]:
+        """The kinds of rotary embeddings of the decoder, as transformers names them."""
+        # One name, or a dict with one for each kind of block.
+        found = (getattr(module, "rope_type", None) for module in self._decoder.modules())
+        return {str(kind) for kind in found if kind is not None}
+
     @cached_property
     def storages(self) -> frozenset[int]:
         """Where the weights and buffers of the blocks are in memory."""

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from tiny import COMMON, FAMILIES, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 from walks import Walk, prepared
 
 from swarm_notebook.checkpoint.partial import load_blocks
@@ -89,6 +90,37 @@ def test_steps_that_concern_the_whole_call_run_alone(span: Span) -> None:
     ]
     for fields in alone:
         assert group(**fields) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "joins"),
+    [
+        ("llama", {"rope_type": "linear", "factor": 2.0}, True),
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}, False),
+        (
+            "phi3",
+            {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": 64,
+                "factor": 4.0,
+                "short_factor": [1.0] * 6,
+                "long_factor": [4.0] * 6,
+            },
+            False,
+        ),
+    ],
+)
+def test_rotations_that_would_stretch_for_everybody(
+    family: str, rope: dict[str, Any], joins: bool, tmp_path: Path
+) -> None:
+    """One session beyond the original length changes the rotations of a whole call."""
+    parameters = {"rope_theta": 10000.0, **rope}
+    config = AutoConfig.for_model(
+        family, **{**COMMON, **FAMILIES[family], "rope_parameters": parameters}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    loaded = load_blocks(resolve(tmp_path), 1, 4, dtype=torch.float32)
+    assert joining.try_out(Span(loaded.decoder, loaded.layers_name, 1), HIDDEN) == joins
 
 
 @pytest.fixture
