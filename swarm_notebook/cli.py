@@ -8,6 +8,7 @@ so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -135,6 +136,9 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _serve(options: argparse.Namespace) -> int:
+    # Read when torch is loaded. Threads that spin while they wait for each other take the cores
+    # from other servers on the same machine: two that computed at once took ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from swarm_notebook.checkpoint.source import resolve
     from swarm_notebook.server import serve
 
