@@ -16,6 +16,7 @@ def settle() -> None:
     """What is there now stays for good: from now on, garbage is found soon and in little time."""
     gc.collect()
     gc.freeze()
+    trim()
 
 
 def trim() -> None:
