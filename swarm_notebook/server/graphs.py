@@ -17,7 +17,7 @@ Everything here belongs to the torch thread.
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 SIZES = (1, 4, 8, 16, 32, 64)
 CHUNK = 4
+# Each block of one takes 2 MB, which torch does not give back: none makes way for another.
 MAX_RECORDINGS = 256
 # Making a recording takes as long as some dozens of steps: so many must have wanted it.
 WANTED_STEPS = 12
@@ -87,7 +88,7 @@ class Graphs:
     def __init__(self, span: Span, hidden_size: int, later: Callable[[Callable[[], None]], None]):
         self._span, self._hidden_size, self._later = span, hidden_size, later
         # None: these blocks cannot be recorded, or it does not pay.
-        self._recordings: OrderedDict[Extent, Recording | None] = OrderedDict()
+        self._recordings: dict[Extent, Recording | None] = {}
         self._wanted: Counter[Extent] = Counter()
         self._products = linear.Products(
             weight for layer in span.layers for weight in layer.parameters()
@@ -105,16 +106,12 @@ class Graphs:
                 if extent not in self._recordings:
                     self._wish(Extent(start, end, size))
                 return None
-            self._recordings.move_to_end(extent)
             recordings.append(found)
         return Graph(self._span, size, recordings)
 
-    def record(self, start: int, end: int, tokens: int) -> None:
-        """Make all recordings for so many tokens now; ends at one that fails."""
-        while self._record_next(Extent(start, end, tokens)):
-            pass
-
     def _wish(self, whole: Extent) -> None:
+        if len(self._recordings) >= MAX_RECORDINGS:
+            return
         self._wanted[whole] += 1
         if self._wanted[whole] == WANTED_STEPS:
             self._later(lambda: self._grow(whole))
@@ -137,8 +134,6 @@ class Graphs:
             return False
         made = self._made(missing[0])
         self._recordings[missing[0]] = made
-        if len(self._recordings) > MAX_RECORDINGS:
-            self._recordings.popitem(last=False)
         return made is not None and len(missing) > 1
 
     def _made(self, extent: Extent) -> Recording | None:

@@ -257,7 +257,6 @@ def _measure(
     span.joins = joining.try_out(span, hidden_size)
     if span.joins:
         span.graphs = Graphs(span, hidden_size, later)
-        span.graphs.record(span.start, span.end, 1)
     return throughput.measure(span, hidden_size)
 
 

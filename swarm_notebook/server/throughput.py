@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 
-from swarm_notebook.server.attention import Part
 from swarm_notebook.server.cache import SessionCache
 from swarm_notebook.server.schedule import Kind, Task
 from swarm_notebook.server.span import Span
@@ -46,29 +45,23 @@ class Throughput:
 
 
 def measure(span: Span, hidden_size: int) -> Throughput:
-    """Run the first block for about a second; in steps all of them, if they have been recorded."""
-    start = span.start
-    graph = span.graphs.find(start, span.end, 1) if span.graphs is not None else None
-    end = start + 1 if graph is None else span.end
+    """Run the first block for about a second."""
+    start, end = span.start, span.start + 1
     token = torch.zeros(1, 1, hidden_size)
     long = torch.zeros(1, FORWARD_TOKENS, hidden_size)
     cache = SessionCache(start, span.end)
     cache.restart(1)
     cache.reserve(2 * CONTEXT_TOKENS)
     span.run(start, end, long[:, :CONTEXT_TOKENS], cache=cache)
-    position = torch.tensor([[CONTEXT_TOKENS]], device=span.device)
 
     def step() -> None:
         cache.truncate(start, end, CONTEXT_TOKENS)
-        if graph is None:
-            span.run(start, end, token, cache=cache)[0].cpu()
-        else:
-            graph.run(token, [Part(cache, 1, 1)], position_ids=position)[0].cpu()
+        span.run(start, end, token, cache=cache)[0].cpu()
 
     def forward() -> None:
-        span.run(start, start + 1, long)[0].cpu()
+        span.run(start, end, long)[0].cpu()
 
-    return Throughput((end - start) * _rate(step), FORWARD_TOKENS * _rate(forward))
+    return Throughput(_rate(step), FORWARD_TOKENS * _rate(forward))
 
 
 class Meter:

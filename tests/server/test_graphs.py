@@ -125,7 +125,9 @@ def test_blocks_that_look_at_their_states_are_not_recorded(look: Any, tmp_path: 
     layers: Any = getattr(span._decoder, span.layers_name)
     layers[0] = Looking(layers[0], look)
     made = Graphs(span, HIDDEN, lambda call: call())
-    made.record(1, 4, 1)
+    for _ in range(WANTED_STEPS):
+        assert made.find(1, 4, 1) is None
+    assert made._recordings == {Extent(1, 4, 1): None}
     assert made.find(1, 4, 1) is None
 
 

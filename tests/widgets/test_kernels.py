@@ -168,7 +168,7 @@ def test_a_conversation_is_stopped_and_goes_on(kernel: FrontEnd) -> None:
     cell = kernel.start("time.sleep(2)")
     early = state["live"]
     kernel.await_idle(cell)
-    assert state["live"] != early
+    assert len(state["live"]) > len(early)
     kernel.act(shown, "stop")
     kernel.until(lambda: [turn["role"] for turn in state["turns"]] == ["user", "assistant"])
     assert state["note"] == "stopped"
