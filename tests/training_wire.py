@@ -57,19 +57,25 @@ async def call(
 
 
 @dataclass
-class Bench:
-    """A server that hosts ``[start, end)`` of a family's model, a client, the local model."""
+class LocalModel:
+    """A family's model in a folder, of which blocks ``[start, end)`` matter."""
 
-    model: Any
     folder: Path
     start: int
     end: int
-    server: ServerProcess
-    client: RawClient
 
     @property
     def family(self) -> str:
         return self.folder.name.removeprefix("tiny-")
+
+
+@dataclass
+class Bench(LocalModel):
+    """A server that hosts the blocks, a client, the model itself."""
+
+    model: Any
+    server: ServerProcess
+    client: RawClient
 
     def call(
         self,

@@ -1,4 +1,4 @@
-"""An adapter on a local copy of a bench's model, as PEFT makes it, and as it is uploaded."""
+"""An adapter on a local copy of a model, as PEFT makes it, and as it is uploaded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from raw_wire import RawClient
 from safetensors.torch import save
 from torch import nn
-from training_wire import Bench, layers_of, run_blocks
+from training_wire import Bench, LocalModel, layers_of, run_blocks
 
 from swarm_notebook.net import protocol
+from swarm_notebook.server.adapter_config import parse_configs
+from swarm_notebook.server.uploads import Recipe, Upload
 
 TARGETS = {
     "bloom": ("query_key_value", "dense_4h_to_h"),
@@ -23,9 +25,9 @@ TARGETS = {
 
 
 class Tuned:
-    """A copy of a bench's local model with an adapter, and the adapter as it is uploaded."""
+    """A copy of a local model with an adapter, and the adapter as it is uploaded."""
 
-    def __init__(self, bench: Bench, kind: str, seed: int = 0, **options: Any):
+    def __init__(self, bench: LocalModel, kind: str, seed: int = 0, **options: Any):
         import peft
         from transformers import AutoModelForCausalLM
 
@@ -65,7 +67,14 @@ class Tuned:
             **changes,
         }
         packed = torch.frombuffer(bytearray(file), dtype=torch.uint8)
+        assert isinstance(self.bench, Bench), "there is no server"
         return self.bench.call(protocol.RPC_ADAPTER, packed, client=client, **metadata)
+
+    def as_upload(self) -> Upload:
+        """What a server makes of `upload`."""
+        recipe = Recipe((1, 4), self.prefix, parse_configs(self.configs, max_rank=64))
+        values = {name: value.detach() for name, value in self.parameters.items()}
+        return Upload("mine", 1, recipe, values, frozenset())
 
     def gradients(
         self, hidden: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None = None

@@ -3,8 +3,9 @@
 For each adapter the hosted blocks are cloned: modules of their own, which share every base
 parameter and buffer with the originals, under the names that they have in the notebook's model.
 PEFT injects its modules into the clones on the meta device (no memory, no initialisation); if the
-names and shapes are exactly those of the upload, the uploaded values take their place. Requests
-with different adapters therefore run different modules, and those without one the originals.
+names and shapes are exactly those of the upload, the uploaded values take their place. So those
+without an adapter run the originals, as if there were none. Steps of sessions with different
+adapters can share a call of the originals (`mixing`), if their layers allow it.
 
 Parameters may be missing on purpose (``derive``): DoRA's magnitudes begin as norms of the base
 weights, which a notebook does not have.
@@ -23,6 +24,7 @@ from torch import nn
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.server.adapter_config import TUNERS, TunerConfig
+from swarm_notebook.server.mixing import Tuners
 from swarm_notebook.server.span import Span
 
 if TYPE_CHECKING:
@@ -44,13 +46,20 @@ class AdaptedSpan(Span):
         super().__init__(base.decoder_around(start, layers), base.layers_name, start)
         self.dtype, self.device, self.joins = base.dtype, base.device, base.joins
         frozen = {id(parameter) for parameter in self._tree.parameters()}
-        self._tuners = _inject(self._tree, upload)
-        self.recipe = upload.recipe
+        self._dropouts = _inject(self._tree, upload)
+        self.recipe, self._base = upload.recipe, base
+        tuners = _tuners(self.layers, start)
+        self._mixes = all(_is_beside(layer) for layer in tuners.values())
+        self.tuners = tuners if self._mixes else {}
         self._parameters = {
             name: parameter
             for name, parameter in self._tree.named_parameters()
             if id(parameter) not in frozen
         }
+
+    @property
+    def host(self) -> Span:
+        return self._base if self._mixes else self
 
     @property
     def size(self) -> int:
@@ -131,7 +140,7 @@ class AdaptedSpan(Span):
             for index in range(start, end):
                 handle = self.layers[index - self.start].register_forward_pre_hook(begin(index))
                 stack.callback(handle.remove)
-            for module in self._tuners:
+            for module in self._dropouts:
                 module.training = True
                 stack.callback(setattr, module, "training", False)
             yield
@@ -197,15 +206,37 @@ def _inject(tree: nn.Module, upload: Upload) -> list[nn.Module]:
         _inject_one(tree, config, upload)
     tree.eval()
     names = [config.name for config in upload.recipe.configs]
-    tuners: list[nn.Module] = []
+    found: list[nn.Module] = []
     for layer in tree.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.set_adapter(names)
-            tuners.append(layer)
+            found.append(layer)
             for name, child in layer.named_children():
                 if name != "base_layer":
-                    tuners += child.modules()
-    return tuners
+                    found += child.modules()
+    return found
+
+
+def _tuners(layers: Sequence[nn.Module], start: int) -> Tuners:
+    """The layers that PEFT has put in, by what they are around."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        (start + offset, name): layer
+        for offset, block in enumerate(layers)
+        for name, layer in block.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+
+
+def _is_beside(layer: nn.Module) -> bool:
+    """Whether a layer adds to what its module gives, token by token (see `mixing`).
+
+    Those around a bare parameter change the parameter instead.
+    """
+    from peft.tuners import ia3, loha, lokr, lora
+
+    return isinstance(layer, (lora.Linear, ia3.Linear, loha.Linear, lokr.Linear))
 
 
 def _inject_one(tree: nn.Module, config: TunerConfig, upload: Upload) -> None:

@@ -9,18 +9,13 @@ session alone. So windows, soft caps, sinks and grouped heads are the model's ow
 here knows an architecture.
 
 Masks are made once per call and kind of block: the mask function calls the model's own once per
-session and returns the list, as a `_Masks` object, which the decoder hands on to attention unseen.
+session and returns the list, as a `Masks` object, which the decoder hands on to attention unseen.
 
 Whether an architecture plays along (calls the interface, hands the mask on, mixes tokens nowhere
 else) is not known by name but tried: see `joining`.
 
-Everything but attention has the shape ``[1, tokens, …]`` whoever the sessions are. So a call can be
-recorded and replayed for other sessions (`replayed`, see `graphs`): the recording has one operator,
-`swarm_notebook::attend`, for each call of attention, and a list of what each was asked (`Script`);
-attention itself and the masks are done anew. `JoinedCache.attend` is the place for a kernel that
-reads all sessions at once, where a call per session and block costs more than on a CPU.
-
-All of this runs in the one torch thread; `_running` names the sessions of the call that is running.
+`JoinedCache.attend` is the place for a kernel that reads all sessions at once, where a call per
+session and block costs more than on a CPU. How all else is recorded and replayed: `script`.
 """
 
 from __future__ import annotations
@@ -37,6 +32,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 
 from swarm_notebook.server.cache import SessionCache
+from swarm_notebook.server.joined_call import JoinedCall, Masks, present, running
+from swarm_notebook.server.mixing import Mixture, Tuners
 
 NAME = "swarm_notebook_joined"
 
@@ -50,6 +47,7 @@ class Part:
         rows, length: its new tokens.
         padding: ``[rows, cached + new positions]``, 0 for padding; None if there is none.
         past: how many positions precede the new ones, in the blocks of the call.
+        tuners: the layers of its adapter, if it has one.
     """
 
     cache: SessionCache
@@ -57,6 +55,7 @@ class Part:
     length: int
     padding: torch.Tensor | None = None
     past: int = 0
+    tuners: Tuners = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -75,6 +74,11 @@ class JoinedCache(Cache):
         # Keys and values of every part in the block that is running.
         self.stored: list[tuple[torch.Tensor, torch.Tensor]] = []
 
+    @functools.cached_property
+    def mixture(self) -> Mixture:
+        """The adapters of the sessions."""
+        return Mixture([(part.tuners, part.tokens) for part in self.parts])
+
     def focus(self, start: int, end: int) -> None:
         """Name the blocks of the call."""
         for part in self.parts:
@@ -92,14 +96,17 @@ class JoinedCache(Cache):
         return key_states, value_states
 
     def attend(
-        self, module: nn.Module, query: torch.Tensor, masks: _Masks, options: dict[str, Any]
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        masks: Sequence[Any],
+        original: str,
+        options: dict[str, Any],
     ) -> torch.Tensor:
         """Attention session by session; ``[1, tokens, heads, head size]``."""
-        function = _own_attention(type(module).__module__, masks.original)
+        function = _own_attention(type(module).__module__, original)
         outputs = []
-        for own, (keys, values), mask in zip(
-            self._apart(query), self.stored, masks.each, strict=True
-        ):
+        for own, (keys, values), mask in zip(self._apart(query), self.stored, masks, strict=True):
             output = function(module, own, keys, values, mask, **options)[0]
             outputs.append(output.reshape(1, -1, *output.shape[2:]))
         unused = query.shape[2] - sum(part.tokens for part in self.parts)
@@ -127,47 +134,6 @@ class JoinedCache(Cache):
             yield own
 
 
-@dataclass(slots=True, eq=False)
-class _Masks:
-    """One mask (or None) per part, and how the model attends by itself.
-
-    Attributes:
-        number: which of the masks of the call this is.
-    """
-
-    each: list[Any]
-    cache: JoinedCache
-    original: str
-    number: int = 0
-
-
-class Unrecordable(Exception):
-    """Something in a call depends on more than its hidden states and positions."""
-
-
-@dataclass(slots=True, eq=False)
-class _Site:
-    """A call of attention in a recording: what it was asked besides its tensors.
-
-    Attributes:
-        block: under which its keys and values are filed.
-        mask: which of the recording's masks it was given.
-    """
-
-    module: nn.Module
-    block: int
-    mask: int
-    options: dict[str, Any]
-
-
-@dataclass(slots=True, eq=False)
-class Script:
-    """What a recording must ask anew: its calls of attention and, as options, its masks."""
-
-    sites: list[_Site] = field(default_factory=list)
-    masks: list[dict[str, Any]] = field(default_factory=list)
-
-
 @functools.cache
 def _own_attention(modeling: str, name: str) -> Callable[..., tuple[torch.Tensor, Any]]:
     """What the modules of a modeling file would have called."""
@@ -178,95 +144,23 @@ def _own_attention(modeling: str, name: str) -> Callable[..., tuple[torch.Tensor
     return interface.get_interface(name, eager)
 
 
-@dataclass(slots=True, eq=False)
-class _Call:
-    """A joined call: its sessions, the model's own attention, and the masks that it has asked for.
-
-    Attributes:
-        script: of the recording that is made or replayed.
-        block: while a recording is made, the block whose keys and values are at hand.
-    """
-
-    cache: JoinedCache
-    original: str
-    script: Script | None = None
-    masks: list[_Masks] = field(default_factory=list)
-    block: int | None = None
-
-
-# The call that is running in the torch thread.
-_running: _Call | None = None
-
-
 @contextmanager
-def joined(
-    configs: Iterable[PreTrainedConfig], cache: JoinedCache, script: Script | None = None
-) -> Iterator[str]:
-    """Let the decoder whose configs these are attend as `cache`'s sessions; how it does by itself.
-
-    Args:
-        script: gets what a recording of this call must ask anew.
-    """
+def joined(configs: Iterable[PreTrainedConfig], call: JoinedCall) -> Iterator[None]:
+    """Let the decoder whose configs these are attend as the sessions of a call."""
     before = [(config, config._attn_implementation) for config in configs]
     # Not through the property, which goes through all sub-configs.
     for config, _ in before:
         config._attn_implementation_internal = NAME
-    original = str(before[0][1])
     try:
-        with _run(_Call(cache, original, script)):
-            yield original
+        with running(call):
+            yield
     finally:
         for config, name in before:
             config._attn_implementation_internal = name
 
 
-@contextmanager
-def replayed(script: Script, cache: JoinedCache, original: str) -> Iterator[None]:
-    """Let a recording attend as `cache`'s sessions, by the model's attention ``original``."""
-    call = _Call(cache, original, script)
-    with _run(call):
-        call.masks = [_masks(call, options) for options in script.masks]
-        yield
-
-
-@contextmanager
-def _run(call: _Call) -> Iterator[None]:
-    global _running
-    _running = call
-    try:
-        yield
-    finally:
-        _running = None
-
-
-def _present() -> _Call:
-    if _running is None:
-        raise RuntimeError(f"attention {NAME!r} is for joined calls only")
-    return _running
-
-
-class RecordingCache(JoinedCache):
-    """The cache of a call that is recorded: keys and values are filed by `attend`."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        _present().block = layer_idx
-        return key_states, value_states
-
-
-def _mask(**options: Any) -> _Masks:
-    """Each session's mask, by the model's own mask function."""
-    call = _present()
-    masks = _masks(call, options)
-    masks.number = len(call.masks)
-    call.masks.append(masks)
-    if call.script is not None:
-        call.script.masks.append(options)
-    return masks
-
-
-def _masks(call: _Call, options: dict[str, Any]) -> _Masks:
+def masks_of(call: JoinedCall, options: dict[str, Any]) -> Masks:
+    """Each session's mask, by the model's own mask function; the next one of the call."""
     make = AttentionMaskInterface()[call.original]
     each = []
     for part in call.cache.parts:
@@ -274,7 +168,16 @@ def _masks(call: _Call, options: dict[str, Any]) -> _Masks:
         own = {"kv_length": part.past + part.length, "q_offset": part.past, "kv_offset": 0}
         shape = {"batch_size": part.rows, "q_length": part.length}
         each.append(make(**{**options, **own, **shape, "attention_mask": padding}))
-    return _Masks(each, call.cache, call.original)
+    masks = Masks(each, len(call.masks))
+    call.masks.append(masks)
+    return masks
+
+
+def _mask(**options: Any) -> Masks:
+    call = present()
+    if call.script is not None:
+        call.script.masks.append(options)
+    return masks_of(call, options)
 
 
 def _attention(
@@ -282,44 +185,15 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: _Masks,
+    attention_mask: Masks,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    call = _present()
-    if call.script is None:
-        return call.cache.attend(module, query, attention_mask, options), None
-    if call.block is None:
-        raise Unrecordable(f"{type(module).__name__} attends to keys of another block")
-    site = _Site(module, call.block, attention_mask.number, _constant(module, options))
-    call.block = None
-    call.script.sites.append(site)
-    number = len(call.script.sites) - 1
-    return torch.ops.swarm_notebook.attend(query, key, value, number), None
+    call = present()
+    if call.script is not None:
+        states = query, key, value
+        return call.script.attention(module, states, attention_mask, options), None
+    return call.cache.attend(module, query, attention_mask.each, call.original, options), None
 
-
-def _constant(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of attention that are the same in every call; others may not matter."""
-    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    constant = {name: value for name, value in options.items() if name != "position_ids"}
-    for name, value in constant.items():
-        if isinstance(value, torch.Tensor) and id(value) not in own:
-            raise Unrecordable(f"{type(module).__name__} computes {name} for its attention anew")
-    return constant
-
-
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: int) -> torch.Tensor:
-    """One call of attention of a recording, for the sessions of the call that is running."""
-    call = _present()
-    if call.script is None:
-        raise RuntimeError("a recording runs outside of `replayed`")
-    asked = call.script.sites[site]
-    JoinedCache.update(call.cache, key, value, asked.block)
-    return call.cache.attend(asked.module, query, call.masks[asked.mask], asked.options)
-
-
-_LIBRARY = torch.library.Library("swarm_notebook", "DEF")
-_LIBRARY.define("attend(Tensor query, Tensor key, Tensor value, int site) -> Tensor")
-_LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)

@@ -2,8 +2,8 @@
 
 A decode step is some hundred short operations, and calling them one by one from the layers' Python
 takes longer than computing them (on small models and on GPUs) or a good part of it. Everything in
-a joined call but attention has a shape that depends on the number of tokens alone (`attention`),
-so it can be recorded once per number of tokens and replayed (`recording`).
+a joined call but attention and adapters has a shape that depends on the number of tokens alone
+(`script`), so it can be recorded once per number of tokens and replayed (`recording`).
 
 Recordings are made for the numbers of tokens in `SIZES`; what has fewer is filled up. They are made
 when they have been wanted for a while, `CHUNK` blocks at a time: so the sessions that run meanwhile
@@ -19,12 +19,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
 
 from swarm_notebook.server import linear, recording
 from swarm_notebook.server.attention import JoinedCache, Part
+from swarm_notebook.server.mixing import Site
 from swarm_notebook.server.recording import Extent, Recording
 from swarm_notebook.server.span import Span
 
@@ -94,19 +96,28 @@ class Graphs:
             weight for layer in span.layers for weight in layer.parameters()
         )
 
-    def find(self, start: int, end: int, tokens: int) -> Graph | None:
-        """The graph for so many tokens, if there is one; if not, it is wished for."""
+    def find(
+        self, start: int, end: int, tokens: int, sites: frozenset[Site] = frozenset()
+    ) -> Graph | None:
+        """The graph for so many tokens, if there is one; if not, it is wished for.
+
+        Args:
+            sites: the modules that are tuned by adapters of the sessions.
+        """
         size = next((size for size in SIZES if tokens <= size), None)
         if size is None:
             return None
+        whole = Extent(start, end, size, tuned=bool(sites))
         recordings = []
-        for extent in _chunks(start, end, size):
+        for extent in _chunks(whole):
             found = self._recordings.get(extent)
             if found is None:
                 if extent not in self._recordings:
-                    self._wish(Extent(start, end, size))
+                    self._wish(whole)
                 return None
             recordings.append(found)
+        if sites and not {site for found in recordings for site in found.script.sites} >= sites:
+            return None
         return Graph(self._span, size, recordings)
 
     def _wish(self, whole: Extent) -> None:
@@ -125,11 +136,7 @@ class Graphs:
 
     def _record_next(self, whole: Extent) -> bool:
         """Make the first recording that is missing; whether more are to be made."""
-        missing = [
-            extent
-            for extent in _chunks(whole.start, whole.end, whole.tokens)
-            if extent not in self._recordings
-        ]
+        missing = [extent for extent in _chunks(whole) if extent not in self._recordings]
         if not missing:
             return False
         made = self._made(missing[0])
@@ -139,6 +146,7 @@ class Graphs:
     def _made(self, extent: Extent) -> Recording | None:
         """A recording, if these blocks can be recorded, come out the same and faster."""
         what = f"blocks {extent.start}:{extent.end} for {extent.tokens} tokens"
+        what += " with adapters" if extent.tuned else ""
         try:
             made = recording.record(self._span, extent, self._hidden_size, self._products)
         except Exception as error:  # whatever a decoder does with what it does not expect
@@ -150,5 +158,8 @@ class Graphs:
         return made if right and gain > _SLOWER else None
 
 
-def _chunks(start: int, end: int, tokens: int) -> list[Extent]:
-    return [Extent(first, min(first + CHUNK, end), tokens) for first in range(start, end, CHUNK)]
+def _chunks(whole: Extent) -> list[Extent]:
+    return [
+        replace(whole, start=first, end=min(first + CHUNK, whole.end))
+        for first in range(whole.start, whole.end, CHUNK)
+    ]

@@ -1,12 +1,12 @@
 """Steps of several sessions as one: which can be joined, how, and whether the model allows it.
 
-`group` names the steps that can run as one: through the same blocks, with the same adapter. A step
-runs alone if something in it concerns the whole call: prompts that are added to its positions,
-outputs of modules inside of blocks, dropout. (Sessions with different adapters are different
-groups: their blocks are different modules, and only for LoRA could PEFT mix them.)
+`group` names the steps that can run as one: through the same blocks, whatever their adapters. A
+step runs alone if something in it concerns the whole call: prompts that are added to its positions,
+outputs of modules inside of blocks, dropout.
 
-`run` computes a group. A session whose step turns out to be wrong gets its error alone; if the
-joined call itself fails, its sessions run one by one, so that only the guilty one is hurt.
+`run` computes a group in one call, and one more for each adapter that cannot be mixed in
+(`mixing`). A session whose step turns out to be wrong gets its error alone; if the joined call
+itself fails, its sessions run one by one, so that only the guilty one is hurt.
 
 `try_out` tells whether a model's blocks can be joined at all (see `attention`): two sessions of
 different shapes, one of them padded, must get the same together as apart. BLOOM and Falcon do not
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -40,7 +41,7 @@ _STRETCHING = ("dynamic", "longrope")
 Turn = tuple[SessionState, Step, int, int, int]
 
 
-def group(peer: str, step: Step, position: int, span: Span) -> Hashable | None:
+def group(step: Step, position: int, span: Span) -> Hashable | None:
     """Steps with the same one can run together; None for a step that runs alone."""
     prompted = step.prompts is not None and position < step.prompts.shape[2]
     if (
@@ -51,7 +52,7 @@ def group(peer: str, step: Step, position: int, span: Span) -> Hashable | None:
         or step.seed is not None
     ):
         return None
-    return step.blocks, step.adapter and (peer, step.adapter)
+    return step.blocks
 
 
 def run_one(
@@ -66,7 +67,26 @@ def run_one(
 
 def run(turns: Sequence[Turn]) -> list[list[torch.Tensor] | Exception]:
     """The outputs, or the error, of each turn; all are of one group."""
-    graph = _graph(turns)
+    outcomes: dict[int, list[torch.Tensor] | Exception] = {}
+    calls: dict[Span, dict[Span, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, (state, step, *_) in enumerate(turns):
+        try:
+            span = state.span_for(step)
+        except Exception as error:  # of this session alone
+            outcomes[index] = error
+        else:
+            calls[span.host][span].append(index)
+    for span, adapted in calls.items():
+        # Those with the same adapter are neighbours: it is asked once for all of them.
+        members = [index for same in adapted.values() for index in same]
+        ran = _run_call(span, [turns[index] for index in members])
+        outcomes.update(zip(members, ran, strict=True))
+    return [outcomes[index] for index in range(len(turns))]
+
+
+def _run_call(span: Span, turns: Sequence[Turn]) -> list[list[torch.Tensor] | Exception]:
+    """`run`, for turns that can share a call of these blocks."""
+    graph = _graph(span, turns)
     if graph is None and len(turns) == 1:
         return [_alone(turns[0])]
     began = time.perf_counter()
@@ -79,7 +99,7 @@ def run(turns: Sequence[Turn]) -> list[list[torch.Tensor] | Exception]:
             outcomes[index] = error
     ready = [turns[index] for index in parts]
     try:
-        joined = _run_joined(ready, list(parts.values()), graph)
+        joined = _run_joined(span, ready, list(parts.values()), graph)
     except Exception:
         logger.exception("a joined step of %d sessions failed; they run one by one", len(ready))
         joined = [_run_again(*turn) for turn in ready]
@@ -96,22 +116,23 @@ def _alone(turn: Turn) -> list[torch.Tensor] | Exception:
         return error
 
 
-def _graph(turns: Sequence[Turn]) -> Graph | None:
-    """The recording for a group, if there is one."""
-    state, step, *_ = turns[0]
-    if step.adapter is not None or state.span.graphs is None:
+def _graph(span: Span, turns: Sequence[Turn]) -> Graph | None:
+    """The recording for turns of these blocks, if there is one."""
+    if span.graphs is None:
         return None
+    start, end = turns[0][1].blocks
     tokens = sum(step.rows * step.length for _, step, *_ in turns)
-    return state.span.graphs.find(*step.blocks, tokens)
+    tuned = {site for state, step, *_ in turns for site in state.span_for(step).tuners}
+    sites = frozenset(site for site in tuned if start <= site[0] < end)
+    return span.graphs.find(start, end, tokens, sites)
 
 
 def _run_joined(
-    turns: Sequence[Turn], parts: Sequence[Part], graph: Graph | None = None
+    span: Span, turns: Sequence[Turn], parts: Sequence[Part], graph: Graph | None = None
 ) -> list[list[torch.Tensor] | Exception]:
     if not turns:
         return []
     first = turns[0][1]
-    span = turns[0][0].span_for(first)
     ids: list[int] = []
     for _, step, position, _, _ in turns:
         ids += _position_ids(step, position)
@@ -180,7 +201,7 @@ def try_out(span: Span, hidden_size: int) -> bool:
         state.cache.truncate(*step.blocks, position)
     parts = [state.join(step, position) for state, step, position, _, _ in turns]
     try:
-        together = _run_joined(turns, parts)
+        together = _run_joined(span, turns, parts)
     except Exception as error:  # whatever a decoder does with what it does not expect
         logger.info("steps of different sessions cannot be joined: %s", error)
         return False

@@ -1,7 +1,7 @@
 """A joined call of some blocks, recorded: the operations that it consists of, without Python.
 
 What `make_fx` sees the decoder do becomes TorchScript, in which attention is an operator that calls
-back (`attention`). The products with weights are replaced by the fastest way of the machine
+back (`script`). The products with weights are replaced by the fastest way of the machine
 (`linear`).
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,10 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from swarm_notebook.server import linear
-from swarm_notebook.server.attention import (
-    JoinedCache,
-    Part,
-    RecordingCache,
-    Script,
-    replayed,
-)
+from swarm_notebook.server.attention import JoinedCache, Part
 from swarm_notebook.server.cache import SessionCache
+from swarm_notebook.server.mixing import module_at, tunable
+from swarm_notebook.server.script import RecordingCache, Script, replayed
 from swarm_notebook.server.span import Span
 
 # How many positions precede what is recorded, and what a recording is tried out with.
@@ -39,11 +36,16 @@ _optimized: Any = torch.jit.optimized_execution  # type: ignore[attr-defined]
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """What is recorded: blocks ``[start, end)`` for so many tokens."""
+    """What is recorded: blocks ``[start, end)`` for so many tokens.
+
+    Attributes:
+        tuned: whether adapters of the sessions may tune it.
+    """
 
     start: int
     end: int
     tokens: int
+    tuned: bool = False
 
 
 @dataclass(slots=True)
@@ -62,7 +64,10 @@ class Recording:
     original: str
 
     def run(
-        self, hidden: torch.Tensor, position_ids: torch.Tensor, cache: JoinedCache
+        self,
+        hidden: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: JoinedCache,
     ) -> tuple[torch.Tensor, ...]:
         """The output of each block for ``[1, tokens, hidden size]``, as ``cache``'s sessions."""
         cache.focus(self.extent.start, self.extent.end)
@@ -88,13 +93,23 @@ def record(span: Span, extent: Extent, hidden_size: int, products: linear.Produc
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         # TorchScript is deprecated, and nothing else runs a graph without Python or a compiler.
         warnings.simplefilter("ignore")
-        with span.attending(start, end, cache, script) as original:
+        with span.attending(start, end, cache, script) as original, _opened(span, extent, script):
             graph = make_fx(call, pre_dispatch=True)(hidden, ids)
         _quicken(graph, extent.tokens, products)
         part.cache.truncate(start, end, _PAST)
         with replayed(script, JoinedCache([part]), original):
             function = torch.jit.trace(graph, (hidden, ids), check_trace=False)
     return Recording(extent, function, script, original)
+
+
+@contextmanager
+def _opened(span: Span, extent: Extent, script: Script) -> Iterator[None]:
+    """Let a recording for adapters ask at every module that one may tune."""
+    with ExitStack() as stack:
+        for site in tunable(span, extent.start, extent.end) if extent.tuned else ():
+            hook = script.open(site, extent.tokens)
+            stack.callback(module_at(span, site).register_forward_hook(hook).remove)
+        yield
 
 
 def _quicken(graph: GraphModule, tokens: int, products: linear.Products) -> None:

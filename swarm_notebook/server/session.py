@@ -167,7 +167,7 @@ class InferenceSession:
         # What a module inside of a block puts out may not be cut by positions.
         whole = short or bool(step.inner)
         kind = Kind.STEP if short else Kind.PIECE
-        group = joining.group(peer, step, position, state.span) if short else None
+        group = joining.group(step, position, state.span) if short else None
         blocks = step.blocks[1] - step.blocks[0] if step.length else 0
         while begin < step.length or not pieces:
             size = max(1, self._compute.piece_tokens() // step.rows)

@@ -26,12 +26,15 @@ from transformers import PreTrainedConfig
 
 from swarm_notebook.checkpoint.anatomy import restrict_config
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.server.attention import JoinedCache, Part, Script, joined
+from swarm_notebook.server.attention import JoinedCache, Part, joined
 from swarm_notebook.server.cache import SessionCache
+from swarm_notebook.server.joined_call import JoinedCall
+from swarm_notebook.server.mixing import Tuners
 from swarm_notebook.server.probes import Probes
 
 if TYPE_CHECKING:
     from swarm_notebook.server.graphs import Graph, Graphs
+    from swarm_notebook.server.script import Script
 
 MAX_VIEWS = 64
 KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -50,6 +53,8 @@ class Span:
         self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         # Whether `run_joined` may be called: see `joining.try_out`.
         self.joins = False
+        # The layers of an adapter, where joined calls of `host` have to ask them.
+        self.tuners: Tuners = {}
         # Its calls that have been recorded, if any are.
         self.graphs: Graphs | None = None
         self._views: OrderedDict[tuple[int, int], nn.Module] = OrderedDict()
@@ -60,6 +65,11 @@ class Span:
         # One name, or a dict with one for each kind of block.
         found = (getattr(module, "rope_type", None) for module in self._decoder.modules())
         return {str(kind) for kind in found if kind is not None}
+
+    @property
+    def host(self) -> Span:
+        """The blocks whose joined calls those that run with these can share."""
+        return self
 
     @cached_property
     def storages(self) -> frozenset[int]:
@@ -147,7 +157,7 @@ class Span:
             outputs = graph.run(flat, parts, **options)
         else:
             cache = JoinedCache(parts)
-            with self.attending(start, end, cache):
+            with self.attending(start, end, cache), cache.mixture.hooked(self, start, end):
                 outputs = self.run(start, end, flat, cache=cache, **options)
         sizes = [part.tokens for part in parts]
         shapes = [(part.rows, part.length, -1) for part in parts]
@@ -160,9 +170,14 @@ class Span:
     def attending(
         self, start: int, end: int, cache: JoinedCache, script: Script | None = None
     ) -> Iterator[str]:
-        """Let blocks ``[start, end)`` attend as ``cache``'s sessions; how they do by themselves."""
+        """Let blocks ``[start, end)`` attend as ``cache``'s sessions; how they do by themselves.
+
+        Args:
+            script: gets what a recording of this call must ask anew.
+        """
         view: Any = self._view(start, end)
-        with joined([view.config, *self._configs], cache, script) as original:
+        original = str(view.config._attn_implementation)
+        with joined([view.config, *self._configs], JoinedCall(cache, original, script)):
             yield original
 
     @cached_property

@@ -81,10 +81,10 @@ class SessionState:
 
     def join(self, step: Step, position: int) -> Part:
         """The step as a part of a call for several sessions; prepared as by `run`."""
-        self._choose(step)
+        tuners = self._choose(step).tuners
         self._prepare(step, position)
         mask = self._extend_mask(step, position, 0, step.length)
-        return Part(self.cache, step.rows, step.length, mask)
+        return Part(self.cache, step.rows, step.length, mask, tuners=tuners)
 
     def span_for(self, step: Step) -> Span:
         """The blocks to run a step with."""

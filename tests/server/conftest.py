@@ -31,7 +31,7 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Benches]:
             server.wait_ready()
             client = RawClient(server.facts["maddrs"])
             stack.callback(client.close)
-            return Bench(model.requires_grad_(False), folder, 1, 4, server, client)
+            return Bench(folder, 1, 4, model.requires_grad_(False), server, client)
 
         yield Benches(start)
 

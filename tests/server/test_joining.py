@@ -55,7 +55,7 @@ def test_joined_sessions_get_what_they_get_alone(span: Span) -> None:
         for walk in dice.sample(walks, dice.randint(2, SESSIONS)):
             step = walk.step()
             turn = prepared(joined[walk], step)
-            key = joining.group("peer", step, turn[2], span)
+            key = joining.group(step, turn[2], span)
             groups[key or walk].append((walk, turn))
         for members in groups.values():
             turns = [turn for _, turn in members]
@@ -73,14 +73,14 @@ def test_steps_that_concern_the_whole_call_run_alone(span: Span) -> None:
     prompts = torch.randn(3, 1, 4, HIDDEN)
 
     def group(position: int = 9, hidden: torch.Tensor = one, **fields: Any) -> Any:
-        return joining.group("peer", Step((1, 4), hidden, **fields), position, span)
+        return joining.group(Step((1, 4), hidden, **fields), position, span)
 
     if not span.joins:
         assert group() is None
         return
     assert group() == group(hidden=torch.randn(4, 2, HIDDEN)) == group(states=(1,))
     assert group(prompts=prompts) == group()
-    assert group(adapter=("a", 1)) not in {group(), group(adapter=("a", 2)), None}
+    assert group(adapter=("a", 1)) == group()
     alone: list[dict[str, Any]] = [
         {"prompts": prompts, "position": 3},
         {"hidden": torch.randn(1, joining.SHORT_TOKENS + 1, HIDDEN)},

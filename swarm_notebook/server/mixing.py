@@ -1,0 +1,118 @@
+"""Different adapters in one joined call of the blocks that they share.
+
+The call runs the blocks as they are. Where an adapter has put a layer of its own around a module,
+that layer is called for the tokens of its sessions, and what it asks of the module is at hand: its
+part of what the module has just computed for everybody. So an adapter costs what it adds, the
+weights of the blocks are read once for all, and how an adapter computes stays PEFT's own code. (A
+layer that gives the module another input than it was given, as IA3 does in a feedforward, has it
+computed for that input.)
+
+Not every adapter can be mixed in: see `adapters`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from swarm_notebook.server.span import Span
+
+# A module: its block, and its name in there.
+Site = tuple[int, str]
+# The layers of an adapter, by the modules around which they are.
+Tuners = Mapping[Site, nn.Module]
+
+
+class Unmixable(Exception):
+    """A module is not called with every token of the call, one after the other."""
+
+
+class Mixture:
+    """The adapters of a joined call.
+
+    Args:
+        members: in the order of their tokens, each session's adapter and number of tokens.
+    """
+
+    def __init__(self, members: Sequence[tuple[Tuners, int]]):
+        self._tokens = 0
+        self._layers: dict[Site, list[tuple[int, int, Any]]] = defaultdict(list)
+        for tuners, same in itertools.groupby(members, key=lambda member: member[0]):
+            tokens = sum(count for _, count in same)
+            for site, layer in tuners.items():
+                self._layers[site].append((self._tokens, tokens, layer))
+            self._tokens += tokens
+
+    def sites(self, start: int, end: int) -> set[Site]:
+        """The modules in blocks ``[start, end)`` that are tuned."""
+        return {site for site in self._layers if start <= site[0] < end}
+
+    def apply(self, site: Site, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Turn what a module gave for all tokens into what the adapters make of it, in place."""
+        for begin, tokens, layer in self._layers.get(site, ()):
+            known = output.narrow(-2, begin, tokens)
+            known.copy_(_beside(layer, x.narrow(-2, begin, tokens), known))
+
+    @contextmanager
+    def hooked(self, span: Span, start: int, end: int) -> Iterator[None]:
+        """Apply whatever is tuned while the decoder of these blocks runs."""
+        with ExitStack() as stack:
+            for site in self.sites(start, end):
+                handle = module_at(span, site).register_forward_hook(self._hook(site))
+                stack.callback(handle.remove)
+            yield
+
+    def _hook(self, site: Site) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple, output: Any) -> None:
+            if not fits(inputs, output, self._tokens):
+                raise Unmixable(f"{site[1]} in block {site[0]} is not called token by token")
+            self.apply(site, inputs[0], output)
+
+        return hook
+
+
+def module_at(span: Span, site: Site) -> nn.Module:
+    """The module of a span that a site names."""
+    return span.layers[site[0] - span.start].get_submodule(site[1])
+
+
+def tunable(span: Span, start: int, end: int) -> list[Site]:
+    """The modules in blocks ``[start, end)`` around which an adapter may have layers."""
+    return [
+        (index, name)
+        for index in range(start, end)
+        for name, module in span.layers[index - span.start].named_modules()
+        if isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
+    ]
+
+
+def fits(inputs: tuple, output: Any, tokens: int) -> bool:
+    """Whether a module was given, and has given, one vector for each of so many tokens."""
+    return all(
+        isinstance(tensor, torch.Tensor)
+        and tensor.ndim >= 2
+        and tensor.shape[-2] == tokens
+        and tensor.numel() == tokens * tensor.shape[-1]
+        for tensor in (*inputs[:1], output)
+    ) and bool(inputs)
+
+
+def _beside(layer: Any, x: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """What a layer of an adapter gives for ``x``, when its module gives ``known``."""
+    module = layer.get_base_layer()
+
+    def forward(asked: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        return known if asked is x else type(module).forward(module, asked, *rest, **named)
+
+    module.forward = forward
+    try:
+        return layer(x)
+    finally:
+        del module.forward

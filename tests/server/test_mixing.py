@@ -1,0 +1,155 @@
+"""Sessions with different adapters in one call against sessions that run alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from training_wire import LocalModel
+from tuned import Tuned
+from walks import Walk, prepared
+
+from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.server import graphs, joining, recording
+from swarm_notebook.server.adapters import AdaptedSpan
+from swarm_notebook.server.graphs import Graphs
+from swarm_notebook.server.recording import Extent
+from swarm_notebook.server.span import Span
+from swarm_notebook.server.state import SessionState
+
+HIDDEN, ROUNDS = 48, 14
+ADAPTERS: list[tuple[str, dict[str, Any]]] = [
+    ("LoraConfig", {"r": 4, "lora_alpha": 16}),
+    ("LoraConfig", {"r": 2, "use_dora": True}),
+    ("IA3Config", {}),
+    ("LoHaConfig", {"r": 3}),
+    ("LoKrConfig", {"r": 3, "decompose_both": True}),
+]
+# Which of them, for families apart. PEFT has no LoHa and LoKr for GPT-2's Conv1D.
+FAMILIES = {"llama": ADAPTERS, "gpt2": ADAPTERS[:3], "gemma3_text": ADAPTERS[:2]}
+
+
+def loaded(family: str, folder: Path) -> tuple[LocalModel, Span]:
+    model = LocalModel(tiny_model(family, folder), 1, 4)
+    blocks = load_blocks(resolve(model.folder), 1, 4, dtype=torch.float32)
+    span = Span(blocks.decoder, blocks.layers_name, 1)
+    span.joins = joining.try_out(span, HIDDEN)
+    return model, span
+
+
+def adapted(base: Span, model: LocalModel, kind: str, **options: Any) -> AdaptedSpan:
+    upload = Tuned(model, kind, seed=len(options), **options).as_upload()
+    span = AdaptedSpan(base, upload)
+    span.check(upload)
+    span.load(upload)
+    return span
+
+
+@contextmanager
+def counted(span: Span) -> Iterator[list[int]]:
+    """How often the decoder's own first block is called."""
+    calls = [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+
+    handle = span.layers[0].register_forward_hook(count)
+    yield calls
+    handle.remove()
+
+
+def compare(base: Span, spans: list[Span]) -> int:
+    """Walks with the adapters of ``spans``, together and alone; how often the decoder was called.
+
+    That is at most once for each group of them.
+    """
+    walks = {Walk(span, HIDDEN, number, longest=3): span for number, span in enumerate(spans)}
+    sessions = {
+        walk: SessionState(base, context=None, choose=lambda _, span=span: span)
+        for walk, span in walks.items()
+    }
+    dice, called = random.Random(0), 0
+    for _ in range(ROUNDS):
+        groups: dict[Any, list[tuple[Walk, Any]]] = {}
+        for walk in dice.sample(list(walks), dice.randint(2, len(walks))):
+            turn = prepared(sessions[walk], walk.step())
+            groups.setdefault(joining.group(turn[1], turn[2], base), []).append((walk, turn))
+        expected = [[walk.run(turn[1]) for walk, turn in group] for group in groups.values()]
+        with counted(base) as calls:
+            got = [joining.run([turn for _, turn in group]) for group in groups.values()]
+        assert calls[0] <= len(groups)
+        called += calls[0]
+        for ours, theirs in zip(got, expected, strict=True):
+            for mine, other in zip(ours, theirs, strict=True):
+                if isinstance(mine, Exception):
+                    raise mine
+                for one, two in zip(mine, other, strict=True):
+                    torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
+    return called
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_gets_what_it_gets_alone(family: str, tmp_path: Path) -> None:
+    model, base = loaded(family, tmp_path)
+    spans = [adapted(base, model, kind, **options) for kind, options in FAMILIES[family]]
+    # Two sessions share an adapter, two have none.
+    assert {span.host for span in spans} == {base}
+    everybody = [*spans, spans[0], base, base]
+    compare(base, everybody)
+    with counted(base) as calls:
+        steps = [first_step(base, span) for span in everybody]
+        joining.run(steps)
+    assert calls[0] == 1
+
+
+def first_step(base: Span, span: Span) -> Any:
+    walk = Walk(span, HIDDEN, seed=0, longest=2)
+    return prepared(SessionState(base, context=None, choose=lambda _: span), walk.step())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_recordings(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = (4, 16, 64)
+    monkeypatch.setattr(graphs, "SIZES", sizes)
+    model, base = loaded(family, tmp_path)
+    spans = [adapted(base, model, kind, **options) for kind, options in FAMILIES[family]]
+    made = Graphs(base, HIDDEN, lambda call: call())
+    # Used even if they should not be faster on a busy machine.
+    extents = [
+        Extent(start, 4, size, tuned)
+        for start in (1, 2)
+        for size in sizes
+        for tuned in (True, False)
+    ]
+    for extent in extents:
+        made._recordings[extent] = recording.record(base, extent, HIDDEN, made._products)
+    base.graphs = made
+    assert compare(base, [*spans, spans[0], base, base]) == 0
+
+
+def test_one_around_a_parameter_goes_by_itself(tmp_path: Path) -> None:
+    """PEFT's layer around fused experts changes their weights: there is nothing to add to."""
+    model, base = loaded("qwen3_moe", tmp_path)
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    experts = adapted(base, model, "LoraConfig", r=2, target_modules=targets)
+    others = [adapted(base, model, *ADAPTERS[0][:1], **ADAPTERS[0][1]), base]
+    assert experts.host is experts
+    compare(base, [experts, experts, *others])
+
+
+def test_a_module_that_is_not_recorded_is_not_forgotten(tmp_path: Path) -> None:
+    model, base = loaded("llama", tmp_path)
+    made = Graphs(base, HIDDEN, lambda call: call())
+    one = recording.record(base, Extent(1, 4, 1, tuned=True), HIDDEN, made._products)
+    made._recordings[one.extent] = one
+    sites = frozenset(adapted(base, model, "LoraConfig", r=2).tuners)
+    assert made.find(1, 4, 1, sites) is not None
+    one.script.sites.remove(min(sites))
+    assert made.find(1, 4, 1, sites) is None
