@@ -57,6 +57,8 @@ class Inbox:
         self._session_id: str | None = None
         self._steps: deque[runtime_pb2.ExpertRequest | _Announced] = deque()
         self._announced: dict[str, tuple[str, _Announced]] = {}
+        # Step ids of those that were announced and taken out, the latest.
+        self._taken: deque[str] = deque(maxlen=MAX_ANNOUNCED)
         self._whole = self._whole_bytes = 0
         self._changed = asyncio.Event()
 
@@ -70,7 +72,7 @@ class Inbox:
             self._introduce(message)
         if _ANNOUNCES in message.metadata and self._announce(message):
             return
-        if self._announced and self._fill(message):
+        if (self._announced or self._taken) and self._fill(message):
             return
         size = _size(message)
         while self._whole and (self._whole >= MAX_WHOLE or self._whole_bytes + size > self._limit):
@@ -107,6 +109,7 @@ class Inbox:
             return first
         self.filled = first.filled
         del self._announced[first.step_id]
+        self._taken.append(first.step_id)
         if first.tensor is not None:
             self._held -= len(first.tensor.buffer)
             first.message.tensors[0].CopyFrom(first.tensor)
@@ -155,11 +158,11 @@ class Inbox:
         return True
 
     def _fill(self, message: runtime_pb2.ExpertRequest) -> bool:
-        """Whether the message brings what an announced step waits for."""
+        """Whether the message is for a step that has been announced."""
         step_id = fields.text(protocol.unpack_metadata(message.metadata), "step_id")
         found = self._announced.get(step_id or "")
         if found is None:
-            return False
+            return step_id in self._taken  # the push was faster
         session_id, announced = found
         if announced.tensor is None and message.tensors:
             self._relay.forget(session_id, announced.step_id, announced.arrived)

@@ -132,6 +132,29 @@ def test_steps_keep_their_order_whatever_comes_first(pushes: Pushes) -> None:
     pushes.client.run(main())
 
 
+def test_what_the_client_sends_too_late_is_not_computed_again(pushes: Pushes) -> None:
+    """Not even when other steps came in between."""
+    states, later = hidden(6), hidden(1, 1)
+
+    async def main() -> None:
+        session, stream = await pushes.open(), await pushes.stream()
+        for position, step in ((0, "a"), (3, "b")):
+            await pushes.announce(session, step, position)
+            await stream.send(pushes.push(states[:, position : position + 3], step))
+        for _ in range(2):
+            await session.receive()
+        fields = {"session_id": pushes.id, "step_id": "a", "start_from_position": 0}
+        await session.stream.send(request(pushes.uid, states[:, :3], None, None, **fields))
+        fields |= {"step_id": "c", "start_from_position": 6}
+        (got,) = await session.step("", later, None, None, **fields)
+        whole = pushes.expected(torch.cat([states, later], dim=1))
+        torch.testing.assert_close(got, whole[:, 6:], atol=1e-4, rtol=0)
+        session.close()
+        stream.abort()
+
+    pushes.client.run(main())
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_nobody_but_the_announced_peer_is_heard(pushes: Pushes, early: bool) -> None:
     async def intrude() -> str:
