@@ -151,7 +151,7 @@ class Hop:
 
     async def resend(self, request: Request, way: Way) -> None:
         """Send the hidden states of a step after all, which should have been pushed."""
-        message = self._message(request, Way(way.step_id, None, way.push_to))
+        message = self._message(request, Way(way.step_id, None, way.push_to), again=True)
         with self._blamed(), self._watch(request) as stream:
             await stream.send(message)
 
@@ -232,7 +232,10 @@ class Hop:
                 raise ServerFailed(f"{self} {watch.verdict}") from None
             raise
 
-    def _message(self, request: Request, way: Way) -> runtime_pb2.ExpertRequest:
+    def _message(
+        self, request: Request, way: Way, *, again: bool = False
+    ) -> runtime_pb2.ExpertRequest:
+        """A step for the wire; one that is sent ``again`` is worked on in its old place."""
         metadata: dict = {
             "session_id": self.session_id,
             "step_id": way.step_id,
@@ -250,8 +253,9 @@ class Hop:
         refuse_extensions(self.leg.span, str(self), request)
         blocks = (request.start, request.end)
         uid = ""
-        if not self.leg.span.extended or self._named != blocks:
+        if again or not self.leg.span.extended or self._named != blocks:
             uid = protocol.uid_chain(self._directory.prefix, *blocks)
+        if not again:
             self._named = blocks
         compression = self._directory.compression_for(self.leg.span)
         if compression:
