@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import time
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
@@ -84,7 +85,6 @@ class Hop:
     Attributes:
         position: tokens in the server's cache.
         rows_version: how many of the session's row selections it followed.
-        owed: steps that were sent and not answered yet.
         sending, receiving: held by the step that is just sent or answered, so that the parts of
             a long one keep their order.
     """
@@ -103,13 +103,19 @@ class Hop:
         self.close()
         self.position = 0
         self.rows_version = rows_version
-        self.owed = 0
+        # Steps that were sent and not answered yet.
+        self._owed: deque[tuple[Request, Way]] = deque()
         self.session_id = str(uuid.uuid4())
         self._introduced = False
         self._named: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return self._name
+
+    @property
+    def owes(self) -> bool:
+        """Whether steps were sent that are not answered yet."""
+        return bool(self._owed)
 
     async def run(self, request: Request) -> tuple[Outputs, HopTimes]:
         """Send one request and wait for its outputs; also say where the time went.
@@ -143,7 +149,7 @@ class Hop:
         """Send one step (`prepare` came before); the moment when it was packed."""
         message = self._message(request, way)
         packed = time.perf_counter()
-        self.owed += 1
+        self._owed.append((request, way))
         self.rows_version = request.rows_version
         with self._blamed(), self._watch(request) as stream:
             await stream.send(message)
@@ -154,6 +160,26 @@ class Hop:
         message = self._message(request, Way(way.step_id, None, way.push_to), again=True)
         with self._blamed(), self._watch(request) as stream:
             await stream.send(message)
+
+    async def settle(self) -> None:
+        """Give up the steps that wait for what a lost server was to push; the cache is kept.
+
+        In place of what has not begun yet, the server is sent a step without tokens. The answers
+        are of no use: some may come of what the lost server has pushed. The same positions are to
+        be sent again, which rolls the cache back to where the first of these steps began.
+
+        Raises: as `receive`; then the cache is lost.
+        """
+        first = self._owed[0][0]
+        with self._blamed(), self._watch(first) as stream:
+            # From the last one on: so none begins after one that has been given up.
+            for request, way in reversed(self._owed):
+                if way.push_from is not None:
+                    nothing = request.without_tokens(first.position)
+                    await stream.send(self._message(nothing, Way(way.step_id), again=True))
+            while self._owed:
+                await self._next_answer(stream)
+        self.position = first.position
 
     async def receive(
         self, request: Request, nudge: Callable[[], Awaitable[None]] | None = None
@@ -169,16 +195,20 @@ class Hop:
             ServerFailed: it is gone, hangs, or answers with something else than asked for.
         """
         with self._blamed(), self._watch(request, nudge) as stream:
-            answer = await stream.receive(runtime_pb2.ExpertResponse)
-        if answer is None:
-            raise ServerFailed(f"{self} ended the session")
+            answer = await self._next_answer(stream)
         received = time.perf_counter()
         outputs = read_outputs(answer.tensors, request, str(self))
         self.position = request.position + request.hidden.shape[1]
-        self.owed -= 1
         self._directory.succeeded(self.leg.peer)
         self._directory.events.ledger.received(self.leg)
         return Answer(outputs, read_told(answer.metadata), received)
+
+    async def _next_answer(self, stream: streams.Stream) -> runtime_pb2.ExpertResponse:
+        answer = await stream.receive(runtime_pb2.ExpertResponse)
+        if answer is None:
+            raise ServerFailed(f"{self} ended the session")
+        self._owed.popleft()
+        return answer
 
     def times(self, request: Request, answer: Answer, began: float, packed: float) -> HopTimes:
         """Where the time of a step went: packed from ``began`` to ``packed``, then answered."""

@@ -65,6 +65,19 @@ class Request:
             prompts=None if prompts is None else prompts[start - self.start : end - self.start],
         )
 
+    def without_tokens(self, position: int) -> Request:
+        """The same for no tokens at all, at ``position``."""
+        return replace(
+            self,
+            hidden=self.hidden[:, :0],
+            position=position,
+            mask=None,
+            position_ids=None,
+            states=(),
+            inner=(),
+            prompts=None,
+        )
+
     def options(self) -> dict[str, Any]:
         """The metadata by which our servers know what is asked beyond Petals' protocol."""
         options: dict[str, Any] = {}

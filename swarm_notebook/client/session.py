@@ -151,10 +151,7 @@ class InferenceSession:
             done, lost = await self._attempt(pieces, states, inner, outputs)
             block = done
             if lost is not None:
-                # A hop that waits for states which never come cannot be used as it is.
-                for hop in {piece.hop for piece in pieces if piece.hop.owed}:
-                    if hop is not lost.piece.hop:
-                        hop.reset(self._rows_version)
+                await self._settle({piece.hop for piece in pieces} - {lost.piece.hop})
                 block = min(done, lost.piece.hop.start)
                 self._give_way(lost)
         asked = {*states, stop - 1}
@@ -349,6 +346,18 @@ class InferenceSession:
             for piece in itertools.pairwise(part.cuts(hop.start, hop.end)):
                 got = await self._run(hop, piece, part)
             self.history.learn(hop.end, part.position, got.states[hop.end - 1])
+
+    async def _settle(self, hops: Collection[Hop]) -> None:
+        """Free those of a chain that wait for states which a lost server does not push."""
+        waiting = [hop for hop in hops if hop.owes]
+        work = [hop.settle() for hop in waiting]
+        results = await asyncio.gather(*work, return_exceptions=True)
+        for hop, error in zip(waiting, results, strict=True):
+            if isinstance(error, RemoteError):
+                # Perhaps for the lost one's sake: it is asked again, from the beginning.
+                hop.reset(self._rows_version)
+            elif error is not None:
+                raise error
 
     def _give_way(self, lost: HopLost) -> None:
         """Go on without a failed hop, or without handing its input from server to server."""

@@ -13,7 +13,8 @@ only servers which announce ``swarm_notebook`` in their record are sent:
   ``rpc_push_stream``, besides to the client (whose answer says ``push_failed`` and why if it did
   not). ``push_from`` names the peer that will push the input; slot 0 is then a dummy. The client
   may send the input after all, under the same ``step_id``; if it was used, the answer says
-  ``filled``.
+  ``filled``. An input without positions gives the step up, if it has not begun: nothing is
+  computed, the answer has no positions either, and the session goes on.
 
 A slot that is not used holds a dummy, an empty tensor, as in Petals. Metadata is msgpack in
 hivemind's dialect; it is read under a size bound and yields a plain dict.

@@ -3,6 +3,8 @@
 A client sends its steps in order. A step either brings its hidden states, or announces that the
 server before will push them (`relay`). An announced step waits for them at the head of the line,
 or for its client, which sends them itself under the same step id when the push fails or is late.
+A client that gives up announced steps sends one without positions in the place of each, and gets
+an answer for each as before: what is not begun then is not computed, and the session goes on.
 
 What waits is bounded: when whole steps take as much as the largest request may, the client's
 stream is not read on, and it feels the pressure. Below that the stream is always read, so that a
@@ -164,11 +166,17 @@ class Inbox:
         if found is None:
             return step_id in self._taken  # the push was faster
         session_id, announced = found
+        given_up = bool(message.tensors) and 0 in message.tensors[0].size
+        if given_up and announced.tensor is not None:
+            self._held -= len(announced.tensor.buffer)
+            announced.tensor = None
         if announced.tensor is None and message.tensors:
             self._relay.forget(session_id, announced.step_id, announced.arrived)
             if self._held + len(message.tensors[0].buffer) > self._limit:
                 raise BadRequest(f"more than {self._limit} bytes wait for announced steps")
             announced.filled = True
+            if given_up:
+                announced.message = message  # its mask has no positions, either
             self._hold(announced, message.tensors[0])
         return True
 

@@ -155,6 +155,39 @@ def test_what_the_client_sends_too_late_is_not_computed_again(pushes: Pushes) ->
     pushes.client.run(main())
 
 
+@pytest.mark.parametrize("pushed", [False, True])
+def test_a_client_gives_up_what_it_has_announced(pushes: Pushes, pushed: bool) -> None:
+    """Each such step is answered; the cache is as it was, and a push that was there is dropped."""
+    states, mask = hidden(8), torch.ones(1, 3, dtype=torch.uint8)
+
+    async def main() -> None:
+        session, stream = await pushes.open(), await pushes.stream()
+        fields = {"session_id": pushes.id, "max_length": 64}
+        (first,) = await session.step(
+            pushes.uid, states[:, :2], None, None, step_id="a", start_from_position=0, **fields
+        )
+        for step, position in (("b", 2), ("c", 5)):
+            fields |= {"step_id": step, "start_from_position": position, "push_from": pushes.me}
+            await session.stream.send(request("", None, None, None, mask, **fields))
+        if pushed:
+            await stream.send(pushes.push(states[:, 5:], "c"))
+            await asyncio.sleep(QUIET_SECONDS)
+        for step in ("c", "b"):
+            fields = {"session_id": pushes.id, "step_id": step, "start_from_position": 2}
+            await session.stream.send(request(pushes.uid, states[:, :0], None, None, **fields))
+        for _ in range(2):
+            (nothing,) = await session.receive()
+            assert nothing.shape == (1, 0, HIDDEN)
+        fields = {"session_id": pushes.id, "step_id": "d", "start_from_position": 2}
+        (got,) = await session.step("", states[:, 2:], None, None, **fields)
+        whole = torch.cat([first, got], dim=1)
+        torch.testing.assert_close(whole, pushes.expected(states), atol=1e-4, rtol=0)
+        session.close()
+        stream.abort()
+
+    pushes.client.run(main())
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_nobody_but_the_announced_peer_is_heard(pushes: Pushes, early: bool) -> None:
     async def intrude() -> str:
