@@ -1,7 +1,7 @@
 // Chat: turns, a place to type, and an answer that grows. The HTML of answers comes from Python,
 // which has made it harmless (widgets/markdown.py); everything else is text.
 
-import { OWN_KEYS, act, fill, follow, h, widget } from "./dom.js";
+import { OWN_KEYS, act, endInSight, fill, follow, h, widget } from "./dom.js";
 import { button, isRunning, ownKeys, runFacts, samplingControls, stopButton } from "./controls.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
@@ -41,6 +41,7 @@ function build({ model, root }) {
     tabindex: 0,
     ...OWN_KEYS,
   });
+  const sight = endInSight(log);
   const live = h("div", { class: "sn-said", dir: "auto" });
   const liveTurn = h(
     "article",
@@ -94,10 +95,8 @@ function build({ model, root }) {
   function show() {
     const turns = /** @type {Turn[]} */ (model.get("turns"));
     const running = isRunning(model);
-    const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 30;
     const shown = turns.map((turn, at) => article(turn, at, at === turns.length - 1));
-    fill(log, ...shown, running && liveTurn, !turns.length && !running && empty);
-    if (follows) log.scrollTop = log.scrollHeight;
+    sight.during(() => fill(log, ...shown, running && liveTurn, !turns.length && !running && empty));
   }
 
   /** @param {number} at */
@@ -155,6 +154,7 @@ function build({ model, root }) {
   );
   return [
     controls.end,
+    sight.end,
     ...facts.ends,
     follow(model, ["turns", "state"], () => {
       const turns = /** @type {Turn[]} */ (model.get("turns"));
@@ -167,9 +167,9 @@ function build({ model, root }) {
       show();
     }),
     follow(model, ["live"], () => {
-      const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 30;
-      live.innerHTML = model.get("live");
-      if (follows) log.scrollTop = log.scrollHeight;
+      sight.during(() => {
+        live.innerHTML = model.get("live");
+      });
     }),
   ];
 }

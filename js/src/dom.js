@@ -164,6 +164,34 @@ export function followTheme(element) {
 }
 
 /**
+ * Keep the end of a box in sight while it grows, until somebody scrolls up to read.
+ * @param {HTMLElement} box
+ */
+export function endInSight(box) {
+  let reading = false;
+  // A box that is not on the page has no height, and nobody has scrolled in it.
+  const look = () => {
+    if (box.clientHeight) reading = box.scrollHeight - box.scrollTop - box.clientHeight >= 30;
+  };
+  const keep = () => {
+    if (!reading) box.scrollTop = box.scrollHeight;
+  };
+  box.addEventListener("scroll", look, { passive: true });
+  // A view is filled before it is put on the page; only then can it be scrolled.
+  const observer = new ResizeObserver(keep);
+  observer.observe(box);
+  return {
+    /** @param {() => void} change what may make the box grow */
+    during: (change) => {
+      look();
+      change();
+      keep();
+    },
+    end: () => observer.disconnect(),
+  };
+}
+
+/**
  * Let arrow keys, Home and End move the focus among the children that `selector` finds: one tab
  * stop for all of them.
  * @param {HTMLElement} container

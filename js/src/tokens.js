@@ -2,7 +2,7 @@
 // that it might have written instead. Tokens are appended in paragraphs, so that a long text costs
 // the browser no more per token than a short one.
 
-import { OWN_KEYS, fill, h, roving } from "./dom.js";
+import { OWN_KEYS, endInSight, fill, h, roving } from "./dom.js";
 import { ownKeys } from "./controls.js";
 
 /** @typedef {[number, string, number]} Alternative id, text, probability */
@@ -60,6 +60,7 @@ export function tokenView(branch) {
     hidden: true,
   });
   const element = h("div", { class: "sn-output", ...OWN_KEYS }, text, popover);
+  const sight = endInSight(text);
   /** @type {Cell[]} */
   let cells = [];
   /** @type {HTMLElement[]} */
@@ -115,15 +116,17 @@ export function tokenView(branch) {
     let same = Math.min(spans.length, now.length);
     // Cells never change but by being cut off; the last ones tell.
     while (same && JSON.stringify(cells[same - 1]) !== JSON.stringify(now[same - 1])) same--;
-    const follows = text.scrollHeight - text.scrollTop - text.clientHeight < 30;
-    cut(same);
-    for (let at = same; at < now.length; at++) {
-      const parent = paragraph();
-      spans.push(span(now[at], at));
-      parent.append(spans[at]);
-    }
-    cells = now;
-    if (follows && shown < 0) text.scrollTop = text.scrollHeight;
+    const change = () => {
+      cut(same);
+      for (let at = same; at < now.length; at++) {
+        const parent = paragraph();
+        spans.push(span(now[at], at));
+        parent.append(spans[at]);
+      }
+      cells = now;
+    };
+    if (shown < 0) sight.during(change);
+    else change(); // the alternatives stay beside their token
   }
 
   function hide() {
@@ -275,6 +278,7 @@ export function tokenView(branch) {
     },
     end: () => {
       hide();
+      sight.end();
       window.removeEventListener("scroll", scrolled, { capture: true });
     },
   };
