@@ -15,6 +15,15 @@ import { tokenView } from "./tokens.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 
+/**
+ * The text: it is sent in pages, each once, and the rest of it; see widgets/cells.py.
+ * @param {Model} model
+ */
+function cells(model) {
+  const pages = Array.from({ length: model.get("pages") }, (_, at) => model.get(`page${at}`));
+  return [...pages.flat(), ...model.get("tail")];
+}
+
 /** @param {{ model: Model, root: HTMLElement }} view */
 function build({ model, root }) {
   const run = () => {
@@ -74,12 +83,10 @@ function build({ model, root }) {
     follow(model, ["chat"], () => {
       chat.checked = model.get("chat");
     }),
-    follow(model, ["cells", "tail"], () => {
-      tokens.show([...model.get("cells"), ...model.get("tail")]);
-    }),
-    follow(model, ["state", "cells", "tail"], () => {
+    follow(model, ["pages", "tail"], () => tokens.show(cells(model))),
+    follow(model, ["state", "pages", "tail"], () => {
       const running = isRunning(model);
-      const written = model.get("cells").length + model.get("tail").length > 0;
+      const written = model.get("pages") + model.get("tail").length > 0;
       start.disabled = running;
       stop.disabled = !running;
       resume.disabled = running || !written;

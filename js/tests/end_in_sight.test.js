@@ -108,7 +108,7 @@ test.each([
   {
     kind: "text",
     widget: generate,
-    traits: { cells: Array.from({ length: 40 }, () => [" word", 0.5, false, []]), tail: [] },
+    traits: { pages: 0, tail: Array.from({ length: 40 }, () => [" word", 0.5, false, []]) },
   },
   {
     kind: "log",

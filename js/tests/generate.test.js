@@ -34,7 +34,7 @@ const model = (more = {}) =>
     stats: {},
     preview: "",
     bill: "",
-    cells: [],
+    pages: 0,
     tail: [],
     ...more,
   });
@@ -136,7 +136,7 @@ describe("running", () => {
 
 describe("the text", () => {
   test("grows, is cut off, and is text whatever it holds", () => {
-    const fake = model({ cells: [cell("<b>a</b>")], tail: [cell(" b")] });
+    const fake = model({ pages: 1, page0: [cell("<b>a</b>")], tail: [cell(" b")] });
     const view = show(generate, fake);
     const first = view.all("[data-testid=token]")[0];
     expect(first.children.length).toBe(0);
@@ -144,15 +144,18 @@ describe("the text", () => {
     expect(text(view)).toBe("<b>a</b> b\nc");
     expect(view.all("[data-testid=token]")[0]).toBe(first);
     expect(view.all(".sn-paragraph").length).toBe(2);
-    fake.update({ cells: [cell("<b>a</b>"), cell(" b")], tail: [] });
+    fake.update({ page1: [cell(" b"), cell("\n")] });
+    fake.update({ pages: 2, tail: [] });
+    expect(text(view)).toBe("<b>a</b> b\n");
+    fake.update({ pages: 1, tail: [cell(" b")] });
     expect(text(view)).toBe("<b>a</b> b");
     expect(view.all(".sn-paragraph").length).toBe(1);
-    fake.update({ cells: [], tail: [cell("z")] });
+    fake.update({ pages: 0, tail: [cell("z")] });
     expect(text(view)).toBe("z");
   });
 
   test("a long text without a line break stay in paragraphs of bounded size", () => {
-    const fake = model({ cells: Array.from({ length: 3000 }, (_, at) => cell(`w${at} `)) });
+    const fake = model({ pages: 1, page0: Array.from({ length: 3000 }, (_, at) => cell(`w${at} `)) });
     const view = show(generate, fake);
     expect(view.all("[data-testid=token]").length).toBe(3000);
     expect(Math.max(...view.all(".sn-paragraph").map((one) => one.childElementCount))).toBe(1000);

@@ -1,27 +1,28 @@
 """A growing text as the cells that a view colours, one per token. Pure.
 
 A cell is a list, ``[text, probability, special, [[id, text, probability], …]]``; `js/src/tokens.js`
-reads it. Old cells never change, so a view is told of the new ones only: the text is cut in two
-parts, `settled`, which is sent seldom, and `tail`, which is sent with every update and kept short.
+reads it. Cells never change, so a view is sent the new ones only: whenever there are `PAGE` of
+them they become a page, which is sent once; the rest, the `tail`, is sent with every update.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from swarm_notebook.writing import Draft, Pieces, Token, Vocabulary
+from swarm_notebook.writing import Pieces, Token, Vocabulary
 
-TAIL = 256
+PAGE = 64
 
 Cell = list[Any]
 
 
 class Cells:
-    """The cells of one draft after another.
+    """The cells of one text after another: `cut` to what has stayed, then `grow`.
 
     Attributes:
-        settled: the first cells. A new list whenever it changes.
-        tail: the cells after them.
+        pages: the first cells, `PAGE` in each list; such a list never changes.
+        tail: the cells after them, fewer than `PAGE`.
     """
 
     def __init__(self, vocabulary: Vocabulary):
@@ -29,42 +30,34 @@ class Cells:
         self._seen: list[Token] = []
         self._prompt: list[int] | None = None
         self._pieces = Pieces(vocabulary)
-        self.settled: list[Cell] = []
+        self.pages: list[list[Cell]] = []
         self.tail: list[Cell] = []
 
-    @property
-    def all(self) -> list[Cell]:
-        return self.settled + self.tail
-
-    @property
-    def text(self) -> str:
-        """What is shown, without the marks of the format."""
-        return "".join(cell[0] for cell in self.all if not cell[2])
-
-    def follow(self, draft: Draft) -> None:
-        """Show what the draft holds now; it may be growing meanwhile."""
-        tokens = list(draft.tokens)
-        if draft.prompt is not self._prompt:
-            self._prompt, self._pieces = draft.prompt, Pieces(self._vocabulary, draft.prompt)
-            self._cut(0)
-        same = len(self._seen)
+    def cut(self, prompt: list[int], tokens: Sequence[Token]) -> bool:
+        """Drop the cells of tokens that are not there any more; whether there were any."""
+        before = same = len(self._seen)
+        if prompt is not self._prompt:
+            self._prompt, self._pieces, same = prompt, Pieces(self._vocabulary, prompt), 0
         # Tokens are objects of one place: if the last one is the same, so are all before it.
         while same and (same > len(tokens) or tokens[same - 1] is not self._seen[same - 1]):
             same -= 1
-        self._cut(same)
-        for token in tokens[same:]:
+        del self._seen[same:]
+        self._pieces.truncate(same)
+        whole, left = divmod(same, PAGE)
+        if whole < len(self.pages):
+            self.tail = self.pages[whole]
+            del self.pages[whole:]
+        self.tail = self.tail[:left]
+        return same < before
+
+    def grow(self, tokens: Sequence[Token]) -> None:
+        """Add the cells of the tokens after those that are there already."""
+        for token in tokens[len(self._seen) :]:
             self._seen.append(token)
             self.tail.append(self._cell(token))
-        if len(self.tail) > TAIL:
-            self.settled, self.tail = self.all, []
-
-    def _cut(self, length: int) -> None:
-        del self._seen[length:]
-        self._pieces.truncate(length)
-        if length < len(self.settled):
-            self.settled, self.tail = self.settled[:length], []
-        else:
-            self.tail = self.tail[: length - len(self.settled)]
+            if len(self.tail) == PAGE:
+                self.pages.append(self.tail)
+                self.tail = []
 
     def _cell(self, token: Token) -> Cell:
         show = self._vocabulary.show

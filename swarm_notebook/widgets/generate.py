@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 
 from swarm_notebook.widgets.base import action
-from swarm_notebook.widgets.cells import Cells
+from swarm_notebook.widgets.cells import Cell, Cells
 from swarm_notebook.widgets.pictures import facts, shell
 from swarm_notebook.widgets.writing import WritingWidget
 
@@ -36,8 +36,9 @@ class GenerateWidget(WritingWidget, module="generate"):
             ``top_k``, ``max_new_tokens``, ``seed``.
 
     Attributes:
-        cells: the first part of the text, see `cells`.
-        tail: the rest of it.
+        pages: how many pages of the text there are, see `cells`. They are part of the widget's
+            state, beside its traits: ``page0``, ``page1``, …
+        tail: the cells after them.
 
     Raises:
         ValueError: there is no tokenizer, or an option is out of range.
@@ -46,7 +47,7 @@ class GenerateWidget(WritingWidget, module="generate"):
 
     prompt = traitlets.Unicode().tag(sync=True)
     chat = traitlets.Bool().tag(sync=True)
-    cells: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
+    pages = traitlets.Int().tag(sync=True)
     tail: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
 
     def __init__(self, target: Any, prompt: str = "", **options: Any) -> None:
@@ -63,6 +64,12 @@ class GenerateWidget(WritingWidget, module="generate"):
     def tokens(self) -> list[Token]:
         """The written tokens, each with its probability and alternatives."""
         return list(self.writer.draft.tokens)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """What the views show, see `cells`."""
+        pages = self._cells.pages[: self.pages] if self._cells is not None else []
+        return [cell for page in pages for cell in page] + self.tail
 
     @action
     def run(self) -> None:
@@ -116,7 +123,7 @@ class GenerateWidget(WritingWidget, module="generate"):
         body = "".join(
             f'<span style="--u:{0 if cell[1] is None else 1 - cell[1]:.2f}" '
             f'title="{"" if cell[1] is None else f"{cell[1]:.1%}"}">{escape(cell[0])}</span>'
-            for cell in self.cells + self.tail
+            for cell in self.cells
             if not cell[2]
         )
         return shell(
@@ -126,14 +133,31 @@ class GenerateWidget(WritingWidget, module="generate"):
             f'<div class="snw-dim">{escape(facts(self.note, self.stats))}</div>'
         )
 
+    def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
+        """As every widget's; the whole state has the pages as well."""
+        state: dict[str, Any] = super().get_state(key, drop_defaults)
+        return state if key is not None else state | self._named(range(self.pages))
+
     def _show_text(self, values: dict[str, Any], *, ended: bool) -> float | None:
         if self._cells is None:
             self._cells = Cells(self._vocabulary)
-        self._cells.follow(self.writer.draft)
-        if self._cells.settled is not self.cells:
-            values["cells"] = self._cells.settled
-        values["tail"] = list(self._cells.tail)
+        cells, draft = self._cells, self.writer.draft
+        prompt, tokens, before = draft.prompt, list(draft.tokens), self.pages
+        if cells.cut(prompt, tokens):
+            self.update(pages=len(cells.pages), tail=list(cells.tail))
+        kept = len(cells.pages)
+        cells.grow(tokens)
+        # The views count these pages when they have them, or no longer: then they are emptied.
+        changed = range(kept, max(before, len(cells.pages)))
+        if changed:
+            self._send({"method": "update", "state": self._named(changed), "buffer_paths": []})
+        values |= {"pages": len(cells.pages), "tail": list(cells.tail)}
         return None
+
+    def _named(self, numbers: range) -> dict[str, list[Cell]]:
+        """Pages as a part of the state; one that is no more is empty."""
+        pages = list(self._cells.pages) if self._cells is not None else []
+        return {f"page{at}": pages[at] if at < len(pages) else [] for at in numbers}
 
     def _estimate_traits(self) -> list[str]:
         return ["prompt", "chat", "max_new_tokens"]

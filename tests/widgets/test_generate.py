@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from front_end import shown_cells
 
 import swarm_notebook as sn
 from swarm_notebook.client.hop import Hop, Way
 from swarm_notebook.client.request import Request
 from swarm_notebook.errors import Busy
 from swarm_notebook.widgets import GenerateWidget
-from swarm_notebook.widgets.cells import TAIL, Cells
+from swarm_notebook.widgets.cells import PAGE, Cells
 from swarm_notebook.widgets.paced import Paced
 from swarm_notebook.writing import Draft, Token, Vocabulary
 
@@ -60,10 +61,6 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def cells(widget: GenerateWidget) -> list[Any]:
-    return widget.cells + widget.tail
-
-
 def test_an_answer_of_the_swarm(swarm: sn.Swarm) -> None:
     widget = GenerateWidget(swarm, QUESTION, chat=True, max_new_tokens=30)
     try:
@@ -72,8 +69,8 @@ def test_an_answer_of_the_swarm(swarm: sn.Swarm) -> None:
         assert widget.wait(SECONDS)
         assert widget.text == ANSWER
         assert (widget.state, widget.note, widget.error) == ("idle", "finished", "")
-        assert "".join(cell[0] for cell in cells(widget) if not cell[2]) == ANSWER
-        assert cells(widget)[-1][2]  # the end mark, which is no text
+        assert "".join(cell[0] for cell in widget.cells if not cell[2]) == ANSWER
+        assert widget.cells[-1][2]  # the end mark, which is no text
         assert [name for name, _ in widget.stats["shares"]] == ["local-0", "local-1"]
         assert widget.stats["tokens"] == len(widget.tokens)
         assert widget.stats["rate"] > 0
@@ -93,7 +90,7 @@ def test_a_branch_goes_on_from_there_and_sends_only_what_is_new(
         widget.run()
         assert widget.wait(SECONDS)
         written, position = widget.writer.draft.written, 2
-        token = next(one for one, *_ in cells(widget)[position][3] if one != written[position])
+        token = next(one for one, *_ in widget.cells[position][3] if one != written[position])
         sent: list[int] = []
         send = Hop.send
 
@@ -122,7 +119,7 @@ def test_the_cell_returns_at_once_and_stop_ends_within_a_token(make: Any) -> Non
     widget.run()
     with pytest.raises(Busy):
         widget.run()
-    until(lambda: len(cells(widget)) >= 5)
+    until(lambda: len(widget.cells) >= 5)
     assert widget.state == "writing"
     seen = len(widget.writer.draft.tokens)
     act(widget, "stop")
@@ -141,8 +138,8 @@ def test_two_views_and_a_reload_see_one_state(make: Any) -> None:
     widget = make()
     widget.run()
     assert widget.wait(SECONDS)
-    state = json.loads(json.dumps(widget.get_state(["cells", "tail", "note", "stats"])))
-    assert "".join(cell[0] for cell in state["cells"] + state["tail"]) == widget.text
+    state = json.loads(json.dumps(widget.get_state()))
+    assert "".join(cell[0] for cell in shown_cells(state)) == widget.text
     assert state["note"] == "reached max_new_tokens (12)"
 
 
@@ -217,24 +214,30 @@ def test_hostile_text_is_escaped_in_the_picture(make: Any) -> None:
     assert widget.text.startswith("<img src=x onerror=alert(1)>")
 
 
-def test_cells_of_a_long_text_are_sent_in_short_pieces(lettered: Any) -> None:
+def test_cells_of_a_long_text_are_pages_that_never_change(lettered: Any) -> None:
     shown = Cells(Vocabulary(lettered.tokenizer))
     draft = Draft([5, 6])
-    settled = 0
-    for step in range(20_000):
+
+    def follow() -> bool:
+        cut = shown.cut(draft.prompt, draft.tokens)
+        shown.grow(draft.tokens)
+        assert all(len(page) == PAGE for page in shown.pages)
+        assert len(shown.tail) < PAGE
+        cells = [cell for page in shown.pages for cell in page] + shown.tail
+        text = "".join(cell[0] for cell in cells if not cell[2])
+        assert text == lettered.tokenizer.decode(draft.written, skip_special_tokens=True)
+        return cut
+
+    for step in range(20 * PAGE):
         draft.tokens.append(Token(40 + step % 60, 0.5, ((40, 0.5), (41, 0.25))))
-        if step % 4 == 0:
-            before = shown.settled
-            shown.follow(draft)
-            assert len(shown.tail) <= TAIL
-            settled += shown.settled is not before
-    shown.follow(draft)
-    assert settled <= 20_000 / TAIL
-    assert shown.text == lettered.tokenizer.decode(draft.written, skip_special_tokens=True)
-    draft.replace(100, [50])
-    shown.follow(draft)
-    assert len(shown.all) == 101
-    assert shown.text == lettered.tokenizer.decode(draft.written, skip_special_tokens=True)
+        assert not follow()
+        if step == PAGE:
+            first = json.dumps(shown.pages)
+    assert json.dumps(shown.pages[:1]) == first
+    for position in (9 * PAGE + 5, 7 * PAGE, 6 * PAGE - 1, 20, 0):
+        draft.replace(position, [50])
+        assert follow()
+    assert not shown.cut(draft.prompt, draft.tokens)
 
 
 def test_the_views_are_told_soon_and_not_too_often() -> None:

@@ -7,86 +7,34 @@ action arrives while none does, and an interrupt of a cell that trains is a stop
 
 from __future__ import annotations
 
-import os
+import json
 import sys
-import time
+from ast import literal_eval
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from kernel import Kernel
+from front_end import FrontEnd, shown_cells
 from letters import add_tokenizer
 from tiny import tiny_model
 
 if TYPE_CHECKING:
     from scene import Scene
 
-TIMEOUT = 40.0
 OLD = Path(sys.prefix) / "ipykernel-6"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 # Fifty tokens a second: fast enough to wait for some, slow enough to be stopped in the middle.
 SLOWED = "pace = model.register_forward_pre_hook(lambda *_: time.sleep(0.02))"
-VIEW = "application/vnd.jupyter.widget-view+json"
-
-
-class FrontEnd(Kernel):
-    """A kernel, and the states of its widgets as a notebook would hold them."""
-
-    def __init__(self, path: str = "") -> None:
-        before = os.environ.get("PYTHONPATH", "")
-        self.environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{before}"}
-        self.states: dict[str, dict[str, Any]] = {}
-
-    def __enter__(self) -> Self:
-        from jupyter_client.manager import start_new_kernel
-
-        self.manager, self.client = start_new_kernel(kernel_name="python3", env=self.environment)
-        return self
-
-    def show(self, code: str) -> str:
-        """Run a cell that displays a widget; returns its id."""
-        message, shown = self.start(code), ""
-        while True:
-            found = self.receive()
-            content = found["content"]
-            assert found["msg_type"] != "error", content
-            shown = content.get("data", {}).get(VIEW, {}).get("model_id", shown)
-            if self.is_idle(found, message):
-                return shown
-
-    def receive(self) -> dict[str, Any]:
-        """The next message of the kernel; takes note of states."""
-        found = self.client.get_iopub_msg(timeout=TIMEOUT)
-        content = found["content"]
-        if found["msg_type"] in {"comm_open", "comm_msg"}:
-            state = self.states.setdefault(content["comm_id"], {})
-            state.update(content["data"].get("state", {}))
-        return found
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while not condition():
-            assert time.monotonic() < deadline
-            self.receive()
-
-    def await_idle(self, message: str) -> None:
-        while not self.is_idle(self.receive(), message):
-            pass
-
-    @staticmethod
-    def is_idle(found: dict[str, Any], message: str) -> bool:
-        idle = found["content"].get("execution_state") == "idle"
-        return idle and found["parent_header"].get("msg_id") == message
-
-    def tell(self, comm: str, data: dict[str, Any]) -> None:
-        """What a browser sends for a widget."""
-        content = {"comm_id": comm, "data": data}
-        self.client.shell_channel.send(self.client.session.msg("comm_msg", content))
-
-    def act(self, comm: str, action: str, **arguments: Any) -> None:
-        content = {"action": action, "with": arguments}
-        self.tell(comm, {"method": "custom", "content": content})
+# What takes a model minutes. The views are told of every fourth token.
+GROW = """
+from swarm_notebook.writing import Token
+def grow(count):
+    for number in range(count):
+        long.writer._take(Token(40 + number % 60, 0.5, ((40, 0.5), (41, 0.25))))
+        if number % 4 == 3:
+            long._show()
+"""
 
 
 @pytest.fixture(scope="module", params=["6", "7"])
@@ -123,6 +71,17 @@ def test_a_lens_takes_a_selection_and_ranks_a_token(kernel: FrontEnd) -> None:
     kernel.until(lambda: "is 2 tokens" in kernel.states[lens]["error"])
 
 
+def grow_and_stop(kernel: FrontEnd, shown: str, size: Callable[[], int], seconds: float) -> None:
+    """What is being written grows while a cell runs, and ends when Stop is clicked."""
+    kernel.until(lambda: size() > 2)
+    cell, before = kernel.start(f"time.sleep({seconds})"), size()
+    kernel.await_idle(cell)
+    assert size() > before
+    kernel.act(shown, "stop")
+    state = kernel.states[shown]
+    kernel.until(lambda: state["note"] == "stopped" and state["state"] == "idle")
+
+
 def test_a_text_grows_while_a_cell_runs_and_an_interrupt_of_waiting_stops_it(
     kernel: FrontEnd,
 ) -> None:
@@ -133,16 +92,12 @@ def test_a_text_grows_while_a_cell_runs_and_an_interrupt_of_waiting_stops_it(
     state = kernel.states[shown]
 
     def written() -> int:
-        return len(state["cells"]) + len(state["tail"])
+        return len(shown_cells(state))
 
     kernel.act(shown, "run")
-    kernel.until(lambda: written() > 2)
-    before, cell = written(), kernel.start("time.sleep(0.5)")
-    kernel.await_idle(cell)
-    assert before < written() < 240
-    kernel.act(shown, "stop")
-    kernel.until(lambda: state["note"] == "stopped" and state["state"] == "idle")
+    grow_and_stop(kernel, shown, written, seconds=0.5)
     stopped = written()
+    assert stopped < 240
     assert kernel.value("len(writer.tokens)") == str(stopped)
     kernel.act(shown, "resume")
     kernel.until(lambda: written() > stopped)
@@ -158,20 +113,37 @@ def test_a_text_grows_while_a_cell_runs_and_an_interrupt_of_waiting_stops_it(
     kernel.run("pace.remove(); writer.close()")
 
 
+def test_a_long_text_is_sent_once_and_is_whole_for_whoever_comes_later(kernel: FrontEnd) -> None:
+    shown = kernel.show("long = GenerateWidget(model, 'Hello', tokenizer=tokenizer); long")
+    kernel.run(GROW)
+
+    def text(state: dict[str, Any]) -> str:
+        return "".join(cell[0] for cell in shown_cells(state) if not cell[2])
+
+    def sent_by(code: str) -> int:
+        before = kernel.bytes[shown]
+        kernel.await_idle(kernel.start(code))
+        written = literal_eval(kernel.value("long.text"))
+        assert text(kernel.states[shown]) == text(kernel.reload()[shown]) == written
+        return kernel.bytes[shown] - before
+
+    early, late = sent_by("grow(5_000)"), sent_by("grow(5_000)")
+    assert late < 1.05 * early
+    # What was cut off is gone for all: no saved notebook has it.
+    sent_by("long.edit(1_000, ' '); long._show()")
+    kept = json.dumps(kernel.states[shown])
+    assert len(kept) < (early + late) / 5
+    kernel.run("long.close()")
+
+
 def test_a_conversation_is_stopped_and_goes_on(kernel: FrontEnd) -> None:
     kernel.run(SLOWED)
     shown = kernel.show("chat = ChatWidget(model, tokenizer=tokenizer, max_new_tokens=200); chat")
     state = kernel.states[shown]
     kernel.act(shown, "send", text="Hi")
-    kernel.until(lambda: bool(state["live"]))
     # Long enough for more than white space, even where a token takes a tenth of a second.
-    cell = kernel.start("time.sleep(2)")
-    early = state["live"]
-    kernel.await_idle(cell)
-    assert len(state["live"]) > len(early)
-    kernel.act(shown, "stop")
-    kernel.until(lambda: [turn["role"] for turn in state["turns"]] == ["user", "assistant"])
-    assert state["note"] == "stopped"
+    grow_and_stop(kernel, shown, lambda: len(state["live"]), seconds=2)
+    assert [turn["role"] for turn in state["turns"]] == ["user", "assistant"]
     assert kernel.value("chat.messages[1]['content']") == repr(state["turns"][1]["text"])
     kernel.run("pace.remove()")
     kernel.tell(shown, {"method": "update", "state": {"max_new_tokens": 3}, "buffer_paths": []})
