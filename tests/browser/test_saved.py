@@ -23,6 +23,10 @@ CDN = {
     "html-manager": SCRIPTS / "@jupyter-widgets" / "html-manager" / "dist" / "embed-amd.js",
     "anywidget": Path(sys.prefix) / "share" / "jupyter" / "nbextensions" / "anywidget" / "index.js",
 }
+# nbconvert's pages load them, whether or not a widget is alive there.
+needs_scripts = pytest.mark.skipif(
+    not SCRIPTS.is_dir(), reason="npm has not installed js/node_modules"
+)
 WIDGETS = """
 from swarm_notebook.widgets import LensWidget, SwarmMap, TrainingMonitor
 from IPython.display import display
@@ -102,6 +106,7 @@ def from_disk(route: Route) -> None:
     return route.abort()
 
 
+@needs_scripts
 def test_nbconvert_shows_the_pictures_of_all(
     saved: dict[str, Any], browser: Browser, tmp_path: Path
 ) -> None:
@@ -116,7 +121,7 @@ def test_nbconvert_shows_the_pictures_of_all(
     page.context.close()
 
 
-@pytest.mark.skipif(not SCRIPTS.is_dir(), reason="npm has not installed js/node_modules")
+@needs_scripts
 def test_nbconvert_shows_the_saved_state_of_all(
     saved: dict[str, Any], browser: Browser, tmp_path: Path
 ) -> None:
