@@ -11,8 +11,9 @@ seconds to import (contract C8).
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from swarm_notebook.lazy import lazy_names
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -32,21 +33,26 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it.
-_PUBLIC = {
-    "Bill": "cost",
-    "Lending": "lend",
-    "LocalServer": "local",
-    "LocalSwarm": "local",
-    "Preview": "cost",
-    "RouteTable": "status",
-    "Swarm": "swarm",
-    "SwarmStatus": "status",
-    "connect": "swarm",
-    "look": "swarm",
-    "Trace": "trace",
-    "SwarmError": "errors",
-}
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Bill": "cost",
+        "Lending": "lend",
+        "LocalServer": "local",
+        "LocalSwarm": "local",
+        "Preview": "cost",
+        "RouteTable": "status",
+        "Swarm": "swarm",
+        "SwarmError": "errors",
+        "SwarmStatus": "status",
+        "Trace": "trace",
+        "connect": "swarm",
+        "errors": "errors",
+        "look": "swarm",
+        "probing": "probing",
+        "widgets": "widgets",
+    },
+)
 __all__ = [
     "Bill",
     "Lending",
@@ -65,20 +71,6 @@ __all__ = [
     "probing",
     "widgets",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name in {"errors", "probing", "widgets"}:
-        return import_module(f"{__name__}.{name}")
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:

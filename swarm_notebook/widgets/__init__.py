@@ -22,8 +22,9 @@ Importing this package is light; a widget's module is imported on first use.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from swarm_notebook.lazy import lazy_names
 
 if TYPE_CHECKING:
     from swarm_notebook.widgets.chat import ChatWidget as ChatWidget
@@ -33,15 +34,17 @@ if TYPE_CHECKING:
     from swarm_notebook.widgets.monitor import TrainingMonitor as TrainingMonitor
     from swarm_notebook.widgets.serve import ServePanel as ServePanel
 
-# Public name -> the module that defines it.
-_PUBLIC = {
-    "ChatWidget": "chat",
-    "GenerateWidget": "generate",
-    "LensWidget": "lens",
-    "ServePanel": "serve",
-    "SwarmMap": "map",
-    "TrainingMonitor": "monitor",
-}
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "ChatWidget": "chat",
+        "GenerateWidget": "generate",
+        "LensWidget": "lens",
+        "ServePanel": "serve",
+        "SwarmMap": "map",
+        "TrainingMonitor": "monitor",
+    },
+)
 __all__ = [
     "ChatWidget",
     "GenerateWidget",
@@ -50,15 +53,3 @@ __all__ = [
     "SwarmMap",
     "TrainingMonitor",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
