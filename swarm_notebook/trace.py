@@ -9,9 +9,10 @@ a plot, ``repr`` without anything that changes from run to run, and ``str`` with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from swarm_notebook.client.events import HopTimes
 from swarm_notebook.formatting import clean, model_title, text_table
 
 if TYPE_CHECKING:
@@ -19,21 +20,18 @@ if TYPE_CHECKING:
 
     from swarm_notebook.client.events import Step, Timeline
 
-PARTS = ("serialisation", "network", "queue", "compute")
+PARTS = HopTimes._fields[4:]
 
 
-@dataclass(frozen=True)
-class ServerTimes:
-    """A server's part in one pass, or in the mean of several; seconds."""
+class ServerTimes(HopTimes):
+    """A server's part in one pass, or in the mean of several."""
 
-    name: str
-    peer_id: str
-    start: int
-    end: int
-    serialisation: float
-    network: float
-    queue: float
-    compute: float
+    __slots__ = ()
+
+    @property
+    def peer_id(self) -> str:
+        """The server, as `status` names it."""
+        return self.peer
 
     @property
     def blocks(self) -> str:
@@ -41,10 +39,10 @@ class ServerTimes:
 
     @property
     def seconds(self) -> float:
-        return self.serialisation + self.network + self.queue + self.compute
+        return sum(self[4:])
 
     def scaled(self, share: float) -> ServerTimes:
-        return replace(self, **{part: share * getattr(self, part) for part in PARTS})
+        return ServerTimes(*self[:4], *(share * part for part in self[4:]))
 
 
 @dataclass(frozen=True)
@@ -176,9 +174,7 @@ def from_timeline(model: str, timeline: Timeline | None) -> Trace:
 
 
 def _pass(step: Step, before: float) -> PassTimes:
-    servers = tuple(
-        ServerTimes(hop.name, hop.peer, hop.start, hop.end, *hop[4:]) for hop in step.hops
-    )
+    servers = tuple(ServerTimes(*hop) for hop in step.hops)
     elsewhere = sum(server.seconds for server in servers)
     if elsewhere > step.ended - before:
         # They worked at the same time, on parts of a long prompt: each gets its share.
@@ -196,20 +192,17 @@ def _mean(passes: Sequence[PassTimes]) -> PassTimes | None:
     groups: dict[tuple[int, int, str], list[ServerTimes]] = {}
     for one in passes:
         for server in one.servers:
-            groups.setdefault((server.start, server.end, server.peer_id), []).append(server)
-    servers = tuple(
-        ServerTimes(
-            found[0].name,
-            peer,
-            start,
-            end,
-            *(sum(getattr(server, part) for server in found) / count for part in PARTS),
-        )
-        for (start, end, peer), found in sorted(groups.items())
-    )
+            groups.setdefault((server.start, server.end, server.peer), []).append(server)
+    servers = tuple(_sum(found).scaled(1 / count) for _, found in sorted(groups.items()))
     last = passes[-1]
     client = sum(one.client for one in passes) / count
     return PassTimes(last.position, last.tokens, client, servers)
+
+
+def _sum(found: Sequence[ServerTimes]) -> ServerTimes:
+    """The parts of one server in several passes together."""
+    parts = zip(*(one[4:] for one in found), strict=True)
+    return ServerTimes(*found[0][:4], *map(sum, parts))
 
 
 def _rows(one: PassTimes) -> list[list[str | None]]:
