@@ -7,39 +7,30 @@ here.
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from swarm_notebook.checkpoint.source import ModelSource, resolve
-from swarm_notebook.client import connection as connections
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.directory import PATIENCE
 from swarm_notebook.client.events import MAX_EVENTS, Subscription
-from swarm_notebook.client.routing import describe_blocks, leg_seconds
 from swarm_notebook.cost import Bill, Preview, expect, from_accounts
-from swarm_notebook.errors import MissingBlocks, ModelNotServed
+from swarm_notebook.facts import route_of, status_of
 from swarm_notebook.local import LocalSwarm
 from swarm_notebook.model import drafting, skeleton
 from swarm_notebook.model.drafting import Draft
-from swarm_notebook.net.records import ModelRecord, ServerSpan, ServerState
-from swarm_notebook.net.tensors import COMPRESSIONS, NONE, dtype_from_name
-from swarm_notebook.status import RouteHop, RouteTable, ServerRow, SwarmStatus
+from swarm_notebook.net.tensors import COMPRESSIONS, NONE
+from swarm_notebook.prompting import callback_streamer, encode
+from swarm_notebook.served import await_spans, choose_dtype, only_model, only_record
+from swarm_notebook.status import RouteTable, SwarmStatus
 from swarm_notebook.trace import Trace, from_timeline
 from swarm_notebook.waiting import Waiting
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
-SILENCE_SECONDS, SILENT_READINGS = 4.0, 4
-_HUB = "https://huggingface.co/"
+    from transformers import PreTrainedModel
 
 
 class Swarm:
@@ -89,7 +80,7 @@ class Swarm:
         """
         if refresh:
             self._connection.refresh()
-        return _status(self.name, self._connection)
+        return status_of(self.name, self._connection.directory)
 
     def route(self) -> RouteTable:
         """The servers that the next new request takes.
@@ -97,19 +88,7 @@ class Swarm:
         Raises:
             MissingBlocks: no server holds some of the blocks.
         """
-        directory = self._connection.directory
-        chain = directory.chain(0, directory.num_blocks)
-        hops = [
-            RouteHop(
-                leg.start,
-                leg.end,
-                leg.peer,
-                leg.span.name,
-                1000 * leg_seconds(leg, directory.rtt),
-            )
-            for leg in chain
-        ]
-        return RouteTable(self.name, tuple(hops))
+        return route_of(self.name, self._connection.directory)
 
     def preview(self, *, prompt_tokens: int, max_new_tokens: int, batch: int = 1) -> Preview:
         """What a generation will take on the present route; asks the network nothing.
@@ -186,20 +165,12 @@ class Swarm:
         if self.tokenizer is None:
             raise ValueError(f"{self.name} comes without a tokenizer; call model.generate(ids)")
         tokenizer: Any = self.tokenizer
-        if chat and tokenizer.chat_template:
-            inputs = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
-        else:
-            inputs = tokenizer(prompt, return_tensors="pt")
         if stream is not None:
-            generate_kwargs["streamer"] = _streamer(tokenizer, stream)
+            generate_kwargs["streamer"] = callback_streamer(tokenizer, stream)
+        inputs = encode(tokenizer, prompt, chat=chat).to(self.model.device)
         model: Any = self.model
         with drafting.drafts(draft, generate_kwargs):
-            output = model.generate(**inputs.to(model.device), **generate_kwargs)
+            output = model.generate(**inputs, **generate_kwargs)
         new = output[0, inputs["input_ids"].shape[1] :]
         return str(tokenizer.decode(new, skip_special_tokens=True))
 
@@ -275,13 +246,13 @@ def connect(
             model = local.model
         peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
         with Waiting("Joining the swarm") as waiting:
-            source = resolve(model if model is not None else _only_model(peers))
+            source = resolve(model if model is not None else only_model(peers))
             config = source.config()
             connection = Connection(peers, source.dht_prefix, config.num_hidden_layers, timeout)
             connection.directory.compression = COMPRESSIONS.get(compression or "", NONE)
-            spans = _await_spans(connection, source.name, peers, waiting)
+            spans = await_spans(connection, source.name, peers, waiting)
             waiting.say("Loading what runs here: embeddings, norm and head")
-            built = skeleton.build(source, connection, _choose_dtype(dtype, spans))
+            built = skeleton.build(source, connection, choose_dtype(dtype, spans))
         return Swarm(source, built, connection, local)
     except BaseException:
         if connection is not None:
@@ -306,126 +277,13 @@ def look(
     """
     peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
     if model is None:
-        name, record = _only_record(peers)
+        name, record = only_record(peers)
         prefix, blocks = name, record.num_blocks
     else:
         source = resolve(model)
         name, prefix, blocks = source.name, source.dht_prefix, source.config().num_hidden_layers
     connection = Connection(peers, prefix, blocks)
     try:
-        return _status(name, connection)
+        return status_of(name, connection.directory)
     finally:
         connection.close()
-
-
-def _status(name: str, connection: Connection) -> SwarmStatus:
-    """What the directory knows, as a table."""
-    directory = connection.directory
-    snapshot = directory.snapshot
-    rows = [
-        replace(
-            _server_row(span, directory.rtt.get(span.peer), directory.avoided(span.peer)),
-            announced=snapshot.announced.get(span.peer),
-            heard=directory.heard.get(span.peer),
-        )
-        for span in snapshot.spans
-    ]
-    named = (word for word, kind in COMPRESSIONS.items() if kind == directory.compression)
-    compression = next(named, None)
-    return SwarmStatus(name, directory.num_blocks, tuple(rows), snapshot.when, compression)
-
-
-def _only_record(peers: Sequence[str]) -> tuple[str, ModelRecord]:
-    """The one model that a swarm serves, by its index in the DHT: its prefix and record."""
-    served = connections.served_models(peers)
-    if len(served) != 1:
-        listed = ", ".join(sorted(served)) or "none"
-        raise ModelNotServed(f"model: the swarm serves {listed}; name one with model=…")
-    return next(iter(served.items()))
-
-
-def _only_model(peers: Sequence[str]) -> str:
-    """The Hub repository of the one model that a swarm serves."""
-    prefix, record = _only_record(peers)
-    if record.repository is None or not record.repository.startswith(_HUB):
-        raise ModelNotServed(
-            f"model: the swarm serves {prefix}, but does not say where its embeddings and head "
-            "can be loaded from; give the folder or file with model=…"
-        )
-    return record.repository.removeprefix(_HUB)
-
-
-def _await_spans(
-    connection: Connection, name: str, peers: Sequence[str], waiting: Waiting
-) -> tuple[ServerSpan, ...]:
-    """What is served of the model; waits for servers that are just joining.
-
-    A swarm that says nothing of the model is asked again for a moment only: most likely nobody
-    serves it, but a peer of the DHT may have been too busy to answer in time.
-    """
-    directory = connection.directory
-    began, readings = time.monotonic(), 1
-    told = False
-    while not (spans := directory.snapshot.spans) or directory.missing():
-        waited = time.monotonic() - began
-        if waited > directory.patience:
-            break
-        if not spans and readings >= SILENT_READINGS and waited > SILENCE_SECONDS:
-            break
-        waiting.say(f"Waiting for servers of {describe_blocks(directory.missing())}")
-        if not told:
-            logger.warning("waiting for servers of %s", describe_blocks(directory.missing()))
-            told = True
-        time.sleep(0.5)
-        connection.refresh()
-        readings += 1
-    if not any(span.info.state == ServerState.ONLINE for span in spans):
-        served = ", ".join(sorted(connections.served_models(peers))) or "no model"
-        raise ModelNotServed(
-            f"model {name!r}: nobody in this swarm serves {connection.prefix!r}; it serves "
-            f"{served}. Start a server with `swarm-notebook serve {name} --initial-peers …`"
-        )
-    if missing := directory.missing():
-        raise MissingBlocks(f"model {name!r}: no server holds {describe_blocks(missing)}")
-    return spans
-
-
-def _choose_dtype(wanted: str | torch.dtype | None, spans: Sequence[ServerSpan]) -> torch.dtype:
-    if isinstance(wanted, torch.dtype):
-        return wanted
-    if wanted is not None:
-        return dtype_from_name(wanted)
-    announced = {span.info.torch_dtype for span in spans}
-    common = announced.pop() if len(announced) == 1 else None
-    return dtype_from_name(common) if common else torch.float32
-
-
-def _server_row(span: ServerSpan, rtt: float | None, avoided: str) -> ServerRow:
-    info = span.info
-    state = "avoided" if avoided else ServerState(info.state).name.lower()
-    return ServerRow(
-        name=span.name,
-        peer_id=span.peer,
-        start=span.start,
-        end=span.end,
-        state=state,
-        rtt=rtt,
-        block_rps=info.inference_rps,
-        dtype=info.torch_dtype,
-        quant=info.quant_type,
-        cache_left=info.cache_tokens_left,
-        cache_total=info.cache_tokens_total,
-        version=info.version,
-        note=avoided,
-    )
-
-
-def _streamer(tokenizer: PreTrainedTokenizerBase, stream: Callable[[str], None]) -> Any:
-    from transformers import TextStreamer
-
-    class CallbackStreamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                stream(text)
-
-    return CallbackStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

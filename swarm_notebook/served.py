@@ -1,0 +1,91 @@
+"""What a swarm serves, as far as it must be known before a model is built on it.
+
+A swarm that has just been joined may know nothing yet, or its servers may be joining themselves:
+whoever asks here waits for as long as there is hope, and is told what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+
+from swarm_notebook.client.connection import Connection, served_models
+from swarm_notebook.client.routing import describe_blocks
+from swarm_notebook.errors import MissingBlocks, ModelNotServed
+from swarm_notebook.net.records import ModelRecord, ServerSpan, ServerState
+from swarm_notebook.net.tensors import dtype_from_name
+from swarm_notebook.waiting import Waiting
+
+logger = logging.getLogger(__name__)
+
+SILENCE_SECONDS, SILENT_READINGS = 4.0, 4
+_HUB = "https://huggingface.co/"
+
+
+def only_record(peers: Sequence[str]) -> tuple[str, ModelRecord]:
+    """The one model that a swarm serves, by its index in the DHT: its prefix and record."""
+    served = served_models(peers)
+    if len(served) != 1:
+        listed = ", ".join(sorted(served)) or "none"
+        raise ModelNotServed(f"model: the swarm serves {listed}; name one with model=…")
+    return next(iter(served.items()))
+
+
+def only_model(peers: Sequence[str]) -> str:
+    """The Hub repository of the one model that a swarm serves."""
+    prefix, record = only_record(peers)
+    if record.repository is None or not record.repository.startswith(_HUB):
+        raise ModelNotServed(
+            f"model: the swarm serves {prefix}, but does not say where its embeddings and head "
+            "can be loaded from; give the folder or file with model=…"
+        )
+    return record.repository.removeprefix(_HUB)
+
+
+def await_spans(
+    connection: Connection, name: str, peers: Sequence[str], waiting: Waiting
+) -> tuple[ServerSpan, ...]:
+    """What is served of the model; waits for servers that are just joining.
+
+    A swarm that says nothing of the model is asked again for a moment only: most likely nobody
+    serves it, but a peer of the DHT may have been too busy to answer in time.
+    """
+    directory = connection.directory
+    began, readings = time.monotonic(), 1
+    told = False
+    while not (spans := directory.snapshot.spans) or directory.missing():
+        waited = time.monotonic() - began
+        if waited > directory.patience:
+            break
+        if not spans and readings >= SILENT_READINGS and waited > SILENCE_SECONDS:
+            break
+        waiting.say(f"Waiting for servers of {describe_blocks(directory.missing())}")
+        if not told:
+            logger.warning("waiting for servers of %s", describe_blocks(directory.missing()))
+            told = True
+        time.sleep(0.5)
+        connection.refresh()
+        readings += 1
+    if not any(span.info.state == ServerState.ONLINE for span in spans):
+        served = ", ".join(sorted(served_models(peers))) or "no model"
+        raise ModelNotServed(
+            f"model {name!r}: nobody in this swarm serves {connection.prefix!r}; it serves "
+            f"{served}. Start a server with `swarm-notebook serve {name} --initial-peers …`"
+        )
+    if missing := directory.missing():
+        raise MissingBlocks(f"model {name!r}: no server holds {describe_blocks(missing)}")
+    return spans
+
+
+def choose_dtype(wanted: str | torch.dtype | None, spans: Sequence[ServerSpan]) -> torch.dtype:
+    """Of the part of the model that runs here: what is wanted, else what all servers compute in."""
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    if wanted is not None:
+        return dtype_from_name(wanted)
+    announced = {span.info.torch_dtype for span in spans}
+    common = announced.pop() if len(announced) == 1 else None
+    return dtype_from_name(common) if common else torch.float32
