@@ -26,20 +26,14 @@ from __future__ import annotations
 
 import contextvars
 import logging
-import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import traitlets
-
-from swarm_notebook.client.events import Failover, Subscription
-from swarm_notebook.widgets.base import Widget, action
-from swarm_notebook.widgets.curves import Curves, as_html
+from swarm_notebook.widgets.base import action
+from swarm_notebook.widgets.training_view import TrainingView
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -47,11 +41,6 @@ if TYPE_CHECKING:
     from swarm_notebook.swarm import Swarm
 
 logger = logging.getLogger(__name__)
-
-TICK_SECONDS = 0.25
-SPEED_SECONDS = 10.0  # tokens per second are of the last so many
-NOTED = 512  # moments of the last steps
-TOLD = 5  # failovers that are shown in words
 
 
 class TrainingStopped(BaseException):
@@ -61,7 +50,7 @@ class TrainingStopped(BaseException):
     """
 
 
-class TrainingMonitor(Widget, module="monitor"):
+class TrainingMonitor(TrainingView):
     """Curves of one training run at a time, and the buttons that steer it.
 
     Args:
@@ -75,23 +64,6 @@ class TrainingMonitor(Widget, module="monitor"):
         history: every logged step, a dict each: good for ``pandas.DataFrame``.
     """
 
-    state = traitlets.Unicode("ready").tag(sync=True)
-    step = traitlets.Int(help="the last one that was logged").tag(sync=True)
-    total = traitlets.Int(0, help="0: unknown").tag(sync=True)
-    names = traitlets.List(traitlets.Unicode(), help="of the curves").tag(sync=True)
-    points = traitlets.List(
-        traitlets.List(), help="[step, value or null per name], thinned out"
-    ).tag(sync=True)
-    alarm = traitlets.Unicode(help="a value that is no number").tag(sync=True)
-    elapsed = traitlets.Float(help="seconds, without pauses").tag(sync=True)
-    tokens = traitlets.Int().tag(sync=True)
-    speed = traitlets.Float(None, allow_none=True, help="tokens per second").tag(sync=True)
-    retries = traitlets.Int(help="requests that were repeated").tag(sync=True)
-    failovers = traitlets.Int(help="servers lost, once per step").tag(sync=True)
-    told = traitlets.List(traitlets.Unicode(), help="the last failovers").tag(sync=True)
-    saves = traitlets.Bool(help="stopping saves").tag(sync=True)
-    background = traitlets.Bool(help="started by run").tag(sync=True)
-
     def __init__(
         self,
         swarm: Swarm | None = None,
@@ -100,18 +72,11 @@ class TrainingMonitor(Widget, module="monitor"):
         save: Callable[[], object] | None = None,
         **traits: Any,
     ) -> None:
-        super().__init__(total=total or 0, saves=save is not None, **traits)
-        self.history: list[dict[str, float]] = []
-        self._swarm, self._save = swarm, save
-        self._curves = Curves()
-        self._obey = threading.Condition()
+        super().__init__(swarm, total=total or 0, saves=save is not None, **traits)
+        self._save = save
         self._depth = 0
         self._thread: threading.Thread | None = None
         self._outcome: tuple[object, BaseException | None] = (None, None)
-        self._shown = False
-        self._ended = threading.Event()
-        self._ticker: threading.Thread | None = None
-        self._forget()
 
     def log(
         self,
@@ -137,7 +102,7 @@ class TrainingMonitor(Widget, module="monitor"):
         """
         given = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm, **more}
         values = {name: _number(name, value) for name, value in given.items() if value is not None}
-        if self.note(self._step + 1 if step is None else step, values, tokens):
+        if self.note(self._record.step + 1 if step is None else step, values, tokens):
             raise TrainingStopped
 
     def note(self, step: int, values: dict[str, float], tokens: int = 0) -> bool:
@@ -148,10 +113,12 @@ class TrainingMonitor(Widget, module="monitor"):
         """
         if not self._depth:
             raise RuntimeError("log: put the loop inside `with monitor:`, or start it by run")
-        with self._obey:
-            self._take(step, values, tokens)
+        with self._changing:
+            alarm = self._record.take(step, values, tokens, time.perf_counter())
+            if alarm and not self.alarm:
+                self.update(alarm=alarm)
             while self.state == "paused":
-                self._obey.wait(1.0)  # an interrupt gets through in between
+                self._changing.wait(1.0)  # an interrupt gets through in between
             return self.state == "stopping"
 
     def run(self, train: Callable[..., object], *args: Any, **kwargs: Any) -> None:
@@ -191,7 +158,7 @@ class TrainingMonitor(Widget, module="monitor"):
         if self._thread is not None:
             self._thread.join(timeout)
             if self._thread.is_alive():
-                raise TimeoutError(f"the run is at step {self._step} after {timeout} s")
+                raise TimeoutError(f"the run is at step {self._record.step} after {timeout} s")
         result, error = self._outcome
         if error is not None:
             raise error
@@ -227,7 +194,8 @@ class TrainingMonitor(Widget, module="monitor"):
     def __enter__(self) -> Self:
         self._depth += 1
         if self._depth == 1:
-            self._begin()
+            self._show()
+            self._begin_anew()
         return self
 
     def __exit__(
@@ -247,57 +215,6 @@ class TrainingMonitor(Widget, module="monitor"):
             self._end("finished")
         return isinstance(error, TrainingStopped)
 
-    def summary(self) -> str:
-        return f"{self.state}, {len(self.history)} steps"
-
-    def picture(self) -> str:
-        total = f" of {self.total}" if self.total else ""
-        line = f"{self.state} at step {self.step}{total}"
-        if self.alarm:
-            line += f"; {self.alarm}"
-        if self.retries:
-            line += f"; {self.retries} retries, {self.failovers} failovers"
-        return as_html("Training", line, self.names, self.points)
-
-    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        self._shown = True
-        return super()._repr_mimebundle_(**options)
-
-    # What happens in the thread that trains.
-
-    def _forget(self) -> None:
-        self.history, self._curves = [], Curves()
-        self._step, self._tokens = 0, 0
-        self._began, self._paused = time.perf_counter(), 0.0
-        self._noted: deque[tuple[float, int]] = deque(maxlen=NOTED)  # when, how many tokens
-        self._counted: set[tuple[str, float]] = set()
-
-    def _begin(self) -> None:
-        self._show()
-        self._forget()
-        self.update(
-            state="running", step=0, names=[], points=[], alarm="", error="", told=[],
-            elapsed=0.0, tokens=0, speed=None, retries=0, failovers=0,
-        )  # fmt: skip
-        self._ended.clear()
-        self._ticker = threading.Thread(target=self._tick, name="training-monitor", daemon=True)
-        self._ticker.start()
-
-    def _take(self, step: int, values: dict[str, float], tokens: int) -> None:
-        """Remember a step, or more of the last one."""
-        if not self.history or step != self._step:
-            self.history.append({"step": step})
-        row = self.history[-1]
-        row.update(values)
-        if tokens:
-            row["tokens"] = row.get("tokens", 0) + tokens
-        self._step, self._tokens = step, self._tokens + tokens
-        self._curves.add(step, values)
-        self._noted.append((time.perf_counter(), tokens))
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken and not self.alarm:
-            self.update(alarm=f"{broken[0]} is {values[broken[0]]} since step {step}")
-
     def _end_stopped(self) -> None:
         if self.state == "stopped":
             return  # inside of another `with monitor`
@@ -310,81 +227,16 @@ class TrainingMonitor(Widget, module="monitor"):
             raise
         self._end("stopped")
 
-    def _end(self, state: str, error: BaseException | None = None) -> None:
-        self._ended.set()
-        if self._ticker is not None:
-            self._ticker.join()
-        self._flush()
-        told = f"{type(error).__name__}: {error}" if error is not None else ""
-        self.update(state=state, error=told)
-
     def _turn(self, before: str, after: str) -> None:
-        with self._obey:
+        with self._changing:
             if self.state != before:
                 return
-            now = time.perf_counter()
             if after == "paused":
-                self._paused = now
-            elif before == "paused":
-                self._began += now - self._paused
-                self._noted.clear()
+                self._record.pause(time.perf_counter())
+            else:
+                self._record.resume(time.perf_counter())
             self.update(state=after)
-            self._obey.notify_all()
-
-    # What happens in the ticker's thread.
-
-    def _tick(self) -> None:
-        with self._swarm.events() if self._swarm is not None else nullcontext() as watch:
-            while not self._ended.wait(TICK_SECONDS):
-                self._count(watch)
-                self._flush()
-            self._count(watch)
-
-    def _count(self, watch: Subscription | None) -> None:
-        """A step that asks a lost server several times has several retries and one failover."""
-        for event in watch.drain() if watch is not None else ():
-            if not isinstance(event, Failover):
-                continue
-            with self._obey:
-                before = max((when for when, _ in self._noted if when < event.when), default=0.0)
-                loss = (event.peer, before)
-                known = loss in self._counted
-                self._counted.add(loss)
-            self.retries += 1
-            if not known:
-                text = f"step {self._step + 1}: {event.reason}"
-                self.update(failovers=self.failovers + 1, told=[*self.told, text][-TOLD:])
-
-    def _flush(self) -> None:
-        """Send the views what is new."""
-        with self._obey:
-            now = self._paused if self.state == "paused" else time.perf_counter()
-            names, points = self._curves.shown()
-            new = {
-                "step": self._step,
-                "names": names,
-                "points": points,
-                "elapsed": now - self._began,
-                "tokens": self._tokens,
-                "speed": self._speed(now),
-            }
-        self.update(**new)
-
-    def _speed(self, now: float) -> float | None:
-        """Tokens per second of the last steps; None while there are too few."""
-        last = [(when, count) for when, count in self._noted if when > now - SPEED_SECONDS]
-        last = last if len(last) > 1 else list(self._noted)[-2:]
-        tokens = sum(count for _, count in last[1:])
-        return tokens / (last[-1][0] - last[0][0]) if tokens else None
-
-    def _show(self) -> None:
-        """Display the monitor, if it is in a notebook and nobody has displayed it."""
-        from IPython.core.getipython import get_ipython
-        from IPython.display import display
-
-        shell: Any = get_ipython()
-        if not self._shown and shell is not None and hasattr(shell, "kernel"):
-            display(self)
+            self._changing.notify_all()
 
 
 def _number(name: str, value: Any) -> float:

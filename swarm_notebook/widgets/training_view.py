@@ -1,0 +1,126 @@
+"""What a `TrainingMonitor` shows, and the thread that keeps it up to date while a run goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import traitlets
+
+from swarm_notebook.client.events import Failover, Subscription
+from swarm_notebook.widgets.base import Widget
+from swarm_notebook.widgets.curves import as_html
+from swarm_notebook.widgets.training_record import TrainingRecord
+
+if TYPE_CHECKING:
+    from swarm_notebook.swarm import Swarm
+
+TICK_SECONDS = 0.25
+TOLD = 5  # failovers that are shown in words
+
+
+class TrainingView(Widget, module="monitor"):
+    """The curves and facts of one run at a time; `_changing` guards its record and its state."""
+
+    state = traitlets.Unicode("ready").tag(sync=True)
+    step = traitlets.Int(help="the last one that was logged").tag(sync=True)
+    total = traitlets.Int(0, help="0: unknown").tag(sync=True)
+    names = traitlets.List(traitlets.Unicode(), help="of the curves").tag(sync=True)
+    points = traitlets.List(
+        traitlets.List(), help="[step, value or null per name], thinned out"
+    ).tag(sync=True)
+    alarm = traitlets.Unicode(help="a value that is no number").tag(sync=True)
+    elapsed = traitlets.Float(help="seconds, without pauses").tag(sync=True)
+    tokens = traitlets.Int().tag(sync=True)
+    speed = traitlets.Float(None, allow_none=True, help="tokens per second").tag(sync=True)
+    retries = traitlets.Int(help="requests that were repeated").tag(sync=True)
+    failovers = traitlets.Int(help="servers lost, once per step").tag(sync=True)
+    told = traitlets.List(traitlets.Unicode(), help="the last failovers").tag(sync=True)
+    saves = traitlets.Bool(help="stopping saves").tag(sync=True)
+    background = traitlets.Bool(help="started by run").tag(sync=True)
+
+    def __init__(self, swarm: Swarm | None, **traits: Any) -> None:
+        super().__init__(**traits)
+        self._swarm = swarm
+        self._record = TrainingRecord(time.perf_counter())
+        self._changing = threading.Condition()
+        self._shown = False
+        self._ended = threading.Event()
+        self._ticker: threading.Thread | None = None
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Every logged step, a dict each."""
+        return self._record.history
+
+    def summary(self) -> str:
+        return f"{self.state}, {len(self.history)} steps"
+
+    def picture(self) -> str:
+        total = f" of {self.total}" if self.total else ""
+        line = f"{self.state} at step {self.step}{total}"
+        if self.alarm:
+            line += f"; {self.alarm}"
+        if self.retries:
+            line += f"; {self.retries} retries, {self.failovers} failovers"
+        return as_html("Training", line, self.names, self.points)
+
+    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        self._shown = True
+        return super()._repr_mimebundle_(**options)
+
+    def _show(self) -> None:
+        """Display the monitor, if it is in a notebook and nobody has displayed it."""
+        from IPython.core.getipython import get_ipython
+        from IPython.display import display
+
+        shell: Any = get_ipython()
+        if not self._shown and shell is not None and hasattr(shell, "kernel"):
+            display(self)
+
+    def _begin_anew(self) -> None:
+        """Forget the last run, and follow a new one."""
+        self._record = TrainingRecord(time.perf_counter())
+        self.update(
+            state="running", step=0, names=[], points=[], alarm="", error="", told=[],
+            elapsed=0.0, tokens=0, speed=None, retries=0, failovers=0,
+        )  # fmt: skip
+        self._ended.clear()
+        self._ticker = threading.Thread(target=self._tick, name="training-monitor", daemon=True)
+        self._ticker.start()
+
+    def _end(self, state: str, error: BaseException | None = None) -> None:
+        """The run is over; the last that is known of it is shown."""
+        self._ended.set()
+        if self._ticker is not None:
+            self._ticker.join()
+        self._flush()
+        told = f"{type(error).__name__}: {error}" if error is not None else ""
+        self.update(state=state, error=told)
+
+    def _flush(self) -> None:
+        """Send the views what is new."""
+        with self._changing:
+            new = self._record.shown(time.perf_counter())
+        self.update(**new)
+
+    def _tick(self) -> None:
+        with self._swarm.events() if self._swarm is not None else nullcontext() as watch:
+            while not self._ended.wait(TICK_SECONDS):
+                self._count(watch)
+                self._flush()
+            self._count(watch)
+
+    def _count(self, watch: Subscription | None) -> None:
+        """A step that asks a lost server several times has several retries and one failover."""
+        for event in watch.drain() if watch is not None else ():
+            if not isinstance(event, Failover):
+                continue
+            with self._changing:
+                first = self._record.lose(event.peer, event.when)
+            self.retries += 1
+            if first:
+                text = f"step {self._record.step + 1}: {event.reason}"
+                self.update(failovers=self.failovers + 1, told=[*self.told, text][-TOLD:])
