@@ -18,8 +18,9 @@ import torch
 from scene import TOLERANCE, AtToken, Scene, generate, kill_process, scene, stop_then_kill
 
 from swarm_notebook.client import passage
-from swarm_notebook.client.hop import Hop, Way
+from swarm_notebook.client.hop import Hop
 from swarm_notebook.client.request import Request
+from swarm_notebook.client.steps import Way
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 
 SPANS = [(0, 2), (2, 4), (4, 5), (2, 4)]
@@ -47,7 +48,7 @@ def chain(tiny_llama: Path) -> Iterator[Scene]:
 def stage(chain: Scene) -> Scene:
     chain.heal()
     chain.sessions.clear()
-    chain.swarm._connection.directory._apart.clear()
+    chain.swarm._connection.directory.standings._apart.clear()
     return chain
 
 

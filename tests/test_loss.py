@@ -16,7 +16,7 @@ import pytest
 import torch
 from scene import RESTART_SECONDS, TOLERANCE, AtToken, Scene, generate, scene
 
-from swarm_notebook.client import hop
+from swarm_notebook.client import steps
 from swarm_notebook.errors import CacheFull, MissingBlocks
 from swarm_notebook.local import LocalServer
 
@@ -42,7 +42,7 @@ def small(tiny_llama: Path) -> Iterator[Scene]:
 @pytest.fixture
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request for memory waits little longer than servers protect a session that pauses."""
-    monkeypatch.setattr(hop, "ALLOC_TIMEOUT", 2.5)
+    monkeypatch.setattr(steps, "ALLOC_TIMEOUT", 2.5)
 
 
 def test_blocks_without_a_server_and_their_servers_return(pair: Scene) -> None:
@@ -164,7 +164,7 @@ def test_a_batch_that_never_fits(small: Scene) -> None:
 
 @torch.no_grad()
 def test_a_batch_that_does_not_fit_now(small: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hop, "ALLOC_TIMEOUT", 0.2)
+    monkeypatch.setattr(steps, "ALLOC_TIMEOUT", 0.2)
     gc.collect()
     held = small.remote(small.ids(1, 56), use_cache=True).past_key_values  # takes a page of 64
     numbers = rf"asked for 224 .*, 192 of {CACHE_TOKENS} are free"

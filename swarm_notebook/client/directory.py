@@ -1,10 +1,7 @@
 """Who serves which blocks of one model, kept fresh in the background.
 
-The directory reads the records of all blocks from the DHT, pings the servers, and remembers who
-failed. A failed peer is avoided at once and for a time that doubles with each failure in a row;
-an answered request forgives, and so does an answered ping after the first few failures: the
-server has come back. A peer that does not answer a ping is avoided until it answers one. Readers
-in other threads see immutable snapshots.
+The directory reads the records of all blocks from the DHT, pings the servers, and leaves out whom
+their `standing` forbids to use. Readers in other threads see immutable snapshots.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.client import routing
 from swarm_notebook.client.announced import Announced
 from swarm_notebook.client.events import Events
+from swarm_notebook.client.standing import Standings
 from swarm_notebook.errors import BadRequest, MissingBlocks
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import Node
@@ -38,22 +36,9 @@ PING_TIMEOUT = 3.0
 PING_SMOOTHING = 0.3
 PATIENCE = 30.0
 WAIT_PERIOD = 0.5
-BAN_SECONDS = 3.0
-BAN_SECONDS_MAX = 60.0
-FORGIVABLE_FAILURES = 3
-APART_SECONDS = 60.0
 
 # What a ping may meet: silence, refusal, or an answer that is none.
 _PING_ERRORS = (TimeoutError, P2PDaemonError, P2PHandlerError, OSError, BadRequest, DecodeError)
-
-
-@dataclass
-class _Standing:
-    """How a peer has behaved: failures in a row, and until when it is avoided."""
-
-    failures: int = 0
-    until: float = 0.0
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +68,7 @@ class Directory:
         upload_locks: one upload at a time, by peer.
         events: where steps and failovers are told.
         compression: of hidden states on the wire, as the user wants it.
+        standings: who is avoided, and who is kept apart from whom.
     """
 
     node: Node
@@ -96,9 +82,7 @@ class Directory:
     upload_locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     events: Events = field(default_factory=Events)
     compression: int = tensors.NONE
-    _apart: dict[tuple[str, str], float] = field(default_factory=dict)
-    _standing: dict[str, _Standing] = field(default_factory=dict)
-    _silent: set[str] = field(default_factory=set)
+    standings: Standings = field(default_factory=Standings)
     _last_holders: dict[int, set[str]] = field(default_factory=dict)
     _announced: Announced = field(default_factory=Announced)
     _met: set[str] = field(default_factory=set)
@@ -157,14 +141,11 @@ class Directory:
                 await self.info(peer)
         except _PING_ERRORS as error:
             logger.debug("ping of %s: %s", peer, error)
-            self._silent.add(peer)
+            self.standings.silent(peer)
             return False
         self._met.add(peer)
         self.heard[peer] = time.time()
-        self._silent.discard(peer)
-        standing = self._standing.get(peer)
-        if standing is not None and standing.failures <= FORGIVABLE_FAILURES:
-            standing.until = 0.0
+        self.standings.answered(peer)
         seconds = time.perf_counter() - began
         known = self.rtt.get(peer, seconds)
         # The first call dials the peer: a lower later value is the truth, not noise.
@@ -250,32 +231,22 @@ class Directory:
 
     def failed(self, peer: str, reason: str) -> None:
         """Avoid a peer from now on, for longer each time it fails again."""
-        standing = self._standing.setdefault(peer, _Standing())
-        seconds = min(BAN_SECONDS * 2**standing.failures, BAN_SECONDS_MAX)
-        standing.failures += 1
-        standing.until, standing.reason = time.monotonic() + seconds, reason
+        self.standings.failed(peer, reason)
 
     def succeeded(self, peer: str) -> None:
         """An answered request restores a peer's standing."""
         self.heard[peer] = time.time()
-        if peer in self._standing:
-            del self._standing[peer]
+        self.standings.succeeded(peer)
 
     def compression_for(self, span: ServerSpan) -> int:
         """The compression of hidden states to and from a server, of those that it can read."""
         wanted = self.compression
         return tensors.NONE if wanted == tensors.INT8 and not span.pushes else wanted
 
-    def keep_apart(self, sender: str, receiver: str) -> None:
-        """For a while, let no hidden states go from one of these servers to the other."""
-        self._apart[sender, receiver] = time.monotonic() + APART_SECONDS
-
     def together(self, sender: ServerSpan, receiver: ServerSpan) -> bool:
         """Whether one of these servers can hand its output to the other, as far as is known."""
-        if not (sender.pushes and receiver.pushes):
-            return False
-        until = self._apart.get((sender.peer, receiver.peer))
-        return until is None or until < time.monotonic()
+        able = sender.pushes and receiver.pushes
+        return able and not self.standings.kept_apart(sender.peer, receiver.peer)
 
     def loads(
         self, chain: Sequence[routing.Leg], width: int, dtype: torch.dtype
@@ -299,7 +270,4 @@ class Directory:
 
     def avoided(self, peer: str) -> str:
         """Why a peer is avoided just now; an empty text if it is not."""
-        standing = self._standing.get(peer)
-        if standing is not None and standing.until > time.monotonic():
-            return standing.reason
-        return "it does not answer" if peer in self._silent else ""
+        return self.standings.avoided(peer)

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
-import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -25,44 +23,13 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.client.adapters import Adapter, ensure_uploaded
 from swarm_notebook.client.directory import Directory
 from swarm_notebook.client.events import HopTimes
-from swarm_notebook.client.request import (
-    Outputs,
-    Request,
-    Told,
-    read_outputs,
-    read_told,
-    refuse_extensions,
-    travelling,
-)
+from swarm_notebook.client.request import Outputs, Request, Told, read_outputs, read_told
 from swarm_notebook.client.routing import Leg
+from swarm_notebook.client.steps import StepWriter, Way, new_step_id
 from swarm_notebook.client.trip import OPEN_TIMEOUT, TRANSPORT_ERRORS, gone, server_name
 from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import ServerFailed
 from swarm_notebook.net import protocol, streams
-
-ALLOC_TIMEOUT = 10.0
-
-_RUN, _STEPS = uuid.uuid4().hex[:8], itertools.count()
-
-
-def new_step_id() -> str:
-    """A name for a step that no other step of this notebook has; cheaper than a uuid."""
-    return f"{_RUN}-{next(_STEPS)}"
-
-
-@dataclass(slots=True)
-class Way:
-    """How a step's hidden states travel.
-
-    Attributes:
-        step_id: the same for all servers of a chain.
-        push_from: the peer that hands over the input; None: the client sends it.
-        push_to: the peer and its session that get the output besides the client.
-    """
-
-    step_id: str
-    push_from: str | None = None
-    push_to: tuple[str, str] | None = None
 
 
 @dataclass(slots=True)
@@ -105,12 +72,15 @@ class Hop:
         self.rows_version = rows_version
         # Steps that were sent and not answered yet.
         self._owed: deque[tuple[Request, Way]] = deque()
-        self.session_id = str(uuid.uuid4())
-        self._introduced = False
-        self._named: tuple[int, int] | None = None
+        self._writer = StepWriter(self.leg, self._directory, self._max_length)
 
     def __str__(self) -> str:
         return self._name
+
+    @property
+    def session_id(self) -> str:
+        """The session's name on the server."""
+        return self._writer.session_id
 
     @property
     def owes(self) -> bool:
@@ -147,7 +117,7 @@ class Hop:
 
     async def send(self, request: Request, way: Way) -> float:
         """Send one step (`prepare` came before); the moment when it was packed."""
-        message = self._message(request, way)
+        message = self._writer.write(request, way)
         packed = time.perf_counter()
         self._owed.append((request, way))
         self.rows_version = request.rows_version
@@ -157,7 +127,7 @@ class Hop:
 
     async def resend(self, request: Request, way: Way) -> None:
         """Send the hidden states of a step after all, which should have been pushed."""
-        message = self._message(request, Way(way.step_id, None, way.push_to), again=True)
+        message = self._writer.write(request, Way(way.step_id, None, way.push_to), again=True)
         with self._blamed(), self._watch(request) as stream:
             await stream.send(message)
 
@@ -176,7 +146,7 @@ class Hop:
             for request, way in reversed(self._owed):
                 if way.push_from is not None:
                     nothing = request.without_tokens(first.position)
-                    await stream.send(self._message(nothing, Way(way.step_id), again=True))
+                    await stream.send(self._writer.write(nothing, Way(way.step_id), again=True))
             while self._owed:
                 await self._next_answer(stream)
         self.position = first.position
@@ -261,42 +231,3 @@ class Hop:
             if watch.verdict:
                 raise ServerFailed(f"{self} {watch.verdict}") from None
             raise
-
-    def _message(
-        self, request: Request, way: Way, *, again: bool = False
-    ) -> runtime_pb2.ExpertRequest:
-        """A step for the wire; one that is sent ``again`` is worked on in its old place."""
-        metadata: dict = {
-            "session_id": self.session_id,
-            "step_id": way.step_id,
-            "start_from_position": request.position,
-        }
-        if not self._introduced:
-            metadata["max_length"] = self._max_length
-            metadata["alloc_timeout"] = ALLOC_TIMEOUT
-            self._introduced = True
-        if way.push_from is not None:
-            metadata[protocol.PUSH_FROM] = way.push_from
-        if way.push_to is not None:
-            metadata[protocol.PUSH_TO] = way.push_to
-        metadata.update(request.options())
-        refuse_extensions(self.leg.span, str(self), request)
-        blocks = (request.start, request.end)
-        uid = ""
-        if again or not self.leg.span.extended or self._named != blocks:
-            uid = protocol.uid_chain(self._directory.prefix, *blocks)
-        if not again:
-            self._named = blocks
-        compression = self._directory.compression_for(self.leg.span)
-        if compression:
-            metadata["output_compression"] = (compression,)
-        hidden = None if way.push_from else travelling(request.hidden, self.leg.span)
-        slots = [hidden, request.prompts, request.rows, request.mask, request.position_ids]
-        return runtime_pb2.ExpertRequest(
-            uid=uid,
-            # Only Petals insists on the slots that are not used; building them takes time.
-            tensors=protocol.pack_slots(
-                slots, always=1 if self.leg.span.extended else 3, compression=compression
-            ),
-            metadata=protocol.pack_metadata(metadata),
-        )

@@ -22,8 +22,9 @@ import torch
 from swarm_notebook.client.directory import Directory
 from swarm_notebook.client.events import HopTimes
 from swarm_notebook.client.history import Pass
-from swarm_notebook.client.hop import Hop, Way, new_step_id
+from swarm_notebook.client.hop import Hop
 from swarm_notebook.client.request import Outputs, Request
+from swarm_notebook.client.steps import Way, new_step_id
 from swarm_notebook.errors import RemoteError
 from swarm_notebook.net.records import ServerSpan
 
@@ -169,7 +170,7 @@ class _Group:
 
     def _keep_apart(self, index: int) -> None:
         before, after = self._pieces[index - 1].hop.leg, self._pieces[index].hop.leg
-        self._directory.keep_apart(before.peer, after.peer)
+        self._directory.standings.keep_apart(before.peer, after.peer)
 
 
 def part_count(length: int, batch: int, servers: Sequence[ServerSpan]) -> int:

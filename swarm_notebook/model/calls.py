@@ -274,16 +274,14 @@ class Runner:
         if request.start:
             session.edit(request.start, request.hidden)
             return
-        session.adapter, session.prompts = request.adapter, request.prompts
-        session.begin(
-            Pass(
-                call.position,
-                request.hidden.shape[1],
-                {0: request.hidden},
-                mask=call.mask,
-                position_ids=call.position_ids,
-            )
+        new = Pass(
+            call.position,
+            request.hidden.shape[1],
+            {0: request.hidden},
+            mask=call.mask,
+            position_ids=call.position_ids,
         )
+        session.begin(new, request.adapter, request.prompts)
 
     def _run_alone(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """A block that is called by itself, outside of the model's own forward."""

@@ -1,13 +1,13 @@
-"""What a hop puts into a message, apart from the network."""
+"""How steps are written, in the order in which a server works on them."""
 
 from __future__ import annotations
 
 import torch
 
 from swarm_notebook.client.directory import Directory
-from swarm_notebook.client.hop import Hop, Way
 from swarm_notebook.client.request import Request
 from swarm_notebook.client.routing import Leg
+from swarm_notebook.client.steps import StepWriter, Way
 from swarm_notebook.net import protocol
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 
@@ -18,11 +18,11 @@ def test_blocks_go_without_saying_only_after_a_step_for_the_same() -> None:
         state=ServerState.ONLINE, throughput=1.0, swarm_notebook=protocol.PROTOCOL_VERSION
     )
     directory = Directory(None, "m", 4)  # type: ignore[arg-type]  # nothing is sent
-    hop = Hop(Leg(ServerSpan("Qm", 0, 4, info), 0, 4), directory, 64, 0)
+    writer = StepWriter(Leg(ServerSpan("Qm", 0, 4, info), 0, 4), directory, 64)
     lower, upper = (Request(*blocks, torch.zeros(1, 1, 8), 0) for blocks in ((0, 2), (2, 4)))
 
     def uid(request: Request, *, again: bool = False) -> str:
-        return hop._message(request, Way("step"), again=again).uid
+        return writer.write(request, Way("step"), again=again).uid
 
     assert [uid(lower), uid(lower), uid(upper)] == ["m.0 m.1", "", "m.2 m.3"]
     assert uid(lower, again=True) == "m.0 m.1"

@@ -1,0 +1,106 @@
+"""The servers that hold a session's caches, in the order of their blocks.
+
+A chain may have gaps: a new one is nothing else, a lost server leaves one, and a gap is filled when
+its blocks are to be computed. A server without a cache, or whose cache lacks something, is caught
+up by replaying the history: there is one mechanism for opening, resuming and failing over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Collection
+
+from swarm_notebook.client.directory import Directory
+from swarm_notebook.client.events import HopTimes
+from swarm_notebook.client.feed import Feed
+from swarm_notebook.client.hop import Hop
+from swarm_notebook.errors import RemoteError
+
+
+class Chain:
+    """The hops of one session.
+
+    Args:
+        directory: who serves the model.
+        feed: what their caches are made of.
+        max_length: tokens per sequence that Petals servers reserve.
+
+    Attributes:
+        dropped: how many hops failed so far.
+    """
+
+    def __init__(self, directory: Directory, feed: Feed, max_length: int):
+        self.directory, self.feed = directory, feed
+        self._max_length = max_length
+        self._hops: list[Hop] = []
+        self.dropped = 0
+
+    @property
+    def hops(self) -> list[Hop]:
+        """The servers in use, in the order of their blocks."""
+        return list(self._hops)
+
+    async def hop_for(self, block: int, refusing: Collection[str]) -> Hop:
+        """The hop that computes `block`; for a gap, servers are chosen that are not `refusing`."""
+        found = [hop for hop in self._hops if hop.start <= block < hop.end]
+        if not found:
+            await self._fill_gap(block, refusing)
+            found = [hop for hop in self._hops if hop.start <= block < hop.end]
+        return found[0]
+
+    async def _fill_gap(self, block: int, refusing: Collection[str]) -> None:
+        """Choose servers for the blocks around `block` that have none."""
+        start = max((hop.end for hop in self._hops if hop.end <= block), default=0)
+        last = self.directory.num_blocks
+        end = min((hop.start for hop in self._hops if hop.start > block), default=last)
+        version = self.feed.rows_version
+        for leg in await self.directory.await_chain(start, end, refusing):
+            self._hops.append(Hop(leg, self.directory, self._max_length, version))
+        self._hops.sort(key=lambda hop: hop.start)
+
+    async def catch_up(self, hop: Hop, trips: list[HopTimes]) -> None:
+        """Rebuild a hop's cache, if it lacks something of what precedes the current pass.
+
+        Args:
+            trips: gets the times of what is replayed.
+        """
+        history = self.feed.history
+        until = history.current.position
+        behind = self.feed.rows_version - hop.rows_version
+        if hop.position >= until and behind <= 1:
+            return
+        self.reset(hop)
+        for part in history.replay(hop.start, hop.end, until):
+            for start, end in itertools.pairwise(part.cuts(hop.start, hop.end)):
+                got, times = await hop.run(self.feed.request(start, end, part))
+                trips.append(times)
+            history.learn(hop.end, part.position, got.states[hop.end - 1])
+
+    async def settle(self, hops: Collection[Hop]) -> None:
+        """Free those hops that wait for states which a lost server does not push."""
+        waiting = [hop for hop in hops if hop.owes]
+        work = [hop.settle() for hop in waiting]
+        results = await asyncio.gather(*work, return_exceptions=True)
+        for hop, error in zip(waiting, results, strict=True):
+            if isinstance(error, RemoteError):
+                # Perhaps for the lost one's sake: it is asked again, from the beginning.
+                self.reset(hop)
+            elif error is not None:
+                raise error
+
+    def reset(self, hop: Hop) -> None:
+        """Let a server begin anew, with an empty cache."""
+        hop.reset(self.feed.rows_version)
+
+    def drop(self, hop: Hop) -> None:
+        """Leave a server that failed; its blocks are a gap then."""
+        hop.close()
+        self._hops.remove(hop)
+        self.dropped += 1
+
+    def close(self) -> None:
+        """Leave all servers."""
+        for hop in self._hops:
+            hop.close()
+        self._hops = []

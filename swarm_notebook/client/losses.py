@@ -1,0 +1,93 @@
+"""What is made of a failure in the middle of a step: who goes on, and what no server can mend.
+
+A lost server's blocks become a gap, which the walk fills with other servers. A server that refuses
+is left out of the step, too, but keeps its standing: it may be full, or right. When all that are
+left would refuse as well, the step fails with what they say.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from swarm_notebook.client.chain import Chain
+from swarm_notebook.client.events import Failover, Timeline
+from swarm_notebook.client.hop import Hop
+from swarm_notebook.client.passage import HopLost
+from swarm_notebook.client.routing import describe_blocks
+from swarm_notebook.errors import (
+    AdapterMissing,
+    BadRequest,
+    CacheFull,
+    MissingBlocks,
+    RemoteError,
+    ServerBusy,
+    SessionLost,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Losses:
+    """The failures of one step.
+
+    Attributes:
+        refusing: peers that have refused it.
+    """
+
+    def __init__(self, chain: Chain, timeline: Timeline):
+        self._chain, self._directory = chain, chain.directory
+        self._timeline = timeline
+        self._lost: set[str] = set()
+        self.refusing: set[str] = set()
+
+    def take(self, loss: HopLost) -> None:
+        """Go on without a failed hop, or without handing its input from server to server.
+
+        Raises:
+            BadRequest, CacheFull, ServerBusy: no other server can mend it.
+        """
+        piece, error = loss.piece, loss.error
+        if piece.source is not None and isinstance(error, BadRequest):
+            # Perhaps its input was not what the client would have sent.
+            before, after = piece.source.leg.peer, piece.hop.leg.peer
+            self._directory.standings.keep_apart(before, after)
+            self._chain.reset(piece.hop)
+        else:
+            self._lose(piece.hop, error)
+
+    def _lose(self, hop: Hop, error: RemoteError) -> None:
+        self._chain.drop(hop)
+        peer, name = hop.leg.peer, hop.leg.span.name
+        told = Failover(peer, name, hop.start, hop.end, str(error), time.perf_counter())
+        self._directory.events.lost(self._timeline, told)
+        blocks = describe_blocks(range(hop.start, hop.end))
+        if isinstance(error, (BadRequest, CacheFull, ServerBusy)):
+            self._refuse(hop, error)
+            logger.info("%s; trying %s on another server", error, blocks)
+            return
+        # A server may lose what it had, once; one that says so again and again is broken.
+        forgiven = peer not in self._lost
+        self._lost.add(peer)
+        adapter = self._chain.feed.adapter
+        if isinstance(error, AdapterMissing) and adapter is not None and forgiven:
+            self._directory.uploaded.pop((peer, adapter.id), None)
+        elif isinstance(error, SessionLost) and forgiven:
+            logger.warning("%s; rebuilding the cache", error)
+        else:
+            self._directory.failed(peer, str(error))
+            logger.warning("%s; continuing %s on another server", error, blocks)
+
+    def _refuse(self, hop: Hop, error: BadRequest | CacheFull | ServerBusy) -> None:
+        """Leave a server that refused the step out of it; raise if the others would refuse too.
+
+        One server that finds a request invalid may be wrong itself, two are believed.
+        """
+        believed = isinstance(error, BadRequest) and bool(self.refusing)
+        self.refusing.add(hop.leg.peer)
+        try:
+            self._directory.chain(hop.start, hop.end, self.refusing)
+        except MissingBlocks:
+            believed = True
+        if believed:
+            raise error
