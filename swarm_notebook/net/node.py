@@ -20,6 +20,9 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm_notebook.errors import AddressError, ConnectionFailed
+from swarm_notebook.net.nesting import bound_nesting
+
+bound_nesting()
 
 logger = logging.getLogger(__name__)
 

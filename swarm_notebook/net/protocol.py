@@ -29,6 +29,9 @@ from hivemind.utils import MSGPackSerializer
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import tensors
+from swarm_notebook.net.nesting import bound_nesting
+
+bound_nesting()
 
 # 1: masks, states, adapters; 2: pushes from server to server, 8-bit values
 PROTOCOL_VERSION = 2
