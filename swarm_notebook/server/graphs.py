@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 SIZES = (1, 4, 8, 16, 32, 64)
 CHUNK = 4
-# Each block of one takes 2 MB, which torch does not give back: none makes way for another.
+# Each takes about a megabyte, and a third of a second to make. None makes way for another: whoever
+# asks for ever new runs of blocks must not keep the server busy with recording them.
 MAX_RECORDINGS = 256
 # Making a recording takes as long as some dozens of steps: so many must have wanted it.
 WANTED_STEPS = 12

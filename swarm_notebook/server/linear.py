@@ -13,11 +13,10 @@ measures, for each shape of weight and number of tokens, the ways that give the 
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import psutil
@@ -58,22 +57,12 @@ def turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     result = torch.mm(weight, flat.t()).t()[:tokens].contiguous()
     if bias is not None:
         result = result + bias
-    return result.view(*x.shape[:-1], weight.shape[0])
-
-
-@functools.cache
-def _onednn() -> Callable[..., torch.Tensor]:
-    """The product of oneDNN in a form that can be recorded: its operator takes a list."""
-
-    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    return torch.jit.script(product)
+    return result.unflatten(0, x.shape[:-1])
 
 
 def packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As `plain`; ``weight`` comes from `Products.pack`."""
-    return _onednn()(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class Products:

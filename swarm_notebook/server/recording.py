@@ -19,7 +19,7 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from swarm_notebook.server import linear
+from swarm_notebook.server import linear, torchscript
 from swarm_notebook.server.attention import JoinedCache, Part
 from swarm_notebook.server.cache import SessionCache
 from swarm_notebook.server.mixing import module_at, tunable
@@ -96,9 +96,7 @@ def record(span: Span, extent: Extent, hidden_size: int, products: linear.Produc
         with span.attending(start, end, cache, script) as original, _opened(span, extent, script):
             graph = make_fx(call, pre_dispatch=True)(hidden, ids)
         _quicken(graph, extent.tokens, products)
-        part.cache.truncate(start, end, _PAST)
-        with replayed(script, JoinedCache([part]), original):
-            function = torch.jit.trace(graph, (hidden, ids), check_trace=False)
+        function = torchscript.function(graph)
     return Recording(extent, function, script, original)
 
 

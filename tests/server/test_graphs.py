@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,26 @@ def test_a_number_of_tokens_that_comes_again_and_again_is_recorded(llama: Span) 
     for mine, other in zip(again, plain, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
     llama.graphs = None
+
+
+class _Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (*"abcde", "usm", "fsm", "used", "free", "top")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_a_recording_goes_with_its_last_reference(llama: Span) -> None:
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallinfo2.restype = _Heap
+
+    def used(recordings: int) -> int:
+        """Bytes that are allocated after so many have been made and dropped."""
+        for _ in range(recordings):
+            recording.record(llama, Extent(1, 4, 4), HIDDEN, linear.Products([]))
+        gc.collect()
+        return libc.mallinfo2().used
+
+    before = used(3)  # the first ones leave behind what all share
+    assert used(10) - before < 10 * (200 << 10)
 
 
 class Looking(nn.Module):
