@@ -39,6 +39,7 @@ EXTENSION_KEY = "swarm_notebook"
 TIMES_KEY = "times"
 PUSH_TO, PUSH_FROM = "push_to", "push_from"
 PUSH_FAILED, FILLED = "push_failed", "filled"
+NEXT_SERVERS = "next_servers"  # Petals' way, see `server.onward`
 
 _SERVICER = "TransformerConnectionHandler"
 RPC_INFO = f"{_SERVICER}.rpc_info"

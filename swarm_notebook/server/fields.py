@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import tensors
+from swarm_notebook.net import protocol, tensors
 
 MAX_TEXT = 200
 MAX_INNER = 1024
+MAX_SERVERS = 512
 MAX_COUNT = 1 << 31
 MAX_SECONDS = 24 * 3600.0
 
@@ -50,6 +51,32 @@ def target(metadata: dict[str, Any], name: str) -> tuple[str, str]:
     ):
         raise BadRequest(f"{name}: {str(value)[:MAX_TEXT]}, expected a peer id and a session id")
     return value[0], value[1]
+
+
+def next_servers(metadata: dict[str, Any], end: int) -> list[tuple[str, str, int, int]]:
+    """Peer id, session id and blocks of the servers for what follows on block ``end - 1``."""
+    value = metadata.get(protocol.NEXT_SERVERS)
+    if not isinstance(value, (list, tuple)) or not 0 < len(value) <= MAX_SERVERS:
+        raise BadRequest(
+            f"{protocol.NEXT_SERVERS}: {str(value)[:MAX_TEXT]}, expected 1 to {MAX_SERVERS} servers"
+        )
+    found: list[tuple[str, str, int, int]] = []
+    for entry in value:
+        peer, session, start, stop = (
+            entry if isinstance(entry, (list, tuple)) and len(entry) == 4 else ("", "", 0, 0)
+        )
+        if (
+            not all(isinstance(part, str) and 0 < len(part) <= MAX_TEXT for part in (peer, session))
+            or not all(type(index) is int for index in (start, stop))
+            or not end == start < stop <= protocol.MAX_BLOCKS
+        ):
+            raise BadRequest(
+                f"{protocol.NEXT_SERVERS}: {str(entry)[:MAX_TEXT]}, expected a peer id, a session "
+                f"id and blocks from {end} on"
+            )
+        found.append((peer, session, start, stop))
+        end = stop
+    return found
 
 
 def flag(metadata: dict[str, Any], name: str) -> bool:

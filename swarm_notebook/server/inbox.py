@@ -59,8 +59,10 @@ class Inbox:
         self._session_id: str | None = None
         self._steps: deque[runtime_pb2.ExpertRequest | _Announced] = deque()
         self._announced: dict[str, tuple[str, _Announced]] = {}
-        # Step ids of those that were announced and taken out, the latest.
-        self._taken: deque[str] = deque(maxlen=MAX_ANNOUNCED)
+        # The latest steps that may come a second time: announced ones that were taken out, and
+        # all of a Petals client.
+        self._known: deque[str] = deque(maxlen=MAX_ANNOUNCED)
+        self._plain = False
         self._whole = self._whole_bytes = 0
         self._changed = asyncio.Event()
 
@@ -74,7 +76,7 @@ class Inbox:
             self._introduce(message)
         if _ANNOUNCES in message.metadata and self._announce(message):
             return
-        if (self._announced or self._taken) and self._fill(message):
+        if (self._announced or self._known) and self._fill(message):
             return
         size = _size(message)
         while self._whole and (self._whole >= MAX_WHOLE or self._whole_bytes + size > self._limit):
@@ -82,6 +84,8 @@ class Inbox:
         self._append(message, size)
 
     def _append(self, message: runtime_pb2.ExpertRequest, size: int) -> None:
+        if self._plain and (step_id := _step_id(message)):
+            self._known.append(step_id)
         self._whole += 1
         self._whole_bytes += size
         self._steps.append(message)
@@ -89,7 +93,7 @@ class Inbox:
 
     def offer(self, message: runtime_pb2.ExpertRequest) -> None:
         """Take a step that a Petals server pushes, if there is room; its client sends it, too."""
-        if not self._whole:
+        if not self._whole and _step_id(message) not in self._known:
             self._append(message, _size(message))
 
     async def get(self) -> runtime_pb2.ExpertRequest:
@@ -111,7 +115,7 @@ class Inbox:
             return first
         self.filled = first.filled
         del self._announced[first.step_id]
-        self._taken.append(first.step_id)
+        self._known.append(first.step_id)
         if first.tensor is not None:
             self._held -= len(first.tensor.buffer)
             first.message.tensors[0].CopyFrom(first.tensor)
@@ -130,6 +134,7 @@ class Inbox:
         metadata = protocol.unpack_metadata(message.metadata)
         self._session_id = fields.text(metadata, "session_id") or ""
         if self._session_id and "start_from_position" not in metadata:
+            self._plain = True
             self._relay.admit(self._session_id, self.offer)
 
     def _announce(self, message: runtime_pb2.ExpertRequest) -> bool:
@@ -160,11 +165,11 @@ class Inbox:
         return True
 
     def _fill(self, message: runtime_pb2.ExpertRequest) -> bool:
-        """Whether the message is for a step that has been announced."""
-        step_id = fields.text(protocol.unpack_metadata(message.metadata), "step_id")
-        found = self._announced.get(step_id or "")
+        """Whether the message is for a step that has been announced, or is here already."""
+        step_id = _step_id(message)
+        found = self._announced.get(step_id)
         if found is None:
-            return step_id in self._taken  # the push was faster
+            return step_id in self._known  # the push was faster
         session_id, announced = found
         given_up = bool(message.tensors) and 0 in message.tensors[0].size
         if given_up and announced.tensor is not None:
@@ -188,6 +193,10 @@ class Inbox:
     async def _wait(self) -> None:
         self._changed.clear()
         await self._changed.wait()
+
+
+def _step_id(message: runtime_pb2.ExpertRequest) -> str:
+    return fields.text(protocol.unpack_metadata(message.metadata), "step_id") or ""
 
 
 def _size(message: runtime_pb2.ExpertRequest) -> int:

@@ -10,8 +10,8 @@ A push may arrive before its announcement. It is kept for a moment, in bounds fo
 for all together; what does not fit or is never announced is dropped, and then the client sends the
 states itself. So no push ever waits for a session, and a stream serves all sessions alike.
 
-Petals' unary ``rpc_push`` is taken as well, for sessions of clients that announce nothing. Petals'
-clients send the same step directly, too: whichever comes first counts.
+Petals' unary ``rpc_push`` is called and taken as well (see `onward`), for clients that announce
+nothing. They send the same step directly, too: whichever comes first counts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from google.protobuf.message import DecodeError
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto import runtime_pb2
@@ -31,12 +32,13 @@ from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net import protocol
 from swarm_notebook.net.streams import Stream, open_stream
 from swarm_notebook.server import fields
+from swarm_notebook.server.onward import Onward
 
 logger = logging.getLogger(__name__)
 
 PUSH_SECONDS = 4.0
 AVOID_SECONDS = 30.0
-MAX_STREAMS = 64
+MAX_STREAMS, MAX_CALLS = 64, 64
 EARLY_SECONDS = 10.0
 EARLY_BYTES_PER_PEER = 32 << 20
 EARLY_BYTES = 128 << 20
@@ -61,6 +63,7 @@ class Relay:
         self._p2p: P2P | None = None
         self._streams: OrderedDict[str, asyncio.Future[Stream]] = OrderedDict()
         self._listening: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[None]] = set()
         self._avoided: dict[str, float] = {}
         self._expected: dict[tuple[str, str], tuple[str, Arrived]] = {}
         self._early: OrderedDict[tuple[str, str, str], _Early] = OrderedDict()
@@ -71,12 +74,20 @@ class Relay:
         self._p2p = p2p
 
     async def push(
-        self, peer: str, session_id: str, step_id: str, tensor: runtime_pb2.Tensor
+        self, peer: str, target: str | Onward, step_id: str, tensor: runtime_pb2.Tensor
     ) -> str:
-        """Send hidden states to the server that is next; an empty text, or why that failed."""
+        """Send hidden states to the server that is next; an empty text, or why that failed.
+
+        Args:
+            target: the session there; or what goes along in Petals' form, in which case nobody
+                waits for it, and nobody misses it.
+        """
+        if isinstance(target, Onward):
+            self._hand_on(peer, target.message(tensor))
+            return ""
         if self._avoided.get(peer, 0.0) > time.monotonic():
             return "it could not be reached a moment ago"
-        metadata = protocol.pack_metadata({"session_id": session_id, "step_id": step_id})
+        metadata = protocol.pack_metadata({"session_id": target, "step_id": step_id})
         message = runtime_pb2.ExpertRequest(tensors=[tensor], metadata=metadata)
         try:
             async with asyncio.timeout(PUSH_SECONDS):
@@ -88,6 +99,27 @@ class Relay:
                 self._avoid(peer)
             return str(error) or "it does not take anything"
         return ""
+
+    def _hand_on(self, peer: str, message: runtime_pb2.ExpertRequest) -> None:
+        """Call Petals' ``rpc_push``, if that is likely to succeed."""
+        too_large = message.ByteSize() > protocol.MAX_UNARY_BYTES
+        avoided = self._avoided.get(peer, 0.0) > time.monotonic()
+        if too_large or avoided or len(self._calls) >= MAX_CALLS:
+            return
+        call = asyncio.create_task(self._call(peer, message))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+
+    async def _call(self, peer: str, message: runtime_pb2.ExpertRequest) -> None:
+        try:
+            async with asyncio.timeout(PUSH_SECONDS):
+                await self._connected().call_protobuf_handler(
+                    _peer_id(peer), protocol.RPC_PUSH, message, runtime_pb2.ExpertResponse
+                )
+        except (*_TRANSPORT_ERRORS, DecodeError) as error:
+            logger.info("a push to %s has failed: %s", peer, error)
+            if isinstance(error, TimeoutError):
+                self._avoid(peer)
 
     def expect(self, peer: str, session_id: str, step_id: str, arrived: Arrived) -> None:
         """A client announces a push of ``peer``.
@@ -139,6 +171,8 @@ class Relay:
     ) -> runtime_pb2.ExpertResponse:
         """Petals' ``rpc_push``."""
         metadata = protocol.unpack_metadata(message.metadata)
+        if not fields.text(metadata, "step_id"):
+            raise BadRequest("rpc_push: no step_id, by which to know the client's own copy")
         put = self._plain.get(fields.text(metadata, "session_id") or "")
         if put is None:
             raise BadRequest("rpc_push: no session that takes pushes has this session_id")
@@ -192,14 +226,13 @@ class Relay:
         # Shielded: one session that gives up must not end it for the others.
         return await asyncio.shield(opening)
 
-    async def _open(self, peer: str) -> Stream:
+    def _connected(self) -> P2P:
         if self._p2p is None:
             raise ConnectionError("this server is not connected yet")
-        try:
-            name = PeerID.from_base58(peer)
-        except ValueError:
-            raise ConnectionError(f"{peer[:80]!r} is no peer id") from None
-        stream = await open_stream(self._p2p, name, protocol.RPC_PUSH_STREAM)
+        return self._p2p
+
+    async def _open(self, peer: str) -> Stream:
+        stream = await open_stream(self._connected(), _peer_id(peer), protocol.RPC_PUSH_STREAM)
         opening = asyncio.current_task()
         listening = asyncio.create_task(self._listen(peer, stream, opening))
         self._listening.add(listening)
@@ -221,6 +254,13 @@ class Relay:
         if opening is not None:
             # Not cancelled: others may wait for it just now.
             opening.add_done_callback(_end)
+
+
+def _peer_id(peer: str) -> PeerID:
+    try:
+        return PeerID.from_base58(peer)
+    except ValueError:
+        raise ConnectionError(f"{peer[:80]!r} is no peer id") from None
 
 
 def _end(opening: asyncio.Future[Stream]) -> None:

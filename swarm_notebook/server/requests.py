@@ -17,7 +17,7 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol, tensors
-from swarm_notebook.server import fields, slots
+from swarm_notebook.server import fields, onward, slots
 from swarm_notebook.server.times import StepTimes
 
 
@@ -84,7 +84,8 @@ class Step(Forward):
         position: how many positions precede the new ones; None: all that the cache holds.
         row_ids: the cache's rows to go on with, None for all as they are.
         alloc_timeout: how many seconds the step may wait for memory.
-        push_to: the peer and its session that get the output besides the client.
+        push_to: the peer that gets the output besides the client, and the session there, or what
+            else goes to it in Petals' form.
         times: where its time goes, see `times`.
     """
 
@@ -92,7 +93,7 @@ class Step(Forward):
     row_ids: list[int] | None = None
     step_id: str | None = None
     alloc_timeout: float | None = None
-    push_to: tuple[str, str] | None = None
+    push_to: tuple[str, str | onward.Onward] | None = None
     times: StepTimes = field(default_factory=StepTimes)
 
 
@@ -182,6 +183,9 @@ def parse_step(
     fields.text(metadata, "session_id")
     if metadata.get(protocol.PUSH_TO) is not None:
         request.push_to = fields.target(metadata, protocol.PUSH_TO)
+    elif metadata.get(protocol.NEXT_SERVERS) and request.prompts is None:
+        behind = message.tensors[1:]
+        request.push_to = onward.read(metadata, behind, limits.prefix, blocks[1])
     times.parsed()
     return request
 

@@ -349,9 +349,19 @@ def test_petals_unary_push(pushes: Pushes) -> None:
         await pushes.silence(session)
         got = torch.cat([first, second], dim=1)
         torch.testing.assert_close(got, pushes.expected(states), atol=1e-4, rtol=0)
+        # What is pushed late, when others came in between, is known as well.
+        more = torch.cat([states, hidden(2, 1)], dim=1)
+        for number, step in ((2, "c"), (3, "d")):
+            now = slice(number, number + 1)
+            (got,) = await session.step(pushes.uid, more[:, now], step_id=step, **fields)
+            torch.testing.assert_close(got, pushes.expected(more)[:, now], atol=1e-4, rtol=0)
+            await push("b")
+        await pushes.silence(session)
+        with pytest.raises(P2PHandlerError, match="bad_request: rpc_push: no step_id"):
+            await push("")
         session.close()
         await asyncio.sleep(QUIET_SECONDS)
         with pytest.raises(P2PHandlerError, match="bad_request: rpc_push: no session"):
-            await push("c")
+            await push("e")
 
     pushes.client.run(main())
