@@ -173,3 +173,14 @@ def test_a_text_of_20000_tokens_can_be_read_and_worked_with(notebook: Notebook) 
     assert not notebook.errors
     notebook.run("long.close()")  # what is open is saved with the notebook
     expect(view).to_have_count(0)
+
+
+def test_a_view_opened_on_a_long_text_begins_at_its_end(notebook: Notebook) -> None:
+    notebook.run(LONG)
+    notebook.run("write(2_000)")
+    view = notebook.run("long").get_by_test_id("generate")
+    expect(tokens(view)).to_have_count(2_000, timeout=20_000)
+    text = view.get_by_test_id("text")
+    text.scroll_into_view_if_needed()
+    expect(tokens(view).last).to_be_in_viewport()
+    assert text.evaluate("(text) => text.scrollTop") > 0
