@@ -16,14 +16,16 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
+import uvloop
+
 T = TypeVar("T")
 Cleanup = Callable[[], Coroutine[Any, Any, None]]
 
 _STOP_TIMEOUT = 5.0
 
 
-class _Loop(asyncio.SelectorEventLoop):
-    """An asyncio loop whose child processes an interrupt does not reach.
+class _Loop(uvloop.Loop):
+    """A fast loop whose child processes an interrupt does not reach.
 
     Ctrl-C in a terminal and the kernel's interrupt go to the whole process group. p2pd, the child
     of this loop, would end, and with it the connection.
