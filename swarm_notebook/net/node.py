@@ -21,6 +21,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from swarm_notebook.errors import AddressError, ConnectionFailed
 from swarm_notebook.net.nesting import bound_nesting
+from swarm_notebook.net.readable import Readable
 
 bound_nesting()
 
@@ -129,6 +130,7 @@ class Node:
                 cache_locally=False,
                 cache_on_store=False,
                 num_workers=8,
+                record_validator=Readable(),
             )
         except RuntimeError as error:
             await p2p.shutdown()

@@ -22,7 +22,6 @@ hivemind's dialect; it is read under a size bound and yields a plain dict.
 
 from __future__ import annotations
 
-import msgpack
 import torch
 from hivemind.proto import runtime_pb2
 from hivemind.utils import MSGPackSerializer
@@ -119,7 +118,7 @@ def unpack_metadata(data: bytes) -> dict:
         raise BadRequest(f"metadata of {len(data)} bytes, at most {MAX_METADATA_BYTES} are read")
     try:
         values = MSGPackSerializer.loads(data)
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+    except Exception as error:  # hivemind's decoder raises a different type per malformation
         raise BadRequest(f"the metadata is no msgpack: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise BadRequest(f"the metadata is a {type(values).__name__}, expected a dict of names")

@@ -272,6 +272,11 @@ WRONG: dict[str, tuple[runtime_pb2.ExpertRequest, str]] = {
     "prompts": (with_hidden(torch.zeros(2, 2, 1, HIDDEN)), r"expected \[3, 1 or 2"),
     "NaN in prompts": (with_hidden(torch.full((3, 1, 1, HIDDEN), float("nan"))), "prompts: .*NaN"),
     "no msgpack": (runtime_pb2.ExpertRequest(uid=UID, metadata=b"\xc1\xc1"), "metadata"),
+    # hivemind's descriptor of a tensor, without a single field
+    "no descriptor": (
+        runtime_pb2.ExpertRequest(uid=UID, metadata=b"\x81\xa1x\xc7\x01\x51\x80"),
+        "metadata is no msgpack",
+    ),
     "a list": (
         runtime_pb2.ExpertRequest(uid=UID, metadata=protocol.pack_metadata([1])),
         "expected a dict",
