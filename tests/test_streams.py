@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
+import uvloop
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.streams import Stream, add_stream_handler, open_stream
+from swarm_notebook.net.streams import Stream, StreamClosed, add_stream_handler, open_stream
 
+SECONDS = 20.0
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse
 
 
@@ -49,6 +53,39 @@ async def _talk() -> None:
     finally:
         await client.stop()
         await server.stop()
+
+
+async def _hang_up(stream: Stream, _peer: PeerID) -> None:
+    stream.abort()
+
+
+async def _keep_sending(stream: Stream) -> None:
+    while True:
+        await stream.send(Request(uid="hello?"))
+
+
+async def _talk_to_nobody() -> None:
+    server = await Node.start(client=False)
+    client = await Node.start(await server.addresses(), client=True)
+    try:
+        await add_stream_handler(server.p2p, "Test.hang_up", _hang_up)
+        stream = await open_stream(client.p2p, server.peer_id, "Test.hang_up")
+        # The first messages may still go out before the loop has noticed.
+        with pytest.raises(StreamClosed):
+            await asyncio.wait_for(_keep_sending(stream), SECONDS)
+        for _ in range(3):
+            with pytest.raises(StreamClosed):
+                await stream.send(Request(uid="hello?"))
+            await asyncio.sleep(0.1)
+    finally:
+        await client.stop()
+        await server.stop()
+
+
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_who_sends_to_a_peer_that_has_gone_is_told(loop: LoopFactory) -> None:
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(_talk_to_nobody())
 
 
 def test_who_has_the_last_word_leaves_the_closing_to_the_other() -> None:

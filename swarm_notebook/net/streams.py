@@ -125,6 +125,9 @@ class Stream:
         self._writer.transport.abort()
 
     def _write(self, marker: int, data: bytes) -> None:
+        # asyncio's loop would drop what is written to a stream that is closed, uvloop's raises.
+        if self._writer.is_closing():
+            raise StreamClosed(f"peer {self.peer} closed the stream")
         self._meter.sent += _HEADER_BYTES + len(data)
         header = bytes((marker,)) + len(data).to_bytes(8, "big")
         if len(data) < _JOIN_BYTES:
