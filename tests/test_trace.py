@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from scene import NEW_TOKENS, Scene, generate
 
+from swarm_notebook.client import passage
 from swarm_notebook.client.events import Events, Failover, HopTimes, Step, Timeline
 from swarm_notebook.trace import Trace, from_timeline
 
@@ -40,6 +41,20 @@ def test_a_generation_is_traced(tiny_scene: Scene) -> None:
     assert len(trace.to_pandas()) == 2 * NEW_TOKENS
     generate(tiny_scene.remote, tiny_scene.ids(1, 3), max_new_tokens=2, min_new_tokens=2)
     assert len(tiny_scene.swarm.trace().passes) == 2
+
+
+def test_parts_of_a_long_prompt_do_not_count_while_they_wait_for_each_other(
+    tiny_scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passage, "MIN_PART_TOKENS", 4)
+    monkeypatch.setattr(passage, "MAX_PART_TOKENS", 4)
+    with tiny_scene.swarm.events() as events:
+        generate(tiny_scene.remote, tiny_scene.ids(1, 60), max_new_tokens=1, min_new_tokens=1)
+        (step,) = events.drain()
+    assert len(step.hops) == 2
+    for hop in step.hops:
+        # What serialises an answer may run on while the next one is waited for.
+        assert sum(hop[4:]) < 1.5 * (step.ended - step.began)
 
 
 def test_events_reach_other_threads(tiny_scene: Scene) -> None:

@@ -39,11 +39,13 @@ class Answer:
     Attributes:
         told: what the server says besides.
         received: when it came.
+        since: when the answer before it came; until then the server had other work of this session.
     """
 
     outputs: Outputs
     told: Told
     received: float
+    since: float
 
 
 class Hop:
@@ -72,6 +74,7 @@ class Hop:
         self.rows_version = rows_version
         # Steps that were sent and not answered yet.
         self._owed: deque[tuple[Request, Way]] = deque()
+        self._answered = 0.0
         self._writer = StepWriter(self.leg, self._directory, self._max_length)
 
     def __str__(self) -> str:
@@ -167,11 +170,12 @@ class Hop:
         with self._blamed(), self._watch(request, nudge) as stream:
             answer = await self._next_answer(stream)
         received = time.perf_counter()
+        since, self._answered = self._answered, received
         outputs = read_outputs(answer.tensors, request, str(self))
         self.position = request.position + request.hidden.shape[1]
         self._directory.succeeded(self.leg.peer)
         self._directory.events.ledger.received(self.leg)
-        return Answer(outputs, read_told(answer.metadata), received)
+        return Answer(outputs, read_told(answer.metadata), received, since)
 
     async def _next_answer(self, stream: streams.Stream) -> runtime_pb2.ExpertResponse:
         answer = await stream.receive(runtime_pb2.ExpertResponse)
@@ -181,8 +185,11 @@ class Hop:
         return answer
 
     def times(self, request: Request, answer: Answer, began: float, packed: float) -> HopTimes:
-        """Where the time of a step went: packed from ``began`` to ``packed``, then answered."""
-        waited = max(answer.received - packed, 0.0)
+        """Where the time of a step went: packed from ``began`` to ``packed``, then answered.
+
+        The parts of a long prompt wait for the server together, and are not counted while they do.
+        """
+        waited = max(answer.received - max(packed, answer.since), 0.0)
         serialisation, queue, compute = answer.told.times_within(waited)
         return HopTimes(
             self.leg.peer,
