@@ -45,6 +45,7 @@ class AdaptedSpan(Span):
         self._tree, layers = _cloned(base, start, end, upload.recipe.prefix)
         super().__init__(base.decoder_around(start, layers), base.layers_name, start)
         self.dtype, self.device, self.joins = base.dtype, base.device, base.joins
+        self.quick = base.quick
         frozen = {id(parameter) for parameter in self._tree.parameters()}
         self._dropouts = _inject(self._tree, upload)
         self.recipe, self._base = upload.recipe, base

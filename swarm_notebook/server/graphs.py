@@ -24,8 +24,9 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from swarm_notebook.server import linear, recording
+from swarm_notebook.server import recording
 from swarm_notebook.server.attention import JoinedCache, Part
+from swarm_notebook.server.linear import Products
 from swarm_notebook.server.mixing import Site
 from swarm_notebook.server.recording import Extent, Recording
 from swarm_notebook.server.span import Span
@@ -85,17 +86,22 @@ class Graphs:
     """The recordings of a span.
 
     Args:
+        products: how to multiply by the span's weights.
         later: does a call in the torch thread, soon.
     """
 
-    def __init__(self, span: Span, hidden_size: int, later: Callable[[Callable[[], None]], None]):
-        self._span, self._hidden_size, self._later = span, hidden_size, later
+    def __init__(
+        self,
+        span: Span,
+        hidden_size: int,
+        products: Products,
+        later: Callable[[Callable[[], None]], None],
+    ):
+        self._span, self._hidden_size = span, hidden_size
+        self._products, self._later = products, later
         # None: these blocks cannot be recorded, or it does not pay.
         self._recordings: dict[Extent, Recording | None] = {}
         self._wanted: Counter[Extent] = Counter()
-        self._products = linear.Products(
-            weight for layer in span.layers for weight in layer.parameters()
-        )
 
     def find(
         self, start: int, end: int, tokens: int, sites: frozenset[Site] = frozenset()

@@ -1,9 +1,10 @@
-"""Multiplying a few tokens by a weight, in the way that is fastest on this machine.
+"""Multiplying tokens by a weight, in the way that is fastest on this machine.
 
 With one token the time goes into reading the weight, and with a few it should hardly take longer.
 Libraries do not always manage: `torch.nn.functional.linear` of 2 float32 tokens was seen to take
 1.6 times as long as of 1, and that longer than the memory needs (MKL on an AMD EPYC). So a server
-measures, for each shape of weight and number of tokens, the ways that give the same result:
+measures, for each shape of weight and number of tokens (`graphs`, and `quick` for long passes), the
+ways that give the same result:
 
 - `plain`: what the model does.
 - `turned`: the weight times the tokens instead of the other way around, for at least two of them.
@@ -21,10 +22,11 @@ from typing import Protocol
 
 import psutil
 import torch
+from torch import nn
 from torch.nn import functional
 
-# From so many tokens on reading a weight in any order costs less than multiplying by it.
-MAX_TOKENS = 64
+# What is measured token by token; all longer passes are like one of `LONG_TOKENS`.
+MAX_TOKENS, LONG_TOKENS = 64, 160
 # With fewer tokens there is no library that has much to gain from another order.
 _PACKED_FROM = 3
 _TRIES = 3
@@ -78,14 +80,21 @@ class Products:
             if weight.ndim == 2:
                 self._weights[weight.shape].append(weight.detach())
         self._ways: dict[tuple[torch.Size, int], Way] = {}
+        self._known = {weight.data_ptr() for same in self._weights.values() for weight in same}
         self._packs: dict[int, torch.Tensor] = {}
 
+    @classmethod
+    def of(cls, layers: Iterable[nn.Module]) -> Products:
+        """Those of some blocks."""
+        return cls(weight for layer in layers for weight in layer.parameters())
+
     def way(self, weight: torch.Tensor, tokens: int) -> Way:
-        """The fastest way to multiply so many tokens by weights of this shape, by trying them."""
+        """The fastest way to multiply so many tokens by a weight, by trying those of its shape."""
+        if weight.data_ptr() not in self._known:
+            return plain
         key = weight.shape, tokens
         if key not in self._ways:
-            weights = self._weights.get(weight.shape, [])
-            self._ways[key] = self._fastest(weights, tokens) if weights else plain
+            self._ways[key] = self._fastest(self._weights[weight.shape], tokens)
         return self._ways[key]
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
@@ -105,24 +114,33 @@ class Products:
 
     def _fastest(self, weights: Sequence[torch.Tensor], tokens: int) -> Way:
         first = weights[0]
-        if tokens > MAX_TOKENS or first.device.type != "cpu":
+        if first.device.type != "cpu":
             return plain
         ways: list[Way] = [plain, turned]
         if tokens >= _PACKED_FROM and self.can_pack(weights):
             ways.append(packed)
-        sample = weights[: max(1, _SPREAD_BYTES // (first.numel() * first.itemsize))]
+        spread = _SPREAD_BYTES // (first.numel() * first.itemsize) if tokens <= MAX_TOKENS else 1
+        sample = weights[: max(1, spread)]
+        packs = [self.pack(weight) for weight in sample] if packed in ways else []
         x = torch.randn(1, tokens, first.shape[1]).to(first.dtype)
-        seconds = {way: self._seconds(way, x, sample) for way in ways}
+        seconds = {way: _seconds(way, x, packs if way is packed else sample) for way in ways}
         best = min(seconds, key=seconds.__getitem__)
-        return best if seconds[best] < _WORTH * seconds[plain] else plain
+        found = best if seconds[best] < _WORTH * seconds[plain] else plain
+        if found is not packed and not self._packs_used(first.shape):
+            for weight in sample:
+                self._packs.pop(weight.data_ptr(), None)
+        return found
 
-    def _seconds(self, way: Way, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> float:
-        """Seconds for one product with each of the weights: the best of some tries."""
-        operands = [self.pack(weight) if way is packed else weight for weight in weights]
-        best = math.inf
-        for _ in range(_TRIES):
-            began = time.perf_counter()
-            for weight in operands:
-                way(x, weight)
-            best = min(best, time.perf_counter() - began)
-        return best
+    def _packs_used(self, shape: torch.Size) -> bool:
+        return any(way is packed for (of, _), way in self._ways.items() if of == shape)
+
+
+def _seconds(way: Way, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> float:
+    """Seconds for one product with each of the weights: the best of some tries."""
+    best = math.inf
+    for _ in range(_TRIES):
+        began = time.perf_counter()
+        for weight in weights:
+            way(x, weight)
+        best = min(best, time.perf_counter() - began)
+    return best

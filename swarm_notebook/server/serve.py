@@ -39,7 +39,9 @@ from swarm_notebook.server.compute import ComputeThread
 from swarm_notebook.server.engine import Engine
 from swarm_notebook.server.graphs import Graphs
 from swarm_notebook.server.handler import Handler
+from swarm_notebook.server.linear import Products
 from swarm_notebook.server.memory import CachePool
+from swarm_notebook.server.quick import Quick
 from swarm_notebook.server.requests import Limits
 from swarm_notebook.server.span import Span
 
@@ -255,9 +257,12 @@ def _measure(
 ) -> throughput.Throughput:
     """In the torch thread: how fast the blocks are, and whether sessions can share a call."""
     span.joins = joining.try_out(span, hidden_size)
+    products = Products.of(span.layers)
     if span.joins:
-        span.graphs = Graphs(span, hidden_size, later)
-    return throughput.measure(span, hidden_size)
+        span.graphs = Graphs(span, hidden_size, products, later)
+    rates = throughput.measure(span, hidden_size)
+    span.quick = Quick(products, later)
+    return rates
 
 
 def _info(

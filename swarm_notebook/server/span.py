@@ -16,7 +16,7 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from swarm_notebook.server.probes import Probes
 
 if TYPE_CHECKING:
     from swarm_notebook.server.graphs import Graph, Graphs
+    from swarm_notebook.server.quick import Quick
     from swarm_notebook.server.script import Script
 
 MAX_VIEWS = 64
@@ -55,6 +56,8 @@ class Span:
         self.joins = False
         # The layers of an adapter, where joined calls of `host` have to ask them.
         self.tuners: Tuners = {}
+        # How long passes become quicker, if they do.
+        self.quick: Quick | None = None
         # Its calls that have been recorded, if any are.
         self.graphs: Graphs | None = None
         self._views: OrderedDict[tuple[int, int], nn.Module] = OrderedDict()
@@ -83,7 +86,11 @@ class Span:
     @torch.inference_mode()
     def run(self, start: int, end: int, hidden: torch.Tensor, **options: Any) -> list[torch.Tensor]:
         """`compute` without gradients, and without what they cost."""
-        return self.compute(start, end, hidden, **options)
+        quick = (
+            self.quick.during(hidden.shape[0] * hidden.shape[1]) if self.quick else nullcontext()
+        )
+        with quick:
+            return self.compute(start, end, hidden, **options)
 
     def compute(
         self,

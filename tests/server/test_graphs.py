@@ -19,6 +19,7 @@ from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server import graphs, joining, linear, recording
 from swarm_notebook.server.graphs import WANTED_STEPS, Graphs
+from swarm_notebook.server.linear import Products
 from swarm_notebook.server.recording import Extent
 from swarm_notebook.server.requests import Step
 from swarm_notebook.server.span import Span
@@ -43,11 +44,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Span:
 
 def everything(span: Span) -> Graphs:
     """Recordings that are used even if they should not be faster on a busy machine."""
-    made = Graphs(span, HIDDEN, lambda call: call())
+    made = Graphs(span, HIDDEN, Products.of(span.layers), lambda call: call())
     # Blocks 1 and 2, then 3: as a longer run would be cut. Some steps begin with block 2.
     extents = [Extent(*blocks, size) for blocks in ((1, 3), (3, 4)) for size in (1, 4, 8, 16)]
     for extent in (*extents, Extent(2, 4, 1)):
-        made._recordings[extent] = recording.record(span, extent, HIDDEN, made._products)
+        made._recordings[extent] = recording.record(span, extent, HIDDEN, Products.of(span.layers))
     return made
 
 
@@ -92,7 +93,7 @@ def steps(span: Span, count: int, tokens: int = 1) -> list[torch.Tensor]:
 def test_a_number_of_tokens_that_comes_again_and_again_is_recorded(llama: Span) -> None:
     plain = steps(llama, WANTED_STEPS, tokens=3)
     wanted: list[Any] = []
-    llama.graphs = Graphs(llama, HIDDEN, wanted.append)
+    llama.graphs = Graphs(llama, HIDDEN, Products.of(llama.layers), wanted.append)
     steps(llama, WANTED_STEPS - 1, tokens=3)
     assert not wanted
     steps(llama, WANTED_STEPS, tokens=3)
@@ -117,7 +118,7 @@ def test_a_recording_goes_with_its_last_reference(llama: Span) -> None:
     def used(recordings: int) -> int:
         """Bytes that are allocated after so many have been made and dropped."""
         for _ in range(recordings):
-            recording.record(llama, Extent(1, 4, 4), HIDDEN, linear.Products([]))
+            recording.record(llama, Extent(1, 4, 4), HIDDEN, Products([]))
         gc.collect()
         return libc.mallinfo2().used
 
@@ -147,7 +148,7 @@ def test_blocks_that_look_at_their_states_are_not_recorded(look: Any, tmp_path: 
     span = loaded(tiny_model("llama", tmp_path))
     layers: Any = getattr(span._decoder, span.layers_name)
     layers[0] = Looking(layers[0], look)
-    made = Graphs(span, HIDDEN, lambda call: call())
+    made = Graphs(span, HIDDEN, Products.of(span.layers), lambda call: call())
     for _ in range(WANTED_STEPS):
         assert made.find(1, 4, 1) is None
     assert made._recordings == {Extent(1, 4, 1): None}
@@ -161,7 +162,7 @@ def test_ways_to_multiply_give_the_same(way: Any, bias: bool, tokens: int) -> No
     noise = torch.Generator().manual_seed(tokens)
     x, weight = torch.randn(1, tokens, 24, generator=noise), torch.randn(40, 24, generator=noise)
     added = torch.randn(40, generator=noise) if bias else None
-    products = linear.Products([weight])
+    products = Products([weight])
     assert products.can_pack([weight])
     operand = products.pack(weight) if way is linear.packed else weight
     expected = linear.plain(x, weight, added)
@@ -174,7 +175,7 @@ def test_weights_are_not_packed_where_memory_is_short(monkeypatch: pytest.Monkey
     class Memory:
         available = 2 * weight.numel() * weight.itemsize - 1
 
-    products = linear.Products([weight])
+    products = Products([weight])
     assert products.can_pack([weight])
     assert not products.can_pack([weight.to(torch.float64)])
     monkeypatch.setattr(linear.psutil, "virtual_memory", Memory)

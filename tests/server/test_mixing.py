@@ -20,6 +20,7 @@ from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server import graphs, joining, recording
 from swarm_notebook.server.adapters import AdaptedSpan
 from swarm_notebook.server.graphs import Graphs
+from swarm_notebook.server.linear import Products
 from swarm_notebook.server.recording import Extent
 from swarm_notebook.server.span import Span
 from swarm_notebook.server.state import SessionState
@@ -120,7 +121,7 @@ def test_from_recordings(family: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(graphs, "SIZES", sizes)
     model, base = loaded(family, tmp_path)
     spans = [adapted(base, model, kind, **options) for kind, options in FAMILIES[family]]
-    made = Graphs(base, HIDDEN, lambda call: call())
+    made = Graphs(base, HIDDEN, Products.of(base.layers), lambda call: call())
     # Used even if they should not be faster on a busy machine.
     extents = [
         Extent(start, 4, size, tuned)
@@ -129,7 +130,7 @@ def test_from_recordings(family: str, tmp_path: Path, monkeypatch: pytest.Monkey
         for tuned in (True, False)
     ]
     for extent in extents:
-        made._recordings[extent] = recording.record(base, extent, HIDDEN, made._products)
+        made._recordings[extent] = recording.record(base, extent, HIDDEN, Products.of(base.layers))
     base.graphs = made
     assert compare(base, [*spans, spans[0], base, base]) == 0
 
@@ -146,8 +147,8 @@ def test_one_around_a_parameter_goes_by_itself(tmp_path: Path) -> None:
 
 def test_a_module_that_is_not_recorded_is_not_forgotten(tmp_path: Path) -> None:
     model, base = loaded("llama", tmp_path)
-    made = Graphs(base, HIDDEN, lambda call: call())
-    one = recording.record(base, Extent(1, 4, 1, tuned=True), HIDDEN, made._products)
+    made = Graphs(base, HIDDEN, Products.of(base.layers), lambda call: call())
+    one = recording.record(base, Extent(1, 4, 1, tuned=True), HIDDEN, Products.of(base.layers))
     made._recordings[one.extent] = one
     sites = frozenset(adapted(base, model, "LoraConfig", r=2).tuners)
     assert made.find(1, 4, 1, sites) is not None
