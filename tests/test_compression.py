@@ -11,7 +11,7 @@ import torch
 from scene import Scene, generate
 
 import swarm_notebook as sn
-from swarm_notebook.client import hop
+from swarm_notebook.client import steps
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import tensors
 from swarm_notebook.net.tensors import INT8, pack, unpack
@@ -81,7 +81,7 @@ def test_half_precision_travels_as_it_is_computed(
         for rounded in (True, False):
             before = moved(swarm)
             if not rounded:
-                monkeypatch.setattr(hop, "travelling", lambda hidden, _span: hidden)
+                monkeypatch.setattr(steps, "travelling", lambda hidden, _span: hidden)
             found.append((swarm.model(ids, use_cache=True).logits, moved(swarm) - before))
         (ours, few), (theirs, many) = found
         assert torch.equal(ours, theirs)

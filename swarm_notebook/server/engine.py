@@ -131,4 +131,5 @@ class Engine:
             "adapter_bytes": self.adapters.limits.bytes,
             "adapter_bytes_held": self.adapters.held,
             "adapters": len(self.adapters),
+            "recordings": len(self._span.graphs or ()),
         }

@@ -103,6 +103,10 @@ class Graphs:
         self._recordings: dict[Extent, Recording | None] = {}
         self._wanted: Counter[Extent] = Counter()
 
+    def __len__(self) -> int:
+        """How many there are."""
+        return sum(found is not None for found in self._recordings.values())
+
     def find(
         self, start: int, end: int, tokens: int, sites: frozenset[Site] = frozenset()
     ) -> Graph | None:

@@ -117,7 +117,7 @@ def first_step(base: Span, span: Span) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_from_recordings(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = (4, 16, 64)
+    sizes = (8, 64)
     monkeypatch.setattr(graphs, "SIZES", sizes)
     model, base = loaded(family, tmp_path)
     spans = [adapted(base, model, kind, **options) for kind, options in FAMILIES[family]]
