@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,5 +115,7 @@ class Notebook:
         for _ in range(200):
             self.page.wait_for_timeout(50)
             if self.path.stat().st_mtime_ns != before:
-                break
-        return json.loads(self.path.read_text(encoding="utf-8"))
+                with suppress(json.JSONDecodeError):  # only a part has been written yet
+                    found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+                    return found
+        raise TimeoutError("the notebook has not been saved")
