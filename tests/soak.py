@@ -188,6 +188,8 @@ def notebook_process(peers: Sequence[str], folder: str, seed: int) -> None:
     """A notebook of its own, which is interrupted now and then: SIGINT may strike anywhere."""
     import swarm_notebook as sn
 
+    # A shell that starts something in the background has it ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     swarm = sn.connect(peers, model=folder)
     notebook = Notebook(swarm.model, local_model(folder), seed)
     print("ready", flush=True)
