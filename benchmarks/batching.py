@@ -170,7 +170,7 @@ class BareSession:
         from swarm_notebook.client.history import Pass
 
         hidden = self._hidden[:, position : position + length]
-        self._session.begin(Pass(position, length, {0: hidden}))
+        self._session.begin(Pass(position, length, {0: hidden}), adapter=None, prompts=None)
         last = self._connection.num_blocks
         return (await self._session.step(0, last)).states[last - 1]
 
