@@ -44,8 +44,10 @@ class Mixture:
     def __init__(self, members: Sequence[tuple[Tuners, int]]):
         self._tokens = 0
         self._layers: dict[Site, list[tuple[int, int, Any]]] = defaultdict(list)
-        for tuners, same in itertools.groupby(members, key=lambda member: member[0]):
-            tokens = sum(count for _, count in same)
+        # By identity: comparing two adapters would go through all their layers.
+        for _, same in itertools.groupby(members, key=lambda member: id(member[0])):
+            (tuners, tokens), *more = same
+            tokens += sum(count for _, count in more)
             for site, layer in tuners.items():
                 self._layers[site].append((self._tokens, tokens, layer))
             self._tokens += tokens

@@ -46,13 +46,16 @@ class Quick:
         if self._passes == WANTED_PASSES:
             return self._swapping or nullcontext()
         self._passes += 1
-        if self._passes == WANTED_PASSES:
-            self._later(self._choose)
-        return self._looking
+        if self._passes < WANTED_PASSES:
+            return self._looking
+        self._later(self._choose)
+        return nullcontext()
 
     def _choose(self) -> None:
         """Find out for which weights it pays."""
-        found = self._looking.weights.values()
+        found = list(self._looking.weights.values())
+        # Some are those of adapters, which come and go.
+        self._looking.weights.clear()
         self._pack([weight for weight in found if _is_packed(self._products, weight)])
 
     def _pack(self, missing: Sequence[torch.Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 `torch.jit.trace` and `torch.jit.script` would do, but what they make stays in the process for ever,
 with the Python stack of each of its nodes: 4 KB per operation. A function that is put together from
-nodes takes a fourth of that, and goes with its last reference.
+nodes takes a third of that, and goes with its last reference.
 """
 
 from __future__ import annotations
