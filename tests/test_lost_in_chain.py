@@ -7,6 +7,8 @@ local model.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -20,6 +22,8 @@ from scene import NEW_TOKENS, AtToken, Scene, generate, kill_process, scene, sto
 
 from swarm_notebook.client import passage
 from swarm_notebook.client.hop import Hop
+from swarm_notebook.client.request import Outputs
+from swarm_notebook.client.walk import Walk
 from swarm_notebook.local import LocalServer
 
 # The first and the second of a chain have doubles, the last one has none.
@@ -167,18 +171,30 @@ def test_one_behind_is_gone_too(stage: Scene) -> None:
 def test_interrupted_while_those_behind_are_asked(
     stage: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They hang; the interrupt ends the wait, and the conversation goes on when they are back."""
-    ids, settle = stage.ids(1, PROMPT), Hop.settle
+    """They hang; the interrupt ends the wait, and the conversation goes on when they are back.
+
+    What was interrupted comes to its end when the next step may have begun.
+    """
+    ids, settle, walk = stage.ids(1, PROMPT), Hop.settle, Walk.run
     first = generate(stage.remote, ids)
     last = on_the_way(stage, 2)
     asked: list[bool] = []
+    goes_on = asyncio.Event()
     main = threading.main_thread().ident
     assert main is not None
 
     async def interrupted(self: Hop) -> None:
         asked.append(self.owes)
         threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT]).start()
-        await settle(self)
+        try:
+            await settle(self)
+        finally:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(goes_on.wait(), 1)
+
+    async def run(self: Walk, *blocks: int) -> Outputs:
+        goes_on.set()
+        return await walk(self, *blocks)
 
     monkeypatch.setattr(Hop, "settle", interrupted)
     # A machine that is busy may have pushed too late, and has kept them apart.
@@ -193,6 +209,7 @@ def test_interrupted_while_those_behind_are_asked(
     finally:
         os.kill(last.pid, signal.SIGCONT)
     assert asked == [True]
+    monkeypatch.setattr(Walk, "run", run)
     ours = generate(stage.remote, longer, past_key_values=first.past_key_values)
     local = generate(stage.reference, ids)
     stage.same(ours, generate(stage.reference, longer, past_key_values=local.past_key_values))

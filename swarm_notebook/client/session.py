@@ -45,6 +45,8 @@ class InferenceSession:
         # The generation under way and its present step.
         self._timeline: Timeline | None = None
         self._walk: Walk | None = None
+        # A step that is interrupted may end later than the next one is asked for.
+        self._stepping = asyncio.Lock()
 
     @property
     def history(self) -> History:
@@ -111,21 +113,22 @@ class InferenceSession:
             MissingBlocks: no server holds a block, and none came in time.
             BadRequest, CacheFull, ServerBusy: see the messages.
         """
-        began = time.perf_counter()
-        timeline = self._timeline or self._events.begin(began)
-        self._timeline = timeline
-        self._walk = walk = Walk(self._chain, Losses(self._chain, timeline), states, inner)
-        try:
-            outputs = await walk.run(block, stop)
-        except asyncio.CancelledError:
-            # An interrupt: the servers stop and free their caches, the history stays.
-            self.close()
-            raise
-        now, current = time.perf_counter(), self.history.current
-        rows, hops = outputs.states[stop - 1].shape[0], tuple(walk.trips)
-        step = Step(current.position, current.length, rows, began, now, hops)
-        self._events.passed(timeline, step)
-        return outputs
+        async with self._stepping:
+            began = time.perf_counter()
+            timeline = self._timeline or self._events.begin(began)
+            self._timeline = timeline
+            self._walk = walk = Walk(self._chain, Losses(self._chain, timeline), states, inner)
+            try:
+                outputs = await walk.run(block, stop)
+            except asyncio.CancelledError:
+                # An interrupt: the servers stop and free their caches, the history stays.
+                self.close()
+                raise
+            now, current = time.perf_counter(), self.history.current
+            rows, hops = outputs.states[stop - 1].shape[0], tuple(walk.trips)
+            step = Step(current.position, current.length, rows, began, now, hops)
+            self._events.passed(timeline, step)
+            return outputs
 
     def close(self) -> None:
         """Leave all servers; the history stays, so that a later step can resume."""
