@@ -139,7 +139,7 @@ class AdaptedSpan(Span):
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=devices))
             for index in range(start, end):
-                handle = self.layers[index - self.start].register_forward_pre_hook(begin(index))
+                handle = self.layer(index).register_forward_pre_hook(begin(index))
                 stack.callback(handle.remove)
             for module in self._dropouts:
                 module.training = True
@@ -178,7 +178,7 @@ class AdaptedSpan(Span):
 
 def _cloned(base: Span, start: int, end: int, prefix: str) -> tuple[nn.Module, list[nn.Module]]:
     """Clones of blocks in a tree with the notebook's names, and as a list."""
-    layers = [_clone(base.layers[index - base.start]) for index in range(start, end)]
+    layers = [_clone(base.layer(index)) for index in range(start, end)]
     *parents, last = prefix.split(".")
     tree = owner = nn.Module()
     for name in parents:

@@ -6,10 +6,11 @@ a joined call but attention and adapters has a shape that depends on the number 
 (`script`), so it can be recorded once per number of tokens and replayed (`recording`).
 
 Recordings are made for the numbers of tokens in `SIZES`; what has fewer is filled up. They are made
-when they have been wanted for a while, `CHUNK` blocks at a time: so the sessions that run meanwhile
-wait for a moment, and never for all of it. A recording counts when it gives what the decoder gives
-and is not slower. Decoders that look at the values of what they compute (rotations that stretch
-with the position) refuse to be recorded, and run as they are.
+when they have been wanted for a while, one block at a time: so the sessions that run meanwhile
+wait for a moment, and never for all of it; blocks that are alike share what takes long. A recording
+counts when it gives what the decoder gives and is not slower. Decoders that look at the values of
+what they compute (rotations that stretch with the position) refuse to be recorded, and run as they
+are.
 
 Everything here belongs to the torch thread.
 """
@@ -18,26 +19,22 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch.nn import functional
 
-from swarm_notebook.server import recording
+from swarm_notebook.server import linear, recording
 from swarm_notebook.server.attention import JoinedCache, Part
 from swarm_notebook.server.linear import Products
 from swarm_notebook.server.mixing import Site
-from swarm_notebook.server.recording import Extent, Recording
+from swarm_notebook.server.recording import Recording, Subject
+from swarm_notebook.server.script import Unrecordable
 from swarm_notebook.server.span import Span
 
 logger = logging.getLogger(__name__)
 
 SIZES = (1, 4, 8, 16, 32, 64)
-CHUNK = 4
-# Each takes about a megabyte, and a third of a second to make. None makes way for another: whoever
-# asks for ever new runs of blocks must not keep the server busy with recording them.
-MAX_RECORDINGS = 256
 # Making a recording takes as long as some dozens of steps: so many must have wanted it.
 WANTED_STEPS = 12
 # Measured so much slower it is not used; on a busy machine no more can be said after a few calls.
@@ -48,7 +45,7 @@ CLOSE_HALF = 5e-2
 
 
 class Graph:
-    """A run of blocks for up to ``tokens`` tokens, as recordings of its parts."""
+    """A run of blocks for up to ``tokens`` tokens."""
 
     def __init__(self, span: Span, tokens: int, recordings: Sequence[Recording]):
         self._span, self._tokens, self._recordings = span, tokens, recordings
@@ -73,12 +70,9 @@ class Graph:
         if used < self._tokens:
             hidden = functional.pad(hidden, (0, 0, 0, self._tokens - used))
             position_ids = functional.pad(position_ids, (0, self._tokens - used))
-        outputs: list[torch.Tensor] = []
-        for each in self._recordings:
-            outputs += each.run(hidden, position_ids, cache)
-            hidden = outputs[-1]
-        start = self._recordings[0].extent.start
-        wanted = [hidden, *(outputs[index - start] for index in states)]
+        outputs = recording.replay(self._recordings, hidden, position_ids, cache)
+        start = self._recordings[0].subject.block
+        wanted = [outputs[-1], *(outputs[index - start] for index in states)]
         return [output[:, :used] for output in wanted] if used < self._tokens else wanted
 
 
@@ -99,13 +93,17 @@ class Graphs:
     ):
         self._span, self._hidden_size = span, hidden_size
         self._products, self._later = products, later
-        # None: these blocks cannot be recorded, or it does not pay.
-        self._recordings: dict[Extent, Recording | None] = {}
-        self._wanted: Counter[Extent] = Counter()
+        # None: the block cannot be recorded, or it does not pay.
+        self._recordings: dict[Subject, Recording | None] = {}
+        # Those whose tapes others can share.
+        self._first: dict[Hashable, Recording | None] = {}
+        self._wanted: Counter[Subject] = Counter()
+        # Those that are about to be made.
+        self._growing: set[Subject] = set()
 
     def __len__(self) -> int:
-        """How many there are."""
-        return sum(found is not None for found in self._recordings.values())
+        """How many were made that take time and memory."""
+        return len({found.tape for found in self._recordings.values() if found is not None})
 
     def find(
         self, start: int, end: int, tokens: int, sites: frozenset[Site] = frozenset()
@@ -118,59 +116,86 @@ class Graphs:
         size = next((size for size in SIZES if tokens <= size), None)
         if size is None:
             return None
-        whole = Extent(start, end, size, tuned=bool(sites))
+        subjects = [Subject(block, size, bool(sites)) for block in range(start, end)]
         recordings = []
-        for extent in _chunks(whole):
-            found = self._recordings.get(extent)
+        for subject in subjects:
+            found = self._recordings.get(subject)
             if found is None:
-                if extent not in self._recordings:
-                    self._wish(whole)
+                if subject not in self._recordings:
+                    self._wish(subject, subjects)
                 return None
             recordings.append(found)
-        if sites and not {site for found in recordings for site in found.script.sites} >= sites:
+        if not all(site in recordings[site[0] - start].script.sites for site in sites):
             return None
         return Graph(self._span, size, recordings)
 
-    def _wish(self, whole: Extent) -> None:
-        if len(self._recordings) >= MAX_RECORDINGS:
+    def _wish(self, missing: Subject, subjects: Sequence[Subject]) -> None:
+        if missing in self._growing:
             return
-        self._wanted[whole] += 1
-        if self._wanted[whole] == WANTED_STEPS:
-            self._later(lambda: self._grow(whole))
+        self._wanted[missing] += 1
+        if self._wanted[missing] == WANTED_STEPS:
+            del self._wanted[missing]
+            self._growing.update(subjects)
+            self._advance(self._growth(subjects))
 
-    def _grow(self, whole: Extent) -> None:
-        """Make a recording, and the others later."""
-        if self._record_next(whole):
-            self._later(lambda: self._grow(whole))
-        else:
-            del self._wanted[whole]
+    def _advance(self, growth: Iterator[None]) -> None:
+        """Let a growth go on later, until it pauses again."""
 
-    def _record_next(self, whole: Extent) -> bool:
-        """Make the first recording that is missing; whether more are to be made."""
-        missing = [extent for extent in _chunks(whole) if extent not in self._recordings]
-        if not missing:
-            return False
-        made = self._made(missing[0])
-        self._recordings[missing[0]] = made
-        return made is not None and len(missing) > 1
+        def go_on() -> None:
+            for _ in growth:
+                self._advance(growth)
+                break
 
-    def _made(self, extent: Extent) -> Recording | None:
-        """A recording, if these blocks can be recorded, come out the same and faster."""
-        what = f"blocks {extent.start}:{extent.end} for {extent.tokens} tokens"
-        what += " with adapters" if extent.tuned else ""
+        self._later(go_on)
+
+    def _growth(self, subjects: Sequence[Subject]) -> Iterator[None]:
+        """Make recordings; pauses whenever others may have waited for long enough."""
+        for subject in subjects:
+            if subject not in self._recordings:
+                for weight in linear.weights_of(self._span.layer(subject.block)):
+                    self._products.way(weight, subject.tokens)
+                    yield
+                self._recordings[subject] = self._made(subject)
+                yield
+            if self._recordings[subject] is None:
+                # Runs with this block do without the others.
+                break
+        self._growing.difference_update(subjects)
+
+    def _made(self, subject: Subject) -> Recording | None:
+        """A recording, if the block can be recorded, comes out the same and faster."""
+        key = self._span.likeness(subject.block), subject.tokens, subject.tuned
+        if key in self._first:
+            first = self._first[key]
+            made = None if first is None else self._like(subject, first)
+            if made is not None or first is None:
+                return made
+        made = self._new(subject)
+        self._first.setdefault(key, made)
+        return made
+
+    def _new(self, subject: Subject) -> Recording | None:
         try:
-            made = recording.record(self._span, extent, self._hidden_size, self._products)
+            made = recording.record(self._span, subject, self._hidden_size, self._products)
         except Exception as error:  # whatever a decoder does with what it does not expect
-            logger.info("%s cannot be recorded: %s", what, error)
+            logger.info("%s cannot be recorded: %s", subject, error)
             return None
+        gain = self._gain(made)
+        return made if gain is not None and gain > _SLOWER else None
+
+    def _like(self, subject: Subject, other: Recording) -> Recording | None:
+        """One with the tape of another block, if that is right for this one, too."""
+        try:
+            made = recording.record_like(
+                self._span, subject, self._hidden_size, self._products, other
+            )
+        except Unrecordable as error:
+            logger.info("%s", error)
+            return None
+        return None if self._gain(made) is None else made
+
+    def _gain(self, made: Recording) -> float | None:
+        """How many times as fast as the decoder it is; None if it gives something else."""
         difference, gain = recording.try_out(self._span, made, self._hidden_size)
-        right = difference <= CLOSE.get(self._span.dtype, CLOSE_HALF)
-        logger.info("%s recorded: %.1e off, %.2f times as fast", what, difference, gain)
-        return made if right and gain > _SLOWER else None
-
-
-def _chunks(whole: Extent) -> list[Extent]:
-    return [
-        replace(whole, start=first, end=min(first + CHUNK, whole.end))
-        for first in range(whole.start, whole.end, CHUNK)
-    ]
+        logger.info("%s recorded: %.1e off, %.2f times as fast", made.subject, difference, gain)
+        return gain if difference <= CLOSE.get(self._span.dtype, CLOSE_HALF) else None

@@ -67,6 +67,11 @@ def packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def weights_of(layer: nn.Module) -> list[torch.Tensor]:
+    """What the tokens in a block are multiplied by."""
+    return [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+
+
 class Products:
     """How to multiply by the weights of a server's blocks.
 

@@ -82,7 +82,7 @@ class Mixture:
 
 def module_at(span: Span, site: Site) -> nn.Module:
     """The module of a span that a site names."""
-    return span.layers[site[0] - span.start].get_submodule(site[1])
+    return span.layer(site[0]).get_submodule(site[1])
 
 
 def tunable(span: Span, start: int, end: int) -> list[Site]:
@@ -90,7 +90,7 @@ def tunable(span: Span, start: int, end: int) -> list[Site]:
     return [
         (index, name)
         for index in range(start, end)
-        for name, module in span.layers[index - span.start].named_modules()
+        for name, module in span.layer(index).named_modules()
         if isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
     ]
 

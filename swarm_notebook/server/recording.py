@@ -1,8 +1,8 @@
-"""A joined call of some blocks, recorded: the operations that it consists of, without Python.
+"""A joined call of a block, recorded: the operations that it consists of, without Python.
 
-What `make_fx` sees the decoder do becomes TorchScript, in which attention is an operator that calls
-back (`script`). The products with weights are replaced by the fastest way of the machine
-(`linear`).
+What `make_fx` sees the decoder do becomes a `tape` of TorchScript, in which attention is an
+operator that calls back (`script`). Making one takes as long as some dozens of steps. Blocks that
+are alike (`alike`) share it: what each of them must ask anew comes out when it is called once.
 """
 
 from __future__ import annotations
@@ -10,119 +10,142 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from swarm_notebook.server import linear, torchscript
+from swarm_notebook.server import tape
 from swarm_notebook.server.attention import JoinedCache, Part
 from swarm_notebook.server.cache import SessionCache
+from swarm_notebook.server.joined_call import JoinedCall, Masks, running
+from swarm_notebook.server.linear import Products
 from swarm_notebook.server.mixing import module_at, tunable
-from swarm_notebook.server.script import RecordingCache, Script, replayed
+from swarm_notebook.server.script import RecordingCache, Script, Unrecordable, masks_for
 from swarm_notebook.server.span import Span
+from swarm_notebook.server.tape import Tape
 
 # How many positions precede what is recorded, and what a recording is tried out with.
 _PAST, _TRIALS = 3, (4, 5, 6)
 
-_LINEAR = torch.ops.aten.linear.default
-
 _optimized: Any = torch.jit.optimized_execution  # type: ignore[attr-defined]
+
+_Call = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
-    """What is recorded: blocks ``[start, end)`` for so many tokens.
+class Subject:
+    """What is recorded: a block for so many tokens.
 
     Attributes:
         tuned: whether adapters of the sessions may tune it.
     """
 
-    start: int
-    end: int
+    block: int
     tokens: int
     tuned: bool = False
 
+    def __str__(self) -> str:
+        adapters = " with adapters" if self.tuned else ""
+        return f"block {self.block} for {self.tokens} tokens{adapters}"
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class Recording:
-    """A call of the blocks of an extent.
+    """A call of a block.
 
     Attributes:
-        function: takes hidden states and position ids, gives the output of each block.
+        tensors: the block's, as the tape takes them.
         script: what it must ask anew.
         original: how the model attends.
     """
 
-    extent: Extent
-    function: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+    subject: Subject
+    tape: Tape
+    tensors: list[torch.Tensor]
     script: Script
     original: str
 
-    def run(
-        self,
-        hidden: torch.Tensor,
-        position_ids: torch.Tensor,
-        cache: JoinedCache,
-    ) -> tuple[torch.Tensor, ...]:
-        """The output of each block for ``[1, tokens, hidden size]``, as ``cache``'s sessions."""
-        cache.focus(self.extent.start, self.extent.end)
-        # Optimising would compile kernels on the way, and round differently than the decoder.
-        with _optimized(False), replayed(self.script, cache, self.original):
-            return self.function(hidden, position_ids)
+
+def replay(
+    recordings: Sequence[Recording],
+    hidden: torch.Tensor,
+    position_ids: torch.Tensor,
+    cache: JoinedCache,
+) -> list[torch.Tensor]:
+    """The outputs of successive blocks for ``[1, tokens, hidden size]``, as ``cache``'s sessions.
+
+    Args:
+        position_ids: ``[1, tokens]``.
+    """
+    cache.focus(recordings[0].subject.block, recordings[-1].subject.block + 1)
+    call = JoinedCall(cache, recordings[0].original)
+    # What blocks with the same tape share.
+    ahead: dict[Tape, tuple[tuple[torch.Tensor, ...], list[Masks]]] = {}
+    outputs = []
+    # Optimising would compile kernels on the way, and round differently than the decoder.
+    with _optimized(False), running(call):
+        for each in recordings:
+            own, call.script = each.tape, each.script
+            if own not in ahead:
+                ahead[own] = own.ahead(position_ids, *own.constants), masks_for(call)
+            early, call.masks = ahead[own]
+            (hidden,) = own.body(hidden, position_ids, *early, *each.tensors)
+            outputs.append(hidden)
+    return outputs
 
 
-def record(span: Span, extent: Extent, hidden_size: int, products: linear.Products) -> Recording:
+def record(span: Span, subject: Subject, hidden_size: int, products: Products) -> Recording:
     """Record a call of one session."""
-    start, end = extent.start, extent.end
-    hidden, ids = _input(span, extent.tokens, hidden_size, _PAST)
-    part, script = _session(span, extent, hidden_size, _PAST), Script()
-    cache = RecordingCache([part])
-
-    def call(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        inner = range(start, end - 1)
-        result, *states = span.compute(
-            start, end, hidden, cache=cache, position_ids=ids, states=inner
-        )
-        return (*states, result)
-
+    script, layer = Script(), span.layer(subject.block)
+    hidden, ids = _input(span, subject.tokens, hidden_size, _PAST)
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         # TorchScript is deprecated, and nothing else runs a graph without Python or a compiler.
         warnings.simplefilter("ignore")
-        with span.attending(start, end, cache, script) as original, _opened(span, extent, script):
+        with _scripted(span, subject, hidden_size, script) as (call, original):
             graph = make_fx(call, pre_dispatch=True)(hidden, ids)
-        _quicken(graph, extent.tokens, products)
-        function = torchscript.function(graph)
-    return Recording(extent, function, script, original)
+        made = tape.from_graph(graph, layer, subject.tokens, products)
+    return Recording(subject, made, made.tensors_of(layer, products), script, original)
+
+
+@torch.inference_mode()
+def record_like(
+    span: Span, subject: Subject, hidden_size: int, products: Products, other: Recording
+) -> Recording:
+    """Record a call of a block that is like another one, for as many tokens.
+
+    Raises:
+        Unrecordable: it does not ask for the same things.
+    """
+    script, layer = Script(), span.layer(subject.block)
+    hidden, ids = _input(span, subject.tokens, hidden_size, _PAST)
+    with _scripted(span, subject, hidden_size, script) as (call, original):
+        call(hidden, ids)
+    if script.outline() != other.script.outline():
+        raise Unrecordable(f"{subject} is not like block {other.subject.block}")
+    tensors = other.tape.tensors_of(layer, products)
+    return Recording(subject, other.tape, tensors, script, original)
 
 
 @contextmanager
-def _opened(span: Span, extent: Extent, script: Script) -> Iterator[None]:
-    """Let a recording for adapters ask at every module that one may tune."""
-    with ExitStack() as stack:
-        for site in tunable(span, extent.start, extent.end) if extent.tuned else ():
-            hook = script.open(site, extent.tokens)
+def _scripted(
+    span: Span, subject: Subject, hidden_size: int, script: Script
+) -> Iterator[tuple[_Call, str]]:
+    """A call of the block that writes down what it asks, and how the model attends."""
+    start, end = subject.block, subject.block + 1
+    cache = RecordingCache([_session(span, subject, hidden_size, _PAST)])
+
+    def call(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return span.compute(start, end, hidden, cache=cache, position_ids=ids)[0]
+
+    with span.attending(start, end, cache, script) as original, ExitStack() as stack:
+        for site in tunable(span, start, end) if subject.tuned else ():
+            hook = script.open(site, subject.tokens)
             stack.callback(module_at(span, site).register_forward_hook(hook).remove)
-        yield
-
-
-def _quicken(graph: GraphModule, tokens: int, products: linear.Products) -> None:
-    """Multiply by each weight in the fastest way."""
-    for node in graph.graph.nodes:
-        if node.target is not _LINEAR or node.args[1].op != "get_attr":
-            continue
-        weight = getattr(graph, node.args[1].target)
-        node.target = products.way(weight, tokens)
-        if node.target is linear.packed:
-            name = f"packed_{node.name}"
-            graph.register_buffer(name, products.pack(weight))
-            with graph.graph.inserting_before(node):
-                node.update_arg(1, graph.graph.get_attr(name))
-    graph.recompile()
+        yield call, original
 
 
 @torch.inference_mode()
@@ -132,14 +155,14 @@ def try_out(span: Span, recording: Recording, hidden_size: int) -> tuple[float, 
     It is tried with other states and positions than it was made with: a decoder that has looked at
     them comes out different.
     """
-    extent = recording.extent
-    start, end = extent.start, extent.end
+    subject = recording.subject
+    start, end = subject.block, subject.block + 1
     difference, ours, theirs = 0.0, math.inf, math.inf
     for past in _TRIALS:
-        hidden, ids = _input(span, extent.tokens, hidden_size, past)
-        part = _session(span, extent, hidden_size, past)
+        hidden, ids = _input(span, subject.tokens, hidden_size, past)
+        part = _session(span, subject, hidden_size, past)
         began = time.perf_counter()
-        recorded = recording.run(hidden, ids, JoinedCache([part]))[-1].cpu()
+        recorded = replay([recording], hidden, ids, JoinedCache([part]))[0].cpu()
         ours = min(ours, time.perf_counter() - began)
         part.cache.truncate(start, end, past)
         began = time.perf_counter()
@@ -161,11 +184,11 @@ def _input(
 
 
 @torch.no_grad()
-def _session(span: Span, extent: Extent, hidden_size: int, past: int) -> Part:
+def _session(span: Span, subject: Subject, hidden_size: int, past: int) -> Part:
     """A session with some positions in its cache, to try things with."""
     cache = SessionCache(span.start, span.end)
     cache.restart(1)
-    cache.reserve(past + extent.tokens)
+    cache.reserve(past + subject.tokens)
     before, _ = _input(span, past, hidden_size, 0)
-    span.compute(extent.start, extent.end, before, cache=cache)
-    return Part(cache, 1, extent.tokens)
+    span.compute(subject.block, subject.block + 1, before, cache=cache)
+    return Part(cache, 1, subject.tokens)

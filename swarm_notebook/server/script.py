@@ -9,8 +9,7 @@ what each of them stands for; masks, attention and adapters are done anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from swarm_notebook.server.attention import JoinedCache, masks_of
-from swarm_notebook.server.joined_call import JoinedCall, Masks, present, running
+from swarm_notebook.server.joined_call import JoinedCall, Masks, present
 from swarm_notebook.server.mixing import Site, fits
 
 
@@ -69,6 +68,11 @@ class Script:
         self.block = None
         return torch.ops.swarm_notebook.attend(*states, len(self.calls) - 1)
 
+    def outline(self) -> Any:
+        """What scripts of blocks with the same operations have in common."""
+        masks = [asked.mask for asked in self.calls]
+        return masks, len(self.masks), [name for _, name in self.sites]
+
     def open(self, site: Site, tokens: int) -> Callable[..., torch.Tensor | None]:
         """A hook of a module that records it as one that adapters may tune."""
 
@@ -87,21 +91,21 @@ class RecordingCache(JoinedCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        script = present().script
-        if script is None:
-            raise RuntimeError("a RecordingCache is for calls that are recorded")
-        script.block = layer_idx
+        _script_of(present()).block = layer_idx
         return key_states, value_states
 
 
-@contextmanager
-def replayed(script: Script, cache: JoinedCache, original: str) -> Iterator[None]:
-    """Let a recording run as ``cache``'s sessions, by the model's attention ``original``."""
-    call = JoinedCall(cache, original, script)
-    with running(call):
-        for options in script.masks:
+def masks_for(call: JoinedCall) -> list[Masks]:
+    """The masks that a call's script wants, each for the call's sessions."""
+    script = _script_of(call)
+    used = {asked.mask for asked in script.calls}
+    call.masks = []
+    for number, options in enumerate(script.masks):
+        if number in used:
             masks_of(call, options)
-        yield
+        else:
+            call.masks.append(Masks([], number))
+    return call.masks
 
 
 def _constant(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
@@ -114,17 +118,16 @@ def _constant(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     return constant
 
 
-def _replayed() -> tuple[JoinedCall, Script]:
-    call = present()
+def _script_of(call: JoinedCall) -> Script:
     if call.script is None:
-        raise RuntimeError("a recording runs outside of `replayed`")
-    return call, call.script
+        raise RuntimeError("this call was never recorded")
+    return call.script
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: int) -> torch.Tensor:
     """One call of attention of a recording, for the sessions of the call that is running."""
-    call, script = _replayed()
-    asked = script.calls[site]
+    call = present()
+    asked = _script_of(call).calls[site]
     JoinedCache.update(call.cache, key, value, asked.block)
     masks = call.masks[asked.mask].each
     return call.cache.attend(asked.module, query, masks, call.original, asked.options)
@@ -132,8 +135,8 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: i
 
 def _adapt(output: torch.Tensor, x: torch.Tensor, site: int) -> torch.Tensor:
     """What a module of a recording gives, with what adapters of the sessions add to it."""
-    call, script = _replayed()
-    call.cache.mixture.apply(script.sites[site], x, output)
+    call = present()
+    call.cache.mixture.apply(_script_of(call).sites[site], x, output)
     return output
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig
 
 from swarm_notebook.checkpoint.anatomy import restrict_config
 from swarm_notebook.errors import Unsupported
+from swarm_notebook.server.alike import likeness
 from swarm_notebook.server.attention import JoinedCache, Part, joined
 from swarm_notebook.server.cache import SessionCache
 from swarm_notebook.server.joined_call import JoinedCall
@@ -68,6 +69,10 @@ class Span:
         # One name, or a dict with one for each kind of block.
         found = (getattr(module, "rope_type", None) for module in self._decoder.modules())
         return {str(kind) for kind in found if kind is not None}
+
+    def layer(self, block: int) -> nn.Module:
+        """The block of this index."""
+        return self.layers[block - self.start]
 
     @property
     def host(self) -> Span:
@@ -224,6 +229,11 @@ class Span:
         view.config = config
         return view
 
+    def likeness(self, block: int) -> Hashable:
+        """The same one for blocks that consist of the same operations (`alike`)."""
+        view: Any = self._view(block, block + 1)
+        return likeness(self.layer(block), view.config.to_dict())
+
     def adapter_weights(self, start: int, end: int) -> dict[str, nn.Parameter]:
         """The parameters of an adapter in blocks ``[start, end)``; there is none here."""
         return {}
@@ -238,15 +248,12 @@ class Span:
     ) -> Iterator[None]:
         """Hooks that keep the outputs of the blocks ``states`` and add ``prompts`` to inputs."""
         handles = [
-            self.layers[index - self.start].register_forward_hook(_keep(captured, index))
-            for index in states
+            self.layer(index).register_forward_hook(_keep(captured, index)) for index in states
         ]
         if prompts is not None and prompts.shape[2]:
             prompts = prompts.to(self.device, self.dtype)
             handles += [
-                self.layers[start - self.start + offset].register_forward_pre_hook(
-                    _add(prompt), with_kwargs=True
-                )
+                self.layer(start + offset).register_forward_pre_hook(_add(prompt), with_kwargs=True)
                 for offset, prompt in enumerate(prompts)
             ]
         try:

@@ -1,4 +1,4 @@
-"""An FX graph of torch operators as a TorchScript function, which runs without Python.
+"""Nodes of an FX graph of torch operators as a TorchScript function, which runs without Python.
 
 `torch.jit.trace` and `torch.jit.script` would do, but what they make stays in the process for ever,
 with the Python stack of each of its nodes: 4 KB per operation. A function that is put together from
@@ -9,59 +9,60 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 _TENSOR = torch._C.TensorType.get()
 
 
-def function(source: GraphModule) -> Callable[..., Any]:
-    """A TorchScript function that does what ``source`` does, with the tensors that it refers to.
+def function(
+    nodes: Iterable[Node], inputs: Sequence[Node], outputs: Sequence[Node]
+) -> tuple[Callable[..., tuple[torch.Tensor, ...]], list[Node]]:
+    """A function that does what some nodes do; also the tensors that it wants as further inputs.
 
     Args:
-        source: calls operators of torch, and Python functions that `torch.jit.script` takes.
-            Whether it turns gradients on or off is not kept: they are for the caller to turn off.
+        nodes: calls of torch's operators, and of Python functions that `torch.jit.script` takes.
+            Whether they turn gradients on or off is not kept: they are for the caller to turn off.
+        inputs: what comes from outside, except for the tensors that the graph refers to. (Packed
+            weights, see `linear`, cannot be constants of a function.)
 
     Raises:
-        TypeError: it calls something else.
+        TypeError: they call something else.
     """
-    builder = _Builder(source)
-    for node in source.graph.nodes:
+    builder = _Builder(inputs)
+    for node in nodes:
         builder.add(node)
+    builder.give(outputs)
     made = torch._C._create_function_from_graph("forward", builder.graph)
-    # As arguments and not as constants: packed weights (`linear`) cannot be constants.
-    tensors = builder.tensors
-    return lambda *inputs: made(*inputs, *tensors)
+    return made, builder.tensors
 
 
 class _Builder:
-    def __init__(self, source: GraphModule):
+    def __init__(self, inputs: Sequence[Node]):
         # What it has for building graphs is not in its type stubs.
         self.graph: Any = torch._C.Graph()
-        # What the graph takes besides the inputs of the source.
-        self.tensors: list[torch.Tensor] = []
-        self._source = source
+        # What the graph refers to.
+        self.tensors: list[Node] = []
         # A value, or several for an operator that returns a tuple.
-        self._values: dict[Node, Any] = {}
+        self._values: dict[Node, Any] = {
+            node: self.graph.addInput(f"input_{number}") for number, node in enumerate(inputs)
+        }
 
     def add(self, node: Node) -> None:
-        """The next node of the source."""
-        match node.op:
-            case "placeholder":
-                self._values[node] = self.graph.addInput(node.name)
-            case "get_attr":
-                tensor = operator.attrgetter(str(node.target))(self._source)
-                self.tensors.append(tensor.detach())
-                self._values[node] = self.graph.addInput(node.name)
-            case "call_function":
-                self._values[node] = self._call(node)
-            case "output":
-                self._return(node.args[0])
-            case _:
-                raise TypeError(f"{node.op} of {node.target} cannot be recorded")
+        """The next node."""
+        if node.op != "call_function":
+            raise TypeError(f"{node.op} of {node.target} cannot be recorded")
+        self._values[node] = self._call(node)
+
+    def give(self, results: Sequence[Node]) -> None:
+        """What the function returns."""
+        values = [self._values[node] for node in results]
+        made = self.graph.insertNode(self.graph.create("prim::TupleConstruct", values, 1)).output()
+        made.setType(torch._C.TupleType([_TENSOR for _ in values]))
+        self.graph.registerOutput(made)
 
     def _call(self, node: Node) -> Any:
         target: Any = node.target
@@ -93,7 +94,7 @@ class _Builder:
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _item(self, of: Any, index: Any) -> Any:
-        values = self._values[of]
+        values = self._known(of)
         if isinstance(values, list):
             return values[index]
         inputs = [values, self.graph.insertConstant(index)]
@@ -104,7 +105,7 @@ class _Builder:
     def _value(self, value: Any, wanted: Any = None) -> Any:
         """An argument of type ``wanted`` in the graph."""
         if isinstance(value, Node):
-            return self._values[value]
+            return self._known(value)
         if isinstance(wanted, torch._C.OptionalType):
             wanted = wanted.getElementType()
         if isinstance(value, (list, tuple)):
@@ -119,11 +120,11 @@ class _Builder:
         made.setType(torch._C.ListType(element))
         return made
 
-    def _return(self, result: Any) -> None:
-        values = [self._values[node] for node in result]
-        made = self.graph.insertNode(self.graph.create("prim::TupleConstruct", values, 1)).output()
-        made.setType(torch._C.TupleType([_TENSOR for _ in values]))
-        self.graph.registerOutput(made)
+    def _known(self, node: Node) -> Any:
+        if node.op == "get_attr" and node not in self._values:
+            self.tensors.append(node)
+            self._values[node] = self.graph.addInput(f"tensor_{len(self.tensors)}")
+        return self._values[node]
 
 
 @functools.cache

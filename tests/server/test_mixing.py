@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from swarm_notebook.server import graphs, joining, recording
 from swarm_notebook.server.adapters import AdaptedSpan
 from swarm_notebook.server.graphs import Graphs
 from swarm_notebook.server.linear import Products
-from swarm_notebook.server.recording import Extent
+from swarm_notebook.server.recording import Subject
 from swarm_notebook.server.span import Span
 from swarm_notebook.server.state import SessionState
 
@@ -121,16 +122,13 @@ def test_from_recordings(family: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(graphs, "SIZES", sizes)
     model, base = loaded(family, tmp_path)
     spans = [adapted(base, model, kind, **options) for kind, options in FAMILIES[family]]
-    made = Graphs(base, HIDDEN, Products.of(base.layers), lambda call: call())
     # Used even if they should not be faster on a busy machine.
-    extents = [
-        Extent(start, 4, size, tuned)
-        for start in (1, 2)
-        for size in sizes
-        for tuned in (True, False)
-    ]
-    for extent in extents:
-        made._recordings[extent] = recording.record(base, extent, HIDDEN, Products.of(base.layers))
+    monkeypatch.setattr(graphs, "_SLOWER", 0.0)
+    made = Graphs(base, HIDDEN, Products.of(base.layers), lambda call: call())
+    sites = frozenset(site for span in spans for site in span.tuners)
+    for size, tuned in itertools.product(sizes, (frozenset(), sites)):
+        for _ in range(graphs.WANTED_STEPS):
+            made.find(1, 4, size, tuned)
     base.graphs = made
     assert compare(base, [*spans, spans[0], base, base]) == 0
 
@@ -148,9 +146,13 @@ def test_one_around_a_parameter_goes_by_itself(tmp_path: Path) -> None:
 def test_a_module_that_is_not_recorded_is_not_forgotten(tmp_path: Path) -> None:
     model, base = loaded("llama", tmp_path)
     made = Graphs(base, HIDDEN, Products.of(base.layers), lambda call: call())
-    one = recording.record(base, Extent(1, 4, 1, tuned=True), HIDDEN, Products.of(base.layers))
-    made._recordings[one.extent] = one
+    products = Products.of(base.layers)
+    for block in range(1, 4):
+        subject = Subject(block, 1, tuned=True)
+        made._recordings[subject] = recording.record(base, subject, HIDDEN, products)
     sites = frozenset(adapted(base, model, "LoraConfig", r=2).tuners)
     assert made.find(1, 4, 1, sites) is not None
-    one.script.sites.remove(min(sites))
+    one = made._recordings[Subject(2, 1, tuned=True)]
+    assert one is not None
+    one.script.sites.pop()
     assert made.find(1, 4, 1, sites) is None
