@@ -42,3 +42,38 @@ async def _stall_and_call() -> bytes:
 def test_an_answer_that_comes_with_its_timeout_does_not_deafen_the_node() -> None:
     """Both are ready in one turn of the loop; hivemind's reader of answers would die of it."""
     assert asyncio.run(_stall_and_call()) == b"still there"
+
+
+async def _ask_and_give_up(times: int) -> list[int]:
+    """How many calls a server has in its books: while they wait, and after they were given up."""
+    server = await Node.start(client=False)
+    client = await Node.start(await server.addresses(), client=True)
+    begun = asyncio.Semaphore(0)
+
+    async def hang(_data: bytes, _peer: PeerID) -> bytes:
+        begun.release()
+        await asyncio.Future()
+        return b""
+
+    books = server.p2p._client.control._handler_tasks
+    try:
+        await server.p2p._client.add_unary_handler("hang", hang)
+        call = client.p2p._client.call_unary_handler
+        calls = [asyncio.ensure_future(call(server.peer_id, "hang", b"x")) for _ in range(times)]
+        for _ in calls:
+            await begun.acquire()
+        counts = [len(books)]
+        for each in calls:
+            each.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.wait(list(books.values()), timeout=10)
+        await asyncio.sleep(0)  # for those who wait for their end
+        return [*counts, len(books)]
+    finally:
+        await client.stop()
+        await server.stop()
+
+
+def test_a_call_that_was_given_up_is_forgotten() -> None:
+    """A server would keep it, and what it was sent."""
+    assert asyncio.run(_ask_and_give_up(5)) == [5, 0]

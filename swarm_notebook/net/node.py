@@ -12,7 +12,6 @@ import contextlib
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from hivemind.dht.node import DHTID, DHTNode
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
@@ -20,6 +19,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm_notebook.errors import AddressError, ConnectionFailed
+from swarm_notebook.net import calls
 from swarm_notebook.net.nesting import bound_nesting
 from swarm_notebook.net.readable import Readable
 
@@ -54,19 +54,6 @@ def parse_peers(addresses: Sequence[str]) -> list[Multiaddr]:
             raise AddressError(f"initial_peers: {address!r} lacks the peer id (/p2p/…)")
         parsed.append(multiaddr)
     return parsed
-
-
-class _Waiting(dict[Any, asyncio.Future]):
-    """Calls whose answer is waited for: one that was given up is not among them any more.
-
-    hivemind looks a call up here before it hands over its answer. When the answer comes in the very
-    turn of the loop in which the call runs out of time, it would raise, and never read again: the
-    node would be deaf to all answers from then on.
-    """
-
-    def __contains__(self, call: object) -> bool:
-        future = self.get(call)
-        return future is not None and not future.done()
 
 
 class Node:
@@ -114,8 +101,7 @@ class Node:
             if not peers:
                 raise
             raise _unreachable(initial_peers, error) from None
-        control = p2p._client.control
-        control._pending_calls = _Waiting(control._pending_calls)
+        calls.mend(p2p)
         try:
             dht = await DHTNode.create(
                 p2p=p2p,
