@@ -9,8 +9,8 @@ machines of its own.
 `blocks`: the same without the notebooks' part: sessions that send hidden states and wait for the
 last block's output. `server_cpu` compares the processor time of the servers per token, which other
 work on the machine does not change much.
-`idle`: one server, 64 sessions, each idle nine tenths of the time: step times, and the memory that
-is taken of the pool.
+`idle`: one server, 64 sessions, each idle nine tenths of the time: step times, for the first crowd
+that a server sees and for a later one, and the memory that is taken of the pool.
 
 All outputs are compared with those of the session alone. About two minutes on an idle machine.
 """
@@ -28,7 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import psutil
+from bare import STEPS, BareSession, check, cpu_seconds, server_facts
 
 PROMPTS = [
     "The history of the lighthouse begins with a storm",
@@ -42,11 +42,8 @@ PROMPTS = [
 ]
 NEW_TOKENS = 48
 REPEATS = 3
-STEPS = 48
-PREFILL = 32
 IDLE_SESSIONS, IDLE_STEPS = 64, 30
 IDLE_TIMES = 9
-TOLERANCE = 1e-3
 
 
 def say(text: str) -> None:
@@ -135,84 +132,6 @@ def generate(threads: int, sessions: int) -> dict[str, Any]:
     }
 
 
-class BareSession:
-    """A session without a notebook: random hidden states in, the last block's output out."""
-
-    def __init__(self, connection: Any, hidden_size: int, seed: int):
-        import torch
-
-        noise = torch.Generator().manual_seed(seed)
-        self._connection = connection
-        self._session = connection.session()
-        self._hidden = torch.randn(1, PREFILL + STEPS, hidden_size, generator=noise)
-        self.outputs: list[Any] = []
-        self.seconds: list[float] = []
-
-    async def prefill(self) -> None:
-        await self._pass(0, PREFILL)
-
-    async def step(self) -> float:
-        """One token; the seconds that it took."""
-        position = PREFILL + len(self.seconds)
-        began = time.perf_counter()
-        self.outputs.append(await self._pass(position, 1))
-        self.seconds.append(time.perf_counter() - began)
-        return self.seconds[-1]
-
-    async def run(self, steps: int) -> None:
-        for _ in range(steps):
-            await self.step()
-
-    def close(self) -> None:
-        self._session.close()
-
-    async def _pass(self, position: int, length: int) -> Any:
-        from swarm_notebook.client.history import Pass
-
-        hidden = self._hidden[:, position : position + length]
-        self._session.begin(Pass(position, length, {0: hidden}), adapter=None, prompts=None)
-        last = self._connection.num_blocks
-        return (await self._session.step(0, last)).states[last - 1]
-
-
-def check(ours: list[BareSession], theirs: list[BareSession]) -> None:
-    import torch
-
-    for one, other in zip(ours, theirs, strict=True):
-        for mine, alone in zip(one.outputs, other.outputs, strict=False):
-            # Random inputs make large states: relative to their size.
-            if (
-                float((mine - alone).norm() / alone.norm()) > TOLERANCE
-                or not torch.isfinite(mine).all()
-            ):
-                raise SystemExit("together and alone, outputs differ: a speed is meaningless")
-
-
-def server_facts(swarm: Any) -> dict[str, Any]:
-    """What the first server says of itself."""
-    from hivemind.p2p import PeerID
-    from hivemind.proto import runtime_pb2
-
-    from swarm_notebook.net import protocol
-
-    connection = swarm._connection
-
-    async def ask() -> dict[str, Any]:
-        peer = PeerID.from_base58(swarm.route().hops[0].peer_id)
-        answer = await connection.directory.node.p2p.call_protobuf_handler(
-            peer, protocol.RPC_INFO, runtime_pb2.ExpertUID(), runtime_pb2.ExpertInfo
-        )
-        return protocol.unpack_metadata(answer.serialized_info)
-
-    return connection.network.run(ask())
-
-
-def cpu_seconds(servers: Any) -> float:
-    """Processor time that the servers have used."""
-    times = [psutil.Process(server.pid).cpu_times() for server in servers.servers]
-    return sum(each.user + each.system for each in times)
-
-
 def blocks(threads: int, sessions: int) -> dict[str, Any]:
     """Sessions without their notebooks."""
     import swarm_notebook as sn
@@ -295,7 +214,7 @@ def idle(threads: int, sessions: int) -> dict[str, Any]:
                 await session.prefill()
             await asyncio.gather(*map(student, made))
 
-        # The server has had a crowd before: it has its recordings for one (`server.graphs`).
+        # The first crowd of a server is there while it makes its recordings (`server.graphs`).
         crowd, made = fresh(), fresh()
         connection.network.run(all_of_them(crowd))
         for session in crowd:
@@ -312,20 +231,27 @@ def idle(threads: int, sessions: int) -> dict[str, Any]:
 
         connection.network.run(check_some())
         check(made[: len(alone)], alone)
-    seconds = [second for session in made for second in session.seconds[1:]]
-    median, p99 = statistics.median(seconds), quantile(seconds, 0.99)
     return {
         "served": sum(len(session.seconds) == IDLE_STEPS for session in made),
         "of": sessions,
-        "step_ms_median": round(1000 * median, 1),
-        "step_ms_p99": round(1000 * p99, 1),
-        "p99_times_median": round(p99 / median, 2),
+        "first_crowd": _step_times(crowd),
+        **_step_times(made),
         "goal_p99_times_median": 3,
         "cache_tokens_taken": facts["cache_tokens_total"] - facts["cache_tokens_available"],
         "cache_tokens_total": facts["cache_tokens_total"],
         "steps_per_call": round(
             (facts["steps"] - before["steps"]) / (facts["step_calls"] - before["step_calls"]), 2
         ),
+    }
+
+
+def _step_times(crowd: list[BareSession]) -> dict[str, float]:
+    seconds = [second for session in crowd for second in session.seconds[1:]]
+    median, p99 = statistics.median(seconds), quantile(seconds, 0.99)
+    return {
+        "step_ms_median": round(1000 * median, 1),
+        "step_ms_p99": round(1000 * p99, 1),
+        "p99_times_median": round(p99 / median, 2),
     }
 
 

@@ -90,6 +90,13 @@ class Scene:
                 server.wait_ready(RESTART_SECONDS)
         self.swarm.status()
 
+    def begin(self) -> Scene:
+        """As if nothing had happened yet."""
+        self.heal()
+        self.sessions.clear()
+        self.swarm._connection.directory.standings._apart.clear()
+        return self
+
     def same(self, ours: Any, theirs: Any) -> None:
         """Tokens, and logits where they were asked for."""
         assert ours.sequences.tolist() == theirs.sequences.tolist()

@@ -18,9 +18,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 from distance import pass_bound
 from links import MTU, PROFILES, SUBNET, Link, Machines, Switch
 

@@ -39,10 +39,7 @@ def chain(tiny_llama: Path) -> Iterator[Scene]:
 
 @pytest.fixture
 def stage(chain: Scene) -> Scene:
-    chain.heal()
-    chain.sessions.clear()
-    chain.swarm._connection.directory.standings._apart.clear()
-    return chain
+    return chain.begin()
 
 
 def facts(stage: Scene, server: LocalServer) -> dict[str, Any]:

@@ -5,7 +5,7 @@ states, prompts and adapter weights need. It knows the output of every block, so
 pass serves a backward through any run of its blocks, with the gradients at any boundary.
 
 `record` counts the bytes that autograd saves while it saves them (weights are not counted, shared
-storage once) and breaks off when there is no room.
+storage once; something for its nodes) and breaks off when there is no room.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import torch
 
 from swarm_notebook.server.requests import Backward, Forward
 from swarm_notebook.server.span import Span
+
+# What autograd takes for a block besides tensors, about: with few tokens it is more than they are.
+NODE_BYTES = 64 << 10
 
 
 class NoRoomError(Exception):
@@ -113,7 +116,8 @@ def record(
     Raises:
         NoRoomError: ``room`` said no.
     """
-    meter = _Meter(span.storages, room)
+    start, end = request.blocks
+    meter = _Meter(span.storages, room, (end - start) * NODE_BYTES)
     with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda tensor: tensor):
         graph, inner = _forward(span, request)
     for output in graph.outputs.values():
@@ -151,10 +155,10 @@ def _forward(span: Span, request: Forward) -> tuple[Graph, list[torch.Tensor]]:
 class _Meter:
     """Counts the storage of what autograd saves, except for that of weights."""
 
-    def __init__(self, weights: frozenset[int], room: Callable[[int], bool]):
+    def __init__(self, weights: frozenset[int], room: Callable[[int], bool], size: int):
         self._seen = set(weights)
         self._room = room
-        self.size = 0
+        self.size = size
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         self.count(tensor)

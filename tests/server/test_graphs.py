@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from glibc import allocated, needs_glibc
 from tiny import FAMILIES, tiny_model
 from torch import nn
 from walks import Walk, prepared
@@ -119,24 +117,16 @@ def test_a_number_of_tokens_that_comes_again_and_again_is_recorded(llama: Span) 
     llama.graphs = None
 
 
-class _Heap(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in (*"abcde", "usm", "fsm", "used", "free", "top")]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+@needs_glibc
 def test_a_recording_goes_with_its_last_reference(llama: Span) -> None:
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallinfo2.restype = _Heap
-
     def used(recordings: int) -> int:
         """Bytes that are allocated after so many have been made and dropped."""
         for _ in range(recordings):
             recording.record(llama, Subject(1, 4), HIDDEN, Products([]))
-        gc.collect()
-        return libc.mallinfo2().used
+        return allocated()
 
     before = used(3)  # the first ones leave behind what all share
-    assert used(10) - before < 10 * (200 << 10)
+    assert used(10) - before < 10 * (100 << 10)
 
 
 class Looking(nn.Module):

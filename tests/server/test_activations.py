@@ -1,0 +1,35 @@
+"""What is kept for a backward: the memory that it takes is the memory that is counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from glibc import allocated, needs_glibc
+
+from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.server import backward
+from swarm_notebook.server.requests import Forward
+from swarm_notebook.server.span import Span
+
+HIDDEN = 48
+
+
+@needs_glibc
+def test_what_is_kept_takes_what_is_counted(tiny_llama: Path) -> None:
+    """With few tokens, autograd's nodes are the greater part of it."""
+    blocks = load_blocks(resolve(tiny_llama), 1, 4, dtype=torch.float32)
+    span = Span(blocks.decoder, blocks.layers_name, 1)
+
+    def keep(passes: int) -> tuple[list[backward.Graph], int]:
+        request = Forward((1, 4), torch.randn(1, 2, HIDDEN))
+        made = [backward.record(span, request, lambda _: True) for _ in range(passes)]
+        return [graph for graph, _, _ in made], sum(size for _, _, size in made)
+
+    first, _ = keep(3)
+    before = allocated()
+    kept, counted = keep(50)
+    taken = allocated() - before
+    assert len(first) + len(kept) == 53
+    assert 0.7 * taken < counted < 1.5 * taken
