@@ -50,7 +50,7 @@ class AdaptedSpan(Span):
         self._dropouts = _inject(self._tree, upload)
         self.recipe, self._base = upload.recipe, base
         tuners = _tuners(self.layers, start)
-        self._mixes = all(_is_beside(layer) for layer in tuners.values())
+        self._mixes = base.token_wise.issuperset(tuners) and all(map(_is_beside, tuners.values()))
         self.tuners = tuners if self._mixes else {}
         self._parameters = {
             name: parameter

@@ -23,6 +23,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
+from swarm_notebook.server import mixing
 from swarm_notebook.server.attention import Part
 from swarm_notebook.server.graphs import CLOSE, CLOSE_HALF, Graph
 from swarm_notebook.server.requests import Step
@@ -173,7 +174,10 @@ def _run_again(
 
 @torch.inference_mode()
 def try_out(span: Span, hidden_size: int) -> bool:
-    """Whether sessions of these blocks can be joined; runs a few tokens through all of them."""
+    """Whether sessions of these blocks can be joined; runs a few tokens through all of them.
+
+    Also notes which modules' adapters can be mixed in (`Span.token_wise`).
+    """
     if not span.takes_positions or any(
         word in kind for kind in span.rotations for word in _STRETCHING
     ):
@@ -201,7 +205,8 @@ def try_out(span: Span, hidden_size: int) -> bool:
         state.cache.truncate(*step.blocks, position)
     parts = [state.join(step, position) for state, step, position, _, _ in turns]
     try:
-        together = _run_joined(span, turns, parts)
+        with mixing.token_wise(span, sum(part.tokens for part in parts)) as found:
+            together = _run_joined(span, turns, parts)
     except Exception as error:  # whatever a decoder does with what it does not expect
         logger.info("steps of different sessions cannot be joined: %s", error)
         return False
@@ -213,4 +218,5 @@ def try_out(span: Span, hidden_size: int) -> bool:
         if not difference <= within:
             logger.info("steps of different sessions cannot be joined: they come out different")
             return False
+    span.token_wise = frozenset(found)
     return True

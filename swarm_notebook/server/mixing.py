@@ -7,7 +7,7 @@ weights of the blocks are read once for all, and how an adapter computes stays P
 layer that gives the module another input than it was given, as IA3 does in a feedforward, has it
 computed for that input.)
 
-Not every adapter can be mixed in: see `adapters`.
+Not every adapter can be mixed in: see `adapters`, and `token_wise`.
 """
 
 from __future__ import annotations
@@ -93,6 +93,29 @@ def tunable(span: Span, start: int, end: int) -> list[Site]:
         for name, module in span.layer(index).named_modules()
         if isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.ndim == 2
     ]
+
+
+@contextmanager
+def token_wise(span: Span, tokens: int) -> Iterator[set[Site]]:
+    """Find the modules that a call of so many tokens gives all of them, one after the other.
+
+    Experts, for example, are not among them: each is called with the tokens that are its own.
+    """
+    found: set[Site] = set()
+    others: set[Site] = set()
+
+    def watch(site: Site) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple, output: Any) -> None:
+            (found if fits(inputs, output, tokens) else others).add(site)
+
+        return hook
+
+    with ExitStack() as stack:
+        for site in tunable(span, span.start, span.end):
+            handle = module_at(span, site).register_forward_hook(watch(site))
+            stack.callback(handle.remove)
+        yield found
+    found -= others
 
 
 def fits(inputs: tuple, output: Any, tokens: int) -> bool:

@@ -30,7 +30,7 @@ from swarm_notebook.server.alike import likeness
 from swarm_notebook.server.attention import JoinedCache, Part, joined
 from swarm_notebook.server.cache import SessionCache
 from swarm_notebook.server.joined_call import JoinedCall
-from swarm_notebook.server.mixing import Tuners
+from swarm_notebook.server.mixing import Site, Tuners
 from swarm_notebook.server.probes import Probes
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Span:
         self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         # Whether `run_joined` may be called: see `joining.try_out`.
         self.joins = False
+        # The modules around which layers of adapters can be mixed in.
+        self.token_wise: frozenset[Site] = frozenset()
         # The layers of an adapter, where joined calls of `host` have to ask them.
         self.tuners: Tuners = {}
         # How long passes become quicker, if they do.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from training_wire import LocalModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 from tuned import Tuned
 from walks import Walk, prepared
 
@@ -141,6 +142,29 @@ def test_one_around_a_parameter_goes_by_itself(tmp_path: Path) -> None:
     others = [adapted(base, model, *ADAPTERS[0][:1], **ADAPTERS[0][1]), base]
     assert experts.host is experts
     compare(base, [experts, experts, *others])
+
+
+class Halves(LlamaMLP):
+    """A feedforward that sends each half of the tokens through by itself, as experts do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([LlamaMLP.forward(self, half) for half in x.tensor_split(2, dim=1)], dim=1)
+
+
+def test_one_around_a_module_that_sees_some_tokens_goes_by_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, base = loaded("llama", tmp_path)
+    for layer in base.layers:
+        layer.mlp.__class__ = Halves
+    assert joining.try_out(base, HIDDEN)
+    inside, beside = (
+        adapted(base, model, "LoraConfig", r=2, target_modules=[name])
+        for name in ("down_proj", "q_proj")
+    )
+    assert (inside.host, beside.host) == (inside, base)
+    compare(base, [inside, inside, beside, base])
+    assert not caplog.records
 
 
 def test_a_module_that_is_not_recorded_is_not_forgotten(tmp_path: Path) -> None:
