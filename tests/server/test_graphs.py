@@ -158,6 +158,55 @@ def test_blocks_that_look_at_their_states_are_not_recorded(look: Any, tmp_path: 
     assert made.find(1, 4, 1) is None
 
 
+class Collecting(nn.Module):
+    """A block that adds what it computes to something that it has made, as experts do."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        collected = torch.zeros(hidden.shape)
+        return collected.add_(self.inner(hidden, *rest, **named))
+
+
+@pytest.mark.usefixtures("slowly")
+def test_what_a_block_makes_for_itself_is_made_anew(tmp_path: Path) -> None:
+    span = loaded(tiny_model("llama", tmp_path))
+    layers: Any = getattr(span._decoder, span.layers_name)
+    for index in range(3):
+        span.layers[index] = layers[index] = Collecting(layers[index])
+    plain = steps(span, 3)
+    span.graphs = everything(span, sizes=[1])
+    assert len(span.graphs) == 1
+    for mine, other in zip(steps(span, 3), plain, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+
+
+class Scribbling(nn.Module):
+    """A block that writes over what others are given as well."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        named["position_embeddings"][0].unsqueeze(1).add_(hidden.mean() * 1e-6)
+        return self.inner(hidden, *rest, **named)
+
+
+def test_blocks_that_write_over_what_others_need_are_not_recorded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    span = loaded(tiny_model("llama", tmp_path))
+    layers: Any = getattr(span._decoder, span.layers_name)
+    span.layers[0] = layers[0] = Scribbling(layers[0])
+    with caplog.at_level("INFO"):
+        made = everything(span, sizes=[1])
+    assert made._recordings == {Subject(1, 1): None}
+    assert "writes over" in caplog.text
+
+
 class Numbered(nn.Module):
     """A block that looks like its neighbours, and computes by its number."""
 
