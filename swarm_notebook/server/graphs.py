@@ -12,7 +12,7 @@ counts when it gives what the decoder gives and is not slower. Decoders that loo
 what they compute (rotations that stretch with the position) refuse to be recorded, and run as they
 are.
 
-Everything here belongs to the torch thread.
+Everything here belongs to the torch thread, but for the number of recordings.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class Graphs:
 
     def __len__(self) -> int:
         """How many were made that take time and memory."""
-        return len({found.tape for found in self._recordings.values() if found is not None})
+        # A copy: this may be asked from another thread, for what the server says of itself.
+        made = list(self._recordings.values())
+        return len({found.tape for found in made if found is not None})
 
     def find(
         self, start: int, end: int, tokens: int, sites: frozenset[Site] = frozenset()
