@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,10 @@ async def serve(options: ServeOptions) -> None:
         await server.leave()
 
 
+class _GivenUp(Exception):
+    """The server ends before it has its blocks."""
+
+
 @dataclass(frozen=True)
 class _Server:
     """A server that is up."""
@@ -172,9 +177,18 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
     # It plans anew for every length of a context: 60 ms per token instead of 15 on an H100.
     torch.backends.cuda.enable_cudnn_sdp(False)
     source = resolve(options.model)
-    compute = ComputeThread()
+    compute, given_up = ComputeThread(), threading.Event()
     # Both take seconds, and one mostly waits.
-    loading = compute.submit(_load, source, options)
+    loading = compute.submit(_load, source, options, given_up)
+
+    def end_thread(error: type[BaseException] | None, *_: Any) -> None:
+        # Python that ends while torch is at work in another thread aborts the process.
+        if error is not None:
+            given_up.set()
+            loading.cancel()
+            compute.stop()
+
+    stack.push(end_thread)
     node = await _start_node(options, stack)
     facts = {
         "peer_id": node.peer_id.to_base58(),
@@ -230,13 +244,19 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
     return _Server(node, handler, announcer, describe)
 
 
-def _load(source: ModelSource, options: ServeOptions) -> LoadedBlocks:
-    """In the torch thread: read the blocks, telling how far it is."""
+def _load(source: ModelSource, options: ServeOptions, given_up: threading.Event) -> LoadedBlocks:
+    """In the torch thread: read the blocks, telling how far it is.
+
+    Raises:
+        _GivenUp: nobody wants them any more.
+    """
     started = last = time.monotonic()
     told = 0.0
 
     def progress(done: int, total: int) -> None:
         nonlocal last, told
+        if given_up.is_set():
+            raise _GivenUp
         # A notebook shows it; a person who reads the terminal has the log.
         if options.exit_with_stdin and (time.monotonic() - told > TELL_SECONDS or done == total):
             told = time.monotonic()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +18,7 @@ from raw_wire import RawClient, ServerProcess, request
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.errors import ShuttingDown
+from swarm_notebook.errors import AddressError, ShuttingDown
 from swarm_notebook.net import protocol
 from swarm_notebook.net.records import (
     MODEL_INDEX_KEY,
@@ -25,6 +27,8 @@ from swarm_notebook.net.records import (
     parse_model_record,
     parse_record,
 )
+from swarm_notebook.server.lifetime import ServerLoop
+from swarm_notebook.server.serve import ServeOptions, serve
 from swarm_notebook.server.span import Span
 
 PREFIX, BLOCKS = "tiny-llama", 5
@@ -174,3 +178,11 @@ def test_what_cannot_be_served_ends_with_its_error(tiny_llama: Path, tmp_path: P
     finally:
         for server in servers:
             server.kill()
+
+
+def test_torch_is_not_at_work_when_python_ends(tiny_llama: Path) -> None:
+    """It would abort the process, with another exit code than that of the error."""
+    options = ServeOptions(str(tiny_llama), initial_peers=["/ip4/127.0.0.1"])
+    with pytest.raises(AddressError), asyncio.Runner(loop_factory=ServerLoop) as runner:
+        runner.run(serve(options))
+    assert "compute" not in {thread.name for thread in threading.enumerate()}
