@@ -67,21 +67,8 @@ def check(ours: list[BareSession], theirs: list[BareSession]) -> None:
 
 def server_facts(swarm: Any) -> dict[str, Any]:
     """What the first server says of itself."""
-    from hivemind.p2p import PeerID
-    from hivemind.proto import runtime_pb2
-
-    from swarm_notebook.net import protocol
-
     connection = swarm._connection
-
-    async def ask() -> dict[str, Any]:
-        peer = PeerID.from_base58(swarm.route().hops[0].peer_id)
-        answer = await connection.directory.node.p2p.call_protobuf_handler(
-            peer, protocol.RPC_INFO, runtime_pb2.ExpertUID(), runtime_pb2.ExpertInfo
-        )
-        return protocol.unpack_metadata(answer.serialized_info)
-
-    return connection.network.run(ask())
+    return connection._run(connection.directory.info(swarm.route().hops[0].peer_id))
 
 
 def cpu_seconds(servers: Any) -> float:

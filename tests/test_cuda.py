@@ -67,7 +67,7 @@ def test_sessions_that_run_together(pair: Pair) -> None:
 
 
 def test_decoding_is_recorded(tmp_path: Path) -> None:
-    """A recording is kept if it is not slower than the decoder, whatever the lengths."""
+    """A recording is kept if it is right, and not slower than the decoder."""
     folder = tiny_model("llama", tmp_path)
     with (
         sn.LocalSwarm(folder, 1, device="cuda") as servers,
