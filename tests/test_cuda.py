@@ -66,21 +66,6 @@ def test_sessions_that_run_together(pair: Pair) -> None:
     assert got == expected
 
 
-def test_decoding_is_recorded(tmp_path: Path) -> None:
-    """A recording is kept if it is right, and not slower than the decoder."""
-    folder = tiny_model("llama", tmp_path)
-    with (
-        sn.LocalSwarm(folder, 1, device="cuda") as servers,
-        sn.connect(servers.initial_peers, model=folder) as swarm,
-    ):
-        ids = torch.randint(3, 128, (1, 9))
-        for _ in range(2):
-            swarm.model.generate(ids, max_new_tokens=60, min_new_tokens=60)  # type: ignore[operator]
-        connection: Any = swarm._connection
-        facts = connection._run(connection.directory.info(servers.servers[0].peer_id))
-        assert facts["recordings"] > 0
-
-
 def test_gradients_of_an_adapter(pair: Pair) -> None:
     if pair.family == "bloom":
         pytest.skip("its projections have other names; the way is the same")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from swarm_notebook.server.batching import BatchItem, run_one
 from swarm_notebook.server.requests import Step
 from swarm_notebook.server.span import Span
 from swarm_notebook.server.state import SessionState
@@ -58,17 +59,16 @@ class Walk:
 
     def run(self, step: Step) -> list[torch.Tensor]:
         """What the step gives."""
-        turn = prepared(self.state, step)
-        return self.state.run(*turn[1:])
+        return run_one(prepared(self.state, step))
 
     def _hidden(self, rows: int, length: int) -> torch.Tensor:
         return torch.randn(rows, length, self.hidden_size, generator=self._noise)
 
 
-def prepared(state: SessionState, step: Step) -> tuple[SessionState, Step, int, int, int]:
+def prepared(state: SessionState, step: Step) -> BatchItem:
     """A step that has been checked and has its memory, as `session` does it; to be run whole."""
     position = state.check(step)
     needed = state.needs(step, position)
     if needed is not None:
         state.cache.reserve(needed[0] // step.rows)
-    return state, step, position, 0, step.length
+    return BatchItem(state, step, position, 0, step.length)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from torch import nn
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.server.adapter_config import TUNERS, TunerConfig
-from swarm_notebook.server.mixing import Tuners
+from swarm_notebook.server.mixing import Site, Tuners
 from swarm_notebook.server.span import Span
 
 if TYPE_CHECKING:
@@ -38,20 +39,23 @@ _SEED_STEP = 1_000_003
 
 
 class AdaptedSpan(Span):
-    """Blocks of a span with an adapter in them."""
+    """Blocks of a span with an adapter in them.
 
-    def __init__(self, base: Span, upload: Upload):
+    Args:
+        token_wise: the modules of ``base`` around which layers of adapters can be mixed in.
+    """
+
+    def __init__(self, base: Span, upload: Upload, token_wise: AbstractSet[Site] = frozenset()):
         start, end = upload.recipe.blocks
         self._tree, layers = _cloned(base, start, end, upload.recipe.prefix)
         super().__init__(base.decoder_around(start, layers), base.layers_name, start)
-        self.dtype, self.device, self.joins = base.dtype, base.device, base.joins
-        self.quick = base.quick
+        self.dtype, self.device = base.dtype, base.device
         frozen = {id(parameter) for parameter in self._tree.parameters()}
         self._dropouts = _inject(self._tree, upload)
         self.recipe, self._base = upload.recipe, base
         tuners = _tuners(self.layers, start)
-        self._mixes = base.token_wise.issuperset(tuners) and all(map(_is_beside, tuners.values()))
-        self.tuners = tuners if self._mixes else {}
+        mixes = token_wise >= tuners.keys() and all(map(_is_beside, tuners.values()))
+        self._mixed = tuners if mixes else None
         self._parameters = {
             name: parameter
             for name, parameter in self._tree.named_parameters()
@@ -60,7 +64,11 @@ class AdaptedSpan(Span):
 
     @property
     def host(self) -> Span:
-        return self._base if self._mixes else self
+        return self if self._mixed is None else self._base
+
+    @property
+    def tuners(self) -> Tuners:
+        return self._mixed or {}
 
     @property
     def size(self) -> int:

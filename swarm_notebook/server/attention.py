@@ -9,13 +9,13 @@ session alone. So windows, soft caps, sinks and grouped heads are the model's ow
 here knows an architecture.
 
 Masks are made once per call and kind of block: the mask function calls the model's own once per
-session and returns the list, as a `Masks` object, which the decoder hands on to attention unseen.
+session and returns the list, as one object, which the decoder hands on to attention unseen.
 
 Whether an architecture plays along (calls the interface, hands the mask on, mixes tokens nowhere
-else) is not known by name but tried: see `joining`.
+else) is not known by name but tried: see `batching`.
 
-`JoinedCache.attend` is the place for a kernel that reads all sessions at once, where a call per
-session and block costs more than on a CPU. How all else is recorded and replayed: `script`.
+`BatchCache.attend` is the place for a kernel that reads all sessions at once, where a call per
+session and block costs more than on a CPU.
 """
 
 from __future__ import annotations
@@ -32,15 +32,14 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 
 from swarm_notebook.server.cache import SessionCache
-from swarm_notebook.server.joined_call import JoinedCall, Masks, present, running
 from swarm_notebook.server.mixing import Mixture, Tuners
 
-NAME = "swarm_notebook_joined"
+NAME = "swarm_notebook_batch"
 
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """One session's tokens in a joined call.
+    """One session's tokens in a batch.
 
     Attributes:
         cache: where its keys and values are filed.
@@ -62,7 +61,7 @@ class Part:
         return self.rows * self.length
 
 
-class JoinedCache(Cache):
+class BatchCache(Cache):
     """The caches of several sessions, as one to the decoder.
 
     To the decoder it is empty: positions and masks come per session from elsewhere.
@@ -109,9 +108,6 @@ class JoinedCache(Cache):
         for own, (keys, values), mask in zip(self._apart(query), self.stored, masks, strict=True):
             output = function(module, own, keys, values, mask, **options)[0]
             outputs.append(output.reshape(1, -1, *output.shape[2:]))
-        unused = query.shape[2] - sum(part.tokens for part in self.parts)
-        if unused:
-            outputs.append(outputs[0].new_zeros(1, unused, *outputs[0].shape[2:]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -144,23 +140,56 @@ def _own_attention(modeling: str, name: str) -> Callable[..., tuple[torch.Tensor
     return interface.get_interface(name, eager)
 
 
+@dataclass(slots=True, eq=False)
+class _Masks:
+    """One mask (or None) per session of a call."""
+
+    each: list[Any]
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call of the blocks for several sessions.
+
+    Attributes:
+        original: how the model attends by itself.
+    """
+
+    cache: BatchCache
+    original: str
+
+
+# Functions that transformers finds by name get no argument that says whose tokens they see. There
+# is one torch thread, so they can look here.
+_running: _Call | None = None
+
+
 @contextmanager
-def joined(configs: Iterable[PreTrainedConfig], call: JoinedCall) -> Iterator[None]:
-    """Let the decoder whose configs these are attend as the sessions of a call."""
+def attending(
+    configs: Iterable[PreTrainedConfig], cache: BatchCache, original: str
+) -> Iterator[None]:
+    """Let the decoder whose configs these are attend as the sessions of a cache.
+
+    Args:
+        original: how the model attends by itself.
+    """
+    global _running
     before = [(config, config._attn_implementation) for config in configs]
     # Not through the property, which goes through all sub-configs.
     for config, _ in before:
         config._attn_implementation_internal = NAME
     try:
-        with running(call):
-            yield
+        _running = _Call(cache, original)
+        yield
     finally:
+        _running = None
         for config, name in before:
             config._attn_implementation_internal = name
 
 
-def masks_of(call: JoinedCall, options: dict[str, Any]) -> Masks:
-    """Each session's mask, by the model's own mask function; the next one of the call."""
+def _mask(**options: Any) -> _Masks:
+    """Each session's mask, by the model's own mask function."""
+    call = _present()
     make = AttentionMaskInterface()[call.original]
     each = []
     for part in call.cache.parts:
@@ -168,31 +197,25 @@ def masks_of(call: JoinedCall, options: dict[str, Any]) -> Masks:
         own = {"kv_length": part.past + part.length, "q_offset": part.past, "kv_offset": 0}
         shape = {"batch_size": part.rows, "q_length": part.length}
         each.append(make(**{**options, **own, **shape, "attention_mask": padding}))
-    masks = Masks(each, len(call.masks))
-    call.masks.append(masks)
-    return masks
-
-
-def _mask(**options: Any) -> Masks:
-    call = present()
-    if call.script is not None:
-        call.script.masks.append(options)
-    return masks_of(call, options)
+    return _Masks(each)
 
 
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Masks,
+    _key: torch.Tensor,
+    _value: torch.Tensor,
+    attention_mask: _Masks,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    call = present()
-    if call.script is not None:
-        states = query, key, value
-        return call.script.attention(module, states, attention_mask, options), None
+    call = _present()
     return call.cache.attend(module, query, attention_mask.each, call.original, options), None
+
+
+def _present() -> _Call:
+    if _running is None:
+        raise RuntimeError("what belongs to calls of several sessions was called outside of one")
+    return _running
 
 
 AttentionInterface.register(NAME, _attention)

@@ -20,8 +20,8 @@ from typing import Any
 
 from swarm_notebook.server.schedule import CHORE, Backlog, Company, Kind, Pace, Schedule, Task
 
-# Takes the arguments of several jobs; gives, for each, its result or its error.
-Together = Callable[[Sequence[tuple]], Sequence[Any]]
+# Takes the one argument of each of several jobs; gives, for each, its result or its error.
+Together = Callable[[Sequence[Any]], Sequence[Any]]
 
 DECODING_SECONDS = 1.0
 
@@ -92,7 +92,7 @@ class Job:
         if together is None or jobs[0].task.group is None:
             return [job._run() for job in jobs]
         try:
-            return together([job._arguments for job in jobs])
+            return together([argument for job in jobs for argument in job._arguments])
         except Exception as caught:
             return [caught] * len(jobs)
 

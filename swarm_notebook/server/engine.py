@@ -19,6 +19,7 @@ from swarm_notebook.server.activations import Activations
 from swarm_notebook.server.adapter_store import AdapterLimits, AdapterStore
 from swarm_notebook.server.adapters import AdaptedSpan
 from swarm_notebook.server.backward import Gradients, Graph, NoRoomError
+from swarm_notebook.server.batching import Batching
 from swarm_notebook.server.requests import Backward, Forward
 from swarm_notebook.server.span import Span
 from swarm_notebook.server.uploads import Upload
@@ -35,8 +36,11 @@ class _Adapter:
 class Engine:
     """Runs requests through a span and keeps what notebooks ask it to keep."""
 
-    def __init__(self, span: Span, activation_bytes: int, accepted: AdapterLimits):
+    def __init__(
+        self, span: Span, activation_bytes: int, accepted: AdapterLimits, batching: Batching
+    ):
         self._span = span
+        self.batching = batching
         self.adapters: AdapterStore[_Adapter] = AdapterStore(accepted)
         self._activations: Activations[tuple[str, str], Graph] = Activations(activation_bytes)
         self._too_large = math.inf
@@ -108,7 +112,7 @@ class Engine:
             span = held.span
             span.check(upload)
         else:
-            span = AdaptedSpan(self._span, upload)
+            span = AdaptedSpan(self._span, upload, self.batching.token_wise)
             span.check(upload)
             self.adapters.make_room(peer, upload.id, span.size)
         derived = span.load(upload)
@@ -131,5 +135,4 @@ class Engine:
             "adapter_bytes": self.adapters.limits.bytes,
             "adapter_bytes_held": self.adapters.held,
             "adapters": len(self.adapters),
-            "recordings": len(self._span.graphs or ()),
         }

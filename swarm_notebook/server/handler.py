@@ -136,6 +136,7 @@ class Handler:
             self._limits,
             self._pool,
             self._compute,
+            batching=self._engine.batching,
             relay=self._relay,
             served=self._served,
         )

@@ -1,4 +1,4 @@
-"""Different adapters in one joined call of the blocks that they share.
+"""Different adapters in one call of the blocks that they share.
 
 The call runs the blocks as they are. Where an adapter has put a layer of its own around a module,
 that layer is called for the tokens of its sessions, and what it asks of the module is at hand: its
@@ -35,7 +35,7 @@ class Unmixable(Exception):
 
 
 class Mixture:
-    """The adapters of a joined call.
+    """The adapters of a call.
 
     Args:
         members: in the order of their tokens, each session's adapter and number of tokens.
@@ -132,12 +132,18 @@ def fits(inputs: tuple, output: Any, tokens: int) -> bool:
 def _beside(layer: Any, x: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """What a layer of an adapter gives for ``x``, when its module gives ``known``."""
     module = layer.get_base_layer()
+    original = module.forward
 
     def forward(asked: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        return known if asked is x else type(module).forward(module, asked, *rest, **named)
+        return known if asked is x else original(asked, *rest, **named)
 
+    # It may have a forward of its own already: see `products`.
+    before = vars(module).get("forward")
     module.forward = forward
     try:
         return layer(x)
     finally:
-        del module.forward
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -1,7 +1,7 @@
 """What the torch thread runs next. Decisions only: no torch, no threads, no clock.
 
 Work comes in three kinds. A *step* is a token or a few of a session that decodes; steps of one
-group run as one batch (`joining`). A *piece* is a part of a long prefill; a session submits the
+group run as one batch (`batching`). A *piece* is a part of a long prefill; a session submits the
 next one when it has the last one's result, so others come in between. A *pass* is a forward or
 backward request, or a chore of the server itself.
 

@@ -32,17 +32,15 @@ from swarm_notebook.errors import ServerFailed
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import LOOPBACK, Node
 from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
-from swarm_notebook.server import heap, joining, lifetime, throughput
+from swarm_notebook.server import heap, lifetime, products, throughput
 from swarm_notebook.server.activations import BUDGET_BYTES
 from swarm_notebook.server.adapter_store import AdapterLimits
 from swarm_notebook.server.announce import Announcer
+from swarm_notebook.server.batching import Batching
 from swarm_notebook.server.compute import ComputeThread
 from swarm_notebook.server.engine import Engine
-from swarm_notebook.server.graphs import Graphs
 from swarm_notebook.server.handler import Handler
-from swarm_notebook.server.linear import Products
 from swarm_notebook.server.memory import CachePool
-from swarm_notebook.server.quick import Quick
 from swarm_notebook.server.requests import Limits
 from swarm_notebook.server.span import Span
 
@@ -209,7 +207,8 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
     model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
     announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
     await announcer.announce(_info(ServerState.JOINING, blocks, options))
-    meter = throughput.Meter(await measuring.future)
+    batching, rates = await measuring.future
+    meter = throughput.Meter(rates)
     compute.on_ran = meter.ran
     limits = Limits(
         prefix=source.dht_prefix,
@@ -221,7 +220,7 @@ async def _start(options: ServeOptions, stack: contextlib.AsyncExitStack) -> _Se
     )
     pool = CachePool(limits.tokens)
     accepted = AdapterLimits(rank=options.adapter_max_rank, bytes=options.adapter_bytes)
-    engine = Engine(span, options.activation_bytes, accepted)
+    engine = Engine(span, options.activation_bytes, accepted, batching)
     handler = Handler(span, limits, pool, compute, engine)
     tidying = asyncio.create_task(handler.keep_tidy())
     stack.callback(tidying.cancel)
@@ -274,15 +273,12 @@ def _load(source: ModelSource, options: ServeOptions, given_up: threading.Event)
 
 def _measure(
     span: Span, hidden_size: int, later: Callable[[Callable[[], None]], None]
-) -> throughput.Throughput:
-    """In the torch thread: how fast the blocks are, and whether sessions can share a call."""
-    span.joins = joining.try_out(span, hidden_size)
-    products = Products.of(span.layers)
-    if span.joins:
-        span.graphs = Graphs(span, hidden_size, products, later)
+) -> tuple[Batching, throughput.Throughput]:
+    """In the torch thread: whether sessions can share a call, and how fast the blocks are."""
+    batching = Batching.try_out(span, hidden_size)
     rates = throughput.measure(span, hidden_size)
-    span.quick = Quick(products, later)
-    return rates
+    products.install(span.layers, later)
+    return batching, rates
 
 
 def _info(

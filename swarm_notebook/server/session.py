@@ -6,7 +6,7 @@ session ends when the client says so or is gone, when a step fails, when its mem
 others (`SessionLost`) or when the server leaves (`ShuttingDown`, after the step in flight). In
 every case the memory is given back as soon as the torch thread has let go of it.
 
-A short step is computed together with those of other sessions (`joining`). A long prefill is
+A short step is computed together with those of other sessions (`batching`). A long prefill is
 computed in pieces, so that the steps of other sessions come in between and a client that leaves
 stops it.
 
@@ -24,7 +24,8 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
 from swarm_notebook.net import protocol
 from swarm_notebook.net.streams import Stream, StreamClosed
-from swarm_notebook.server import exchange, joining
+from swarm_notebook.server import exchange
+from swarm_notebook.server.batching import SHORT_TOKENS, Batching, BatchItem, run_one
 from swarm_notebook.server.compute import ComputeThread, Job
 from swarm_notebook.server.inbox import Inbox
 from swarm_notebook.server.memory import CachePool
@@ -49,11 +50,12 @@ class InferenceSession:
         pool: CachePool,
         compute: ComputeThread,
         *,
+        batching: Batching,
         relay: Relay,
         served: Served,
     ):
         self._stream, self._limits = stream, limits
-        self._relay, self._served = relay, served
+        self._batching, self._relay, self._served = batching, relay, served
         self._pool, self._compute = pool, compute
         self._state: SessionState | None = state
         self._account = pool.open(self._drop, stream.peer)
@@ -161,20 +163,23 @@ class InferenceSession:
         return runtime_pb2.ExpertResponse(tensors=packed, metadata=metadata)
 
     async def _run(self, state: SessionState, step: Step, position: int) -> list[torch.Tensor]:
-        peer, short = self._stream.peer, step.rows * step.length <= joining.SHORT_TOKENS
+        peer, short = self._stream.peer, step.rows * step.length <= SHORT_TOKENS
         pieces: list[list[torch.Tensor]] = []
         begin = 0
         # What a module inside of a block puts out may not be cut by positions.
         whole = short or bool(step.inner)
         kind = Kind.STEP if short else Kind.PIECE
-        group = joining.group(step, position, state.span) if short else None
+        group = self._batching.group(step, position) if short else None
         blocks = step.blocks[1] - step.blocks[0] if step.length else 0
         while begin < step.length or not pieces:
             size = max(1, self._compute.piece_tokens() // step.rows)
             end = step.length if whole else min(begin + size, step.length)
             task = Task(kind, peer, step.rows * (end - begin), group, blocks, id(self))
             self._job = self._compute.submit(
-                joining.run_one, state, step, position, begin, end, task=task, together=joining.run
+                run_one,
+                BatchItem(state, step, position, begin, end),
+                task=task,
+                together=self._batching.run,
             )
             pieces.append(await self._job.future)
             # It knows the session's memory, which others may get before the next step comes.

@@ -15,10 +15,10 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,17 +26,10 @@ from transformers import PreTrainedConfig
 
 from swarm_notebook.checkpoint.anatomy import restrict_config
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.server.alike import likeness
-from swarm_notebook.server.attention import JoinedCache, Part, joined
+from swarm_notebook.server.attention import BatchCache, Part, attending
 from swarm_notebook.server.cache import SessionCache
-from swarm_notebook.server.joined_call import JoinedCall
-from swarm_notebook.server.mixing import Site, Tuners
+from swarm_notebook.server.mixing import Tuners
 from swarm_notebook.server.probes import Probes
-
-if TYPE_CHECKING:
-    from swarm_notebook.server.graphs import Graph, Graphs
-    from swarm_notebook.server.quick import Quick
-    from swarm_notebook.server.script import Script
 
 MAX_VIEWS = 64
 KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -53,16 +46,6 @@ class Span:
         parameter = next(parameter for layer in self.layers for parameter in layer.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
-        # Whether `run_joined` may be called: see `joining.try_out`.
-        self.joins = False
-        # The modules around which layers of adapters can be mixed in.
-        self.token_wise: frozenset[Site] = frozenset()
-        # The layers of an adapter, where joined calls of `host` have to ask them.
-        self.tuners: Tuners = {}
-        # How long passes become quicker, if they do.
-        self.quick: Quick | None = None
-        # Its calls that have been recorded, if any are.
-        self.graphs: Graphs | None = None
         self._views: OrderedDict[tuple[int, int], nn.Module] = OrderedDict()
 
     @property
@@ -78,8 +61,13 @@ class Span:
 
     @property
     def host(self) -> Span:
-        """The blocks whose joined calls those that run with these can share."""
+        """The blocks whose batches those that run with these can share."""
         return self
+
+    @property
+    def tuners(self) -> Tuners:
+        """The layers of an adapter, which batches of `host` have to ask; there are none here."""
+        return {}
 
     @cached_property
     def storages(self) -> frozenset[int]:
@@ -93,11 +81,7 @@ class Span:
     @torch.inference_mode()
     def run(self, start: int, end: int, hidden: torch.Tensor, **options: Any) -> list[torch.Tensor]:
         """`compute` without gradients, and without what they cost."""
-        quick = (
-            self.quick.during(hidden.shape[0] * hidden.shape[1]) if self.quick else nullcontext()
-        )
-        with quick:
-            return self.compute(start, end, hidden, **options)
+        return self.compute(start, end, hidden, **options)
 
     def compute(
         self,
@@ -105,7 +89,7 @@ class Span:
         end: int,
         hidden: torch.Tensor,
         *,
-        cache: SessionCache | JoinedCache | None = None,
+        cache: SessionCache | BatchCache | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         prompts: torch.Tensor | None = None,
@@ -149,13 +133,12 @@ class Span:
     def _here(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.to(self.device)
 
-    def run_joined(
+    def run_batch(
         self,
         start: int,
         end: int,
         hidden: Sequence[torch.Tensor],
         parts: Sequence[Part],
-        graph: Graph | None = None,
         **options: Any,
     ) -> list[list[torch.Tensor]]:
         """What `run` gives for each of several sessions, in one call for all of them.
@@ -163,36 +146,23 @@ class Span:
         Args:
             hidden: each session's ``[rows, positions, hidden size]``.
             parts: the sessions, in the same order.
-            graph: of `graphs`, to run instead of the decoder.
             options: ``position_ids`` ``[1, tokens]`` and ``states`` as in `compute`.
         """
         flat = torch.cat([own.reshape(1, -1, own.shape[2]) for own in hidden], dim=1)
-        if graph is not None:
-            outputs = graph.run(flat, parts, **options)
-        else:
-            cache = JoinedCache(parts)
-            with self.attending(start, end, cache), cache.mixture.hooked(self, start, end):
-                outputs = self.run(start, end, flat, cache=cache, **options)
+        cache = BatchCache(parts)
+        view: Any = self._view(start, end)
+        configs = [view.config, *self._configs]
+        with (
+            attending(configs, cache, str(view.config._attn_implementation)),
+            cache.mixture.hooked(self, start, end),
+        ):
+            outputs = self.run(start, end, flat, cache=cache, **options)
         sizes = [part.tokens for part in parts]
         shapes = [(part.rows, part.length, -1) for part in parts]
         split = [output[0].split(sizes) for output in outputs]
         return [
             [output[index].view(shape) for output in split] for index, shape in enumerate(shapes)
         ]
-
-    @contextmanager
-    def attending(
-        self, start: int, end: int, cache: JoinedCache, script: Script | None = None
-    ) -> Iterator[str]:
-        """Let blocks ``[start, end)`` attend as ``cache``'s sessions; how they do by themselves.
-
-        Args:
-            script: gets what a recording of this call must ask anew.
-        """
-        view: Any = self._view(start, end)
-        original = str(view.config._attn_implementation)
-        with joined([view.config, *self._configs], JoinedCall(cache, original, script)):
-            yield original
 
     @cached_property
     def _configs(self) -> list[PreTrainedConfig]:
@@ -230,11 +200,6 @@ class Span:
         restrict_config(config, first, first + len(layers))
         view.config = config
         return view
-
-    def likeness(self, block: int) -> Hashable:
-        """The same one for blocks that consist of the same operations (`alike`)."""
-        view: Any = self._view(block, block + 1)
-        return likeness(self.layer(block), view.config.to_dict())
 
     def adapter_weights(self, start: int, end: int) -> dict[str, nn.Parameter]:
         """The parameters of an adapter in blocks ``[start, end)``; there is none here."""

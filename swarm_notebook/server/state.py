@@ -3,7 +3,7 @@
 A step goes through three stages. `check` compares it with what the cache holds and gives its
 position; `needs` says how much memory it takes; `run`, in the torch thread, rolls back, selects
 rows, computes and appends; or `join` prepares the step for a call that it shares with others (see
-`joining`). A step that `check` refuses has changed nothing.
+`batching`). A step that `check` refuses has changed nothing.
 
 The attention mask of the past is kept here per position, because a request only brings that of
 its new tokens. As long as nobody sends a 0, there is no mask at all and HF takes its fast path.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +18,9 @@ from walks import Walk, prepared
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.server import graphs, joining, recording
+from swarm_notebook.server import products
 from swarm_notebook.server.adapters import AdaptedSpan
-from swarm_notebook.server.graphs import Graphs
-from swarm_notebook.server.linear import Products
-from swarm_notebook.server.recording import Subject
+from swarm_notebook.server.batching import Batching
 from swarm_notebook.server.span import Span
 from swarm_notebook.server.state import SessionState
 
@@ -42,14 +39,12 @@ FAMILIES = {"llama": ADAPTERS, "gpt2": ADAPTERS[:3], "gemma3_text": ADAPTERS[:2]
 def loaded(family: str, folder: Path) -> tuple[LocalModel, Span]:
     model = LocalModel(tiny_model(family, folder), 1, 4)
     blocks = load_blocks(resolve(model.folder), 1, 4, dtype=torch.float32)
-    span = Span(blocks.decoder, blocks.layers_name, 1)
-    span.joins = joining.try_out(span, HIDDEN)
-    return model, span
+    return model, Span(blocks.decoder, blocks.layers_name, 1)
 
 
 def adapted(base: Span, model: LocalModel, kind: str, **options: Any) -> AdaptedSpan:
     upload = Tuned(model, kind, seed=len(options), **options).as_upload()
-    span = AdaptedSpan(base, upload)
+    span = AdaptedSpan(base, upload, Batching.try_out(base, HIDDEN).token_wise)
     span.check(upload)
     span.load(upload)
     return span
@@ -78,15 +73,15 @@ def compare(base: Span, spans: list[Span]) -> int:
         walk: SessionState(base, context=None, choose=lambda _, span=span: span)
         for walk, span in walks.items()
     }
-    dice, called = random.Random(0), 0
+    dice, called, batching = random.Random(0), 0, Batching.try_out(base, HIDDEN)
     for _ in range(ROUNDS):
         groups: dict[Any, list[tuple[Walk, Any]]] = {}
         for walk in dice.sample(list(walks), dice.randint(2, len(walks))):
             turn = prepared(sessions[walk], walk.step())
-            groups.setdefault(joining.group(turn[1], turn[2], base), []).append((walk, turn))
-        expected = [[walk.run(turn[1]) for walk, turn in group] for group in groups.values()]
+            groups.setdefault(batching.group(turn.step, turn.position), []).append((walk, turn))
+        expected = [[walk.run(turn.step) for walk, turn in group] for group in groups.values()]
         with counted(base) as calls:
-            got = [joining.run([turn for _, turn in group]) for group in groups.values()]
+            got = [Batching.run([turn for _, turn in group]) for group in groups.values()]
         assert calls[0] <= len(groups)
         called += calls[0]
         for ours, theirs in zip(got, expected, strict=True):
@@ -108,7 +103,7 @@ def test_each_gets_what_it_gets_alone(family: str, tmp_path: Path) -> None:
     compare(base, everybody)
     with counted(base) as calls:
         steps = [first_step(base, span) for span in everybody]
-        joining.run(steps)
+        Batching.run(steps)
     assert calls[0] == 1
 
 
@@ -118,20 +113,15 @@ def first_step(base: Span, span: Span) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_from_recordings(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = (8, 64)
-    monkeypatch.setattr(graphs, "SIZES", sizes)
+def test_around_modules_with_a_forward_of_their_own(family: str, tmp_path: Path) -> None:
+    """What a layer of an adapter hides from its module is there again afterwards."""
     model, base = loaded(family, tmp_path)
+    products.install(base.layers, lambda call: call())
+    own = {module: vars(module).get("forward") for module in base.layers[0].modules()}
     spans = [adapted(base, model, kind, **options) for kind, options in FAMILIES[family]]
-    # Used even if they should not be faster on a busy machine.
-    monkeypatch.setattr(graphs, "_SLOWER", 0.0)
-    made = Graphs(base, HIDDEN, Products.of(base.layers), lambda call: call())
-    sites = frozenset(site for span in spans for site in span.tuners)
-    for size, tuned in itertools.product(sizes, (frozenset(), sites)):
-        for _ in range(graphs.WANTED_STEPS):
-            made.find(1, 4, size, tuned)
-    base.graphs = made
-    assert compare(base, [*spans, spans[0], base, base]) == 0
+    compare(base, [*spans, spans[0], base, base])
+    assert own == {module: vars(module).get("forward") for module in base.layers[0].modules()}
+    assert any(own.values()) == (family != "gpt2")  # which has no linear layers
 
 
 def test_one_around_a_parameter_goes_by_itself(tmp_path: Path) -> None:
@@ -157,7 +147,7 @@ def test_one_around_a_module_that_sees_some_tokens_goes_by_itself(
     model, base = loaded("llama", tmp_path)
     for layer in base.layers:
         layer.mlp.__class__ = Halves
-    assert joining.try_out(base, HIDDEN)
+    assert Batching.try_out(base, HIDDEN).possible
     inside, beside = (
         adapted(base, model, "LoraConfig", r=2, target_modules=[name])
         for name in ("down_proj", "q_proj")
@@ -165,18 +155,3 @@ def test_one_around_a_module_that_sees_some_tokens_goes_by_itself(
     assert (inside.host, beside.host) == (inside, base)
     compare(base, [inside, inside, beside, base])
     assert not caplog.records
-
-
-def test_a_module_that_is_not_recorded_is_not_forgotten(tmp_path: Path) -> None:
-    model, base = loaded("llama", tmp_path)
-    made = Graphs(base, HIDDEN, Products.of(base.layers), lambda call: call())
-    products = Products.of(base.layers)
-    for block in range(1, 4):
-        subject = Subject(block, 1, tuned=True)
-        made._recordings[subject] = recording.record(base, subject, HIDDEN, products)
-    sites = frozenset(adapted(base, model, "LoraConfig", r=2).tuners)
-    assert made.find(1, 4, 1, sites) is not None
-    one = made._recordings[Subject(2, 1, tuned=True)]
-    assert one is not None
-    one.script.sites.pop()
-    assert made.find(1, 4, 1, sites) is None

@@ -1,7 +1,7 @@
 """Sessions whose steps share calls against twins that run alone, for every family.
 
 Each session goes its own way (`walks`). In every round some of them have a step, and those that can
-be joined are.
+share a call do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from walks import Walk, prepared
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import AdapterMissing
-from swarm_notebook.server import joining
+from swarm_notebook.server.batching import SHORT_TOKENS, Batching, run_one
 from swarm_notebook.server.requests import Step
 from swarm_notebook.server.span import Span
 from swarm_notebook.server.state import SessionState
@@ -28,17 +28,19 @@ from swarm_notebook.server.state import SessionState
 HIDDEN = 48
 SESSIONS, ROUNDS = 5, 12
 # They do not call transformers' attention interface.
-PLAIN = {"bloom", "falcon"}
+PLAIN = {"BloomBlock", "FalconDecoderLayer"}
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def span(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Span:
     folder: Path = tiny_model(request.param, tmp_path_factory.mktemp("models"))
     loaded = load_blocks(resolve(folder), 1, 4, dtype=torch.float32)
-    span = Span(loaded.decoder, loaded.layers_name, 1)
-    span.joins = joining.try_out(span, HIDDEN)
-    assert span.joins == (request.param not in PLAIN)
-    return span
+    return Span(loaded.decoder, loaded.layers_name, 1)
+
+
+@pytest.fixture(scope="module")
+def batching(span: Span) -> Batching:
+    return Batching.try_out(span, HIDDEN)
 
 
 def close(ours: Any, theirs: Any) -> None:
@@ -46,36 +48,37 @@ def close(ours: Any, theirs: Any) -> None:
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
 
 
-def test_joined_sessions_get_what_they_get_alone(span: Span) -> None:
+def test_sessions_that_share_calls_get_what_they_get_alone(span: Span, batching: Batching) -> None:
     walks = [Walk(span, HIDDEN, seed) for seed in range(SESSIONS)]
-    joined = {walk: SessionState(span, context=None) for walk in walks}
+    together = {walk: SessionState(span, context=None) for walk in walks}
     dice, largest = random.Random(0), 0
     for _ in range(ROUNDS):
         groups = defaultdict(list)
         for walk in dice.sample(walks, dice.randint(2, SESSIONS)):
             step = walk.step()
-            turn = prepared(joined[walk], step)
-            key = joining.group(step, turn[2], span)
+            turn = prepared(together[walk], step)
+            key = batching.group(step, turn.position)
             groups[key or walk].append((walk, turn))
         for members in groups.values():
             turns = [turn for _, turn in members]
             largest = max(largest, len(turns))
-            results = joining.run(turns) if len(turns) > 1 else [joining.run_one(*turns[0])]
+            results = Batching.run(turns) if len(turns) > 1 else [run_one(turns[0])]
             for (walk, turn), got in zip(members, results, strict=True):
                 if isinstance(got, Exception):
                     raise got
-                close(got, walk.run(turn[1]))
-    assert largest >= 3 or not span.joins
+                close(got, walk.run(turn.step))
+    assert largest >= 3 or not batching.possible
+    assert batching.possible != (type(span.layers[0]).__name__ in PLAIN)
 
 
-def test_steps_that_concern_the_whole_call_run_alone(span: Span) -> None:
+def test_steps_that_concern_the_whole_call_run_alone(batching: Batching) -> None:
     one = torch.randn(1, 1, HIDDEN)
     prompts = torch.randn(3, 1, 4, HIDDEN)
 
     def group(position: int = 9, hidden: torch.Tensor = one, **fields: Any) -> Any:
-        return joining.group(Step((1, 4), hidden, **fields), position, span)
+        return batching.group(Step((1, 4), hidden, **fields), position)
 
-    if not span.joins:
+    if not batching.possible:
         assert group() is None
         return
     assert group() == group(hidden=torch.randn(4, 2, HIDDEN)) == group(states=(1,))
@@ -83,7 +86,7 @@ def test_steps_that_concern_the_whole_call_run_alone(span: Span) -> None:
     assert group(adapter=("a", 1)) == group()
     alone: list[dict[str, Any]] = [
         {"prompts": prompts, "position": 3},
-        {"hidden": torch.randn(1, joining.SHORT_TOKENS + 1, HIDDEN)},
+        {"hidden": torch.randn(1, SHORT_TOKENS + 1, HIDDEN)},
         {"hidden": one[:, :0]},
         {"inner": ((1, "self_attn"),)},
         {"seed": 1, "adapter": ("a", 1)},
@@ -93,7 +96,7 @@ def test_steps_that_concern_the_whole_call_run_alone(span: Span) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "rope", "joins"),
+    ("family", "rope", "shared"),
     [
         ("llama", {"rope_type": "linear", "factor": 2.0}, True),
         ("llama", {"rope_type": "dynamic", "factor": 2.0}, False),
@@ -111,7 +114,7 @@ def test_steps_that_concern_the_whole_call_run_alone(span: Span) -> None:
     ],
 )
 def test_rotations_that_would_stretch_for_everybody(
-    family: str, rope: dict[str, Any], joins: bool, tmp_path: Path
+    family: str, rope: dict[str, Any], shared: bool, tmp_path: Path
 ) -> None:
     """One session beyond the original length changes the rotations of a whole call."""
     parameters = {"rope_theta": 10000.0, **rope}
@@ -120,17 +123,18 @@ def test_rotations_that_would_stretch_for_everybody(
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     loaded = load_blocks(resolve(tmp_path), 1, 4, dtype=torch.float32)
-    assert joining.try_out(Span(loaded.decoder, loaded.layers_name, 1), HIDDEN) == joins
+    span = Span(loaded.decoder, loaded.layers_name, 1)
+    assert Batching.try_out(span, HIDDEN).possible == shared
 
 
 @pytest.fixture
-def sessions(span: Span) -> list[SessionState]:
-    if not span.joins:
+def sessions(span: Span, batching: Batching) -> list[SessionState]:
+    if not batching.possible:
         pytest.skip("runs session by session")
     made = [SessionState(span, context=None) for _ in range(3)]
     for seed, state in enumerate(made):
         hidden = torch.randn(1, 3, HIDDEN, generator=torch.Generator().manual_seed(seed))
-        joining.run_one(*prepared(state, Step((1, 4), hidden)))
+        run_one(prepared(state, Step((1, 4), hidden)))
     return made
 
 
@@ -142,16 +146,16 @@ def test_an_error_belongs_to_its_session_alone(sessions: list[SessionState]) -> 
     step = Step((1, 4), torch.randn(1, 1, HIDDEN))
     turns = [prepared(state, step) for state in sessions]
     sessions[1]._choose = refuse
-    first, second, third = joining.run(turns)
+    first, second, third = Batching.run(turns)
     assert isinstance(second, AdapterMissing)
     assert sessions[1].cache.length == 3
     for state, got in ((sessions[0], first), (sessions[2], third)):
         again = Step((1, 4), step.hidden, position=3)
-        close(got, joining.run_one(*prepared(state, again)))
+        close(got, run_one(prepared(state, again)))
 
 
 @pytest.mark.parametrize("span", ["llama"], indirect=True)
-def test_a_joined_call_that_fails_hurts_only_the_guilty(sessions: list[SessionState]) -> None:
+def test_a_shared_call_that_fails_hurts_only_the_guilty(sessions: list[SessionState]) -> None:
     """The cache of one session breaks in the second block, after the first has been written."""
     broken = sessions[1].cache
     update = broken.update
@@ -163,8 +167,8 @@ def test_a_joined_call_that_fails_hurts_only_the_guilty(sessions: list[SessionSt
 
     broken.update = fail  # type: ignore[method-assign]
     step = Step((1, 4), torch.randn(1, 1, HIDDEN))
-    first, second, third = joining.run([prepared(state, step) for state in sessions])
+    first, second, third = Batching.run([prepared(state, step) for state in sessions])
     assert isinstance(second, RuntimeError)
     for state, got in ((sessions[0], first), (sessions[2], third)):
         assert state.cache.length == 4
-        close(got, joining.run_one(*prepared(state, Step((1, 4), step.hidden, position=3))))
+        close(got, run_one(prepared(state, Step((1, 4), step.hidden, position=3))))

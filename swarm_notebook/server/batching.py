@@ -1,0 +1,230 @@
+"""Steps of several sessions as one call: which can share it, how, and whether the model allows it.
+
+`Batching.group` names the steps that can run as one: through the same blocks, whatever their
+adapters. A step runs alone if something in it concerns the whole call: prompts that are added to
+its positions, outputs of modules inside of blocks, dropout.
+
+`Batching.run` computes a batch in one call, and one more for each adapter that cannot be mixed in
+(`mixing`). A session whose step turns out to be wrong gets its error alone; if the call itself
+fails, its sessions run one by one, so that only the guilty one is hurt.
+
+`Batching.try_out` tells whether a model's blocks can be shared at all (see `attention`): two
+sessions of different shapes, one of them padded, must get the same together as apart. BLOOM and
+Falcon do not call transformers' attention interface; rotations that stretch with the longest
+sequence of a call would stretch for everybody in it. Such models run session by session.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from swarm_notebook.server import mixing
+from swarm_notebook.server.attention import Part
+from swarm_notebook.server.mixing import Site
+from swarm_notebook.server.requests import Step
+from swarm_notebook.server.span import Span
+from swarm_notebook.server.state import SessionState
+
+logger = logging.getLogger(__name__)
+
+# Beyond so many tokens (rows x positions) a step is compute of its own, which a batch cannot share.
+SHORT_TOKENS = 64
+
+# How transformers names rotations that depend on the largest position of a call.
+_STRETCHING = ("dynamic", "longrope")
+
+# How far results may be from those of sessions that run alone, relative to their size: some
+# roundings of the dtype through a few blocks.
+_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_CLOSE_HALF = 5e-2
+
+Outcome = list[torch.Tensor] | Exception
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchItem:
+    """A session's step, or the positions ``[begin, end)`` of one that is long.
+
+    Attributes:
+        position: where the step begins in its session.
+    """
+
+    state: SessionState
+    step: Step
+    position: int
+    begin: int
+    end: int
+
+
+def run_one(item: BatchItem) -> list[torch.Tensor]:
+    """The outputs of an item by itself."""
+    began = time.perf_counter()
+    outputs = item.state.run(item.step, item.position, item.begin, item.end)
+    item.step.times.compute += time.perf_counter() - began
+    return outputs
+
+
+@dataclass(frozen=True)
+class Batching:
+    """What the sessions of a span can share.
+
+    Attributes:
+        possible: whether they can share calls at all.
+        token_wise: the modules around which layers of adapters can be mixed in.
+    """
+
+    possible: bool = False
+    token_wise: frozenset[Site] = frozenset()
+
+    def group(self, step: Step, position: int) -> Hashable | None:
+        """Steps with the same one can run together; None for a step that runs alone."""
+        prompted = step.prompts is not None and position < step.prompts.shape[2]
+        if (
+            not self.possible
+            or not 0 < step.rows * step.length <= SHORT_TOKENS
+            or prompted
+            or step.inner
+            or step.seed is not None
+        ):
+            return None
+        return step.blocks
+
+    @staticmethod
+    def run(items: Sequence[BatchItem]) -> list[Outcome]:
+        """The outputs, or the error, of each item; all are of one group."""
+        outcomes: dict[int, Outcome] = {}
+        calls: dict[Span, dict[Span, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for index, item in enumerate(items):
+            try:
+                span = item.state.span_for(item.step)
+            except Exception as error:  # of this session alone
+                outcomes[index] = error
+            else:
+                calls[span.host][span].append(index)
+        for span, adapted in calls.items():
+            # Those with the same adapter are neighbours: it is asked once for all of them.
+            members = [index for same in adapted.values() for index in same]
+            ran = _run_call(span, [items[index] for index in members])
+            outcomes.update(zip(members, ran, strict=True))
+        return [outcomes[index] for index in range(len(items))]
+
+    @classmethod
+    @torch.inference_mode()
+    def try_out(cls, span: Span, hidden_size: int) -> Batching:
+        """What sessions of these blocks can share; runs a few tokens through all of them."""
+        if not span.takes_positions or any(
+            word in kind for kind in span.rotations for word in _STRETCHING
+        ):
+            return cls()
+        items = _trial(span, hidden_size)
+        apart = [run_one(item)[0] for item in items]
+        for item in items:
+            item.state.cache.truncate(*item.step.blocks, item.position)
+        parts = [item.state.join(item.step, item.position) for item in items]
+        try:
+            with mixing.token_wise(span, sum(part.tokens for part in parts)) as found:
+                together = _run_batch(span, items, parts)
+        except Exception as error:  # whatever a decoder does with what it does not expect
+            logger.info("steps of different sessions run one by one: %s", error)
+            return cls()
+        within = _CLOSE.get(span.dtype, _CLOSE_HALF)
+        for alone, shared in zip(apart, together, strict=True):
+            difference = (shared[0] - alone).float().norm() / alone.float().norm()
+            if not difference <= within:
+                logger.info("steps of different sessions run one by one: together they differ")
+                return cls()
+        return cls(possible=True, token_wise=frozenset(found))
+
+
+def _trial(span: Span, hidden_size: int) -> list[BatchItem]:
+    """The next steps of two sessions: one row, and two of which one is padded."""
+    noise = torch.Generator().manual_seed(0)
+    items = []
+    for rows, past, new in ((1, 7, 1), (2, 4, 2)):
+        hidden = torch.randn(rows, past + new, hidden_size, generator=noise)
+        mask = torch.ones(rows, past + new, dtype=torch.int64)
+        mask[1:, :2] = 0
+        blocks = (span.start, span.end)
+        state = SessionState(span, context=None)
+        state.run(Step(blocks, hidden[:, :past], attention_mask=mask[:, :past]), 0, 0, past)
+        step = Step(blocks, hidden[:, past:], attention_mask=mask[:, past:])
+        items.append(BatchItem(state, step, past, 0, new))
+    return items
+
+
+def _run_call(span: Span, items: Sequence[BatchItem]) -> list[Outcome]:
+    """`Batching.run`, for items that can share a call of these blocks."""
+    if len(items) == 1:
+        return [_alone(items[0])]
+    began = time.perf_counter()
+    outcomes: dict[int, Outcome] = {}
+    parts: dict[int, Part] = {}
+    for index, item in enumerate(items):
+        try:
+            parts[index] = item.state.join(item.step, item.position)
+        except Exception as error:  # of this session alone
+            outcomes[index] = error
+    ready = [items[index] for index in parts]
+    shared: Sequence[Outcome]
+    try:
+        shared = _run_batch(span, ready, list(parts.values()))
+    except Exception:
+        logger.exception("a step of %d sessions failed; they run one by one", len(ready))
+        shared = [_run_again(item) for item in ready]
+    outcomes.update(zip(parts, shared, strict=True))
+    for item in items:
+        item.step.times.compute += time.perf_counter() - began
+    return [outcomes[index] for index in range(len(items))]
+
+
+def _alone(item: BatchItem) -> Outcome:
+    try:
+        return run_one(item)
+    except Exception as error:  # belongs to who waits for this item
+        return error
+
+
+def _run_batch(
+    span: Span, items: Sequence[BatchItem], parts: Sequence[Part]
+) -> list[list[torch.Tensor]]:
+    if not items:
+        return []
+    ids: list[int] = []
+    for item in items:
+        ids += _position_ids(item.step, item.position)
+    wanted = sorted({index for item in items for index in item.step.states})
+    outputs = span.run_batch(
+        *items[0].step.blocks,
+        [item.step.hidden for item in items],
+        parts,
+        position_ids=torch.tensor([ids], device=span.device),
+        states=wanted,
+    )
+    results = []
+    for item, (result, *states) in zip(items, outputs, strict=True):
+        found = dict(zip(wanted, states, strict=True))
+        results.append([result, *(found[index] for index in item.step.states)])
+    return results
+
+
+def _position_ids(step: Step, position: int) -> list[int]:
+    """A step's position ids, row after row."""
+    if step.position_ids is None:
+        return list(range(position, position + step.length)) * step.rows
+    own: list[int] = step.position_ids.expand(step.rows, -1).flatten().tolist()
+    return own
+
+
+def _run_again(item: BatchItem) -> Outcome:
+    """An item by itself, after `join` has prepared it and a shared call has failed somewhere."""
+    try:
+        item.state.cache.truncate(*item.step.blocks, item.position)
+        return item.state.compute(item.step, item.position, item.begin, item.end)
+    except Exception as error:
+        return error
