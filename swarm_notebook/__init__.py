@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from swarm_notebook.cost import Bill as Bill
     from swarm_notebook.cost import Preview as Preview
     from swarm_notebook.errors import SwarmError as SwarmError
-    from swarm_notebook.lend import Lending as Lending
-    from swarm_notebook.local import LocalServer as LocalServer
-    from swarm_notebook.local import LocalSwarm as LocalSwarm
+    from swarm_notebook.local.lending import Lending as Lending
+    from swarm_notebook.local.swarm import LocalServer as LocalServer
+    from swarm_notebook.local.swarm import LocalSwarm as LocalSwarm
     from swarm_notebook.status import RouteTable as RouteTable
     from swarm_notebook.status import SwarmStatus as SwarmStatus
     from swarm_notebook.swarm import Swarm as Swarm
@@ -37,9 +37,9 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Bill": "cost",
-        "Lending": "lend",
-        "LocalServer": "local",
-        "LocalSwarm": "local",
+        "Lending": "local.lending",
+        "LocalServer": "local.process",
+        "LocalSwarm": "local.swarm",
         "Preview": "cost",
         "RouteTable": "status",
         "Swarm": "swarm",
@@ -75,13 +75,13 @@ __all__ = [
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """What ``%load_ext swarm_notebook`` does: the magics, and imports warmed up meanwhile."""
-    from swarm_notebook.magics import load
+    from swarm_notebook.notebook.magics import load
 
     load(shell)
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
     """Undo exactly what loading did."""
-    from swarm_notebook.magics import unload
+    from swarm_notebook.notebook.magics import unload
 
     unload(shell)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, StoppingCriteria
 
 import swarm_notebook as sn
 from swarm_notebook.client.session import InferenceSession
-from swarm_notebook.local import LocalServer
+from swarm_notebook.local.swarm import LocalServer
 from swarm_notebook.swarm import Swarm
 
 TOLERANCE = 1e-4

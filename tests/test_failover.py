@@ -27,7 +27,7 @@ from scene import (
     stop_then_kill,
 )
 
-from swarm_notebook.local import LocalServer
+from swarm_notebook.local.swarm import LocalServer
 from swarm_notebook.widgets import SwarmMap
 
 # A new session takes one of the first two servers; the others can stand in together.

@@ -17,7 +17,7 @@ from conftest import marked_processes
 
 from swarm_notebook import LocalSwarm
 from swarm_notebook.errors import ModelNotFound, ServerStartError
-from swarm_notebook.local import plan_spans
+from swarm_notebook.local.swarm import plan_spans
 
 
 def test_blocks_are_split_evenly_or_as_given() -> None:

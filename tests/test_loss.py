@@ -18,7 +18,7 @@ from scene import RESTART_SECONDS, TOLERANCE, AtToken, Scene, generate, scene
 
 from swarm_notebook.client import steps
 from swarm_notebook.errors import CacheFull, MissingBlocks
-from swarm_notebook.local import LocalServer
+from swarm_notebook.local.swarm import LocalServer
 
 PATIENCE = 3.0
 NOTICE_SECONDS = 2.0

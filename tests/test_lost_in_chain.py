@@ -24,7 +24,7 @@ from swarm_notebook.client import passage
 from swarm_notebook.client.hop import Hop
 from swarm_notebook.client.request import Outputs
 from swarm_notebook.client.walk import Walk
-from swarm_notebook.local import LocalServer
+from swarm_notebook.local.swarm import LocalServer
 
 # The first and the second of a chain have doubles, the last one has none.
 SPANS = [(0, 2), (2, 4), (4, 5), (0, 2), (2, 4)]

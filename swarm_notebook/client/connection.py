@@ -22,7 +22,7 @@ from swarm_notebook.client.session import InferenceSession
 from swarm_notebook.errors import ConnectionFailed
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import MODEL_INDEX_KEY, ModelRecord, parse_model_record
-from swarm_notebook.waiting import Waiting
+from swarm_notebook.progress import Waiting
 
 T = TypeVar("T")
 

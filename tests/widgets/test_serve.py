@@ -12,8 +12,8 @@ import torch
 
 import swarm_notebook as sn
 from swarm_notebook.errors import BlocksOutOfRange, ServerStartError
-from swarm_notebook.lend import ANY_INTERFACE
-from swarm_notebook.local_server import ANY_PORT
+from swarm_notebook.local.lending import ANY_INTERFACE
+from swarm_notebook.local.process import ANY_PORT
 from swarm_notebook.widgets import ServePanel
 
 if TYPE_CHECKING:

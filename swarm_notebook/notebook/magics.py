@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.error import UsageError
 
 from swarm_notebook.errors import SwarmError
-from swarm_notebook.magic_arguments import CommandLine, HelpShown
-from swarm_notebook.warmup import Warmup
+from swarm_notebook.notebook.arguments import CommandLine, HelpShown
+from swarm_notebook.notebook.warmup import Warmup
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 MODULES = (
     "swarm_notebook.swarm",
-    "swarm_notebook.local",
+    "swarm_notebook.local.swarm",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "tqdm.auto",

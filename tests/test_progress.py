@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from swarm_notebook.client import connection
-from swarm_notebook.waiting import Waiting
+from swarm_notebook.progress import Waiting
 
 if TYPE_CHECKING:
     from scene import Scene

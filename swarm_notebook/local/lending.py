@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.client.connection import Inquiry
 from swarm_notebook.errors import BlocksOutOfRange, ServerStartError
-from swarm_notebook.local import Conversion
-from swarm_notebook.local_server import ANY_PORT, LocalServer, server_environment
+from swarm_notebook.local.process import ANY_PORT, LocalServer, server_environment
+from swarm_notebook.local.swarm import Conversion
 
 if TYPE_CHECKING:
     from swarm_notebook.swarm import Swarm

@@ -5,7 +5,7 @@
 
 All processes start at once, for most of their start is importing; the others join the first as
 soon as it listens. Closing the swarm (or leaving this process, in whatever way) ends them. See
-`local_server` for the life of one of them.
+`process` for the life of one of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from swarm_notebook.formatting import size
-from swarm_notebook.local_server import (
+from swarm_notebook.local.process import (
     POLL_SECONDS,
     START_SECONDS,
     LocalServer,
