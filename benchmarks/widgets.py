@@ -154,7 +154,7 @@ class Large:
         self.round = 0
 
     def status(self, *, refresh: bool = True) -> Any:
-        from swarm_notebook.status import ServerRow, SwarmStatus
+        from swarm_notebook.report.status import ServerRow, SwarmStatus
 
         self.round += 1
         width = 2 * BLOCKS // SERVERS + 6

@@ -18,34 +18,34 @@ from swarm_notebook.lazy import lazy_names
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from swarm_notebook.cost import Bill as Bill
-    from swarm_notebook.cost import Preview as Preview
     from swarm_notebook.errors import SwarmError as SwarmError
     from swarm_notebook.local.lending import Lending as Lending
     from swarm_notebook.local.swarm import LocalServer as LocalServer
     from swarm_notebook.local.swarm import LocalSwarm as LocalSwarm
-    from swarm_notebook.status import RouteTable as RouteTable
-    from swarm_notebook.status import SwarmStatus as SwarmStatus
+    from swarm_notebook.report.cost import Bill as Bill
+    from swarm_notebook.report.cost import Preview as Preview
+    from swarm_notebook.report.status import RouteTable as RouteTable
+    from swarm_notebook.report.status import SwarmStatus as SwarmStatus
+    from swarm_notebook.report.trace import Trace as Trace
     from swarm_notebook.swarm import Swarm as Swarm
     from swarm_notebook.swarm import connect as connect
     from swarm_notebook.swarm import look as look
-    from swarm_notebook.trace import Trace as Trace
 
 __version__ = "0.1.0"
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Bill": "cost",
+        "Bill": "report.cost",
         "Lending": "local.lending",
         "LocalServer": "local.process",
         "LocalSwarm": "local.swarm",
-        "Preview": "cost",
-        "RouteTable": "status",
+        "Preview": "report.cost",
+        "RouteTable": "report.status",
         "Swarm": "swarm",
         "SwarmError": "errors",
-        "SwarmStatus": "status",
-        "Trace": "trace",
+        "SwarmStatus": "report.status",
+        "Trace": "report.trace",
         "connect": "swarm",
         "errors": "errors",
         "look": "swarm",

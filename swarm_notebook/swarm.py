@@ -16,17 +16,17 @@ import torch
 from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.directory import PATIENCE
+from swarm_notebook.client.discovery import await_spans, choose_dtype, only_model, only_record
 from swarm_notebook.client.events import MAX_EVENTS, Subscription
-from swarm_notebook.cost import Bill, Preview, expect, from_accounts
-from swarm_notebook.facts import route_of, status_of
 from swarm_notebook.local.swarm import LocalSwarm
 from swarm_notebook.model import drafting, skeleton
 from swarm_notebook.model.drafting import Draft
 from swarm_notebook.net.tensors import COMPRESSIONS, NONE
 from swarm_notebook.progress import Waiting
-from swarm_notebook.served import await_spans, choose_dtype, only_model, only_record
-from swarm_notebook.status import RouteTable, SwarmStatus
-from swarm_notebook.trace import Trace, from_timeline
+from swarm_notebook.report.cost import Bill, Preview, expect, from_accounts
+from swarm_notebook.report.facts import route_of, status_of
+from swarm_notebook.report.status import RouteTable, SwarmStatus
+from swarm_notebook.report.trace import Trace, from_timeline
 from swarm_notebook.writing.prompts import callback_streamer, encode
 
 if TYPE_CHECKING:

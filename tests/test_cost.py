@@ -10,9 +10,9 @@ import torch
 from swarm_notebook.client.events import HopTimes, Step
 from swarm_notebook.client.ledger import Ledger
 from swarm_notebook.client.routing import Leg
-from swarm_notebook.cost import Bill, ServerBill, duration, expect
-from swarm_notebook.formatting import size
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
+from swarm_notebook.report.cost import Bill, ServerBill, duration, expect
+from swarm_notebook.report.formatting import size
 
 if TYPE_CHECKING:
     from scene import Scene

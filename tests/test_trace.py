@@ -10,7 +10,7 @@ from scene import NEW_TOKENS, Scene, generate
 
 from swarm_notebook.client import passage
 from swarm_notebook.client.events import Events, Failover, HopTimes, Step, Timeline
-from swarm_notebook.trace import Trace, from_timeline
+from swarm_notebook.report.trace import Trace, from_timeline
 
 HOP = HopTimes("Qm1", "<i>left</i>", 0, 3, 0.001, 0.002, 0.003, 0.004)
 

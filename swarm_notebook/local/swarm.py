@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from swarm_notebook.formatting import size
 from swarm_notebook.local.process import (
     POLL_SECONDS,
     START_SECONDS,
     LocalServer,
     server_environment,
 )
+from swarm_notebook.report.formatting import size
 
 __all__ = ["LocalServer", "LocalSwarm"]
 

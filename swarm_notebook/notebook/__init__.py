@@ -1,1 +1,1 @@
-"""What IPython sees: the magics, their arguments, and the imports that are warmed up behind them."""
+"""What IPython sees: the magics, their arguments, and imports that are warmed up meanwhile."""

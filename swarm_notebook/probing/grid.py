@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from swarm_notebook.formatting import text_table
+from swarm_notebook.report.formatting import text_table
 
 _STYLE = """<style>
 .sn-grid { overflow-x: auto; color: var(--jp-ui-font-color1, inherit); }

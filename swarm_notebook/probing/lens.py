@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from swarm_notebook.formatting import model_title
 from swarm_notebook.probing.grid import Cell, as_html, as_text
 from swarm_notebook.probing.subject import Subject, Target, Text
+from swarm_notebook.report.formatting import model_title
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from swarm_notebook.formatting import text_table
 from swarm_notebook.probing.grid import Cell, as_html
 from swarm_notebook.probing.view import HiddenStates
+from swarm_notebook.report.formatting import text_table
 from swarm_notebook.tuning.manifest import MANIFEST_FILE
 
 WEIGHTS_FILE = "probes.safetensors"

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from swarm_notebook.formatting import model_title
 from swarm_notebook.probing.grid import Cell, as_html, as_text
 from swarm_notebook.probing.subject import Subject, Target, Text
+from swarm_notebook.report.formatting import model_title
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
-from swarm_notebook.formatting import model_title
 from swarm_notebook.probing.store import Key, ShardFolder, Shards, digest
 from swarm_notebook.probing.subject import Subject, Target
 from swarm_notebook.probing.view import HiddenStates
+from swarm_notebook.report.formatting import model_title
 from swarm_notebook.tuning.manifest import describe_run
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from swarm_notebook.formatting import model_title
+from swarm_notebook.report.formatting import model_title
 from swarm_notebook.tuning.manifest import MANIFEST_FILE
 
 logger = logging.getLogger(__name__)

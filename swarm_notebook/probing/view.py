@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from swarm_notebook.formatting import format_runs, model_title
 from swarm_notebook.probing.store import INDEX_FILE, Key, ShardFolder, Shards, digest
+from swarm_notebook.report.formatting import format_runs, model_title
 
 
 class HiddenStates:

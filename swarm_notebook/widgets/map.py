@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 
-from swarm_notebook import status_html
 from swarm_notebook.client.events import Failover
 from swarm_notebook.errors import MissingBlocks
-from swarm_notebook.formatting import format_runs
+from swarm_notebook.report import status_html
+from swarm_notebook.report.formatting import format_runs
 from swarm_notebook.widgets.base import Widget, action
 from swarm_notebook.widgets.live import start_pulse
 from swarm_notebook.widgets.traffic import Traffic
 
 if TYPE_CHECKING:
-    from swarm_notebook.cost import ServerBill
-    from swarm_notebook.status import ServerRow, SwarmStatus
+    from swarm_notebook.report.cost import ServerBill
+    from swarm_notebook.report.status import ServerRow, SwarmStatus
     from swarm_notebook.swarm import Swarm
 
 PERIOD = 0.25

@@ -15,9 +15,9 @@ from typing import Any
 
 import traitlets
 
-from swarm_notebook.formatting import model_title, number
 from swarm_notebook.local.lending import Lending
-from swarm_notebook.status_html import STYLE
+from swarm_notebook.report.formatting import model_title, number
+from swarm_notebook.report.status_html import STYLE
 from swarm_notebook.widgets.base import Widget, action
 from swarm_notebook.widgets.live import start_pulse
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 
 from swarm_notebook.errors import SwarmError
-from swarm_notebook.formatting import model_title
+from swarm_notebook.report.formatting import model_title
 from swarm_notebook.swarm import Swarm
 from swarm_notebook.widgets.base import Widget, action
 from swarm_notebook.widgets.paced import Paced
@@ -23,7 +23,7 @@ from swarm_notebook.writing import Sampling, Vocabulary, Writer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from swarm_notebook.cost import Bill
+    from swarm_notebook.report.cost import Bill
 
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
 

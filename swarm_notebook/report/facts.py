@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from swarm_notebook.client.routing import leg_seconds
 from swarm_notebook.net.records import ServerSpan, ServerState
 from swarm_notebook.net.tensors import COMPRESSIONS
-from swarm_notebook.status import RouteHop, RouteTable, ServerRow, SwarmStatus
+from swarm_notebook.report.status import RouteHop, RouteTable, ServerRow, SwarmStatus
 
 if TYPE_CHECKING:
     from swarm_notebook.client.directory import Directory, Snapshot

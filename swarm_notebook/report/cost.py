@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.client.passage import part_count
 from swarm_notebook.client.routing import leg_seconds, prompt_seconds
-from swarm_notebook.formatting import clean, model_title, number, size, text_table
-from swarm_notebook.status_html import STYLE
+from swarm_notebook.report.formatting import clean, model_title, number, size, text_table
+from swarm_notebook.report.status_html import STYLE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

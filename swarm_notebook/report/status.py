@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook import status_html
-from swarm_notebook.formatting import (
+from swarm_notebook.report import status_html
+from swarm_notebook.report.formatting import (
     clean,
     format_runs,
     milliseconds,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.client.events import HopTimes
-from swarm_notebook.formatting import clean, model_title, text_table
+from swarm_notebook.report.formatting import clean, model_title, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,7 +131,7 @@ class Trace:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per pass and server; seconds."""
-        from swarm_notebook.status import data_frame
+        from swarm_notebook.report.status import data_frame
 
         rows = [
             {"pass": number, "position": one.position, "tokens": one.tokens, "client": one.client}
@@ -157,7 +157,7 @@ class Trace:
         return "\n".join([*lines, *(f"lost: {clean(reason)}" for reason in self.failovers)])
 
     def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
-        from swarm_notebook import trace_html
+        from swarm_notebook.report import trace_html
 
         return {"text/plain": repr(self), "text/html": trace_html.trace(self)}
 

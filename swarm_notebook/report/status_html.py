@@ -10,10 +10,10 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from swarm_notebook.formatting import UNKNOWN, milliseconds, number
+from swarm_notebook.report.formatting import UNKNOWN, milliseconds, number
 
 if TYPE_CHECKING:
-    from swarm_notebook.status import RouteTable, ServerRow, SwarmStatus
+    from swarm_notebook.report.status import RouteTable, ServerRow, SwarmStatus
 
 STYLE = """<style>
 .sn-view {

@@ -5,13 +5,13 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from swarm_notebook.status_html import STYLE
-from swarm_notebook.trace import PARTS
+from swarm_notebook.report.status_html import STYLE
+from swarm_notebook.report.trace import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from swarm_notebook.trace import PassTimes, Trace
+    from swarm_notebook.report.trace import PassTimes, Trace
 
 WIDTH, HEIGHT, LEFT = 640, 120, 56
 MAX_BARS = 160
