@@ -140,7 +140,7 @@ def _serve(options: argparse.Namespace) -> int:
     # from other servers on the same machine: two that computed at once took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from swarm_notebook.checkpoint.source import resolve
-    from swarm_notebook.server import serve
+    from swarm_notebook.server import app
 
     settings = {key: value for key, value in vars(options).items() if key != "run"}
     if options.initial_peers == ["-"]:
@@ -151,7 +151,7 @@ def _serve(options: argparse.Namespace) -> int:
         if not line:
             return 0  # whoever started this server is gone
         settings["initial_peers"] = line.split()
-    return serve.main(serve.ServeOptions(**settings))
+    return app.main(app.ServeOptions(**settings))
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -12,8 +12,8 @@ from torch import nn
 from training_wire import Bench, LocalModel, layers_of, run_blocks
 
 from swarm_notebook.net import protocol
-from swarm_notebook.server.adapter_config import parse_configs
-from swarm_notebook.server.uploads import Recipe, Upload
+from swarm_notebook.server.adapters.config import parse_configs
+from swarm_notebook.server.adapters.upload import Recipe, Upload
 
 TARGETS = {
     "bloom": ("query_key_value", "dense_4h_to_h"),

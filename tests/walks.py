@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from swarm_notebook.server.batching import BatchItem, run_one
-from swarm_notebook.server.requests import Step
-from swarm_notebook.server.span import Span
-from swarm_notebook.server.state import SessionState
+from swarm_notebook.server.engine.batching import BatchItem, run_one
+from swarm_notebook.server.engine.requests import Step
+from swarm_notebook.server.engine.session_state import SessionState
+from swarm_notebook.server.engine.span import Span
 
 
 class Walk:

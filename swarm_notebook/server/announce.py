@@ -63,9 +63,13 @@ class Announcer:
 
     async def stop(self, info: ServerInfo) -> None:
         """Announce a last record (offline) and stop."""
+        self.cancel()
+        await self.announce(info)
+
+    def cancel(self) -> None:
+        """Announce nothing more; what was announced expires."""
         if self._task is not None:
             self._task.cancel()
-        await self.announce(info)
 
     async def _keep(self, describe: Callable[[], ServerInfo]) -> None:
         stored = True

@@ -18,8 +18,8 @@ from tuned import Tuned, key, random
 from swarm_notebook.errors import AdapterMissing, BadRequest, CacheFull
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream, StreamClosed, open_stream
-from swarm_notebook.server import adapter_file
-from swarm_notebook.server.adapter_config import parse_configs
+from swarm_notebook.server.adapters.config import parse_configs
+from swarm_notebook.server.adapters.file import parse_safetensors
 
 NAME = "model.layers.1.self_attn.q_proj.lora_A.default.weight"
 
@@ -110,10 +110,10 @@ def test_files_are_read_as_they_were_written() -> None:
         "c": torch.randn(2, 1, 2, dtype=torch.float16),
         "empty": torch.empty(0, 3),
     }
-    found = adapter_file.read(uint8(save(tensors, {"format": "pt"})))
+    found = parse_safetensors(uint8(save(tensors, {"format": "pt"})))
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    odd = adapter_file.read(uint8(file({"a": entry([1], 0, 4)}, b"\0\0\x80\x3f")))
+    odd = parse_safetensors(uint8(file({"a": entry([1], 0, 4)}, b"\0\0\x80\x3f")))
     assert odd["a"].tolist() == [1.0]
 
 
@@ -146,7 +146,7 @@ BROKEN: dict[str, bytes] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files(name: str) -> None:
     with pytest.raises(BadRequest):
-        adapter_file.read(uint8(BROKEN[name]))
+        parse_safetensors(uint8(BROKEN[name]))
 
 
 def lora_config(tuned: Tuned, **fields: Any) -> dict[str, str]:

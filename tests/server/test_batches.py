@@ -20,10 +20,10 @@ from walks import Walk, prepared
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import AdapterMissing
-from swarm_notebook.server.batching import SHORT_TOKENS, Batching, run_one
-from swarm_notebook.server.requests import Step
-from swarm_notebook.server.span import Span
-from swarm_notebook.server.state import SessionState
+from swarm_notebook.server.engine.batching import SHORT_TOKENS, Batching, run_one
+from swarm_notebook.server.engine.requests import Step
+from swarm_notebook.server.engine.session_state import SessionState
+from swarm_notebook.server.engine.span import Span
 
 HIDDEN = 48
 SESSIONS, ROUNDS = 5, 12

@@ -23,9 +23,9 @@ from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import ServerBusy
 from swarm_notebook.net import protocol
 from swarm_notebook.net.streams import StreamClosed
-from swarm_notebook.server import memory
-from swarm_notebook.server.requests import Step
-from swarm_notebook.server.span import Span
+from swarm_notebook.server.engine import kv_budget
+from swarm_notebook.server.engine.requests import Step
+from swarm_notebook.server.engine.span import Span
 
 HIDDEN, TOLERANCE = 48, 1e-4
 SESSIONS, STEPS = 6, 12
@@ -220,9 +220,9 @@ def test_a_client_that_opens_a_thousand_sessions(llama: Bench) -> None:
 
     async def flood() -> list[RawSession]:
         sessions: list[RawSession] = []
-        for number in range(memory.CLIENT_SESSIONS + 20):
+        for number in range(kv_budget.CLIENT_SESSIONS + 20):
             sessions.append(await greedy.session(llama.server.peer))
-            if number < memory.CLIENT_SESSIONS:
+            if number < kv_budget.CLIENT_SESSIONS:
                 await sessions[-1].step(uid, hidden)
                 continue
             with pytest.raises(ServerBusy, match="128 sessions open here"):
@@ -232,7 +232,7 @@ def test_a_client_that_opens_a_thousand_sessions(llama: Bench) -> None:
     try:
         sessions = greedy.run(flood())
         held = llama.info()["sessions"] - before["sessions"]
-        assert (held, len(sessions)) == (memory.CLIENT_SESSIONS, memory.CLIENT_SESSIONS + 20)
+        assert (held, len(sessions)) == (kv_budget.CLIENT_SESSIONS, kv_budget.CLIENT_SESSIONS + 20)
         session = llama.client.run(llama.client.session(llama.server.peer))
         expected = run_blocks(llama.model, llama.start, llama.end, hidden)[-1].detach()
         close(llama.client.run(session.step(uid, hidden)), [expected])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from swarm_notebook.errors import BadRequest, CacheFull
-from swarm_notebook.server.activations import KEEP_SECONDS, Activations
-from swarm_notebook.server.adapter_store import IDLE_SECONDS, AdapterLimits, AdapterStore
+from swarm_notebook.server.adapters.store import IDLE_SECONDS, AdapterLimits, AdapterStore
+from swarm_notebook.server.engine.activation_store import KEEP_SECONDS, Activations
 
 
 class Clock:

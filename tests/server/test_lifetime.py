@@ -27,9 +27,9 @@ from swarm_notebook.net.records import (
     parse_model_record,
     parse_record,
 )
+from swarm_notebook.server.app import ServeOptions, serve
+from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.lifetime import ServerLoop
-from swarm_notebook.server.serve import ServeOptions, serve
-from swarm_notebook.server.span import Span
 
 PREFIX, BLOCKS = "tiny-llama", 5
 UID = protocol.uid_chain(PREFIX, 0, BLOCKS)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from swarm_notebook.errors import CacheFull, ServerBusy
-from swarm_notebook.server import memory
-from swarm_notebook.server.cache import grown_capacity
-from swarm_notebook.server.memory import Account, CachePool, Grant, Ledger
+from swarm_notebook.server.engine import kv_budget
+from swarm_notebook.server.engine.kv_budget import Account, CachePool, Grant, Ledger
+from swarm_notebook.server.engine.kv_cache import grown_capacity
 
 
 def ledger(total: int, *held: tuple[int, float, bool]) -> tuple[Ledger, list[Account]]:
@@ -56,14 +56,14 @@ def test_sessions_without_memory_are_not_dropped_in_vain() -> None:
 
 
 def test_one_client_may_have_so_many_sessions() -> None:
-    books = Ledger(100, [Account(lambda: None, "mine") for _ in range(memory.CLIENT_SESSIONS)])
+    books = Ledger(100, [Account(lambda: None, "mine") for _ in range(kv_budget.CLIENT_SESSIONS)])
     with pytest.raises(ServerBusy, match="128 sessions open"):
         books.admit("mine", now=1e6)
     assert books.admit("other", now=0) is None
 
 
 def test_when_all_sessions_are_taken_the_longest_idle_one_makes_room() -> None:
-    books = Ledger(100, [Account(lambda: None, busy=True) for _ in range(memory.SESSIONS)])
+    books = Ledger(100, [Account(lambda: None, busy=True) for _ in range(kv_budget.SESSIONS)])
     with pytest.raises(ServerBusy, match="all of the 1024 sessions"):
         books.admit("mine", now=100)
     newer, older = books.accounts[5], books.accounts[9]
@@ -149,7 +149,7 @@ def test_a_wait_in_vain_names_the_numbers() -> None:
 def test_a_session_that_was_idle_during_the_whole_wait_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "SHORT_IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(kv_budget, "SHORT_IDLE_SECONDS", 0.1)
 
     async def work() -> None:
         lost: list[str] = []
@@ -188,8 +188,8 @@ def test_an_idle_notebook_keeps_its_memory_until_others_need_it() -> None:
 
 
 def test_few_may_wait_and_who_holds_memory_looks_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "WAITING", 3)
-    monkeypatch.setattr(memory, "CLIENT_WAITING", 2)
+    monkeypatch.setattr(kv_budget, "WAITING", 3)
+    monkeypatch.setattr(kv_budget, "CLIENT_WAITING", 2)
 
     async def work() -> None:
         pool = CachePool(100)

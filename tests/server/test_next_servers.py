@@ -24,8 +24,8 @@ from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol
-from swarm_notebook.server import fields
-from swarm_notebook.server.span import Span
+from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.rpc import fields
 
 SPANS = [(0, 2), (2, 4), (4, 5)]
 HIDDEN, SECONDS, QUIET_SECONDS = 48, 30.0, 0.5

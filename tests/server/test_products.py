@@ -14,11 +14,11 @@ from torch import nn
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.server import products
-from swarm_notebook.server.products import LONG_TOKENS, WANTED_PASSES, packed, plain, turned
-from swarm_notebook.server.requests import Step
-from swarm_notebook.server.span import Span
-from swarm_notebook.server.state import SessionState
+from swarm_notebook.server.engine import products
+from swarm_notebook.server.engine.products import LONG_TOKENS, WANTED_PASSES, packed, plain, turned
+from swarm_notebook.server.engine.requests import Step
+from swarm_notebook.server.engine.session_state import SessionState
+from swarm_notebook.server.engine.span import Span
 
 HIDDEN = 48
 # They multiply by something else than `torch.nn.Linear`.

@@ -18,9 +18,9 @@ from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol, streams, tensors
-from swarm_notebook.server import inbox
-from swarm_notebook.server.relay import EARLY_BYTES_PER_PEER
-from swarm_notebook.server.span import Span
+from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.rpc import inbox
+from swarm_notebook.server.rpc.push import EARLY_BYTES_PER_PEER
 
 HIDDEN = 48
 SECONDS = 30.0

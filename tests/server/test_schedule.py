@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from swarm_notebook.errors import ServerBusy
-from swarm_notebook.server import schedule
-from swarm_notebook.server.schedule import Backlog, Company, Kind, Pace, Schedule, Task
+from swarm_notebook.server.engine import scheduler
+from swarm_notebook.server.engine.scheduler import Backlog, Company, Kind, Pace, Schedule, Task
 
 GROUP = ((0, 5), None)
 
@@ -54,7 +54,7 @@ def test_steps_of_one_group_run_as_one() -> None:
 
 
 def test_a_batch_is_bounded_and_the_rest_is_next() -> None:
-    half = schedule.BATCH_TOKENS // 2
+    half = scheduler.BATCH_TOKENS // 2
     made = filled(step("a", half), step("b", half), step("c", half))
     assert clients(made.take()) == ["a", "b"]
     made.ran([step("a", half), step("b", half)], 1.0)
@@ -66,7 +66,7 @@ def test_a_client_with_a_thousand_sessions_does_not_push_another_one_out() -> No
     made = filled(*[step("many") for _ in range(1000)], step("one"))
     for _ in range(20):
         taken = [task for task, _ in made.take()]
-        assert len(taken) == schedule.BATCH_TOKENS
+        assert len(taken) == scheduler.BATCH_TOKENS
         assert "one" in {task.client for task in taken}
         made.ran(taken, 0.05)
         for task in taken:
@@ -128,15 +128,15 @@ def test_clients_that_left_are_forgotten() -> None:
 
 def test_passes_are_bounded_for_one_and_for_all() -> None:
     backlog, mine = Backlog(), Task(Kind.PASS, "mine")
-    for _ in range(schedule.CLIENT_PASSES):
+    for _ in range(scheduler.CLIENT_PASSES):
         backlog.enter(mine)
     with pytest.raises(ServerBusy, match=r"64 requests of this peer"):
         backlog.enter(mine)
     backlog.enter(step("mine"))
-    backlog.enter(schedule.CHORE)
+    backlog.enter(scheduler.CHORE)
     backlog.leave(mine)
     backlog.enter(mine)
-    for number in range(schedule.PASSES - schedule.CLIENT_PASSES):
+    for number in range(scheduler.PASSES - scheduler.CLIENT_PASSES):
         backlog.enter(Task(Kind.PASS, f"other {number}"))
     with pytest.raises(ServerBusy, match=r"0 requests of this peer and 256 of all"):
         backlog.enter(Task(Kind.PASS, "late"))
@@ -165,7 +165,7 @@ def test_who_is_alone_never_waits() -> None:
 def test_waiting_is_short_beside_a_call() -> None:
     assert decoding(1, 2).patience(1, now=10.0) == pytest.approx(0.003)
     assert decoding(1, 2, call=0.002).patience(1, now=10.0) == pytest.approx(0.0003)
-    assert decoding(1, 2, call=1.0).patience(1, now=10.0) == schedule.GATHER_SECONDS
+    assert decoding(1, 2, call=1.0).patience(1, now=10.0) == scheduler.GATHER_SECONDS
 
 
 def test_who_waits_in_vain_waits_less() -> None:
@@ -193,14 +193,14 @@ def test_nothing_is_waited_for_that_could_not_be_joined() -> None:
 
 def test_pieces_are_as_long_as_their_time() -> None:
     pace = Pace()
-    assert pace.piece(crowded=True) == schedule.FIRST_PIECE
+    assert pace.piece(crowded=True) == scheduler.FIRST_PIECE
     for _ in range(30):
         pace.ran(100, 0.1)
     assert pace.piece(crowded=True) == 60
     assert pace.piece(crowded=False) == 500
     for _ in range(30):
         pace.ran(10, 0.1)
-    assert pace.piece(crowded=True) == schedule.MIN_PIECE
+    assert pace.piece(crowded=True) == scheduler.MIN_PIECE
     for _ in range(30):
         pace.ran(100_000, 0.1)
-    assert pace.piece(crowded=True) == schedule.MAX_PIECE
+    assert pace.piece(crowded=True) == scheduler.MAX_PIECE

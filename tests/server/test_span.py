@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import BadRequest, Unsupported
-from swarm_notebook.server.requests import Step
-from swarm_notebook.server.span import Span
-from swarm_notebook.server.state import SessionState
+from swarm_notebook.server.engine.requests import Step
+from swarm_notebook.server.engine.session_state import SessionState
+from swarm_notebook.server.engine.span import Span
 
 TOLERANCE = 1e-4
 

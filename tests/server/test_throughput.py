@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from swarm_notebook.server import throughput
-from swarm_notebook.server.schedule import CHORE, Kind, Task
-from swarm_notebook.server.throughput import Meter, Throughput
+from swarm_notebook.server.engine import throughput
+from swarm_notebook.server.engine.scheduler import CHORE, Kind, Task
+from swarm_notebook.server.engine.throughput import Meter, Throughput
 
 
 def test_the_best_of_several_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 
 import torch
 
-from swarm_notebook.server import mixing
-from swarm_notebook.server.attention import Part
-from swarm_notebook.server.mixing import Site
-from swarm_notebook.server.requests import Step
-from swarm_notebook.server.span import Span
-from swarm_notebook.server.state import SessionState
+from swarm_notebook.server.adapters import mixing
+from swarm_notebook.server.adapters.mixing import Site
+from swarm_notebook.server.engine.attention import Part
+from swarm_notebook.server.engine.requests import Step
+from swarm_notebook.server.engine.session_state import SessionState
+from swarm_notebook.server.engine.span import Span
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ _LENGTH_BYTES = 8
 _SHOWN = 120
 
 
-def read(file: torch.Tensor) -> dict[str, torch.Tensor]:
+def parse_safetensors(file: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors in a file, by name, as views of it.
 
     Raises:

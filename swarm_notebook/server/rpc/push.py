@@ -31,8 +31,8 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net import protocol
 from swarm_notebook.net.streams import Stream, open_stream
-from swarm_notebook.server import fields
-from swarm_notebook.server.onward import Onward
+from swarm_notebook.server.rpc import fields
+from swarm_notebook.server.rpc.petals_push import Onward
 
 logger = logging.getLogger(__name__)
 

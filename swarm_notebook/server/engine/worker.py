@@ -18,7 +18,15 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from swarm_notebook.server.schedule import CHORE, Backlog, Company, Kind, Pace, Schedule, Task
+from swarm_notebook.server.engine.scheduler import (
+    CHORE,
+    Backlog,
+    Company,
+    Kind,
+    Pace,
+    Schedule,
+    Task,
+)
 
 # Takes the one argument of each of several jobs; gives, for each, its result or its error.
 Together = Callable[[Sequence[Any]], Sequence[Any]]

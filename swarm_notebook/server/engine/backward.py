@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from swarm_notebook.server.requests import Backward, Forward
-from swarm_notebook.server.span import Span
+from swarm_notebook.server.engine.requests import Backward, Forward
+from swarm_notebook.server.engine.span import Span
 
 # What autograd takes for a block besides tensors, about: with few tokens it is more than they are.
 NODE_BYTES = 64 << 10

@@ -16,10 +16,10 @@ from collections.abc import Callable
 import torch
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.server.attention import Part
-from swarm_notebook.server.cache import SessionCache, grown_capacity
-from swarm_notebook.server.requests import Step
-from swarm_notebook.server.span import Span
+from swarm_notebook.server.engine.attention import Part
+from swarm_notebook.server.engine.kv_cache import SessionCache, grown_capacity
+from swarm_notebook.server.engine.requests import Step
+from swarm_notebook.server.engine.span import Span
 
 
 class SessionState:

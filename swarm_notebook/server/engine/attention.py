@@ -31,8 +31,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 
-from swarm_notebook.server.cache import SessionCache
-from swarm_notebook.server.mixing import Mixture, Tuners
+from swarm_notebook.server.adapters.mixing import Mixture, Tuners
+from swarm_notebook.server.engine.kv_cache import SessionCache
 
 NAME = "swarm_notebook_batch"
 

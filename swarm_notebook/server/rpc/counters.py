@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swarm_notebook.server.requests import Forward
+from swarm_notebook.server.engine.requests import Forward
 
 
 @dataclass

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from swarm_notebook.server.cache import SessionCache
-from swarm_notebook.server.schedule import Kind, Task
-from swarm_notebook.server.span import Span
+from swarm_notebook.server.engine.kv_cache import SessionCache
+from swarm_notebook.server.engine.scheduler import Kind, Task
+from swarm_notebook.server.engine.span import Span
 
 SECONDS = 0.1
 TRIES = 6

@@ -17,7 +17,7 @@ from typing import Any
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.net import protocol
-from swarm_notebook.server import fields
+from swarm_notebook.server.rpc import fields
 
 
 @dataclass(frozen=True, slots=True)

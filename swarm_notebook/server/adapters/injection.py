@@ -24,12 +24,12 @@ import torch
 from torch import nn
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.server.adapter_config import TUNERS, TunerConfig
-from swarm_notebook.server.mixing import Site, Tuners
-from swarm_notebook.server.span import Span
+from swarm_notebook.server.adapters.config import TUNERS, TunerConfig
+from swarm_notebook.server.adapters.mixing import Site, Tuners
+from swarm_notebook.server.engine.span import Span
 
 if TYPE_CHECKING:
-    from swarm_notebook.server.uploads import Upload
+    from swarm_notebook.server.adapters.upload import Upload
 
 # A module without parameters, as measured.
 MODULE_BYTES = 3 << 10

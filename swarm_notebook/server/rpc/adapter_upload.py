@@ -8,26 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from hivemind.p2p import PeerID
 from safetensors.torch import save
 
-from swarm_notebook.errors import CacheFull
-from swarm_notebook.net import tensors
+from swarm_notebook.errors import BadRequest, CacheFull
+from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream
-from swarm_notebook.server import adapter_file, exchange
-from swarm_notebook.server.compute import ComputeThread
-from swarm_notebook.server.engine import Engine
-from swarm_notebook.server.requests import Limits
-from swarm_notebook.server.schedule import Kind, Task
-from swarm_notebook.server.uploads import parse_upload
+from swarm_notebook.server.adapters.config import parse_configs
+from swarm_notebook.server.adapters.file import MAX_HEADER_BYTES, MAX_TENSORS, parse_safetensors
+from swarm_notebook.server.adapters.upload import Recipe, Upload
+from swarm_notebook.server.engine.engine import Engine
+from swarm_notebook.server.engine.requests import Limits
+from swarm_notebook.server.engine.scheduler import Kind, Task
+from swarm_notebook.server.engine.worker import ComputeThread
+from swarm_notebook.server.rpc import fields, messages
+from swarm_notebook.server.rpc.messages import Received
+from swarm_notebook.server.rpc.parse import parse_blocks
 
 # Metadata, which comes with every part.
 _EXTRA_BYTES = 64 << 20
+
+_PREFIX = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,7}", re.ASCII)
 
 
 class Intake:
@@ -36,14 +44,14 @@ class Intake:
     def __init__(self, engine: Engine, compute: ComputeThread, limits: Limits):
         self._engine, self._compute, self._limits = engine, compute, limits
         self._accepted = engine.adapters.limits
-        self._largest = self._accepted.bytes + adapter_file.MAX_HEADER_BYTES + _EXTRA_BYTES
+        self._largest = self._accepted.bytes + MAX_HEADER_BYTES + _EXTRA_BYTES
         self._arriving: Counter[str] = Counter()
 
     async def handle(self, stream: Stream, peer: PeerID) -> None:
         """Receive an adapter, let the torch thread check and load it, say what it takes."""
         name = peer.to_base58()
         with self._counted(name) as arrived:
-            message = await exchange.receive(stream, self._largest, arrived)
+            message = await messages.receive(stream, self._largest, arrived)
             # Neither thread may wait for this: the loop and torch's have other sessions to serve.
             upload = await asyncio.to_thread(
                 parse_upload, message, self._limits, self._accepted.rank
@@ -52,12 +60,12 @@ class Intake:
             await asyncio.to_thread(importlib.import_module, "peft")
             task = Task(Kind.PASS, name)
             job = self._compute.submit(self._engine.load_adapter, name, upload, task=task)
-            size, derived = await exchange.result(job, stream)
+            size, derived = await messages.result(job, stream)
         packed = []
         if upload.derive:
             file = torch.frombuffer(bytearray(save(derived)), dtype=torch.uint8)
             packed = [tensors.pack(file)]
-        await exchange.send(stream, packed, {"ok": True, "bytes": size})
+        await messages.send(stream, packed, {"ok": True, "bytes": size})
 
     @contextmanager
     def _counted(self, peer: str) -> Iterator[Callable[[int], None]]:
@@ -80,3 +88,34 @@ class Intake:
             self._arriving[peer] -= mine
             if not self._arriving[peer]:
                 del self._arriving[peer]
+
+
+def parse_upload(message: Received, limits: Limits, max_rank: int) -> Upload:
+    """An upload: metadata, and one tensor with the bytes of a safetensors file."""
+    blocks = parse_blocks(message.uid, limits)
+    metadata = protocol.unpack_metadata(message.metadata)
+    key = fields.adapter({"id": metadata.get("adapter"), "version": metadata.get("version")})
+    prefix = fields.text(metadata, "prefix") or ""
+    if not _PREFIX.fullmatch(prefix):
+        raise BadRequest(f"prefix: {prefix!r}, expected a module's name like 'model.layers'")
+    if len(message.tensors) != 1:
+        raise BadRequest(f"adapter file: {len(message.tensors)} tensors, expected one")
+    return Upload(
+        id=key[0],
+        version=key[1],
+        recipe=Recipe(blocks, prefix, parse_configs(metadata.get("configs"), max_rank)),
+        tensors=parse_safetensors(tensors.unpack(message.tensors[0])),
+        derive=_names(metadata.get("derive")),
+    )
+
+
+def _names(value: Any) -> frozenset[str]:
+    if value is None:
+        return frozenset()
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) > MAX_TENSORS
+        or not all(isinstance(name, str) for name in value)
+    ):
+        raise BadRequest("derive: expected names of parameters")
+    return frozenset(value)

@@ -8,7 +8,6 @@ on a stream, an error text on a unary call. Unary answers are bounded (see
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -24,31 +23,25 @@ from swarm_notebook import __version__
 from swarm_notebook.errors import BadRequest, ServerBusy, ShuttingDown, to_wire
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream, add_stream_handler
-from swarm_notebook.server import exchange, heap
-from swarm_notebook.server.backward import Gradients
-from swarm_notebook.server.compute import ComputeThread
-from swarm_notebook.server.engine import Engine
-from swarm_notebook.server.exchange import Received
-from swarm_notebook.server.intake import Intake
-from swarm_notebook.server.memory import CachePool
-from swarm_notebook.server.relay import Relay
-from swarm_notebook.server.requests import (
-    Forward,
-    Limits,
-    parse_backward,
-    parse_blocks,
-    parse_forward,
-)
-from swarm_notebook.server.schedule import Kind, Task
-from swarm_notebook.server.served import Served
-from swarm_notebook.server.session import InferenceSession
-from swarm_notebook.server.span import Span
-from swarm_notebook.server.state import SessionState
+from swarm_notebook.server.engine.backward import Gradients
+from swarm_notebook.server.engine.engine import Engine
+from swarm_notebook.server.engine.kv_budget import CachePool
+from swarm_notebook.server.engine.requests import Forward, Limits
+from swarm_notebook.server.engine.scheduler import Kind, Task
+from swarm_notebook.server.engine.session_state import SessionState
+from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.worker import ComputeThread
+from swarm_notebook.server.rpc import messages
+from swarm_notebook.server.rpc.adapter_upload import Intake
+from swarm_notebook.server.rpc.counters import Served
+from swarm_notebook.server.rpc.messages import Received
+from swarm_notebook.server.rpc.parse import parse_backward, parse_blocks, parse_forward
+from swarm_notebook.server.rpc.push import Relay
+from swarm_notebook.server.rpc.session import InferenceSession
 
 logger = logging.getLogger(__name__)
 
 MIN_FRAME_BYTES = 64 << 20
-TIDY_SECONDS = 5.0
 LINGER_SECONDS = 0.5
 _SCHEMA_TOKENS = 2048
 
@@ -102,17 +95,15 @@ class Handler:
             # Below P2P.add_protobuf_handler, which would parse the bytes outside our reach.
             await p2p._client.add_unary_handler(name, self._tracked(_unary(handler, kind)))
 
-    async def keep_tidy(self) -> None:
-        """Let go of what notebooks left behind and no longer use; runs until it is cancelled."""
-        while True:
-            served = self._served.requests
-            await asyncio.sleep(TIDY_SECONDS)
-            self._relay.expire()
-            await self._compute.submit(self._engine.expire).future
-            if self._served.requests == served:
-                # Nobody is there whose step would have to wait for it.
-                gc.collect()
-                await self._compute.submit(heap.trim).future
+    @property
+    def requests_served(self) -> int:
+        """How many requests were answered since the start."""
+        return self._served.requests
+
+    async def expire(self) -> None:
+        """Let go of what notebooks left behind and no longer use."""
+        self._relay.expire()
+        await self._compute.submit(self._engine.expire).future
 
     async def leave(self, seconds: float) -> None:
         """Take no more requests; give those in flight up to ``seconds`` to be answered."""
@@ -180,14 +171,14 @@ class Handler:
 
     async def _forward_stream(self, stream: Stream, peer: PeerID) -> None:
         self._check_open()
-        message = await exchange.receive(stream, stream.max_frame)
-        await exchange.send(stream, await self._run_forward(message, peer, stream))
+        message = await messages.receive(stream, stream.max_frame)
+        await messages.send(stream, await self._run_forward(message, peer, stream))
 
     async def _backward_stream(self, stream: Stream, peer: PeerID) -> None:
         self._check_open()
         # Two tensors of the size of one in a forward request.
-        message = await exchange.receive(stream, 2 * stream.max_frame)
-        await exchange.send(stream, *await self._run_backward(message, peer, stream))
+        message = await messages.receive(stream, 2 * stream.max_frame)
+        await messages.send(stream, *await self._run_backward(message, peer, stream))
 
     async def _adapter(self, stream: Stream, peer: PeerID) -> None:
         self._check_open()
@@ -200,12 +191,12 @@ class Handler:
         stream: Stream | None = None,
     ) -> list[runtime_pb2.Tensor]:
         metadata = protocol.unpack_metadata(message.metadata)
-        request = parse_forward(message.uid, message.tensors, metadata, self._limits)
+        request, compression = parse_forward(message.uid, message.tensors, metadata, self._limits)
         task = _pass_of(peer, request)
         job = self._compute.submit(self._engine.forward, task.client, request, task=task)
-        outputs = await exchange.result(job, stream)
+        outputs = await messages.result(job, stream)
         self._served.count(request)
-        return exchange.pack(outputs, request.compression)
+        return messages.pack(outputs, compression)
 
     async def _run_backward(
         self,
@@ -214,12 +205,12 @@ class Handler:
         stream: Stream | None = None,
     ) -> tuple[list[runtime_pb2.Tensor], dict[str, Any]]:
         metadata = protocol.unpack_metadata(message.metadata)
-        request = parse_backward(message.uid, message.tensors, metadata, self._limits)
+        request, compression = parse_backward(message.uid, message.tensors, metadata, self._limits)
         task = _pass_of(peer, request)
         job = self._compute.submit(self._engine.backward, task.client, request, task=task)
-        gradients: Gradients = await exchange.result(job, stream)
+        gradients: Gradients = await messages.result(job, stream)
         self._served.count(request)
-        packed = exchange.pack(gradients.tensors, request.compression)
+        packed = messages.pack(gradients.tensors, compression)
         return packed, {} if gradients.weights is None else {"adapter_grads": gradients.weights}
 
     def _check_open(self) -> None:

@@ -24,16 +24,17 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
 from swarm_notebook.net import protocol
 from swarm_notebook.net.streams import Stream, StreamClosed
-from swarm_notebook.server import exchange
-from swarm_notebook.server.batching import SHORT_TOKENS, Batching, BatchItem, run_one
-from swarm_notebook.server.compute import ComputeThread, Job
-from swarm_notebook.server.inbox import Inbox
-from swarm_notebook.server.memory import CachePool
-from swarm_notebook.server.relay import Relay
-from swarm_notebook.server.requests import Limits, Step, parse_step
-from swarm_notebook.server.schedule import Kind, Task
-from swarm_notebook.server.served import Served
-from swarm_notebook.server.state import SessionState
+from swarm_notebook.server.engine.batching import SHORT_TOKENS, Batching, BatchItem, run_one
+from swarm_notebook.server.engine.kv_budget import CachePool
+from swarm_notebook.server.engine.requests import Limits, Step
+from swarm_notebook.server.engine.scheduler import Kind, Task
+from swarm_notebook.server.engine.session_state import SessionState
+from swarm_notebook.server.engine.worker import ComputeThread, Job
+from swarm_notebook.server.rpc import messages
+from swarm_notebook.server.rpc.counters import Served
+from swarm_notebook.server.rpc.inbox import Inbox
+from swarm_notebook.server.rpc.parse import parse_step
+from swarm_notebook.server.rpc.push import Relay
 
 ALLOC_TIMEOUT = 10.0
 UNREAD_SECONDS = 60.0
@@ -135,8 +136,9 @@ class InferenceSession:
 
     async def _step(self, message: runtime_pb2.ExpertRequest) -> runtime_pb2.ExpertResponse | None:
         """Check a step, find room for it, compute it; None if there is nothing to answer."""
-        step = parse_step(message, self._blocks, self._limits)
-        if step.step_id is not None and step.step_id == self._step_id:
+        parsed = parse_step(message, self._blocks, self._limits)
+        step = parsed.step
+        if parsed.step_id is not None and parsed.step_id == self._step_id:
             return None  # Petals sends a step twice, directly and through the server before
         state = self._state
         if state is None:
@@ -144,19 +146,19 @@ class InferenceSession:
         position = state.check(step)
         needed = state.needs(step, position)
         if needed is not None:
-            wait = ALLOC_TIMEOUT if step.alloc_timeout is None else step.alloc_timeout
+            wait = ALLOC_TIMEOUT if parsed.alloc_timeout is None else parsed.alloc_timeout
             granted = await self._pool.resize(self._account, *needed, wait)
             state.cache.reserve(granted // step.rows)
         outputs = await self._run(state, step, position)
-        self._blocks, self._step_id = step.blocks, step.step_id
+        self._blocks, self._step_id = step.blocks, parsed.step_id
         self._served.count(step)
         step.times.computed()
-        packed = exchange.pack(outputs, step.compression)
+        packed = messages.pack(outputs, parsed.compression)
         told: dict[str, Any] = {protocol.TIMES_KEY: step.times.parts()}
         if self._inbox.filled:
             told[protocol.FILLED] = True
-        if step.push_to is not None and step.step_id is not None:
-            failed = await self._relay.push(*step.push_to, step.step_id, packed[0])
+        if parsed.push_to is not None and parsed.step_id is not None:
+            failed = await self._relay.push(*parsed.push_to, parsed.step_id, packed[0])
             if failed:
                 told[protocol.PUSH_FAILED] = failed
         metadata = protocol.pack_metadata(told)

@@ -16,13 +16,20 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from swarm_notebook.server.span import Span
+
+class Blocks(Protocol):
+    """The blocks ``[start, end)`` of a model."""
+
+    start: int
+    end: int
+
+    def layer(self, block: int) -> nn.Module: ...
+
 
 # A module: its block, and its name in there.
 Site = tuple[int, str]
@@ -63,7 +70,7 @@ class Mixture:
             known.copy_(_beside(layer, x.narrow(-2, begin, tokens), known))
 
     @contextmanager
-    def hooked(self, span: Span, start: int, end: int) -> Iterator[None]:
+    def hooked(self, span: Blocks, start: int, end: int) -> Iterator[None]:
         """Apply whatever is tuned while the decoder of these blocks runs."""
         with ExitStack() as stack:
             for site in self.sites(start, end):
@@ -80,12 +87,12 @@ class Mixture:
         return hook
 
 
-def module_at(span: Span, site: Site) -> nn.Module:
+def module_at(span: Blocks, site: Site) -> nn.Module:
     """The module of a span that a site names."""
     return span.layer(site[0]).get_submodule(site[1])
 
 
-def tunable(span: Span, start: int, end: int) -> list[Site]:
+def tunable(span: Blocks, start: int, end: int) -> list[Site]:
     """The modules in blocks ``[start, end)`` around which an adapter may have layers."""
     return [
         (index, name)
@@ -96,7 +103,7 @@ def tunable(span: Span, start: int, end: int) -> list[Site]:
 
 
 @contextmanager
-def token_wise(span: Span, tokens: int) -> Iterator[set[Site]]:
+def token_wise(span: Blocks, tokens: int) -> Iterator[set[Site]]:
     """Find the modules that a call of so many tokens gives all of them, one after the other.
 
     Experts, for example, are not among them: each is called with the tokens that are its own.

@@ -13,7 +13,7 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream
-from swarm_notebook.server.compute import Job
+from swarm_notebook.server.engine.worker import Job
 
 STALLED_SECONDS = 60.0
 

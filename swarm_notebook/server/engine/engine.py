@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from swarm_notebook.errors import AdapterMissing
-from swarm_notebook.server import backward
-from swarm_notebook.server.activations import Activations
-from swarm_notebook.server.adapter_store import AdapterLimits, AdapterStore
-from swarm_notebook.server.adapters import AdaptedSpan
-from swarm_notebook.server.backward import Gradients, Graph, NoRoomError
-from swarm_notebook.server.batching import Batching
-from swarm_notebook.server.requests import Backward, Forward
-from swarm_notebook.server.span import Span
-from swarm_notebook.server.uploads import Upload
+from swarm_notebook.server.adapters.injection import AdaptedSpan
+from swarm_notebook.server.adapters.store import AdapterLimits, AdapterStore
+from swarm_notebook.server.adapters.upload import Upload
+from swarm_notebook.server.engine import backward
+from swarm_notebook.server.engine.activation_store import Activations
+from swarm_notebook.server.engine.backward import Gradients, Graph, NoRoomError
+from swarm_notebook.server.engine.batching import Batching
+from swarm_notebook.server.engine.requests import Backward, Forward
+from swarm_notebook.server.engine.span import Span
 
 
 @dataclass

@@ -20,8 +20,8 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol
-from swarm_notebook.server import fields
-from swarm_notebook.server.relay import Arrived, Relay
+from swarm_notebook.server.rpc import fields
+from swarm_notebook.server.rpc.push import Arrived, Relay
 
 MAX_WHOLE, MAX_ANNOUNCED = 64, 64
 

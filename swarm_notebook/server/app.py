@@ -1,0 +1,391 @@
+"""A server from start to exit: load, measure, announce, serve, leave.
+
+The process begins as a fresh interpreter (``swarm-notebook serve``), never as a fork. Standard
+output carries JSON lines for programs: first where the server listens, at last ``"ready": true``
+with all that is needed to use it. People read the log on standard error.
+
+SIGTERM, SIGINT and, with ``exit_with_stdin``, the end of standard input make it leave: steps in
+flight are answered, the swarm is told, the exit code is 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from swarm_notebook import __version__
+from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks
+from swarm_notebook.checkpoint.source import ModelSource, resolve
+from swarm_notebook.errors import ServerFailed
+from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net.node import LOOPBACK, Node
+from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
+from swarm_notebook.server import heap, lifetime
+from swarm_notebook.server.adapters.store import AdapterLimits
+from swarm_notebook.server.announce import Announcer
+from swarm_notebook.server.engine import products, throughput
+from swarm_notebook.server.engine.activation_store import BUDGET_BYTES
+from swarm_notebook.server.engine.batching import Batching
+from swarm_notebook.server.engine.engine import Engine
+from swarm_notebook.server.engine.kv_budget import CachePool
+from swarm_notebook.server.engine.requests import Limits
+from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.worker import ComputeThread, Job
+from swarm_notebook.server.rpc.handler import Handler
+
+logger = logging.getLogger(__name__)
+
+CACHE_TOKENS = 16384
+UPDATE_PERIOD = 60.0
+LEAVE_SECONDS = 30.0
+FAREWELL_SECONDS = 5.0
+PROGRESS_SECONDS = 2.0
+TELL_SECONDS = 0.25
+TIDY_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What to serve and how; see ``swarm-notebook serve --help``.
+
+    Attributes:
+        model: a Hub id, a folder or a GGUF file; None is the demo model.
+        blocks: the range ``[start, end)`` to host; None is all.
+        identity: file of the private key behind the peer id; written if there is none.
+        cache_tokens: budget of the key-value memory (rows x positions); None is `CACHE_TOKENS`.
+        activation_bytes: budget for activations that are kept for a backward pass.
+        adapter_bytes: the size of the adapters of one notebook.
+        adapter_max_rank: the largest rank of an adapter.
+        threads: CPU threads of torch; None leaves it to torch.
+        update_period: seconds between announcements.
+        exit_with_stdin: leave when standard input ends.
+    """
+
+    model: str | os.PathLike[str] | None
+    blocks: tuple[int, int] | None = None
+    initial_peers: Sequence[str] = ()
+    host_maddrs: Sequence[str] = LOOPBACK
+    identity: Path | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    cache_tokens: int | None = None
+    activation_bytes: int = BUDGET_BYTES
+    adapter_bytes: int = AdapterLimits.bytes
+    adapter_max_rank: int = AdapterLimits.rank
+    name: str | None = None
+    threads: int | None = None
+    update_period: float = UPDATE_PERIOD
+    exit_with_stdin: bool = False
+
+
+def main(options: ServeOptions) -> NoReturn:
+    """Serve until told to leave, then end the process with exit code 0."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    with asyncio.Runner(loop_factory=lifetime.ServerLoop) as runner:
+        runner.run(serve(options))
+    logging.shutdown()
+    # All is done and said; taking torch apart in good order would take seconds.
+    os._exit(0)
+
+
+async def serve(options: ServeOptions) -> None:
+    """Host blocks until a signal (or the end of standard input) says to leave.
+
+    Raises:
+        ModelNotFound, BlocksOutOfRange, Unsupported: there is nothing to serve.
+        AddressError, ConnectionFailed: the swarm cannot be joined.
+        ServerFailed: the network daemon died.
+    """
+    leaving = asyncio.create_task(lifetime.leaving(options.exit_with_stdin).wait())
+    # A notebook shows how far it is; a person who reads the terminal has the log.
+    server = Server(options, _tell, progress=options.exit_with_stdin)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    starting = asyncio.create_task(server.start())
+    await asyncio.wait([starting, leaving], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        logger.info("leaving before the server was ready")
+        starting.cancel()
+        await asyncio.wait([starting])
+        return
+    starting.result()
+    heap.settle()
+    trimming = asyncio.create_task(server.trim())
+    ended = asyncio.create_task(server.daemon_ended())
+    await asyncio.wait([ended, leaving], return_when=asyncio.FIRST_COMPLETED)
+    trimming.cancel()
+    failed = ended.done()
+    ended.cancel()
+    await server.stop()
+    if failed:
+        raise ServerFailed("the network daemon (p2pd) of this server has died")
+
+
+class _GivenUp(Exception):
+    """The server ends before it has its blocks."""
+
+
+class Server:
+    """Hosts blocks of a model in a swarm, from `start` to `stop`, in the running asyncio loop.
+
+    Several may live in one process, each with its network daemon and its torch thread.
+
+    Args:
+        options: what to serve and how; ``threads`` and ``exit_with_stdin`` are the process's.
+        tell: gets facts for the program that started the server, as they come: first where it
+            listens, at last ``"ready": True`` with all that is needed to use it.
+        progress: also tell how much of the weights was read.
+
+    Attributes:
+        facts: what was told, but for the progress.
+    """
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        tell: Callable[[dict[str, Any]], None] = lambda _: None,
+        *,
+        progress: bool = False,
+    ):
+        self._options, self._tell, self._tells_progress = options, tell, progress
+        self.facts: dict[str, Any] = {}
+        self._stack = contextlib.AsyncExitStack()
+        self._given_up = threading.Event()
+        self._up: _Up | None = None
+
+    async def start(self) -> None:
+        """Join the swarm, load the blocks, measure them and tell everybody.
+
+        Whatever is raised (and so a cancellation, too) leaves nothing behind.
+
+        Raises: as `serve`.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def stop(self) -> None:
+        """Answer what is in flight, tell the swarm, free everything; does nothing twice."""
+        up, self._up = self._up, None
+        if up is not None and lifetime.daemon_lives(up.node.p2p):
+            logger.info("leaving: finishing what is in flight")
+            await up.handler.leave(LEAVE_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_SECONDS):
+                    await up.announcer.stop(up.describe(ServerState.OFFLINE))
+            logger.info("left the swarm")
+        await self._stack.aclose()
+
+    async def daemon_ended(self) -> None:
+        """Return when the network daemon has ended."""
+        if self._up is not None:
+            await lifetime.daemon_ended(self._up.node.p2p)
+
+    async def trim(self) -> None:
+        """Give memory that nobody needs back to the system, whenever nobody is there.
+
+        For a server with a process of its own; runs until it is cancelled.
+        """
+        while self._up is not None:
+            served = self._up.handler.requests_served
+            await asyncio.sleep(TIDY_SECONDS)
+            if self._up is not None and self._up.handler.requests_served == served:
+                # Nobody is there whose step would have to wait for it.
+                gc.collect()
+                await self._up.compute.submit(heap.trim).future
+
+    async def _start(self) -> None:
+        options = self._options
+        # It plans anew for every length of a context: 60 ms per token instead of 15 on an H100.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        source = resolve(options.model)
+        compute = ComputeThread()
+        self._stack.push_async_callback(self._end_thread, compute)
+        # Both take seconds, and one mostly waits.
+        loading = compute.submit(self._load, source)
+        self._stack.callback(loading.cancel)
+        node = await self._start_node()
+        self._say(peer_id=node.peer_id.to_base58(), maddrs=await node.addresses(), pid=os.getpid())
+        loaded: LoadedBlocks = await loading.future
+        config, blocks = source.config(), (loaded.start, loaded.end)
+        span = Span(loaded.decoder, loaded.layers_name, loaded.start)
+        measuring = self._measuring(compute, span, config.hidden_size)
+        model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
+        announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
+        self._stack.callback(announcer.cancel)
+        await announcer.announce(_info(ServerState.JOINING, blocks, options))
+        batching, rates = await measuring.future
+        meter = throughput.Meter(rates)
+        compute.on_ran = meter.ran
+        limits = Limits(
+            prefix=source.dht_prefix,
+            start=span.start,
+            end=span.end,
+            hidden_size=config.hidden_size,
+            context=getattr(config, "max_position_embeddings", None),
+            tokens=options.cache_tokens or CACHE_TOKENS,
+        )
+        pool = CachePool(limits.tokens)
+        accepted = AdapterLimits(rank=options.adapter_max_rank, bytes=options.adapter_bytes)
+        engine = Engine(span, options.activation_bytes, accepted, batching)
+        handler = Handler(span, limits, pool, compute, engine)
+        tidying = asyncio.create_task(_keep_tidy(handler))
+        self._stack.callback(tidying.cancel)
+        await handler.register(node.p2p)
+
+        def describe(state: ServerState) -> ServerInfo:
+            return _info(state, blocks, options, meter.rates, pool)
+
+        await announcer.announce(describe(ServerState.ONLINE))
+        announcer.keep(lambda: describe(ServerState.ONLINE))
+        self._up = _Up(node, compute, handler, announcer, describe)
+        self._say(ready=True, blocks=list(blocks), model=source.name)
+        logger.info(
+            "serving blocks %d:%d of %s: %.0f tokens/s through a block in steps, %.0f in passes",
+            *blocks,
+            source.name,
+            meter.rates.inference_rps,
+            meter.rates.forward_rps,
+        )
+
+    def _say(self, **facts: Any) -> None:
+        self.facts.update(facts)
+        self._tell(dict(self.facts))
+
+    async def _end_thread(self, compute: ComputeThread) -> None:
+        # Python that ends while torch is at work in another thread aborts the process.
+        self._given_up.set()
+        await asyncio.to_thread(compute.stop)
+
+    async def _start_node(self) -> Node:
+        options = self._options
+        node = await Node.start(
+            options.initial_peers,
+            client=False,
+            host_maddrs=options.host_maddrs,
+            identity=options.identity,
+        )
+        self._stack.push_async_callback(_stop_node, node)
+        return node
+
+    def _measuring(self, compute: ComputeThread, span: Span, hidden_size: int) -> Job:
+        loop = asyncio.get_running_loop()
+
+        def later(call: Callable[[], None]) -> None:
+            loop.call_soon_threadsafe(compute.submit, call)
+
+        return compute.submit(_measure, span, hidden_size, later)
+
+    def _load(self, source: ModelSource) -> LoadedBlocks:
+        """In the torch thread: read the blocks, telling how far it is.
+
+        Raises:
+            _GivenUp: nobody wants them any more.
+        """
+        options = self._options
+        started = last = time.monotonic()
+        told = 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last, told
+            if self._given_up.is_set():
+                raise _GivenUp
+            if self._tells_progress and (time.monotonic() - told > TELL_SECONDS or done == total):
+                told = time.monotonic()
+                self._tell({"weights_read": done, "weights": total})
+            if time.monotonic() - last > PROGRESS_SECONDS:
+                last = time.monotonic()
+                logger.info("read %d of %d MB of weights", done >> 20, total >> 20)
+
+        blocks = options.blocks or (0, source.config().num_hidden_layers)
+        dtype = tensors.dtype_from_name(options.dtype)
+        loaded = load_blocks(source, *blocks, dtype=dtype, device=options.device, progress=progress)
+        logger.info("loaded blocks %d:%d in %.1f s", *blocks, time.monotonic() - started)
+        return loaded
+
+
+@dataclass(frozen=True)
+class _Up:
+    """The parts of a server that has started."""
+
+    node: Node
+    compute: ComputeThread
+    handler: Handler
+    announcer: Announcer
+    describe: Callable[[ServerState], ServerInfo]
+
+
+async def _stop_node(node: Node) -> None:
+    if not lifetime.daemon_lives(node.p2p):
+        return
+    try:
+        async with asyncio.timeout(FAREWELL_SECONDS):
+            await node.stop()
+    except TimeoutError:
+        logger.info("the network daemon did not answer a last time")
+
+
+async def _keep_tidy(handler: Handler) -> None:
+    while True:
+        await asyncio.sleep(TIDY_SECONDS)
+        await handler.expire()
+
+
+def _measure(
+    span: Span, hidden_size: int, later: Callable[[Callable[[], None]], None]
+) -> tuple[Batching, throughput.Throughput]:
+    """In the torch thread: whether sessions can share a call, and how fast the blocks are."""
+    batching = Batching.try_out(span, hidden_size)
+    rates = throughput.measure(span, hidden_size)
+    products.install(span.layers, later)
+    return batching, rates
+
+
+def _info(
+    state: ServerState,
+    blocks: tuple[int, int],
+    options: ServeOptions,
+    rates: throughput.Throughput | None = None,
+    pool: CachePool | None = None,
+) -> ServerInfo:
+    """What the server says of itself; not yet measured while it joins."""
+    return ServerInfo(
+        state=state,
+        throughput=rates.of_span(blocks[1] - blocks[0]) if rates else 0.0,
+        start_block=blocks[0],
+        end_block=blocks[1],
+        public_name=options.name,
+        version=__version__,
+        inference_rps=rates.inference_rps if rates else None,
+        forward_rps=rates.forward_rps if rates else None,
+        torch_dtype=options.dtype,
+        quant_type="none",
+        using_relay=False,
+        cache_tokens_left=pool.free if pool else None,
+        cache_tokens_total=pool.total if pool else None,
+        swarm_notebook=protocol.PROTOCOL_VERSION,
+    )
+
+
+def _tell(facts: dict[str, Any]) -> None:
+    """One JSON line for the program that started this server."""
+    # Two threads tell: in one piece, or a line of one might end up within one of the other.
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,124 @@
+"""What a server is asked to compute: a forward or a backward pass, or a step of a session.
+
+Whoever makes one of these has checked it (`rpc.parse`); what depends on the state of a session (how
+many rows and positions its cache has) is checked in `session_state`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+class StepTimes:
+    """Where the time of a step goes inside of a server, told to the client along with the answer.
+
+    Three parts: taking the request apart and putting the answer together, waiting for the torch
+    thread, computing. The torch thread adds what it computes; the rest of the time between is
+    waiting.
+    """
+
+    __slots__ = ("_arrived", "_computed", "_parsed", "compute")
+
+    def __init__(self) -> None:
+        self._arrived = self._parsed = self._computed = time.perf_counter()
+        self.compute = 0.0
+
+    def parsed(self) -> None:
+        self._parsed = time.perf_counter()
+
+    def computed(self) -> None:
+        self._computed = time.perf_counter()
+
+    def parts(self) -> list[float]:
+        """Seconds of serialisation, queue and compute, when the answer is packed."""
+        serialisation = self._parsed - self._arrived + time.perf_counter() - self._computed
+        queue = max(0.0, self._computed - self._parsed - self.compute)
+        return [serialisation, queue, self.compute]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this server hosts, against which requests are checked.
+
+    Attributes:
+        context: the number of positions that the model has, or None if it has no limit.
+        tokens: the most tokens (rows x positions) of one request without a cache.
+    """
+
+    prefix: str
+    start: int
+    end: int
+    hidden_size: int
+    context: int | None
+    tokens: int
+
+
+@dataclass(slots=True)
+class Forward:
+    """Hidden states to run through ``blocks``, without a cache or as a step of a session.
+
+    Attributes:
+        states: blocks whose outputs (in a backward: gradients) are wanted as well.
+        inner: modules inside of blocks whose outputs are wanted as well.
+        adapter: id and version of the peer's adapter to run the blocks with.
+        seed: of the dropout in the adapter; None for none.
+        keep: the id under which to keep the activations for a backward.
+    """
+
+    blocks: tuple[int, int]
+    hidden: torch.Tensor
+    prompts: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    states: tuple[int, ...] = ()
+    inner: tuple[tuple[int, str], ...] = ()
+    adapter: tuple[str, int] | None = None
+    seed: int | None = None
+    keep: str | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.hidden.shape[1]
+
+    def extras(self) -> dict[str, Any]:
+        """What `Span.compute` is told only if it is asked for."""
+        extras: dict[str, Any] = {"inner": self.inner} if self.inner else {}
+        return extras if self.seed is None else {**extras, "seed": self.seed}
+
+
+@dataclass(slots=True)
+class Step(Forward):
+    """One step of a session.
+
+    Attributes:
+        position: how many positions precede the new ones; None: all that the cache holds.
+        row_ids: the cache's rows to go on with, None for all as they are.
+        times: where its time goes.
+    """
+
+    position: int | None = None
+    row_ids: list[int] | None = None
+    times: StepTimes = field(default_factory=StepTimes)
+
+
+@dataclass(slots=True)
+class Backward(Forward):
+    """A backward pass through ``blocks`` for the inputs ``hidden``.
+
+    Attributes:
+        grad: the gradient of the last block's output.
+        kept: the id of a forward pass whose activations may still be there.
+        release: nobody needs them after this.
+    """
+
+    grad: torch.Tensor = field(kw_only=True)
+    kept: str | None = None
+    release: bool = False

@@ -1,0 +1,276 @@
+"""From messages to requests: what a peer asks for, believed only after every field was checked.
+
+A peer may send anything. Each function here turns a protobuf into a small dataclass or raises
+`BadRequest` with the field, what was found and what is expected. A request carries tensors by
+position; an unused slot holds a dummy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.errors import BadRequest
+from swarm_notebook.net import protocol, tensors
+from swarm_notebook.server.engine.requests import Backward, Forward, Limits, Step, StepTimes
+from swarm_notebook.server.rpc import fields, petals_push
+
+MAX_ROWS = 4096
+MAX_TENSORS = 8
+
+_MASK_DTYPES = (torch.uint8, torch.bool, torch.int64, torch.int32)
+
+
+@dataclass(slots=True)
+class StepMessage:
+    """A step, and how it is to be answered.
+
+    Attributes:
+        compression: of the hidden states in the answer, as `net.tensors` has it.
+        step_id: the same for all servers of a chain, and when the step comes twice.
+        alloc_timeout: how many seconds it may wait for memory.
+        push_to: the peer that gets the output besides the client, and the session there, or what
+            else goes to it in Petals' form.
+    """
+
+    step: Step
+    compression: int = tensors.NONE
+    step_id: str | None = None
+    alloc_timeout: float | None = None
+    push_to: tuple[str, str | petals_push.Onward] | None = None
+
+
+def parse_blocks(uid: str, limits: Limits) -> tuple[int, int]:
+    """The block range that a request names, checked to be hosted here."""
+    start, end = protocol.parse_uid_chain(uid, limits.prefix)
+    if start < limits.start or end > limits.end:
+        raise BadRequest(
+            f"blocks [{start}, {end}) are not hosted here, "
+            f"this server has [{limits.start}, {limits.end}) of {limits.prefix}"
+        )
+    return start, end
+
+
+def parse_forward(
+    uid: str, packed: Sequence[runtime_pb2.Tensor], metadata: dict[str, Any], limits: Limits
+) -> tuple[Forward, int]:
+    """A forward request: ``[hidden, prompts, attention mask, position ids]``.
+
+    Returns:
+        the request, and the compression of its answer.
+    """
+    blocks = parse_blocks(uid, limits)
+    found = _unpack(packed)
+    request = Forward(blocks, _read_hidden(found[0], limits))
+    _check_size(request, limits)
+    request.prompts = _read_prompts(found[1], request, limits, request.length)
+    _read_common(request, found[2], found[3], metadata, limits)
+    request.keep = fields.text(metadata, "keep")
+    return request, fields.compression(metadata.get("output_compression"))
+
+
+def parse_backward(
+    uid: str, packed: Sequence[runtime_pb2.Tensor], metadata: dict[str, Any], limits: Limits
+) -> tuple[Backward, int]:
+    """A backward request: ``[inputs, gradient, prompts, attention mask, position ids]``.
+
+    Returns:
+        the request, and the compression of its answer.
+    """
+    blocks = parse_blocks(uid, limits)
+    found = _unpack(packed)
+    hidden = _read_hidden(found[0], limits)
+    request = Backward(blocks, hidden, grad=_read_grad(found[1], hidden))
+    _check_size(request, limits)
+    request.prompts = _read_prompts(found[2], request, limits, request.length)
+    _read_common(request, found[3], found[4], metadata, limits)
+    if blocks[1] - 1 in request.states:
+        raise BadRequest(
+            f"states: the gradient at block {blocks[1] - 1} is what the request brings"
+        )
+    request.kept = fields.text(metadata, "kept")
+    request.release = fields.flag(metadata, "release")
+    return request, fields.compression(metadata.get("output_compression"))
+
+
+def parse_step(
+    message: runtime_pb2.ExpertRequest, previous: tuple[int, int] | None, limits: Limits
+) -> StepMessage:
+    """A session's step: ``[hidden, prompts, row ids, attention mask, position ids]``.
+
+    Args:
+        message: the request.
+        previous: the blocks of the step before, which an empty ``uid`` repeats.
+        limits: what this server hosts.
+    """
+    times = StepTimes()
+    repeated = previous if not message.uid else None
+    blocks = repeated or parse_blocks(message.uid, limits)
+    metadata = protocol.unpack_metadata(message.metadata)
+    found = _unpack(message.tensors)
+    request = Step(blocks, _read_hidden(found[0], limits), times=times)
+    parsed = StepMessage(request, fields.compression(metadata.get("output_compression")))
+    request.prompts = _read_prompts(found[1], request, limits, limits.context or limits.tokens)
+    request.row_ids = _read_row_ids(found[2], request)
+    _read_common(request, found[3], found[4], metadata, limits)
+    request.position = fields.integer(metadata, "start_from_position")
+    parsed.step_id = fields.text(metadata, "step_id")
+    parsed.alloc_timeout = fields.seconds(metadata, "alloc_timeout")
+    fields.integer(metadata, "max_length")  # Petals reserves by it; our cache grows as needed
+    fields.text(metadata, "session_id")
+    if metadata.get(protocol.PUSH_TO) is not None:
+        parsed.push_to = fields.target(metadata, protocol.PUSH_TO)
+    elif metadata.get(protocol.NEXT_SERVERS) and request.prompts is None:
+        behind = message.tensors[1:]
+        parsed.push_to = petals_push.read(metadata, behind, limits.prefix, blocks[1])
+    times.parsed()
+    return parsed
+
+
+def _read_common(
+    request: Forward,
+    mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    metadata: dict[str, Any],
+    limits: Limits,
+) -> None:
+    """Fill in what forward requests and steps have in common."""
+    if mask is not None:
+        request.attention_mask = _read_mask(mask, request)
+    if position_ids is not None:
+        request.position_ids = _read_position_ids(position_ids, request, limits)
+    request.states = fields.states(metadata.get("states"), request.blocks)
+    request.inner = fields.inner(metadata.get("inner"), request.blocks)
+    if metadata.get("adapter") is not None:
+        request.adapter = fields.adapter(metadata["adapter"])
+        if fields.flag(metadata, "train"):
+            request.seed = fields.integer(metadata, "seed") or 0
+    if adapter := metadata.get("active_adapter"):
+        raise BadRequest(
+            f"active_adapter: {str(adapter)[: fields.MAX_TEXT]!r}, but this server has no adapters "
+            "of its own"
+        )
+
+
+def _check_size(request: Forward, limits: Limits) -> None:
+    if limits.context is not None and request.length > limits.context:
+        raise BadRequest(
+            f"hidden states: {request.length} positions, the model has {limits.context}"
+        )
+    if request.rows * request.length > limits.tokens:
+        raise BadRequest(
+            f"hidden states: {request.rows} rows of {request.length} positions, "
+            f"at most {limits.tokens} tokens are taken in one request; send fewer rows at a time"
+        )
+
+
+def _unpack(packed: Sequence[runtime_pb2.Tensor]) -> list[torch.Tensor | None]:
+    """The tensors by position, None for unused ones."""
+    if not 1 <= len(packed) <= MAX_TENSORS:
+        raise BadRequest(f"a request has {len(packed)} tensors, expected 1 to {MAX_TENSORS}")
+    found: list[torch.Tensor | None] = []
+    for message in packed:
+        if 0 in message.size and len(message.size) < 3:
+            found.append(None)  # a dummy (`protocol.is_dummy`), known without unpacking it
+        else:
+            found.append(tensors.unpack(message))
+    return found + [None] * (5 - len(found))
+
+
+def _read_hidden(tensor: torch.Tensor | None, limits: Limits) -> torch.Tensor:
+    if tensor is None or tensor.dim() != 3 or tensor.shape[2] != limits.hidden_size:
+        found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
+        raise BadRequest(
+            f"hidden states: {found}, expected [rows, positions, {limits.hidden_size}]"
+        )
+    rows = tensor.shape[0]
+    if not 1 <= rows <= MAX_ROWS:
+        raise BadRequest(f"hidden states: {rows} rows, expected 1 to {MAX_ROWS}")
+    _check_values("hidden states", tensor)
+    return tensor
+
+
+def _read_grad(tensor: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
+    if tensor is None or tensor.shape != hidden.shape:
+        found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
+        raise BadRequest(f"gradient: {found}, expected that of the inputs {list(hidden.shape)}")
+    _check_values("gradient", tensor)
+    return tensor
+
+
+def _read_prompts(
+    tensor: torch.Tensor | None, request: Forward, limits: Limits, longest: int
+) -> torch.Tensor | None:
+    """Deep prompts for up to ``longest`` positions."""
+    if tensor is None:
+        return None
+    blocks = request.blocks[1] - request.blocks[0]
+    if (
+        tensor.dim() != 4
+        or tensor.shape[0] != blocks
+        or tensor.shape[1] not in (1, request.rows)
+        or tensor.shape[2] > longest
+        or tensor.shape[3] != limits.hidden_size
+    ):
+        raise BadRequest(
+            f"prompts: shape {list(tensor.shape)}, expected [{blocks}, 1 or {request.rows}, "
+            f"up to {longest}, {limits.hidden_size}]"
+        )
+    _check_values("prompts", tensor)
+    return tensor
+
+
+def _read_row_ids(tensor: torch.Tensor | None, request: Forward) -> list[int] | None:
+    if tensor is None:
+        return None
+    if tensor.dtype not in (torch.int64, torch.int32) or tensor.shape != (request.rows,):
+        raise BadRequest(
+            f"hypo_ids: {tensor.dtype} of shape {list(tensor.shape)}, "
+            f"expected int64 [{request.rows}]"
+        )
+    ids: list[int] = tensor.tolist()
+    if min(ids) < 0:
+        raise BadRequest(f"hypo_ids: row {min(ids)} does not exist")
+    return ids
+
+
+def _read_mask(tensor: torch.Tensor, request: Forward) -> torch.Tensor:
+    expected = (request.rows, request.length)
+    if tensor.dtype not in _MASK_DTYPES or tensor.shape != expected:
+        raise BadRequest(
+            f"attention mask: {tensor.dtype} of shape {list(tensor.shape)}, expected uint8 "
+            f"{list(expected)} for the new positions"
+        )
+    mask = tensor.to(torch.int64)
+    if mask.numel() and not 0 <= int(mask.min()) <= int(mask.max()) <= 1:
+        raise BadRequest("attention mask: a value is neither 0 nor 1")
+    return mask
+
+
+def _read_position_ids(tensor: torch.Tensor, request: Forward, limits: Limits) -> torch.Tensor:
+    if (
+        tensor.dtype not in (torch.int64, torch.int32)
+        or tensor.dim() != 2
+        or tensor.shape[0] not in (1, request.rows)
+        or tensor.shape[1] != request.length
+    ):
+        raise BadRequest(
+            f"position ids: {tensor.dtype} of shape {list(tensor.shape)}, "
+            f"expected int64 [1 or {request.rows}, {request.length}]"
+        )
+    top = limits.context or fields.MAX_COUNT
+    # OPT counts padding as -1.
+    if tensor.numel() and not -1 <= int(tensor.min()) <= int(tensor.max()) < top:
+        raise BadRequest(f"position ids: a value is outside [-1, {top})")
+    return tensor.to(torch.int64)
+
+
+def _check_values(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise BadRequest(f"{name}: dtype {tensor.dtype}, expected floating point")
+    if not tensors.all_finite(tensor):
+        raise BadRequest(f"{name}: a value is NaN or infinite")
