@@ -43,7 +43,7 @@ class BareSession:
         self._session.close()
 
     async def _pass(self, position: int, length: int) -> Any:
-        from swarm_notebook.client.history import Pass
+        from swarm_notebook.client.session.history import Pass
 
         hidden = self._hidden[:, position : position + length]
         self._session.begin(Pass(position, length, {0: hidden}), adapter=None, prompts=None)

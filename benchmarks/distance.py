@@ -217,7 +217,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def child(model: str, peers: list[str], tokens: int) -> dict[str, float]:
     """On the notebook's machine: milliseconds per token in each mode, and of a first token."""
     import swarm_notebook as sn
-    from swarm_notebook.client.directory import Directory
+    from swarm_notebook.client.servers.directory import Directory
 
     def apart(*_: object) -> bool:
         return False

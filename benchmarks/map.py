@@ -18,8 +18,8 @@ from typing import Any
 
 from hivemind.p2p import PeerID
 
-from swarm_notebook.client.directory import Directory, Snapshot
-from swarm_notebook.client.events import HopTimes, Step, Timeline
+from swarm_notebook.client.servers.directory import Directory, Snapshot
+from swarm_notebook.client.telemetry import HopTimes, Step, Timeline
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 from swarm_notebook.swarm import Swarm
 from swarm_notebook.widgets import SwarmMap

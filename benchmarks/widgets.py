@@ -177,7 +177,7 @@ class Large:
         return SwarmStatus("org/large", BLOCKS, tuple(rows))
 
     def events(self) -> Any:
-        from swarm_notebook.client.events import Events
+        from swarm_notebook.client.telemetry import Events
 
         return Events().subscribe()
 

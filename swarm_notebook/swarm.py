@@ -15,9 +15,9 @@ import torch
 
 from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.client.connection import Connection
-from swarm_notebook.client.directory import PATIENCE
 from swarm_notebook.client.discovery import await_spans, choose_dtype, only_model, only_record
-from swarm_notebook.client.events import MAX_EVENTS, Subscription
+from swarm_notebook.client.servers.directory import PATIENCE
+from swarm_notebook.client.telemetry import MAX_EVENTS, Subscription
 from swarm_notebook.local.swarm import LocalSwarm
 from swarm_notebook.model import drafting, skeleton
 from swarm_notebook.model.drafting import Draft

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 import swarm_notebook as sn
-from swarm_notebook.client.session import InferenceSession
+from swarm_notebook.client.session.session import InferenceSession
 from swarm_notebook.local.swarm import LocalServer
 from swarm_notebook.swarm import Swarm
 

@@ -11,7 +11,7 @@ import torch
 from scene import Scene, generate
 
 import swarm_notebook as sn
-from swarm_notebook.client import steps
+from swarm_notebook.client.session.session import steps
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import tensors
 from swarm_notebook.net.tensors import INT8, pack, unpack

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from swarm_notebook.client.events import HopTimes, Step
 from swarm_notebook.client.ledger import Ledger
-from swarm_notebook.client.routing import Leg
+from swarm_notebook.client.servers.routing import Leg
+from swarm_notebook.client.telemetry import HopTimes, Step
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 from swarm_notebook.report.cost import Bill, ServerBill, duration, expect
 from swarm_notebook.report.formatting import size

@@ -17,10 +17,10 @@ import pytest
 import torch
 from scene import TOLERANCE, AtToken, Scene, generate, kill_process, scene, stop_then_kill
 
-from swarm_notebook.client import passage
-from swarm_notebook.client.hop import Hop
 from swarm_notebook.client.request import Request
-from swarm_notebook.client.steps import Way
+from swarm_notebook.client.session.hop import Hop
+from swarm_notebook.client.session.session import pipeline
+from swarm_notebook.client.session.steps import Way
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 
 SPANS = [(0, 2), (2, 4), (4, 5), (2, 4)]
@@ -117,7 +117,7 @@ def test_a_hook_that_writes_within_a_span_and_one_at_its_edge(stage: Scene, sent
 def test_a_long_prompt_keeps_all_servers_busy(
     stage: Scene, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passage, "part_tokens", lambda _span: 128)  # it is measured, and varies
+    monkeypatch.setattr(pipeline, "part_tokens", lambda _span: 128)  # it is measured, and varies
     ids = stage.ids(3, 200)
     stage.same(generate(stage.remote, ids), generate(stage.reference, ids))
     parts = len({way.step_id for way in sent.ways}) - 13
@@ -130,18 +130,18 @@ def test_parts_are_large_enough_for_the_server() -> None:
         info = ServerInfo(
             state=ServerState.ONLINE, throughput=1.0, inference_rps=single, forward_rps=many
         )
-        return passage.part_tokens(ServerSpan("Qm", 0, 1, info))
+        return pipeline.part_tokens(ServerSpan("Qm", 0, 1, info))
 
     assert tokens(1000.0, 30_000.0) == 120
-    assert tokens(1000.0, 1000.0) == passage.MIN_PART_TOKENS
-    assert tokens(1e-9, 1e300) == passage.MAX_PART_TOKENS
-    assert tokens(None, 5.0) == tokens(0.0, 5.0) == passage.PART_TOKENS
+    assert tokens(1000.0, 1000.0) == pipeline.MIN_PART_TOKENS
+    assert tokens(1e-9, 1e300) == pipeline.MAX_PART_TOKENS
+    assert tokens(None, 5.0) == tokens(0.0, 5.0) == pipeline.PART_TOKENS
 
 
 def test_a_long_padded_prompt_with_states_asked_for(
     stage: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passage, "part_tokens", lambda _span: 64)
+    monkeypatch.setattr(pipeline, "part_tokens", lambda _span: 64)
     ids, mask = stage.ids(3, 200), torch.ones(3, 200, dtype=torch.long)
     ids[1, :150], mask[1, :150] = 0, 0
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -169,7 +169,7 @@ def test_the_middle_server_is_lost(stage: Scene, kill: Any) -> None:
 def test_the_middle_server_is_lost_in_a_long_prompt(
     stage: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passage, "part_tokens", lambda _span: 64)
+    monkeypatch.setattr(pipeline, "part_tokens", lambda _span: 64)
     ids = stage.ids(3, 200)
     middle = stage.server(stage.swarm.route().hops[1].peer_id)
     assert middle.pid is not None
@@ -190,7 +190,7 @@ def test_a_push_that_does_not_arrive(
 ) -> None:
     """The client sends the states after all, and from then on by itself."""
     nobody = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
-    init = passage._Group.__init__
+    init = pipeline._Group.__init__
 
     def misled(self: Any, *arguments: Any) -> None:
         init(self, *arguments)
@@ -199,7 +199,7 @@ def test_a_push_that_does_not_arrive(
             wrong = (way.push_to[0], "lost") if fault == "unknown session" else (nobody, "lost")
             self._ways[0] = replace(way, push_to=wrong)
 
-    monkeypatch.setattr(passage._Group, "__init__", misled)
+    monkeypatch.setattr(pipeline._Group, "__init__", misled)
     ids = stage.ids(2, 9)
     ours = generate(stage.remote, ids)
     stage.same(ours, generate(stage.reference, ids))

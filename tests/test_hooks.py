@@ -19,9 +19,9 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
-from swarm_notebook.client import backward as backward_module
-from swarm_notebook.client import forward as forward_module
-from swarm_notebook.client.hop import Hop
+from swarm_notebook.client.passes import backward as backward_module
+from swarm_notebook.client.passes import forward as forward_module
+from swarm_notebook.client.session.hop import Hop
 
 BLOCKS = 5
 FIRST, BOUNDARY, MIDDLE, LAST = 0, 1, 2, BLOCKS - 1

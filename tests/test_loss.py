@@ -16,7 +16,7 @@ import pytest
 import torch
 from scene import RESTART_SECONDS, TOLERANCE, AtToken, Scene, generate, scene
 
-from swarm_notebook.client import steps
+from swarm_notebook.client.session.session import steps
 from swarm_notebook.errors import CacheFull, MissingBlocks
 from swarm_notebook.local.swarm import LocalServer
 

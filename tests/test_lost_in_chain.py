@@ -20,10 +20,10 @@ import pytest
 import torch
 from scene import NEW_TOKENS, AtToken, Scene, generate, kill_process, scene, stop_then_kill
 
-from swarm_notebook.client import passage
-from swarm_notebook.client.hop import Hop
 from swarm_notebook.client.request import Outputs
-from swarm_notebook.client.walk import Walk
+from swarm_notebook.client.session.hop import Hop
+from swarm_notebook.client.session.session import pipeline
+from swarm_notebook.client.session.step import Walk
 from swarm_notebook.local.swarm import LocalServer
 
 # The first and the second of a chain have doubles, the last one has none.
@@ -115,7 +115,7 @@ def test_two_are_lost_in_one_step(stage: Scene) -> None:
 
 def test_lost_in_the_parts_of_a_long_text(stage: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """All parts wait behind the lost one; what was said before them is not computed again."""
-    monkeypatch.setattr(passage, "part_tokens", lambda _span: 64)
+    monkeypatch.setattr(pipeline, "part_tokens", lambda _span: 64)
     ids, more = stage.ids(3, 12), stage.ids(3, 120, seed=1)
     last, results = Last(stage), []
     for model in (stage.remote, stage.reference):

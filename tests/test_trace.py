@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from scene import NEW_TOKENS, Scene, generate
 
-from swarm_notebook.client import passage
-from swarm_notebook.client.events import Events, Failover, HopTimes, Step, Timeline
+from swarm_notebook.client.session.session import pipeline
+from swarm_notebook.client.telemetry import Events, Failover, HopTimes, Step, Timeline
 from swarm_notebook.report.trace import Trace, from_timeline
 
 HOP = HopTimes("Qm1", "<i>left</i>", 0, 3, 0.001, 0.002, 0.003, 0.004)
@@ -46,8 +46,8 @@ def test_a_generation_is_traced(tiny_scene: Scene) -> None:
 def test_parts_of_a_long_prompt_do_not_count_while_they_wait_for_each_other(
     tiny_scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passage, "MIN_PART_TOKENS", 4)
-    monkeypatch.setattr(passage, "MAX_PART_TOKENS", 4)
+    monkeypatch.setattr(pipeline, "MIN_PART_TOKENS", 4)
+    monkeypatch.setattr(pipeline, "MAX_PART_TOKENS", 4)
     with tiny_scene.swarm.events() as events:
         generate(tiny_scene.remote, tiny_scene.ids(1, 60), max_new_tokens=1, min_new_tokens=1)
         (step,) = events.drain()

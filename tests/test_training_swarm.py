@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import swarm_notebook as sn
-from swarm_notebook.client import backward as backward_module
-from swarm_notebook.client import forward as forward_module
+from swarm_notebook.client.passes import backward as backward_module
+from swarm_notebook.client.passes import forward as forward_module
 from swarm_notebook.widgets import TrainingMonitor
 
 STEPS = 6

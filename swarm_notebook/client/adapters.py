@@ -14,9 +14,9 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load, save
 
-from swarm_notebook.client.directory import Directory
-from swarm_notebook.client.routing import Leg
-from swarm_notebook.client.trip import server_name, trip
+from swarm_notebook.client.passes.call import server_name, trip
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.routing import Leg
 from swarm_notebook.errors import AdapterMissing, ServerFailed, Unsupported
 from swarm_notebook.net import protocol, tensors
 

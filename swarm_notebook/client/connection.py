@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from swarm_notebook.client import forward as stateless
 from swarm_notebook.client.adapters import Adapter, upload
-from swarm_notebook.client.backward import Gradients, backward
-from swarm_notebook.client.directory import PATIENCE, Directory
-from swarm_notebook.client.forward import Trail
 from swarm_notebook.client.loop import LoopThread, at_exit, forget_at_exit, network_thread
+from swarm_notebook.client.passes import forward as stateless
+from swarm_notebook.client.passes.backward import Gradients, backward
+from swarm_notebook.client.passes.forward import Trail
 from swarm_notebook.client.request import Outputs, Request
-from swarm_notebook.client.session import InferenceSession
+from swarm_notebook.client.servers.directory import PATIENCE, Directory
+from swarm_notebook.client.session.session import InferenceSession
 from swarm_notebook.errors import ConnectionFailed
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import MODEL_INDEX_KEY, ModelRecord, parse_model_record

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from swarm_notebook.client.connection import Connection, served_models
-from swarm_notebook.client.routing import describe_blocks
+from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.errors import MissingBlocks, ModelNotServed
 from swarm_notebook.net.records import ModelRecord, ServerSpan, ServerState
 from swarm_notebook.net.tensors import dtype_from_name

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from swarm_notebook.net.streams import Meter
 
 if TYPE_CHECKING:
-    from swarm_notebook.client.events import Step
-    from swarm_notebook.client.routing import Leg
+    from swarm_notebook.client.servers.routing import Leg
+    from swarm_notebook.client.telemetry import Step
 
 SMOOTHING = 0.3
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Self
 
-from swarm_notebook.client.directory import Directory
+from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.errors import RemoteError
 from swarm_notebook.net.streams import Stream
 

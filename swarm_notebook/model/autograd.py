@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from swarm_notebook.client.backward import Gradients
 from swarm_notebook.client.connection import Connection
-from swarm_notebook.client.forward import Trail
+from swarm_notebook.client.passes.backward import Gradients
+from swarm_notebook.client.passes.forward import Trail
 from swarm_notebook.client.request import Request
 
 Weights = Mapping[int, Mapping[str, torch.nn.Parameter]]

@@ -25,8 +25,8 @@ from torch import nn
 
 from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.connection import Connection
-from swarm_notebook.client.history import Pass
 from swarm_notebook.client.request import Outputs, Request
+from swarm_notebook.client.session.history import Pass
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model import inputs, observed
 from swarm_notebook.model.adapters import Adapters

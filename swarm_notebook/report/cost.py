@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.client.passage import part_count
-from swarm_notebook.client.routing import leg_seconds, prompt_seconds
+from swarm_notebook.client.servers.routing import leg_seconds, prompt_seconds
+from swarm_notebook.client.session.pipeline import part_count
 from swarm_notebook.report.formatting import clean, model_title, number, size, text_table
 from swarm_notebook.report.status_html import STYLE
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from swarm_notebook.client.ledger import Account
-    from swarm_notebook.client.routing import Leg
+    from swarm_notebook.client.servers.routing import Leg
 
 # Beyond hidden states, a request has ids, positions and frames, and an answer has timings.
 REQUEST_BYTES, ANSWER_BYTES = 203, 66

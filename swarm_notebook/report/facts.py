@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from swarm_notebook.client.routing import leg_seconds
+from swarm_notebook.client.servers.routing import leg_seconds
 from swarm_notebook.net.records import ServerSpan, ServerState
 from swarm_notebook.net.tensors import COMPRESSIONS
 from swarm_notebook.report.status import RouteHop, RouteTable, ServerRow, SwarmStatus
 
 if TYPE_CHECKING:
-    from swarm_notebook.client.directory import Directory, Snapshot
+    from swarm_notebook.client.servers.directory import Directory, Snapshot
 
 
 def status_of(model: str, directory: Directory) -> SwarmStatus:

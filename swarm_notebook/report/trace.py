@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.client.events import HopTimes
+from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.report.formatting import clean, model_title, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from swarm_notebook.client.events import Step, Timeline
+    from swarm_notebook.client.telemetry import Step, Timeline
 
 PARTS = HopTimes._fields[4:]
 

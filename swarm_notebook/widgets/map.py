@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 
-from swarm_notebook.client.events import Failover
+from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.report import status_html
 from swarm_notebook.report.formatting import format_runs

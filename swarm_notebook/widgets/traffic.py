@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarm_notebook.client.events import Event, Failover, HopTimes, Step
+from swarm_notebook.client.telemetry import Event, Failover, HopTimes, Step
 
 PACE_SECONDS = 3.0
 MAX_FAILOVERS = 20

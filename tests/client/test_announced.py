@@ -7,7 +7,7 @@ from typing import Any
 
 from hivemind.utils import ValueWithExpiration
 
-from swarm_notebook.client.announced import Announced
+from swarm_notebook.client.servers.announced import Announced
 from swarm_notebook.net.records import ServerInfo, ServerState
 
 PEER = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"

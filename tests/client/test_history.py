@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from swarm_notebook.client.history import History, Pass
+from swarm_notebook.client.session.history import History, Pass
 
 
 def recorded(history: History, length: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from swarm_notebook.client.routing import Leg, best_chain, describe_blocks, leg_seconds
+from swarm_notebook.client.servers.routing import Leg, best_chain, describe_blocks, leg_seconds
 from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 

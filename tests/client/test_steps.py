@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from swarm_notebook.client.directory import Directory
 from swarm_notebook.client.request import Request
-from swarm_notebook.client.routing import Leg
-from swarm_notebook.client.steps import StepWriter, Way
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.routing import Leg
+from swarm_notebook.client.session.steps import StepWriter, Way
 from swarm_notebook.net import protocol
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import swarm_notebook as sn
-from swarm_notebook.client.hop import Hop, Way
 from swarm_notebook.client.request import Request
+from swarm_notebook.client.session.hop import Hop, Way
 from swarm_notebook.errors import Busy
 from swarm_notebook.widgets import ChatWidget
 

@@ -14,8 +14,8 @@ import torch
 from front_end import shown_cells
 
 import swarm_notebook as sn
-from swarm_notebook.client.hop import Hop, Way
 from swarm_notebook.client.request import Request
+from swarm_notebook.client.session.hop import Hop, Way
 from swarm_notebook.errors import Busy
 from swarm_notebook.widgets import GenerateWidget
 from swarm_notebook.widgets.cells import PAGE, Cells

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from swarm_notebook.client.events import Failover, HopTimes, Step
+from swarm_notebook.client.telemetry import Failover, HopTimes, Step
 from swarm_notebook.widgets import SwarmMap
 from swarm_notebook.widgets.traffic import Traffic, way
 

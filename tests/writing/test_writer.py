@@ -14,9 +14,9 @@ import pytest
 import torch
 from scene import Scene
 
-from swarm_notebook.client.hop import Hop
 from swarm_notebook.client.request import Request
-from swarm_notebook.client.steps import Way
+from swarm_notebook.client.session.hop import Hop
+from swarm_notebook.client.session.steps import Way
 from swarm_notebook.errors import Busy, MissingBlocks
 from swarm_notebook.writing import Sampling, Writer
 from swarm_notebook.writing.writer import READ_AT_ONCE

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 
-from swarm_notebook.client.events import Failover, Subscription
+from swarm_notebook.client.telemetry import Failover, Subscription
 from swarm_notebook.widgets.base import Widget
 from swarm_notebook.widgets.curves import as_html
 from swarm_notebook.widgets.training_record import TrainingRecord

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from hivemind.proto import runtime_pb2
 
-from swarm_notebook.client.directory import Directory
+from swarm_notebook.client.passes.call import server_name
 from swarm_notebook.client.request import Request, refuse_extensions, travelling
-from swarm_notebook.client.routing import Leg
-from swarm_notebook.client.trip import server_name
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.routing import Leg
 from swarm_notebook.net import protocol
 
 ALLOC_TIMEOUT = 10.0

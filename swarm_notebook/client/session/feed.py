@@ -12,8 +12,8 @@ from collections.abc import Collection
 import torch
 
 from swarm_notebook.client.adapters import Adapter
-from swarm_notebook.client.history import History, Pass
 from swarm_notebook.client.request import Request
+from swarm_notebook.client.session.history import History, Pass
 
 
 class Feed:

@@ -12,12 +12,12 @@ import itertools
 from collections.abc import Collection, Coroutine, Iterator, Sequence
 from typing import Any
 
-from swarm_notebook.client.chain import Chain
-from swarm_notebook.client.events import HopTimes
-from swarm_notebook.client.history import Pass
-from swarm_notebook.client.losses import Losses
-from swarm_notebook.client.passage import HopLost, Piece, carry, join, split
 from swarm_notebook.client.request import Outputs
+from swarm_notebook.client.session.chain import Chain
+from swarm_notebook.client.session.history import Pass
+from swarm_notebook.client.session.losses import Losses
+from swarm_notebook.client.session.pipeline import HopLost, Piece, carry, join, split
+from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.errors import RemoteError
 
 

@@ -15,16 +15,16 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from swarm_notebook.client.adapters import with_adapter
-from swarm_notebook.client.directory import Directory
-from swarm_notebook.client.forward import Trail, forward, give_up, take_rows, together
+from swarm_notebook.client.passes.call import Answer, server_name, trip
+from swarm_notebook.client.passes.forward import Trail, forward, give_up, take_rows, together
 from swarm_notebook.client.request import (
     Request,
     check_shape,
     read_tensor,
     refuse_extensions,
 )
-from swarm_notebook.client.routing import Leg
-from swarm_notebook.client.trip import Answer, server_name, trip
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.routing import Leg
 from swarm_notebook.errors import BadRequest, RemoteError, ServerFailed
 from swarm_notebook.net import protocol
 

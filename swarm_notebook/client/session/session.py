@@ -17,15 +17,15 @@ from collections.abc import Collection
 import torch
 
 from swarm_notebook.client.adapters import Adapter
-from swarm_notebook.client.chain import Chain
-from swarm_notebook.client.directory import Directory
-from swarm_notebook.client.events import Step, Timeline
-from swarm_notebook.client.feed import Feed
-from swarm_notebook.client.history import History, Pass
-from swarm_notebook.client.hop import Hop
-from swarm_notebook.client.losses import Losses
 from swarm_notebook.client.request import Outputs
-from swarm_notebook.client.walk import Walk
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.session.chain import Chain
+from swarm_notebook.client.session.feed import Feed
+from swarm_notebook.client.session.history import History, Pass
+from swarm_notebook.client.session.hop import Hop
+from swarm_notebook.client.session.losses import Losses
+from swarm_notebook.client.session.step import Walk
+from swarm_notebook.client.telemetry import Step, Timeline
 
 DEFAULT_MAX_LENGTH = 2048
 

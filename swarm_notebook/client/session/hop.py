@@ -21,12 +21,12 @@ from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.adapters import Adapter, ensure_uploaded
-from swarm_notebook.client.directory import Directory
-from swarm_notebook.client.events import HopTimes
+from swarm_notebook.client.passes.call import OPEN_TIMEOUT, TRANSPORT_ERRORS, gone, server_name
 from swarm_notebook.client.request import Outputs, Request, Told, read_outputs, read_told
-from swarm_notebook.client.routing import Leg
-from swarm_notebook.client.steps import StepWriter, Way, new_step_id
-from swarm_notebook.client.trip import OPEN_TIMEOUT, TRANSPORT_ERRORS, gone, server_name
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.routing import Leg
+from swarm_notebook.client.session.steps import StepWriter, Way, new_step_id
+from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import ServerFailed
 from swarm_notebook.net import protocol, streams

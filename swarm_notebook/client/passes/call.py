@@ -17,8 +17,8 @@ from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto import runtime_pb2
 
-from swarm_notebook.client.directory import Directory
-from swarm_notebook.client.routing import Leg, describe_blocks
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.routing import Leg, describe_blocks
 from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import BadRequest, ServerFailed
 from swarm_notebook.net import protocol, streams, tensors

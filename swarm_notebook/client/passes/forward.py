@@ -20,8 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from swarm_notebook.client.adapters import with_adapter
-from swarm_notebook.client.directory import Directory
-from swarm_notebook.client.events import Failover
+from swarm_notebook.client.passes.call import server_name, trip
 from swarm_notebook.client.request import (
     Outputs,
     Request,
@@ -29,8 +28,9 @@ from swarm_notebook.client.request import (
     refuse_extensions,
     travelling,
 )
-from swarm_notebook.client.routing import Leg, describe_blocks
-from swarm_notebook.client.trip import server_name, trip
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.routing import Leg, describe_blocks
+from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net import protocol, tensors
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import time
 
-from swarm_notebook.client.chain import Chain
-from swarm_notebook.client.events import Failover, Timeline
-from swarm_notebook.client.hop import Hop
-from swarm_notebook.client.passage import HopLost
-from swarm_notebook.client.routing import describe_blocks
+from swarm_notebook.client.servers.routing import describe_blocks
+from swarm_notebook.client.session.chain import Chain
+from swarm_notebook.client.session.hop import Hop
+from swarm_notebook.client.session.pipeline import HopLost
+from swarm_notebook.client.telemetry import Failover, Timeline
 from swarm_notebook.errors import (
     AdapterMissing,
     BadRequest,

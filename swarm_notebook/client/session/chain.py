@@ -11,10 +11,10 @@ import asyncio
 import itertools
 from collections.abc import Collection
 
-from swarm_notebook.client.directory import Directory
-from swarm_notebook.client.events import HopTimes
-from swarm_notebook.client.feed import Feed
-from swarm_notebook.client.hop import Hop
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.session.feed import Feed
+from swarm_notebook.client.session.hop import Hop
+from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.errors import RemoteError
 
 

@@ -19,10 +19,10 @@ from google.protobuf.message import DecodeError
 from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
 
-from swarm_notebook.client import routing
-from swarm_notebook.client.announced import Announced
-from swarm_notebook.client.events import Events
-from swarm_notebook.client.standing import Standings
+from swarm_notebook.client.servers import routing
+from swarm_notebook.client.servers.announced import Announced
+from swarm_notebook.client.servers.health import Standings
+from swarm_notebook.client.telemetry import Events
 from swarm_notebook.errors import BadRequest, MissingBlocks
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import Node

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
-from swarm_notebook.client.directory import Directory
-from swarm_notebook.client.events import HopTimes
-from swarm_notebook.client.history import Pass
-from swarm_notebook.client.hop import Hop
 from swarm_notebook.client.request import Outputs, Request
-from swarm_notebook.client.steps import Way, new_step_id
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.session.history import Pass
+from swarm_notebook.client.session.hop import Hop
+from swarm_notebook.client.session.steps import Way, new_step_id
+from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.errors import RemoteError
 from swarm_notebook.net.records import ServerSpan
 

@@ -1,0 +1,1 @@
+"""Who serves which blocks, how they behave, and which way to go."""
