@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from scene import TOLERANCE, Scene, generate
 
-from swarm_notebook.model.blocks import is_placeholder
+from swarm_notebook.model.placeholders import is_placeholder
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.autograd import Weights
-from swarm_notebook.model.blocks import is_placeholder
+from swarm_notebook.model.placeholders import is_placeholder
 
 # Initialisations that read the base weights, which are not here.
 _PLAIN_INIT = (True, False, "gaussian", "orthogonal")

@@ -16,19 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from swarm_notebook.model.observed import refuse_writes
+from swarm_notebook.model.hooks import refuse_writes
+from swarm_notebook.model.placeholders import is_placeholder
 
 if TYPE_CHECKING:
-    from swarm_notebook.model.calls import Runner
-
-
-def is_placeholder(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a shape without memory of its own."""
-    return (
-        tensor.numel() > 1
-        and not tensor.is_meta
-        and tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
-    )
+    from swarm_notebook.model.runner import Runner
 
 
 class RemoteBlock(nn.Module):

@@ -28,7 +28,7 @@ from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.session.history import Pass
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model import inputs, observed
+from swarm_notebook.model import hooks, inputs
 from swarm_notebook.model.adapters import Adapters
 from swarm_notebook.model.autograd import SameTensor, Segment
 from swarm_notebook.model.cache import RemoteCache
@@ -147,15 +147,15 @@ class Runner:
             inputs.unusual_positions(kwargs.get("position_ids"), position),
             self.adapters.current(self.blocks, thorough=position == 0),
             self.adapters.dropout_seed(self.blocks),
-            observed.observed_boundaries(self.blocks, bool(states)),
-            observed.observed_inside(self._modules()),
+            hooks.observed_boundaries(self.blocks, bool(states)),
+            hooks.observed_inside(self._modules()),
         )
         return (), kwargs
 
     def _modules(self) -> list[tuple[int, str, nn.Module]]:
         """All modules inside of blocks; PEFT changes them when it injects adapters."""
         if self._inside[0] != self.adapters.injections:
-            self._inside = (self.adapters.injections, observed.modules_inside(self.blocks))
+            self._inside = (self.adapters.injections, hooks.modules_inside(self.blocks))
         return self._inside[1]
 
     def _end(self, *_: Any) -> None:
@@ -179,7 +179,7 @@ class Runner:
             # The same values, but perhaps wrapped anew: the graph must follow the wrapping.
             call.piece_input = hidden
         for name, module in call.inside.get(index, ()):
-            observed.deliver(f"block {index}.{name}", module, call.outputs.inner[index, name])
+            hooks.deliver(f"block {index}.{name}", module, call.outputs.inner[index, name])
         output = self._hand_out(call, index, hidden)
         if index == len(self.blocks) - 1 and call.cache is not None:
             call.cache.advance(hidden.shape[0], hidden.shape[1], call.mask)

@@ -17,7 +17,7 @@ from swarm_notebook.model import drafting
 from swarm_notebook.model.adapters import Adapters
 from swarm_notebook.model.blocks import remote_class
 from swarm_notebook.model.cache import RemoteCache
-from swarm_notebook.model.calls import Runner
+from swarm_notebook.model.runner import Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

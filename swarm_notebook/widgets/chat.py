@@ -19,9 +19,9 @@ from typing import Any
 import traitlets
 
 from swarm_notebook.errors import Busy
-from swarm_notebook.widgets import markdown
-from swarm_notebook.widgets.base import action
-from swarm_notebook.widgets.pictures import facts, shell
+from swarm_notebook.widgets.parts import markdown
+from swarm_notebook.widgets.parts.base import action
+from swarm_notebook.widgets.parts.static_html import facts, shell
 from swarm_notebook.widgets.writing import WritingWidget
 
 ROLES = ("system", "user", "assistant")

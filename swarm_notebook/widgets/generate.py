@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 
-from swarm_notebook.widgets.base import action
-from swarm_notebook.widgets.cells import Cell, Cells
-from swarm_notebook.widgets.pictures import facts, shell
+from swarm_notebook.widgets.parts.base import action
+from swarm_notebook.widgets.parts.static_html import facts, shell
+from swarm_notebook.widgets.parts.token_cells import Cell, Cells
 from swarm_notebook.widgets.writing import WritingWidget
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ import traitlets
 from swarm_notebook.probing.grid import visible
 from swarm_notebook.probing.lens import Lens, logit_lens, token_ranks
 from swarm_notebook.probing.subject import Subject, Target, Text
-from swarm_notebook.widgets.base import Widget, action
+from swarm_notebook.widgets.parts.base import Widget, action
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

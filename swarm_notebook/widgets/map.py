@@ -18,8 +18,8 @@ from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.report import status_html
 from swarm_notebook.report.formatting import format_runs
-from swarm_notebook.widgets.base import Widget, action
-from swarm_notebook.widgets.live import start_pulse
+from swarm_notebook.widgets.parts.base import Widget, action
+from swarm_notebook.widgets.parts.pulse import start_pulse
 from swarm_notebook.widgets.traffic import Traffic
 
 if TYPE_CHECKING:

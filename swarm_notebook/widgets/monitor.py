@@ -32,8 +32,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from swarm_notebook.widgets.base import action
-from swarm_notebook.widgets.training_view import TrainingView
+from swarm_notebook.widgets.parts.base import action
+from swarm_notebook.widgets.training.view import TrainingView
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -187,7 +187,7 @@ class TrainingMonitor(TrainingView):
 
     def callback(self) -> TrainerCallback:
         """For ``Trainer(callbacks=[…])``; stopping also writes one of the trainer's checkpoints."""
-        from swarm_notebook.widgets.trainer_callback import MonitorCallback
+        from swarm_notebook.widgets.training.callback import MonitorCallback
 
         return MonitorCallback(self)
 

@@ -18,8 +18,8 @@ import traitlets
 from swarm_notebook.local.lending import Lending
 from swarm_notebook.report.formatting import model_title, number
 from swarm_notebook.report.status_html import STYLE
-from swarm_notebook.widgets.base import Widget, action
-from swarm_notebook.widgets.live import start_pulse
+from swarm_notebook.widgets.parts.base import Widget, action
+from swarm_notebook.widgets.parts.pulse import start_pulse
 
 PERIOD = 0.5
 

@@ -16,8 +16,8 @@ import traitlets
 from swarm_notebook.errors import SwarmError
 from swarm_notebook.report.formatting import model_title
 from swarm_notebook.swarm import Swarm
-from swarm_notebook.widgets.base import Widget, action
-from swarm_notebook.widgets.paced import Paced
+from swarm_notebook.widgets.parts.base import Widget, action
+from swarm_notebook.widgets.parts.throttle import Paced
 from swarm_notebook.writing import Sampling, Vocabulary, Writer
 
 if TYPE_CHECKING:

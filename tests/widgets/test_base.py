@@ -15,9 +15,9 @@ import pytest
 import traitlets
 
 from swarm_notebook import widgets
-from swarm_notebook.widgets import assets
-from swarm_notebook.widgets.base import Widget, action
-from swarm_notebook.widgets.live import start_pulse
+from swarm_notebook.widgets.parts import assets
+from swarm_notebook.widgets.parts.base import Widget, action
+from swarm_notebook.widgets.parts.pulse import start_pulse
 
 SVG = "http://www.w3.org/2000/svg"  # a name, which nobody fetches
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"

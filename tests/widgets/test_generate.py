@@ -18,8 +18,8 @@ from swarm_notebook.client.request import Request
 from swarm_notebook.client.session.hop import Hop, Way
 from swarm_notebook.errors import Busy
 from swarm_notebook.widgets import GenerateWidget
-from swarm_notebook.widgets.cells import PAGE, Cells
-from swarm_notebook.widgets.paced import Paced
+from swarm_notebook.widgets.parts.throttle import Paced
+from swarm_notebook.widgets.parts.token_cells import PAGE, Cells
 from swarm_notebook.writing import Draft, Token, Vocabulary
 
 QUESTION = "What is the capital of Germany?"

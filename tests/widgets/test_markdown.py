@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from swarm_notebook.widgets.markdown import MOST_LETTERS, plain, render
+from swarm_notebook.widgets.parts.markdown import MOST_LETTERS, plain, render
 
 HARMLESS_TAGS = {
     *("a", "blockquote", "br", "code", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol"),

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from swarm_notebook.widgets import TrainingMonitor
-from swarm_notebook.widgets.curves import MAX_POINTS, Curves
+from swarm_notebook.widgets.training.curves import MAX_POINTS, Curves
 
 
 def until(condition: Callable[[], bool]) -> None:

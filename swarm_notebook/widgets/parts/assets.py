@@ -17,7 +17,7 @@ from pathlib import Path
 MAX_BYTES = 50_000  # a widget's script is saved with every notebook that shows it
 THEME = "theme.css"
 
-_HERE = Path(__file__).parent
+_WIDGETS = Path(__file__).parents[1]
 _IMPORT = re.compile(r'^import\s*\{[^}]*\}\s*from\s*"\./([\w-]+\.js)";\n', re.MULTILINE)
 _ANY_IMPORT = re.compile(r"^(import\b.*|export\s*[*{].*)$", re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(?:async )?(?:function|class|const)\b)", re.MULTILINE)
@@ -27,8 +27,8 @@ _TOP_LEVEL = re.compile(r"^(?:async )?(?:function|class|const|let)\s+([\w$]+)", 
 @cache
 def folder() -> Path:
     """Where the sources are: packed into the wheel, or in the repository."""
-    packed = _HERE / "js"
-    return packed if packed.is_dir() else _HERE.parents[1] / "js" / "src"
+    packed = _WIDGETS / "js"
+    return packed if packed.is_dir() else _WIDGETS.parents[1] / "js" / "src"
 
 
 @cache

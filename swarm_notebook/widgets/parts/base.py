@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import anywidget
 import traitlets
 
-from swarm_notebook.widgets import assets
+from swarm_notebook.widgets.parts import assets
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from swarm_notebook.widgets.base import Widget
+    from swarm_notebook.widgets.parts.base import Widget
 
 
 def start_pulse(beat: Callable[[], bool], period: float) -> threading.Thread:

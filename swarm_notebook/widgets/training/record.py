@@ -10,7 +10,7 @@ import math
 from collections import deque
 from typing import Any
 
-from swarm_notebook.widgets.curves import Curves
+from swarm_notebook.widgets.training.curves import Curves
 
 SPEED_SECONDS = 10.0  # tokens per second are of the last so many
 NOTED = 512  # moments of the last steps

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 
 from swarm_notebook.client.telemetry import Failover, Subscription
-from swarm_notebook.widgets.base import Widget
-from swarm_notebook.widgets.curves import as_html
-from swarm_notebook.widgets.training_record import TrainingRecord
+from swarm_notebook.widgets.parts.base import Widget
+from swarm_notebook.widgets.training.curves import as_html
+from swarm_notebook.widgets.training.record import TrainingRecord
 
 if TYPE_CHECKING:
     from swarm_notebook.swarm import Swarm

@@ -1,0 +1,1 @@
+"""A training run as the monitor shows it: its record, curves and view, and Trainer's callback."""
