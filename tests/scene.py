@@ -76,7 +76,7 @@ class Scene:
 
     def in_use(self) -> LocalServer:
         """The last server in the chain of the latest session."""
-        return self.server(self.sessions[-1].hops[-1].leg.peer)
+        return self.server(self.sessions[-1].hops[-1].segment.peer)
 
     def heal(self) -> None:
         """Start all servers again that are gone; one that has a double may come later."""
@@ -94,7 +94,7 @@ class Scene:
         """As if nothing had happened yet."""
         self.heal()
         self.sessions.clear()
-        self.swarm._connection.directory.standings._apart.clear()
+        self.swarm._connection.directory.health._apart.clear()
         return self
 
     def same(self, ours: Any, theirs: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swarm_notebook.client.ledger import Ledger
-from swarm_notebook.client.servers.routing import Leg
+from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.telemetry import HopTimes, Step
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 from swarm_notebook.report.cost import Bill, ServerBill, duration, expect
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 TOKENS, NEW = 10, 14
 
 
-def leg(name: str, start: int, end: int, **rates: float) -> Leg:
+def segment(name: str, start: int, end: int, **rates: float) -> RouteSegment:
     info = ServerInfo(state=ServerState.ONLINE, throughput=100.0, public_name=name, **rates)
-    return Leg(ServerSpan(f"peer-{name}", start, end, info), start, end)
+    return RouteSegment(ServerSpan(f"peer-{name}", start, end, info), start, end)
 
 
 CHAIN = [
-    leg("a", 0, 2, inference_rps=200.0, forward_rps=2000.0),
-    leg("b", 2, 5, inference_rps=300.0, forward_rps=3000.0),
+    segment("a", 0, 2, inference_rps=200.0, forward_rps=2000.0),
+    segment("b", 2, 5, inference_rps=300.0, forward_rps=3000.0),
 ]
 RTT = {"peer-a": 0.01, "peer-b": 0.02}
 

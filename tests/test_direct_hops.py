@@ -160,7 +160,7 @@ def test_the_middle_server_is_lost(stage: Scene, kill: Any) -> None:
     """While it computes: the one before it has done its part, the one behind waits."""
     ids = stage.ids(2, 9)
     options: dict[str, Any] = {"num_beams": 2}
-    acts = AtToken({4: lambda: kill(stage.server(stage.sessions[-1].hops[1].leg.peer))})
+    acts = AtToken({4: lambda: kill(stage.server(stage.sessions[-1].hops[1].segment.peer))})
     ours = generate(stage.remote, ids, stopping_criteria=[acts], **options)
     stage.same(ours, generate(stage.reference, ids, **options))
     assert stage.sessions[-1].failovers == 1

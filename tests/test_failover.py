@@ -122,7 +122,7 @@ def test_killed_again_and_again(stage: Scene) -> None:
     options: dict[str, Any] = {"num_beams": 2}
     ours = generate(stage.remote, ids, stopping_criteria=[acts], **options)
     stage.same(ours, generate(stage.reference, ids, **options))
-    assert [hop.leg.peer for hop in stage.sessions[-1].hops] == [first.peer_id] * 2
+    assert [hop.segment.peer for hop in stage.sessions[-1].hops] == [first.peer_id] * 2
 
 
 def test_killed_between_two_calls_of_a_conversation(stage: Scene) -> None:

@@ -53,10 +53,10 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         real = module.trip
 
         async def counted(
-            directory: Any, leg: Any, rpc: str, *rest: Any, real: Any = real, **named: Any
+            directory: Any, segment: Any, rpc: str, *rest: Any, real: Any = real, **named: Any
         ) -> Any:
             sent.append(rpc.rpartition(".")[2])
-            return await real(directory, leg, rpc, *rest, **named)
+            return await real(directory, segment, rpc, *rest, **named)
 
         monkeypatch.setattr(module, "trip", counted)
     send = Hop.send

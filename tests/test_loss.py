@@ -194,6 +194,6 @@ def test_a_batch_that_fits_elsewhere(small: Scene, tiny_llama: Path, tmp_path: P
         ids = small.ids(8, 60)
         ours = generate(small.remote, ids)
         small.same(ours, generate(small.reference, ids))
-        assert small.sessions[-1].hops[0].leg.span.name == "roomy"
+        assert small.sessions[-1].hops[0].segment.span.name == "roomy"
     finally:
         roomy.terminate()

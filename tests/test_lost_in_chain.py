@@ -60,7 +60,7 @@ class Last:
 
 def on_the_way(stage: Scene, number: int) -> LocalServer:
     """The server that the latest session has for its first, second or third part."""
-    return stage.server(stage.sessions[-1].hops[number].leg.peer)
+    return stage.server(stage.sessions[-1].hops[number].segment.peer)
 
 
 def change(_module: Any, _inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -195,7 +195,7 @@ def test_interrupted_while_those_behind_are_asked(
 
     monkeypatch.setattr(Hop, "settle", interrupted)
     # A machine that is busy may have pushed too late, and has kept them apart.
-    stage.swarm._connection.directory.standings._apart.clear()
+    stage.swarm._connection.directory.health._apart.clear()
     assert last.pid is not None
     os.kill(last.pid, signal.SIGSTOP)
     stop_then_kill(on_the_way(stage, 1))

@@ -74,13 +74,13 @@ def test_a_killed_server_does_not_show_in_the_loss(
     killed: list[str] = []
     real, trips = module.trip, 0
 
-    async def trip(directory: Any, leg: Any, *rest: Any, **named: Any) -> Any:
+    async def trip(directory: Any, segment: Any, *rest: Any, **named: Any) -> Any:
         nonlocal trips
         trips += 1
-        if trips > 6 and leg.start == 0 and not killed:
-            killed.append(leg.peer)
-            next(server for server in servers.servers if server.peer_id == leg.peer).kill()
-        return await real(directory, leg, *rest, **named)
+        if trips > 6 and segment.start == 0 and not killed:
+            killed.append(segment.peer)
+            next(server for server in servers.servers if server.peer_id == segment.peer).kill()
+        return await real(directory, segment, *rest, **named)
 
     monkeypatch.setattr(module, "trip", trip)
     with sn.connect(servers.initial_peers, model=tiny_llama) as swarm:

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 
 from swarm_notebook.client.passes.call import server_name, trip
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.client.servers.routing import Leg
+from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.errors import AdapterMissing, ServerFailed, Unsupported
 from swarm_notebook.net import protocol, tensors
 
@@ -56,45 +56,52 @@ class Adapter:
         }
 
 
-async def ensure_uploaded(directory: Directory, leg: Leg, adapter: Adapter | None) -> None:
+async def ensure_uploaded(
+    directory: Directory, segment: RouteSegment, adapter: Adapter | None
+) -> None:
     """Send a server the adapter's present state, unless it got it before."""
     if adapter is None:
         return
-    if not leg.span.extended:
+    if not segment.span.extended:
         raise Unsupported(
-            f"{server_name(leg)} is a Petals server, which runs no adapters from notebooks; use "
-            "servers started with `swarm-notebook serve`"
+            f"{server_name(segment)} is a Petals server, which runs no adapters from notebooks; "
+            "use servers started with `swarm-notebook serve`"
         )
     # The groups of a batch come here at once: the first uploads, the others wait for it.
-    async with directory.upload_locks[leg.peer]:
-        known = directory.uploaded.get((leg.peer, adapter.id))
-        if known != (adapter.version, leg.span.start, leg.span.end):
-            await upload(directory, leg, adapter)
+    async with directory.upload_locks[segment.peer]:
+        known = directory.uploaded.get((segment.peer, adapter.id))
+        if known != (adapter.version, segment.span.start, segment.span.end):
+            await upload(directory, segment, adapter)
 
 
 async def with_adapter(
-    directory: Directory, leg: Leg, adapter: Adapter | None, work: Callable[[], Awaitable[T]]
+    directory: Directory,
+    segment: RouteSegment,
+    adapter: Adapter | None,
+    work: Callable[[], Awaitable[T]],
 ) -> T:
     """Do ``work`` on a server that has the adapter's present state."""
-    await ensure_uploaded(directory, leg, adapter)
+    await ensure_uploaded(directory, segment, adapter)
     try:
         return await work()
     except AdapterMissing:
         if adapter is None:
             raise
-        directory.uploaded.pop((leg.peer, adapter.id), None)
-        await ensure_uploaded(directory, leg, adapter)
+        directory.uploaded.pop((segment.peer, adapter.id), None)
+        await ensure_uploaded(directory, segment, adapter)
         return await work()
 
 
-async def upload(directory: Directory, leg: Leg, adapter: Adapter) -> dict[str, torch.Tensor]:
+async def upload(
+    directory: Directory, segment: RouteSegment, adapter: Adapter
+) -> dict[str, torch.Tensor]:
     """Send a server what it needs to run this adapter in all blocks that it hosts.
 
     Returns:
         the parameters that the server derived from its weights, by name.
     """
-    span = leg.span
-    whole = Leg(span, span.start, span.end)
+    span = segment.span
+    whole = RouteSegment(span, span.start, span.end)
     part = adapter.part(span.start, span.end)
     derive = sorted(adapter.derived & part.keys())
     sent = {name: tensor.contiguous() for name, tensor in part.items() if name not in derive}
@@ -107,12 +114,12 @@ async def upload(directory: Directory, leg: Leg, adapter: Adapter) -> dict[str, 
     }
     file = torch.frombuffer(bytearray(save(sent)), dtype=torch.uint8)
     answer = await trip(directory, whole, protocol.RPC_ADAPTER, [file], metadata, always=1)
-    directory.uploaded[leg.peer, adapter.id] = (adapter.version, span.start, span.end)
+    directory.uploaded[segment.peer, adapter.id] = (adapter.version, span.start, span.end)
     if not derive:
         return {}
     if len(answer.tensors) != 1:
-        raise ServerFailed(f"{server_name(leg)} sent no initial values for {derive[0]}")
+        raise ServerFailed(f"{server_name(segment)} sent no initial values for {derive[0]}")
     derived = load(tensors.unpack(answer.tensors[0]).numpy().tobytes())
     if sorted(derived) != derive:
-        raise ServerFailed(f"{server_name(leg)} sent other initial values than asked for")
+        raise ServerFailed(f"{server_name(segment)} sent other initial values than asked for")
     return derived

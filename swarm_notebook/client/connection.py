@@ -128,8 +128,10 @@ class Connection:
         """What the servers derive from their weights for a new adapter, by parameter name."""
 
         async def collect() -> dict[str, torch.Tensor]:
-            legs = await self.directory.await_chain(0, self.num_blocks)
-            parts = await stateless.together([upload(self.directory, leg, adapter) for leg in legs])
+            segments = await self.directory.await_chain(0, self.num_blocks)
+            parts = await stateless.together(
+                [upload(self.directory, segment, adapter) for segment in segments]
+            )
             return {name: tensor for part in parts for name, tensor in part.items()}
 
         return self._run(collect())

@@ -13,10 +13,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from swarm_notebook.net.streams import Meter
+from swarm_notebook.net.streams import ByteMeter
 
 if TYPE_CHECKING:
-    from swarm_notebook.client.servers.routing import Leg
+    from swarm_notebook.client.servers.routing import RouteSegment
     from swarm_notebook.client.telemetry import Step
 
 SMOOTHING = 0.3
@@ -38,7 +38,7 @@ class Account:
     """
 
     name: str = ""
-    meter: Meter = field(default_factory=Meter)
+    meter: ByteMeter = field(default_factory=ByteMeter)
     requests: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -62,11 +62,11 @@ class Ledger:
     def __init__(self) -> None:
         self._accounts: defaultdict[str, Account] = defaultdict(Account)
 
-    def open(self, leg: Leg) -> Meter:
+    def open(self, segment: RouteSegment) -> ByteMeter:
         """A stream to this server begins: what counts its bytes."""
-        account = self._accounts[leg.peer]
-        account.name, account.last = leg.span.name, time.time()
-        account.blocks.add((leg.start, leg.end))
+        account = self._accounts[segment.peer]
+        account.name, account.last = segment.span.name, time.time()
+        account.blocks.add((segment.start, segment.end))
         return account.meter
 
     def passed(self, step: Step) -> None:
@@ -83,13 +83,13 @@ class Ledger:
                 known = account.token_seconds.get(span, seconds)
                 account.token_seconds[span] = known + SMOOTHING * (seconds - known)
 
-    def received(self, leg: Leg) -> None:
+    def received(self, segment: RouteSegment) -> None:
         """A request of a session was answered; what it took comes with the step."""
-        self._accounts[leg.peer].requests += 1
+        self._accounts[segment.peer].requests += 1
 
-    def answered(self, leg: Leg, tokens: int, seconds: float) -> None:
+    def answered(self, segment: RouteSegment, tokens: int, seconds: float) -> None:
         """A request without a session was answered."""
-        account = self._accounts[leg.peer]
+        account = self._accounts[segment.peer]
         account.requests += 1
         account.tokens += tokens
         account.seconds += seconds

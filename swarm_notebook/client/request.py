@@ -149,7 +149,7 @@ def read_outputs(packed: Sequence[runtime_pb2.Tensor], request: Request, server:
 
 
 @dataclass(slots=True)
-class Told:
+class ServerReport:
     """What a server says along with an answer; a Petals server says nothing.
 
     Attributes:
@@ -170,23 +170,23 @@ class Told:
         return serialisation * share, queue * share, compute * share
 
 
-def read_told(metadata: bytes) -> Told:
+def read_report(metadata: bytes) -> ServerReport:
     """What an answer's metadata say; rubbish is nothing."""
-    told = Told()
+    report = ServerReport()
     try:
         found = protocol.unpack_metadata(metadata)
     except BadRequest:
-        return told
+        return report
     times = found.get(protocol.TIMES_KEY)
     if isinstance(times, (list, tuple)) and len(times) == 3:
         # Not NaN, and in bounds.
         parts = [part if type(part) is float and 0.0 <= part < 1e6 else 0.0 for part in times]
-        told.times = (parts[0], parts[1], parts[2])
+        report.times = (parts[0], parts[1], parts[2])
     failed = found.get(protocol.PUSH_FAILED)
     if isinstance(failed, str):
-        told.push_failed = failed[:MAX_REASON]
-    told.filled = found.get(protocol.FILLED) is True
-    return told
+        report.push_failed = failed[:MAX_REASON]
+    report.filled = found.get(protocol.FILLED) is True
+    return report
 
 
 def read_tensor(packed: runtime_pb2.Tensor, server: str) -> torch.Tensor:

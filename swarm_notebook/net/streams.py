@@ -46,7 +46,7 @@ class BadFrame(BadRequest):
 
 
 @dataclass(slots=True)
-class Meter:
+class ByteMeter:
     """Bytes that went over streams, frames and all."""
 
     sent: int = 0
@@ -62,11 +62,11 @@ class Stream:
         writer: asyncio.StreamWriter,
         peer: str,
         max_frame: int = MAX_FRAME_BYTES,
-        meter: Meter | None = None,
+        meter: ByteMeter | None = None,
     ):
         self._reader, self._writer = reader, writer
         self.peer, self.max_frame = peer, max_frame
-        self._meter = meter or Meter()
+        self._meter = meter or ByteMeter()
 
     async def send(self, message: Message) -> None:
         """Write one message and wait until the buffer has room again."""
@@ -150,7 +150,9 @@ def _parse(kind: type[M], data: bytes) -> M:
         raise BadFrame(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
 
 
-async def open_stream(p2p: P2P, peer: PeerID, handler: str, meter: Meter | None = None) -> Stream:
+async def open_stream(
+    p2p: P2P, peer: PeerID, handler: str, meter: ByteMeter | None = None
+) -> Stream:
     """A new stream to `handler` of `peer`; P2PDaemonError when the peer cannot be reached."""
     opening = asyncio.ensure_future(p2p.call_binary_stream_handler(peer, handler))
     try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.client.servers.routing import leg_seconds, prompt_seconds
+from swarm_notebook.client.servers.routing import prompt_seconds, segment_seconds
 from swarm_notebook.client.session.pipeline import part_count
 from swarm_notebook.report.formatting import clean, model_title, number, size, text_table
 from swarm_notebook.report.status_html import STYLE
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from swarm_notebook.client.ledger import Account
-    from swarm_notebook.client.servers.routing import Leg
+    from swarm_notebook.client.servers.routing import RouteSegment
 
 # Beyond hidden states, a request has ids, positions and frames, and an answer has timings.
 REQUEST_BYTES, ANSWER_BYTES = 203, 66
@@ -211,7 +211,7 @@ class Bill:
 
 def expect(
     model: str,
-    chain: Sequence[Leg],
+    chain: Sequence[RouteSegment],
     rtt: Mapping[str, float],
     accounts: Mapping[str, Account],
     *,
@@ -232,16 +232,16 @@ def expect(
     for name, count in given.items():
         if count < 1:
             raise ValueError(f"{name}: {count}, expected at least 1")
-    known = [_token_seconds(leg, accounts) for leg in chain]
+    known = [_token_seconds(segment, accounts) for segment in chain]
     each = [
-        leg_seconds(leg, rtt) if measured is None else measured
-        for leg, measured in zip(chain, known, strict=True)
+        segment_seconds(segment, rtt) if measured is None else measured
+        for segment, measured in zip(chain, known, strict=True)
     ]
     first = sum(
-        max(seconds, rtt.get(leg.peer, 0.0) + prompt_tokens * batch * prompt_seconds(leg))
-        for leg, seconds in zip(chain, each, strict=True)
+        max(seconds, rtt.get(segment.peer, 0.0) + prompt_tokens * batch * prompt_seconds(segment))
+        for segment, seconds in zip(chain, each, strict=True)
     )
-    parts = part_count(prompt_tokens, batch, [leg.span for leg in chain])
+    parts = part_count(prompt_tokens, batch, [segment.span for segment in chain])
     requests = (parts + max_new_tokens - 1) * len(chain)
     tokens = (prompt_tokens + max_new_tokens - 1) * batch
     return Preview(
@@ -249,7 +249,7 @@ def expect(
         prompt_tokens,
         max_new_tokens,
         batch,
-        tuple(leg.span.name for leg in chain),
+        tuple(segment.span.name for segment in chain),
         requests,
         tokens * sum(up for up, _ in loads) + requests * REQUEST_BYTES,
         tokens * sum(down for _, down in loads) + requests * ANSWER_BYTES,
@@ -279,10 +279,10 @@ def from_accounts(model: str, accounts: Mapping[str, Account]) -> Bill:
     return Bill(model, tuple(servers))
 
 
-def _token_seconds(leg: Leg, accounts: Mapping[str, Account]) -> float | None:
-    """What a token took on this leg so far, if any went there."""
-    account = accounts.get(leg.peer)
-    return None if account is None else account.token_seconds.get((leg.start, leg.end))
+def _token_seconds(segment: RouteSegment, accounts: Mapping[str, Account]) -> float | None:
+    """What a token took on this segment so far, if any went there."""
+    account = accounts.get(segment.peer)
+    return None if account is None else account.token_seconds.get((segment.start, segment.end))
 
 
 def duration(amount: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from swarm_notebook.client.servers.routing import leg_seconds
+from swarm_notebook.client.servers.routing import segment_seconds
 from swarm_notebook.net.records import ServerSpan, ServerState
 from swarm_notebook.net.tensors import COMPRESSIONS
 from swarm_notebook.report.status import RouteHop, RouteTable, ServerRow, SwarmStatus
@@ -26,9 +26,13 @@ def route_of(model: str, directory: Directory) -> RouteTable:
     chain = directory.chain(0, directory.num_blocks)
     hops = (
         RouteHop(
-            leg.start, leg.end, leg.peer, leg.span.name, 1000 * leg_seconds(leg, directory.rtt)
+            segment.start,
+            segment.end,
+            segment.peer,
+            segment.span.name,
+            1000 * segment_seconds(segment, directory.rtt),
         )
-        for leg in chain
+        for segment in chain
     )
     return RouteTable(model, tuple(hops))
 

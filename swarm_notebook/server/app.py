@@ -232,7 +232,7 @@ class Server:
         self._stack.callback(announcer.cancel)
         await announcer.announce(_info(ServerState.JOINING, blocks, options))
         batching, rates = await measuring.future
-        meter = throughput.Meter(rates)
+        meter = throughput.RateMeter(rates)
         compute.on_ran = meter.ran
         limits = Limits(
             prefix=source.dht_prefix,

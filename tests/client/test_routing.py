@@ -5,7 +5,12 @@ import random
 
 import pytest
 
-from swarm_notebook.client.servers.routing import Leg, best_chain, describe_blocks, leg_seconds
+from swarm_notebook.client.servers.routing import (
+    RouteSegment,
+    best_chain,
+    describe_blocks,
+    segment_seconds,
+)
 from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 
@@ -15,8 +20,8 @@ def server(peer: str, start: int, end: int, rps: float = 100.0, state: int = 2) 
     return ServerSpan(peer, start, end, info)
 
 
-def cost(chain: list[Leg], rtt: dict[str, float]) -> float:
-    return sum(leg_seconds(leg, rtt) for leg in chain)
+def cost(chain: list[RouteSegment], rtt: dict[str, float]) -> float:
+    return sum(segment_seconds(segment, rtt) for segment in chain)
 
 
 def cheapest(spans: list[ServerSpan], end: int, rtt: dict[str, float]) -> float:
@@ -24,13 +29,13 @@ def cheapest(spans: list[ServerSpan], end: int, rtt: dict[str, float]) -> float:
     choices = [[s for s in spans if s.start <= block < s.end] for block in range(end)]
     costs = []
     for assignment in itertools.product(*choices):
-        legs = []
+        segments = []
         for block, span in enumerate(assignment):
-            if legs and legs[-1].span is span:
-                legs[-1] = Leg(span, legs[-1].start, block + 1)
+            if segments and segments[-1].span is span:
+                segments[-1] = RouteSegment(span, segments[-1].start, block + 1)
             else:
-                legs.append(Leg(span, block, block + 1))
-        costs.append(cost(legs, rtt))
+                segments.append(RouteSegment(span, block, block + 1))
+        costs.append(cost(segments, rtt))
     return min(costs)
 
 
@@ -45,7 +50,7 @@ def test_finds_the_cheapest_chain(seed: int) -> None:
         spans.append(server(peer, start, rng.randint(start + 1, end), rng.uniform(20, 400)))
         rtt[peer] = rng.uniform(0, 0.2)
     chain = best_chain(spans, 0, end, rtt)
-    assert [leg.start for leg in chain] == [0, *(leg.end for leg in chain[:-1])]
+    assert [segment.start for segment in chain] == [0, *(segment.end for segment in chain[:-1])]
     assert chain[-1].end == end
     assert cost(chain, rtt) == pytest.approx(cheapest(spans, end, rtt))
 
@@ -53,7 +58,7 @@ def test_finds_the_cheapest_chain(seed: int) -> None:
 def test_prefers_one_far_server_to_two_slow_trips() -> None:
     spans = [server("a", 0, 4), server("b", 4, 8), server("both", 0, 8)]
     chain = best_chain(spans, 0, 8, {"a": 0.05, "b": 0.05, "both": 0.08})
-    assert [leg.peer for leg in chain] == ["both"]
+    assert [segment.peer for segment in chain] == ["both"]
 
 
 def test_missing_blocks_are_named() -> None:

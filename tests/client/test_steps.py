@@ -6,7 +6,7 @@ import torch
 
 from swarm_notebook.client.request import Request
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.client.servers.routing import Leg
+from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.session.steps import StepWriter, Way
 from swarm_notebook.net import protocol
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
@@ -18,7 +18,7 @@ def test_blocks_go_without_saying_only_after_a_step_for_the_same() -> None:
         state=ServerState.ONLINE, throughput=1.0, swarm_notebook=protocol.PROTOCOL_VERSION
     )
     directory = Directory(None, "m", 4)  # type: ignore[arg-type]  # nothing is sent
-    writer = StepWriter(Leg(ServerSpan("Qm", 0, 4, info), 0, 4), directory, 64)
+    writer = StepWriter(RouteSegment(ServerSpan("Qm", 0, 4, info), 0, 4), directory, 64)
     lower, upper = (Request(*blocks, torch.zeros(1, 1, 8), 0) for blocks in ((0, 2), (2, 4)))
 
     def uid(request: Request, *, again: bool = False) -> str:

@@ -22,7 +22,7 @@ def test_what_is_kept_takes_what_is_counted(tiny_llama: Path) -> None:
     blocks = load_blocks(resolve(tiny_llama), 1, 4, dtype=torch.float32)
     span = Span(blocks.decoder, blocks.layers_name, 1)
 
-    def keep(passes: int) -> tuple[list[backward.Graph], int]:
+    def keep(passes: int) -> tuple[list[backward.AutogradPass], int]:
         request = Forward((1, 4), torch.randn(1, 2, HIDDEN))
         made = [backward.record(span, request, lambda _: True) for _ in range(passes)]
         return [graph for graph, _, _ in made], sum(size for _, _, size in made)

@@ -6,7 +6,7 @@ import pytest
 
 from swarm_notebook.errors import BadRequest, CacheFull
 from swarm_notebook.server.adapters.store import IDLE_SECONDS, AdapterLimits, AdapterStore
-from swarm_notebook.server.engine.activation_store import KEEP_SECONDS, Activations
+from swarm_notebook.server.engine.activation_store import KEEP_SECONDS, ActivationStore
 
 
 class Clock:
@@ -17,9 +17,9 @@ class Clock:
         return self.now
 
 
-def activations(total: int = 100) -> tuple[Activations[str, str], Clock]:
+def activations(total: int = 100) -> tuple[ActivationStore[str, str], Clock]:
     clock = Clock()
-    return Activations(total, clock), clock
+    return ActivationStore(total, clock), clock
 
 
 def test_the_least_recently_used_activations_go_first() -> None:

@@ -19,7 +19,7 @@ from training_wire import Bench
 
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.net import protocol, streams, tensors
-from swarm_notebook.server.rpc.handler import TIDY_SECONDS
+from swarm_notebook.server.app import TIDY_SECONDS
 from swarm_notebook.server.rpc.push import EARLY_SECONDS
 
 BLOCKS, SOME, HIDDEN = 30, (10, 15), 576

@@ -10,21 +10,21 @@ import pytest
 
 from swarm_notebook.errors import CacheFull, ServerBusy
 from swarm_notebook.server.engine import kv_budget
-from swarm_notebook.server.engine.kv_budget import Account, CachePool, Grant, Ledger
+from swarm_notebook.server.engine.kv_budget import CachePool, Grant, KVBudget, Reservation
 from swarm_notebook.server.engine.kv_cache import grown_capacity
 
 
-def ledger(total: int, *held: tuple[int, float, bool]) -> tuple[Ledger, list[Account]]:
-    """A ledger with one account per (tokens, last use, busy)."""
-    accounts = [
-        Account(drop=lambda: None, tokens=tokens, last_used=used, busy=busy)
+def budget(total: int, *held: tuple[int, float, bool]) -> tuple[KVBudget, list[Reservation]]:
+    """A budget with one reservation per (tokens, last use, busy)."""
+    reservations = [
+        Reservation(drop=lambda: None, tokens=tokens, last_used=used, busy=busy)
         for tokens, used, busy in held
     ]
-    return Ledger(total, list(accounts)), accounts
+    return KVBudget(total, list(reservations)), reservations
 
 
 def test_room_ahead_is_granted_while_there_is_room() -> None:
-    books, (mine, _) = ledger(100, (10, 0, True), (30, 0, True))
+    books, (mine, _) = budget(100, (10, 0, True), (30, 0, True))
     assert books.free == 60
     assert books.decide(mine, 70, 20, now=0, idle_seconds=30) == Grant(70)
     assert books.decide(mine, 71, 20, now=0, idle_seconds=30) == Grant(20)
@@ -32,7 +32,7 @@ def test_room_ahead_is_granted_while_there_is_room() -> None:
 
 
 def test_idle_sessions_go_the_longest_idle_first_and_no_more_than_needed() -> None:
-    books, (mine, newer, older, newest) = ledger(
+    books, (mine, newer, older, newest) = budget(
         100, (0, 100, True), (30, 60, False), (30, 50, False), (40, 69, False)
     )
     assert books.decide(mine, 100, 30, now=100, idle_seconds=30) == Grant(30, (older,))
@@ -40,33 +40,35 @@ def test_idle_sessions_go_the_longest_idle_first_and_no_more_than_needed() -> No
     assert books.decide(mine, 100, 61, now=100, idle_seconds=31) is not None
     assert books.decide(mine, 100, 61, now=98, idle_seconds=30) is None
     books.apply(mine, Grant(61, (older, newer, newest)))
-    assert (books.free, books.accounts, older.tokens) == (39, [mine], 0)
+    assert (books.free, books.reservations, older.tokens) == (39, [mine], 0)
 
 
 def test_a_session_with_a_step_in_flight_is_never_dropped() -> None:
-    books, (mine, _) = ledger(100, (0, 0, True), (90, 0, True))
+    books, (mine, _) = budget(100, (0, 0, True), (90, 0, True))
     assert books.decide(mine, 20, 20, now=1e6, idle_seconds=0) is None
 
 
 def test_sessions_without_memory_are_not_dropped_in_vain() -> None:
-    books, (mine, empty, holder) = ledger(100, (0, 0, True), (0, 0, False), (100, 1, False))
+    books, (mine, empty, holder) = budget(100, (0, 0, True), (0, 0, False), (100, 1, False))
     grant = books.decide(mine, 20, 20, now=100, idle_seconds=30)
     assert grant == Grant(20, (holder,))
-    assert empty in books.accounts
+    assert empty in books.reservations
 
 
 def test_one_client_may_have_so_many_sessions() -> None:
-    books = Ledger(100, [Account(lambda: None, "mine") for _ in range(kv_budget.CLIENT_SESSIONS)])
+    books = KVBudget(
+        100, [Reservation(lambda: None, "mine") for _ in range(kv_budget.CLIENT_SESSIONS)]
+    )
     with pytest.raises(ServerBusy, match="128 sessions open"):
         books.admit("mine", now=1e6)
     assert books.admit("other", now=0) is None
 
 
 def test_when_all_sessions_are_taken_the_longest_idle_one_makes_room() -> None:
-    books = Ledger(100, [Account(lambda: None, busy=True) for _ in range(kv_budget.SESSIONS)])
+    books = KVBudget(100, [Reservation(lambda: None, busy=True) for _ in range(kv_budget.SESSIONS)])
     with pytest.raises(ServerBusy, match="all of the 1024 sessions"):
         books.admit("mine", now=100)
-    newer, older = books.accounts[5], books.accounts[9]
+    newer, older = books.reservations[5], books.reservations[9]
     newer.busy = older.busy = False
     newer.last_used, older.last_used = 60, 50
     assert books.admit("mine", now=100) is older
@@ -155,10 +157,10 @@ def test_a_session_that_was_idle_during_the_whole_wait_is_dropped(
         lost: list[str] = []
         pool = CachePool(100)
         idle, active = pool.open(lambda: lost.append("idle")), pool.open(lambda: lost.append("no"))
-        for account in (idle, active):
-            pool.begin(account)
-            await pool.resize(account, 50, 50, wait=0)
-            pool.end(account)
+        for reservation in (idle, active):
+            pool.begin(reservation)
+            await pool.resize(reservation, 50, 50, wait=0)
+            pool.end(reservation)
         waiting = asyncio.create_task(pool.resize(pool.open(lambda: None), 50, 50, wait=0.2))
         for _ in range(8):
             await asyncio.sleep(0.03)
@@ -194,9 +196,9 @@ def test_few_may_wait_and_who_holds_memory_looks_first(monkeypatch: pytest.Monke
     async def work() -> None:
         pool = CachePool(100)
         full, holder = pool.open(lambda: None), pool.open(lambda: None, "grows")
-        for account, tokens in ((full, 80), (holder, 20)):
-            pool.begin(account)
-            await pool.resize(account, tokens, tokens, wait=0)
+        for reservation, tokens in ((full, 80), (holder, 20)):
+            pool.begin(reservation)
+            await pool.resize(reservation, tokens, tokens, wait=0)
         new = [pool.open(lambda: None, "new") for _ in range(3)]
         waits = [asyncio.create_task(pool.resize(each, 70, 70, wait=9)) for each in new[:2]]
         await asyncio.sleep(0)

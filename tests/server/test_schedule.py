@@ -9,7 +9,14 @@ import pytest
 
 from swarm_notebook.errors import ServerBusy
 from swarm_notebook.server.engine import scheduler
-from swarm_notebook.server.engine.scheduler import Backlog, Company, Kind, Pace, Schedule, Task
+from swarm_notebook.server.engine.scheduler import (
+    Admission,
+    BatchWindow,
+    ChunkSizer,
+    Kind,
+    Schedule,
+    Task,
+)
 
 GROUP = ((0, 5), None)
 
@@ -75,46 +82,50 @@ def test_a_client_with_a_thousand_sessions_does_not_push_another_one_out() -> No
 
 def test_decoders_go_on_during_a_prefill_and_a_backward() -> None:
     def seconds(task: Task) -> float:
-        return {Kind.STEP: 0.02, Kind.PIECE: 0.1, Kind.PASS: 1.0}[task.kind]
+        return {Kind.STEP: 0.02, Kind.PREFILL_CHUNK: 0.1, Kind.STATELESS: 1.0}[task.kind]
 
-    piece, backward = Task(Kind.PIECE, "long", 64), Task(Kind.PASS, "trains", 512)
+    piece, backward = Task(Kind.PREFILL_CHUNK, "long", 64), Task(Kind.STATELESS, "trains", 512)
     used = run(filled(step("decodes"), piece, backward), seconds, until=300)
-    shares = [used[Kind.STEP, "decodes"], used[Kind.PIECE, "long"], used[Kind.PASS, "trains"]]
+    shares = [
+        used[Kind.STEP, "decodes"],
+        used[Kind.PREFILL_CHUNK, "long"],
+        used[Kind.STATELESS, "trains"],
+    ]
     assert [round(share / 300 * 7) for share in shares] == [4, 2, 1]
 
 
 def test_nothing_waits_while_nobody_decodes() -> None:
     """Steps that come back late find the piece running, not the thread idle."""
-    made = filled(Task(Kind.PIECE, "long", 64))
+    made = filled(Task(Kind.PREFILL_CHUNK, "long", 64))
     for _ in range(5):
         assert clients(made.take()) == ["long"]
-        made.ran([Task(Kind.PIECE, "long", 64)], 0.1)
+        made.ran([Task(Kind.PREFILL_CHUNK, "long", 64)], 0.1)
         made.add(step("decodes"), step("decodes"))
-        made.add(Task(Kind.PIECE, "long", 64), Task(Kind.PIECE, "long", 64))
+        made.add(Task(Kind.PREFILL_CHUNK, "long", 64), Task(Kind.PREFILL_CHUNK, "long", 64))
         assert clients(made.take()) == ["decodes"]
         made.ran([step("decodes")], 0.02)
 
 
 def test_clients_share_passes_alike() -> None:
-    made = filled(*[Task(Kind.PASS, "many") for _ in range(10)], Task(Kind.PASS, "few"))
+    made = filled(*[Task(Kind.STATELESS, "many") for _ in range(10)], Task(Kind.STATELESS, "few"))
     order = []
     for _ in range(3):
         taken = [task for task, _ in made.take()]
         made.ran(taken, 1.0)
         order += [task.client for task in taken]
     assert order == ["many", "few", "many"]
-    heavy, light = Task(Kind.PASS, "heavy", 1000), Task(Kind.PASS, "light", 10)
+    heavy, light = Task(Kind.STATELESS, "heavy", 1000), Task(Kind.STATELESS, "light", 10)
     used = run(filled(heavy, light), lambda task: task.tokens / 100, until=1000)
-    assert used[Kind.PASS, "light"] == pytest.approx(500, rel=0.05)
+    assert used[Kind.STATELESS, "light"] == pytest.approx(500, rel=0.05)
 
 
 def test_who_was_away_comes_back_without_savings() -> None:
-    made = filled(Task(Kind.PASS, "busy"))
+    made = filled(Task(Kind.STATELESS, "busy"))
     run(made, lambda _: 1.0, until=100)
     for _ in range(20):
-        made.add(Task(Kind.PASS, "back"), Task(Kind.PASS, "back"))
+        made.add(Task(Kind.STATELESS, "back"), Task(Kind.STATELESS, "back"))
     used = run(made, lambda _: 1.0, until=10, again=True)
-    assert 4 <= used[Kind.PASS, "back"] <= 6
+    assert 4 <= used[Kind.STATELESS, "back"] <= 6
 
 
 def test_clients_that_left_are_forgotten() -> None:
@@ -127,7 +138,7 @@ def test_clients_that_left_are_forgotten() -> None:
 
 
 def test_passes_are_bounded_for_one_and_for_all() -> None:
-    backlog, mine = Backlog(), Task(Kind.PASS, "mine")
+    backlog, mine = Admission(), Task(Kind.STATELESS, "mine")
     for _ in range(scheduler.CLIENT_PASSES):
         backlog.enter(mine)
     with pytest.raises(ServerBusy, match=r"64 requests of this peer"):
@@ -137,14 +148,14 @@ def test_passes_are_bounded_for_one_and_for_all() -> None:
     backlog.leave(mine)
     backlog.enter(mine)
     for number in range(scheduler.PASSES - scheduler.CLIENT_PASSES):
-        backlog.enter(Task(Kind.PASS, f"other {number}"))
+        backlog.enter(Task(Kind.STATELESS, f"other {number}"))
     with pytest.raises(ServerBusy, match=r"0 requests of this peer and 256 of all"):
-        backlog.enter(Task(Kind.PASS, "late"))
+        backlog.enter(Task(Kind.STATELESS, "late"))
 
 
-def decoding(*sessions: int, call: float = 0.02) -> Company:
+def decoding(*sessions: int, call: float = 0.02) -> BatchWindow:
     """So many sessions, whose last steps came at the time 10."""
-    company = Company()
+    company = BatchWindow()
     for _ in range(50):
         company.ran(call)
     for session in sessions:
@@ -184,15 +195,15 @@ def test_nothing_is_waited_for_that_could_not_be_joined() -> None:
     assert filled(step("a"), step("b")).joinable == 2
     assert filled(step("a"), step("b", group="other")).joinable == 0
     assert filled(step("a", group=None)).joinable == 0
-    assert filled(step("a"), Task(Kind.PIECE, "b", 50)).joinable == 0
+    assert filled(step("a"), Task(Kind.PREFILL_CHUNK, "b", 50)).joinable == 0
     company = decoding()
-    company.came(Task(Kind.PIECE, "client", 100, None, session=1), 10.0)
+    company.came(Task(Kind.PREFILL_CHUNK, "client", 100, None, session=1), 10.0)
     company.came(Task(Kind.STEP, "client", 1, None, session=2), 10.0)
     assert company.patience(1, now=10.0) == 0
 
 
 def test_pieces_are_as_long_as_their_time() -> None:
-    pace = Pace()
+    pace = ChunkSizer()
     assert pace.piece(crowded=True) == scheduler.FIRST_PIECE
     for _ in range(30):
         pace.ran(100, 0.1)

@@ -6,7 +6,7 @@ import pytest
 
 from swarm_notebook.server.engine import throughput
 from swarm_notebook.server.engine.scheduler import CHORE, Kind, Task
-from swarm_notebook.server.engine.throughput import Meter, Throughput
+from swarm_notebook.server.engine.throughput import RateMeter, Throughput
 
 
 def test_the_best_of_several_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,12 +23,12 @@ def test_the_best_of_several_runs_counts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_steps_that_were_computed_take_the_place_of_the_first_guess() -> None:
-    meter = Meter(Throughput(inference_rps=10.0, forward_rps=100.0))
+    meter = RateMeter(Throughput(inference_rps=10.0, forward_rps=100.0))
     for _ in range(400):
         meter.ran(Task(Kind.STEP, "client", 1, None, blocks=5), 0.05)
-        meter.ran(Task(Kind.PIECE, "client", 200, None, blocks=5), 0.5)
+        meter.ran(Task(Kind.PREFILL_CHUNK, "client", 200, None, blocks=5), 0.5)
         # These say nothing of the blocks' speed.
-        meter.ran(Task(Kind.PIECE, "client", 32, None, blocks=5), 5.0)
+        meter.ran(Task(Kind.PREFILL_CHUNK, "client", 32, None, blocks=5), 5.0)
         meter.ran(Task(Kind.STEP, "client", 0), 0.0)
         meter.ran(CHORE, 5.0)
     assert meter.rates.inference_rps == pytest.approx(100, rel=0.02)

@@ -24,7 +24,7 @@ from swarm_notebook.client.request import (
     refuse_extensions,
 )
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.client.servers.routing import Leg
+from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.errors import BadRequest, RemoteError, ServerFailed
 from swarm_notebook.net import protocol
 
@@ -83,27 +83,27 @@ async def _backward_rows(
     directory: Directory, request: Request, trail: Trail, grad: torch.Tensor
 ) -> Gradients:
     gathered = Gradients(grad)
-    for leg, hidden, kept in reversed(trail.legs):
-        if leg.start >= request.end:
+    for segment, hidden, kept in reversed(trail.segments):
+        if segment.start >= request.end:
             continue
-        end = min(leg.end, request.end)
-        part = request.part(leg.start, end, hidden)
-        used = Leg(leg.span, leg.start, end)
+        end = min(segment.end, request.end)
+        part = request.part(segment.start, end, hidden)
+        used = RouteSegment(segment.span, segment.start, end)
         try:
-            got = await _backward_leg(directory, used, part, gathered.input, kept)
+            got = await _backward_segment(directory, used, part, gathered.input, kept)
         except BadRequest:
             raise
         except RemoteError as error:
             give_up(directory, used, error)
             got = await _repeat(directory, part, gathered.input)
         else:
-            directory.succeeded(leg.peer)
+            directory.succeeded(segment.peer)
         gathered.input = got.input
         gathered.states.update(got.states)
         gathered.prompts.update(got.prompts)
         gathered.weights.update(got.weights)
-        if leg.start - 1 in request.states:
-            gathered.states[leg.start - 1] = got.input
+        if segment.start - 1 in request.states:
+            gathered.states[segment.start - 1] = got.input
     return gathered
 
 
@@ -113,18 +113,18 @@ async def _repeat(directory: Directory, part: Request, grad: torch.Tensor) -> Gr
     return await backward(directory, part, trails, grad, part.states)
 
 
-async def _backward_leg(
-    directory: Directory, leg: Leg, part: Request, grad: torch.Tensor, kept: str | None
+async def _backward_segment(
+    directory: Directory, segment: RouteSegment, part: Request, grad: torch.Tensor, kept: str | None
 ) -> Gradients:
-    server = server_name(leg)
-    refuse_extensions(leg.span, server, part)
+    server = server_name(segment)
+    refuse_extensions(segment.span, server, part)
     metadata = part.options() | ({"kept": kept} if kept else {})
     slots = [part.hidden, grad, part.prompts, part.mask, part.position_ids]
     answer = await with_adapter(
         directory,
-        leg,
+        segment,
         part.adapter,
-        lambda: trip(directory, leg, protocol.RPC_BACKWARD_STREAM, slots, metadata, always=3),
+        lambda: trip(directory, segment, protocol.RPC_BACKWARD_STREAM, slots, metadata, always=3),
     )
     return _read(answer, part, server)
 

@@ -18,7 +18,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.client.servers.routing import Leg, describe_blocks
+from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import BadRequest, ServerFailed
 from swarm_notebook.net import protocol, streams, tensors
@@ -41,14 +41,14 @@ def gone(error: Exception) -> str:
     return f"is gone ({str(error) or 'no answer in time'})"
 
 
-def server_name(leg: Leg) -> str:
-    """What to call the server of a leg in messages."""
-    return f"server {leg.span.name} ({describe_blocks(range(leg.start, leg.end))})"
+def server_name(segment: RouteSegment) -> str:
+    """What to call the server of a segment in messages."""
+    return f"server {segment.span.name} ({describe_blocks(range(segment.start, segment.end))})"
 
 
 async def trip(
     directory: Directory,
-    leg: Leg,
+    segment: RouteSegment,
     rpc: str,
     slots: Sequence[torch.Tensor | None],
     metadata: Mapping[str, Any],
@@ -56,7 +56,7 @@ async def trip(
     always: int,
     compression: int = tensors.NONE,
 ) -> Answer:
-    """Ask the server of a leg once.
+    """Ask the server of a segment once.
 
     Args:
         rpc: one of protocol's streaming RPCs.
@@ -67,18 +67,20 @@ async def trip(
     Raises:
         RemoteError: what the server says; ServerFailed if it is gone or hangs.
     """
-    server = server_name(leg)
+    server = server_name(segment)
     watch: Watch | None = None
     stream: streams.Stream | None = None
     ledger, began = directory.events.ledger, time.perf_counter()
     try:
         async with asyncio.timeout(OPEN_TIMEOUT):
             stream = await streams.open_stream(
-                directory.node.p2p, PeerID.from_base58(leg.peer), rpc, ledger.open(leg)
+                directory.node.p2p, PeerID.from_base58(segment.peer), rpc, ledger.open(segment)
             )
-        watch = Watch(directory, leg.peer, lambda: f"{server} ({rpc.rpartition('.')[2]})", stream)
+        watch = Watch(
+            directory, segment.peer, lambda: f"{server} ({rpc.rpartition('.')[2]})", stream
+        )
         with watch:
-            uid = protocol.uid_chain(directory.prefix, leg.start, leg.end)
+            uid = protocol.uid_chain(directory.prefix, segment.start, segment.end)
             packed = protocol.pack_metadata(dict(metadata))
             for tensor in protocol.pack_slots(list(slots), always, compression):
                 for part in tensors.split(tensor, protocol.PART_BYTES):
@@ -87,7 +89,7 @@ async def trip(
                     )
             await stream.send_end()
             parts, answered = await _receive(stream)
-        ledger.answered(leg, _tokens(slots), time.perf_counter() - began)
+        ledger.answered(segment, _tokens(slots), time.perf_counter() - began)
     except TRANSPORT_ERRORS as error:
         verdict = watch.verdict if watch else ""
         raise ServerFailed(f"{server} {verdict or gone(error)}") from None

@@ -2,7 +2,7 @@
 
 The rows of a batch go through the chain in groups, one behind the other, so that the second
 server works on the first group while the first server works on the second. What the pass leaves
-for its backward (each leg's input, and the name under which the server may have kept its
+for its backward (each segment's input, and the name under which the server may have kept its
 activations) is returned as a `Trail` per group.
 """
 
@@ -29,7 +29,7 @@ from swarm_notebook.client.request import (
     travelling,
 )
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.client.servers.routing import Leg, describe_blocks
+from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net import protocol, tensors
@@ -47,11 +47,12 @@ class Trail:
 
     Attributes:
         rows: which rows of the batch.
-        legs: the servers, with the input that each got and the name it was asked to keep it under.
+        segments: the servers, with the input that each got and the name it was asked to keep it
+            under.
     """
 
     rows: slice
-    legs: list[tuple[Leg, torch.Tensor, str | None]]
+    segments: list[tuple[RouteSegment, torch.Tensor, str | None]]
 
 
 async def forward(
@@ -71,7 +72,7 @@ async def forward(
     results = await together(
         [_forward_rows(directory, take_rows(request, rows), chain, keep) for rows in groups]
     )
-    trails = [Trail(rows, legs) for rows, (_, legs) in zip(groups, results, strict=True)]
+    trails = [Trail(rows, segments) for rows, (_, segments) in zip(groups, results, strict=True)]
     return _join([outputs for outputs, _ in results]), trails
 
 
@@ -107,51 +108,53 @@ async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def _forward_rows(
-    directory: Directory, request: Request, chain: Sequence[Leg], keep: bool
-) -> tuple[Outputs, list[tuple[Leg, torch.Tensor, str | None]]]:
+    directory: Directory, request: Request, chain: Sequence[RouteSegment], keep: bool
+) -> tuple[Outputs, list[tuple[RouteSegment, torch.Tensor, str | None]]]:
     outputs, way = Outputs({}, {}), []
     start, hidden, remaining = request.start, request.hidden, list(chain)
     while start < request.end:
         if not remaining:
             remaining = await directory.await_chain(start, request.end)
-        leg = remaining.pop(0)
-        kept = str(uuid.uuid4()) if keep and leg.span.extended else None
-        part = request.part(leg.start, leg.end, hidden)
+        segment = remaining.pop(0)
+        kept = str(uuid.uuid4()) if keep and segment.span.extended else None
+        part = request.part(segment.start, segment.end, hidden)
         try:
-            got = await _forward_leg(directory, leg, part, kept)
+            got = await _forward_segment(directory, segment, part, kept)
         except BadRequest:
             raise
         except RemoteError as error:
-            give_up(directory, leg, error)
+            give_up(directory, segment, error)
             remaining = []
             continue
-        directory.succeeded(leg.peer)
+        directory.succeeded(segment.peer)
         outputs.states.update(got.states)
         outputs.inner.update(got.inner)
-        way.append((leg, hidden, kept))
-        hidden, start = got.states[leg.end - 1], leg.end
+        way.append((segment, hidden, kept))
+        hidden, start = got.states[segment.end - 1], segment.end
     asked = {*request.states, request.end - 1}
     outputs.states = {block: outputs.states[block] for block in asked}
     return outputs, way
 
 
-async def _forward_leg(directory: Directory, leg: Leg, part: Request, kept: str | None) -> Outputs:
-    server = server_name(leg)
-    refuse_extensions(leg.span, server, part)
+async def _forward_segment(
+    directory: Directory, segment: RouteSegment, part: Request, kept: str | None
+) -> Outputs:
+    server = server_name(segment)
+    refuse_extensions(segment.span, server, part)
     metadata = part.options() | ({"keep": kept} if kept else {})
     # Where a backward follows, nothing but the true activations will do.
-    compression = tensors.NONE if kept else directory.compression_for(leg.span)
+    compression = tensors.NONE if kept else directory.compression_for(segment.span)
     if compression:
         metadata["output_compression"] = (compression,)
-    hidden = part.hidden if kept else travelling(part.hidden, leg.span)
+    hidden = part.hidden if kept else travelling(part.hidden, segment.span)
     slots = [hidden, part.prompts, part.mask, part.position_ids]
     answer = await with_adapter(
         directory,
-        leg,
+        segment,
         part.adapter,
         lambda: trip(
             directory,
-            leg,
+            segment,
             protocol.RPC_FORWARD_STREAM,
             slots,
             metadata,
@@ -162,12 +165,14 @@ async def _forward_leg(directory: Directory, leg: Leg, part: Request, kept: str 
     return read_outputs(answer.tensors, part, server)
 
 
-def give_up(directory: Directory, leg: Leg, error: RemoteError) -> None:
+def give_up(directory: Directory, segment: RouteSegment, error: RemoteError) -> None:
     """Avoid a server that failed, and say that its part goes elsewhere."""
-    directory.failed(leg.peer, str(error))
-    told = Failover(leg.peer, leg.span.name, leg.start, leg.end, str(error), time.perf_counter())
-    directory.events.lost(None, told)
-    blocks = describe_blocks(range(leg.start, leg.end))
+    directory.failed(segment.peer, str(error))
+    report = Failover(
+        segment.peer, segment.span.name, segment.start, segment.end, str(error), time.perf_counter()
+    )
+    directory.events.lost(None, report)
+    blocks = describe_blocks(range(segment.start, segment.end))
     logger.warning("%s; repeating %s on another server", error, blocks)
 
 

@@ -21,7 +21,7 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.servers import routing
 from swarm_notebook.client.servers.announced import Announced
-from swarm_notebook.client.servers.health import Standings
+from swarm_notebook.client.servers.health import PeerHealth
 from swarm_notebook.client.telemetry import Events
 from swarm_notebook.errors import BadRequest, MissingBlocks
 from swarm_notebook.net import protocol, tensors
@@ -68,7 +68,7 @@ class Directory:
         upload_locks: one upload at a time, by peer.
         events: where steps and failovers are told.
         compression: of hidden states on the wire, as the user wants it.
-        standings: who is avoided, and who is kept apart from whom.
+        health: who is avoided, and who is kept apart from whom.
     """
 
     node: Node
@@ -82,7 +82,7 @@ class Directory:
     upload_locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     events: Events = field(default_factory=Events)
     compression: int = tensors.NONE
-    standings: Standings = field(default_factory=Standings)
+    health: PeerHealth = field(default_factory=PeerHealth)
     _last_holders: dict[int, set[str]] = field(default_factory=dict)
     _announced: Announced = field(default_factory=Announced)
     _met: set[str] = field(default_factory=set)
@@ -141,11 +141,11 @@ class Directory:
                 await self.info(peer)
         except _PING_ERRORS as error:
             logger.debug("ping of %s: %s", peer, error)
-            self.standings.silent(peer)
+            self.health.silent(peer)
             return False
         self._met.add(peer)
         self.heard[peer] = time.time()
-        self.standings.answered(peer)
+        self.health.answered(peer)
         seconds = time.perf_counter() - began
         known = self.rtt.get(peer, seconds)
         # The first call dials the peer: a lower later value is the truth, not noise.
@@ -184,7 +184,9 @@ class Directory:
         """The announced spans without those of peers that are avoided just now."""
         return [span for span in self.snapshot.spans if not self.avoided(span.peer)]
 
-    def chain(self, start: int, end: int, exclude: Collection[str] = ()) -> list[routing.Leg]:
+    def chain(
+        self, start: int, end: int, exclude: Collection[str] = ()
+    ) -> list[routing.RouteSegment]:
         """The best chain over ``[start, end)``; MissingBlocks names who had missing blocks."""
         usable = self.usable()
         try:
@@ -194,7 +196,7 @@ class Directory:
 
     async def await_chain(
         self, start: int, end: int, exclude: Collection[str] = ()
-    ) -> list[routing.Leg]:
+    ) -> list[routing.RouteSegment]:
         """`chain`, waited for up to `patience` when some blocks have no server just now."""
         deadline = time.monotonic() + self.patience
         announced = False
@@ -231,12 +233,12 @@ class Directory:
 
     def failed(self, peer: str, reason: str) -> None:
         """Avoid a peer from now on, for longer each time it fails again."""
-        self.standings.failed(peer, reason)
+        self.health.failed(peer, reason)
 
     def succeeded(self, peer: str) -> None:
         """An answered request restores a peer's standing."""
         self.heard[peer] = time.time()
-        self.standings.succeeded(peer)
+        self.health.succeeded(peer)
 
     def compression_for(self, span: ServerSpan) -> int:
         """The compression of hidden states to and from a server, of those that it can read."""
@@ -246,10 +248,10 @@ class Directory:
     def together(self, sender: ServerSpan, receiver: ServerSpan) -> bool:
         """Whether one of these servers can hand its output to the other, as far as is known."""
         able = sender.pushes and receiver.pushes
-        return able and not self.standings.kept_apart(sender.peer, receiver.peer)
+        return able and not self.health.kept_apart(sender.peer, receiver.peer)
 
     def loads(
-        self, chain: Sequence[routing.Leg], width: int, dtype: torch.dtype
+        self, chain: Sequence[routing.RouteSegment], width: int, dtype: torch.dtype
     ) -> list[tuple[int, int]]:
         """Bytes of one hidden state to and from each server; none to one that is handed it.
 
@@ -259,8 +261,8 @@ class Directory:
         """
         found: list[tuple[int, int]] = []
         before: ServerSpan | None = None
-        for leg in chain:
-            span = leg.span
+        for segment in chain:
+            span = segment.span
             compression = self.compression_for(span)
             size = tensors.state_bytes(width, dtype, span.info.torch_dtype, compression)
             handed = before is not None and self.together(before, span)
@@ -270,4 +272,4 @@ class Directory:
 
     def avoided(self, peer: str) -> str:
         """Why a peer is avoided just now; an empty text if it is not."""
-        return self.standings.avoided(peer)
+        return self.health.avoided(peer)

@@ -18,7 +18,7 @@ APART_SECONDS = 60.0
 
 
 @dataclass
-class _Standing:
+class _Health:
     """Failures in a row, until when the peer is avoided, and why."""
 
     failures: int = 0
@@ -26,17 +26,17 @@ class _Standing:
     reason: str = ""
 
 
-class Standings:
+class PeerHealth:
     """The standing of all peers that one notebook knows."""
 
     def __init__(self) -> None:
-        self._standing: dict[str, _Standing] = {}
+        self._standing: dict[str, _Health] = {}
         self._silent: set[str] = set()
         self._apart: dict[tuple[str, str], float] = {}
 
     def failed(self, peer: str, reason: str) -> None:
         """A request to the peer failed."""
-        standing = self._standing.setdefault(peer, _Standing())
+        standing = self._standing.setdefault(peer, _Health())
         seconds = min(BAN_SECONDS * 2**standing.failures, BAN_SECONDS_MAX)
         standing.failures += 1
         standing.until, standing.reason = time.monotonic() + seconds, reason

@@ -18,7 +18,7 @@ DEFAULT_RPS = 100.0
 
 
 @dataclass(frozen=True)
-class Leg:
+class RouteSegment:
     """Blocks ``[start, end)`` of a chain, on the server that announced `span`."""
 
     span: ServerSpan
@@ -35,17 +35,17 @@ def block_seconds(span: ServerSpan) -> float:
     return 1.0 / max(span.info.inference_rps or span.info.throughput or DEFAULT_RPS, 1e-3)
 
 
-def prompt_seconds(leg: Leg) -> float:
-    """Expected seconds per token on this leg when many tokens go through it at once."""
-    info = leg.span.info
+def prompt_seconds(segment: RouteSegment) -> float:
+    """Expected seconds per token on this segment when many tokens go through it at once."""
+    info = segment.span.info
     rate = info.forward_rps or info.inference_rps or info.throughput or DEFAULT_RPS
-    return (leg.end - leg.start) / max(rate, 1e-3)
+    return (segment.end - segment.start) / max(rate, 1e-3)
 
 
-def leg_seconds(leg: Leg, rtt: Mapping[str, float]) -> float:
-    """Expected seconds of one token on this leg, its round trip included."""
-    trip = rtt.get(leg.peer, DEFAULT_RTT)
-    return trip + (leg.end - leg.start) * block_seconds(leg.span)
+def segment_seconds(segment: RouteSegment, rtt: Mapping[str, float]) -> float:
+    """Expected seconds of one token on this segment, its round trip included."""
+    trip = rtt.get(segment.peer, DEFAULT_RTT)
+    return trip + (segment.end - segment.start) * block_seconds(segment.span)
 
 
 def best_chain(
@@ -54,7 +54,7 @@ def best_chain(
     end: int,
     rtt: Mapping[str, float],
     exclude: Collection[str] = (),
-) -> list[Leg]:
+) -> list[RouteSegment]:
     """The chain over blocks ``[start, end)`` with the lowest expected seconds per token.
 
     Args:
@@ -73,10 +73,10 @@ def best_chain(
         raise MissingBlocks(f"no server holds {describe_blocks(missing)}")
 
     # cost and the chain of servers so far, per server that computes the current block
-    ways: dict[int, tuple[float, list[Leg]]] = {}
+    ways: dict[int, tuple[float, list[RouteSegment]]] = {}
     for block in range(start, end):
         before = min(ways.values(), key=lambda way: way[0], default=(0.0, []))
-        following: dict[int, tuple[float, list[Leg]]] = {}
+        following: dict[int, tuple[float, list[RouteSegment]]] = {}
         for number, span in enumerate(usable):
             if not span.start <= block < span.end:
                 continue
@@ -84,10 +84,10 @@ def best_chain(
             stay = ways.get(number)
             if stay is not None and stay[0] <= switch:
                 last = stay[1][-1]
-                chain = [*stay[1][:-1], Leg(span, last.start, block + 1)]
+                chain = [*stay[1][:-1], RouteSegment(span, last.start, block + 1)]
                 cost = stay[0]
             else:
-                chain = [*before[1], Leg(span, block, block + 1)]
+                chain = [*before[1], RouteSegment(span, block, block + 1)]
                 cost = switch
             following[number] = (cost + block_seconds(span), chain)
         ways = following

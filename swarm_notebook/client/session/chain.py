@@ -55,8 +55,8 @@ class Chain:
         last = self.directory.num_blocks
         end = min((hop.start for hop in self._hops if hop.start > block), default=last)
         version = self.feed.rows_version
-        for leg in await self.directory.await_chain(start, end, refusing):
-            self._hops.append(Hop(leg, self.directory, self._max_length, version))
+        for segment in await self.directory.await_chain(start, end, refusing):
+            self._hops.append(Hop(segment, self.directory, self._max_length, version))
         self._hops.sort(key=lambda hop: hop.start)
 
     async def catch_up(self, hop: Hop, trips: list[HopTimes]) -> None:

@@ -43,7 +43,7 @@ class Pass:
         return known if known is not None else self.inputs.get(block)
 
     def cuts(self, start: int, end: int) -> list[int]:
-        """``[start, …edits between…, end]``: the pieces that must be run one by one."""
+        """``[start, …edits between…, end]``: the stages that must be run one by one."""
         return [start, *sorted(block for block in self.edits if start < block < end), end]
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Pass:

@@ -4,8 +4,8 @@ Whatever goes wrong on the stream (the peer is gone, hangs, answers with somethi
 for) comes out as one of the errors of `RemoteError`.
 
 The hidden states of a step travel with its request, or come from the server before, which is then
-told to push them (`Way`). Every server answers to the client in both cases: so it knows who has
-done its part, and has what a lost cache is rebuilt from.
+told to push them (`StepRoute`). Every server answers to the client in both cases: so it knows who
+has done its part, and has what a lost cache is rebuilt from.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.adapters import Adapter, ensure_uploaded
 from swarm_notebook.client.passes.call import OPEN_TIMEOUT, TRANSPORT_ERRORS, gone, server_name
-from swarm_notebook.client.request import Outputs, Request, Told, read_outputs, read_told
+from swarm_notebook.client.request import Outputs, Request, ServerReport, read_outputs, read_report
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.client.servers.routing import Leg
-from swarm_notebook.client.session.steps import StepWriter, Way, new_step_id
+from swarm_notebook.client.servers.routing import RouteSegment
+from swarm_notebook.client.session.steps import StepRoute, StepWriter, new_step_id
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import ServerFailed
@@ -37,13 +37,13 @@ class Answer:
     """What a server answered to a step.
 
     Attributes:
-        told: what the server says besides.
+        report: what the server says besides.
         received: when it came.
         since: when the answer before it came; until then the server had other work of this session.
     """
 
     outputs: Outputs
-    told: Told
+    report: ServerReport
     received: float
     since: float
 
@@ -58,9 +58,11 @@ class Hop:
             a long one keep their order.
     """
 
-    def __init__(self, leg: Leg, directory: Directory, max_length: int, rows_version: int):
-        self.leg, self.start, self.end = leg, leg.start, leg.end
-        self._name = server_name(leg)
+    def __init__(
+        self, segment: RouteSegment, directory: Directory, max_length: int, rows_version: int
+    ):
+        self.segment, self.start, self.end = segment, segment.start, segment.end
+        self._name = server_name(segment)
         self._directory = directory
         self._max_length = max_length
         self._stream: streams.Stream | None = None
@@ -73,9 +75,9 @@ class Hop:
         self.position = 0
         self.rows_version = rows_version
         # Steps that were sent and not answered yet.
-        self._owed: deque[tuple[Request, Way]] = deque()
+        self._owed: deque[tuple[Request, StepRoute]] = deque()
         self._answered = 0.0
-        self._writer = StepWriter(self.leg, self._directory, self._max_length)
+        self._writer = StepWriter(self.segment, self._directory, self._max_length)
 
     def __str__(self) -> str:
         return self._name
@@ -97,7 +99,7 @@ class Hop:
         """
         await self.prepare(request.adapter)
         began = time.perf_counter()
-        packed = await self.send(request, Way(new_step_id()))
+        packed = await self.send(request, StepRoute(new_step_id()))
         answer = await self.receive(request)
         return answer.outputs, self.times(request, answer, began, packed)
 
@@ -107,18 +109,18 @@ class Hop:
 
     async def prepare(self, adapter: Adapter | None) -> None:
         """Open the stream, and bring the adapter there, before a step is sent."""
-        await ensure_uploaded(self._directory, self.leg, adapter)
+        await ensure_uploaded(self._directory, self.segment, adapter)
         if self._stream is None:
             with self._blamed():
                 async with asyncio.timeout(OPEN_TIMEOUT):
                     self._stream = await streams.open_stream(
                         self._directory.node.p2p,
-                        PeerID.from_base58(self.leg.peer),
+                        PeerID.from_base58(self.segment.peer),
                         protocol.RPC_INFERENCE,
-                        self._directory.events.ledger.open(self.leg),
+                        self._directory.events.ledger.open(self.segment),
                     )
 
-    async def send(self, request: Request, way: Way) -> float:
+    async def send(self, request: Request, way: StepRoute) -> float:
         """Send one step (`prepare` came before); the moment when it was packed."""
         message = self._writer.write(request, way)
         packed = time.perf_counter()
@@ -128,9 +130,9 @@ class Hop:
             await stream.send(message)
         return packed
 
-    async def resend(self, request: Request, way: Way) -> None:
+    async def resend(self, request: Request, way: StepRoute) -> None:
         """Send the hidden states of a step after all, which should have been pushed."""
-        message = self._writer.write(request, Way(way.step_id, None, way.push_to), again=True)
+        message = self._writer.write(request, StepRoute(way.step_id, None, way.push_to), again=True)
         with self._blamed(), self._watch(request) as stream:
             await stream.send(message)
 
@@ -149,7 +151,9 @@ class Hop:
             for request, way in reversed(self._owed):
                 if way.push_from is not None:
                     nothing = request.without_tokens(first.position)
-                    await stream.send(self._writer.write(nothing, Way(way.step_id), again=True))
+                    await stream.send(
+                        self._writer.write(nothing, StepRoute(way.step_id), again=True)
+                    )
             while self._owed:
                 await self._next_answer(stream)
         self.position = first.position
@@ -173,9 +177,9 @@ class Hop:
         since, self._answered = self._answered, received
         outputs = read_outputs(answer.tensors, request, str(self))
         self.position = request.position + request.hidden.shape[1]
-        self._directory.succeeded(self.leg.peer)
-        self._directory.events.ledger.received(self.leg)
-        return Answer(outputs, read_told(answer.metadata), received, since)
+        self._directory.succeeded(self.segment.peer)
+        self._directory.events.ledger.received(self.segment)
+        return Answer(outputs, read_report(answer.metadata), received, since)
 
     async def _next_answer(self, stream: streams.Stream) -> runtime_pb2.ExpertResponse:
         answer = await stream.receive(runtime_pb2.ExpertResponse)
@@ -190,10 +194,10 @@ class Hop:
         The parts of a long prompt wait for the server together, and are not counted while they do.
         """
         waited = max(answer.received - max(packed, answer.since), 0.0)
-        serialisation, queue, compute = answer.told.times_within(waited)
+        serialisation, queue, compute = answer.report.times_within(waited)
         return HopTimes(
-            self.leg.peer,
-            self.leg.span.name,
+            self.segment.peer,
+            self.segment.span.name,
             request.start,
             request.end,
             serialisation + packed - began + time.perf_counter() - answer.received,
@@ -230,7 +234,7 @@ class Hop:
         def what() -> str:
             return f"{self} to run {request.hidden.shape[1]} tokens"
 
-        watch = Watch(self._directory, self.leg.peer, what, stream, nudge)
+        watch = Watch(self._directory, self.segment.peer, what, stream, nudge)
         try:
             with watch:
                 yield stream

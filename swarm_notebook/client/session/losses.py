@@ -1,6 +1,6 @@
 """What is made of a failure in the middle of a step: who goes on, and what no server can mend.
 
-A lost server's blocks become a gap, which the walk fills with other servers. A server that refuses
+A lost server's blocks become a gap, which the step fills with other servers. A server that refuses
 is left out of the step, too, but keeps its standing: it may be full, or right. When all that are
 left would refuse as well, the step fails with what they say.
 """
@@ -28,7 +28,7 @@ from swarm_notebook.errors import (
 logger = logging.getLogger(__name__)
 
 
-class Losses:
+class Failures:
     """The failures of one step.
 
     Attributes:
@@ -47,20 +47,20 @@ class Losses:
         Raises:
             BadRequest, CacheFull, ServerBusy: no other server can mend it.
         """
-        piece, error = loss.piece, loss.error
-        if piece.source is not None and isinstance(error, BadRequest):
+        stage, error = loss.stage, loss.error
+        if stage.source is not None and isinstance(error, BadRequest):
             # Perhaps its input was not what the client would have sent.
-            before, after = piece.source.leg.peer, piece.hop.leg.peer
-            self._directory.standings.keep_apart(before, after)
-            self._chain.reset(piece.hop)
+            before, after = stage.source.segment.peer, stage.hop.segment.peer
+            self._directory.health.keep_apart(before, after)
+            self._chain.reset(stage.hop)
         else:
-            self._lose(piece.hop, error)
+            self._lose(stage.hop, error)
 
     def _lose(self, hop: Hop, error: RemoteError) -> None:
         self._chain.drop(hop)
-        peer, name = hop.leg.peer, hop.leg.span.name
-        told = Failover(peer, name, hop.start, hop.end, str(error), time.perf_counter())
-        self._directory.events.lost(self._timeline, told)
+        peer, name = hop.segment.peer, hop.segment.span.name
+        report = Failover(peer, name, hop.start, hop.end, str(error), time.perf_counter())
+        self._directory.events.lost(self._timeline, report)
         blocks = describe_blocks(range(hop.start, hop.end))
         if isinstance(error, (BadRequest, CacheFull, ServerBusy)):
             self._refuse(hop, error)
@@ -84,7 +84,7 @@ class Losses:
         One server that finds a request invalid may be wrong itself, two are believed.
         """
         believed = isinstance(error, BadRequest) and bool(self.refusing)
-        self.refusing.add(hop.leg.peer)
+        self.refusing.add(hop.segment.peer)
         try:
             self._directory.chain(hop.start, hop.end, self.refusing)
         except MissingBlocks:

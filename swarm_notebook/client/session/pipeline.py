@@ -1,6 +1,6 @@
 """One step's way along a chain of servers, each of which hands its output to the next.
 
-A chain is a list of `Piece`s: runs of blocks on one server each. Where two servers can reach each
+A chain is a list of `Stage`s: runs of blocks on one server each. Where two servers can reach each
 other, the hidden states go straight from one to the next (see `server.relay`), and every server
 answers to the client besides; where they cannot, or where a hook decides the input, the client
 sends them. A push that fails, or is late, is made good by the client, under the same step id, so
@@ -23,7 +23,7 @@ from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.session.history import Pass
 from swarm_notebook.client.session.hop import Hop
-from swarm_notebook.client.session.steps import Way, new_step_id
+from swarm_notebook.client.session.steps import StepRoute, new_step_id
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.errors import RemoteError
 from swarm_notebook.net.records import ServerSpan
@@ -35,11 +35,11 @@ PART_TOKENS, MIN_PART_TOKENS, MAX_PART_TOKENS = 128, 64, 4096
 
 
 @dataclass(slots=True)
-class Piece:
+class Stage:
     """Blocks ``[start, end)`` on the server of a hop.
 
     Attributes:
-        given: a hook has decided the input, instead of the piece before.
+        given: a hook has decided the input, instead of the stage before.
         source: the hop whose server hands over the input; None: the client sends it.
     """
 
@@ -53,38 +53,38 @@ class Piece:
 class HopLost(Exception):
     """A hop failed; `error` says how."""
 
-    def __init__(self, piece: Piece, error: RemoteError):
+    def __init__(self, stage: Stage, error: RemoteError):
         super().__init__(str(error))
-        self.piece, self.error = piece, error
+        self.stage, self.error = stage, error
 
 
 async def carry(
     directory: Directory,
-    pieces: Sequence[Piece],
+    stages: Sequence[Stage],
     requests: Sequence[Request],
     deliver: Callable[[int, Outputs, HopTimes], None],
 ) -> None:
-    """Take a step through the pieces of a chain, whose hops are prepared.
+    """Take a step through the stages of a chain, whose hops are prepared.
 
     Args:
         directory: told which servers cannot reach each other.
-        pieces: the chain.
-        requests: one for each piece. Those of the first and of given ones have their hidden
+        stages: the chain.
+        requests: one for each stage. Those of the first and of given ones have their hidden
             states, the others something of the same shape.
-        deliver: gets the number of a piece, its outputs and times, as they come.
+        deliver: gets the number of a stage, its outputs and times, as they come.
 
     Raises:
-        HopLost: a piece failed; all before it are done.
+        HopLost: a stage failed; all before it are done.
     """
     first = 0
-    while first < len(pieces):
+    while first < len(stages):
         last = first + 1
-        while last < len(pieces) and pieces[last].source is not None:
+        while last < len(stages) and stages[last].source is not None:
             last += 1
-        group = _Group(directory, pieces[first:last], requests[first:last])
+        group = _Group(directory, stages[first:last], requests[first:last])
         outputs = await group.run(first, deliver)
-        if last < len(pieces) and not pieces[last].given:
-            requests[last].hidden = outputs.states[pieces[last].start - 1]
+        if last < len(stages) and not stages[last].given:
+            requests[last].hidden = outputs.states[stages[last].start - 1]
         first = last
 
 
@@ -94,20 +94,20 @@ class _Group:
     def __init__(
         self,
         directory: Directory,
-        pieces: Sequence[Piece],
+        stages: Sequence[Stage],
         requests: Sequence[Request],
     ):
         self._directory = directory
         # Not that of the group before: its last server may be this one's first, and takes a step
         # that comes twice for one.
         step_id = new_step_id()
-        self._pieces, self._requests = pieces, requests
-        hops = [piece.hop for piece in pieces]
+        self._pieces, self._requests = stages, requests
+        hops = [stage.hop for stage in stages]
         self._ways = [
-            Way(
+            StepRoute(
                 step_id,
-                push_from=hops[number - 1].leg.peer if number else None,
-                push_to=(hops[number + 1].leg.peer, hops[number + 1].session_id)
+                push_from=hops[number - 1].segment.peer if number else None,
+                push_to=(hops[number + 1].segment.peer, hops[number + 1].session_id)
                 if number + 1 < len(hops)
                 else None,
             )
@@ -119,39 +119,39 @@ class _Group:
         began = time.perf_counter()
         packed, unsent = await self._send()
         outputs = Outputs({}, {})
-        for index, piece in enumerate(self._pieces):
-            if unsent is not None and unsent.piece is piece:
+        for index, stage in enumerate(self._pieces):
+            if unsent is not None and unsent.stage is stage:
                 raise unsent
-            hop, request = piece.hop, self._requests[index]
+            hop, request = stage.hop, self._requests[index]
             try:
                 async with hop.receiving:
                     nudge = self._nudge(index) if index else None
                     answer = await hop.receive(request, nudge)
             except RemoteError as error:
-                raise HopLost(piece, error) from None
+                raise HopLost(stage, error) from None
             outputs = answer.outputs
             deliver(number + index, outputs, hop.times(request, answer, began, packed))
             # What the next server took is counted from here: it began when this one answered.
             began = packed = answer.received
-            if answer.told.filled and index:
+            if answer.report.filled and index:
                 self._keep_apart(index)
             if index + 1 < len(self._pieces):
-                self._requests[index + 1].hidden = outputs.states[piece.end - 1]
-                if answer.told.push_failed:
+                self._requests[index + 1].hidden = outputs.states[stage.end - 1]
+                if answer.report.push_failed:
                     self._keep_apart(index + 1)
-                    if unsent is None or unsent.piece is not self._pieces[index + 1]:
+                    if unsent is None or unsent.stage is not self._pieces[index + 1]:
                         await self._resend(index + 1)
         return outputs
 
     async def _send(self) -> tuple[float, HopLost | None]:
-        """Send to all in order; when the first was packed, and the piece at which that failed."""
+        """Send to all in order; when the first was packed, and the stage at which that failed."""
         packed = 0.0
-        for piece, request, way in zip(self._pieces, self._requests, self._ways, strict=True):
+        for stage, request, way in zip(self._pieces, self._requests, self._ways, strict=True):
             try:
-                async with piece.hop.sending:
-                    moment = await piece.hop.send(request, way)
+                async with stage.hop.sending:
+                    moment = await stage.hop.send(request, way)
             except RemoteError as error:
-                return packed, HopLost(piece, error)
+                return packed, HopLost(stage, error)
             packed = packed or moment
         return packed, None
 
@@ -169,8 +169,8 @@ class _Group:
             raise HopLost(self._pieces[index], error) from None
 
     def _keep_apart(self, index: int) -> None:
-        before, after = self._pieces[index - 1].hop.leg, self._pieces[index].hop.leg
-        self._directory.standings.keep_apart(before.peer, after.peer)
+        before, after = self._pieces[index - 1].hop.segment, self._pieces[index].hop.segment
+        self._directory.health.keep_apart(before.peer, after.peer)
 
 
 def part_count(length: int, batch: int, servers: Sequence[ServerSpan]) -> int:
@@ -180,10 +180,10 @@ def part_count(length: int, batch: int, servers: Sequence[ServerSpan]) -> int:
     return 1 if len(servers) < 2 else max(count, 1)
 
 
-def split(whole: Pass, pieces: Sequence[Piece], *, divisible: bool) -> list[Pass]:
+def split(whole: Pass, stages: Sequence[Stage], *, divisible: bool) -> list[Pass]:
     """The parts in which a pass travels: one, or for a long one several that overtake nobody."""
     batch = next(iter(whole.edits.values())).shape[0]
-    spans = {id(piece.hop): piece.hop.leg.span for piece in pieces}
+    spans = {id(stage.hop): stage.hop.segment.span for stage in stages}
     count = part_count(whole.length, batch, list(spans.values()))
     if count == 1 or not divisible:
         return [whole]

@@ -1,7 +1,7 @@
 """A cached decode over a chain of servers that survives the loss of any of them.
 
 What went in is kept (`feed`), so every cache can be rebuilt. The servers form a `chain`, whose gaps
-are filled when they are needed; a step is a `walk` along it, and what fails on the way is judged by
+are filled when they are needed; a step is a `run` along it, and what fails on the way is judged by
 `losses`.
 
 Within a pass, steps come in the order of their first block: the first from block 0, a further one
@@ -23,8 +23,8 @@ from swarm_notebook.client.session.chain import Chain
 from swarm_notebook.client.session.feed import Feed
 from swarm_notebook.client.session.history import History, Pass
 from swarm_notebook.client.session.hop import Hop
-from swarm_notebook.client.session.losses import Losses
-from swarm_notebook.client.session.step import Walk
+from swarm_notebook.client.session.losses import Failures
+from swarm_notebook.client.session.step import StepRun
 from swarm_notebook.client.telemetry import Step, Timeline
 
 DEFAULT_MAX_LENGTH = 2048
@@ -44,7 +44,7 @@ class InferenceSession:
         self._chain = Chain(directory, self._feed, max_length or DEFAULT_MAX_LENGTH)
         # The generation under way and its present step.
         self._timeline: Timeline | None = None
-        self._walk: Walk | None = None
+        self._run: StepRun | None = None
         # A step that is interrupted may end later than the next one is asked for.
         self._stepping = asyncio.Lock()
 
@@ -66,7 +66,7 @@ class InferenceSession:
     @property
     def passed(self) -> int:
         """Tokens of the present step times blocks that they have passed."""
-        return self._walk.passed if self._walk is not None else 0
+        return self._run.passed if self._run is not None else 0
 
     @property
     def latest(self) -> Step | None:
@@ -117,15 +117,15 @@ class InferenceSession:
             began = time.perf_counter()
             timeline = self._timeline or self._events.begin(began)
             self._timeline = timeline
-            self._walk = walk = Walk(self._chain, Losses(self._chain, timeline), states, inner)
+            self._run = run = StepRun(self._chain, Failures(self._chain, timeline), states, inner)
             try:
-                outputs = await walk.run(block, stop)
+                outputs = await run.run(block, stop)
             except asyncio.CancelledError:
                 # An interrupt: the servers stop and free their caches, the history stays.
                 self.close()
                 raise
             now, current = time.perf_counter(), self.history.current
-            rows, hops = outputs.states[stop - 1].shape[0], tuple(walk.trips)
+            rows, hops = outputs.states[stop - 1].shape[0], tuple(run.trips)
             step = Step(current.position, current.length, rows, began, now, hops)
             self._events.passed(timeline, step)
             return outputs

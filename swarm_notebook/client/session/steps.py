@@ -17,7 +17,7 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.client.passes.call import server_name
 from swarm_notebook.client.request import Request, refuse_extensions, travelling
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.client.servers.routing import Leg
+from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.net import protocol
 
 ALLOC_TIMEOUT = 10.0
@@ -31,7 +31,7 @@ def new_step_id() -> str:
 
 
 @dataclass(slots=True)
-class Way:
+class StepRoute:
     """How a step's hidden states travel.
 
     Attributes:
@@ -46,24 +46,24 @@ class Way:
 
 
 class StepWriter:
-    """Writes the steps of one session on the server of a leg."""
+    """Writes the steps of one session on the server of a segment."""
 
-    def __init__(self, leg: Leg, directory: Directory, max_length: int):
-        self._leg, self._directory, self._max_length = leg, directory, max_length
+    def __init__(self, segment: RouteSegment, directory: Directory, max_length: int):
+        self._segment, self._directory, self._max_length = segment, directory, max_length
         self.session_id = str(uuid.uuid4())
         self._introduced = False
         self._named: tuple[int, int] | None = None
 
     def write(
-        self, request: Request, way: Way, *, again: bool = False
+        self, request: Request, way: StepRoute, *, again: bool = False
     ) -> runtime_pb2.ExpertRequest:
         """The message for a step.
 
         Raises:
             Unsupported: the server is one of Petals', which knows no such request.
         """
-        span = self._leg.span
-        refuse_extensions(span, server_name(self._leg), request)
+        span = self._segment.span
+        refuse_extensions(span, server_name(self._segment), request)
         metadata: dict = {
             "session_id": self.session_id,
             "step_id": way.step_id,
@@ -94,7 +94,7 @@ class StepWriter:
 
     def _uid(self, request: Request, again: bool) -> str:
         blocks = (request.start, request.end)
-        known = self._leg.span.extended and self._named == blocks
+        known = self._segment.span.extended and self._named == blocks
         if known and not again:
             return ""
         if not again:

@@ -1,4 +1,4 @@
-"""Activations of recent forward passes, kept so that a backward need not repeat the forward.
+"""ActivationStore of recent forward passes, kept so that a backward need not repeat the forward.
 
 A notebook that trains asks to keep its forward pass under an id of its choice. What is kept is
 memory that nobody pays for, so there is a budget in bytes for all notebooks together: the least
@@ -30,7 +30,7 @@ class _Kept(Generic[V]):
     used: float
 
 
-class Activations(Generic[K, V]):
+class ActivationStore(Generic[K, V]):
     """What is kept, by key, within ``total`` bytes; ``held`` of them are taken."""
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic):

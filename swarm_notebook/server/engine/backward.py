@@ -1,7 +1,7 @@
 """Gradients through the hosted blocks: a forward pass that autograd recorded, and the way back.
 
-The base weights never require gradients, so a `Graph` holds only what the gradients of hidden
-states, prompts and adapter weights need. It knows the output of every block, so that one recorded
+The base weights never require gradients, so an `AutogradPass` holds only what the gradients of
+hidden states, prompts and adapter weights need. It knows the output of every block, so that one
 pass serves a backward through any run of its blocks, with the gradients at any boundary.
 
 `record` counts the bytes that autograd saves while it saves them (weights are not counted, shared
@@ -22,12 +22,12 @@ from swarm_notebook.server.engine.span import Span
 NODE_BYTES = 64 << 10
 
 
-class NoRoomError(Exception):
+class NoRoom(Exception):
     """A forward pass would leave more behind than may be kept."""
 
 
 @dataclass
-class Gradients:
+class SpanGradients:
     """Of the input, of the prompts if there are any, of the boundaries asked for, of ``weights``.
 
     Attributes:
@@ -39,7 +39,7 @@ class Gradients:
 
 
 @dataclass
-class Graph:
+class AutogradPass:
     """A recorded forward pass.
 
     Attributes:
@@ -66,7 +66,7 @@ class Graph:
             and (made.adapter, made.seed) == (wanted.adapter, wanted.seed)
         )
 
-    def gradients(self, wanted: Backward, *, keep: bool = False) -> Gradients:
+    def gradients(self, wanted: Backward, *, keep: bool = False) -> SpanGradients:
         """The gradients that a backward request wants.
 
         Args:
@@ -93,7 +93,7 @@ class Graph:
         gradients = list(found)
         if self.prompts is not None:
             gradients[1] = gradients[1][start - first : end - first]
-        return Gradients(gradients, None if wanted.adapter is None else list(weights))
+        return SpanGradients(gradients, None if wanted.adapter is None else list(weights))
 
 
 def _lengths(request: Forward) -> int | None:
@@ -102,7 +102,7 @@ def _lengths(request: Forward) -> int | None:
 
 def record(
     span: Span, request: Forward, room: Callable[[int], bool]
-) -> tuple[Graph, list[torch.Tensor], int]:
+) -> tuple[AutogradPass, list[torch.Tensor], int]:
     """Run a request under autograd.
 
     Args:
@@ -114,10 +114,10 @@ def record(
         the recorded pass, outputs of modules inside of blocks, how many bytes it keeps.
 
     Raises:
-        NoRoomError: ``room`` said no.
+        NoRoom: ``room`` said no.
     """
     start, end = request.blocks
-    meter = _Meter(span.storages, room, (end - start) * NODE_BYTES)
+    meter = _SavedBytes(span.storages, room, (end - start) * NODE_BYTES)
     with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda tensor: tensor):
         graph, inner = _forward(span, request)
     for output in graph.outputs.values():
@@ -125,13 +125,13 @@ def record(
     return graph, inner, meter.size
 
 
-def recompute(span: Span, request: Backward) -> Gradients:
+def recompute(span: Span, request: Backward) -> SpanGradients:
     """The gradients that a request wants, by way of a forward pass of its own."""
     graph, _ = _forward(span, request)
     return graph.gradients(request)
 
 
-def _forward(span: Span, request: Forward) -> tuple[Graph, list[torch.Tensor]]:
+def _forward(span: Span, request: Forward) -> tuple[AutogradPass, list[torch.Tensor]]:
     hidden = request.hidden.to(span.device, span.dtype).detach().requires_grad_()
     prompts = request.prompts
     if prompts is not None:
@@ -149,10 +149,10 @@ def _forward(span: Span, request: Forward) -> tuple[Graph, list[torch.Tensor]]:
         **request.extras(),
     )
     outputs = dict(zip(blocks, found, strict=False))
-    return Graph(span, request, hidden, prompts, outputs), found[len(blocks) :]
+    return AutogradPass(span, request, hidden, prompts, outputs), found[len(blocks) :]
 
 
-class _Meter:
+class _SavedBytes:
     """Counts the storage of what autograd saves, except for that of weights."""
 
     def __init__(self, weights: frozenset[int], room: Callable[[int], bool], size: int):
@@ -172,4 +172,4 @@ class _Meter:
         self._seen.add(storage.data_ptr())
         self.size += storage.nbytes()
         if not self._room(self.size):
-            raise NoRoomError
+            raise NoRoom

@@ -20,7 +20,7 @@ from swarm_notebook.errors import BadRequest
 MAX_BYTES = 512 << 20
 
 
-class Probes:
+class Captures:
     """Hooks on modules named by block and dotted name; they live as long as the context."""
 
     def __init__(self, layers: Sequence[nn.Module], start: int, wanted: Sequence[tuple[int, str]]):

@@ -18,8 +18,8 @@ from swarm_notebook.server.adapters.injection import AdaptedSpan
 from swarm_notebook.server.adapters.store import AdapterLimits, AdapterStore
 from swarm_notebook.server.adapters.upload import Upload
 from swarm_notebook.server.engine import backward
-from swarm_notebook.server.engine.activation_store import Activations
-from swarm_notebook.server.engine.backward import Gradients, Graph, NoRoomError
+from swarm_notebook.server.engine.activation_store import ActivationStore
+from swarm_notebook.server.engine.backward import AutogradPass, NoRoom, SpanGradients
 from swarm_notebook.server.engine.batching import Batching
 from swarm_notebook.server.engine.requests import Backward, Forward
 from swarm_notebook.server.engine.span import Span
@@ -42,7 +42,9 @@ class Engine:
         self._span = span
         self.batching = batching
         self.adapters: AdapterStore[_Adapter] = AdapterStore(accepted)
-        self._activations: Activations[tuple[str, str], Graph] = Activations(activation_bytes)
+        self._activations: ActivationStore[tuple[str, str], AutogradPass] = ActivationStore(
+            activation_bytes
+        )
         self._too_large = math.inf
 
     def span_for(self, peer: str, request: Forward) -> Span:
@@ -73,7 +75,7 @@ class Engine:
         if request.keep is not None and 0 < size < self._too_large:
             try:
                 graph, inner, kept = backward.record(span, request, self._activations.make_room)
-            except NoRoomError:
+            except NoRoom:
                 self._too_large = size  # once is enough to learn it; now without keeping
             else:
                 self._activations.put((peer, request.keep), graph, kept)
@@ -89,7 +91,7 @@ class Engine:
             **request.extras(),
         )
 
-    def backward(self, peer: str, request: Backward) -> Gradients:
+    def backward(self, peer: str, request: Backward) -> SpanGradients:
         """The gradients that a backward request wants."""
         span = self.span_for(peer, request)
         key = (peer, request.kept or "")

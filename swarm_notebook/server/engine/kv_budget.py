@@ -1,7 +1,7 @@
 """Who may hold how much of the server's key-value memory.
 
 The budget counts cache tokens: one position of one row through all hosted blocks. A session takes
-room as it grows and keeps it while its notebook is idle, until others need it. `Ledger` decides
+room as it grows and keeps it while its notebook is idle, until others need it. `KVBudget` decides
 and does no I/O; `CachePool` lets requests wait for its decisions.
 
 A session asks for a preferred size (ahead of its need, so that it asks seldom) and a minimum.
@@ -37,7 +37,7 @@ SESSIONS = 1024
 
 
 @dataclass(eq=False)
-class Account:
+class Reservation:
     """One session's part of the budget."""
 
     drop: Callable[[], None]
@@ -52,50 +52,55 @@ class Grant:
     """What a request gets, and whose sessions end for it."""
 
     tokens: int
-    dropped: tuple[Account, ...] = ()
+    dropped: tuple[Reservation, ...] = ()
 
 
 @dataclass
-class Ledger:
+class KVBudget:
     """The budget and who holds what; pure decisions, time is an argument."""
 
     total: int
-    accounts: list[Account] = field(default_factory=list)
+    reservations: list[Reservation] = field(default_factory=list)
 
     @property
     def free(self) -> int:
-        return self.total - sum(account.tokens for account in self.accounts)
+        return self.total - sum(reservation.tokens for reservation in self.reservations)
 
     def decide(
-        self, account: Account, preferred: int, minimum: int, now: float, idle_seconds: float
+        self,
+        reservation: Reservation,
+        preferred: int,
+        minimum: int,
+        now: float,
+        idle_seconds: float,
     ) -> Grant | None:
-        """The size that ``account`` may have now, or None if it has to wait."""
-        room = self.free + account.tokens
+        """The size that ``reservation`` may have now, or None if it has to wait."""
+        room = self.free + reservation.tokens
         if preferred <= room:
             return Grant(preferred)
         if minimum <= room:
             return Grant(minimum)
         dropped = []
-        for other in self._idle(account, now - idle_seconds):
+        for other in self._idle(reservation, now - idle_seconds):
             dropped.append(other)
             room += other.tokens
             if minimum <= room:
                 return Grant(minimum, tuple(dropped))
         return None
 
-    def admit(self, client: str, now: float) -> Account | None:
+    def admit(self, client: str, now: float) -> Reservation | None:
         """Whether ``client`` may have one more session; the session that ends for it, if any.
 
         Raises:
             ServerBusy: it has too many, or all together have and none of them is idle.
         """
-        mine = sum(account.client == client for account in self.accounts)
+        mine = sum(reservation.client == client for reservation in self.reservations)
         if mine >= CLIENT_SESSIONS:
             raise ServerBusy(
                 f"this peer has {mine} sessions open here, the most that one may have; close some "
                 "(a session ends with its stream)"
             )
-        if len(self.accounts) < SESSIONS:
+        if len(self.reservations) < SESSIONS:
             return None
         idle = self._idle(None, now - IDLE_SECONDS)
         if not idle:
@@ -105,86 +110,89 @@ class Ledger:
             )
         return idle[0]
 
-    def apply(self, account: Account, grant: Grant) -> None:
+    def apply(self, reservation: Reservation, grant: Grant) -> None:
         """Write down a decision."""
         for other in grant.dropped:
-            self.accounts.remove(other)
+            self.reservations.remove(other)
             other.tokens = 0
-        account.tokens = grant.tokens
+        reservation.tokens = grant.tokens
 
-    def _idle(self, account: Account | None, since: float) -> list[Account]:
+    def _idle(self, reservation: Reservation | None, since: float) -> list[Reservation]:
         """Other sessions that have been idle since then, the longest first.
 
         Args:
-            account: who needs memory, so that only sessions that hold some are meant; None: all.
+            reservation: who needs memory, so that only sessions that hold some are meant; None:
+                all.
         """
         idle = [
             other
-            for other in self.accounts
-            if other is not account
+            for other in self.reservations
+            if other is not reservation
             and not other.busy
-            and (other.tokens or account is None)
+            and (other.tokens or reservation is None)
             and other.last_used <= since
         ]
         return sorted(idle, key=lambda other: other.last_used)
 
 
 class CachePool:
-    """The ledger, for sessions of one asyncio loop."""
+    """The budget, for sessions of one asyncio loop."""
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic):
-        self._ledger = Ledger(total)
+        self._budget = KVBudget(total)
         self._clock = clock
-        self._waiting: list[tuple[asyncio.Event, Account]] = []
+        self._waiting: list[tuple[asyncio.Event, Reservation]] = []
 
     @property
     def total(self) -> int:
-        return self._ledger.total
+        return self._budget.total
 
     @property
     def free(self) -> int:
-        return self._ledger.free
+        return self._budget.free
 
     @property
     def sessions(self) -> int:
-        return len(self._ledger.accounts)
+        return len(self._budget.reservations)
 
-    def open(self, drop: Callable[[], None], client: str = "") -> Account:
-        """A new session's account; ``drop`` is called when the session loses its memory.
+    def open(self, drop: Callable[[], None], client: str = "") -> Reservation:
+        """A new session's reservation; ``drop`` is called when the session loses its memory.
 
         Raises:
             ServerBusy: there are too many sessions.
         """
         now = self._clock()
-        if (ended := self._ledger.admit(client, now)) is not None:
+        if (ended := self._budget.admit(client, now)) is not None:
             self.close(ended)
             ended.drop()
-        account = Account(drop, client, last_used=now)
-        self._ledger.accounts.append(account)
-        return account
+        reservation = Reservation(drop, client, last_used=now)
+        self._budget.reservations.append(reservation)
+        return reservation
 
-    def close(self, account: Account) -> None:
+    def close(self, reservation: Reservation) -> None:
         """Give back all that a session holds; a second call does nothing."""
-        if account in self._ledger.accounts:
-            self._ledger.accounts.remove(account)
-        account.tokens = 0
+        if reservation in self._budget.reservations:
+            self._budget.reservations.remove(reservation)
+        reservation.tokens = 0
         self._wake()
 
-    def begin(self, account: Account) -> None:
+    def begin(self, reservation: Reservation) -> None:
         """A step of the session is in flight: it cannot be dropped."""
-        account.busy = True
+        reservation.busy = True
 
-    def end(self, account: Account) -> None:
+    def end(self, reservation: Reservation) -> None:
         """The step is done; the session is idle from now on."""
-        account.busy = False
-        account.last_used = self._clock()
+        reservation.busy = False
+        reservation.last_used = self._clock()
 
-    def shrink(self, account: Account, tokens: int) -> None:
+    def shrink(self, reservation: Reservation, tokens: int) -> None:
         """Give back a part."""
-        account.tokens = tokens
+        reservation.tokens = tokens
         self._wake()
 
-    async def resize(self, account: Account, preferred: int, minimum: int, wait: float) -> int:
+    async def resize(
+        self, reservation: Reservation, preferred: int, minimum: int, wait: float
+    ) -> int:
         """Room for ``preferred`` or at least ``minimum`` tokens in all; the size granted.
 
         Raises:
@@ -203,35 +211,35 @@ class CachePool:
             now = self._clock()
             if now >= deadline:
                 idle = min(IDLE_SECONDS, max(now - begun, SHORT_IDLE_SECONDS))
-            grant = self._ledger.decide(account, min(preferred, self.total), minimum, now, idle)
+            grant = self._budget.decide(reservation, min(preferred, self.total), minimum, now, idle)
             if grant is not None:
-                return self._carry_out(account, grant)
+                return self._carry_out(reservation, grant)
             if now >= deadline:
                 raise CacheFull(
                     f"asked for {minimum} cache tokens (rows x positions), {self.free} of "
                     f"{self.total} are free and nothing came free within {now - begun:.0f} s; "
                     "try again later or use another server"
                 )
-            await self._changed(account, deadline - now)
+            await self._changed(reservation, deadline - now)
 
-    def _carry_out(self, account: Account, grant: Grant) -> int:
-        shrunk = grant.tokens < account.tokens
-        self._ledger.apply(account, grant)
+    def _carry_out(self, reservation: Reservation, grant: Grant) -> int:
+        shrunk = grant.tokens < reservation.tokens
+        self._budget.apply(reservation, grant)
         for other in grant.dropped:
             other.drop()
         if shrunk or grant.dropped:
             self._wake()
         return grant.tokens
 
-    async def _changed(self, account: Account, seconds: float) -> None:
+    async def _changed(self, reservation: Reservation, seconds: float) -> None:
         """Wait until somebody gives memory back, at most this long."""
-        mine = sum(other.client == account.client for _, other in self._waiting)
+        mine = sum(other.client == reservation.client for _, other in self._waiting)
         if mine >= CLIENT_WAITING or len(self._waiting) >= WAITING:
             raise ServerBusy(
                 f"{len(self._waiting)} sessions wait for cache memory already, {mine} of them of "
                 "this peer; try again later or use another server"
             )
-        waiting = asyncio.Event(), account
+        waiting = asyncio.Event(), reservation
         self._waiting.append(waiting)
         try:
             async with asyncio.timeout(seconds):

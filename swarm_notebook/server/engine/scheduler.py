@@ -12,7 +12,8 @@ own queue.
 
 A batch takes one step of each client in turn, up to `BATCH_TOKENS`; those left are next. Sessions
 that were answered together come back one shortly after the other, and a call costs nearly the same
-for one as for all of them: `Company` knows when it pays to wait a moment. Who is alone never waits.
+for one as for all of them: `BatchWindow` knows when it pays to wait a moment. Who is alone never
+waits.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ class Kind(Enum):
     """What a piece of work is; see the module."""
 
     STEP = auto()
-    PIECE = auto()
-    PASS = auto()
+    PREFILL_CHUNK = auto()
+    STATELESS = auto()
 
 
-SHARES = {Kind.STEP: 4.0, Kind.PIECE: 2.0, Kind.PASS: 1.0}
+SHARES = {Kind.STEP: 4.0, Kind.PREFILL_CHUNK: 2.0, Kind.STATELESS: 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Task:
     session: Hashable | None = None
 
 
-CHORE = Task(Kind.PASS)
+CHORE = Task(Kind.STATELESS)
 
 
 class Shares(Generic[K]):
@@ -192,7 +193,7 @@ class _Lane(Generic[W]):
         return False
 
 
-class Company:
+class BatchWindow:
     """The sessions that decode, and how long the next call should wait for those on their way."""
 
     def __init__(self) -> None:
@@ -223,7 +224,7 @@ class Company:
         return max(self._worth, _LEAST_WORTH) * min(GATHER_PART * self._call, GATHER_SECONDS)
 
 
-class Backlog:
+class Admission:
     """Passes that wait or run, per client: how many are taken on."""
 
     def __init__(self) -> None:
@@ -235,7 +236,7 @@ class Backlog:
         Raises:
             ServerBusy: this client, or all together, have too many waiting.
         """
-        if task.kind is not Kind.PASS or not task.client:
+        if task.kind is not Kind.STATELESS or not task.client:
             return  # a session has one step in flight at most, and sessions are counted
         mine, all_ = self._passes[task.client], self._passes.total()
         if mine >= CLIENT_PASSES or all_ >= PASSES:
@@ -247,13 +248,13 @@ class Backlog:
 
     def leave(self, task: Task) -> None:
         """A task that was taken on is done or given up."""
-        if task.kind is Kind.PASS and task.client:
+        if task.kind is Kind.STATELESS and task.client:
             self._passes[task.client] -= 1
             if not self._passes[task.client]:
                 del self._passes[task.client]
 
 
-class Pace:
+class ChunkSizer:
     """How long pieces of prefill may be, by how fast they have been."""
 
     def __init__(self) -> None:

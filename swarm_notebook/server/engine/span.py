@@ -28,7 +28,7 @@ from swarm_notebook.checkpoint.anatomy import restrict_config
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.server.adapters.mixing import Tuners
 from swarm_notebook.server.engine.attention import BatchCache, Part, attending
-from swarm_notebook.server.engine.captures import Probes
+from swarm_notebook.server.engine.captures import Captures
 from swarm_notebook.server.engine.kv_cache import SessionCache
 
 MAX_VIEWS = 64
@@ -124,7 +124,7 @@ class Span:
         captured: dict[int, torch.Tensor] = {}
         # The last block's output is the result itself (the final norm is a no-op).
         ahead = {index for index in states if index != end - 1}
-        probes = Probes(self.layers, self.start, inner)
+        probes = Captures(self.layers, self.start, inner)
         with self._hooked(start, ahead, captured, prompts), probes:
             output = view(past_key_values=cache, use_cache=cache is not None, **arguments)
         result = output.last_hidden_state

@@ -5,7 +5,7 @@ Petals' definition: tokens per second through one block, once for single steps w
 times of the blocks, placement compares servers by ``throughput``.
 
 Another server that starts on the same machine takes the cores for seconds at a time, so at start
-the best of several short runs counts. From then on `Meter` follows the steps and long prefills
+the best of several short runs counts. From then on `RateMeter` follows the steps and long prefills
 that are really computed, with the contexts and the neighbours that they have.
 """
 
@@ -64,7 +64,7 @@ def measure(span: Span, hidden_size: int) -> Throughput:
     return Throughput(_rate(step), FORWARD_TOKENS * _rate(forward))
 
 
-class Meter:
+class RateMeter:
     """The rates as they are, told of every step and piece of prefill by `compute`."""
 
     def __init__(self, measured: Throughput):
@@ -82,7 +82,7 @@ class Meter:
         if task.kind is Kind.STEP:
             # Steps that share a call take as long as the call.
             self._step_seconds += _NEWEST * (seconds / task.blocks - self._step_seconds)
-        elif task.kind is Kind.PIECE and task.tokens >= FORWARD_TOKENS:
+        elif task.kind is Kind.PREFILL_CHUNK and task.tokens >= FORWARD_TOKENS:
             a_token = seconds / task.blocks / task.tokens
             self._token_seconds += _NEWEST * (a_token - self._token_seconds)
 

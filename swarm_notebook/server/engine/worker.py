@@ -20,10 +20,10 @@ from typing import Any
 
 from swarm_notebook.server.engine.scheduler import (
     CHORE,
-    Backlog,
-    Company,
+    Admission,
+    BatchWindow,
+    ChunkSizer,
     Kind,
-    Pace,
     Schedule,
     Task,
 )
@@ -130,9 +130,9 @@ class ComputeThread:
         self.on_ran: Callable[[Task, float], None] = lambda _task, _seconds: None
         self._arrived: SimpleQueue[Job | None] = SimpleQueue()
         self._schedule: Schedule[Job] = Schedule()
-        self._backlog = Backlog()
-        self._pace = Pace()
-        self._company = Company()
+        self._backlog = Admission()
+        self._pace = ChunkSizer()
+        self._company = BatchWindow()
         self._stepped = -DECODING_SECONDS
         self._steps = self._step_calls = 0
         self._stopping = False
@@ -232,7 +232,7 @@ class ComputeThread:
             self._company.ran(seconds)
             self._steps += len(tasks)
             self._step_calls += 1
-        elif tasks[0].kind is Kind.PIECE:
+        elif tasks[0].kind is Kind.PREFILL_CHUNK:
             self._pace.ran(tasks[0].tokens, seconds)
 
 

@@ -38,7 +38,7 @@ _EXTRA_BYTES = 64 << 20
 _PREFIX = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,7}", re.ASCII)
 
 
-class Intake:
+class AdapterUploads:
     """Takes uploads in; `handle` serves one stream."""
 
     def __init__(self, engine: Engine, compute: ComputeThread, limits: Limits):
@@ -58,7 +58,7 @@ class Intake:
             )
             del message
             await asyncio.to_thread(importlib.import_module, "peft")
-            task = Task(Kind.PASS, name)
+            task = Task(Kind.STATELESS, name)
             job = self._compute.submit(self._engine.load_adapter, name, upload, task=task)
             size, derived = await messages.result(job, stream)
         packed = []

@@ -8,7 +8,7 @@ from swarm_notebook.server.engine.requests import Forward
 
 
 @dataclass
-class Served:
+class Counters:
     """Sessions begun, answered requests, and the tokens of all sequences in them."""
 
     sessions: int = 0

@@ -23,7 +23,7 @@ from swarm_notebook import __version__
 from swarm_notebook.errors import BadRequest, ServerBusy, ShuttingDown, to_wire
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream, add_stream_handler
-from swarm_notebook.server.engine.backward import Gradients
+from swarm_notebook.server.engine.backward import SpanGradients
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv_budget import CachePool
 from swarm_notebook.server.engine.requests import Forward, Limits
@@ -32,12 +32,12 @@ from swarm_notebook.server.engine.session_state import SessionState
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.worker import ComputeThread
 from swarm_notebook.server.rpc import messages
-from swarm_notebook.server.rpc.adapter_upload import Intake
-from swarm_notebook.server.rpc.counters import Served
+from swarm_notebook.server.rpc.adapter_upload import AdapterUploads
+from swarm_notebook.server.rpc.counters import Counters
 from swarm_notebook.server.rpc.messages import Received
 from swarm_notebook.server.rpc.parse import parse_backward, parse_blocks, parse_forward
 from swarm_notebook.server.rpc.push import Relay
-from swarm_notebook.server.rpc.session import InferenceSession
+from swarm_notebook.server.rpc.session import ServerSession
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,12 @@ class Handler:
     ):
         self._span, self._limits, self._engine = span, limits, engine
         self._pool, self._compute = pool, compute
-        self._sessions: set[InferenceSession] = set()
+        self._sessions: set[ServerSession] = set()
         self._running: set[asyncio.Task[Any]] = set()
-        self._intake = Intake(engine, compute, limits)
+        self._intake = AdapterUploads(engine, compute, limits)
         self._relay = Relay()
         self._leaving = False
-        self._served = Served()
+        self._served = Counters()
 
     async def register(self, p2p: P2P) -> None:
         """Offer the RPCs to the swarm."""
@@ -121,7 +121,7 @@ class Handler:
         self._check_open()
         choose = partial(self._engine.span_for, peer.to_base58())
         state = SessionState(self._span, self._limits.context, choose)
-        session = InferenceSession(
+        session = ServerSession(
             stream,
             state,
             self._limits,
@@ -208,7 +208,7 @@ class Handler:
         request, compression = parse_backward(message.uid, message.tensors, metadata, self._limits)
         task = _pass_of(peer, request)
         job = self._compute.submit(self._engine.backward, task.client, request, task=task)
-        gradients: Gradients = await messages.result(job, stream)
+        gradients: SpanGradients = await messages.result(job, stream)
         self._served.count(request)
         packed = messages.pack(gradients.tensors, compression)
         return packed, {} if gradients.weights is None else {"adapter_grads": gradients.weights}
@@ -250,7 +250,7 @@ def _unary(
 
 
 def _pass_of(peer: PeerID, request: Forward) -> Task:
-    return Task(Kind.PASS, peer.to_base58(), request.rows * request.length)
+    return Task(Kind.STATELESS, peer.to_base58(), request.rows * request.length)
 
 
 def _typed(error: Exception) -> bool:

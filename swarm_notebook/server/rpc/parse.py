@@ -41,7 +41,7 @@ class StepMessage:
     compression: int = tensors.NONE
     step_id: str | None = None
     alloc_timeout: float | None = None
-    push_to: tuple[str, str | petals_push.Onward] | None = None
+    push_to: tuple[str, str | petals_push.PetalsPush] | None = None
 
 
 def parse_blocks(uid: str, limits: Limits) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from swarm_notebook.server.rpc import fields
 
 
 @dataclass(frozen=True, slots=True)
-class Onward:
+class PetalsPush:
     """What goes to the next server with an output.
 
     Attributes:
@@ -43,7 +43,7 @@ class Onward:
 
 def read(
     metadata: dict[str, Any], slots: Sequence[runtime_pb2.Tensor], prefix: str, end: int
-) -> tuple[str, Onward]:
+) -> tuple[str, PetalsPush]:
     """The peer that gets the output of a step whose blocks end before ``end``, and what else.
 
     Raises:
@@ -53,4 +53,4 @@ def read(
     peer, session_id, first, last = servers[0]
     changed = {"session_id": session_id, protocol.NEXT_SERVERS: servers[1:], "pushed": True}
     packed = protocol.pack_metadata({**metadata, **changed})
-    return peer, Onward(protocol.uid_chain(prefix, first, last), packed, slots)
+    return peer, PetalsPush(protocol.uid_chain(prefix, first, last), packed, slots)

@@ -32,7 +32,7 @@ from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net import protocol
 from swarm_notebook.net.streams import Stream, open_stream
 from swarm_notebook.server.rpc import fields
-from swarm_notebook.server.rpc.petals_push import Onward
+from swarm_notebook.server.rpc.petals_push import PetalsPush
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Relay:
         self._p2p = p2p
 
     async def push(
-        self, peer: str, target: str | Onward, step_id: str, tensor: runtime_pb2.Tensor
+        self, peer: str, target: str | PetalsPush, step_id: str, tensor: runtime_pb2.Tensor
     ) -> str:
         """Send hidden states to the server that is next; an empty text, or why that failed.
 
@@ -82,7 +82,7 @@ class Relay:
             target: the session there; or what goes along in Petals' form, in which case nobody
                 waits for it, and nobody misses it.
         """
-        if isinstance(target, Onward):
+        if isinstance(target, PetalsPush):
             self._hand_on(peer, target.message(tensor))
             return ""
         if self._avoided.get(peer, 0.0) > time.monotonic():

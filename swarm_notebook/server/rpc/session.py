@@ -31,7 +31,7 @@ from swarm_notebook.server.engine.scheduler import Kind, Task
 from swarm_notebook.server.engine.session_state import SessionState
 from swarm_notebook.server.engine.worker import ComputeThread, Job
 from swarm_notebook.server.rpc import messages
-from swarm_notebook.server.rpc.counters import Served
+from swarm_notebook.server.rpc.counters import Counters
 from swarm_notebook.server.rpc.inbox import Inbox
 from swarm_notebook.server.rpc.parse import parse_step
 from swarm_notebook.server.rpc.push import Relay
@@ -40,7 +40,7 @@ ALLOC_TIMEOUT = 10.0
 UNREAD_SECONDS = 60.0
 
 
-class InferenceSession:
+class ServerSession:
     """A client's session on one stream; `run` lasts as long as it does."""
 
     def __init__(
@@ -53,13 +53,13 @@ class InferenceSession:
         *,
         batching: Batching,
         relay: Relay,
-        served: Served,
+        served: Counters,
     ):
         self._stream, self._limits = stream, limits
         self._batching, self._relay, self._served = batching, relay, served
         self._pool, self._compute = pool, compute
         self._state: SessionState | None = state
-        self._account = pool.open(self._drop, stream.peer)
+        self._reservation = pool.open(self._drop, stream.peer)
         self._inbox = Inbox(relay, stream.max_frame)
         self._ended: asyncio.Future[SwarmError] = asyncio.get_running_loop().create_future()
         self._blocks: tuple[int, int] | None = None
@@ -100,7 +100,7 @@ class InferenceSession:
     def leave(self) -> None:
         """The server shuts down: end now, or after the step in flight."""
         self._leaving = True
-        if not self._account.busy:
+        if not self._reservation.busy:
             self._end(ShuttingDown("the server is leaving the swarm, go on with another one"))
 
     def _drop(self) -> None:
@@ -124,11 +124,11 @@ class InferenceSession:
     async def _work(self) -> None:
         while True:
             message = await self._inbox.get()
-            self._pool.begin(self._account)
+            self._pool.begin(self._reservation)
             try:
                 answer = await self._step(message)
             finally:
-                self._pool.end(self._account)
+                self._pool.end(self._reservation)
             if answer is not None:
                 await self._send(answer)
             if self._leaving:
@@ -147,7 +147,7 @@ class InferenceSession:
         needed = state.needs(step, position)
         if needed is not None:
             wait = ALLOC_TIMEOUT if parsed.alloc_timeout is None else parsed.alloc_timeout
-            granted = await self._pool.resize(self._account, *needed, wait)
+            granted = await self._pool.resize(self._reservation, *needed, wait)
             state.cache.reserve(granted // step.rows)
         outputs = await self._run(state, step, position)
         self._blocks, self._step_id = step.blocks, parsed.step_id
@@ -170,7 +170,7 @@ class InferenceSession:
         begin = 0
         # What a module inside of a block puts out may not be cut by positions.
         whole = short or bool(step.inner)
-        kind = Kind.STEP if short else Kind.PIECE
+        kind = Kind.STEP if short else Kind.PREFILL_CHUNK
         group = self._batching.group(step, position) if short else None
         blocks = step.blocks[1] - step.blocks[0] if step.length else 0
         while begin < step.length or not pieces:
@@ -209,4 +209,4 @@ class InferenceSession:
 
     def _free(self) -> None:
         self._state = self._job = None
-        self._pool.close(self._account)
+        self._pool.close(self._reservation)
