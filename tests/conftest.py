@@ -3,14 +3,12 @@
 Servers run for real, as child processes, one thread each. Every process that a test starts inherits
 a mark in its environment; a test that ends with more marked processes than it began with fails.
 Swarms of module or session scope are there before a test begins, so they do not count against it;
-those in `shared` may even be killed and started again by a test.
+those in `lasting_swarms` may even be killed and started again by a test.
 """
 
 from __future__ import annotations
 
 import os
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,50 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-import shared
-from tiny import tiny_model
+from support.letter_tokenizer import Lettered, lettered_model
+from support.processes import mark_this_run, marked_processes, wait_gone
+from support.tiny import tiny_model
 
 from swarm_notebook import LocalSwarm
 
 if TYPE_CHECKING:
-    from scene import Scene
-
-MARK = "SWARM_NOTEBOOK_TEST_RUN"
-GRACE_SECONDS = 5.0
+    from support.scene import Scene
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on what the Hub has today
-os.environ[MARK] = uuid.uuid4().hex
-
-
-def marked_processes() -> dict[int, str]:
-    """Servers and network daemons that this test run started and that still live."""
-    found = {}
-    for process in psutil.process_iter(["cmdline"]):
-        try:
-            if process.pid == os.getpid() or process.environ().get(MARK) != os.environ[MARK]:
-                continue
-            command = " ".join(process.info["cmdline"] or ())
-            if process.status() != psutil.STATUS_ZOMBIE and _ours(command):
-                found[process.pid] = command
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
-def _ours(command: str) -> bool:
-    return any(name in command for name in ("swarm_notebook.cli", "swarm-notebook", "p2pd"))
-
-
-def wait_gone(known: dict[int, str], seconds: float = GRACE_SECONDS) -> dict[int, str]:
-    """Marked processes that are not `known` and do not go away within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        ours = known.keys() | shared.processes()
-        left = {pid: text for pid, text in marked_processes().items() if pid not in ours}
-        if not left or time.monotonic() > deadline:
-            return left
-        time.sleep(0.1)
+mark_this_run()
 
 
 def _fail_on(left: dict[int, str], when: str) -> None:
@@ -101,7 +67,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_scene(tiny_llama: Path) -> Iterator[Scene]:
     """Two servers of the tiny Llama, connected, for the whole run. Do not kill them."""
-    from scene import scene  # imports transformers
+    from support.scene import scene  # imports transformers
 
     with scene(tiny_llama, [(0, 2), (2, 5)]) as made:
         yield made
@@ -117,3 +83,20 @@ def tiny_swarm(tiny_llama: Path) -> Iterator[Callable[..., LocalSwarm]]:
             return swarms.enter_context(LocalSwarm(tiny_llama, servers, **options))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def lettered(tmp_path_factory: pytest.TempPathFactory) -> Lettered:
+    """The tiny Llama with a tokenizer, held locally."""
+    return lettered_model(tmp_path_factory.mktemp("lettered"))
+
+
+FOLDERS = ("unit", "wire", "swarm", "notebook", "browser", "gpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test carries the name of its folder as a mark."""
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in FOLDERS:
+            item.add_marker(folder)

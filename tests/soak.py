@@ -37,7 +37,7 @@ from typing import Any
 
 import psutil
 import torch
-from tiny import tiny_model
+from support.tiny import tiny_model
 
 from swarm_notebook.server.rpc.handler import TIDY_SECONDS
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from scene import Scene, generate
-from tiny import tiny_config, tiny_model
+from support.scene import Scene, generate
+from support.tiny import tiny_config, tiny_model
 from transformers import DynamicCache
 
 import swarm_notebook as sn

@@ -6,7 +6,7 @@ import asyncio
 
 import bare
 import pytest
-from scene import Scene
+from support.scene import Scene
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from scene import Scene
+from support.scene import Scene
 from transformers import AutoModelForSequenceClassification
 
 from swarm_notebook.errors import Unsupported

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from scene import Scene, generate
+from support.scene import Scene, generate
 
 import swarm_notebook as sn
 from swarm_notebook.client.session.session import steps

@@ -15,7 +15,7 @@ from swarm_notebook.report.cost import Bill, ServerBill, duration, expect
 from swarm_notebook.report.formatting import size
 
 if TYPE_CHECKING:
-    from scene import Scene
+    from support.scene import Scene
 
 TOKENS, NEW = 10, 14
 
@@ -118,7 +118,7 @@ def test_sizes_and_durations_for_people() -> None:
 
 
 def test_a_real_run_costs_what_the_preview_says(tiny_scene: Scene) -> None:
-    from scene import generate
+    from support.scene import generate
 
     swarm = tiny_scene.swarm
     expected = swarm.preview(prompt_tokens=TOKENS, max_new_tokens=NEW, batch=2)

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny import tiny_model
+from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from scene import TOLERANCE, AtToken, Scene, generate, kill_process, scene, stop_then_kill
+from support.scene import TOLERANCE, AtToken, Scene, generate, kill_process, scene, stop_then_kill
 
 from swarm_notebook.client.request import Request
 from swarm_notebook.client.session.hop import Hop

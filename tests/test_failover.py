@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from scene import (
+from support.scene import (
     TOLERANCE,
     AtToken,
     Scene,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from support.tiny import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from hivemind.proto import runtime_pb2
-from liar import NAME, Liar, Lie
-from scene import TOLERANCE, AtToken, Scene, generate, scene
+from support.lying_server import NAME, Lie, LyingServer
+from support.scene import TOLERANCE, AtToken, Scene, generate, scene
 
 import swarm_notebook as sn
 from swarm_notebook.errors import BadRequest, CacheFull, MissingBlocks, SessionLost
@@ -83,7 +83,7 @@ LIES: dict[str, Lie] = {
 @dataclass
 class Stage:
     scene: Scene
-    liar: Liar
+    liar: LyingServer
 
     def tempt(self, lie: Lie) -> None:
         """Make the liar the first choice of the next request."""
@@ -103,7 +103,7 @@ class Stage:
 def stage(tiny_llama: Path) -> Iterator[Stage]:
     with scene(tiny_llama, [(0, 5)]) as made:
         directory = made.swarm._connection.directory
-        with Liar(made.local.initial_peers, directory.prefix, 5) as liar:
+        with LyingServer(made.local.initial_peers, directory.prefix, 5) as liar:
             yield Stage(made, liar)
 
 

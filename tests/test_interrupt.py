@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel import Kernel
-from tiny import tiny_config
+from support.kernel import Kernel
+from support.tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from kernel import Kernel
+from support.kernel import Kernel
 
 TIMED_LOAD = """
 import sys, time

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import marked_processes
+from support.processes import marked_processes
 
 from swarm_notebook import LocalSwarm
 from swarm_notebook.errors import ModelNotFound, ServerStartError

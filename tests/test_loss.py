@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from scene import RESTART_SECONDS, TOLERANCE, AtToken, Scene, generate, scene
+from support.scene import RESTART_SECONDS, TOLERANCE, AtToken, Scene, generate, scene
 
 from swarm_notebook.client.session.session import steps
 from swarm_notebook.errors import CacheFull, MissingBlocks

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from scene import NEW_TOKENS, AtToken, Scene, generate, kill_process, scene, stop_then_kill
+from support.scene import NEW_TOKENS, AtToken, Scene, generate, kill_process, scene, stop_then_kill
 
 from swarm_notebook.client.request import Outputs
 from swarm_notebook.client.session.hop import Hop

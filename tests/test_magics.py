@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from kernel import Kernel
+from support.kernel import Kernel
 
 from swarm_notebook import LocalSwarm
 

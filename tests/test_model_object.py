@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from scene import TOLERANCE, Scene, generate
+from support.scene import TOLERANCE, Scene, generate
 
 from swarm_notebook.model.placeholders import is_placeholder
 

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import letters
 import peft
 import pytest
 import torch
-from letters import Pair
-from tiny import tiny_model
+from support.letter_tokenizer import Pair, lettered_pair
+from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from swarm_notebook import probing
@@ -24,7 +23,7 @@ BLOCKS = 5
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with letters.lettered_pair(tmp_path_factory.mktemp("probing")) as made:
+    with lettered_pair(tmp_path_factory.mktemp("probing")) as made:
         yield made
 
 

@@ -12,7 +12,7 @@ from swarm_notebook.client import connection
 from swarm_notebook.progress import Waiting
 
 if TYPE_CHECKING:
-    from scene import Scene
+    from support.scene import Scene
 
 
 def wait_for(capsys: pytest.CaptureFixture[str], text: str) -> str:

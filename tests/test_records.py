@@ -13,7 +13,7 @@ from hivemind.dht.node import DHTID
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
-from raw_wire import RawClient
+from support.raw_wire import RawClient
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn

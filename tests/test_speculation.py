@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from scene import Scene, generate
+from support.scene import Scene, generate
 from transformers import PreTrainedModel
 
 import swarm_notebook as sn

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import letters
 import pytest
-import shared
 import torch
-from letters import Pair
+from support.letter_tokenizer import Pair, lettered_pair
+from support.processes import lasting_swarms
 
 import swarm_notebook as sn
 from swarm_notebook import probing
@@ -29,7 +28,7 @@ TEXTS = [f"{'the quick brown fox'[: 4 + n % 13]} {n}" for n in range(20)]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with letters.lettered_pair(tmp_path_factory.mktemp("probing")) as made:
+    with lettered_pair(tmp_path_factory.mktemp("probing")) as made:
         yield made
 
 
@@ -210,7 +209,7 @@ def test_killed_in_the_middle_and_resumed(
     monkeypatch.setattr(states_module, "_read", counted)
     with sn.LocalSwarm(pair.folder, 1, threads=1) as local:
         server = local.servers[0]
-        shared.swarms.append(local)
+        lasting_swarms.append(local)
         try:
             swarm = sn.connect(local.initial_peers, model=pair.folder, timeout=2)
             with pytest.raises(sn.SwarmError):
@@ -225,7 +224,7 @@ def test_killed_in_the_middle_and_resumed(
             with sn.connect(local.initial_peers, model=pair.folder) as again:
                 resumed = probing.hidden_states(again, TEXTS, store=tmp_path, **options)
         finally:
-            shared.swarms.remove(local)
+            lasting_swarms.remove(local)
     assert sum(done) == len(TEXTS) - 8
     files = shard_files(tmp_path)
     assert {name: when for name, when in files.items() if name in finished} == finished

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from concurrent.futures import ThreadPoolExecutor
 
-from scene import Scene
 from soak import Notebook
+from support.scene import Scene
 
 
 def test_each_gets_what_it_would_get_alone(tiny_scene: Scene) -> None:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import letters
 import nnsight
 import peft
 import pytest
 import torch
 import transformers
-from tiny import tiny_model
+from support.letter_tokenizer import add_tokenizer
+from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swarm_notebook as sn
@@ -51,7 +51,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder = letters.add_tokenizer(tiny_model("llama", tmp_path_factory.mktemp("tools")))
+    folder = add_tokenizer(tiny_model("llama", tmp_path_factory.mktemp("tools")))
     with (
         sn.LocalSwarm(folder, [(0, 2), (2, BLOCKS)], threads=1) as servers,
         sn.connect(servers.initial_peers, model=folder) as swarm,

@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 import pytest
-from scene import NEW_TOKENS, Scene, generate
+from support.scene import NEW_TOKENS, Scene, generate
 
 from swarm_notebook.client.session.session import pipeline
 from swarm_notebook.client.telemetry import Events, Failover, HopTimes, Step, Timeline

@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
-from tiny import tiny_model
+from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 if TYPE_CHECKING:
-    from scene import Scene
+    from support.scene import Scene
 
 APP = """
 import marimo

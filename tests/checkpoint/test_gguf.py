@@ -9,12 +9,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from support.tiny import build
 
 from swarm_notebook.checkpoint.gguf import GgufFile, GgufWeights
 from swarm_notebook.checkpoint.partial import load_blocks, load_edges
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import ModelNotFound, Unsupported
-from tests.tiny import build
 
 
 def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:

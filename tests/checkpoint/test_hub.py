@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tiny import build
 
 from swarm_notebook.checkpoint import hub
-from tests.tiny import build
 
 COMMIT = "f" * 40
 

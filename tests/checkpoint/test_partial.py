@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from swarm_notebook.checkpoint.anatomy import find_trunk
 from swarm_notebook.checkpoint.partial import load_blocks, load_edges
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import Unsupported
-from tests.tiny import FAMILIES, tiny_model
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

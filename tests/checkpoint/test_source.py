@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiny import tiny_model
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import ModelSource, _repository_prefix, resolve
 from swarm_notebook.errors import BlocksOutOfRange, ModelNotFound, Unsupported
-from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

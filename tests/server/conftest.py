@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from raw_wire import RawClient, ServerProcess
-from tiny import tiny_model
-from training_wire import Bench, Benches
+from support.bench import Bench, Benches
+from support.raw_wire import RawClient, ServerProcess
+from support.tiny import tiny_model
 
 FAMILIES = ("bloom", "gemma3_text", "gpt2", "llama", "qwen3_moe")
 

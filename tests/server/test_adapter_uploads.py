@@ -12,8 +12,8 @@ import pytest
 import torch
 from hivemind.proto import runtime_pb2
 from safetensors.torch import save
-from training_wire import Bench, relative
-from tuned import Tuned, key, random
+from support.bench import Bench, relative
+from support.peft_adapters import Tuned, key, random
 
 from swarm_notebook.errors import AdapterMissing, BadRequest, CacheFull
 from swarm_notebook.net import protocol, tensors

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from raw_wire import RawClient
 from safetensors.torch import load
-from training_wire import Bench, Benches, relative, run_blocks
-from tuned import Tuned, key, plain, random
+from support.bench import Bench, Benches, relative, run_blocks
+from support.peft_adapters import Tuned, key, plain, random
+from support.raw_wire import RawClient
 
 from swarm_notebook.errors import AdapterMissing, BadRequest
 from swarm_notebook.net import protocol

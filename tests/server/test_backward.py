@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from raw_wire import request
-from training_wire import Bench, layers_of, relative, run_blocks
+from support.bench import Bench, layers_of, relative, run_blocks
+from support.raw_wire import request
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol

@@ -1,6 +1,6 @@
 """Sessions whose steps share calls against twins that run alone, for every family.
 
-Each session goes its own way (`walks`). In every round some of them have a step, and those that can
+Each session goes its own way (`random_sessions`). In every round some of them have a step, and those that can
 share a call do.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import COMMON, FAMILIES, tiny_model
+from support.random_sessions import RandomSession, prepared
+from support.tiny import COMMON, FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
-from walks import Walk, prepared
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
@@ -49,24 +49,24 @@ def close(ours: Any, theirs: Any) -> None:
 
 
 def test_sessions_that_share_calls_get_what_they_get_alone(span: Span, batching: Batching) -> None:
-    walks = [Walk(span, HIDDEN, seed) for seed in range(SESSIONS)]
-    together = {walk: SessionState(span, context=None) for walk in walks}
+    alone = [RandomSession(span, HIDDEN, seed) for seed in range(SESSIONS)]
+    together = {session: SessionState(span, context=None) for session in alone}
     dice, largest = random.Random(0), 0
     for _ in range(ROUNDS):
         groups = defaultdict(list)
-        for walk in dice.sample(walks, dice.randint(2, SESSIONS)):
-            step = walk.step()
-            turn = prepared(together[walk], step)
+        for session in dice.sample(alone, dice.randint(2, SESSIONS)):
+            step = session.step()
+            turn = prepared(together[session], step)
             key = batching.group(step, turn.position)
-            groups[key or walk].append((walk, turn))
+            groups[key or session].append((session, turn))
         for members in groups.values():
             turns = [turn for _, turn in members]
             largest = max(largest, len(turns))
             results = Batching.run(turns) if len(turns) > 1 else [run_one(turns[0])]
-            for (walk, turn), got in zip(members, results, strict=True):
+            for (session, turn), got in zip(members, results, strict=True):
                 if isinstance(got, Exception):
                     raise got
-                close(got, walk.run(turn.step))
+                close(got, session.run(turn.step))
     assert largest >= 3 or not batching.possible
     assert batching.possible != (type(span.layers[0]).__name__ in PLAIN)
 

@@ -1,6 +1,6 @@
 """Many sessions at once on real servers: each gets what it would get alone.
 
-What every session does and should get is worked out beforehand (`walks`), so that their steps meet
+What every session does and should get is worked out beforehand (`random_sessions`), so that their steps meet
 on the server as closely as they can.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from raw_wire import RawClient, RawSession, request
-from training_wire import Bench, call, relative, run_blocks
-from tuned import Tuned, key, random
-from walks import Walk
+from support.bench import Bench, call, relative, run_blocks
+from support.peft_adapters import Tuned, key, random
+from support.random_sessions import RandomSession
+from support.raw_wire import RawClient, RawSession, request
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
@@ -49,10 +49,10 @@ def span(bench: Bench) -> Span:
 
 
 def script(span: Span, seed: int, steps: int = STEPS, **options: Any) -> Script:
-    walk, made = Walk(span, HIDDEN, seed, **options), Script([], [])
+    session, made = RandomSession(span, HIDDEN, seed, **options), Script([], [])
     for _ in range(steps):
-        made.steps.append(walk.step())
-        made.outputs.append(walk.run(made.steps[-1]))
+        made.steps.append(session.step())
+        made.outputs.append(session.run(made.steps[-1]))
     return made
 
 

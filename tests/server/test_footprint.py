@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 from hivemind.proto import runtime_pb2
-from raw_wire import RawClient, ServerProcess, request
-from training_wire import Bench
+from support.bench import Bench
+from support.raw_wire import RawClient, ServerProcess, request
 
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.net import protocol, streams, tensors

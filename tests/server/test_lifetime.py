@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from hivemind.p2p import P2PDaemonError, PeerID
-from raw_wire import RawClient, ServerProcess, request
+from support.raw_wire import RawClient, ServerProcess, request
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve

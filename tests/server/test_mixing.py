@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model
-from training_wire import LocalModel
+from support.bench import LocalModel
+from support.peft_adapters import Tuned
+from support.random_sessions import RandomSession, prepared
+from support.tiny import tiny_model
 from transformers.models.llama.modeling_llama import LlamaMLP
-from tuned import Tuned
-from walks import Walk, prepared
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
@@ -68,18 +68,22 @@ def compare(base: Span, spans: list[Span]) -> int:
 
     That is at most once for each group of them.
     """
-    walks = {Walk(span, HIDDEN, number, longest=3): span for number, span in enumerate(spans)}
+    alone = {
+        RandomSession(span, HIDDEN, number, longest=3): span for number, span in enumerate(spans)
+    }
     sessions = {
-        walk: SessionState(base, context=None, choose=lambda _, span=span: span)
-        for walk, span in walks.items()
+        session: SessionState(base, context=None, choose=lambda _, span=span: span)
+        for session, span in alone.items()
     }
     dice, called, batching = random.Random(0), 0, Batching.try_out(base, HIDDEN)
     for _ in range(ROUNDS):
-        groups: dict[Any, list[tuple[Walk, Any]]] = {}
-        for walk in dice.sample(list(walks), dice.randint(2, len(walks))):
-            turn = prepared(sessions[walk], walk.step())
-            groups.setdefault(batching.group(turn.step, turn.position), []).append((walk, turn))
-        expected = [[walk.run(turn.step) for walk, turn in group] for group in groups.values()]
+        groups: dict[Any, list[tuple[RandomSession, Any]]] = {}
+        for session in dice.sample(list(alone), dice.randint(2, len(alone))):
+            turn = prepared(sessions[session], session.step())
+            groups.setdefault(batching.group(turn.step, turn.position), []).append((session, turn))
+        expected = [
+            [session.run(turn.step) for session, turn in group] for group in groups.values()
+        ]
         with counted(base) as calls:
             got = [Batching.run([turn for _, turn in group]) for group in groups.values()]
         assert calls[0] <= len(groups)
@@ -108,8 +112,8 @@ def test_each_gets_what_it_gets_alone(family: str, tmp_path: Path) -> None:
 
 
 def first_step(base: Span, span: Span) -> Any:
-    walk = Walk(span, HIDDEN, seed=0, longest=2)
-    return prepared(SessionState(base, context=None, choose=lambda _: span), walk.step())
+    session = RandomSession(span, HIDDEN, seed=0, longest=2)
+    return prepared(SessionState(base, context=None, choose=lambda _: span), session.step())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

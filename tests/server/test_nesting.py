@@ -11,8 +11,8 @@ import torch
 from hivemind.dht.node import DHTID
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
-from raw_wire import request
-from training_wire import Bench
+from support.bench import Bench
+from support.raw_wire import request
 
 from swarm_notebook.net import protocol
 from swarm_notebook.net.nesting import MAX_DEPTH

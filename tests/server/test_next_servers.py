@@ -17,7 +17,7 @@ import pytest
 import torch
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
-from raw_wire import RawClient, RawSession, request
+from support.raw_wire import RawClient, RawSession, request
 
 from swarm_notebook import LocalSwarm
 from swarm_notebook.checkpoint.partial import load_blocks

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from support.tiny import FAMILIES, tiny_model
 from torch import nn
 
 from swarm_notebook.checkpoint.partial import load_blocks

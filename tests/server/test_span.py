@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from support.tiny import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from swarm_notebook.checkpoint.partial import load_blocks

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hivemind.p2p import P2PHandlerError
 from hivemind.proto import runtime_pb2
-from raw_wire import RawClient, RawSession, ServerProcess, request
+from support.raw_wire import RawClient, RawSession, ServerProcess, request
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve

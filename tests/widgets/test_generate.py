@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from front_end import shown_cells
+from support.front_end import shown_cells
 
 import swarm_notebook as sn
 from swarm_notebook.client.request import Request

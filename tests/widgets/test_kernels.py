@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from front_end import FrontEnd, shown_cells
-from letters import add_tokenizer
-from tiny import tiny_model
+from support.front_end import FrontEnd, shown_cells
+from support.letter_tokenizer import add_tokenizer
+from support.tiny import tiny_model
 
 if TYPE_CHECKING:
-    from scene import Scene
+    from support.scene import Scene
 
 OLD = Path(sys.prefix) / "ipykernel-6"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

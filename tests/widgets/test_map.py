@@ -13,7 +13,7 @@ from swarm_notebook.widgets import SwarmMap
 from swarm_notebook.widgets.traffic import Traffic, way
 
 if TYPE_CHECKING:
-    from scene import Scene
+    from support.scene import Scene
 
 
 def hop(name: str, start: int, end: int) -> HopTimes:
@@ -66,7 +66,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 def test_the_map_follows_a_real_swarm_without_the_main_thread(tiny_scene: Scene) -> None:
-    from scene import generate
+    from support.scene import generate
 
     swarm = tiny_scene.swarm
     shown = SwarmMap(swarm, selected="nobody")

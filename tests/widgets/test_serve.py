@@ -17,7 +17,7 @@ from swarm_notebook.local.process import ANY_PORT
 from swarm_notebook.widgets import ServePanel
 
 if TYPE_CHECKING:
-    from scene import Scene
+    from support.scene import Scene
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
@@ -36,7 +36,7 @@ def panel(tiny_llama: Path) -> Iterator[ServePanel]:
 
 
 def test_lend_look_and_stop(panel: ServePanel, tiny_llama: Path) -> None:
-    from scene import generate
+    from support.scene import generate
 
     assert (panel.title, panel.num_blocks, panel.state) == ("tiny-llama", 5, "stopped")
     assert repr(panel) == "<ServePanel: blocks 1:4 of tiny-llama>"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from scene import Scene
+from support.scene import Scene
 
 from swarm_notebook.client.request import Request
 from swarm_notebook.client.session.hop import Hop

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
-from raw_wire import RawClient, ServerProcess
+from support.raw_wire import RawClient, ServerProcess
 from torch import nn
 
 from swarm_notebook.net import protocol, streams, tensors

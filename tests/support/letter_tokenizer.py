@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_model
+from support.tiny import tiny_model
 
 import swarm_notebook as sn
 
@@ -22,6 +22,22 @@ class Pair:
     local: Any
     tokenizer: Any
     folder: Path
+
+
+@dataclass
+class Lettered:
+    """The tiny Llama, held locally; each printable ASCII letter is a token."""
+
+    model: Any
+    tokenizer: Any
+
+
+def lettered_model(parent: Path) -> Lettered:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = add_tokenizer(tiny_model("llama", parent))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return Lettered(model.requires_grad_(False), AutoTokenizer.from_pretrained(folder))
 
 
 @contextmanager

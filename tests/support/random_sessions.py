@@ -1,6 +1,6 @@
 """Sessions that go their own random ways, and what each of their steps gives when it runs alone.
 
-A `Walk` makes up steps from a seed (prefills, tokens, rollbacks, rows that are selected, repeated
+A `RandomSession` makes up steps from a seed (prefills, tokens, rollbacks, rows that are selected, repeated
 or dropped, padding, states of inner blocks, blocks that are run again from a changed input) and
 runs them in a session of its own, in this process. So the whole way of a session and its outputs
 can be known before it is sent to a server.
@@ -19,7 +19,7 @@ from swarm_notebook.server.engine.session_state import SessionState
 from swarm_notebook.server.engine.span import Span
 
 
-class Walk:
+class RandomSession:
     """A session of the blocks of ``span``, alone."""
 
     def __init__(self, span: Span, hidden_size: int, seed: int, longest: int = 14):

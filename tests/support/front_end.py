@@ -11,7 +11,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 from jupyter_client.manager import start_new_kernel
-from kernel import Kernel
+from support.kernel import Kernel
 
 TIMEOUT = 40.0
 VIEW = "application/vnd.jupyter.widget-view+json"

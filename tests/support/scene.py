@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import shared
 import torch
+from support.processes import lasting_swarms
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 import swarm_notebook as sn
@@ -123,7 +123,7 @@ def scene(folder: Path, spans: Any, **options: Any) -> Iterator[Scene]:
         sn.connect(local.initial_peers, model=folder) as swarm,
     ):
         made = Scene(local, swarm, reference)
-        shared.swarms.append(local)
+        lasting_swarms.append(local)
         connection: Any = swarm._connection
         new_session = connection.session
 
@@ -135,7 +135,7 @@ def scene(folder: Path, spans: Any, **options: Any) -> Iterator[Scene]:
         try:
             yield made
         finally:
-            shared.swarms.remove(local)
+            lasting_swarms.remove(local)
 
 
 def kill_process(server: LocalServer) -> None:

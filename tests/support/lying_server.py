@@ -21,7 +21,7 @@ VALID_SECONDS = 600.0
 Lie = Callable[[Stream, runtime_pb2.ExpertRequest], Awaitable[None]]
 
 
-class Liar:
+class LyingServer:
     """Announces all blocks of a model, and to be faster than anybody else."""
 
     lie: Lie

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import torch
-from raw_wire import RawClient
 from safetensors.torch import save
+from support.bench import Bench, LocalModel, layers_of, run_blocks
+from support.raw_wire import RawClient
 from torch import nn
-from training_wire import Bench, LocalModel, layers_of, run_blocks
 
 from swarm_notebook.net import protocol
 from swarm_notebook.server.adapters.config import parse_configs

@@ -1,0 +1,66 @@
+"""A watch over the servers and network daemons that tests start.
+
+Every process that a test run starts inherits a mark in its environment, so that it is found even
+when whoever started it has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+
+import psutil
+
+from swarm_notebook import LocalSwarm
+
+MARK = "SWARM_NOTEBOOK_TEST_RUN"
+GRACE_SECONDS = 5.0
+
+# Swarms that outlive single tests and whose servers tests kill and start again.
+lasting_swarms: list[LocalSwarm] = []
+
+
+def mark_this_run() -> None:
+    """Every process that is started from now on counts as one of this run."""
+    os.environ[MARK] = uuid.uuid4().hex
+
+
+def marked_processes() -> dict[int, str]:
+    """Servers and network daemons that this test run started and that still live."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        try:
+            if process.pid == os.getpid() or process.environ().get(MARK) != os.environ[MARK]:
+                continue
+            command = " ".join(process.info["cmdline"] or ())
+            if process.status() != psutil.STATUS_ZOMBIE and _ours(command):
+                found[process.pid] = command
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def wait_gone(known: dict[int, str], seconds: float = GRACE_SECONDS) -> dict[int, str]:
+    """Marked processes that are not `known` and do not go away within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        ours = known.keys() | _of_lasting_swarms()
+        left = {pid: text for pid, text in marked_processes().items() if pid not in ours}
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+
+
+def _ours(command: str) -> bool:
+    return any(name in command for name in ("swarm_notebook.cli", "swarm-notebook", "p2pd"))
+
+
+def _of_lasting_swarms() -> set[int]:
+    found: set[int] = set()
+    for server in (server for swarm in lasting_swarms for server in swarm.servers):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if server.pid is not None and server.running:
+                found |= {server.pid, *(kid.pid for kid in psutil.Process(server.pid).children())}
+    return found
