@@ -15,7 +15,7 @@ To add one, ``MyWidget``:
 2. ``widgets/mine.py`` defines ``class MyWidget(Widget, module="mine")`` with typed traits,
    ``summary`` (one stable line) and ``picture`` (HTML that shows the same without a script). See
    `base` for what a widget gets from there.
-3. Enter its name below, test it in ``tests/widgets/test_mine.py``, and give it a magic.
+3. Enter its name below, test it in ``tests/unit/widgets/test_mine.py``, and give it a magic.
 
 Importing this package is light; a widget's module is imported on first use.
 """
