@@ -1,7 +1,8 @@
 """Swarms for tests, and a watch that no test leaves a process behind.
 
-Servers run for real, as child processes, one thread each. Every process that a test starts inherits
-a mark in its environment; a test that ends with more marked processes than it began with fails.
+Servers run for real: in this process (`support.hosting`), or as child processes where a test is
+about processes; always with one thread each for torch. Every process that a test starts inherits a
+mark in its environment; a test that ends with more marked processes than it began with fails.
 Swarms of module or session scope are there before a test begins, so they do not count against it;
 those in `lasting_swarms` may even be killed and started again by a test.
 """
@@ -16,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from support.letter_tokenizer import Lettered, lettered_model
 from support.processes import mark_this_run, marked_processes, wait_gone
-from support.tiny import tiny_model
 
 from swarm_notebook import LocalSwarm
 
 if TYPE_CHECKING:
+    from support.hosting import HostedSwarm
+    from support.letter_tokenizer import Lettered
     from support.scene import Scene
 
+# Before torch is imported, which is why the fixtures import what they need themselves.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on what the Hub has today
 mark_this_run()
@@ -52,24 +54,28 @@ def _no_process_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[No
 
 
 @pytest.fixture(scope="session")
-def demo_swarm() -> Iterator[LocalSwarm]:
-    """Two servers with half of the demo model each, for the whole run. Do not kill them."""
-    with LocalSwarm(threads=1) as local:
-        yield local
+def demo_swarm() -> Iterator[HostedSwarm]:
+    """Two servers with half of the demo model each, for the whole run."""
+    from support.hosting import HostedSwarm
+
+    with HostedSwarm() as hosted:
+        yield hosted
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random Llama with five blocks; it has no tokenizer."""
+    from support.tiny import tiny_model
+
     return tiny_model("llama", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def tiny_scene(tiny_llama: Path) -> Iterator[Scene]:
-    """Two servers of the tiny Llama, connected, for the whole run. Do not kill them."""
-    from support.scene import scene  # imports transformers
+    """Two servers of the tiny Llama, connected, for the whole run."""
+    from support.scene import scene
 
-    with scene(tiny_llama, [(0, 2), (2, 5)]) as made:
+    with scene(tiny_llama, [(0, 2), (2, 5)], hosted=True) as made:
         yield made
 
 
@@ -88,6 +94,8 @@ def tiny_swarm(tiny_llama: Path) -> Iterator[Callable[..., LocalSwarm]]:
 @pytest.fixture(scope="session")
 def lettered(tmp_path_factory: pytest.TempPathFactory) -> Lettered:
     """The tiny Llama with a tokenizer, held locally."""
+    from support.letter_tokenizer import lettered_model
+
     return lettered_model(tmp_path_factory.mktemp("lettered"))
 
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.hosting import HostedSwarm
 from support.kernel import Kernel
 from support.tiny import tiny_config
 from transformers import AutoModelForCausalLM
-
-import swarm_notebook as sn
 
 # The contract says 0.5 s; a machine that runs other tests meanwhile gets a margin.
 INTERRUPT_SECONDS = 1.5
@@ -80,7 +79,7 @@ def slow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def setup(slow_llama: Path) -> Iterator[str]:
     """The code with which a notebook or script begins."""
-    with sn.LocalSwarm(slow_llama, 2, threads=1) as local:
+    with HostedSwarm(slow_llama, 2) as local:
         facts: dict[str, Any] = {"peers": local.initial_peers, "folder": str(slow_llama)}
         yield SETUP.format(**facts, free=FREE_SECONDS, new=NEW_TOKENS)
 

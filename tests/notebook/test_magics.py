@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from support.hosting import HostedSwarm
 from support.kernel import Kernel
-
-from swarm_notebook import LocalSwarm
 
 ANSWER = "The capital of Germany is Berlin."
 
@@ -21,7 +20,7 @@ def fresh() -> Iterator[Kernel]:
 
 
 @pytest.fixture(scope="module")
-def connected(demo_swarm: LocalSwarm) -> Iterator[Kernel]:
+def connected(demo_swarm: HostedSwarm) -> Iterator[Kernel]:
     """A kernel that has run ``%swarm connect`` to two servers with the demo model."""
     with Kernel() as kernel:
         kernel.run("%load_ext swarm_notebook")

@@ -1,4 +1,4 @@
-"""A server process for one family's tiny model, and the local model to compare its gradients with.
+"""A server for one family's tiny model, and the local model to compare its gradients with.
 
 `Bench.call` speaks the wire as a notebook would, without any of the notebook's code. `run_blocks`
 computes with the local model what a server is asked for, from the input of one block to the output
@@ -8,8 +8,8 @@ of another, so that gradients of all that is between can be compared.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
+from support.hosting import HostedServer
 from support.raw_wire import RawClient, ServerProcess
 from torch import nn
 
@@ -74,7 +75,7 @@ class Bench(LocalModel):
     """A server that hosts the blocks, a client, the model itself."""
 
     model: Any
-    server: ServerProcess
+    server: ServerProcess | HostedServer
     client: RawClient
 
     def call(
@@ -105,6 +106,21 @@ class Bench(LocalModel):
 
     def info(self) -> dict[str, Any]:
         return self.client.run(self.client.info(self.server.peer))
+
+
+@contextmanager
+def bench_of(
+    folder: Path, start: int, end: int, server: ServerProcess | HostedServer
+) -> Iterator[Bench]:
+    """For a server that is ready."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    client = RawClient(server.facts["maddrs"])
+    try:
+        yield Bench(folder, start, end, model.requires_grad_(False), server, client)
+    finally:
+        client.close()
 
 
 class Benches(dict[str, Bench]):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.hosting import HostedSwarm
 from support.tiny import tiny_model
 
 import swarm_notebook as sn
@@ -47,7 +48,7 @@ def lettered_pair(parent: Path) -> Iterator[Pair]:
     folder = add_tokenizer(tiny_model("llama", parent))
     local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with (
-        sn.LocalSwarm(folder, [(0, 2), (2, 5)], threads=1) as servers,
+        HostedSwarm(folder, [(0, 2), (2, 5)]) as servers,
         sn.connect(servers.initial_peers, model=folder) as swarm,
     ):
         local.requires_grad_(False)

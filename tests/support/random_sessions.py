@@ -1,9 +1,9 @@
 """Sessions that go their own random ways, and what each of their steps gives when it runs alone.
 
-A `RandomSession` makes up steps from a seed (prefills, tokens, rollbacks, rows that are selected, repeated
-or dropped, padding, states of inner blocks, blocks that are run again from a changed input) and
-runs them in a session of its own, in this process. So the whole way of a session and its outputs
-can be known before it is sent to a server.
+A `RandomSession` makes up steps from a seed (prefills, tokens, rollbacks, rows that are selected,
+repeated or dropped, padding, states of inner blocks, blocks that are run again from a changed
+input) and runs them by itself, in this process. So all steps of a session and their outputs can be
+known before it is sent to a server.
 """
 
 from __future__ import annotations

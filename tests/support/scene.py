@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+from support.hosting import HostedSwarm
 from support.processes import lasting_swarms
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
@@ -45,7 +46,7 @@ class AtToken(StoppingCriteria):
 
 @dataclass
 class Scene:
-    local: sn.LocalSwarm
+    local: Any  # a `LocalSwarm` or a `HostedSwarm`
     swarm: Swarm
     reference: Any
     sessions: list[InferenceSession] = field(default_factory=list)
@@ -115,15 +116,14 @@ def generate(model: Any, inputs: Any, **options: Any) -> Any:
 
 
 @contextmanager
-def scene(folder: Path, spans: Any, **options: Any) -> Iterator[Scene]:
-    """Servers of a tiny model, connected."""
+def scene(folder: Path, spans: Any, *, hosted: bool = False, **options: Any) -> Iterator[Scene]:
+    """Servers of a tiny model, connected; `hosted` in this process if none is to be killed."""
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with (
-        sn.LocalSwarm(folder, spans, threads=1, **options) as local,
+        _swarm(folder, spans, hosted, options) as local,
         sn.connect(local.initial_peers, model=folder) as swarm,
     ):
         made = Scene(local, swarm, reference)
-        lasting_swarms.append(local)
         connection: Any = swarm._connection
         new_session = connection.session
 
@@ -132,8 +132,19 @@ def scene(folder: Path, spans: Any, **options: Any) -> Iterator[Scene]:
             return made.sessions[-1]
 
         connection.session = session
+        yield made
+
+
+@contextmanager
+def _swarm(folder: Path, spans: Any, hosted: bool, options: dict[str, Any]) -> Iterator[Any]:
+    if hosted:
+        with HostedSwarm(folder, spans, **options) as swarm:
+            yield swarm
+        return
+    with sn.LocalSwarm(folder, spans, threads=1, **options) as local:
+        lasting_swarms.append(local)
         try:
-            yield made
+            yield local
         finally:
             lasting_swarms.remove(local)
 

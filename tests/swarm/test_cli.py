@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support.hosting import HostedSwarm
 
-from swarm_notebook import LocalSwarm, cli
+from swarm_notebook import cli
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -74,7 +75,7 @@ def test_serve_until_interrupted(tiny_llama: Path, tmp_path: Path) -> None:
         assert server.wait(30) == 0
 
 
-def test_status_of_a_swarm(demo_swarm: LocalSwarm) -> None:
+def test_status_of_a_swarm(demo_swarm: HostedSwarm) -> None:
     for model in ([], ["--model", demo_swarm.model]):
         result = run("status", *demo_swarm.initial_peers, *model)
         assert result.returncode == 0, result.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import msgpack
@@ -13,11 +12,11 @@ from hivemind.dht.node import DHTID
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
+from support.hosting import HostedSwarm
 from support.raw_wire import RawClient
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
-from swarm_notebook import LocalSwarm
 from swarm_notebook.net import protocol
 from swarm_notebook.net.records import MODEL_INDEX_KEY
 
@@ -41,10 +40,12 @@ async def store_rubbish(client: RawClient, peer: str, keys: list[str]) -> None:
     assert all(answer.store_ok)
 
 
-def test_rubbish_under_the_keys_of_a_swarm(
-    tiny_swarm: Callable[..., LocalSwarm], tiny_llama: Path
-) -> None:
-    local = tiny_swarm()
+def test_rubbish_under_the_keys_of_a_swarm(tiny_llama: Path) -> None:
+    with HostedSwarm(tiny_llama) as hosted:
+        _rubbish_is_no_harm(hosted, tiny_llama)
+
+
+def _rubbish_is_no_harm(local: HostedSwarm, tiny_llama: Path) -> None:
     client = RawClient(local.initial_peers)
     uids = [protocol.block_uid("tiny-llama", index) for index in range(5)]
 

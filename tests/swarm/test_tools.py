@@ -16,6 +16,7 @@ import peft
 import pytest
 import torch
 import transformers
+from support.hosting import HostedSwarm
 from support.letter_tokenizer import add_tokenizer
 from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,7 +54,7 @@ class Pair:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder = add_tokenizer(tiny_model("llama", tmp_path_factory.mktemp("tools")))
     with (
-        sn.LocalSwarm(folder, [(0, 2), (2, BLOCKS)], threads=1) as servers,
+        HostedSwarm(folder, [(0, 2), (2, BLOCKS)]) as servers,
         sn.connect(servers.initial_peers, model=folder) as swarm,
     ):
         yield Pair(swarm.model, folder, AutoTokenizer.from_pretrained(folder))

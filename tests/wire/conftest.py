@@ -4,34 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
-import torch
-from support.bench import Bench, Benches
-from support.raw_wire import RawClient, ServerProcess
+from support.bench import Bench, Benches, bench_of
+from support.hosting import HostedServer
+from support.raw_wire import ServerProcess
 from support.tiny import tiny_model
 
+from swarm_notebook.server.app import ServeOptions
+
 FAMILIES = ("bloom", "gemma3_text", "gpt2", "llama", "qwen3_moe")
+# Small enough for a test to fill.
+ACTIVATION_BYTES, ADAPTER_BYTES, MAX_RANK = 8 << 20, 4 << 20, 32
 
 
 @pytest.fixture(scope="session")
 def benches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Benches]:
     """Servers with small budgets, each with three of its model's blocks."""
-    from transformers import AutoModelForCausalLM
-
     with ExitStack() as stack:
 
         def start(family: str) -> Bench:
             folder = tiny_model(family, tmp_path_factory.mktemp("models"))
-            options = ["--blocks", "1:4", "--activation-bytes", "8MiB"]
-            options += ["--adapter-bytes", "4MiB", "--adapter-max-rank", "32"]
-            server = ServerProcess(folder, folder.parent / "server.log", *options)
-            stack.callback(server.kill)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-            server.wait_ready()
-            client = RawClient(server.facts["maddrs"])
-            stack.callback(client.close)
-            return Bench(folder, 1, 4, model.requires_grad_(False), server, client)
+            options = ServeOptions(
+                folder,
+                (1, 4),
+                activation_bytes=ACTIVATION_BYTES,
+                adapter_bytes=ADAPTER_BYTES,
+                adapter_max_rank=MAX_RANK,
+            )
+            server = stack.enter_context(HostedServer(options))
+            return stack.enter_context(bench_of(folder, 1, 4, server))
 
         yield Benches(start)
 
@@ -44,3 +47,18 @@ def bench(request: pytest.FixtureRequest, benches: Benches) -> Bench:
 @pytest.fixture(scope="session")
 def llama(benches: Benches) -> Bench:
     return benches["llama"]
+
+
+@pytest.fixture
+def llama_process(tmp_path: Path) -> Iterator[Bench]:
+    """As `llama`, in a process of its own, whose memory is the server's alone."""
+    options = ["--blocks", "1:4", "--activation-bytes", str(ACTIVATION_BYTES)]
+    options += ["--adapter-bytes", str(ADAPTER_BYTES), "--adapter-max-rank", str(MAX_RANK)]
+    folder = tiny_model("llama", tmp_path)
+    server = ServerProcess(folder, tmp_path / "server.log", *options)
+    try:
+        server.wait_ready()
+        with bench_of(folder, 1, 4, server) as bench:
+            yield bench
+    finally:
+        server.kill()

@@ -210,12 +210,14 @@ def hostile(tuned: Tuned) -> dict[str, tuple[dict[str, Any], type[Exception]]]:
     }
 
 
-def test_hostile_uploads_leave_the_server_as_it_was(llama: Bench) -> None:
+def test_hostile_uploads_leave_the_server_as_it_was(llama_process: Bench) -> None:
+    llama = llama_process
     tuned, hidden = Tuned(llama, "LoraConfig", r=4), random(2, 5, 48)
     tuned.upload("honest")
     expected = llama.forward(hidden, adapter=key("honest"))[0]
     session = llama.client.run(llama.client.session(llama.server.peer))
-    uid, process = protocol.uid_chain("tiny-llama", 1, 4), psutil.Process(llama.server.process.pid)
+    uid = protocol.uid_chain("tiny-llama", 1, 4)
+    process = psutil.Process(llama.server.facts["pid"])
 
     def all_once() -> None:
         for name, (changes, error) in hostile(tuned).items():

@@ -1,7 +1,7 @@
 """Many sessions at once on real servers: each gets what it would get alone.
 
-What every session does and should get is worked out beforehand (`random_sessions`), so that their steps meet
-on the server as closely as they can.
+What every session does and should get is worked out beforehand (`random_sessions`), so that their
+steps meet on the server as closely as they can.
 """
 
 from __future__ import annotations

@@ -58,9 +58,10 @@ def test_five_of_thirty_blocks_take_five_blocks_of_memory(tmp_path: Path) -> Non
     assert 22 < saved < 30, f"{saved:.1f} blocks less in memory, expected about 25"
 
 
-def test_what_a_crowd_leaves_behind_goes_back_to_the_system(llama: Bench) -> None:
+def test_what_a_crowd_leaves_behind_goes_back_to_the_system(llama_process: Bench) -> None:
     """One of many sessions stays; nobody will ever ask for what was pushed."""
-    process, peer = psutil.Process(llama.server.process.pid), llama.server.peer
+    llama = llama_process
+    process, peer = psutil.Process(llama.server.facts["pid"]), llama.server.peer
     uid = protocol.uid_chain("tiny-llama", llama.start, llama.end)
     states = torch.randn(1, POSITIONS, 48)
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
+from support.hosting import HostedSwarm
 from support.raw_wire import RawClient, RawSession, request
 
-from swarm_notebook import LocalSwarm
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import BadRequest
@@ -100,13 +100,13 @@ class Chain:
 
 
 @pytest.fixture(scope="module")
-def swarm(tiny_llama: Path) -> Iterator[LocalSwarm]:
-    with LocalSwarm(tiny_llama, SPANS, threads=1, cache_tokens=1 << 15) as local:
+def swarm(tiny_llama: Path) -> Iterator[HostedSwarm]:
+    with HostedSwarm(tiny_llama, SPANS, cache_tokens=1 << 15) as local:
         yield local
 
 
 @pytest.fixture(scope="module")
-def client(swarm: LocalSwarm) -> Iterator[RawClient]:
+def client(swarm: HostedSwarm) -> Iterator[RawClient]:
     raw = RawClient(swarm.initial_peers)
     yield raw
     raw.close()
@@ -119,7 +119,7 @@ def span(tiny_llama: Path) -> Span:
 
 
 @pytest.fixture
-def chain(swarm: LocalSwarm, client: RawClient, span: Span) -> Iterator[Chain]:
+def chain(swarm: HostedSwarm, client: RawClient, span: Span) -> Iterator[Chain]:
     made = Chain(client, [str(server.peer_id) for server in swarm.servers], span)
     yield made
     made.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.hosting import HostedSwarm
 from support.scene import Scene, generate
 
 import swarm_notebook as sn
@@ -73,7 +74,7 @@ def test_half_precision_travels_as_it_is_computed(
 ) -> None:
     """A float32 model over a bfloat16 server: fewer bytes, and the very same result."""
     with (
-        sn.LocalSwarm(tiny_llama, 1, threads=1, dtype="bfloat16") as local,
+        HostedSwarm(tiny_llama, 1, dtype="bfloat16") as local,
         sn.connect(local.initial_peers, model=tiny_llama, dtype="float32") as swarm,
     ):
         ids = torch.arange(3, 103)[None]

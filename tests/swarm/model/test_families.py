@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.hosting import HostedSwarm
 from support.tiny import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -42,7 +43,7 @@ def pair(
     blocks = local.config.num_hidden_layers
     spans = [(0, 1), (1, blocks)]
     with (
-        sn.LocalSwarm(folder, spans, threads=1) as servers,
+        HostedSwarm(folder, spans) as servers,
         sn.connect(servers.initial_peers, model=folder) as swarm,
     ):
         yield Pair(local, swarm.model, local.config.vocab_size)

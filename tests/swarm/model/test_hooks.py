@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.hosting import HostedSwarm
 from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +40,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder: Path = tiny_model("llama", tmp_path_factory.mktemp("hooks"))
     local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with (
-        sn.LocalSwarm(folder, [(0, 2), (2, BLOCKS)], threads=1) as servers,
+        HostedSwarm(folder, [(0, 2), (2, BLOCKS)]) as servers,
         sn.connect(servers.initial_peers, model=folder) as swarm,
     ):
         yield Pair(local.requires_grad_(False), swarm.model)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.hosting import HostedSwarm
 from support.scene import Scene, generate
 from transformers import PreTrainedModel
 
@@ -110,7 +111,7 @@ def test_what_a_pass_costs_is_learned() -> None:
     assert further == pytest.approx(0.002, rel=0.2)
 
 
-def test_a_draft_that_is_none_of_these(demo_swarm: sn.LocalSwarm) -> None:
+def test_a_draft_that_is_none_of_these(demo_swarm: HostedSwarm) -> None:
     with (
         sn.connect(demo_swarm.initial_peers, model=demo_swarm.model) as swarm,
         pytest.raises(ValueError, match="draft: 'fast'"),
@@ -118,7 +119,7 @@ def test_a_draft_that_is_none_of_these(demo_swarm: sn.LocalSwarm) -> None:
         swarm.generate("Hello", draft="fast")
 
 
-def test_a_text_that_repeats_itself(demo_swarm: sn.LocalSwarm) -> None:
+def test_a_text_that_repeats_itself(demo_swarm: HostedSwarm) -> None:
     """Copying a list out: the same text in a third of the passes."""
     text = "\n".join(f"{name} = {name.upper()}_{size}" for size, name in enumerate(NAMES))
     prompt = f"{text}\n{text}\n{text[:40]}"

@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
+from support.hosting import HostedSwarm
 from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -55,7 +56,7 @@ def pair(
     folder = tiny_model(request.param, tmp_path_factory.mktemp(request.param))
     blocks = AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers
     with (
-        sn.LocalSwarm(folder, [(0, 1), (1, 3), (3, blocks)], threads=1) as servers,
+        HostedSwarm(folder, [(0, 1), (1, 3), (3, blocks)]) as servers,
         sn.connect(servers.initial_peers, model=folder) as swarm,
     ):
         yield Pair(request.param, folder, swarm.model)

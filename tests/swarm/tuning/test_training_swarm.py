@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from support.hosting import HostedSwarm
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import swarm_notebook as sn
@@ -115,14 +116,14 @@ def losses_of(model: Any, seed: int) -> list[float]:
 
 
 def test_neighbours_with_other_adapters_do_not_mix(
-    tiny_swarm: Callable[..., sn.LocalSwarm], tiny_llama: Path
+    tiny_llama: Path,
 ) -> None:
     """Two clients (two peers of the swarm) train at once; each equals its run alone."""
-    servers = tiny_swarm([(0, 2), (2, 5)])
     seeds = (1, 2)
     alone = {seed: losses_of(adapted(local(tiny_llama), seed), seed) for seed in seeds}
     together: dict[int, list[float]] = {}
     with (
+        HostedSwarm(tiny_llama, [(0, 2), (2, 5)]) as servers,
         sn.connect(servers.initial_peers[:1], model=tiny_llama) as first,
         sn.connect(servers.initial_peers[1:], model=tiny_llama) as second,
     ):

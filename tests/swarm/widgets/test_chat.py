@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from support.hosting import HostedSwarm
 
 import swarm_notebook as sn
 from swarm_notebook.client.request import Request
@@ -25,7 +26,7 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def swarm(demo_swarm: sn.LocalSwarm) -> Iterator[sn.Swarm]:
+def swarm(demo_swarm: HostedSwarm) -> Iterator[sn.Swarm]:
     with sn.connect(demo_swarm.initial_peers, model=demo_swarm.model) as swarm:
         yield swarm
 

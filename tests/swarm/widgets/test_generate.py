@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.front_end import shown_cells
+from support.hosting import HostedSwarm
 
 import swarm_notebook as sn
 from swarm_notebook.client.request import Request
@@ -28,7 +29,7 @@ SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
-def swarm(demo_swarm: sn.LocalSwarm) -> Iterator[sn.Swarm]:
+def swarm(demo_swarm: HostedSwarm) -> Iterator[sn.Swarm]:
     with sn.connect(demo_swarm.initial_peers, model=demo_swarm.model) as swarm:
         yield swarm
 

@@ -1,7 +1,7 @@
 """Sessions whose steps share calls against twins that run alone, for every family.
 
-Each session goes its own way (`random_sessions`). In every round some of them have a step, and those that can
-share a call do.
+Each session goes its own way (`random_sessions`). In every round some of them have a step, and
+those that can share a call do.
 """
 
 from __future__ import annotations

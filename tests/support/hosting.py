@@ -1,0 +1,143 @@
+"""Servers in the test's own process: the real thing, but for the process around it.
+
+`HostedSwarm` is to tests what `LocalSwarm` is to users, and costs no start of an interpreter with
+torch in it. Each server has its network daemon, its torch thread and a real network between itself
+and whoever asks it; only what is about processes (kills, signals, their memory, their output)
+needs a `LocalSwarm` or a `ServerProcess`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any, Self
+
+from hivemind.p2p import PeerID
+
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.client.loop import LoopThread
+from swarm_notebook.local.swarm import plan_spans
+from swarm_notebook.server.app import ServeOptions, Server
+
+
+@functools.cache
+def _thread() -> LoopThread:
+    """The thread whose loop all servers of this process share; not the notebook side's own."""
+    return LoopThread()
+
+
+class HostedServer:
+    """A server in this process, up as long as its context."""
+
+    def __init__(self, options: ServeOptions):
+        self.options = options
+        self.listens = asyncio.Event()
+        self._server = Server(options, self._told)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What ``swarm-notebook serve`` would print."""
+        return self._server.facts
+
+    @property
+    def name(self) -> str | None:
+        return self.options.name
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        start, end = self.facts["blocks"]
+        return start, end
+
+    @property
+    def peer_id(self) -> str:
+        return self.facts["peer_id"]
+
+    @property
+    def peer(self) -> PeerID:
+        return PeerID.from_base58(self.peer_id)
+
+    @property
+    def addresses(self) -> list[str]:
+        return self.facts["maddrs"]
+
+    @property
+    def ready(self) -> bool:
+        return self.facts.get("ready", False)
+
+    running = ready
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Leave the swarm in good order."""
+        await self._server.stop()
+        self.facts.pop("ready", None)
+
+    def _told(self, facts: dict[str, Any]) -> None:
+        if "maddrs" in facts:
+            self.listens.set()
+
+    def __enter__(self) -> Self:
+        _thread().run(self.start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _thread().run(self.stop())
+
+
+class HostedSwarm:
+    """A swarm of servers in this process.
+
+    Args:
+        model: as for `LocalSwarm`.
+        servers: how many servers share the blocks evenly, or each one's ``(start, end)``.
+        options: further fields of `ServeOptions`, the same for all.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        servers: int | Sequence[tuple[int, int]] = 2,
+        **options: Any,
+    ):
+        source = resolve(model)
+        self.model = str(source.path or source.name)
+        self.servers: list[HostedServer] = []
+        spans = plan_spans(source.config().num_hidden_layers, servers)
+        try:
+            _thread().run(self._start(spans, options))
+        except BaseException:
+            self.close()
+            raise
+
+    async def _start(self, spans: list[tuple[int, int]], options: dict[str, Any]) -> None:
+        """All at once; the others join the first as soon as it listens."""
+        async with asyncio.TaskGroup() as starting:
+            peers: list[str] = []
+            for number, span in enumerate(spans):
+                name = f"hosted-{number}"
+                server = HostedServer(ServeOptions(self.model, span, peers, name=name, **options))
+                self.servers.append(server)
+                starting.create_task(server.start())
+                if not peers:
+                    await server.listens.wait()
+                    peers = server.addresses
+
+    @property
+    def initial_peers(self) -> list[str]:
+        return [address for server in self.servers if server.ready for address in server.addresses]
+
+    def close(self) -> None:
+        _thread().run(self._stop())
+
+    async def _stop(self) -> None:
+        await asyncio.gather(*(server.stop() for server in self.servers))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
