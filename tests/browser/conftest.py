@@ -56,7 +56,6 @@ def notebook(request: pytest.FixtureRequest, open_notebook: Callable[..., Notebo
         "local = sn.LocalSwarm(servers=[(0, 15), (15, 30), (15, 30)], threads=1)\n"
         "swarm = sn.connect(local.initial_peers, model=local.model)\n"
         "model, tokenizer = swarm.model, swarm.tokenizer",
-        seconds=150,
     )
     return opened
 

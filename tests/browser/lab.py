@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-START_SECONDS = 90.0
+from support.patience import PATIENCE
+
 STOP_SECONDS = 20.0
 TOKEN = "browser-tests"
 SETTINGS = {
@@ -79,7 +80,7 @@ def jupyter_lab(folder: Path) -> Iterator[Lab]:
 
 def _await_address(server: subprocess.Popen[bytes], runtime: Path, log: Path) -> str:
     """The server writes its address into a file when it listens."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and server.poll() is None:
         for path in runtime.glob("jpserver-*.json"):
             with suppress(ValueError):  # half written

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Locator, Page, expect
+from support.patience import PATIENCE
 
-SECONDS = 60.0
+MILLISECONDS = 1000 * PATIENCE
 WIDTH, HEIGHT = 1100, 900
 KERNEL_IS_IDLE = """() => {
   const context = window.jupyterapp.shell.currentWidget?.sessionContext;
@@ -36,12 +37,16 @@ EMPTY: dict[str, Any] = {
 EMPTY["cells"][0]["execution_count"] = None
 
 
+expect.set_options(timeout=MILLISECONDS)
+
+
 class Notebook:
     """One open notebook; `page` is the browser's tab."""
 
     def __init__(self, page: Page, path: Path):
         self.page, self.path = page, path
         self.errors: list[str] = []  # what the page threw
+        page.set_default_timeout(MILLISECONDS)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def open(self, address: str) -> None:
@@ -50,8 +55,8 @@ class Notebook:
             self.path.write_text(json.dumps(EMPTY), encoding="utf-8")
         self.page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
         self.page.goto(address)
-        self.page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=1000 * SECONDS)
-        self.page.wait_for_function(KERNEL_IS_IDLE, timeout=1000 * SECONDS)
+        self.page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=MILLISECONDS)
+        self.page.wait_for_function(KERNEL_IS_IDLE, timeout=MILLISECONDS)
         if self.page.locator("#jp-left-stack:visible").count():
             self.command("application:toggle-left-area")
 
@@ -74,19 +79,19 @@ class Notebook:
         expect(self.cells).to_have_count(number + 2)
         return number
 
-    def finish(self, number: int, seconds: float = SECONDS) -> Locator:
+    def finish(self, number: int) -> Locator:
         """Wait until a cell has run without an error; returns its output."""
         prompt = self.cells.nth(number).locator(".jp-InputPrompt").first
-        expect(prompt).to_have_text(re.compile(r"\[\d+\]"), timeout=1000 * seconds)
+        expect(prompt).to_have_text(re.compile(r"\[\d+\]"), timeout=MILLISECONDS)
         output = self.output(number)
         for text in output.locator('[data-mime-type*="stderr"], [data-mime-type*="error"]').all():
             said = text.inner_text()
             assert not re.search(r"^\w*(Error|Exception|Interrupt)\b", said, re.MULTILINE), said
         return output
 
-    def run(self, code: str, seconds: float = SECONDS) -> Locator:
+    def run(self, code: str) -> Locator:
         """Run code in the last cell; returns what is on the screen below it."""
-        return self.finish(self.start(code), seconds)
+        return self.finish(self.start(code))
 
     def value(self, expression: str) -> str:
         """What the kernel says that an expression is."""
@@ -106,13 +111,13 @@ class Notebook:
         self.page.evaluate(
             "() => window.jupyterapp.shell.currentWidget.sessionContext.restartKernel()"
         )
-        self.page.wait_for_function(KERNEL_IS_IDLE, timeout=1000 * SECONDS)
+        self.page.wait_for_function(KERNEL_IS_IDLE, timeout=MILLISECONDS)
 
     def save(self) -> dict[str, Any]:
         """Save, with the state of the widgets; returns what is in the file."""
         before = self.path.stat().st_mtime_ns
         self.command("docmanager:save")
-        for _ in range(200):
+        for _ in range(int(MILLISECONDS / 50)):
             self.page.wait_for_timeout(50)
             if self.path.stat().st_mtime_ns != before:
                 with suppress(json.JSONDecodeError):  # only a part has been written yet

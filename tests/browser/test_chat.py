@@ -24,12 +24,12 @@ def turns(chat: Locator) -> Locator:
 
 
 def idle(chat: Locator) -> None:
-    expect(chat.get_by_test_id("stop")).to_be_disabled(timeout=60_000)
+    expect(chat.get_by_test_id("stop")).to_be_disabled()
 
 
 def test_a_question_is_answered(notebook: Notebook, chat: Locator) -> None:
     say(chat, "What is the capital of Germany?")
-    expect(turns(chat).nth(1)).to_contain_text("The capital of Germany is Berlin.", timeout=60_000)
+    expect(turns(chat).nth(1)).to_contain_text("The capital of Germany is Berlin.")
     idle(chat)
     assert notebook.value("[m['role'] for m in chat.messages]") == "['user', 'assistant']"
 
@@ -39,7 +39,7 @@ def test_an_edited_turn_replaces_what_followed(notebook: Notebook, chat: Locator
     edit = chat.get_by_test_id("edit-text")
     edit.fill("What is the capital of <b>France</b>?")
     edit.press("Enter")
-    expect(turns(chat).nth(1)).to_contain_text("Paris", timeout=60_000)
+    expect(turns(chat).nth(1)).to_contain_text("Paris")
     idle(chat)
     expect(turns(chat)).to_have_count(2)
     expect(turns(chat).first.locator("b")).to_have_count(0)
@@ -47,7 +47,7 @@ def test_an_edited_turn_replaces_what_followed(notebook: Notebook, chat: Locator
 
 def test_stop_and_retry(chat: Locator) -> None:
     say(chat, "Tell me a long story about the sea.")
-    expect(chat.get_by_test_id("live")).to_contain_text(" ", timeout=60_000)
+    expect(chat.get_by_test_id("live")).to_contain_text(" ")
     chat.get_by_test_id("stop").click()
     idle(chat)
     expect(turns(chat)).to_have_count(4)

@@ -43,14 +43,14 @@ def test_text_streams_while_the_kernel_is_free(notebook: Notebook, writer: Locat
     prompt = writer.get_by_test_id("prompt")
     prompt.fill("The three primary colours are")
     prompt.press("Control+Enter")
-    expect(tokens(writer).nth(3)).to_be_visible(timeout=30_000)
+    expect(tokens(writer).nth(3)).to_be_visible()
     assert notebook.value("6 * 7") == "42"
     expect(writer.get_by_test_id("stop")).to_be_enabled()
 
 
 def test_stop_in_mid_generation_keeps_the_text(notebook: Notebook, writer: Locator) -> None:
     writer.get_by_test_id("stop").click()
-    expect(writer.get_by_test_id("status")).to_have_text("stopped", timeout=10_000)
+    expect(writer.get_by_test_id("status")).to_have_text("stopped")
     written = tokens(writer).count()
     assert 0 < written < 400
     expect(writer.get_by_test_id("stats")).to_contain_text("tokens/s")
@@ -61,7 +61,7 @@ def test_stop_in_mid_generation_keeps_the_text(notebook: Notebook, writer: Locat
 def test_continue_reads_no_more_than_the_last_token(notebook: Notebook, writer: Locator) -> None:
     before = tokens(writer).count()
     writer.get_by_test_id("continue").click()
-    expect(tokens(writer).nth(before + 2)).to_be_visible(timeout=20_000)
+    expect(tokens(writer).nth(before + 2)).to_be_visible()
     writer.get_by_test_id("stop").click()
     expect(writer.get_by_test_id("status")).to_have_text("stopped")
     expect(writer.get_by_test_id("stats")).to_contain_text(re.compile(r"· [01] of the prompt read"))
@@ -76,7 +76,7 @@ def test_a_click_on_an_alternative_branches(notebook: Notebook, writer: Locator)
     word = re.search(r"Branch with (.+), [\d.<]+", label)
     assert word
     other.click()
-    expect(tokens(writer).nth(5)).to_be_visible(timeout=20_000)
+    expect(tokens(writer).nth(5)).to_be_visible()
     writer.get_by_test_id("stop").click()
     expect(writer.get_by_test_id("status")).to_have_text("stopped")
     expect(tokens(writer).nth(2)).to_have_text(word[1].replace("·", " "))
@@ -96,9 +96,9 @@ def test_two_views_agree(notebook: Notebook, writer: Locator) -> None:
     prompt.fill("Some text,")
     prompt.press("Control+Enter")
     expect(writer.get_by_test_id("stop")).to_be_enabled()
-    expect(tokens(writer).nth(3)).to_be_visible(timeout=30_000)
+    expect(tokens(writer).nth(3)).to_be_visible()
     writer.get_by_test_id("stop").click()
-    expect(writer.get_by_test_id("status")).to_have_text("stopped", timeout=10_000)
+    expect(writer.get_by_test_id("status")).to_have_text("stopped")
     other = notebook.run("writer").get_by_test_id("generate")
     expect(tokens(other).nth(3)).to_be_visible()
     assert tokens(other).all_text_contents() == tokens(writer).all_text_contents()
@@ -106,7 +106,7 @@ def test_two_views_agree(notebook: Notebook, writer: Locator) -> None:
     expect(writer.get_by_test_id("prompt")).to_have_value("One text,")
     other.get_by_test_id("run").click()
     expect(writer.get_by_test_id("stop")).to_be_enabled()
-    expect(tokens(writer).nth(3)).to_be_visible(timeout=20_000)
+    expect(tokens(writer).nth(3)).to_be_visible()
     writer.get_by_test_id("stop").click()
     for view in (writer, other):
         expect(view.get_by_test_id("status")).to_have_text("stopped")
@@ -118,7 +118,7 @@ def test_two_views_agree(notebook: Notebook, writer: Locator) -> None:
 
 def test_pictures(writer: Locator, picture: Callable[[Locator, str], None]) -> None:
     writer.get_by_test_id("continue").click()
-    expect(tokens(writer).nth(30)).to_be_visible(timeout=30_000)
+    expect(tokens(writer).nth(30)).to_be_visible()
     writer.get_by_test_id("stop").click()
     expect(writer.get_by_test_id("status")).to_have_text("stopped")
     picture(writer, "generate")
@@ -129,7 +129,7 @@ def test_a_hostile_prompt_is_text(notebook: Notebook, writer: Locator) -> None:
     prompt = writer.get_by_test_id("prompt")
     prompt.fill(HOSTILE)
     prompt.press("Control+Enter")
-    expect(tokens(writer).nth(1)).to_be_visible(timeout=30_000)
+    expect(tokens(writer).nth(1)).to_be_visible()
     writer.get_by_test_id("stop").click()
     expect(writer.get_by_test_id("status")).to_have_text("stopped")
     assert notebook.page.title() == title
@@ -140,7 +140,7 @@ def test_a_hostile_prompt_is_text(notebook: Notebook, writer: Locator) -> None:
 def test_a_text_of_20000_tokens_can_be_read_and_worked_with(notebook: Notebook) -> None:
     view = notebook.run(LONG).get_by_test_id("generate")
     notebook.run("writing = threading.Thread(target=write, args=[20_000]); writing.start()")
-    expect(tokens(view)).to_have_count(20_000, timeout=60_000)
+    expect(tokens(view)).to_have_count(20_000)
     text = view.get_by_test_id("text")
     # It follows the end, until somebody scrolls up to read.
     expect(tokens(view).last).to_be_in_viewport()
@@ -151,7 +151,7 @@ def test_a_text_of_20000_tokens_can_be_read_and_worked_with(notebook: Notebook) 
     top = text.evaluate("(text) => text.scrollTop")
     assert top > 0
     notebook.run("write(3)")
-    expect(tokens(view)).to_have_count(20_003, timeout=10_000)
+    expect(tokens(view)).to_have_count(20_003)
     assert text.evaluate("(text) => text.scrollTop") == top
     # A token in the middle shows what else it might have been, by mouse and by keyboard.
     tokens(view).nth(10_000).hover()
@@ -179,7 +179,7 @@ def test_a_view_opened_on_a_long_text_begins_at_its_end(notebook: Notebook) -> N
     notebook.run(LONG)
     notebook.run("write(2_000)")
     view = notebook.run("long").get_by_test_id("generate")
-    expect(tokens(view)).to_have_count(2_000, timeout=20_000)
+    expect(tokens(view)).to_have_count(2_000)
     text = view.get_by_test_id("text")
     text.scroll_into_view_if_needed()
     expect(tokens(view).last).to_be_in_viewport()

@@ -64,7 +64,7 @@ def page(
             opened = window.new_page()
             opened.goto(_address(server, log))
             # Now the app has all its processes.
-            expect(opened.get_by_test_id("lens")).to_be_visible(timeout=90_000)
+            expect(opened.get_by_test_id("lens")).to_be_visible()
             yield opened
     finally:
         server.terminate()

@@ -10,6 +10,7 @@ from playwright.sync_api import Locator, expect
 
 TRAINING = """
 import torch
+TOTAL = 4000  # nobody waits for its end
 from peft import LoraConfig, get_peft_model
 from swarm_notebook.widgets import TrainingMonitor
 
@@ -18,10 +19,10 @@ lora = get_peft_model(swarm.model, LoraConfig(target_modules=["q_proj"], r=2))
 optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-3)
 batch = tokenizer("The capital of France is Paris.", return_tensors="pt")
 saved = []
-monitor = TrainingMonitor(swarm, total=40, save=lambda: saved.append(monitor.step))
+monitor = TrainingMonitor(swarm, total=TOTAL, save=lambda: saved.append(monitor.step))
 
 def train():
-    for _ in range(40):
+    for _ in range(TOTAL):
         loss = lora(**batch, labels=batch["input_ids"]).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(lora.parameters(), 1.0)
@@ -44,7 +45,7 @@ def test_buttons_steer_a_run_and_the_kernel_stays_usable(
     notebook: Notebook, monitor: Locator
 ) -> None:
     expect(monitor.get_by_test_id("state")).to_have_text("running")
-    expect(monitor.get_by_test_id("curve-loss")).to_be_visible(timeout=30_000)
+    expect(monitor.get_by_test_id("curve-loss")).to_be_visible()
     monitor.get_by_role("button", name="Pause").click()
     expect(monitor.get_by_test_id("state")).to_have_text("paused")
     notebook.run("import time; time.sleep(1); before = len(monitor.history)")
@@ -68,8 +69,8 @@ def test_pictures(monitor: Locator, picture: Callable[[Locator, str], None]) -> 
 
 def test_stop_saves(notebook: Notebook, monitor: Locator) -> None:
     monitor.get_by_role("button", name="Stop and save").click()
-    expect(monitor.get_by_test_id("state")).to_have_text("stopped", timeout=20_000)
+    expect(monitor.get_by_test_id("state")).to_have_text("stopped")
     expect(monitor.get_by_role("button")).to_have_count(0)
-    assert notebook.value("monitor.wait(), saved == [monitor.step], monitor.step < 40") == (
+    assert notebook.value("monitor.wait(), saved == [monitor.step], monitor.step < TOTAL") == (
         "(None, True, True)"
     )

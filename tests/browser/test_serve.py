@@ -20,9 +20,9 @@ def test_blocks_are_chosen_served_and_taken_back(
     begin = panel.get_by_test_id("begin")
     begin.focus()
     begin.press("Enter")
-    expect(panel.get_by_test_id("state")).to_have_text(re.compile("^serving"), timeout=60_000)
+    expect(panel.get_by_test_id("state")).to_have_text(re.compile("^serving"))
     expect(panel.get_by_test_id("counts")).to_contain_text("tokens")
     picture(panel, "serve")
     assert notebook.value("'mine' in [row.name for row in swarm.status().servers]") == "True"
     panel.get_by_test_id("stop").click()
-    expect(panel.get_by_test_id("state")).to_have_text("not serving", timeout=30_000)
+    expect(panel.get_by_test_id("state")).to_have_text("not serving")

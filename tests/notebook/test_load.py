@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from support.kernel import Kernel
+from support.patience import slowdown
 
 TIMED_LOAD = """
 import sys, time
@@ -38,8 +39,9 @@ def test_public_names_are_there_and_others_are_not() -> None:
 
 def test_load_is_fast_and_warms_up_in_the_background() -> None:
     with Kernel() as kernel:
+        before = slowdown()
         kernel.run(TIMED_LOAD)
-        assert float(kernel.value("seconds")) < 0.5
+        assert float(kernel.value("seconds")) < 0.5 * max(before, slowdown())
         # A cell with an import waits for the warm-up instead of racing with it.
         kernel.run("import torch.nn.functional, transformers.models.llama")
         assert kernel.value("'swarm_notebook.swarm' in sys.modules") == "True"

@@ -141,7 +141,7 @@ def test_interrupt_keeps_the_partial_text_and_the_model(connected: Kernel) -> No
     cell = connected.start('%swarm generate -n 400 -o part "Tell me a long story about the sea."')
     assert connected.stdout_of(cell)
     connected.manager.interrupt_kernel()
-    result = connected.finish(cell, timeout=10)
+    result = connected.finish(cell)
     assert result.error == "KeyboardInterrupt"
     assert connected.value("0 < len(part.split()) < 300") == "True"
     assert ANSWER in connected.run('%swarm generate "What is the capital of Germany?"').stdout

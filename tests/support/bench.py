@@ -18,6 +18,7 @@ import torch
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 from support.hosting import HostedServer
+from support.patience import PATIENCE
 from support.raw_wire import RawClient, ServerProcess
 from torch import nn
 
@@ -48,7 +49,7 @@ async def call(
             await stream.send_end()
         parts: list[runtime_pb2.Tensor] = []
         answered: dict[str, Any] = {}
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while (answer := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
                 answered.update(protocol.unpack_metadata(answer.metadata))
                 parts.extend(answer.tensors)

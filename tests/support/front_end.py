@@ -12,8 +12,8 @@ from uuid import uuid4
 
 from jupyter_client.manager import start_new_kernel
 from support.kernel import Kernel
+from support.patience import PATIENCE
 
-TIMEOUT = 40.0
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -30,9 +30,12 @@ class FrontEnd(Kernel):
         self.environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{before}"}
         self.states: dict[str, dict[str, Any]] = {}
         self.bytes: Counter[str] = Counter()
+        self.running = ""  # the cell that does
 
     def __enter__(self) -> Self:
-        self.manager, self.client = start_new_kernel(kernel_name="python3", env=self.environment)
+        self.manager, self.client = start_new_kernel(
+            PATIENCE, kernel_name="python3", env=self.environment
+        )
         return self
 
     def show(self, code: str) -> str:
@@ -48,8 +51,12 @@ class FrontEnd(Kernel):
 
     def receive(self) -> dict[str, Any]:
         """The next message of the kernel; takes note of states."""
-        found = self.client.get_iopub_msg(timeout=TIMEOUT)
+        found = self.client.get_iopub_msg(timeout=PATIENCE)
         content = found["content"]
+        if found["msg_type"] == "execute_input":
+            self.running = found["parent_header"]["msg_id"]
+        if self.is_idle(found, self.running):
+            self.running = ""
         if found["msg_type"] in {"comm_open", "comm_msg"}:
             state = content["data"].get("state", {})
             self.states.setdefault(content["comm_id"], {}).update(state)
@@ -57,7 +64,7 @@ class FrontEnd(Kernel):
         return found
 
     def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < deadline
             self.receive()

@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 from hivemind.p2p import PeerID
@@ -118,7 +120,7 @@ class HostedSwarm:
         async with asyncio.TaskGroup() as starting:
             peers: list[str] = []
             for number, span in enumerate(spans):
-                name = f"hosted-{number}"
+                name = f"local-{number}"
                 server = HostedServer(ServeOptions(self.model, span, peers, name=name, **options))
                 self.servers.append(server)
                 starting.create_task(server.start())
@@ -129,6 +131,16 @@ class HostedSwarm:
     @property
     def initial_peers(self) -> list[str]:
         return [address for server in self.servers if server.ready for address in server.addresses]
+
+    @contextmanager
+    def hung(self) -> Iterator[None]:
+        """All of them stand still and answer nothing, though their daemons do."""
+        going_on = threading.Event()
+        _thread().loop.call_soon_threadsafe(going_on.wait)
+        try:
+            yield
+        finally:
+            going_on.set()
 
     def close(self) -> None:
         _thread().run(self._stop())

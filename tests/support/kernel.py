@@ -9,8 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from jupyter_client.manager import KernelManager, start_new_kernel
-
-TIMEOUT = 120.0
+from support.patience import PATIENCE
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Kernel:
     manager: KernelManager
 
     def __enter__(self) -> Self:
-        self.manager, self.client = start_new_kernel(kernel_name="python3")
+        self.manager, self.client = start_new_kernel(PATIENCE, kernel_name="python3")
         return self
 
     def __exit__(
@@ -50,7 +49,7 @@ class Kernel:
         """Send a cell without waiting for it."""
         return self.client.execute(code)
 
-    def finish(self, message: str, timeout: float = TIMEOUT) -> Result:
+    def finish(self, message: str, timeout: float = PATIENCE) -> Result:
         """Collect what a cell shows until the kernel is idle again."""
         result, deadline = Result(), time.monotonic() + timeout
         while True:
@@ -60,13 +59,13 @@ class Kernel:
             if self._take(result, found["msg_type"], found["content"]):
                 return result
 
-    def run(self, code: str, timeout: float = TIMEOUT) -> Result:
+    def run(self, code: str, timeout: float = PATIENCE) -> Result:
         """Run a cell that is expected to succeed."""
         result = self.finish(self.start(code), timeout)
         assert not result.error, f"{result.error} in {code!r}:\n{result.stderr}"
         return result
 
-    def fail(self, code: str, timeout: float = TIMEOUT) -> Result:
+    def fail(self, code: str, timeout: float = PATIENCE) -> Result:
         """Run a cell that is expected to end with an error."""
         result = self.finish(self.start(code), timeout)
         assert result.error, f"no error in {code!r}"
@@ -78,10 +77,10 @@ class Kernel:
 
     def complete(self, text: str) -> list[str]:
         """What Tab offers at the end of `text`."""
-        reply = self.client.complete(text, reply=True, timeout=TIMEOUT)
+        reply = self.client.complete(text, reply=True, timeout=PATIENCE)
         return list(reply["content"]["matches"])
 
-    def stdout_of(self, message: str, timeout: float = TIMEOUT) -> str:
+    def stdout_of(self, message: str, timeout: float = PATIENCE) -> str:
         """The next piece of standard output of a running cell."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:

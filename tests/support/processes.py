@@ -16,7 +16,7 @@ import psutil
 from swarm_notebook import LocalSwarm
 
 MARK = "SWARM_NOTEBOOK_TEST_RUN"
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 60.0
 
 # Swarms that outlive single tests and whose servers tests kill and start again.
 lasting_swarms: list[LocalSwarm] = []

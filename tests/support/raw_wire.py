@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
+from support.patience import PATIENCE
 
 from swarm_notebook.net import protocol, streams, tensors
 from swarm_notebook.net.node import LOOPBACK, Node
@@ -124,7 +125,7 @@ class RawSession:
         return await self.receive()
 
     async def receive(self) -> list[torch.Tensor]:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             answer = await self.stream.receive(runtime_pb2.ExpertResponse)
         return [tensors.unpack(tensor) for tensor in answer.tensors]
 

@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import torch
 from support.hosting import HostedSwarm
+from support.internals import connection_of, forget_failures
+from support.patience import PATIENCE
 from support.processes import lasting_swarms
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
@@ -28,7 +30,7 @@ from swarm_notebook.swarm import Swarm
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 14
-RESTART_SECONDS = 90.0
+RESTART_SECONDS = PATIENCE
 
 
 class AtToken(StoppingCriteria):
@@ -95,7 +97,7 @@ class Scene:
         """As if nothing had happened yet."""
         self.heal()
         self.sessions.clear()
-        self.swarm._connection.directory.health._apart.clear()
+        forget_failures(self.swarm)
         return self
 
     def same(self, ours: Any, theirs: Any) -> None:
@@ -124,7 +126,7 @@ def scene(folder: Path, spans: Any, *, hosted: bool = False, **options: Any) -> 
         sn.connect(local.initial_peers, model=folder) as swarm,
     ):
         made = Scene(local, swarm, reference)
-        connection: Any = swarm._connection
+        connection: Any = connection_of(swarm)
         new_session = connection.session
 
         def session(*arguments: Any) -> InferenceSession:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.patience import PATIENCE, within
 from support.scene import Scene, generate
 from support.tiny import tiny_config, tiny_model
 from transformers import DynamicCache
@@ -42,10 +42,8 @@ CONTEXT = 256
     ids=["unreachable", "malformed", "impossible", "no peer id"],
 )
 def test_addresses(address: str, error: type[Exception], words: str, tiny_llama: Path) -> None:
-    began = time.monotonic()
-    with pytest.raises(error, match=words):
+    with within(20), pytest.raises(error, match=words):
         sn.connect([address], model=tiny_llama)
-    assert time.monotonic() - began < 20
 
 
 def test_a_model_that_nobody_serves(tiny_scene: Scene, tmp_path: Path) -> None:
@@ -75,7 +73,7 @@ def test_models_that_are_not_there(tiny_scene: Scene, tmp_path: Path) -> None:
 def test_serving_blocks_that_the_model_does_not_have(tiny_llama: Path) -> None:
     command = [sys.executable, "-m", "swarm_notebook.cli", "serve", str(tiny_llama)]
     result = subprocess.run(
-        [*command, "--blocks", "3:9"], capture_output=True, text=True, timeout=120, check=False
+        [*command, "--blocks", "3:9"], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert result.returncode == 1
     assert "blocks 3:9" in result.stderr.splitlines()[-1]
@@ -182,10 +180,8 @@ ATTEMPTS: dict[str, tuple[Attempt, type[Exception], str]] = {
 def test_calls_of_the_model(tiny_scene: Scene, name: str) -> None:
     attempt, error, words = ATTEMPTS[name]
     ids = tiny_scene.ids(1, 4)
-    began = time.monotonic()
-    with pytest.raises(error, match=words):
+    with within(10), pytest.raises(error, match=words):  # nobody waits for another server
         attempt(tiny_scene, tiny_scene.remote, ids)
-    assert time.monotonic() - began < 10  # nobody waits for another server
     # The model is as usable as before.
     torch.testing.assert_close(
         tiny_scene.remote(ids).logits, tiny_scene.reference(ids).logits, atol=1e-4, rtol=0

@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from pathlib import Path
 
 import bare
 import pytest
-from support.scene import Scene
+from support.internals import connection_of
+from support.scene import Scene, scene
 
 
 @pytest.fixture
-def sessions(tiny_scene: Scene) -> list[bare.BareSession]:
-    size = tiny_scene.reference.config.hidden_size
-    connection = tiny_scene.swarm._connection
-    return [bare.BareSession(connection, size, seed) for seed in (0, 0, 1)]
+def alone(tiny_llama: Path) -> Iterator[Scene]:
+    """In processes, whose times can be told from this one's."""
+    with scene(tiny_llama, 2) as made:
+        yield made
 
 
-def test_they_tell_right_from_wrong(tiny_scene: Scene, sessions: list[bare.BareSession]) -> None:
-    run = tiny_scene.swarm._connection.network.run
+@pytest.fixture
+def sessions(alone: Scene) -> list[bare.BareSession]:
+    size = alone.reference.config.hidden_size
+    return [bare.BareSession(connection_of(alone.swarm), size, seed) for seed in (0, 0, 1)]
+
+
+def test_they_tell_right_from_wrong(alone: Scene, sessions: list[bare.BareSession]) -> None:
+    run = connection_of(alone.swarm).network.run
 
     async def together() -> None:
         await asyncio.gather(*(session.prefill() for session in sessions))
         await asyncio.gather(*(session.run(3) for session in sessions))
 
-    before = bare.server_facts(tiny_scene.swarm)
-    cpu = bare.cpu_seconds(tiny_scene.local)
+    before = bare.server_facts(alone.swarm)
+    cpu = bare.cpu_seconds(alone.local)
     run(together())
     one, same, other = sessions
     bare.check([one], [same])
     with pytest.raises(SystemExit, match="differ"):
         bare.check([one], [other])
     assert [len(session.seconds) for session in sessions] == [3, 3, 3]
-    assert bare.cpu_seconds(tiny_scene.local) > cpu
-    after = bare.server_facts(tiny_scene.swarm)
+    assert bare.cpu_seconds(alone.local) > cpu
+    after = bare.server_facts(alone.swarm)
     assert after["tokens_served"] - before["tokens_served"] == 3 * (bare.PREFILL + 3)
     for session in sessions:
         session.close()

@@ -13,6 +13,7 @@ from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 from support.hosting import HostedSwarm
+from support.patience import PATIENCE
 from support.raw_wire import RawClient
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +21,6 @@ import swarm_notebook as sn
 from swarm_notebook.net import protocol
 from swarm_notebook.net.records import MODEL_INDEX_KEY
 
-SECONDS = 20.0
 # No msgpack, nothing at all, a descriptor without fields.
 RUBBISH = [b"\xc1\xc1", b"", msgpack.packb(msgpack.ExtType(0x51, b"\x80"))]
 
@@ -52,7 +52,7 @@ def _rubbish_is_no_harm(local: HostedSwarm, tiny_llama: Path) -> None:
     async def main() -> None:
         for server in local.servers:
             await store_rubbish(client, str(server.peer_id), [*uids, MODEL_INDEX_KEY])
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(PATIENCE):
             found = await client.node.dht.get_many(uids, sufficient_expiration_time=float("inf"))
         for uid in uids:
             assert found[uid].value["rubbish 0"].value is None

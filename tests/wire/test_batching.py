@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.bench import Bench, call, relative, run_blocks
+from support.patience import PATIENCE
 from support.peft_adapters import Tuned, key, random
 from support.random_sessions import RandomSession
 from support.raw_wire import RawClient, RawSession, request
@@ -111,7 +112,7 @@ async def train(bench: Bench, times: int) -> None:
 
 async def settled(bench: Bench, free: int) -> dict[str, Any]:
     """What the server says, once all memory is back or after some seconds."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while True:
         info = await bench.client.info(bench.server.peer)
         if info["cache_tokens_available"] == free or time.monotonic() > deadline:

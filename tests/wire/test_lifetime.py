@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from hivemind.p2p import P2PDaemonError, PeerID
+from support.patience import PATIENCE
 from support.raw_wire import RawClient, ServerProcess, request
 
 from swarm_notebook.checkpoint.partial import load_blocks
@@ -33,7 +34,6 @@ from swarm_notebook.server.lifetime import ServerLoop
 
 PREFIX, BLOCKS = "tiny-llama", 5
 UID = protocol.uid_chain(PREFIX, 0, BLOCKS)
-EXIT_SECONDS = 10
 
 
 class Swarm:
@@ -80,7 +80,7 @@ def daemon_of(server: ServerProcess) -> psutil.Process:
 
 
 def assert_gone(process: psutil.Process) -> None:
-    gone, _ = psutil.wait_procs([process], timeout=5)
+    gone, _ = psutil.wait_procs([process], timeout=PATIENCE)
     assert gone, "the daemon outlives its server"
 
 
@@ -94,7 +94,7 @@ def test_the_ready_line_and_the_records(swarm: Swarm) -> None:
         assert (info.start_block, info.end_block) == (0, BLOCKS)
         assert info.inference_rps is not None
         assert info.forward_rps is not None
-        assert info.forward_rps > info.inference_rps > 10
+        assert info.forward_rps > info.inference_rps > 1
     index = swarm.client.run(swarm.client.node.dht.get(MODEL_INDEX_KEY, latest=True))
     model = parse_model_record(index.value[PREFIX].value)
     assert model is not None
@@ -124,7 +124,7 @@ def test_sigterm_finishes_the_step_in_flight(swarm: Swarm, tiny_llama: Path) -> 
     loaded = load_blocks(resolve(tiny_llama), 0, BLOCKS, dtype=torch.float32)
     expected = Span(loaded.decoder, loaded.layers_name, 0).run(0, BLOCKS, hidden)[0]
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
-    assert server.process.wait(EXIT_SECONDS) == 0
+    assert server.process.wait(PATIENCE) == 0
     assert_gone(daemon)
     info = swarm.record(server.peer)
     assert info is not None
@@ -139,7 +139,7 @@ def test_leaves_with_exit_code_zero(swarm: Swarm, number: int, how: str) -> None
         server.process.send_signal(signal.SIGINT)
     else:
         server.process.stdin.close()
-    assert server.process.wait(EXIT_SECONDS) == 0
+    assert server.process.wait(PATIENCE) == 0
     assert_gone(daemon)
     info = swarm.record(server.peer)
     assert info is not None
@@ -158,7 +158,7 @@ def test_the_daemon_does_not_outlive_a_killed_server(swarm: Swarm) -> None:
 def test_a_server_whose_daemon_dies_says_so(swarm: Swarm) -> None:
     server = swarm.servers[4]
     daemon_of(server).kill()
-    assert server.process.wait(EXIT_SECONDS) == 1
+    assert server.process.wait(PATIENCE) == 1
     assert "error: the network daemon (p2pd) of this server has died" in server.log.read_text()
 
 
@@ -173,7 +173,7 @@ def test_what_cannot_be_served_ends_with_its_error(tiny_llama: Path, tmp_path: P
     ]
     try:
         for server, message in zip(servers, wrong, strict=True):
-            assert server.process.wait(60) == 1
+            assert server.process.wait(PATIENCE) == 1
             assert message in server.log.read_text().splitlines()[-1]
     finally:
         for server in servers:

@@ -28,7 +28,7 @@ from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.rpc import fields
 
 SPANS = [(0, 2), (2, 4), (4, 5)]
-HIDDEN, SECONDS, QUIET_SECONDS = 48, 30.0, 0.5
+HIDDEN, QUIET_SECONDS = 48, 0.5
 NOBODY = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 
 

@@ -14,6 +14,7 @@ weights, which a notebook does not have.
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -36,6 +37,9 @@ MODULE_BYTES = 3 << 10
 
 _MAGNITUDE = ".lora_magnitude_vector."
 _SEED_STEP = 1_000_003
+# While PEFT injects, whatever registers a parameter does so on meta, in all threads of the process:
+# those of other servers in it have to wait.
+_on_meta = threading.Lock()
 
 
 class AdaptedSpan(Span):
@@ -174,12 +178,13 @@ class AdaptedSpan(Span):
         low_rank = layer.lora_A[adapter].weight
         vector = layer.lora_magnitude_vector[adapter]
         before = vector.weight
-        vector.update_layer(
-            base_layer=layer.get_base_layer(),
-            lora_A=low_rank,
-            lora_B=layer.lora_B[adapter].weight,
-            scaling=layer.scaling[adapter],
-        )
+        with _on_meta:
+            vector.update_layer(
+                base_layer=layer.get_base_layer(),
+                lora_A=low_rank,
+                lora_B=layer.lora_B[adapter].weight,
+                scaling=layer.scaling[adapter],
+            )
         magnitude, vector.weight = vector.weight.detach(), before
         return magnitude.to(low_rank.dtype)
 
@@ -211,8 +216,9 @@ def _inject(tree: nn.Module, upload: Upload) -> list[nn.Module]:
     """Let PEFT put its modules in; returns those that are in training mode during training."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for config in upload.recipe.configs:
-        _inject_one(tree, config, upload)
+    with _on_meta:
+        for config in upload.recipe.configs:
+            _inject_one(tree, config, upload)
     tree.eval()
     names = [config.name for config in upload.recipe.configs]
     found: list[nn.Module] = []

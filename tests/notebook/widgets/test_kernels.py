@@ -11,7 +11,9 @@ import json
 import sys
 from ast import literal_eval
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 
 OLD = Path(sys.prefix) / "ipykernel-6"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-# Fifty tokens a second: fast enough to wait for some, slow enough to be stopped in the middle.
-SLOWED = "pace = model.register_forward_pre_hook(lambda *_: time.sleep(0.02))"
+# Ten tokens a second: fast enough to wait for some, slow enough to be stopped in the middle.
+SLOWED = "pace = model.register_forward_pre_hook(lambda *_: time.sleep(0.1))"
 # What takes a model minutes. The views are told of every fourth token.
 GROW = """
 from swarm_notebook.writing import Token
@@ -71,12 +73,28 @@ def test_a_lens_takes_a_selection_and_ranks_a_token(kernel: FrontEnd) -> None:
     kernel.until(lambda: "is 2 tokens" in kernel.states[lens]["error"])
 
 
-def grow_and_stop(kernel: FrontEnd, shown: str, size: Callable[[], int], seconds: float) -> None:
+@contextmanager
+def busy(kernel: FrontEnd, before: str = "") -> Iterator[None]:
+    """A cell runs as long as the context."""
+    with TemporaryDirectory() as folder:
+        done = Path(folder) / "done"
+        cell = kernel.start(
+            f"{before}\ndone = __import__('pathlib').Path({str(done)!r})\n"
+            "while not done.exists(): time.sleep(0.02)"
+        )
+        kernel.until(lambda: kernel.running == cell)
+        yield
+        assert kernel.running == cell
+        done.touch()
+        kernel.await_idle(cell)
+
+
+def grow_and_stop(kernel: FrontEnd, shown: str, size: Callable[[], int]) -> None:
     """What is being written grows while a cell runs, and ends when Stop is clicked."""
     kernel.until(lambda: size() > 2)
-    cell, before = kernel.start(f"time.sleep({seconds})"), size()
-    kernel.await_idle(cell)
-    assert size() > before
+    with busy(kernel):
+        before = size()
+        kernel.until(lambda: size() > before)
     kernel.act(shown, "stop")
     state = kernel.states[shown]
     kernel.until(lambda: state["note"] == "stopped" and state["state"] == "idle")
@@ -95,7 +113,7 @@ def test_a_text_grows_while_a_cell_runs_and_an_interrupt_of_waiting_stops_it(
         return len(shown_cells(state))
 
     kernel.act(shown, "run")
-    grow_and_stop(kernel, shown, written, seconds=0.5)
+    grow_and_stop(kernel, shown, written)
     stopped = written()
     assert stopped < 240
     assert kernel.value("len(writer.tokens)") == str(stopped)
@@ -141,8 +159,7 @@ def test_a_conversation_is_stopped_and_goes_on(kernel: FrontEnd) -> None:
     shown = kernel.show("chat = ChatWidget(model, tokenizer=tokenizer, max_new_tokens=200); chat")
     state = kernel.states[shown]
     kernel.act(shown, "send", text="Hi")
-    # Long enough for more than white space, even where a token takes a tenth of a second.
-    grow_and_stop(kernel, shown, lambda: len(state["live"]), seconds=2)
+    grow_and_stop(kernel, shown, lambda: len(state["live"]))
     assert [turn["role"] for turn in state["turns"]] == ["user", "assistant"]
     assert kernel.value("chat.messages[1]['content']") == repr(state["turns"][1]["text"])
     kernel.run("pace.remove()")
@@ -187,7 +204,7 @@ def test_a_monitor_in_the_background_obeys_its_buttons(kernel: FrontEnd) -> None
     assert kernel.value("monitor.state") == "'paused'"
     kernel.act(monitor, "stop")
     kernel.until(lambda: state["state"] == "stopped")
-    assert kernel.value("monitor.wait(10), saved") == "(None, [1])"
+    assert kernel.value("monitor.wait(), saved") == "(None, [1])"
 
 
 def test_a_monitor_in_a_busy_cell_is_live_and_an_interrupt_saves(kernel: FrontEnd) -> None:
@@ -208,13 +225,8 @@ def test_a_map_is_live_while_a_cell_runs(kernel: FrontEnd, tiny_scene: Scene) ->
     shown = kernel.show("SwarmMap(swarm)")
     assert len(kernel.states[shown]["servers"]) == 2
     # Tokens pass while the main thread is busy with something else.
-    cell = kernel.start(
-        "import threading, torch\n"
-        "threading.Timer(1, lambda: swarm.model(torch.tensor([[3, 4, 5]]))).start()\n"
-        "time.sleep(4)"
-    )
-    updates = 0
-    while not kernel.is_idle(found := kernel.receive(), cell):
-        updates += found["msg_type"] == "comm_msg" and found["content"]["comm_id"] == shown
-    assert updates >= 1
+    later = "threading.Timer(1, lambda: swarm.model(torch.tensor([[3, 4, 5]]))).start()"
+    with busy(kernel, before=f"import threading, torch\n{later}"):
+        before = kernel.bytes[shown]
+        kernel.until(lambda: kernel.bytes[shown] > before)
     kernel.run("swarm.disconnect()")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.patience import within
 from support.scene import TOLERANCE, AtToken, Scene, generate, kill_process, scene, stop_then_kill
 
 from swarm_notebook.client.request import Request
@@ -174,14 +174,13 @@ def test_the_middle_server_is_lost_in_a_long_prompt(
     middle = stage.server(stage.swarm.route().hops[1].peer_id)
     assert middle.pid is not None
     os.kill(middle.pid, signal.SIGSTOP)
-    began = time.monotonic()
     try:
-        ours = generate(stage.remote, ids)
+        with within(20):
+            ours = generate(stage.remote, ids)
     finally:
         os.kill(middle.pid, signal.SIGCONT)
     stage.same(ours, generate(stage.reference, ids))
     assert stage.sessions[-1].failovers == 1
-    assert time.monotonic() - began < 40
 
 
 @pytest.mark.parametrize("fault", ["unknown session", "no such peer"])

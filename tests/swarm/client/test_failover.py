@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.patience import wait_until, within
 from support.scene import (
     TOLERANCE,
     AtToken,
@@ -32,8 +32,7 @@ from swarm_notebook.widgets import SwarmMap
 
 # A new session takes one of the first two servers; the others can stand in together.
 SPANS = [(0, 5), (0, 5), (0, 2), (2, 5)]
-# A hung server is noticed in about five seconds; a machine that is busy takes longer.
-FAILOVER_SECONDS = 40.0
+FAILOVER_SECONDS = 20.0  # a hung server is noticed in about five
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +82,7 @@ def test_the_map_sees_it_while_this_thread_is_busy(stage: Scene) -> None:
 
     try:
         generate(stage.remote, stage.ids(1, 9), stopping_criteria=[AtToken({4: kill})])
-        deadline = time.monotonic() + FAILOVER_SECONDS
-        while not seen() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(seen)
         _, peer, name, start, end, reason, taken, seconds = shown.failovers[-1]
         assert (peer, name, (start, end)) == (victims[0].peer_id, victims[0].name, blocks[0])
         assert "is gone" in reason or "ended the session" in reason
@@ -195,16 +192,13 @@ def test_a_server_that_hangs(stage: Scene, rows: int) -> None:
     assert hung.pid is not None
     os.kill(hung.pid, signal.SIGSTOP)
     try:
-        began = time.monotonic()
-        with torch.no_grad():
+        with torch.no_grad(), within(FAILOVER_SECONDS):
             ours = stage.remote(ids, use_cache=True).logits
-        seconds = time.monotonic() - began
         theirs = stage.reference(ids).logits
     finally:
         os.kill(hung.pid, signal.SIGCONT)
     torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
     assert stage.sessions[-1].failovers == 1
-    assert seconds < FAILOVER_SECONDS
 
 
 def test_a_server_that_leaves_in_good_order(stage: Scene) -> None:

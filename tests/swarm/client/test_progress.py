@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import pytest
+from support.patience import wait_until
 
 from swarm_notebook.client import connection
 from swarm_notebook.progress import Waiting
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 def wait_for(capsys: pytest.CaptureFixture[str], text: str) -> str:
     """What was shown so far, as soon as `text` is in it."""
-    seen, deadline = "", time.monotonic() + 20
-    while text not in seen:
-        assert time.monotonic() < deadline, f"{text!r} is not in {seen!r}"
-        time.sleep(0.02)
-        seen += capsys.readouterr().err
-    return seen
+    seen: list[str] = []
+
+    def shown() -> bool:
+        seen.append(capsys.readouterr().err)
+        return text in "".join(seen)
+
+    wait_until(shown, f"{text!r}")
+    return "".join(seen)
 
 
 def test_it_shows_what_it_waits_for_while_this_thread_is_busy(

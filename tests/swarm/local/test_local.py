@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+from support.patience import PATIENCE
 from support.processes import marked_processes
 
 from swarm_notebook import LocalSwarm
@@ -82,7 +82,5 @@ def test_servers_die_with_their_notebook_even_if_it_is_killed(tiny_llama: Path) 
         server = psutil.Process(int(parent.stdout.readline()))
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()
-        began = time.monotonic()
-        server.wait(20)
-    # Its network daemon is gone, too: the watch over every test sees to that.
-    assert time.monotonic() - began < 20
+        # Its network daemon goes, too: the watch over every test sees to that.
+        server.wait(PATIENCE)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support.letter_tokenizer import Pair, lettered_pair
+from support.patience import PATIENCE
 from support.processes import lasting_swarms
 
 import swarm_notebook as sn
@@ -219,7 +220,7 @@ def test_killed_in_the_middle_and_resumed(
             assert len(finished) == 2
             server.launch()
             server.join([])
-            server.wait_ready(60)
+            server.wait_ready(PATIENCE)
             done.clear()
             with sn.connect(local.initial_peers, model=pair.folder) as again:
                 resumed = probing.hidden_states(again, TEXTS, store=tmp_path, **options)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from support.hosting import HostedSwarm
+from support.patience import PATIENCE, wait_until
 
 import swarm_notebook as sn
 from swarm_notebook.client.request import Request
@@ -18,7 +18,6 @@ from swarm_notebook.widgets import ChatWidget
 
 GERMANY, FRANCE = "What is the capital of Germany?", "And what is the capital of France?"
 ANSWER = "The capital of Germany is Berlin."
-SECONDS = 60.0
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'][0] + ':' + message['content'] + ';' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
@@ -63,17 +62,14 @@ def act(widget: ChatWidget, action: str, **arguments: Any) -> None:
 
 
 def answered(widget: ChatWidget) -> str:
-    assert widget.wait(SECONDS)
+    assert widget.wait(PATIENCE)
     assert not widget.error
     assert widget.messages[-1]["role"] == "assistant"
     return widget.messages[-1]["content"]
 
 
 def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(holds, poll=0.005)
 
 
 def template_ids(swarm: sn.Swarm, messages: list[dict[str, str]]) -> list[int]:
@@ -197,7 +193,7 @@ def test_an_error_ends_the_turn_and_the_conversation_goes_on(
     handle = lettered.model.register_forward_pre_hook(fail)
     try:
         chat.send("Hi")
-        assert chat.wait(SECONDS)
+        assert chat.wait(PATIENCE)
     finally:
         handle.remove()
     assert chat.error == "RuntimeError: out of memory"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
+from support.patience import wait_until
 
 from swarm_notebook.client.telemetry import Failover, HopTimes, Step
 from swarm_notebook.widgets import SwarmMap
@@ -58,13 +58,6 @@ def test_a_loss_is_mended_by_those_who_compute_its_blocks() -> None:
     assert traffic.failovers()[0][6:] == [["c", "d"], 0.5]
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.05)
-
-
 def test_the_map_follows_a_real_swarm_without_the_main_thread(tiny_scene: Scene) -> None:
     from support.scene import generate
 
@@ -80,13 +73,13 @@ def test_the_map_follows_a_real_swarm_without_the_main_thread(tiny_scene: Scene)
         ]
         assert shown.coverage == [[0, 5, 1]]
         generate(swarm.model, tiny_scene.ids(1, 9))
-        wait_for(lambda: not shown.planned)
+        wait_until(lambda: not shown.planned)
         assert shown.route == [[row[0], row[2], row[3]] for row in shown.servers]
-        wait_for(lambda: shown.pace[0] == 9 + 13)
+        wait_until(lambda: shown.pace[0] == 9 + 13)
         assert shown.pace[1] > 0
-        wait_for(lambda: len(shown.seen) == 2)
+        wait_until(lambda: len(shown.seen) == 2)
         assert {facts[0]: facts[1] for facts in shown.seen.values()}["local-1"] == "2:5"
-        wait_for(lambda: shown.pace[1] == 0)
+        wait_until(lambda: shown.pace[1] == 0)
         assert shown.bill == swarm.bill().line
         read = shown.read
         time.sleep(1.1)

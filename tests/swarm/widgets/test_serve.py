@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from support.patience import wait_until
 
 import swarm_notebook as sn
 from swarm_notebook.errors import BlocksOutOfRange, ServerStartError
@@ -18,13 +18,6 @@ from swarm_notebook.widgets import ServePanel
 
 if TYPE_CHECKING:
     from support.scene import Scene
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -43,16 +36,16 @@ def test_lend_look_and_stop(panel: ServePanel, tiny_llama: Path) -> None:
     panel.start, panel.end = 0, 5  # as a view does it
     panel.begin()
     panel.begin()
-    wait_for(lambda: panel.state == "serving")
+    wait_until(lambda: panel.state == "serving")
     assert "ServerStartError" in panel.error  # the second start
     assert panel.weights[0] == panel.weights[1] > 100_000
     assert all("/127.0.0.1/" in address for address in panel.addresses)
-    wait_for(lambda: panel.facts)
+    wait_until(lambda: panel.facts)
     assert panel.facts["tokens_served"] == 0
     with sn.connect(panel.addresses, model=tiny_llama) as guest:
         assert [hop.name for hop in guest.route().hops] == ["lent"]
         generate(guest.model, torch.ones(2, 10, dtype=torch.long))
-        wait_for(lambda: panel.facts.get("tokens_served") == 2 * (10 + 13))
+        wait_until(lambda: panel.facts.get("tokens_served") == 2 * (10 + 13))
         assert panel.facts["requests_served"] == 14
         assert panel.facts["sessions_served"] == 1
         assert "46" in panel.picture()
@@ -60,7 +53,7 @@ def test_lend_look_and_stop(panel: ServePanel, tiny_llama: Path) -> None:
     assert before is not None
     panel.stop()
     assert panel.state == "stopping"
-    wait_for(lambda: panel.state == "stopped")
+    wait_until(lambda: panel.state == "stopped")
     assert panel.facts == {}
     assert panel.lending.pid is None
 
@@ -70,7 +63,7 @@ def test_a_server_that_dies_is_told_of_with_its_log(tiny_llama: Path) -> None:
     panel = ServePanel(lending=lending)
     try:
         panel.begin()
-        wait_for(lambda: panel.state == "failed")
+        wait_until(lambda: panel.state == "failed")
         assert "ended by itself" in panel.error
         assert "QmNope" in panel.log
     finally:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from support.patience import PATIENCE, wait_until, within
 from support.scene import Scene
 
 from swarm_notebook.client.request import Request
@@ -22,7 +20,6 @@ from swarm_notebook.writing import Sampling, Writer
 from swarm_notebook.writing.writer import READ_AT_ONCE
 
 NEW = 14
-SECONDS = 60.0
 GREEDY = Sampling(max_new_tokens=NEW)
 # Far more than any test waits for, within the context of the tiny model.
 LONG = Sampling(max_new_tokens=200)
@@ -66,7 +63,7 @@ def at_token(count: int, do: Callable[[Writer], None]) -> Callable[[Writer], Non
 
 
 def finish(writer: Writer) -> list[int]:
-    assert writer.wait(SECONDS)
+    assert writer.wait(PATIENCE)
     assert writer.error is None
     return writer.draft.written
 
@@ -249,7 +246,7 @@ def test_the_notebook_generates_meanwhile(tiny_scene: Scene) -> None:
     begun = threading.Event()
     with writing(tiny_scene.remote, at_token(2, lambda _: begun.set())) as writer:
         writer.write(ids, Sampling(max_new_tokens=60))
-        assert begun.wait(SECONDS)
+        assert begun.wait(PATIENCE)
         with pytest.raises(Busy, match="still being written"):
             writer.resume(GREEDY)
         assert plain(tiny_scene.remote, other) == plain(tiny_scene.reference, other)
@@ -259,20 +256,17 @@ def test_the_notebook_generates_meanwhile(tiny_scene: Scene) -> None:
 def test_a_second_stop_does_not_wait_for_the_token(tiny_scene: Scene) -> None:
     """A server that does not answer holds up nobody who has asked twice."""
     ids = prompt(tiny_scene, 10)
-    pid = tiny_scene.next_server().pid
-    assert pid is not None
-    pause = at_token(3, lambda _: os.kill(pid, signal.SIGSTOP))
+    hang = ExitStack()
+    pause = at_token(3, lambda _: hang.enter_context(tiny_scene.local.hung()))
     with writing(tiny_scene.remote, pause) as writer:
         writer.write(ids, LONG)
-        while len(writer.draft.tokens) < 3:
-            time.sleep(0.01)
-        try:
+        with hang:
+            wait_until(lambda: len(writer.draft.tokens) >= 3)
             writer.stop()
             assert not writer.wait(0.3)
             writer.stop()
-            assert writer.wait(1.5)
-        finally:
-            os.kill(pid, signal.SIGCONT)
+            with within(1.5):
+                assert writer.wait(PATIENCE)
         assert writer.error is None
         count = len(writer.draft.tokens)
         writer.resume(GREEDY)
@@ -292,7 +286,7 @@ def test_an_error_is_kept_with_the_text(tiny_scene: Scene, monkeypatch: pytest.M
     monkeypatch.setattr(Hop, "send", failing)
     with writing(tiny_scene.remote, at_token(4, lambda _: lost.append(True))) as writer:
         writer.write(ids, GREEDY)
-        assert writer.wait(SECONDS)
+        assert writer.wait(PATIENCE)
         assert isinstance(writer.error, MissingBlocks)
         assert len(writer.draft.tokens) == 4
         lost.clear()

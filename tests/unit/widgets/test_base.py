@@ -7,12 +7,12 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import traitlets
+from support.patience import PATIENCE, wait_until
 
 from swarm_notebook import widgets
 from swarm_notebook.widgets.parts import assets
@@ -117,15 +117,12 @@ def test_a_pulse_ends_with_its_widget() -> None:
             return True
 
     def ended(thread: threading.Thread) -> bool:
-        thread.join(10)
+        thread.join(PATIENCE)
         return not thread.is_alive()
 
     closed, failing, dropped = Beating(), Beating(level=40.0), Beating()
     threads = [start_pulse(one.beat, 0.01) for one in (closed, failing, dropped)]
-    deadline = time.monotonic() + 10
-    while closed.level < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert closed.level >= 3
+    wait_until(lambda: closed.level >= 3)
     closed.close()
     assert ended(threads[0])
     assert ended(threads[1])
@@ -150,7 +147,7 @@ def test_scripts_are_whole_small_and_take_nothing_from_a_network(name: str, tmp_
     if node:
         path = tmp_path / "widget.mjs"
         path.write_text(script)
-        subprocess.run([node, "--check", path], check=True, timeout=60)
+        subprocess.run([node, "--check", path], check=True, timeout=PATIENCE)
 
 
 def write(folder: Path, **files: str) -> None:
@@ -196,6 +193,6 @@ def test_names_are_listed_and_imported_on_use() -> None:
         "assert set(w.__all__) <= set(dir(w))\n"
         "assert not {'anywidget', 'ipywidgets', 'torch'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = widgets.Nothing

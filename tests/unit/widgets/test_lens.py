@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import traitlets
+from support.patience import wait_until
 
 from swarm_notebook import probing
 from swarm_notebook.probing.grid import visible
@@ -26,10 +26,7 @@ def lens(lettered: Any) -> LensWidget:
 def act(widget: LensWidget, action: str, **arguments: Any) -> None:
     """As the script does it; waits for what runs in the background."""
     widget._handle_custom_msg({"action": action, "with": arguments}, [])
-    deadline = time.monotonic() + 30
-    while widget.ranking and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not widget.ranking
+    wait_until(lambda: not widget.ranking)
 
 
 def ranks(widget: LensWidget) -> torch.Tensor:

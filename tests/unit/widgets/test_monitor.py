@@ -13,16 +13,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.patience import PATIENCE, wait_until
 
 from swarm_notebook.widgets import TrainingMonitor
 from swarm_notebook.widgets.training.curves import MAX_POINTS, Curves
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert condition()
+    wait_until(condition)
 
 
 def act(monitor: TrainingMonitor, action: str) -> None:
@@ -92,7 +90,7 @@ def test_pause_resume_and_stop_and_save() -> None:
     until(lambda: len(monitor.history) == 4)
     act(monitor, "stop")
     go.release()
-    assert monitor.wait(30) is None
+    assert monitor.wait(PATIENCE) is None
     assert (monitor.state, saved, monitor.step) == ("stopped", [5], 5)
     act(monitor, "resume")
     assert monitor.state == "stopped"
@@ -104,7 +102,7 @@ def test_stopping_a_paused_run_ends_it() -> None:
     until(lambda: len(monitor.history) > 2)
     act(monitor, "pause")
     act(monitor, "stop")
-    monitor.wait(30)
+    monitor.wait(PATIENCE)
     assert monitor.state == "stopped"
 
 
@@ -129,7 +127,7 @@ def test_failures_are_shown_and_raised() -> None:
     monitor = TrainingMonitor()
     monitor.run(fail)
     with pytest.raises(OSError, match="disk full"):
-        monitor.wait(30)
+        monitor.wait(PATIENCE)
     assert (monitor.state, monitor.error) == ("failed", "OSError: disk full")
 
     def stopped() -> None:

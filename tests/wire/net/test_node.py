@@ -7,6 +7,7 @@ import time
 
 from hivemind.p2p import P2PDaemonError, PeerID
 from hivemind.proto import runtime_pb2
+from support.patience import PATIENCE
 
 from swarm_notebook.net.node import Node
 
@@ -32,7 +33,7 @@ async def _stall_and_call() -> bytes:
                     await calling
             except (TimeoutError, P2PDaemonError):
                 pass
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             return await call(peer, "echo", b"still there")
     finally:
         await client.stop()
@@ -66,7 +67,7 @@ async def _ask_and_give_up(times: int) -> list[int]:
         for each in calls:
             each.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
-        await asyncio.wait(list(books.values()), timeout=10)
+        await asyncio.wait(list(books.values()), timeout=PATIENCE)
         await asyncio.sleep(0)  # for those who wait for their end
         return [*counts, len(books)]
     finally:

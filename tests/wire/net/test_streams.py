@@ -9,12 +9,12 @@ import pytest
 import uvloop
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
+from support.patience import PATIENCE
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.streams import Stream, StreamClosed, add_stream_handler, open_stream
 
-SECONDS = 20.0
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse
 
@@ -72,7 +72,7 @@ async def _talk_to_nobody() -> None:
         stream = await open_stream(client.p2p, server.peer_id, "Test.hang_up")
         # The first messages may still go out before the loop has noticed.
         with pytest.raises(StreamClosed):
-            await asyncio.wait_for(_keep_sending(stream), SECONDS)
+            await asyncio.wait_for(_keep_sending(stream), PATIENCE)
         for _ in range(3):
             with pytest.raises(StreamClosed):
                 await stream.send(Request(uid="hello?"))

@@ -148,24 +148,23 @@ def test_a_wait_in_vain_names_the_numbers() -> None:
     run(work())
 
 
-def test_a_session_that_was_idle_during_the_whole_wait_is_dropped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(kv_budget, "SHORT_IDLE_SECONDS", 0.1)
-
+def test_a_session_that_was_idle_during_the_whole_wait_is_dropped() -> None:
     async def work() -> None:
-        lost: list[str] = []
-        pool = CachePool(100)
+        clock, lost = Clock(), []
+        pool = CachePool(100, clock)
         idle, active = pool.open(lambda: lost.append("idle")), pool.open(lambda: lost.append("no"))
         for reservation in (idle, active):
             pool.begin(reservation)
             await pool.resize(reservation, 50, 50, wait=0)
             pool.end(reservation)
-        waiting = asyncio.create_task(pool.resize(pool.open(lambda: None), 50, 50, wait=0.2))
-        for _ in range(8):
-            await asyncio.sleep(0.03)
-            pool.begin(active)
-            pool.end(active)
+        new, seconds = pool.open(lambda: None), 2 * kv_budget.SHORT_IDLE_SECONDS
+        waiting = asyncio.create_task(pool.resize(new, 50, 50, wait=seconds))
+        await asyncio.sleep(0)
+        clock.now += seconds - 1
+        pool.begin(active)
+        pool.end(active)
+        assert not lost
+        clock.now += 1
         assert await waiting == 50
         assert lost == ["idle"]
         assert pool.sessions == 2
