@@ -61,8 +61,8 @@ def test_a_killed_server_is_seen_while_a_cell_runs(
     notebook.run("import torch; ids = tokenizer('Once upon a time', return_tensors='pt')")
     write = "model.generate(**ids, do_sample=False, max_new_tokens={0}, min_new_tokens={0})"
     notebook.run(f"whole = {write.format(60)}")
-    # What the map shows from here on is the run that is to lose a server, and that run goes on until
-    # it has been seen, however fast or slow the machine.
+    # What the map shows from here on is the run that is to lose a server, and that run goes on
+    # until the loss has been seen, however fast or slow the machine.
     enough = notebook.path.with_name("enough")
     notebook.run(
         "import pathlib\n"

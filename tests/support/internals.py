@@ -1,4 +1,4 @@
-"""What tests see and change of a notebook's side that its users need not: all of it in one place."""
+"""What tests see and change of a notebook's side that users need not: all of it in one place."""
 
 from __future__ import annotations
 
