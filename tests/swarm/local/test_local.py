@@ -16,25 +16,7 @@ from support.patience import PATIENCE
 from support.processes import marked_processes
 
 from swarm_notebook import LocalSwarm
-from swarm_notebook.errors import ModelNotFound, ServerStartError
-from swarm_notebook.local.swarm import plan_spans
-
-
-def test_blocks_are_split_evenly_or_as_given() -> None:
-    assert plan_spans(30, 2) == [(0, 15), (15, 30)]
-    assert plan_spans(5, 3) == [(0, 2), (2, 3), (3, 5)]
-    assert plan_spans(4, [(0, 4), (2, 4)]) == [(0, 4), (2, 4)]
-
-
-@pytest.mark.parametrize("servers", [0, 6, [], [(0, 6)], [(3, 3)], [(-1, 2)]])
-def test_a_split_that_cannot_be_names_the_argument(servers: int | list[tuple[int, int]]) -> None:
-    with pytest.raises(ValueError, match="servers"):
-        plan_spans(5, servers)
-
-
-def test_no_such_model_starts_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match="config"):
-        LocalSwarm(tmp_path)
+from swarm_notebook.errors import ServerStartError
 
 
 def test_servers_come_up_are_killed_and_come_back(tiny_swarm: Callable[..., LocalSwarm]) -> None:

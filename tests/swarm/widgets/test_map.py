@@ -1,4 +1,4 @@
-"""The swarm map: what it makes of events, and that it lives beside the kernel's main thread."""
+"""The swarm map over real servers, beside the kernel's main thread."""
 
 from __future__ import annotations
 
@@ -8,54 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 from support.patience import wait_until
 
-from swarm_notebook.client.telemetry import Failover, HopTimes, Step
 from swarm_notebook.widgets import SwarmMap
-from swarm_notebook.widgets.traffic import Traffic, way
 
 if TYPE_CHECKING:
     from support.scene import Scene
-
-
-def hop(name: str, start: int, end: int) -> HopTimes:
-    return HopTimes(f"peer-{name}", name, start, end, 0.0, 0.001, 0.0, 0.001)
-
-
-def step(ended: float, *hops: HopTimes, tokens: int = 1) -> Step:
-    return Step(0, tokens, 2, ended - 0.1, ended, hops)
-
-
-def test_the_way_of_a_step_joins_what_one_server_did() -> None:
-    hops = [hop("a", 0, 2), hop("a", 2, 3), hop("b", 3, 5), hop("c", 4, 5)]
-    assert way(hops) == [("peer-a", 0, 3), ("peer-b", 3, 4), ("peer-c", 4, 5)]
-
-
-def test_pace_is_that_of_the_last_seconds() -> None:
-    traffic = Traffic()
-    assert traffic.pace(100.0) == (0.0, 0.0)
-    traffic.take([step(50.0, hop("a", 0, 5), tokens=90), step(99.0, hop("a", 0, 5))])
-    traffic.take([step(100.0, hop("a", 0, 5))])
-    rate, seconds = traffic.pace(100.1)
-    assert rate == pytest.approx(4 / 1.2)
-    assert seconds == pytest.approx(0.1)
-    assert traffic.pace(200.0) == (0.0, 0.0)
-    assert traffic.tokens == 184
-
-
-def test_a_loss_is_mended_by_those_who_compute_its_blocks() -> None:
-    traffic = Traffic()
-    now = time.perf_counter()
-    traffic.take([step(now - 1, hop("a", 0, 2), hop("b", 2, 5))])
-    traffic.take([Failover("peer-b", "b", 2, 5, "is gone", now)])
-    (loss,) = traffic.failovers()
-    assert loss[0] == pytest.approx(time.time(), abs=5)
-    assert loss[1:] == ["peer-b", "b", 2, 5, "is gone", [], None]
-    assert traffic.route == [("peer-a", 0, 2), ("peer-b", 2, 5)]
-    traffic.take([step(now + 0.25, hop("a", 0, 2), hop("c", 2, 4))])
-    assert traffic.failovers()[0][6:] == [["c"], None]
-    traffic.take([step(now + 0.5, hop("a", 0, 2), hop("c", 2, 4), hop("d", 4, 5))])
-    assert traffic.failovers()[0][6:] == [["c", "d"], 0.5]
-    traffic.take([step(now + 9.0, hop("e", 0, 5))])
-    assert traffic.failovers()[0][6:] == [["c", "d"], 0.5]
 
 
 def test_the_map_follows_a_real_swarm_without_the_main_thread(tiny_scene: Scene) -> None:

@@ -1,0 +1,57 @@
+"""Hidden states in eight bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from swarm_notebook.errors import BadRequest
+from swarm_notebook.net import tensors
+from swarm_notebook.net.tensors import INT8, pack, unpack
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_in_eight_bits(dtype: torch.dtype) -> None:
+    # Four groups, the last of them not full; one large channel spoils its own group only.
+    values = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
+    values[..., 3] *= 1000
+    values[0, 0], values[1, 2] = 0.0, values[1, 2] * 1e6
+    got = unpack(pack(values.to(dtype), INT8))
+    assert got.dtype == dtype
+    error = (got.float() - values)[..., 16:].abs()
+    bound = values[..., 16:].abs().amax(-1, keepdim=True) / 127
+    assert bool((error <= (0.51 if dtype == torch.float32 else 1.5) * bound).all())
+    assert not got[0, 0].any()
+    if dtype == torch.float32:
+        # A second time changes nothing: what is replayed after a failover is what was sent.
+        torch.testing.assert_close(unpack(pack(got, INT8)), got, rtol=1e-6, atol=0)
+
+
+def test_nan_stays_visible_and_nothing_is_nothing() -> None:
+    values = torch.ones(1, 2, 4)
+    values[0, 1, 2] = torch.nan
+    assert not tensors.all_finite(unpack(pack(values, INT8)))
+    assert unpack(pack(torch.empty(1, 0, 4), INT8)).shape == (1, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"buffer": b"12345"}, "8-bit values of shape"),
+        ({"size": [1 << 20, 1 << 20]}, "8-bit values of shape"),
+        ({"dtype": "int64"}, "cannot be 8-bit values"),
+        ({"size": []}, "cannot be 8-bit values"),
+    ],
+)
+def test_values_that_are_none(change: dict[str, Any], message: str) -> None:
+    packed = pack(torch.randn(1, 2, 4), INT8)
+    for name, value in change.items():
+        if name == "size":
+            del packed.size[:]
+            packed.size.extend(value)
+        else:
+            setattr(packed, name, value)
+    with pytest.raises(BadRequest, match=message):
+        unpack(packed)
