@@ -1,6 +1,8 @@
 # make demo   two server processes and a notebook that talks to them
 # make lab    the same notebook in JupyterLab
 # make test   all tests and the example notebooks      make lint   ruff and mypy
+# make unit   the tests that need no server, in a minute; of the other folders of tests/, each of
+#             which is a mark: .venv/bin/pytest -m wire (or swarm, notebook, browser, gpu)
 # make soak   ten minutes (SECONDS=600, SEED=0) of joins, leaves, kills and interrupts
 #
 # The environment is .venv/ in this folder; a second run installs nothing. Where Node is, `test` and
@@ -16,7 +18,7 @@ BY_FILE := -n 2 --dist loadfile
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab test soak lint format outputs screenshots clean
+.PHONY: demo lab test unit soak lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -30,7 +32,11 @@ test: $(READY) $(NODE)
 	$(if $(NODE),npm --prefix js run --silent test)
 	$(OFFLINE) $(BIN)/pytest $(BY_FILE) --ignore tests/browser tests
 	$(OFFLINE) $(BIN)/pytest tests/browser
-	$(OFFLINE) $(BIN)/pytest $(BY_FILE) --nbval --nbval-sanitize-with examples/sanitize.cfg examples
+	$(OFFLINE) $(BIN)/pytest $(BY_FILE) --nbval --nbval-kernel-startup-timeout 180 \
+	  --nbval-sanitize-with examples/sanitize.cfg examples
+
+unit: $(READY)
+	$(OFFLINE) $(BIN)/pytest $(BY_FILE) -m unit tests/unit
 
 soak: $(READY)
 	$(OFFLINE) $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
