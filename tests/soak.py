@@ -37,10 +37,9 @@ from typing import Any
 
 import psutil
 import torch
-from support.internals import server_facts
 from support.tiny import tiny_model
 
-from swarm_notebook.server.app import TIDY_SECONDS
+from swarm_notebook.server.rpc.handler import TIDY_SECONDS
 
 TOLERANCE = 1e-4
 THREADS, PROCESSES = 5, 2
@@ -272,9 +271,10 @@ class Soak:
 
     def _calm_facts(self, server: Any) -> dict[str, Any]:
         """What a server says once it holds nothing for anybody, or after some time."""
+        connection = self.swarm._connection
         deadline = time.monotonic() + CALM_SECONDS
         while True:
-            facts = server_facts(self.swarm, server.peer_id)
+            facts = connection._run(connection.directory.info(server.peer_id))
             held = facts["sessions"] or facts["activation_bytes_held"]
             if not held or time.monotonic() > deadline:
                 return facts

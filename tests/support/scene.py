@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 import torch
 from support.hosting import HostedSwarm
-from support.internals import connection_of, forget_failures
 from support.patience import PATIENCE
 from support.processes import lasting_swarms
 from transformers import AutoModelForCausalLM, StoppingCriteria
@@ -97,7 +96,7 @@ class Scene:
         """As if nothing had happened yet."""
         self.heal()
         self.sessions.clear()
-        forget_failures(self.swarm)
+        self.swarm._connection.directory.health._apart.clear()
         return self
 
     def same(self, ours: Any, theirs: Any) -> None:
@@ -126,7 +125,7 @@ def scene(folder: Path, spans: Any, *, hosted: bool = False, **options: Any) -> 
         sn.connect(local.initial_peers, model=folder) as swarm,
     ):
         made = Scene(local, swarm, reference)
-        connection: Any = connection_of(swarm)
+        connection: Any = swarm._connection
         new_session = connection.session
 
         def session(*arguments: Any) -> InferenceSession:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import bare
 import pytest
-from support.internals import connection_of
 from support.scene import Scene, scene
 
 
@@ -22,11 +21,12 @@ def alone(tiny_llama: Path) -> Iterator[Scene]:
 @pytest.fixture
 def sessions(alone: Scene) -> list[bare.BareSession]:
     size = alone.reference.config.hidden_size
-    return [bare.BareSession(connection_of(alone.swarm), size, seed) for seed in (0, 0, 1)]
+    connection = alone.swarm._connection
+    return [bare.BareSession(connection, size, seed) for seed in (0, 0, 1)]
 
 
 def test_they_tell_right_from_wrong(alone: Scene, sessions: list[bare.BareSession]) -> None:
-    run = connection_of(alone.swarm).network.run
+    run = alone.swarm._connection.network.run
 
     async def together() -> None:
         await asyncio.gather(*(session.prefill() for session in sessions))

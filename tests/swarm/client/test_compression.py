@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from support.hosting import HostedSwarm
-from support.internals import directory_of
 from support.scene import Scene, generate
 
 import swarm_notebook as sn
@@ -36,7 +35,7 @@ def test_int8_shifts_logits_a_little_and_is_shown(tiny_scene: Scene, packed: Any
 
 def moved(swarm: Any) -> int:
     """Bytes that went over the streams to all servers."""
-    accounts = directory_of(swarm).events.ledger.accounts().values()
+    accounts = swarm._connection.directory.events.ledger.accounts().values()
     return sum(account.meter.sent + account.meter.received for account in accounts)
 
 

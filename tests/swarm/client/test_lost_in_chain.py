@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.internals import forget_failures, server_facts
 from support.scene import NEW_TOKENS, AtToken, Scene, generate, kill_process, scene, stop_then_kill
 
 from swarm_notebook.client.request import Outputs
@@ -44,7 +43,8 @@ def stage(chain: Scene) -> Scene:
 
 
 def facts(stage: Scene, server: LocalServer) -> dict[str, Any]:
-    return server_facts(stage.swarm, server.peer_id)
+    connection = stage.swarm._connection
+    return connection._run(connection.directory.info(server.peer_id))
 
 
 class Last:
@@ -195,7 +195,7 @@ def test_interrupted_while_those_behind_are_asked(
 
     monkeypatch.setattr(Hop, "settle", interrupted)
     # A machine that is busy may have pushed too late, and has kept them apart.
-    forget_failures(stage.swarm)
+    stage.swarm._connection.directory.health._apart.clear()
     assert last.pid is not None
     os.kill(last.pid, signal.SIGSTOP)
     stop_then_kill(on_the_way(stage, 1))
