@@ -19,7 +19,7 @@ from typing import Any
 from hivemind.p2p import PeerID
 
 from swarm_notebook.client.servers.directory import Directory, Snapshot
-from swarm_notebook.client.telemetry import HopTimes, Step, Timeline
+from swarm_notebook.client.telemetry import HopTimes, StepRecord, Timeline
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 from swarm_notebook.swarm import Swarm
 from swarm_notebook.widgets import SwarmMap
@@ -75,7 +75,7 @@ def main() -> None:
         spans = directory.snapshot.spans[:4]
         now = time.perf_counter()
         hops = [HopTimes(s.peer, s.name, s.start, s.end, 0, 0.01, 0, 0.01) for s in spans]
-        directory.events.passed(timeline, Step(0, 1, 1, now - 0.02, now, tuple(hops)))
+        directory.telemetry.passed(timeline, StepRecord(0, 1, 1, now - 0.02, now, tuple(hops)))
 
     def measure(what: str, change: Any, beat: Any) -> None:
         times, before = [], len(sent)

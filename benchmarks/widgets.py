@@ -177,9 +177,9 @@ class Large:
         return SwarmStatus("org/large", BLOCKS, tuple(rows))
 
     def events(self) -> Any:
-        from swarm_notebook.client.telemetry import Events
+        from swarm_notebook.client.telemetry import Telemetry
 
-        return Events().subscribe()
+        return Telemetry().subscribe()
 
     def bill(self) -> Any:
         return SimpleNamespace(servers=(), line="")

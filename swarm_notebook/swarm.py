@@ -23,7 +23,7 @@ from swarm_notebook.model import drafting, skeleton
 from swarm_notebook.model.drafting import Draft
 from swarm_notebook.net.tensors import COMPRESSIONS, NONE
 from swarm_notebook.progress import Waiting
-from swarm_notebook.report.cost import Bill, Preview, expect, from_accounts
+from swarm_notebook.report.cost import Bill, Preview, bill_of, expect
 from swarm_notebook.report.facts import route_of, status_of
 from swarm_notebook.report.status import RouteTable, SwarmStatus
 from swarm_notebook.report.trace import Trace, from_timeline
@@ -109,7 +109,7 @@ class Swarm:
             self.name,
             chain,
             directory.rtt,
-            directory.events.ledger.accounts(),
+            directory.telemetry.usage.by_peer(),
             loads=directory.loads(chain, config.hidden_size, self.model.dtype),
             prompt_tokens=prompt_tokens,
             max_new_tokens=max_new_tokens,
@@ -121,11 +121,11 @@ class Swarm:
 
         ``swarm.bill() - before``, with an earlier bill, is what was used since then.
         """
-        return from_accounts(self.name, self._connection.directory.events.ledger.accounts())
+        return bill_of(self.name, self._connection.directory.telemetry.usage.by_peer())
 
     def trace(self) -> Trace:
         """Where the time of the last generation went: notebook, network, each server."""
-        return from_timeline(self.name, self._connection.directory.events.latest)
+        return from_timeline(self.name, self._connection.directory.telemetry.latest)
 
     def events(self, size: int = MAX_EVENTS) -> Subscription:
         """Tokens that pass and servers that are lost, from now on, to be read in any thread.
@@ -133,7 +133,7 @@ class Swarm:
         Args:
             size: how many events wait at most; the oldest are forgotten first.
         """
-        return self._connection.directory.events.subscribe(size)
+        return self._connection.directory.telemetry.subscribe(size)
 
     def generate(
         self,

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load, save
 
-from swarm_notebook.client.passes.call import server_name, trip
+from swarm_notebook.client.passes.call import call, server_name
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.errors import AdapterMissing, ServerFailed, Unsupported
@@ -113,7 +113,7 @@ async def upload(
         **({"derive": derive} if derive else {}),
     }
     file = torch.frombuffer(bytearray(save(sent)), dtype=torch.uint8)
-    answer = await trip(directory, whole, protocol.RPC_ADAPTER, [file], metadata, always=1)
+    answer = await call(directory, whole, protocol.RPC_ADAPTER, [file], metadata, always=1)
     directory.uploaded[segment.peer, adapter.id] = (adapter.version, span.start, span.end)
     if not derive:
         return {}

@@ -14,7 +14,7 @@ import torch
 from swarm_notebook.client.adapters import Adapter, upload
 from swarm_notebook.client.loop import LoopThread, at_exit, forget_at_exit, network_thread
 from swarm_notebook.client.passes import forward as stateless
-from swarm_notebook.client.passes.backward import Gradients, backward
+from swarm_notebook.client.passes.backward import PassGradients, backward
 from swarm_notebook.client.passes.forward import Trail
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.servers.directory import PATIENCE, Directory
@@ -120,7 +120,7 @@ class Connection:
         trails: Sequence[Trail],
         grad: torch.Tensor,
         states: Collection[int],
-    ) -> Gradients:
+    ) -> PassGradients:
         """`backward.backward`, waited for."""
         return self._run(backward(self.directory, request, trails, grad, states))
 

@@ -1,27 +1,36 @@
-"""What happens while tokens pass through the swarm, for whoever wants to watch.
+"""What happens while tokens pass through the swarm, and what each server got and gave for it.
 
 The network thread publishes; any number of subscriptions, each read in a thread of its own,
 receive. A subscription holds a bounded number of events and forgets the oldest: a reader that is
-slow or gone costs nothing. The steps of the latest generation are kept as well, for `trace`.
+slow or gone costs nothing. The steps of the latest generation are kept as well, for `trace`, and
+`Usage` counts for `bill`.
 
-An event is a `Step` (tokens have passed all blocks) or a `Failover` (a server was lost). All
+An event is a `StepRecord` (tokens have passed all blocks) or a `Failover` (a server was lost). All
 times are seconds; moments are those of `time.perf_counter`.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+import time
+from collections import defaultdict, deque
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
-from swarm_notebook.client.ledger import Ledger
+from swarm_notebook.client.servers.routing import RouteSegment
+from swarm_notebook.net.streams import ByteMeter
 
+# Steps of one generation that are kept for its trace, the latest ones; a record with 8 servers is
+# about 2 kB, so 8 MB at most.
 MAX_STEPS = 4096
+# Events that wait for a reader: a minute of them at 15 tokens/s.
 MAX_EVENTS = 1024
+# Weight of the latest token in a server's seconds per token: about the last five count.
+SMOOTHING = 0.3
 
 
 class HopTimes(NamedTuple):
-    """One trip to a server: blocks ``[start, end)``, and the seconds of its parts.
+    """One request to a server: blocks ``[start, end)``, and the seconds of its parts.
 
     ``network`` is what lies between the others: both ways, and all that the operating systems and
     network daemons do. Petals' servers do not report their part, which then counts as network.
@@ -37,14 +46,14 @@ class HopTimes(NamedTuple):
     compute: float
 
     def plus(self, other: HopTimes | None) -> HopTimes:
-        """Two trips to the same blocks as one."""
+        """Two requests for the same blocks as one."""
         if other is None:
             return self
         parts = [mine + theirs for mine, theirs in zip(self[4:], other[4:], strict=True)]
         return HopTimes(*self[:4], *parts)
 
 
-class Step(NamedTuple):
+class StepRecord(NamedTuple):
     """``tokens`` of ``rows`` sequences each, from ``position`` on, went through the blocks.
 
     Attributes:
@@ -72,7 +81,7 @@ class Failover(NamedTuple):
     when: float
 
 
-Event = Step | Failover
+Event = StepRecord | Failover
 
 
 class Timeline:
@@ -84,7 +93,7 @@ class Timeline:
 
     def __init__(self, began: float):
         self.began = began
-        self.steps: deque[Step] = deque(maxlen=MAX_STEPS)
+        self.steps: deque[StepRecord] = deque(maxlen=MAX_STEPS)
         self.failovers: list[Failover] = []
 
 
@@ -94,8 +103,8 @@ class Subscription:
     ``for event in subscription`` waits for the next one and ends after `close`.
     """
 
-    def __init__(self, events: Events, size: int):
-        self._events = events
+    def __init__(self, telemetry: Telemetry, size: int):
+        self._telemetry = telemetry
         self._waiting: deque[Event] = deque(maxlen=size)
         self._arrived = threading.Event()
         self._open = True
@@ -117,7 +126,7 @@ class Subscription:
     def close(self) -> None:
         """Receive nothing more; whoever waits gets what there is."""
         self._open = False
-        self._events.leave(self)
+        self._telemetry.leave(self)
         self._arrived.set()
 
     def _put(self, event: Event) -> None:
@@ -143,17 +152,101 @@ class Subscription:
         self.close()
 
 
-class Events:
-    """Where the network thread says what happens.
+@dataclass
+class ServerUsage:
+    """What one server got from this notebook, and gave.
+
+    Attributes:
+        name: what it calls itself.
+        meter: bytes on its streams.
+        requests: how many it has answered.
+        tokens: tokens times sequences that went through it, once per pass.
+        seconds: of waiting for its answers.
+        last: when it was last asked, in seconds of Unix time.
+        blocks: the spans for which it was asked.
+        token_seconds: how long one token takes there and back, smoothed, by span.
+    """
+
+    name: str = ""
+    meter: ByteMeter = field(default_factory=ByteMeter)
+    requests: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    last: float = 0.0
+    blocks: set[tuple[int, int]] = field(default_factory=set)
+    token_seconds: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def copy(self) -> ServerUsage:
+        """As it is now, for another thread."""
+        return replace(
+            self,
+            meter=replace(self.meter),
+            blocks=set(self.blocks),
+            token_seconds=dict(self.token_seconds),
+        )
+
+
+class Usage:
+    """What each server got from this notebook, and gave: bytes, requests, tokens, seconds.
+
+    Kept for as long as the notebook is attached, whatever became of the server since: a peer that
+    has once received activations has seen them. The network thread writes; other threads read
+    copies. Waiting for several servers at once counts for each of them, so seconds may add up to
+    more than passed.
+    """
+
+    def __init__(self) -> None:
+        self._servers: defaultdict[str, ServerUsage] = defaultdict(ServerUsage)
+
+    def open(self, segment: RouteSegment) -> ByteMeter:
+        """A stream to this server begins: what counts its bytes."""
+        usage = self._servers[segment.peer]
+        usage.name, usage.last = segment.span.name, time.time()
+        usage.blocks.add((segment.start, segment.end))
+        return usage.meter
+
+    def passed(self, step: StepRecord) -> None:
+        """A step of a session went through its servers."""
+        now, tokens = time.time(), step.tokens * step.rows
+        for hop in step.hops:
+            usage = self._servers[hop.peer]
+            seconds = hop.serialisation + hop.network + hop.queue + hop.compute
+            usage.tokens += tokens
+            usage.seconds += seconds
+            usage.last = now
+            if tokens == 1:
+                span = (hop.start, hop.end)
+                known = usage.token_seconds.get(span, seconds)
+                usage.token_seconds[span] = known + SMOOTHING * (seconds - known)
+
+    def received(self, segment: RouteSegment) -> None:
+        """A request of a session was answered; what it took comes with the step."""
+        self._servers[segment.peer].requests += 1
+
+    def answered(self, segment: RouteSegment, tokens: int, seconds: float) -> None:
+        """A request without a session was answered."""
+        usage = self._servers[segment.peer]
+        usage.requests += 1
+        usage.tokens += tokens
+        usage.seconds += seconds
+        usage.last = time.time()
+
+    def by_peer(self) -> dict[str, ServerUsage]:
+        """Copies, by peer."""
+        return {peer: usage.copy() for peer, usage in list(self._servers.items())}
+
+
+class Telemetry:
+    """Takes what the network thread reports, and passes it on.
 
     Attributes:
         latest: the generation that was last begun.
-        ledger: what each server got and gave since the notebook was attached.
+        usage: what each server got and gave since the notebook was attached.
     """
 
     def __init__(self) -> None:
         self.latest: Timeline | None = None
-        self.ledger = Ledger()
+        self.usage = Usage()
         self._subscriptions: tuple[Subscription, ...] = ()
         self._lock = threading.Lock()
 
@@ -162,10 +255,10 @@ class Events:
         self.latest = Timeline(began)
         return self.latest
 
-    def passed(self, timeline: Timeline, step: Step) -> None:
+    def passed(self, timeline: Timeline, step: StepRecord) -> None:
         """Tokens have passed all blocks."""
         timeline.steps.append(step)
-        self.ledger.passed(step)
+        self.usage.passed(step)
         self._publish(step)
 
     def lost(self, timeline: Timeline | None, failover: Failover) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from swarm_notebook.client.connection import Connection
-from swarm_notebook.client.passes.backward import Gradients
+from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.client.passes.forward import Trail
 from swarm_notebook.client.request import Request
 
@@ -61,7 +61,7 @@ class Segment:
         self._weights = weights
         self._starts: list[int] = []
         self._handed_out: dict[int, SameTensor] = {}
-        self._fetched: Gradients | None = None
+        self._fetched: PassGradients | None = None
 
     def node(
         self,
@@ -86,7 +86,7 @@ class Segment:
         }
         return list(named), list(named.values())
 
-    def gradients(self, start: int, end: int, grad: torch.Tensor) -> Gradients:
+    def gradients(self, start: int, end: int, grad: torch.Tensor) -> PassGradients:
         """What blocks ``[start, end)`` make of ``grad``, the gradient of their output."""
         expected = self._handed_out.get(end - 1)
         if self._fetched is None or expected is None or not expected.matches(grad):
@@ -110,7 +110,7 @@ class Segment:
         prompts = self._request.prompts
         return None if prompts is None else prompts[: end - self._request.start]
 
-    def input_gradient(self, start: int, fetched: Gradients) -> torch.Tensor:
+    def input_gradient(self, start: int, fetched: PassGradients) -> torch.Tensor:
         """The gradient of a piece's input among what was fetched."""
         return fetched.input if start == self._request.start else fetched.states[start - 1]
 

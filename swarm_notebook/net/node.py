@@ -19,9 +19,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm_notebook.errors import AddressError, ConnectionFailed
-from swarm_notebook.net import calls
-from swarm_notebook.net.nesting import bound_nesting
-from swarm_notebook.net.readable import Readable
+from swarm_notebook.net.hivemind_fixes import ReadableValues, bound_nesting, mend_calls
 
 bound_nesting()
 
@@ -101,7 +99,7 @@ class Node:
             if not peers:
                 raise
             raise _unreachable(initial_peers, error) from None
-        calls.mend(p2p)
+        mend_calls(p2p)
         try:
             dht = await DHTNode.create(
                 p2p=p2p,
@@ -116,7 +114,7 @@ class Node:
                 cache_locally=False,
                 cache_on_store=False,
                 num_workers=8,
-                record_validator=Readable(),
+                record_validator=ReadableValues(),
             )
         except RuntimeError as error:
             await p2p.shutdown()

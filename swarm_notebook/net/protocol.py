@@ -28,7 +28,7 @@ from hivemind.utils import MSGPackSerializer
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import tensors
-from swarm_notebook.net.nesting import bound_nesting
+from swarm_notebook.net.hivemind_fixes import bound_nesting
 
 bound_nesting()
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto.p2pd_pb2 import RPCError
 
 from swarm_notebook.errors import BadRequest, RemoteError, from_wire, to_wire
@@ -33,6 +34,9 @@ _HEADER_BYTES = 9
 _MESSAGE, _ERROR = 0, 1
 # Below this a frame is written as one piece: one system call instead of two.
 _JOIN_BYTES = 1 << 16
+
+# What opening or using a stream raises when the peer, the daemon or the way there fails.
+TRANSPORT_ERRORS = (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, TimeoutError)
 
 M = TypeVar("M", bound=Message)
 

@@ -22,8 +22,8 @@ from swarm_notebook.report.status_html import STYLE
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from swarm_notebook.client.ledger import Account
     from swarm_notebook.client.servers.routing import RouteSegment
+    from swarm_notebook.client.telemetry import ServerUsage
 
 # Beyond hidden states, a request has ids, positions and frames, and an answer has timings.
 REQUEST_BYTES, ANSWER_BYTES = 203, 66
@@ -213,7 +213,7 @@ def expect(
     model: str,
     chain: Sequence[RouteSegment],
     rtt: Mapping[str, float],
-    accounts: Mapping[str, Account],
+    usage: Mapping[str, ServerUsage],
     *,
     loads: Sequence[tuple[int, int]],
     prompt_tokens: int,
@@ -224,7 +224,7 @@ def expect(
 
     Args:
         rtt: measured round trip in seconds by peer.
-        accounts: what earlier tokens took, by peer.
+        usage: what earlier tokens took, by peer.
         loads: bytes of one token's hidden state to and from each server of the chain; zero where
             it comes from the server before.
     """
@@ -232,7 +232,7 @@ def expect(
     for name, count in given.items():
         if count < 1:
             raise ValueError(f"{name}: {count}, expected at least 1")
-    known = [_token_seconds(segment, accounts) for segment in chain]
+    known = [_token_seconds(segment, usage) for segment in chain]
     each = [
         segment_seconds(segment, rtt) if measured is None else measured
         for segment, measured in zip(chain, known, strict=True)
@@ -259,30 +259,30 @@ def expect(
     )
 
 
-def from_accounts(model: str, accounts: Mapping[str, Account]) -> Bill:
+def bill_of(model: str, usage: Mapping[str, ServerUsage]) -> Bill:
     """The bill of what the client has counted."""
     servers = [
         ServerBill(
-            account.name,
+            used.name,
             peer,
-            tuple(sorted(account.blocks)),
-            account.requests,
-            account.tokens,
-            account.meter.sent,
-            account.meter.received,
-            account.seconds,
-            account.last,
+            tuple(sorted(used.blocks)),
+            used.requests,
+            used.tokens,
+            used.meter.sent,
+            used.meter.received,
+            used.seconds,
+            used.last,
         )
-        for peer, account in accounts.items()
-        if account.meter.sent
+        for peer, used in usage.items()
+        if used.meter.sent
     ]
     return Bill(model, tuple(servers))
 
 
-def _token_seconds(segment: RouteSegment, accounts: Mapping[str, Account]) -> float | None:
+def _token_seconds(segment: RouteSegment, usage: Mapping[str, ServerUsage]) -> float | None:
     """What a token took on this segment so far, if any went there."""
-    account = accounts.get(segment.peer)
-    return None if account is None else account.token_seconds.get((segment.start, segment.end))
+    used = usage.get(segment.peer)
+    return None if used is None else used.token_seconds.get((segment.start, segment.end))
 
 
 def duration(amount: float) -> str:

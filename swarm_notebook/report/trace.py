@@ -18,7 +18,7 @@ from swarm_notebook.report.formatting import clean, model_title, text_table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from swarm_notebook.client.telemetry import Step, Timeline
+    from swarm_notebook.client.telemetry import StepRecord, Timeline
 
 PARTS = HopTimes._fields[4:]
 
@@ -173,7 +173,7 @@ def from_timeline(model: str, timeline: Timeline | None) -> Trace:
     return Trace(model, tuple(passes), tuple(lost.reason for lost in list(timeline.failovers)))
 
 
-def _pass(step: Step, before: float) -> PassTimes:
+def _pass(step: StepRecord, before: float) -> PassTimes:
     servers = tuple(ServerTimes(*hop) for hop in step.hops)
     elsewhere = sum(server.seconds for server in servers)
     if elsewhere > step.ended - before:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarm_notebook.client.telemetry import Event, Failover, HopTimes, Step
+from swarm_notebook.client.telemetry import Event, Failover, HopTimes, StepRecord
 
 PACE_SECONDS = 3.0
 MAX_FAILOVERS = 20
@@ -48,12 +48,12 @@ class Traffic:
         self.route: list[tuple[str, int, int]] = []
         self.losses: deque[Loss] = deque(maxlen=MAX_FAILOVERS)
         self.tokens = 0
-        self._recent: deque[Step] = deque(maxlen=256)
+        self._recent: deque[StepRecord] = deque(maxlen=256)
 
     def take(self, events: Iterable[Event]) -> None:
         """Take in what has happened."""
         for event in events:
-            if isinstance(event, Step):
+            if isinstance(event, StepRecord):
                 self._pass(event)
             else:
                 when = event.when + time.time() - time.perf_counter()
@@ -89,7 +89,7 @@ class Traffic:
             for loss in self.losses
         ]
 
-    def _pass(self, step: Step) -> None:
+    def _pass(self, step: StepRecord) -> None:
         self.tokens += step.tokens * step.rows
         self._recent.append(step)
         if step.hops:
@@ -111,7 +111,7 @@ def way(hops: Iterable[HopTimes]) -> list[tuple[str, int, int]]:
     return found
 
 
-def _mend(loss: Loss, step: Step) -> None:
+def _mend(loss: Loss, step: StepRecord) -> None:
     """Note who computed a lost server's blocks after it."""
     for hop in step.hops:
         mended = loss.left & set(range(hop.start, hop.end))

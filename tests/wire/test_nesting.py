@@ -15,7 +15,7 @@ from support.bench import Bench
 from support.raw_wire import request
 
 from swarm_notebook.net import protocol
-from swarm_notebook.net.nesting import MAX_DEPTH
+from swarm_notebook.net.hivemind_fixes import MAX_DEPTH
 
 DEEP = 4000
 TUPLE = 0x40

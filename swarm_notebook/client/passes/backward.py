@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from swarm_notebook.client.adapters import with_adapter
-from swarm_notebook.client.passes.call import Answer, server_name, trip
+from swarm_notebook.client.passes.call import CallAnswer, call, server_name
 from swarm_notebook.client.passes.forward import Trail, forward, give_up, take_rows, together
 from swarm_notebook.client.request import (
     Request,
@@ -30,7 +30,7 @@ from swarm_notebook.net import protocol
 
 
 @dataclass
-class Gradients:
+class PassGradients:
     """Gradients of one backward pass.
 
     Attributes:
@@ -52,7 +52,7 @@ async def backward(
     trails: Sequence[Trail],
     grad: torch.Tensor,
     states: Collection[int],
-) -> Gradients:
+) -> PassGradients:
     """Gradients of ``sum(output * grad)``, where the output is that of block ``request.end - 1``.
 
     Args:
@@ -81,8 +81,8 @@ async def backward(
 
 async def _backward_rows(
     directory: Directory, request: Request, trail: Trail, grad: torch.Tensor
-) -> Gradients:
-    gathered = Gradients(grad)
+) -> PassGradients:
+    gathered = PassGradients(grad)
     for segment, hidden, kept in reversed(trail.segments):
         if segment.start >= request.end:
             continue
@@ -107,7 +107,7 @@ async def _backward_rows(
     return gathered
 
 
-async def _repeat(directory: Directory, part: Request, grad: torch.Tensor) -> Gradients:
+async def _repeat(directory: Directory, part: Request, grad: torch.Tensor) -> PassGradients:
     """A lost server's part, on whatever servers there are now."""
     _, trails = await forward(directory, replace(part, states=()), keep=True)
     return await backward(directory, part, trails, grad, part.states)
@@ -115,7 +115,7 @@ async def _repeat(directory: Directory, part: Request, grad: torch.Tensor) -> Gr
 
 async def _backward_segment(
     directory: Directory, segment: RouteSegment, part: Request, grad: torch.Tensor, kept: str | None
-) -> Gradients:
+) -> PassGradients:
     server = server_name(segment)
     refuse_extensions(segment.span, server, part)
     metadata = part.options() | ({"kept": kept} if kept else {})
@@ -124,12 +124,12 @@ async def _backward_segment(
         directory,
         segment,
         part.adapter,
-        lambda: trip(directory, segment, protocol.RPC_BACKWARD_STREAM, slots, metadata, always=3),
+        lambda: call(directory, segment, protocol.RPC_BACKWARD_STREAM, slots, metadata, always=3),
     )
     return _read(answer, part, server)
 
 
-def _read(answer: Answer, part: Request, server: str) -> Gradients:
+def _read(answer: CallAnswer, part: Request, server: str) -> PassGradients:
     """The gradients in an answer: input, prompts, states, adapter weights, in this order."""
     expected = {} if part.adapter is None else part.adapter.part(part.start, part.end)
     names = answer.metadata.get("adapter_grads", []) if expected else []
@@ -140,7 +140,7 @@ def _read(answer: Answer, part: Request, server: str) -> Gradients:
         raise ServerFailed(f"{server} sent {len(answer.tensors)} gradients, not {count}")
     unpacked = iter([read_tensor(tensor, server) for tensor in answer.tensors])
     dtype, shape = part.hidden.dtype, part.hidden.shape
-    gradients = Gradients(next(unpacked).to(dtype))
+    gradients = PassGradients(next(unpacked).to(dtype))
     check_shape(gradients.input, shape, server)
     if part.prompts is not None:
         prompts = next(unpacked).to(dtype)
@@ -156,12 +156,12 @@ def _read(answer: Answer, part: Request, server: str) -> Gradients:
     return gradients
 
 
-def _join(groups: Sequence[Gradients]) -> Gradients:
+def _join(groups: Sequence[PassGradients]) -> PassGradients:
     """Gradients of all groups of rows: of rows side by side, of weights added up."""
     first = groups[0]
     if len(groups) == 1:
         return first
-    return Gradients(
+    return PassGradients(
         torch.cat([group.input for group in groups]),
         {key: torch.cat([group.states[key] for group in groups]) for key in first.states},
         {key: torch.cat([group.prompts[key] for group in groups]) for key in first.prompts},

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.servers.directory import Directory
@@ -25,11 +24,9 @@ from swarm_notebook.net import protocol, streams, tensors
 
 OPEN_TIMEOUT = 5.0
 
-TRANSPORT_ERRORS = (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, TimeoutError)
-
 
 @dataclass
-class Answer:
+class CallAnswer:
     """What came back: tensors still packed, and the metadata of the first message."""
 
     tensors: list[runtime_pb2.Tensor]
@@ -46,7 +43,7 @@ def server_name(segment: RouteSegment) -> str:
     return f"server {segment.span.name} ({describe_blocks(range(segment.start, segment.end))})"
 
 
-async def trip(
+async def call(
     directory: Directory,
     segment: RouteSegment,
     rpc: str,
@@ -55,7 +52,7 @@ async def trip(
     *,
     always: int,
     compression: int = tensors.NONE,
-) -> Answer:
+) -> CallAnswer:
     """Ask the server of a segment once.
 
     Args:
@@ -70,11 +67,11 @@ async def trip(
     server = server_name(segment)
     watch: Watch | None = None
     stream: streams.Stream | None = None
-    ledger, began = directory.events.ledger, time.perf_counter()
+    usage, began = directory.telemetry.usage, time.perf_counter()
     try:
         async with asyncio.timeout(OPEN_TIMEOUT):
             stream = await streams.open_stream(
-                directory.node.p2p, PeerID.from_base58(segment.peer), rpc, ledger.open(segment)
+                directory.node.p2p, PeerID.from_base58(segment.peer), rpc, usage.open(segment)
             )
         watch = Watch(
             directory, segment.peer, lambda: f"{server} ({rpc.rpartition('.')[2]})", stream
@@ -89,15 +86,15 @@ async def trip(
                     )
             await stream.send_end()
             parts, answered = await _receive(stream)
-        ledger.answered(segment, _tokens(slots), time.perf_counter() - began)
-    except TRANSPORT_ERRORS as error:
+        usage.answered(segment, _tokens(slots), time.perf_counter() - began)
+    except streams.TRANSPORT_ERRORS as error:
         verdict = watch.verdict if watch else ""
         raise ServerFailed(f"{server} {verdict or gone(error)}") from None
     finally:
         if stream is not None:
             stream.abort()
     try:
-        return Answer(tensors.join(parts), protocol.unpack_metadata(answered))
+        return CallAnswer(tensors.join(parts), protocol.unpack_metadata(answered))
     except BadRequest as error:
         raise ServerFailed(f"{server} sent no readable answer: {error}") from None
 

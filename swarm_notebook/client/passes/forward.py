@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from swarm_notebook.client.adapters import with_adapter
-from swarm_notebook.client.passes.call import server_name, trip
+from swarm_notebook.client.passes.call import call, server_name
 from swarm_notebook.client.request import (
     Outputs,
     Request,
@@ -43,7 +43,7 @@ GROUPS_PER_SERVER = 2
 
 @dataclass
 class Trail:
-    """The way of a group of rows through the chain.
+    """What a forward pass leaves behind for its backward, for a group of rows.
 
     Attributes:
         rows: which rows of the batch.
@@ -110,7 +110,7 @@ async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 async def _forward_rows(
     directory: Directory, request: Request, chain: Sequence[RouteSegment], keep: bool
 ) -> tuple[Outputs, list[tuple[RouteSegment, torch.Tensor, str | None]]]:
-    outputs, way = Outputs({}, {}), []
+    outputs, asked_of = Outputs({}, {}), []
     start, hidden, remaining = request.start, request.hidden, list(chain)
     while start < request.end:
         if not remaining:
@@ -129,11 +129,11 @@ async def _forward_rows(
         directory.succeeded(segment.peer)
         outputs.states.update(got.states)
         outputs.inner.update(got.inner)
-        way.append((segment, hidden, kept))
+        asked_of.append((segment, hidden, kept))
         hidden, start = got.states[segment.end - 1], segment.end
     asked = {*request.states, request.end - 1}
     outputs.states = {block: outputs.states[block] for block in asked}
-    return outputs, way
+    return outputs, asked_of
 
 
 async def _forward_segment(
@@ -152,7 +152,7 @@ async def _forward_segment(
         directory,
         segment,
         part.adapter,
-        lambda: trip(
+        lambda: call(
             directory,
             segment,
             protocol.RPC_FORWARD_STREAM,
@@ -171,7 +171,7 @@ def give_up(directory: Directory, segment: RouteSegment, error: RemoteError) -> 
     report = Failover(
         segment.peer, segment.span.name, segment.start, segment.end, str(error), time.perf_counter()
     )
-    directory.events.lost(None, report)
+    directory.telemetry.lost(None, report)
     blocks = describe_blocks(range(segment.start, segment.end))
     logger.warning("%s; repeating %s on another server", error, blocks)
 

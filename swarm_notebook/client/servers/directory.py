@@ -22,7 +22,7 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.client.servers import routing
 from swarm_notebook.client.servers.announced import Announced
 from swarm_notebook.client.servers.health import PeerHealth
-from swarm_notebook.client.telemetry import Events
+from swarm_notebook.client.telemetry import Telemetry
 from swarm_notebook.errors import BadRequest, MissingBlocks
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import Node
@@ -66,7 +66,7 @@ class Directory:
         snapshot: what the last reading found.
         uploaded: which version of an adapter, for which blocks, a peer got, by peer and adapter.
         upload_locks: one upload at a time, by peer.
-        events: where steps and failovers are told.
+        telemetry: takes reports of steps and failovers.
         compression: of hidden states on the wire, as the user wants it.
         health: who is avoided, and who is kept apart from whom.
     """
@@ -80,7 +80,7 @@ class Directory:
     snapshot: Snapshot = Snapshot()
     uploaded: dict[tuple[str, str], tuple[int, int, int]] = field(default_factory=dict)
     upload_locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
-    events: Events = field(default_factory=Events)
+    telemetry: Telemetry = field(default_factory=Telemetry)
     compression: int = tensors.NONE
     health: PeerHealth = field(default_factory=PeerHealth)
     _last_holders: dict[int, set[str]] = field(default_factory=dict)

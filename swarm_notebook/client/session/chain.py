@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Collection
 
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.client.session.feed import Feed
+from swarm_notebook.client.session.history import History
 from swarm_notebook.client.session.hop import Hop
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.errors import RemoteError
@@ -23,16 +23,14 @@ class Chain:
 
     Args:
         directory: who serves the model.
-        feed: what their caches are made of.
         max_length: tokens per sequence that Petals servers reserve.
 
     Attributes:
         dropped: how many hops failed so far.
     """
 
-    def __init__(self, directory: Directory, feed: Feed, max_length: int):
-        self.directory, self.feed = directory, feed
-        self._max_length = max_length
+    def __init__(self, directory: Directory, max_length: int):
+        self.directory, self._max_length = directory, max_length
         self._hops: list[Hop] = []
         self.dropped = 0
 
@@ -54,27 +52,26 @@ class Chain:
         start = max((hop.end for hop in self._hops if hop.end <= block), default=0)
         last = self.directory.num_blocks
         end = min((hop.start for hop in self._hops if hop.start > block), default=last)
-        version = self.feed.rows_version
         for segment in await self.directory.await_chain(start, end, refusing):
-            self._hops.append(Hop(segment, self.directory, self._max_length, version))
+            self._hops.append(Hop(segment, self.directory, self._max_length))
         self._hops.sort(key=lambda hop: hop.start)
 
-    async def catch_up(self, hop: Hop, trips: list[HopTimes]) -> None:
+    async def catch_up(self, hop: Hop, history: History, times: list[HopTimes]) -> None:
         """Rebuild a hop's cache, if it lacks something of what precedes the current pass.
 
         Args:
-            trips: gets the times of what is replayed.
+            history: what the cache is made of.
+            times: gets those of what is replayed.
         """
-        history = self.feed.history
         until = history.current.position
-        behind = self.feed.rows_version - hop.rows_version
+        behind = 0 if hop.rows_version is None else history.rows_version - hop.rows_version
         if hop.position >= until and behind <= 1:
             return
-        self.reset(hop)
+        hop.reset()
         for part in history.replay(hop.start, hop.end, until):
             for start, end in itertools.pairwise(part.cuts(hop.start, hop.end)):
-                got, times = await hop.run(self.feed.request(start, end, part))
-                trips.append(times)
+                got, taken = await hop.run(history.request(start, end, part))
+                times.append(taken)
             history.learn(hop.end, part.position, got.states[hop.end - 1])
 
     async def settle(self, hops: Collection[Hop]) -> None:
@@ -85,13 +82,9 @@ class Chain:
         for hop, error in zip(waiting, results, strict=True):
             if isinstance(error, RemoteError):
                 # Perhaps for the lost one's sake: it is asked again, from the beginning.
-                self.reset(hop)
+                hop.reset()
             elif error is not None:
                 raise error
-
-    def reset(self, hop: Hop) -> None:
-        """Let a server begin anew, with an empty cache."""
-        hop.reset(self.feed.rows_version)
 
     def drop(self, hop: Hop) -> None:
         """Leave a server that failed; its blocks are a gap then."""

@@ -1,18 +1,21 @@
-"""What a session has fed to the blocks, kept so that any server's cache can be rebuilt. Pure code.
+"""What a session's blocks got as input, kept so that any server's cache can be rebuilt. Pure code.
 
 The servers' caches are a function of the inputs: for each pass over the model the notebook keeps
 the input of the first block, of every block where a server's part begins, and of every block
-whose input was changed on the way by a hook (an *edit*). A lost cache is rebuilt by replaying
-them. Appending costs nothing: passes stay separate tensors, row selections (beam search) are
-noted and applied only when something is replayed, a rollback cuts off the end.
+whose input was changed between two blocks by a hook (an *edit*). A lost cache is rebuilt by
+replaying them. Appending costs nothing: passes stay separate tensors, row selections (beam search)
+are noted and applied only when something is replayed, a rollback cuts off the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
+
+from swarm_notebook.client.adapters import Adapter
+from swarm_notebook.client.request import Request
 
 
 @dataclass
@@ -73,10 +76,21 @@ class Pass:
 
 
 class History:
-    """The passes of one session in order, with the row selections between them."""
+    """The passes of one session in order, with the row selections between them.
+
+    Attributes:
+        adapter, prompts: what the blocks run with in the current pass besides their own weights;
+            deep prompts are ``[blocks, batch or 1, length, hidden]``.
+        rows: the latest selection of rows, for servers that have not followed it yet.
+        rows_version: how many selections there were.
+    """
 
     def __init__(self) -> None:
         self._events: list[Pass | torch.Tensor] = []
+        self.adapter: Adapter | None = None
+        self.prompts: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None
+        self.rows_version = 0
 
     def __bool__(self) -> bool:
         return any(isinstance(event, Pass) for event in self._events)
@@ -113,8 +127,11 @@ class History:
             self._events.append(event)
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep (repeat, reorder) the given rows of everything recorded so far."""
-        self._events.append(rows)
+        """From now on, continue these rows of everything recorded so far (repeat, reorder)."""
+        if self:
+            self._events.append(rows)
+            self.rows_version += 1
+            self.rows = rows
 
     def settle(self) -> None:
         """Apply the noted row selections to the tensors, so that all have the present rows."""
@@ -157,6 +174,48 @@ class History:
             if isinstance(event, Pass) and position <= event.position and event.end <= end:
                 low = event.position - position
                 event.inputs[block] = tensor[:, low : low + event.length]
+
+    def request(
+        self,
+        start: int,
+        end: int,
+        part: Pass,
+        states: Collection[int] = (),
+        inner: Collection[tuple[int, str]] = (),
+        *,
+        later: bool = False,
+    ) -> Request:
+        """What the server of blocks ``[start, end)`` is asked for some tokens of a pass.
+
+        Args:
+            later: the hidden states come later, from the blocks before; now only their shape is
+                right.
+        """
+        hidden = part.input_of(start)
+        if hidden is None:
+            if not later:
+                raise LookupError(f"the history has no input of block {start}")
+            hidden = next(iter(part.edits.values()))
+        return Request(
+            start,
+            end,
+            hidden,
+            part.position,
+            mask=part.mask,
+            position_ids=part.position_ids,
+            states=[index for index in states if start <= index < end - 1],
+            inner=[named for named in inner if start <= named[0] < end],
+            prompts=self._prompts(start, end, part),
+            adapter=self.adapter,
+            rows_version=self.rows_version,
+        )
+
+    def _prompts(self, start: int, end: int, part: Pass) -> torch.Tensor | None:
+        """Deep prompts of these blocks, if the pass reaches into their positions."""
+        prompts = self.prompts
+        if prompts is None or part.position >= prompts.shape[2]:
+            return None
+        return prompts[start:end]
 
 
 def rows_of(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -6,13 +6,20 @@ for) comes out as one of the errors of `RemoteError`.
 The hidden states of a step travel with its request, or come from the server before, which is then
 told to push them (`StepRoute`). Every server answers to the client in both cases: so it knows who
 has done its part, and has what a lost cache is rebuilt from.
+
+A session on a server is introduced by its first step, and a step need not name its blocks when
+they are those of the step before: so steps are written in the order in which they are worked on.
+A step that is sent again (its hidden states were to be pushed, and were not) takes its old place,
+and therefore says all by itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
+import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -21,19 +28,108 @@ from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.adapters import Adapter, ensure_uploaded
-from swarm_notebook.client.passes.call import OPEN_TIMEOUT, TRANSPORT_ERRORS, gone, server_name
-from swarm_notebook.client.request import Outputs, Request, ServerReport, read_outputs, read_report
+from swarm_notebook.client.passes.call import OPEN_TIMEOUT, gone, server_name
+from swarm_notebook.client.request import (
+    Outputs,
+    Request,
+    ServerReport,
+    read_outputs,
+    read_report,
+    refuse_extensions,
+    travelling,
+)
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
-from swarm_notebook.client.session.steps import StepRoute, StepWriter, new_step_id
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import ServerFailed
 from swarm_notebook.net import protocol, streams
 
+# How long a Petals server may let a new session wait for room in its cache, in seconds.
+ALLOC_TIMEOUT = 10.0
+
+_RUN, _STEPS = uuid.uuid4().hex[:8], itertools.count()
+
+
+def new_step_id() -> str:
+    """A name for a step that no other step of this notebook has; cheaper than a uuid."""
+    return f"{_RUN}-{next(_STEPS)}"
+
 
 @dataclass(slots=True)
-class Answer:
+class StepRoute:
+    """How a step's hidden states travel.
+
+    Attributes:
+        step_id: the same for all servers of a chain.
+        push_from: the peer that hands over the input; None: the client sends it.
+        push_to: the peer and its session that get the output besides the client.
+    """
+
+    step_id: str
+    push_from: str | None = None
+    push_to: tuple[str, str] | None = None
+
+
+class StepWriter:
+    """Writes the steps of one session on the server of a segment."""
+
+    def __init__(self, segment: RouteSegment, directory: Directory, max_length: int):
+        self._segment, self._directory, self._max_length = segment, directory, max_length
+        self.session_id = str(uuid.uuid4())
+        self._introduced = False
+        self._named: tuple[int, int] | None = None
+
+    def write(
+        self, request: Request, route: StepRoute, *, again: bool = False
+    ) -> runtime_pb2.ExpertRequest:
+        """The message for a step.
+
+        Raises:
+            Unsupported: the server is one of Petals', which knows no such request.
+        """
+        span = self._segment.span
+        refuse_extensions(span, server_name(self._segment), request)
+        metadata: dict = {
+            "session_id": self.session_id,
+            "step_id": route.step_id,
+            "start_from_position": request.position,
+        }
+        if not self._introduced:
+            metadata["max_length"] = self._max_length
+            metadata["alloc_timeout"] = ALLOC_TIMEOUT
+            self._introduced = True
+        if route.push_from is not None:
+            metadata[protocol.PUSH_FROM] = route.push_from
+        if route.push_to is not None:
+            metadata[protocol.PUSH_TO] = route.push_to
+        metadata.update(request.options())
+        compression = self._directory.compression_for(span)
+        if compression:
+            metadata["output_compression"] = (compression,)
+        hidden = None if route.push_from else travelling(request.hidden, span)
+        slots = [hidden, request.prompts, request.rows, request.mask, request.position_ids]
+        return runtime_pb2.ExpertRequest(
+            uid=self._uid(request, again),
+            # Only Petals insists on the slots that are not used; building them takes time.
+            tensors=protocol.pack_slots(
+                slots, always=1 if span.extended else 3, compression=compression
+            ),
+            metadata=protocol.pack_metadata(metadata),
+        )
+
+    def _uid(self, request: Request, again: bool) -> str:
+        blocks = (request.start, request.end)
+        known = self._segment.span.extended and self._named == blocks
+        if known and not again:
+            return ""
+        if not again:
+            self._named = blocks
+        return protocol.uid_chain(self._directory.prefix, *blocks)
+
+
+@dataclass(slots=True)
+class HopAnswer:
     """What a server answered to a step.
 
     Attributes:
@@ -53,27 +149,26 @@ class Hop:
 
     Attributes:
         position: tokens in the server's cache.
-        rows_version: how many of the session's row selections it followed.
+        rows_version: how many of the session's row selections the cache followed; None while there
+            is none, which has no rows to select.
         sending, receiving: held by the step that is just sent or answered, so that the parts of
             a long one keep their order.
     """
 
-    def __init__(
-        self, segment: RouteSegment, directory: Directory, max_length: int, rows_version: int
-    ):
+    def __init__(self, segment: RouteSegment, directory: Directory, max_length: int):
         self.segment, self.start, self.end = segment, segment.start, segment.end
         self._name = server_name(segment)
         self._directory = directory
         self._max_length = max_length
         self._stream: streams.Stream | None = None
         self.sending, self.receiving = asyncio.Lock(), asyncio.Lock()
-        self.reset(rows_version)
+        self.reset()
 
-    def reset(self, rows_version: int) -> None:
+    def reset(self) -> None:
         """Begin anew with an empty cache on the same server."""
         self.close()
         self.position = 0
-        self.rows_version = rows_version
+        self.rows_version: int | None = None
         # Steps that were sent and not answered yet.
         self._owed: deque[tuple[Request, StepRoute]] = deque()
         self._answered = 0.0
@@ -117,22 +212,24 @@ class Hop:
                         self._directory.node.p2p,
                         PeerID.from_base58(self.segment.peer),
                         protocol.RPC_INFERENCE,
-                        self._directory.events.ledger.open(self.segment),
+                        self._directory.telemetry.usage.open(self.segment),
                     )
 
-    async def send(self, request: Request, way: StepRoute) -> float:
+    async def send(self, request: Request, route: StepRoute) -> float:
         """Send one step (`prepare` came before); the moment when it was packed."""
-        message = self._writer.write(request, way)
+        message = self._writer.write(request, route)
         packed = time.perf_counter()
-        self._owed.append((request, way))
+        self._owed.append((request, route))
         self.rows_version = request.rows_version
         with self._blamed(), self._watch(request) as stream:
             await stream.send(message)
         return packed
 
-    async def resend(self, request: Request, way: StepRoute) -> None:
+    async def resend(self, request: Request, route: StepRoute) -> None:
         """Send the hidden states of a step after all, which should have been pushed."""
-        message = self._writer.write(request, StepRoute(way.step_id, None, way.push_to), again=True)
+        message = self._writer.write(
+            request, StepRoute(route.step_id, None, route.push_to), again=True
+        )
         with self._blamed(), self._watch(request) as stream:
             await stream.send(message)
 
@@ -148,11 +245,11 @@ class Hop:
         first = self._owed[0][0]
         with self._blamed(), self._watch(first) as stream:
             # From the last one on: so none begins after one that has been given up.
-            for request, way in reversed(self._owed):
-                if way.push_from is not None:
+            for request, route in reversed(self._owed):
+                if route.push_from is not None:
                     nothing = request.without_tokens(first.position)
                     await stream.send(
-                        self._writer.write(nothing, StepRoute(way.step_id), again=True)
+                        self._writer.write(nothing, StepRoute(route.step_id), again=True)
                     )
             while self._owed:
                 await self._next_answer(stream)
@@ -160,7 +257,7 @@ class Hop:
 
     async def receive(
         self, request: Request, nudge: Callable[[], Awaitable[None]] | None = None
-    ) -> Answer:
+    ) -> HopAnswer:
         """The answer to the step that was sent first of those without one.
 
         Args:
@@ -178,8 +275,8 @@ class Hop:
         outputs = read_outputs(answer.tensors, request, str(self))
         self.position = request.position + request.hidden.shape[1]
         self._directory.succeeded(self.segment.peer)
-        self._directory.events.ledger.received(self.segment)
-        return Answer(outputs, read_report(answer.metadata), received, since)
+        self._directory.telemetry.usage.received(self.segment)
+        return HopAnswer(outputs, read_report(answer.metadata), received, since)
 
     async def _next_answer(self, stream: streams.Stream) -> runtime_pb2.ExpertResponse:
         answer = await stream.receive(runtime_pb2.ExpertResponse)
@@ -188,7 +285,7 @@ class Hop:
         self._owed.popleft()
         return answer
 
-    def times(self, request: Request, answer: Answer, began: float, packed: float) -> HopTimes:
+    def times(self, request: Request, answer: HopAnswer, began: float, packed: float) -> HopTimes:
         """Where the time of a step went: packed from ``began`` to ``packed``, then answered.
 
         The parts of a long prompt wait for the server together, and are not counted while they do.
@@ -217,7 +314,7 @@ class Hop:
         """What the transport raises is this server's failure."""
         try:
             yield
-        except TRANSPORT_ERRORS as error:
+        except streams.TRANSPORT_ERRORS as error:
             raise ServerFailed(f"{self} {gone(error)}") from None
         except streams.BadFrame as error:
             raise ServerFailed(f"{self} sent no readable answer: {error}") from None
@@ -238,7 +335,7 @@ class Hop:
         try:
             with watch:
                 yield stream
-        except TRANSPORT_ERRORS:
+        except streams.TRANSPORT_ERRORS:
             if watch.verdict:
                 raise ServerFailed(f"{self} {watch.verdict}") from None
             raise

@@ -1,13 +1,13 @@
-"""One step's way along a chain of servers, each of which hands its output to the next.
+"""One step through a chain of servers, each of which hands its output to the next.
 
 A chain is a list of `Stage`s: runs of blocks on one server each. Where two servers can reach each
-other, the hidden states go straight from one to the next (see `server.relay`), and every server
+other, the hidden states go straight from one to the next (see `server.rpc.push`), and every server
 answers to the client besides; where they cannot, or where a hook decides the input, the client
 sends them. A push that fails, or is late, is made good by the client, under the same step id, so
 that it does not matter which of the two comes first.
 
-Several steps may be on their way at once, one behind the other: each hop sends and answers them
-in their order. So the parts of a long prompt keep all servers of a chain busy.
+Several steps may be under way at once, one behind the other: each hop sends and answers them in
+their order. So the parts of a long prompt keep all servers of a chain busy.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ import torch
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.session.history import Pass
-from swarm_notebook.client.session.hop import Hop
-from swarm_notebook.client.session.steps import StepRoute, new_step_id
+from swarm_notebook.client.session.hop import Hop, StepRoute, new_step_id
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.errors import RemoteError
 from swarm_notebook.net.records import ServerSpan
 
+# p parts keep s servers busy for the time of p + s - 1 of them: at 16 parts, four servers take a
+# fifth longer than they would at best, and each part more costs a message per server.
 MAX_PARTS = 16
 # How many times longer than a single token a part should take: less is overhead.
 PART_STEPS = 4
+# For servers that announce no speed, and bounds for announcements that make no sense: below 64
+# tokens no processor, above 4096 no GPU loses or gains much per token.
 PART_TOKENS, MIN_PART_TOKENS, MAX_PART_TOKENS = 128, 64, 4096
 
 
@@ -58,16 +61,16 @@ class HopLost(Exception):
         self.stage, self.error = stage, error
 
 
-async def carry(
+async def run_pipeline(
     directory: Directory,
     stages: Sequence[Stage],
     requests: Sequence[Request],
     deliver: Callable[[int, Outputs, HopTimes], None],
 ) -> None:
-    """Take a step through the stages of a chain, whose hops are prepared.
+    """Run a step through the stages of a chain, whose hops are prepared.
 
     Args:
-        directory: told which servers cannot reach each other.
+        directory: keeps in mind which servers cannot reach each other.
         stages: the chain.
         requests: one for each stage. Those of the first and of given ones have their hidden
             states, the others something of the same shape.
@@ -81,15 +84,15 @@ async def carry(
         last = first + 1
         while last < len(stages) and stages[last].source is not None:
             last += 1
-        group = _Group(directory, stages[first:last], requests[first:last])
+        group = _PushGroup(directory, stages[first:last], requests[first:last])
         outputs = await group.run(first, deliver)
         if last < len(stages) and not stages[last].given:
             requests[last].hidden = outputs.states[stages[last].start - 1]
         first = last
 
 
-class _Group:
-    """Pieces that hand their outputs on to each other."""
+class _PushGroup:
+    """Stages of which each hands its output to the next."""
 
     def __init__(
         self,
@@ -101,9 +104,9 @@ class _Group:
         # Not that of the group before: its last server may be this one's first, and takes a step
         # that comes twice for one.
         step_id = new_step_id()
-        self._pieces, self._requests = stages, requests
+        self._stages, self._requests = stages, requests
         hops = [stage.hop for stage in stages]
-        self._ways = [
+        self._routes = [
             StepRoute(
                 step_id,
                 push_from=hops[number - 1].segment.peer if number else None,
@@ -119,7 +122,7 @@ class _Group:
         began = time.perf_counter()
         packed, unsent = await self._send()
         outputs = Outputs({}, {})
-        for index, stage in enumerate(self._pieces):
+        for index, stage in enumerate(self._stages):
             if unsent is not None and unsent.stage is stage:
                 raise unsent
             hop, request = stage.hop, self._requests[index]
@@ -135,21 +138,21 @@ class _Group:
             began = packed = answer.received
             if answer.report.filled and index:
                 self._keep_apart(index)
-            if index + 1 < len(self._pieces):
+            if index + 1 < len(self._stages):
                 self._requests[index + 1].hidden = outputs.states[stage.end - 1]
                 if answer.report.push_failed:
                     self._keep_apart(index + 1)
-                    if unsent is None or unsent.stage is not self._pieces[index + 1]:
+                    if unsent is None or unsent.stage is not self._stages[index + 1]:
                         await self._resend(index + 1)
         return outputs
 
     async def _send(self) -> tuple[float, HopLost | None]:
         """Send to all in order; when the first was packed, and the stage at which that failed."""
         packed = 0.0
-        for stage, request, way in zip(self._pieces, self._requests, self._ways, strict=True):
+        for stage, request, route in zip(self._stages, self._requests, self._routes, strict=True):
             try:
                 async with stage.hop.sending:
-                    moment = await stage.hop.send(request, way)
+                    moment = await stage.hop.send(request, route)
             except RemoteError as error:
                 return packed, HopLost(stage, error)
             packed = packed or moment
@@ -157,8 +160,8 @@ class _Group:
 
     def _nudge(self, index: int) -> Callable:
         async def nudge() -> None:
-            async with self._pieces[index].hop.sending:
-                await self._pieces[index].hop.resend(self._requests[index], self._ways[index])
+            async with self._stages[index].hop.sending:
+                await self._stages[index].hop.resend(self._requests[index], self._routes[index])
 
         return nudge
 
@@ -166,22 +169,22 @@ class _Group:
         try:
             await self._nudge(index)()
         except RemoteError as error:
-            raise HopLost(self._pieces[index], error) from None
+            raise HopLost(self._stages[index], error) from None
 
     def _keep_apart(self, index: int) -> None:
-        before, after = self._pieces[index - 1].hop.segment, self._pieces[index].hop.segment
+        before, after = self._stages[index - 1].hop.segment, self._stages[index].hop.segment
         self._directory.health.keep_apart(before.peer, after.peer)
 
 
 def part_count(length: int, batch: int, servers: Sequence[ServerSpan]) -> int:
-    """In how many parts a pass of ``length`` tokens travels through these servers."""
+    """In how many parts a pass of ``length`` tokens goes through these servers."""
     size = max(part_tokens(span) for span in servers)
     count = min(MAX_PARTS, length * batch // size, length)
     return 1 if len(servers) < 2 else max(count, 1)
 
 
 def split(whole: Pass, stages: Sequence[Stage], *, divisible: bool) -> list[Pass]:
-    """The parts in which a pass travels: one, or for a long one several that overtake nobody."""
+    """The parts in which a pass is sent: itself, or if it is long several, in their order."""
     batch = next(iter(whole.edits.values())).shape[0]
     spans = {id(stage.hop): stage.hop.segment.span for stage in stages}
     count = part_count(whole.length, batch, list(spans.values()))

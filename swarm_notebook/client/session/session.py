@@ -1,8 +1,8 @@
 """A cached decode over a chain of servers that survives the loss of any of them.
 
-What went in is kept (`feed`), so every cache can be rebuilt. The servers form a `chain`, whose gaps
-are filled when they are needed; a step is a `run` along it, and what fails on the way is judged by
-`losses`.
+What went in is kept (`history`), so every cache can be rebuilt. The servers form a `chain`, whose
+gaps are filled when they are needed; a `step` runs the current pass through it, and `failover`
+decides what follows when a server fails.
 
 Within a pass, steps come in the order of their first block: the first from block 0, a further one
 from block k when a hook changed the input of k.
@@ -20,13 +20,13 @@ from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.request import Outputs
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.session.chain import Chain
-from swarm_notebook.client.session.feed import Feed
+from swarm_notebook.client.session.failover import FailoverPolicy
 from swarm_notebook.client.session.history import History, Pass
 from swarm_notebook.client.session.hop import Hop
-from swarm_notebook.client.session.losses import Failures
 from swarm_notebook.client.session.step import StepRun
-from swarm_notebook.client.telemetry import Step, Timeline
+from swarm_notebook.client.telemetry import StepRecord, Timeline
 
+# The most that a Petals server reserves by default for models without grouped queries.
 DEFAULT_MAX_LENGTH = 2048
 
 
@@ -36,22 +36,20 @@ class InferenceSession:
     Args:
         directory: who serves the model.
         max_length: tokens per sequence that Petals servers reserve; ours grow as needed.
+
+    Attributes:
+        history: what went in so far.
     """
 
     def __init__(self, directory: Directory, max_length: int | None = None):
-        self._events = directory.events
-        self._feed = Feed()
-        self._chain = Chain(directory, self._feed, max_length or DEFAULT_MAX_LENGTH)
+        self.history = History()
+        self._telemetry = directory.telemetry
+        self._chain = Chain(directory, max_length or DEFAULT_MAX_LENGTH)
         # The generation under way and its present step.
         self._timeline: Timeline | None = None
         self._run: StepRun | None = None
         # A step that is interrupted may end later than the next one is asked for.
         self._stepping = asyncio.Lock()
-
-    @property
-    def history(self) -> History:
-        """What went in so far."""
-        return self._feed.history
 
     @property
     def hops(self) -> list[Hop]:
@@ -69,18 +67,18 @@ class InferenceSession:
         return self._run.passed if self._run is not None else 0
 
     @property
-    def latest(self) -> Step | None:
+    def latest(self) -> StepRecord | None:
         """The step that last came back, if any."""
         steps = self._timeline.steps if self._timeline is not None else ()
         return steps[-1] if steps else None
 
     def select(self, rows: torch.Tensor) -> None:
         """From the next step on, continue these rows (beam search, batch changes)."""
-        self._feed.select(rows)
+        self.history.select(rows)
 
     def begin_generation(self) -> None:
-        """What follows is one generation, for those who watch (see `events`)."""
-        self._timeline = self._events.begin(time.perf_counter())
+        """What follows is one generation, for those who watch (see `telemetry`)."""
+        self._timeline = self._telemetry.begin(time.perf_counter())
 
     def begin(self, new: Pass, adapter: Adapter | None, prompts: torch.Tensor | None) -> None:
         """Start a pass; what follows its position is forgotten.
@@ -89,12 +87,12 @@ class InferenceSession:
             new: its ``edits`` hold the input of block 0.
             adapter, prompts: what the blocks run with besides their own weights.
         """
-        self._feed.adapter, self._feed.prompts = adapter, prompts
-        self._feed.history.begin(new)
+        self.history.adapter, self.history.prompts = adapter, prompts
+        self.history.begin(new)
 
     def edit(self, block: int, hidden: torch.Tensor) -> None:
         """In the current pass, ``block`` gets this input instead of the one before's output."""
-        self._feed.history.current.edits[block] = hidden
+        self.history.current.edits[block] = hidden
 
     async def step(
         self,
@@ -115,9 +113,10 @@ class InferenceSession:
         """
         async with self._stepping:
             began = time.perf_counter()
-            timeline = self._timeline or self._events.begin(began)
+            timeline = self._timeline or self._telemetry.begin(began)
             self._timeline = timeline
-            self._run = run = StepRun(self._chain, Failures(self._chain, timeline), states, inner)
+            failover = FailoverPolicy(self._chain, timeline, self.history.adapter)
+            self._run = run = StepRun(self._chain, self.history, failover, states, inner)
             try:
                 outputs = await run.run(block, stop)
             except asyncio.CancelledError:
@@ -125,9 +124,9 @@ class InferenceSession:
                 self.close()
                 raise
             now, current = time.perf_counter(), self.history.current
-            rows, hops = outputs.states[stop - 1].shape[0], tuple(run.trips)
-            step = Step(current.position, current.length, rows, began, now, hops)
-            self._events.passed(timeline, step)
+            rows, hops = outputs.states[stop - 1].shape[0], tuple(run.times)
+            step = StepRecord(current.position, current.length, rows, began, now, hops)
+            self._telemetry.passed(timeline, step)
             return outputs
 
     def close(self) -> None:

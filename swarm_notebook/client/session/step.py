@@ -1,7 +1,7 @@
 """One step of a session: the current pass goes through the chain, from a block on.
 
-A hop that fails is replaced, and the step goes on from there. What has come back before is kept, in
-the pass, for which it is the input of the blocks behind.
+A hop that fails is replaced, and the step goes on from there. What has come back before is kept in
+the pass, as the input of the blocks that follow.
 """
 
 from __future__ import annotations
@@ -14,37 +14,39 @@ from typing import Any
 
 from swarm_notebook.client.request import Outputs
 from swarm_notebook.client.session.chain import Chain
-from swarm_notebook.client.session.history import Pass
-from swarm_notebook.client.session.losses import Failures
-from swarm_notebook.client.session.pipeline import HopLost, Stage, carry, join, split
+from swarm_notebook.client.session.failover import FailoverPolicy
+from swarm_notebook.client.session.history import History, Pass
+from swarm_notebook.client.session.pipeline import HopLost, Stage, join, run_pipeline, split
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.errors import RemoteError
 
 
 class StepRun:
-    """The way of the current pass through the chain.
+    """Runs the current pass of a history through a chain.
 
     Args:
         chain: the servers.
-        losses: told of those that fail.
+        history: of the session; the outputs that come back go into its current pass.
+        failover: decides what follows when a server fails.
         states, inner: what is wanted besides the last block's output, as in `Request`.
 
     Attributes:
-        trips: where the time went so far.
+        times: of the servers asked so far, in the order of their answers.
         passed: tokens of the pass times blocks that they have passed.
     """
 
     def __init__(
         self,
         chain: Chain,
-        losses: Failures,
+        history: History,
+        failover: FailoverPolicy,
         states: Collection[int],
         inner: Collection[tuple[int, str]],
     ):
-        self._chain, self._losses = chain, losses
-        self._directory, self._feed = chain.directory, chain.feed
+        self._chain, self._history, self._failover = chain, history, failover
+        self._directory, self._current = chain.directory, history.current
         self._states, self._inner = states, inner
-        self.trips: list[HopTimes] = []
+        self.times: list[HopTimes] = []
         self.passed = 0
 
     async def run(self, first: int, stop: int) -> Outputs:
@@ -58,19 +60,18 @@ class StepRun:
                 hop = lost.stage.hop
                 await self._chain.settle({stage.hop for stage in stages} - {hop})
                 block = min(done, hop.start)
-                self._losses.take(lost)
+                self._failover.handle(lost)
         asked = {*self._states, stop - 1}
         outputs.states = {index: outputs.states[index] for index in asked & outputs.states.keys()}
         return outputs
 
     async def _plan(self, block: int, stop: int) -> list[Stage]:
         """The chain over blocks ``[block, stop)``; servers are chosen for those without."""
-        current = self._feed.history.current
         stages: list[Stage] = []
         while block < stop:
-            hop = await self._chain.hop_for(block, self._losses.refusing)
-            for start, end in itertools.pairwise(current.cuts(block, min(hop.end, stop))):
-                stage = Stage(hop, start, end, given=start in current.edits)
+            hop = await self._chain.hop_for(block, self._failover.refusing)
+            for start, end in itertools.pairwise(self._current.cuts(block, min(hop.end, stop))):
+                stage = Stage(hop, start, end, given=start in self._current.edits)
                 if stages and not stage.given:
                     before = stages[-1].hop
                     if self._directory.together(before.segment.span, hop.segment.span):
@@ -86,13 +87,12 @@ class StepRun:
 
         What came back goes into ``outputs`` and into the pass.
         """
-        current = self._feed.history.current
-        parts = split(current, stages, divisible=not self._inner)
+        parts = split(self._current, stages, divisible=not self._inner)
         got: list[list[Outputs]] = [[] for _ in stages]
         lost: HopLost | None = None
         try:
             await self._ready(stages)
-            await self._carry(stages, parts, got)
+            await self._send_parts(stages, parts, got)
         except HopLost as failure:
             lost = failure
         for stage, found in zip(stages, got, strict=True):
@@ -102,15 +102,15 @@ class StepRun:
             outputs.states.update(whole.states)
             outputs.inner.update(whole.inner)
             if stage.end < self._directory.num_blocks:
-                current.inputs[stage.end] = whole.states[stage.end - 1]
+                self._current.inputs[stage.end] = whole.states[stage.end - 1]
         return stages[-1].end, lost
 
     async def _ready(self, stages: Sequence[Stage]) -> None:
         """Bring the servers of a chain to where the current pass begins."""
         for stage in stages:
             with _blaming(stage):
-                await self._chain.catch_up(stage.hop, self.trips)
-        closed = [stage for stage in stages if not stage.hop.prepared(self._feed.adapter)]
+                await self._chain.catch_up(stage.hop, self._history, self.times)
+        closed = [stage for stage in stages if not stage.hop.prepared(self._history.adapter)]
         if closed:
             work = [self._prepare(stage) for stage in closed]
             for result in await asyncio.gather(*work, return_exceptions=True):
@@ -119,24 +119,24 @@ class StepRun:
 
     async def _prepare(self, stage: Stage) -> None:
         with _blaming(stage):
-            await stage.hop.prepare(self._feed.adapter)
+            await stage.hop.prepare(self._history.adapter)
 
-    async def _carry(
+    async def _send_parts(
         self, stages: Sequence[Stage], parts: Sequence[Pass], got: list[list[Outputs]]
     ) -> None:
         """Send the parts of a pass through the stages, one behind the other."""
-        trips: dict[int, HopTimes] = {}
+        taken: dict[int, HopTimes] = {}
 
         def deliver(number: int, outputs: Outputs, times: HopTimes) -> None:
             got[number].append(outputs)
             stage = stages[number]
             self.passed += outputs.states[stage.end - 1].shape[1] * (stage.end - stage.start)
-            trips[number] = times.plus(trips.get(number))
+            taken[number] = times.plus(taken.get(number))
 
         asked = (self._states, self._inner)
         requests = [
             [
-                self._feed.request(stage.start, stage.end, part, *asked, later=number > 0)
+                self._history.request(stage.start, stage.end, part, *asked, later=number > 0)
                 for number, stage in enumerate(stages)
             ]
             for part in parts
@@ -144,21 +144,25 @@ class StepRun:
         hops = [stage.hop for stage in stages]
         for number, hop in enumerate(hops):
             # Whatever else a hop is asked in this pass comes after it has selected its rows.
-            if hop.rows_version != self._feed.rows_version and hop not in hops[:number]:
-                requests[0][number].rows = self._feed.rows
-        journeys = [carry(self._directory, stages, steps, deliver) for steps in requests]
+            behind = hop.rows_version not in (None, self._history.rows_version)
+            if behind and hop not in hops[:number]:
+                requests[0][number].rows = self._history.rows
+        runs = [run_pipeline(self._directory, stages, steps, deliver) for steps in requests]
         try:
-            await _all(journeys)
+            await _all(runs)
         finally:
-            self.trips.extend(trips[number] for number in sorted(trips))
+            self.times.extend(taken[number] for number in sorted(taken))
 
 
-async def _all(journeys: Sequence[Coroutine[Any, Any, None]]) -> None:
-    if len(journeys) == 1:
-        await journeys[0]
+async def _all(runs: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Wait for all parts; the failure that lies first in the chain is raised.
+
+    All come to an end: what lies before a failed server is not to be sent again.
+    """
+    if len(runs) == 1:
+        await runs[0]
         return
-    # All come to an end: what lies before a failed server is not to be sent again.
-    results = await asyncio.gather(*journeys, return_exceptions=True)
+    results = await asyncio.gather(*runs, return_exceptions=True)
     errors = [result for result in results if isinstance(result, BaseException)]
     lost = [error for error in errors if isinstance(error, HopLost)]
     for error in errors:
@@ -170,6 +174,7 @@ async def _all(journeys: Sequence[Coroutine[Any, Any, None]]) -> None:
 
 @contextlib.contextmanager
 def _blaming(stage: Stage) -> Iterator[None]:
+    """What goes wrong within is the failure of this stage."""
     try:
         yield
     except RemoteError as error:

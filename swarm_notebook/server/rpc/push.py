@@ -24,13 +24,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
-from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.p2p import P2P, PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net import protocol
-from swarm_notebook.net.streams import Stream, open_stream
+from swarm_notebook.net.streams import TRANSPORT_ERRORS, Stream, open_stream
 from swarm_notebook.server.rpc import fields
 from swarm_notebook.server.rpc.petals_push import PetalsPush
 
@@ -44,7 +43,6 @@ EARLY_BYTES_PER_PEER = 32 << 20
 EARLY_BYTES = 128 << 20
 
 Arrived = Callable[[runtime_pb2.Tensor], None]
-_TRANSPORT_ERRORS = (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, TimeoutError)
 
 
 @dataclass
@@ -92,7 +90,7 @@ class Relay:
         try:
             async with asyncio.timeout(PUSH_SECONDS):
                 await (await self._stream(peer)).send(message)
-        except _TRANSPORT_ERRORS as error:
+        except TRANSPORT_ERRORS as error:
             self._drop(peer)
             # A stream may break because its peer has started anew: only silence is held against it.
             if isinstance(error, TimeoutError):
@@ -116,7 +114,7 @@ class Relay:
                 await self._connected().call_protobuf_handler(
                     _peer_id(peer), protocol.RPC_PUSH, message, runtime_pb2.ExpertResponse
                 )
-        except (*_TRANSPORT_ERRORS, DecodeError) as error:
+        except (*TRANSPORT_ERRORS, DecodeError) as error:
             logger.info("a push to %s has failed: %s", peer, error)
             if isinstance(error, TimeoutError):
                 self._avoid(peer)

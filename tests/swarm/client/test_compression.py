@@ -12,7 +12,7 @@ from support.hosting import HostedSwarm
 from support.scene import Scene, generate
 
 import swarm_notebook as sn
-from swarm_notebook.client.session.session import steps
+from swarm_notebook.client.session import hop
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_int8_shifts_logits_a_little_and_is_shown(tiny_scene: Scene, packed: Any
 
 def moved(swarm: Any) -> int:
     """Bytes that went over the streams to all servers."""
-    accounts = swarm._connection.directory.events.ledger.accounts().values()
+    accounts = swarm._connection.directory.telemetry.usage.by_peer().values()
     return sum(account.meter.sent + account.meter.received for account in accounts)
 
 
@@ -79,7 +79,7 @@ def test_half_precision_travels_as_it_is_computed(
         for rounded in (True, False):
             before = moved(swarm)
             if not rounded:
-                monkeypatch.setattr(steps, "travelling", lambda hidden, _span: hidden)
+                monkeypatch.setattr(hop, "travelling", lambda hidden, _span: hidden)
             found.append((swarm.model(ids, use_cache=True).logits, moved(swarm) - before))
         (ours, few), (theirs, many) = found
         assert torch.equal(ours, theirs)

@@ -1,4 +1,4 @@
-"""States that go from server to server: exact in every mode, and when something is in the way.
+"""States that go from server to server: exact in every mode, and when something is in the route.
 
 Three servers in a row and a double of the middle one. Everything is compared with the local model.
 """
@@ -18,9 +18,8 @@ from support.patience import within
 from support.scene import TOLERANCE, AtToken, Scene, generate, kill_process, scene, stop_then_kill
 
 from swarm_notebook.client.request import Request
-from swarm_notebook.client.session.hop import Hop
-from swarm_notebook.client.session.session import pipeline
-from swarm_notebook.client.session.steps import Way
+from swarm_notebook.client.session import pipeline
+from swarm_notebook.client.session.hop import Hop, StepRoute
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 
 SPANS = [(0, 2), (2, 4), (4, 5), (2, 4)]
@@ -28,14 +27,14 @@ SPANS = [(0, 2), (2, 4), (4, 5), (2, 4)]
 
 @dataclass
 class Sent:
-    """The ways of all steps that were sent, and those whose states were sent again."""
+    """The routes of all steps that were sent, and those whose states were sent again."""
 
-    ways: list[Way] = field(default_factory=list)
-    again: list[Way] = field(default_factory=list)
+    routes: list[StepRoute] = field(default_factory=list)
+    again: list[StepRoute] = field(default_factory=list)
 
     @property
     def direct(self) -> int:
-        return sum(way.push_from is not None for way in self.ways)
+        return sum(route.push_from is not None for route in self.routes)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +52,13 @@ def stage(chain: Scene) -> Scene:
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
     seen, send, resend = Sent(), Hop.send, Hop.resend
 
-    async def counted(self: Hop, request: Request, way: Way) -> float:
-        seen.ways.append(way)
-        return await send(self, request, way)
+    async def counted(self: Hop, request: Request, route: StepRoute) -> float:
+        seen.routes.append(route)
+        return await send(self, request, route)
 
-    async def counted_again(self: Hop, request: Request, way: Way) -> None:
-        seen.again.append(way)
-        await resend(self, request, way)
+    async def counted_again(self: Hop, request: Request, route: StepRoute) -> None:
+        seen.again.append(route)
+        await resend(self, request, route)
 
     monkeypatch.setattr(Hop, "send", counted)
     monkeypatch.setattr(Hop, "resend", counted_again)
@@ -84,7 +83,7 @@ def test_exact(stage: Scene, sent: Sent, mode: str) -> None:
         for state, expected in zip(mine, local, strict=True):
             torch.testing.assert_close(state, expected, atol=TOLERANCE, rtol=0)
     # Two of three servers get their input from the one before; nothing goes twice.
-    assert sent.direct * 3 == len(sent.ways) * 2
+    assert sent.direct * 3 == len(sent.routes) * 2
     assert sent.direct
     assert not sent.again
     assert stage.sessions[-1].failovers == 0
@@ -120,7 +119,7 @@ def test_a_long_prompt_keeps_all_servers_busy(
     monkeypatch.setattr(pipeline, "part_tokens", lambda _span: 128)  # it is measured, and varies
     ids = stage.ids(3, 200)
     stage.same(generate(stage.remote, ids), generate(stage.reference, ids))
-    parts = len({way.step_id for way in sent.ways}) - 13
+    parts = len({route.step_id for route in sent.routes}) - 13
     assert parts == 4
     assert stage.sessions[-1].history.current.length == 1
 
@@ -189,16 +188,16 @@ def test_a_push_that_does_not_arrive(
 ) -> None:
     """The client sends the states after all, and from then on by itself."""
     nobody = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
-    init = pipeline._Group.__init__
+    init = pipeline._PushGroup.__init__
 
     def misled(self: Any, *arguments: Any) -> None:
         init(self, *arguments)
-        way = self._ways[0]
-        if way.push_to is not None:
-            wrong = (way.push_to[0], "lost") if fault == "unknown session" else (nobody, "lost")
-            self._ways[0] = replace(way, push_to=wrong)
+        route = self._routes[0]
+        if route.push_to is not None:
+            wrong = (route.push_to[0], "lost") if fault == "unknown session" else (nobody, "lost")
+            self._routes[0] = replace(route, push_to=wrong)
 
-    monkeypatch.setattr(pipeline._Group, "__init__", misled)
+    monkeypatch.setattr(pipeline._PushGroup, "__init__", misled)
     ids = stage.ids(2, 9)
     ours = generate(stage.remote, ids)
     stage.same(ours, generate(stage.reference, ids))

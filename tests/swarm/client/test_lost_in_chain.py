@@ -21,9 +21,9 @@ import torch
 from support.scene import NEW_TOKENS, AtToken, Scene, generate, kill_process, scene, stop_then_kill
 
 from swarm_notebook.client.request import Outputs
+from swarm_notebook.client.session import pipeline
 from swarm_notebook.client.session.hop import Hop
-from swarm_notebook.client.session.session import pipeline
-from swarm_notebook.client.session.step import Walk
+from swarm_notebook.client.session.step import StepRun
 from swarm_notebook.local.swarm import LocalServer
 
 # The first and the second of a chain have doubles, the last one has none.
@@ -172,7 +172,7 @@ def test_interrupted_while_those_behind_are_asked(
 
     What was interrupted comes to its end when the next step may have begun.
     """
-    ids, settle, walk = stage.ids(1, PROMPT), Hop.settle, Walk.run
+    ids, settle, walk = stage.ids(1, PROMPT), Hop.settle, StepRun.run
     first = generate(stage.remote, ids)
     last = on_the_way(stage, 2)
     asked: list[bool] = []
@@ -189,7 +189,7 @@ def test_interrupted_while_those_behind_are_asked(
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(goes_on.wait(), 1)
 
-    async def run(self: Walk, *blocks: int) -> Outputs:
+    async def run(self: StepRun, *blocks: int) -> Outputs:
         goes_on.set()
         return await walk(self, *blocks)
 
@@ -206,7 +206,7 @@ def test_interrupted_while_those_behind_are_asked(
     finally:
         os.kill(last.pid, signal.SIGCONT)
     assert asked == [True]
-    monkeypatch.setattr(Walk, "run", run)
+    monkeypatch.setattr(StepRun, "run", run)
     ours = generate(stage.remote, longer, past_key_values=first.past_key_values)
     local = generate(stage.reference, ids)
     stage.same(ours, generate(stage.reference, longer, past_key_values=local.past_key_values))

@@ -51,7 +51,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The requests that are sent, in order: real ones, only counted."""
     sent: list[str] = []
     for module in (forward_module, backward_module):
-        real = module.trip
+        real = module.call
 
         async def counted(
             directory: Any, segment: Any, rpc: str, *rest: Any, real: Any = real, **named: Any
@@ -59,7 +59,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             sent.append(rpc.rpartition(".")[2])
             return await real(directory, segment, rpc, *rest, **named)
 
-        monkeypatch.setattr(module, "trip", counted)
+        monkeypatch.setattr(module, "call", counted)
     send = Hop.send
 
     async def counted_send(self: Hop, *step: Any) -> Any:

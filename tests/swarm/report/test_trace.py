@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.scene import NEW_TOKENS, Scene, generate
 
-from swarm_notebook.client.session.session import pipeline
+from swarm_notebook.client.session import pipeline
 
 
 def test_a_generation_is_traced(tiny_scene: Scene) -> None:

@@ -73,17 +73,17 @@ def test_a_killed_server_does_not_show_in_the_loss(
 ) -> None:
     servers = tiny_swarm([(0, 3), (0, 3), (3, 5)])
     killed: list[str] = []
-    real, trips = module.trip, 0
+    real, calls = module.call, 0
 
-    async def trip(directory: Any, segment: Any, *rest: Any, **named: Any) -> Any:
-        nonlocal trips
-        trips += 1
-        if trips > 6 and segment.start == 0 and not killed:
+    async def call(directory: Any, segment: Any, *rest: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 6 and segment.start == 0 and not killed:
             killed.append(segment.peer)
             next(server for server in servers.servers if server.peer_id == segment.peer).kill()
         return await real(directory, segment, *rest, **named)
 
-    monkeypatch.setattr(module, "trip", trip)
+    monkeypatch.setattr(module, "call", call)
     with sn.connect(servers.initial_peers, model=tiny_llama) as swarm:
         monitor = TrainingMonitor(swarm)
         ours = train(swarm.model, tmp_path / "remote", monitor.callback())

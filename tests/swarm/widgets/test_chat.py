@@ -12,7 +12,7 @@ from support.patience import PATIENCE, wait_until
 
 import swarm_notebook as sn
 from swarm_notebook.client.request import Request
-from swarm_notebook.client.session.hop import Hop, Way
+from swarm_notebook.client.session.hop import Hop, StepRoute
 from swarm_notebook.errors import Busy
 from swarm_notebook.widgets import ChatWidget
 
@@ -47,10 +47,10 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     lengths: list[int] = []
     send = Hop.send
 
-    async def counted(hop: Hop, request: Request, way: Way) -> float:
+    async def counted(hop: Hop, request: Request, route: StepRoute) -> float:
         if hop.start == 0:
             lengths.append(request.hidden.shape[1])
-        return await send(hop, request, way)
+        return await send(hop, request, route)
 
     monkeypatch.setattr(Hop, "send", counted)
     return lengths

@@ -17,7 +17,7 @@ from support.patience import PATIENCE, wait_until
 
 import swarm_notebook as sn
 from swarm_notebook.client.request import Request
-from swarm_notebook.client.session.hop import Hop, Way
+from swarm_notebook.client.session.hop import Hop, StepRoute
 from swarm_notebook.errors import Busy
 from swarm_notebook.widgets import GenerateWidget
 from swarm_notebook.widgets.parts.throttle import Paced
@@ -92,9 +92,9 @@ def test_a_branch_goes_on_from_there_and_sends_only_what_is_new(
         sent: list[int] = []
         send = Hop.send
 
-        async def counted(hop: Hop, request: Request, way: Way) -> float:
+        async def counted(hop: Hop, request: Request, route: StepRoute) -> float:
             sent.append(request.hidden.shape[1])
-            return await send(hop, request, way)
+            return await send(hop, request, route)
 
         monkeypatch.setattr(Hop, "send", counted)
         act(widget, "branch", position=position, token=token)

@@ -13,8 +13,7 @@ from support.patience import PATIENCE, wait_until, within
 from support.scene import Scene
 
 from swarm_notebook.client.request import Request
-from swarm_notebook.client.session.hop import Hop
-from swarm_notebook.client.session.steps import Way
+from swarm_notebook.client.session.hop import Hop, StepRoute
 from swarm_notebook.errors import Busy, MissingBlocks
 from swarm_notebook.writing import Sampling, Writer
 from swarm_notebook.writing.writer import READ_AT_ONCE
@@ -86,9 +85,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     lengths: list[int] = []
     send = Hop.send
 
-    async def counted(hop: Hop, request: Request, way: Way) -> float:
+    async def counted(hop: Hop, request: Request, route: StepRoute) -> float:
         lengths.append(request.hidden.shape[1])
-        return await send(hop, request, way)
+        return await send(hop, request, route)
 
     monkeypatch.setattr(Hop, "send", counted)
     return lengths
@@ -278,10 +277,10 @@ def test_an_error_is_kept_with_the_text(tiny_scene: Scene, monkeypatch: pytest.M
     send = Hop.send
     lost: list[bool] = []
 
-    async def failing(hop: Hop, request: Request, way: Way) -> float:
+    async def failing(hop: Hop, request: Request, route: StepRoute) -> float:
         if lost:
             raise MissingBlocks("no server holds blocks 2:5")
-        return await send(hop, request, way)
+        return await send(hop, request, route)
 
     monkeypatch.setattr(Hop, "send", failing)
     with writing(tiny_scene.remote, at_token(4, lambda _: lost.append(True))) as writer:

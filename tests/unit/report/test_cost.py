@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from swarm_notebook.client.ledger import Ledger
 from swarm_notebook.client.servers.routing import RouteSegment
-from swarm_notebook.client.telemetry import HopTimes, Step
+from swarm_notebook.client.telemetry import HopTimes, StepRecord, Usage
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 from swarm_notebook.report.cost import Bill, ServerBill, duration, expect
 from swarm_notebook.report.formatting import size
@@ -26,49 +25,49 @@ CHAIN = [
 RTT = {"peer-a": 0.01, "peer-b": 0.02}
 
 
-def preview(ledger: Ledger, **numbers: int):
+def preview(usage: Usage, **numbers: int):
     options = {"prompt_tokens": 100, "max_new_tokens": 11, "batch": 1, **numbers}
     loads = options.pop("loads", [(1000, 1000)] * 2)
-    return expect("m", CHAIN, RTT, ledger.accounts(), loads=loads, **options)
+    return expect("m", CHAIN, RTT, usage.by_peer(), loads=loads, **options)
 
 
-def step(tokens: int, seconds: float) -> Step:
+def step(tokens: int, seconds: float) -> StepRecord:
     hops = (
         HopTimes("peer-a", "a", 0, 2, 0.0, seconds / 2, 0.0, seconds / 2),
         HopTimes("peer-b", "b", 2, 5, 0.0, seconds, 0.0, 0.0),
     )
-    return Step(0, tokens, 1, 0.0, 1.0, hops)
+    return StepRecord(0, tokens, 1, 0.0, 1.0, hops)
 
 
 def test_a_preview_rests_on_announced_speed_until_tokens_have_passed() -> None:
-    ledger = Ledger()
-    fresh = preview(ledger)
+    usage = Usage()
+    fresh = preview(usage)
     assert (fresh.requests, fresh.servers) == (22, ("a", "b"))
     assert 2 * 110 * 1000 < fresh.sent < 2 * 110 * 1000 + 22 * 300
     assert not fresh.measured
     assert fresh.first_token_seconds == pytest.approx(0.01 + 0.1 + 0.02 + 0.1)
     assert fresh.seconds == pytest.approx(fresh.first_token_seconds + 10 * (0.02 + 0.03))
-    ledger.passed(step(64, 9.0))  # a prompt says nothing about single tokens
-    assert not preview(ledger).measured
+    usage.passed(step(64, 9.0))  # a prompt says nothing about single tokens
+    assert not preview(usage).measured
     for _ in range(20):
-        ledger.passed(step(1, 0.004))
-    known = preview(ledger)
+        usage.passed(step(1, 0.004))
+    known = preview(usage)
     assert known.measured
     assert known.seconds - known.first_token_seconds == pytest.approx(10 * 0.008)
-    assert preview(ledger, prompt_tokens=1024).requests == (16 + 10) * 2  # a long one in parts
-    pushed = preview(ledger, loads=[(1000, 1000), (0, 1000)])
+    assert preview(usage, prompt_tokens=1024).requests == (16 + 10) * 2  # a long one in parts
+    pushed = preview(usage, loads=[(1000, 1000), (0, 1000)])
     assert (pushed.sent, pushed.received) == (known.sent - 110 * 1000, known.received)
-    assert preview(ledger, batch=3).sent > 2.9 * (known.sent - 22 * 300)
+    assert preview(usage, batch=3).sent > 2.9 * (known.sent - 22 * 300)
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "max_new_tokens", "batch"])
 def test_a_preview_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: 0, expected at least 1"):
-        preview(Ledger(), **{name: 0})
+        preview(Usage(), **{name: 0})
 
 
 def test_what_varies_is_not_in_the_plain_text() -> None:
-    shown = preview(Ledger())
+    shown = preview(Usage())
     assert repr(shown) == "m: 22 requests to 2 servers, 224 kB up, 221 kB down"
     assert shown.line.endswith(", about 0.7 s")
     assert "seen by a, b" in str(shown)

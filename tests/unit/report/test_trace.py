@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarm_notebook.client.telemetry import Events, Failover, HopTimes, Step, Timeline
+from swarm_notebook.client.telemetry import Failover, HopTimes, StepRecord, Telemetry, Timeline
 from swarm_notebook.report.trace import Trace, from_timeline
 
 HOP = HopTimes("Qm1", "<i>left</i>", 0, 3, 0.001, 0.002, 0.003, 0.004)
@@ -16,12 +16,12 @@ def timeline(passes: int) -> Timeline:
         tokens, began = (1 if number else 5), 10.005 + 0.020 * number
         position = 4 + number if number else 0
         hops = (HOP, HOP._replace(peer="Qm2", name="right", start=3, end=5))
-        made.steps.append(Step(position, tokens, 1, began, began + 0.020 - 0.005, hops))
+        made.steps.append(StepRecord(position, tokens, 1, began, began + 0.020 - 0.005, hops))
     return made
 
 
 def test_a_slow_reader_keeps_the_newest_events() -> None:
-    events = Events()
+    events = Telemetry()
     with events.subscribe(3) as slow:
         begun = events.begin(0.0)
         for step in timeline(5).steps:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from swarm_notebook.client.telemetry import Failover, HopTimes, Step
+from swarm_notebook.client.telemetry import Failover, HopTimes, StepRecord
 from swarm_notebook.widgets.traffic import Traffic, way
 
 
@@ -14,8 +14,8 @@ def hop(name: str, start: int, end: int) -> HopTimes:
     return HopTimes(f"peer-{name}", name, start, end, 0.0, 0.001, 0.0, 0.001)
 
 
-def step(ended: float, *hops: HopTimes, tokens: int = 1) -> Step:
-    return Step(0, tokens, 2, ended - 0.1, ended, hops)
+def step(ended: float, *hops: HopTimes, tokens: int = 1) -> StepRecord:
+    return StepRecord(0, tokens, 2, ended - 0.1, ended, hops)
 
 
 def test_the_way_of_a_step_joins_what_one_server_did() -> None:

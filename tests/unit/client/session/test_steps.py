@@ -7,7 +7,7 @@ import torch
 from swarm_notebook.client.request import Request
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
-from swarm_notebook.client.session.steps import StepWriter, Way
+from swarm_notebook.client.session.hop import StepRoute, StepWriter
 from swarm_notebook.net import protocol
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 
@@ -22,7 +22,7 @@ def test_blocks_go_without_saying_only_after_a_step_for_the_same() -> None:
     lower, upper = (Request(*blocks, torch.zeros(1, 1, 8), 0) for blocks in ((0, 2), (2, 4)))
 
     def uid(request: Request, *, again: bool = False) -> str:
-        return writer.write(request, Way("step"), again=again).uid
+        return writer.write(request, StepRoute("step"), again=again).uid
 
     assert [uid(lower), uid(lower), uid(upper)] == ["m.0 m.1", "", "m.2 m.3"]
     assert uid(lower, again=True) == "m.0 m.1"

@@ -1,8 +1,8 @@
-"""What is made of a failure in the middle of a step: who goes on, and what no server can mend.
+"""Which server goes on when one fails in the middle of a step, and when none can.
 
-A lost server's blocks become a gap, which the step fills with other servers. A server that refuses
-is left out of the step, too, but keeps its standing: it may be full, or right. When all that are
-left would refuse as well, the step fails with what they say.
+A lost server's blocks become a gap of the chain, which the step fills with other servers. A server
+that refuses is left out of the step, too, but is not avoided afterwards: it may be full, or right.
+When all that are left would refuse as well, the step fails with what they say.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 
+from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.client.session.chain import Chain
 from swarm_notebook.client.session.hop import Hop
@@ -28,20 +29,25 @@ from swarm_notebook.errors import (
 logger = logging.getLogger(__name__)
 
 
-class Failures:
-    """The failures of one step.
+class FailoverPolicy:
+    """Decides what follows from the failures of one step.
+
+    Args:
+        chain: the servers of the session.
+        timeline: the generation that the step belongs to.
+        adapter: what the blocks run with besides their own weights.
 
     Attributes:
         refusing: peers that have refused it.
     """
 
-    def __init__(self, chain: Chain, timeline: Timeline):
+    def __init__(self, chain: Chain, timeline: Timeline, adapter: Adapter | None):
         self._chain, self._directory = chain, chain.directory
-        self._timeline = timeline
+        self._timeline, self._adapter = timeline, adapter
         self._lost: set[str] = set()
         self.refusing: set[str] = set()
 
-    def take(self, loss: HopLost) -> None:
+    def handle(self, loss: HopLost) -> None:
         """Go on without a failed hop, or without handing its input from server to server.
 
         Raises:
@@ -52,7 +58,7 @@ class Failures:
             # Perhaps its input was not what the client would have sent.
             before, after = stage.source.segment.peer, stage.hop.segment.peer
             self._directory.health.keep_apart(before, after)
-            self._chain.reset(stage.hop)
+            stage.hop.reset()
         else:
             self._lose(stage.hop, error)
 
@@ -60,7 +66,7 @@ class Failures:
         self._chain.drop(hop)
         peer, name = hop.segment.peer, hop.segment.span.name
         report = Failover(peer, name, hop.start, hop.end, str(error), time.perf_counter())
-        self._directory.events.lost(self._timeline, report)
+        self._directory.telemetry.lost(self._timeline, report)
         blocks = describe_blocks(range(hop.start, hop.end))
         if isinstance(error, (BadRequest, CacheFull, ServerBusy)):
             self._refuse(hop, error)
@@ -69,7 +75,7 @@ class Failures:
         # A server may lose what it had, once; one that says so again and again is broken.
         forgiven = peer not in self._lost
         self._lost.add(peer)
-        adapter = self._chain.feed.adapter
+        adapter = self._adapter
         if isinstance(error, AdapterMissing) and adapter is not None and forgiven:
             self._directory.uploaded.pop((peer, adapter.id), None)
         elif isinstance(error, SessionLost) and forgiven:
