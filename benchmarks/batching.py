@@ -140,7 +140,7 @@ def blocks(threads: int, sessions: int) -> dict[str, Any]:
         sn.LocalSwarm(threads=threads) as servers,
         sn.connect(servers.initial_peers, model=servers.model) as swarm,
     ):
-        connection: Any = swarm._connection
+        connection: Any = swarm.connection
         size = swarm.model.config.hidden_size  # type: ignore[union-attr]
 
         def fresh(number: int) -> list[BareSession]:
@@ -195,7 +195,7 @@ def idle(threads: int, sessions: int) -> dict[str, Any]:
         sn.LocalSwarm(servers=1, threads=threads) as servers,
         sn.connect(servers.initial_peers, model=servers.model) as swarm,
     ):
-        connection: Any = swarm._connection
+        connection: Any = swarm.connection
         size = swarm.model.config.hidden_size  # type: ignore[union-attr]
         dice = random.Random(0)
 

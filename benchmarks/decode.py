@@ -131,7 +131,7 @@ def prefill(threads: int) -> dict[str, Any]:
                     seconds(lambda model=model: model.generate(ids, max_new_tokens=1, **GREEDY))
                 )
         ours, theirs = (statistics.median(found[1:]) for found in times)
-        trip = statistics.mean(swarm._connection.directory.rtt.values())
+        trip = statistics.mean(swarm.connection.directory.rtt.values())
     return {
         "tokens": PROMPT_TOKENS,
         "remote_s": round(ours, 2),

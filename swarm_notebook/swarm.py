@@ -40,6 +40,7 @@ class Swarm:
         model: the Hugging Face model; its blocks run remotely.
         tokenizer: its tokenizer, or None if the model comes without one.
         name: the model's name.
+        connection: how the servers are reached; what it offers may change with any version.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class Swarm:
         local: LocalSwarm | None,
     ):
         self.name, self.model, self.tokenizer = source.name, model, source.tokenizer()
-        self._source, self._connection, self._local = source, connection, local
+        self.connection = connection
+        self._source, self._local = source, local
 
     def __repr__(self) -> str:
-        servers = len({span.peer for span in self._connection.directory.snapshot.spans})
+        servers = len({span.peer for span in self.connection.directory.snapshot.spans})
         return f"<Swarm of {servers} server{'' if servers == 1 else 's'}: {self.name}>"
 
     def __enter__(self) -> Self:
@@ -65,12 +67,12 @@ class Swarm:
     @property
     def initial_peers(self) -> list[str]:
         """Addresses by which others can join this swarm, as far as this notebook was given them."""
-        return self._connection.initial_peers
+        return self.connection.initial_peers
 
     @property
     def connected(self) -> bool:
         """Whether `disconnect` has not been called yet."""
-        return self._connection.is_open
+        return self.connection.is_open
 
     def status(self, *, refresh: bool = True) -> SwarmStatus:
         """Who serves which blocks.
@@ -79,8 +81,8 @@ class Swarm:
             refresh: ask the swarm now; else tell at once what was known seconds ago.
         """
         if refresh:
-            self._connection.refresh()
-        return status_of(self.name, self._connection.directory)
+            self.connection.refresh()
+        return status_of(self.name, self.connection.directory)
 
     def route(self) -> RouteTable:
         """The servers that the next new request takes.
@@ -88,7 +90,19 @@ class Swarm:
         Raises:
             MissingBlocks: no server holds some of the blocks.
         """
-        return route_of(self.name, self._connection.directory)
+        return route_of(self.name, self.connection.directory)
+
+    def info(self, peer_id: str) -> dict[str, Any]:
+        """What a server says of itself when it is asked, such as its sessions and free memory.
+
+        Args:
+            peer_id: as `status` shows it.
+
+        Raises:
+            ServerFailed: it does not answer.
+            ValueError: this is no peer's id.
+        """
+        return self.connection.info(peer_id)
 
     def preview(self, *, prompt_tokens: int, max_new_tokens: int, batch: int = 1) -> Preview:
         """What a generation will take on the present route; asks the network nothing.
@@ -102,13 +116,13 @@ class Swarm:
             ValueError: a number is below 1.
             MissingBlocks: no server holds some of the blocks.
         """
-        directory = self._connection.directory
+        directory = self.connection.directory
         config: Any = self.model.config.get_text_config()
         chain = directory.chain(0, directory.num_blocks)
         return expect(
             self.name,
             chain,
-            directory.rtt,
+            directory.links,
             directory.telemetry.usage.by_peer(),
             loads=directory.loads(chain, config.hidden_size, self.model.dtype),
             prompt_tokens=prompt_tokens,
@@ -121,11 +135,11 @@ class Swarm:
 
         ``swarm.bill() - before``, with an earlier bill, is what was used since then.
         """
-        return bill_of(self.name, self._connection.directory.telemetry.usage.by_peer())
+        return bill_of(self.name, self.connection.directory.telemetry.usage.by_peer())
 
     def trace(self) -> Trace:
         """Where the time of the last generation went: notebook, network, each server."""
-        return from_timeline(self.name, self._connection.directory.telemetry.latest)
+        return from_timeline(self.name, self.connection.directory.telemetry.latest)
 
     def events(self, size: int = MAX_EVENTS) -> Subscription:
         """Tokens that pass and servers that are lost, from now on, to be read in any thread.
@@ -133,7 +147,7 @@ class Swarm:
         Args:
             size: how many events wait at most; the oldest are forgotten first.
         """
-        return self._connection.directory.telemetry.subscribe(size)
+        return self.connection.directory.telemetry.subscribe(size)
 
     def generate(
         self,
@@ -192,7 +206,7 @@ class Swarm:
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"labels: {labels!r}; give at least two different names of classes")
         dtype = self.model.dtype
-        model: Any = skeleton.build(self._source, self._connection, dtype, labels)
+        model: Any = skeleton.build(self._source, self.connection, dtype, labels)
         model.get_input_embeddings().weight = self.model.get_input_embeddings().weight
         if model.config.pad_token_id is None and self.tokenizer is not None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -200,7 +214,7 @@ class Swarm:
 
     def disconnect(self) -> None:
         """Leave the swarm; an embedded one ends. The model cannot be used afterwards."""
-        self._connection.close()
+        self.connection.close()
         if self._local is not None:
             self._local.close()
 

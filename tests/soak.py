@@ -271,10 +271,9 @@ class Soak:
 
     def _calm_facts(self, server: Any) -> dict[str, Any]:
         """What a server says once it holds nothing for anybody, or after some time."""
-        connection = self.swarm._connection
         deadline = time.monotonic() + CALM_SECONDS
         while True:
-            facts = connection._run(connection.directory.info(server.peer_id))
+            facts = self.swarm.info(server.peer_id)
             held = facts["sessions"] or facts["activation_bytes_held"]
             if not held or time.monotonic() > deadline:
                 return facts

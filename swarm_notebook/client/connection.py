@@ -19,14 +19,15 @@ from swarm_notebook.client.passes.forward import Trail
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.servers.directory import PATIENCE, Directory
 from swarm_notebook.client.session.session import InferenceSession
-from swarm_notebook.errors import ConnectionFailed
-from swarm_notebook.net.node import Node
+from swarm_notebook.errors import ConnectionFailed, ServerFailed
+from swarm_notebook.net.node import Node, is_peer_id
 from swarm_notebook.net.records import MODEL_INDEX_KEY, ModelRecord, parse_model_record
 from swarm_notebook.progress import Waiting
 
 T = TypeVar("T")
 
-# Passes of so many tokens may take long enough to be shown, if they do take so many seconds.
+# Passes of so many tokens are shown if they take so many seconds: 256 tokens are half a TFLOP per
+# billion parameters, which is seconds on processors.
 LONG_PASS, LONG_SECONDS = 256, 2.0
 
 
@@ -42,7 +43,7 @@ _lock = threading.Lock()
 
 
 class Connection:
-    """The way to the blocks of one model; blocking calls for the user's thread.
+    """The blocks of one model in a swarm; blocking calls for the user's thread.
 
     After `close` they raise ConnectionFailed.
 
@@ -100,7 +101,7 @@ class Connection:
         length = session.history.current.length
         work = session.step(block, self.num_blocks, states, inner)
         if length < LONG_PASS:
-            return self._run(work)
+            return self.run(work)
         with Waiting(
             f"Reading {length} tokens",
             total=self.num_blocks - block,
@@ -108,11 +109,11 @@ class Connection:
             count=lambda: session.passed // length,
             after=LONG_SECONDS,
         ):
-            return self._run(work)
+            return self.run(work)
 
     def forward(self, request: Request, *, keep: bool = False) -> tuple[Outputs, list[Trail]]:
         """`forward.forward`, waited for."""
-        return self._run(stateless.forward(self.directory, request, keep=keep))
+        return self.run(stateless.forward(self.directory, request, keep=keep))
 
     def backward(
         self,
@@ -122,7 +123,7 @@ class Connection:
         states: Collection[int],
     ) -> PassGradients:
         """`backward.backward`, waited for."""
-        return self._run(backward(self.directory, request, trails, grad, states))
+        return self.run(backward(self.directory, request, trails, grad, states))
 
     def derive(self, adapter: Adapter) -> dict[str, torch.Tensor]:
         """What the servers derive from their weights for a new adapter, by parameter name."""
@@ -134,14 +135,32 @@ class Connection:
             )
             return {name: tensor for part in parts for name, tensor in part.items()}
 
-        return self._run(collect())
+        return self.run(collect())
+
+    def info(self, peer: str) -> dict[str, Any]:
+        """What a server says of itself when it is asked (its base58 id).
+
+        Raises:
+            ServerFailed: it does not answer.
+            ValueError: this is no peer's id.
+        """
+        if not is_peer_id(peer):
+            raise ValueError(f"peer_id: {peer!r} is no peer's id; `swarm.status()` shows them")
+        found = self.run(self.directory.try_info(peer))
+        if found is None:
+            raise ServerFailed(f"server {peer} does not answer")
+        return found
 
     def refresh(self) -> None:
         """Read what the servers announce now, instead of within seconds."""
-        self._run(self.directory.refresh())
+        self.run(self.directory.refresh())
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for what the network thread does for us."""
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for what the network thread does for us.
+
+        Raises:
+            ConnectionFailed: the connection was closed.
+        """
         if not self._open:
             work.close()
             raise ConnectionFailed(
@@ -158,7 +177,7 @@ class Connection:
 
 
 class Inquiry:
-    """The way to servers of a swarm to ask what they do, without attaching to a model.
+    """Asks servers of a swarm what they do, without attaching to a model.
 
     Args:
         initial_peers: multiaddrs of peers of the swarm.
@@ -174,7 +193,7 @@ class Inquiry:
         self._directory = Directory(shared.node, "", 0)
 
     def info(self, peer: str) -> dict[str, Any] | None:
-        """What a server tells of itself; None if it does not answer within seconds."""
+        """What a server says of itself; None if it does not answer within seconds."""
         return self._network.run(self._directory.try_info(peer))
 
     def close(self) -> None:

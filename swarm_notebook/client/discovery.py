@@ -1,7 +1,7 @@
 """What a swarm serves, as far as it must be known before a model is built on it.
 
 A swarm that has just been joined may know nothing yet, or its servers may be joining themselves:
-whoever asks here waits for as long as there is hope, and is told what is missing.
+the functions here wait for as long as there is hope, and then say what is missing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from swarm_notebook.progress import Waiting
 
 logger = logging.getLogger(__name__)
 
+# A DHT search gives up on a silent peer after 3 s: some readings, and longer than one of those.
 SILENCE_SECONDS, SILENT_READINGS = 4.0, 4
 _HUB = "https://huggingface.co/"
 
@@ -55,7 +56,7 @@ def await_spans(
     """
     directory = connection.directory
     began, readings = time.monotonic(), 1
-    told = False
+    warned = False
     while not (spans := directory.snapshot.spans) or directory.missing():
         waited = time.monotonic() - began
         if waited > directory.patience:
@@ -63,9 +64,9 @@ def await_spans(
         if not spans and readings >= SILENT_READINGS and waited > SILENCE_SECONDS:
             break
         waiting.say(f"Waiting for servers of {describe_blocks(directory.missing())}")
-        if not told:
+        if not warned:
             logger.warning("waiting for servers of %s", describe_blocks(directory.missing()))
-            told = True
+            warned = True
         time.sleep(0.5)
         connection.refresh()
         readings += 1

@@ -16,30 +16,20 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
-import uvloop
+from swarm_notebook.net.loop import PeerLoop
 
 T = TypeVar("T")
 Cleanup = Callable[[], Coroutine[Any, Any, None]]
 
+# Leaving the DHT and ending p2pd take well under a second; a kernel must not hang at its end.
 _STOP_TIMEOUT = 5.0
-
-
-class _Loop(uvloop.Loop):
-    """A fast loop whose child processes an interrupt does not reach.
-
-    Ctrl-C in a terminal and the kernel's interrupt go to the whole process group. p2pd, the child
-    of this loop, would end, and with it the connection.
-    """
-
-    async def subprocess_exec(self, *arguments: Any, **options: Any) -> Any:
-        return await super().subprocess_exec(*arguments, start_new_session=True, **options)
 
 
 class LoopThread:
     """A daemon thread that runs an asyncio loop for as long as the process lives."""
 
     def __init__(self) -> None:
-        self.loop = _Loop()
+        self.loop = PeerLoop(detached=True)
         self._thread = threading.Thread(
             target=self._main, name="swarm_notebook-network", daemon=True
         )

@@ -18,13 +18,14 @@ from swarm_notebook.errors import BadRequest, ServerFailed, Unsupported
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.records import ServerSpan
 
+# A server's words in our messages and logs: a few lines.
 MAX_REASON = 500
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
 class Request:
-    """What one server is asked to compute in one trip.
+    """What one server is asked to compute in one request.
 
     Attributes:
         hidden: ``[batch, length, hidden]``, the input of block `start`.

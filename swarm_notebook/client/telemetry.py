@@ -32,8 +32,9 @@ SMOOTHING = 0.3
 class HopTimes(NamedTuple):
     """One request to a server: blocks ``[start, end)``, and the seconds of its parts.
 
-    ``network`` is what lies between the others: both ways, and all that the operating systems and
-    network daemons do. Petals' servers do not report their part, which then counts as network.
+    ``network`` is what lies between the others: to the server and back, and all that operating
+    systems and network daemons do. Petals' servers do not report their part, which then counts as
+    network.
     """
 
     peer: str

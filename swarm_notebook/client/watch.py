@@ -20,9 +20,13 @@ from swarm_notebook.net.streams import Stream
 
 logger = logging.getLogger(__name__)
 
+# A step takes milliseconds to a second: what takes longer is watched. So a dead server is noticed
+# after this and the timeout of one ping, five seconds in all.
 WATCH_AFTER = 2.0
 WATCH_PERIOD = 2.0
+# A long prompt may take so long on processors without anything being wrong.
 TELL_AFTER = 8.0
+# As long as Petals' servers work on one step before they give it up.
 REQUEST_LIMIT = 180.0
 
 

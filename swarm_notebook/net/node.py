@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 from hivemind.dht.node import DHTID, DHTNode
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
@@ -25,9 +27,30 @@ bound_nesting()
 
 logger = logging.getLogger(__name__)
 
+# hivemind's own 15 s are too few on slow networks and busy machines (seen in others' issues).
 START_TIMEOUT = 30.0
+# A dial over three round trips, the longest being 0.3 s, and time for a busy machine.
 CONNECT_TIMEOUT = 5.0
+PING_TIMEOUT = 3.0
+# Weight of the latest ping: about the last five count.
+PING_SMOOTHING = 0.3
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
+
+
+def is_peer_id(found: object) -> TypeGuard[str]:
+    """Whether something is the base58 id of a peer."""
+    try:
+        return isinstance(found, str) and bool(PeerID.from_base58(found))
+    except ValueError:
+        return False
+
+
+def smoothed_rtt(known: float | None, seconds: float) -> float:
+    """A round trip after one more measurement of it, all in seconds."""
+    if known is None:
+        return seconds
+    # The first call dials the peer: a lower later value is the truth, not noise.
+    return min(seconds, known + PING_SMOOTHING * (seconds - known))
 
 
 def parse_peers(addresses: Sequence[str]) -> list[Multiaddr]:
@@ -131,6 +154,17 @@ class Node:
     async def addresses(self) -> list[str]:
         """The multiaddrs, with peer id, under which others reach this node."""
         return [str(maddr) for maddr in await self.p2p.get_visible_maddrs()]
+
+    async def ping(self, peer: str) -> float | None:
+        """Seconds of a round trip to a peer (base58 id) of the DHT; None if it does not answer."""
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(PING_TIMEOUT):
+                answer = await self.dht.protocol.call_ping(PeerID.from_base58(peer))
+        except (ControlFailure, TimeoutError, OSError, P2PDaemonError) as error:
+            logger.debug("ping of %s: %s", peer, error)
+            return None
+        return None if answer is None else time.perf_counter() - began
 
     async def redial(self, peers: Collection[str] = ()) -> None:
         """Connect again to peers that have gone away (and may have come back).

@@ -38,7 +38,7 @@ EXTENSION_KEY = "swarm_notebook"
 TIMES_KEY = "times"
 PUSH_TO, PUSH_FROM = "push_to", "push_from"
 PUSH_FAILED, FILLED = "push_failed", "filled"
-NEXT_SERVERS = "next_servers"  # Petals' way, see `server.onward`
+NEXT_SERVERS = "next_servers"  # Petals' pushes, see `server.rpc.petals_push`
 
 _SERVICER = "TransformerConnectionHandler"
 RPC_INFO = f"{_SERVICER}.rpc_info"
@@ -57,7 +57,9 @@ CHAIN_DELIMITER = " "
 # A unary message above 4 MiB is refused by p2pd, an answer above it is lost without a word.
 MAX_UNARY_BYTES = 4 * 1024**2 - 64 * 1024
 PART_BYTES = 4 * 1024**2
+# A config of an adapter is some kB, a request for all states of 126 blocks less than one.
 MAX_METADATA_BYTES = 1 << 20
+# The largest model that Petals served has 126 blocks (Llama 3.1 405B).
 MAX_BLOCKS = 4096
 
 DUMMY = torch.empty(0)

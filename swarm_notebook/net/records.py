@@ -15,10 +15,18 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-MODEL_INDEX_KEY = "_petals.models"
+MODEL_INDEX_KEY = "_petals.models"  # Petals' own
+# Block indices of records: five hundred times the deepest model's, and no loop over them is long.
 MAX_BLOCK = 1 << 16
+# From which version of our protocol on servers push to each other (`protocol.PROTOCOL_VERSION`).
 PUSH_VERSION = 2
 
+# The record stands under every block, so what we announce is to stay small. Petals' servers ping
+# five neighbours per announcement and announce all that they pinged within five minutes.
+MAX_PINGS, MAX_PINGS_READ = 16, 256
+
+# Seconds; Petals announces infinity for a peer that does not answer.
+Ping = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=200)]
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCK)]
@@ -31,7 +39,11 @@ class ServerState(enum.IntEnum):
 
 
 class ServerInfo(BaseModel):
-    """One server's record. Rates are tokens per second through one block (Petals' definition)."""
+    """One server's record. Rates are tokens per second through one block (Petals' definition).
+
+    Attributes:
+        next_pings: round trips in seconds to servers of neighbouring blocks, by peer (base58 id).
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
@@ -49,7 +61,7 @@ class ServerInfo(BaseModel):
     quant_type: Name | None = None
     using_relay: bool | None = None
     cache_tokens_left: Annotated[int, Field(ge=0)] | None = None
-    next_pings: dict[Name, float] | None = None
+    next_pings: Annotated[dict[Name, Ping], Field(max_length=MAX_PINGS_READ)] | None = None
     swarm_notebook: int | None = None
     cache_tokens_total: Annotated[int, Field(ge=0)] | None = None
 

@@ -26,8 +26,11 @@ from swarm_notebook.errors import BadRequest, RemoteError, from_wire, to_wire
 
 logger = logging.getLogger(__name__)
 
+# 32,768 tokens of a hidden size of 8,192 in float32, which is a prompt in one message.
 MAX_FRAME_BYTES = 1 << 30
+# How long a peer may not read before it is given up: it may be swapped out, or far behind.
 UNHEARD_SECONDS = 20.0
+# An honest peer closes within a round trip; each that does not holds one stream for so long.
 LINGER_SECONDS = 10.0
 MAX_LINGERING = 64
 _HEADER_BYTES = 9

@@ -27,6 +27,7 @@ FLOAT16 = runtime_pb2.CompressionType.FLOAT16
 INT8 = 64  # of no type that hivemind knows; the enumeration is open
 COMPRESSIONS = {"float16": FLOAT16, "int8": INT8}
 
+# Deep prompts have most: blocks, batch, length, hidden.
 MAX_DIMENSIONS = 6
 INT8_GROUP = 16
 
@@ -199,16 +200,16 @@ def split(message: runtime_pb2.Tensor, part_bytes: int) -> list[runtime_pb2.Tens
 def join(parts: list[runtime_pb2.Tensor]) -> list[runtime_pb2.Tensor]:
     """The tensors of a sequence of `split` parts; a part with a dtype begins a new tensor."""
     tensors: list[runtime_pb2.Tensor] = []
-    pieces: list[list[bytes]] = []
+    buffers_of: list[list[bytes]] = []
     for part in parts:
         if part.dtype:
             tensors.append(part)
-            pieces.append([part.buffer])
+            buffers_of.append([part.buffer])
         elif not tensors:
             raise BadRequest("a stream of tensor parts begins without a dtype")
         else:
-            pieces[-1].append(part.buffer)
-    for tensor, buffers in zip(tensors, pieces, strict=True):
+            buffers_of[-1].append(part.buffer)
+    for tensor, buffers in zip(tensors, buffers_of, strict=True):
         if tensor.chunks > 1 and tensor.chunks != len(buffers):
             raise BadRequest(f"a tensor announced {tensor.chunks} parts, {len(buffers)} came")
         if len(buffers) > 1:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from swarm_notebook.client.servers.routing import block_slices
 from swarm_notebook.probing.store import INDEX_FILE, Key, ShardFolder, Shards, digest
-from swarm_notebook.report.formatting import format_runs, model_title
+from swarm_notebook.report.formatting import model_title
 
 
 class HiddenStates:
@@ -37,7 +38,7 @@ class HiddenStates:
         kept = f"{self.key.pool} of tokens" if self.key.pool == "mean" else f"{self.key.pool} token"
         return (
             f"<HiddenStates of {model_title(self.key.model)}: {len(self)} texts, "
-            f"blocks {format_runs(self.blocks)}, {kept if self.key.pool else 'all tokens'}, "
+            f"blocks {block_slices(self.blocks)}, {kept if self.key.pool else 'all tokens'}, "
             f"{self.key.dtype}>"
         )
 
@@ -65,7 +66,7 @@ class HiddenStates:
         if place is None:
             raise LookupError(
                 f"block {block} of text {index} is not here; there are blocks "
-                f"{format_runs(self.blocks)}"
+                f"{block_slices(self.blocks)}"
             )
         shard, first, rows = place
         if id(shard) not in loaded:

@@ -14,7 +14,12 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.client.servers.routing import prompt_seconds, segment_seconds
+from swarm_notebook.client.servers.routing import (
+    Links,
+    network_seconds,
+    prompt_seconds,
+    token_seconds,
+)
 from swarm_notebook.client.session.pipeline import part_count
 from swarm_notebook.report.formatting import clean, model_title, number, size, text_table
 from swarm_notebook.report.status_html import STYLE
@@ -212,7 +217,7 @@ class Bill:
 def expect(
     model: str,
     chain: Sequence[RouteSegment],
-    rtt: Mapping[str, float],
+    links: Links,
     usage: Mapping[str, ServerUsage],
     *,
     loads: Sequence[tuple[int, int]],
@@ -223,7 +228,7 @@ def expect(
     """The preview of a generation over a chain of servers.
 
     Args:
-        rtt: measured round trip in seconds by peer.
+        links: how far notebook and servers are from each other.
         usage: what earlier tokens took, by peer.
         loads: bytes of one token's hidden state to and from each server of the chain; zero where
             it comes from the server before.
@@ -234,12 +239,14 @@ def expect(
             raise ValueError(f"{name}: {count}, expected at least 1")
     known = [_token_seconds(segment, usage) for segment in chain]
     each = [
-        segment_seconds(segment, rtt) if measured is None else measured
-        for segment, measured in zip(chain, known, strict=True)
+        announced if measured is None else measured
+        for announced, measured in zip(token_seconds(chain, links), known, strict=True)
     ]
     first = sum(
-        max(seconds, rtt.get(segment.peer, 0.0) + prompt_tokens * batch * prompt_seconds(segment))
-        for segment, seconds in zip(chain, each, strict=True)
+        max(seconds, network + prompt_tokens * batch * prompt_seconds(segment))
+        for segment, seconds, network in zip(
+            chain, each, network_seconds(chain, links), strict=True
+        )
     )
     parts = part_count(prompt_tokens, batch, [segment.span for segment in chain])
     requests = (parts + max_new_tokens - 1) * len(chain)

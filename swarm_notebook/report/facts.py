@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from swarm_notebook.client.servers.routing import segment_seconds
+from swarm_notebook.client.servers.routing import token_seconds
 from swarm_notebook.net.records import ServerSpan, ServerState
 from swarm_notebook.net.tensors import COMPRESSIONS
 from swarm_notebook.report.status import RouteHop, RouteTable, ServerRow, SwarmStatus
@@ -30,9 +30,9 @@ def route_of(model: str, directory: Directory) -> RouteTable:
             segment.end,
             segment.peer,
             segment.span.name,
-            1000 * segment_seconds(segment, directory.rtt),
+            1000 * seconds,
         )
-        for segment in chain
+        for segment, seconds in zip(chain, token_seconds(chain, directory.links), strict=True)
     )
     return RouteTable(model, tuple(hops))
 

@@ -23,17 +23,6 @@ def runs(counts: Sequence[int]) -> list[tuple[int, int, int]]:
     return found
 
 
-def format_runs(blocks: Iterable[int]) -> str:
-    """Block numbers as slices: ``0:15, 20:22``."""
-    found: list[list[int]] = []
-    for block in sorted(blocks):
-        if found and found[-1][1] == block:
-            found[-1][1] = block + 1
-        else:
-            found.append([block, block + 1])
-    return ", ".join(f"{start}:{end}" for start, end in found)
-
-
 def number(value: float | None) -> str:
     """A measured number for people: three digits or so, thousands grouped."""
     if value is None:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from swarm_notebook.client.servers.routing import block_slices
 from swarm_notebook.report import status_html
 from swarm_notebook.report.formatting import (
     clean,
-    format_runs,
     milliseconds,
     model_title,
     number,
@@ -122,7 +122,7 @@ class SwarmStatus:
         count = sum(row.state == "online" for row in self.servers)
         servers = f"{count} server{'' if count == 1 else 's'} online"
         if self.missing:
-            return f"{servers}, MISSING blocks {format_runs(self.missing)}: nobody serves them"
+            return f"{servers}, MISSING blocks {block_slices(self.missing)}: nobody serves them"
         packed = f", hidden states travel as {self.compression}" if self.compression else ""
         return f"{servers}, all {self.num_blocks} blocks served{packed}"
 
@@ -174,7 +174,7 @@ class RouteHop:
     end: int
     peer_id: str
     name: str
-    expected_ms: float  # per token: the round trip and the blocks' time
+    expected_ms: float  # per token: network and blocks; the last one's include the way back
 
     @property
     def blocks(self) -> str:

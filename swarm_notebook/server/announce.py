@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from hivemind.utils import get_dht_time
 
@@ -57,7 +57,7 @@ class Announcer:
             logger.warning("could not announce %s; trying again later", ", ".join(failed[:3]))
         return not failed
 
-    def keep(self, describe: Callable[[], ServerInfo]) -> None:
+    def keep(self, describe: Callable[[], Awaitable[ServerInfo]]) -> None:
         """From now on announce what ``describe`` says, once per period."""
         self._task = asyncio.create_task(self._keep(describe))
 
@@ -71,12 +71,12 @@ class Announcer:
         if self._task is not None:
             self._task.cancel()
 
-    async def _keep(self, describe: Callable[[], ServerInfo]) -> None:
+    async def _keep(self, describe: Callable[[], Awaitable[ServerInfo]]) -> None:
         stored = True
         while True:
             await asyncio.sleep(self._period if stored else min(self._period, RETRY_SECONDS))
             try:
-                stored = await self.announce(describe())
+                stored = await self.announce(await describe())
             except Exception:
                 stored = False
                 # Whatever it was, the next round may succeed, and the requests go on.

@@ -19,7 +19,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,6 +44,7 @@ from swarm_notebook.server.engine.kv_budget import CachePool
 from swarm_notebook.server.engine.requests import Limits
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.worker import ComputeThread, Job
+from swarm_notebook.server.pings import NeighbourPings
 from swarm_notebook.server.rpc.handler import Handler
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def main(options: ServeOptions) -> NoReturn:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
-    with asyncio.Runner(loop_factory=lifetime.ServerLoop) as runner:
+    with asyncio.Runner(loop_factory=lifetime.server_loop) as runner:
         runner.run(serve(options))
     logging.shutdown()
     # All is done and said; taking torch apart in good order would take seconds.
@@ -231,6 +232,8 @@ class Server:
         announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
         self._stack.callback(announcer.cancel)
         await announcer.announce(_info(ServerState.JOINING, blocks, options))
+        pings = NeighbourPings(node, source.dht_prefix, blocks)
+        await pings.measure()
         batching, rates = await measuring.future
         meter = throughput.RateMeter(rates)
         compute.on_ran = meter.ran
@@ -251,10 +254,14 @@ class Server:
         await handler.register(node.p2p)
 
         def describe(state: ServerState) -> ServerInfo:
-            return _info(state, blocks, options, meter.rates, pool)
+            return _info(state, blocks, options, meter.rates, pool, pings=pings.rtt)
+
+        async def describe_again() -> ServerInfo:
+            await pings.measure()
+            return describe(ServerState.ONLINE)
 
         await announcer.announce(describe(ServerState.ONLINE))
-        announcer.keep(lambda: describe(ServerState.ONLINE))
+        announcer.keep(describe_again)
         self._up = _Up(node, compute, handler, announcer, describe)
         self._say(ready=True, blocks=list(blocks), model=source.name)
         logger.info(
@@ -364,6 +371,8 @@ def _info(
     options: ServeOptions,
     rates: throughput.Throughput | None = None,
     pool: CachePool | None = None,
+    *,
+    pings: Mapping[str, float] | None = None,
 ) -> ServerInfo:
     """What the server says of itself; not yet measured while it joins."""
     return ServerInfo(
@@ -378,6 +387,7 @@ def _info(
         torch_dtype=options.dtype,
         quant_type="none",
         using_relay=False,
+        next_pings=dict(pings) if pings else None,
         cache_tokens_left=pool.free if pool else None,
         cache_tokens_total=pool.total if pool else None,
         swarm_notebook=protocol.PROTOCOL_VERSION,

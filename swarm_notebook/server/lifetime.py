@@ -13,10 +13,10 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
 
-import uvloop
 from hivemind.p2p import P2P
+
+from swarm_notebook.net.loop import PeerLoop
 
 
 def leaving(exit_with_stdin: bool) -> asyncio.Event:
@@ -37,17 +37,13 @@ def _await_end_of_stdin(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -
         loop.call_soon_threadsafe(event.set)
 
 
-class ServerLoop(uvloop.Loop):
-    """A fast loop whose child processes a Ctrl-C in the terminal does not reach.
+def server_loop() -> PeerLoop:
+    """The loop of a server's process.
 
-    The terminal interrupts its whole process group, and p2pd would end before the steps in flight
-    are answered. A server that leads its own session (a notebook starts it so) has no terminal;
-    its children stay in its group, so that all can be ended at once.
+    A server that leads its own session (a notebook starts it so) has no terminal; its children stay
+    in its group, so that all can be ended at once.
     """
-
-    async def subprocess_exec(self, *arguments: Any, **options: Any) -> Any:
-        apart = os.getsid(0) != os.getpid()
-        return await super().subprocess_exec(*arguments, start_new_session=apart, **options)
+    return PeerLoop(detached=os.getsid(0) != os.getpid())
 
 
 async def daemon_ended(p2p: P2P) -> None:

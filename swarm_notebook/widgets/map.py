@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 
+from swarm_notebook.client.servers.routing import block_slices
 from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.report import status_html
-from swarm_notebook.report.formatting import format_runs
 from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.pulse import start_pulse
 from swarm_notebook.widgets.traffic import Traffic
@@ -168,7 +168,7 @@ def compact(row: ServerRow, status: SwarmStatus) -> list[Any]:
         row.version,
         _age(row.announced),
         _age(row.heard),
-        format_runs(status.needed(row.peer_id)),
+        block_slices(status.needed(row.peer_id)),
     ]
 
 

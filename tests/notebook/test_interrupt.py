@@ -30,13 +30,13 @@ import time, torch
 import swarm_notebook as sn
 
 swarm = sn.connect({peers!r}, model={folder!r})
-model, directory = swarm.model, swarm._connection.directory
+model, directory = swarm.model, swarm.connection.directory
 ids = torch.arange(3, 12)[None]
 
 
 def sessions():
     peers = [hop.peer_id for hop in swarm.route().hops]
-    return sum(swarm._connection._run(directory.info(peer))["sessions"] for peer in peers)
+    return sum(swarm.info(peer)["sessions"] for peer in peers)
 
 
 def wait_until_free():

@@ -96,7 +96,7 @@ class Scene:
         """As if nothing had happened yet."""
         self.heal()
         self.sessions.clear()
-        self.swarm._connection.directory.health._apart.clear()
+        self.swarm.connection.directory.health.bring_together()
         return self
 
     def same(self, ours: Any, theirs: Any) -> None:
@@ -125,7 +125,7 @@ def scene(folder: Path, spans: Any, *, hosted: bool = False, **options: Any) -> 
         sn.connect(local.initial_peers, model=folder) as swarm,
     ):
         made = Scene(local, swarm, reference)
-        connection: Any = swarm._connection
+        connection: Any = swarm.connection
         new_session = connection.session
 
         def session(*arguments: Any) -> InferenceSession:

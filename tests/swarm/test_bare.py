@@ -21,12 +21,12 @@ def alone(tiny_llama: Path) -> Iterator[Scene]:
 @pytest.fixture
 def sessions(alone: Scene) -> list[bare.BareSession]:
     size = alone.reference.config.hidden_size
-    connection = alone.swarm._connection
+    connection = alone.swarm.connection
     return [bare.BareSession(connection, size, seed) for seed in (0, 0, 1)]
 
 
 def test_they_tell_right_from_wrong(alone: Scene, sessions: list[bare.BareSession]) -> None:
-    run = alone.swarm._connection.network.run
+    run = alone.swarm.connection.network.run
 
     async def together() -> None:
         await asyncio.gather(*(session.prefill() for session in sessions))

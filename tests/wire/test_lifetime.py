@@ -30,7 +30,7 @@ from swarm_notebook.net.records import (
 )
 from swarm_notebook.server.app import ServeOptions, serve
 from swarm_notebook.server.engine.span import Span
-from swarm_notebook.server.lifetime import ServerLoop
+from swarm_notebook.server.lifetime import server_loop
 
 PREFIX, BLOCKS = "tiny-llama", 5
 UID = protocol.uid_chain(PREFIX, 0, BLOCKS)
@@ -183,6 +183,6 @@ def test_what_cannot_be_served_ends_with_its_error(tiny_llama: Path, tmp_path: P
 def test_torch_is_not_at_work_when_python_ends(tiny_llama: Path) -> None:
     """It would abort the process, with another exit code than that of the error."""
     options = ServeOptions(str(tiny_llama), initial_peers=["/ip4/127.0.0.1"])
-    with pytest.raises(AddressError), asyncio.Runner(loop_factory=ServerLoop) as runner:
+    with pytest.raises(AddressError), asyncio.Runner(loop_factory=server_loop) as runner:
         runner.run(serve(options))
     assert "compute" not in {thread.name for thread in threading.enumerate()}

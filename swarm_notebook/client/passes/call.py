@@ -22,6 +22,7 @@ from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import BadRequest, ServerFailed
 from swarm_notebook.net import protocol, streams, tensors
 
+# A dial takes a few round trips, the longest about 0.3 s; the rest is for busy machines.
 OPEN_TIMEOUT = 5.0
 
 

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# While a server computes one group, the next is under way to it; more would only make them smaller.
 GROUPS_PER_SERVER = 2
 
 

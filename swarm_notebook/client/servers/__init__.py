@@ -1,1 +1,1 @@
-"""Who serves which blocks, how they behave, and which way to go."""
+"""Who serves which blocks, how they behave, and which route is the quickest."""

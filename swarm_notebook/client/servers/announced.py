@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
-from hivemind.p2p import PeerID
 from hivemind.utils import ValueWithExpiration, get_dht_time
 
+from swarm_notebook.net.node import is_peer_id
 from swarm_notebook.net.records import ServerInfo, parse_record
 
 
@@ -39,7 +39,7 @@ class Announced:
         entries = found.value if found is not None and isinstance(found.value, dict) else {}
         for peer, entry in entries.items():
             info = parse_record(entry.value)
-            if info is None or not isinstance(peer, str) or not _is_peer_id(peer):
+            if info is None or not is_peer_id(peer):
                 continue
             before = known.get(peer)
             if before is None or before.expires < entry.expiration_time:
@@ -72,11 +72,3 @@ class Announced:
 def _hosts(info: ServerInfo, block: int) -> bool:
     start, end = info.start_block, info.end_block
     return start is None or end is None or start <= block < end
-
-
-def _is_peer_id(text: str) -> bool:
-    try:
-        PeerID.from_base58(text)
-    except ValueError:
-        return False
-    return True

@@ -1,7 +1,8 @@
 """Who serves which blocks of one model, kept fresh in the background.
 
-The directory reads the records of all blocks from the DHT, pings the servers, and leaves out whom
-their `standing` forbids to use. Readers in other threads see immutable snapshots.
+The directory reads the records of all blocks from the DHT, pings the servers, and leaves out those
+that are avoided (see `health`). A peer that announces nothing for long is forgotten, so that a
+notebook that runs for weeks does not grow. Readers in other threads see immutable snapshots.
 """
 
 from __future__ import annotations
@@ -25,17 +26,22 @@ from swarm_notebook.client.servers.health import PeerHealth
 from swarm_notebook.client.telemetry import Telemetry
 from swarm_notebook.errors import BadRequest, MissingBlocks
 from swarm_notebook.net import protocol, tensors
-from swarm_notebook.net.node import Node
+from swarm_notebook.net.node import Node, smoothed_rtt
 from swarm_notebook.net.records import ServerSpan, ServerState, spans_of
 
 logger = logging.getLogger(__name__)
 
+# A reading costs one DHT search per block. Servers announce themselves every minute; ten seconds
+# show a new one soon enough, and one second is for a user who waits for it.
 REFRESH_PERIOD = 10.0
 REFRESH_PERIOD_MISSING = 1.0
+# Ten times a round trip around the earth, and longer than a busy server's loop is held up.
 PING_TIMEOUT = 3.0
-PING_SMOOTHING = 0.3
+# How long a call waits for servers: a server of ours restarts in 10 to 30 s.
 PATIENCE = 30.0
 WAIT_PERIOD = 0.5
+# Longer than any restart, and than records of a dead server live (Petals': four minutes).
+FORGET_SECONDS = 3600.0
 
 # What a ping may meet: silence, refusal, or an answer that is none.
 _PING_ERRORS = (TimeoutError, P2PDaemonError, P2PHandlerError, OSError, BadRequest, DecodeError)
@@ -53,6 +59,15 @@ class Snapshot:
     spans: tuple[ServerSpan, ...] = ()
     when: float = 0.0
     announced: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _LastSeen:
+    """When a peer was announced last, by `time.monotonic`; its name, and the blocks it had."""
+
+    when: float = 0.0
+    name: str = ""
+    blocks: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -83,9 +98,8 @@ class Directory:
     telemetry: Telemetry = field(default_factory=Telemetry)
     compression: int = tensors.NONE
     health: PeerHealth = field(default_factory=PeerHealth)
-    _last_holders: dict[int, set[str]] = field(default_factory=dict)
     _announced: Announced = field(default_factory=Announced)
-    _met: set[str] = field(default_factory=set)
+    _last_seen: dict[str, _LastSeen] = field(default_factory=dict)
     _refreshing: asyncio.Task | None = None
     _background: asyncio.Task | None = None
 
@@ -108,7 +122,7 @@ class Directory:
             await asyncio.sleep(REFRESH_PERIOD_MISSING if missing else REFRESH_PERIOD)
             try:
                 if missing:
-                    await self.node.redial(self._met)
+                    await self.node.redial(self.heard)
                 await self.refresh()
             except Exception:
                 logger.exception("reading the records of %s failed; trying again", self.prefix)
@@ -126,10 +140,7 @@ class Directory:
             self._announced.update(index, found.get(uid))
         spans = tuple(spans_of(self._announced.holders()))
         self.snapshot = Snapshot(spans, time.time(), self._announced.times())
-        for span in spans:
-            if span.info.state == ServerState.ONLINE:
-                for block in range(span.start, span.end):
-                    self._last_holders.setdefault(block, set()).add(span.name)
+        self.note(spans, time.monotonic())
         online = {span.peer for span in spans if span.info.state == ServerState.ONLINE}
         await asyncio.gather(*(self.ping(peer) for peer in online))
 
@@ -143,14 +154,29 @@ class Directory:
             logger.debug("ping of %s: %s", peer, error)
             self.health.silent(peer)
             return False
-        self._met.add(peer)
         self.heard[peer] = time.time()
         self.health.answered(peer)
-        seconds = time.perf_counter() - began
-        known = self.rtt.get(peer, seconds)
-        # The first call dials the peer: a lower later value is the truth, not noise.
-        self.rtt[peer] = min(seconds, known + PING_SMOOTHING * (seconds - known))
+        self.rtt[peer] = smoothed_rtt(self.rtt.get(peer), time.perf_counter() - began)
         return True
+
+    def note(self, spans: Sequence[ServerSpan], now: float) -> None:
+        """Remember who was announced with what, and forget who was not for long."""
+        for span in spans:
+            seen = self._last_seen.setdefault(span.peer, _LastSeen())
+            seen.when, seen.name = now, span.name
+            if span.info.state == ServerState.ONLINE:
+                seen.blocks.update(range(span.start, span.end))
+        for peer, seen in list(self._last_seen.items()):
+            lock = self.upload_locks.get(peer)
+            if now - seen.when > FORGET_SECONDS and not (lock and lock.locked()):
+                self._forget(peer)
+
+    def _forget(self, peer: str) -> None:
+        for known in (self._last_seen, self.rtt, self.heard, self.upload_locks):
+            known.pop(peer, None)
+        for key in [key for key in self.uploaded if key[0] == peer]:
+            del self.uploaded[key]
+        self.health.forget(peer)
 
     async def info(self, peer: str) -> dict:
         """The server's answer to rpc_info."""
@@ -172,7 +198,7 @@ class Directory:
             return None
 
     def missing(self) -> list[int]:
-        """Blocks that no server in good standing holds."""
+        """Blocks that no server holds which is online and not avoided."""
         return self._missing(0, self.num_blocks)
 
     def _missing(self, start: int, end: int, exclude: Collection[str] = ()) -> list[int]:
@@ -184,13 +210,18 @@ class Directory:
         """The announced spans without those of peers that are avoided just now."""
         return [span for span in self.snapshot.spans if not self.avoided(span.peer)]
 
+    @property
+    def links(self) -> routing.Links:
+        """How far notebook and servers are from each other."""
+        return routing.Links(self.rtt, self.together)
+
     def chain(
         self, start: int, end: int, exclude: Collection[str] = ()
     ) -> list[routing.RouteSegment]:
         """The best chain over ``[start, end)``; MissingBlocks names who had missing blocks."""
         usable = self.usable()
         try:
-            return routing.best_chain(usable, start, end, self.rtt, exclude)
+            return routing.best_chain(usable, start, end, self.links, exclude)
         except MissingBlocks as error:
             raise MissingBlocks(f"{error} of {self.prefix}{self._who_had(start, end)}") from None
 
@@ -217,13 +248,15 @@ class Directory:
                     announced = True
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
-                    await self.node.redial(self._met)
+                    await self.node.redial(self.heard)
                     await self.refresh()
                     await asyncio.sleep(WAIT_PERIOD)
 
     def _who_had(self, start: int, end: int) -> str:
-        holders = (self._last_holders.get(block, set()) for block in self._missing(start, end))
-        names = sorted(set().union(*holders))
+        missing = self._missing(start, end)
+        names = sorted(
+            {seen.name for seen in self._last_seen.values() if seen.blocks.intersection(missing)}
+        )
         had = f"; until now {', '.join(names)} had them" if names else ""
         return had + "".join(
             f"; {span.name} is avoided for now: {reason}"
@@ -236,7 +269,7 @@ class Directory:
         self.health.failed(peer, reason)
 
     def succeeded(self, peer: str) -> None:
-        """An answered request restores a peer's standing."""
+        """A peer has answered a request: its failures before are forgotten."""
         self.heard[peer] = time.time()
         self.health.succeeded(peer)
 

@@ -11,9 +11,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+# As Petals' clients do: from a few seconds, twice as long each time, up to a minute.
 BAN_SECONDS = 3.0
 BAN_SECONDS_MAX = 60.0
+# After so many in a row, an answered ping says little: it pings well and works badly.
 FORGIVABLE_FAILURES = 3
+# A failed push costs seconds (the servers' `PUSH_SECONDS`), the detour over the notebook only
+# milliseconds: a push is tried again once in a minute.
 APART_SECONDS = 60.0
 
 
@@ -27,31 +31,30 @@ class _Health:
 
 
 class PeerHealth:
-    """The standing of all peers that one notebook knows."""
+    """How all peers that one notebook knows have behaved."""
 
     def __init__(self) -> None:
-        self._standing: dict[str, _Health] = {}
+        self._failing: dict[str, _Health] = {}
         self._silent: set[str] = set()
         self._apart: dict[tuple[str, str], float] = {}
 
     def failed(self, peer: str, reason: str) -> None:
         """A request to the peer failed."""
-        standing = self._standing.setdefault(peer, _Health())
-        seconds = min(BAN_SECONDS * 2**standing.failures, BAN_SECONDS_MAX)
-        standing.failures += 1
-        standing.until, standing.reason = time.monotonic() + seconds, reason
+        health = self._failing.setdefault(peer, _Health())
+        seconds = min(BAN_SECONDS * 2**health.failures, BAN_SECONDS_MAX)
+        health.failures += 1
+        health.until, health.reason = time.monotonic() + seconds, reason
 
     def succeeded(self, peer: str) -> None:
         """The peer has answered a request."""
-        if peer in self._standing:
-            del self._standing[peer]
+        self._failing.pop(peer, None)
 
     def answered(self, peer: str) -> None:
         """The peer has answered a ping."""
         self._silent.discard(peer)
-        standing = self._standing.get(peer)
-        if standing is not None and standing.failures <= FORGIVABLE_FAILURES:
-            standing.until = 0.0
+        health = self._failing.get(peer)
+        if health is not None and health.failures <= FORGIVABLE_FAILURES:
+            health.until = 0.0
 
     def silent(self, peer: str) -> None:
         """The peer has not answered a ping."""
@@ -59,9 +62,9 @@ class PeerHealth:
 
     def avoided(self, peer: str) -> str:
         """Why a peer is avoided just now; an empty text if it is not."""
-        standing = self._standing.get(peer)
-        if standing is not None and standing.until > time.monotonic():
-            return standing.reason
+        health = self._failing.get(peer)
+        if health is not None and health.until > time.monotonic():
+            return health.reason
         return "it does not answer" if peer in self._silent else ""
 
     def keep_apart(self, sender: str, receiver: str) -> None:
@@ -72,3 +75,14 @@ class PeerHealth:
         """Whether they are kept apart just now."""
         until = self._apart.get((sender, receiver))
         return until is not None and until >= time.monotonic()
+
+    def bring_together(self) -> None:
+        """Let hidden states go from any server to any other again."""
+        self._apart.clear()
+
+    def forget(self, peer: str) -> None:
+        """The peer is gone for good."""
+        self._failing.pop(peer, None)
+        self._silent.discard(peer)
+        for pair in [pair for pair in self._apart if peer in pair]:
+            del self._apart[pair]

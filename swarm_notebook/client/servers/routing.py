@@ -1,20 +1,33 @@
 """Which server computes which blocks: the chain with the lowest expected latency. Pure code.
 
-A hop costs one round trip from the notebook plus its blocks' time at the server's announced
-speed. The best chain from `start` to `end` is found block by block: the cheapest way to have
-passed block b on server s either stays on s or switches to it, so the work is blocks x servers.
+A token takes its blocks' time at the servers' announced speed, and the network's time on the
+critical path: to the first server, from each to the next, and back from the last. (Every server
+answers to the notebook besides, but nobody waits for that.) Two servers that push to each other
+are half of their round trip apart, which servers measure to their neighbours and announce. Where
+the notebook passes the hidden states on, or no ping is known, the way over the notebook counts:
+half of its own round trip to each of the two.
+
+The best chain from `start` to `end` is found block by block: the cheapest way to have passed block
+b on server s stays on s, or switches to it from whichever server is cheapest together with the
+link; so the work is blocks x servers of a block, squared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.net.records import ServerSpan, ServerState
 
+# Of a server that was not reached yet, in seconds: across an ocean, so that a known one that is
+# nearer comes first.
 DEFAULT_RTT = 0.1
+# Of a server that announces no speed, in tokens per second through one block: a slow processor.
 DEFAULT_RPS = 100.0
+
+Pushes = Callable[[ServerSpan, ServerSpan], bool]
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,36 @@ class RouteSegment:
         return self.span.peer
 
 
+@dataclass(frozen=True)
+class Links:
+    """How far the notebook and the servers are from each other.
+
+    Attributes:
+        rtt: round trips between notebook and servers that were measured here, in seconds by peer.
+        pushes: whether the first of two servers can push its output to the second.
+    """
+
+    rtt: Mapping[str, float]
+    pushes: Pushes = lambda _sender, _receiver: False
+
+    def to_notebook(self, span: ServerSpan) -> float:
+        """Seconds one way between the notebook and a server."""
+        return self.rtt.get(span.peer, DEFAULT_RTT) / 2
+
+    def between(self, sender: ServerSpan, receiver: ServerSpan) -> float:
+        """Seconds from one server of a chain to the next."""
+        if self.pushes(sender, receiver):
+            # Either of them may have measured it.
+            pings = [
+                (one.info.next_pings or {}).get(other.peer)
+                for one, other in ((sender, receiver), (receiver, sender))
+            ]
+            known = [ping for ping in pings if ping is not None]
+            if known:
+                return max(known) / 2
+        return self.to_notebook(sender) + self.to_notebook(receiver)
+
+
 def block_seconds(span: ServerSpan) -> float:
     """Expected seconds of one token in one block of this server."""
     return 1.0 / max(span.info.inference_rps or span.info.throughput or DEFAULT_RPS, 1e-3)
@@ -42,24 +85,47 @@ def prompt_seconds(segment: RouteSegment) -> float:
     return (segment.end - segment.start) / max(rate, 1e-3)
 
 
-def segment_seconds(segment: RouteSegment, rtt: Mapping[str, float]) -> float:
-    """Expected seconds of one token on this segment, its round trip included."""
-    trip = rtt.get(segment.peer, DEFAULT_RTT)
-    return trip + (segment.end - segment.start) * block_seconds(segment.span)
+def network_seconds(chain: Sequence[RouteSegment], links: Links) -> list[float]:
+    """Expected seconds on the network before each segment; the last one's include the way back."""
+    if not chain:
+        return []
+    spans = [segment.span for segment in chain]
+    found = [links.to_notebook(spans[0])]
+    found += [links.between(*pair) for pair in itertools.pairwise(spans)]
+    found[-1] += links.to_notebook(spans[-1])
+    return found
+
+
+def token_seconds(chain: Sequence[RouteSegment], links: Links) -> list[float]:
+    """Expected seconds of one token on each segment, network included."""
+    return [
+        network + (segment.end - segment.start) * block_seconds(segment.span)
+        for segment, network in zip(chain, network_seconds(chain, links), strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """The cheapest known chain up to a block: its cost, its last segment, and what was before."""
+
+    cost: float
+    span: ServerSpan
+    start: int
+    before: _Passed | None
 
 
 def best_chain(
     spans: Sequence[ServerSpan],
     start: int,
     end: int,
-    rtt: Mapping[str, float],
+    links: Links,
     exclude: Collection[str] = (),
 ) -> list[RouteSegment]:
     """The chain over blocks ``[start, end)`` with the lowest expected seconds per token.
 
     Args:
         spans: what the servers announce; only those online count.
-        rtt: measured round trip in seconds per peer.
+        links: how far they are.
         exclude: peers that must not be used.
 
     Raises:
@@ -71,27 +137,46 @@ def best_chain(
     missing = uncovered(usable, start, end)
     if missing:
         raise MissingBlocks(f"no server holds {describe_blocks(missing)}")
+    distances: dict[tuple[int, int], float] = {}
 
-    # cost and the chain of servers so far, per server that computes the current block
-    ways: dict[int, tuple[float, list[RouteSegment]]] = {}
+    def distance(sender: int, receiver: int) -> float:
+        pair = (sender, receiver)
+        if pair not in distances:
+            distances[pair] = links.between(usable[sender], usable[receiver])
+        return distances[pair]
+
+    passed: dict[int, _Passed] = {}  # by the server, as a number in `usable`, of the latest block
     for block in range(start, end):
-        before = min(ways.values(), key=lambda way: way[0], default=(0.0, []))
-        following: dict[int, tuple[float, list[RouteSegment]]] = {}
+        following: dict[int, _Passed] = {}
         for number, span in enumerate(usable):
             if not span.start <= block < span.end:
                 continue
-            switch = before[0] + rtt.get(span.peer, DEFAULT_RTT)
-            stay = ways.get(number)
-            if stay is not None and stay[0] <= switch:
-                last = stay[1][-1]
-                chain = [*stay[1][:-1], RouteSegment(span, last.start, block + 1)]
-                cost = stay[0]
+            stay = passed.get(number)
+            if block == start:
+                best = _Passed(links.to_notebook(span), span, block, None)
             else:
-                chain = [*before[1], RouteSegment(span, block, block + 1)]
-                cost = switch
-            following[number] = (cost + block_seconds(span), chain)
-        ways = following
-    return min(ways.values(), key=lambda way: way[0], default=(0.0, []))[1]
+                switches = [
+                    (before.cost + distance(other, number), other)
+                    for other, before in passed.items()
+                    if other != number
+                ]
+                cost, other = min(switches, default=(float("inf"), number))
+                if stay is not None and stay.cost <= cost:
+                    best = stay
+                else:
+                    best = _Passed(cost, span, block, passed[other])
+            following[number] = _Passed(
+                best.cost + block_seconds(span), span, best.start, best.before
+            )
+        passed = following
+    last = min(
+        passed.values(), key=lambda one: one.cost + links.to_notebook(one.span), default=None
+    )
+    chain: list[RouteSegment] = []
+    while last is not None:
+        chain.insert(0, RouteSegment(last.span, last.start, chain[0].start if chain else end))
+        last = last.before
+    return chain
 
 
 def uncovered(spans: Sequence[ServerSpan], start: int, end: int) -> list[int]:
@@ -100,14 +185,17 @@ def uncovered(spans: Sequence[ServerSpan], start: int, end: int) -> list[int]:
     return [block for block in range(start, end) if block not in covered]
 
 
-def describe_blocks(blocks: Sequence[int]) -> str:
-    """A list of blocks for people: ``block 3`` or ``blocks 0:15, 20:22``."""
+def block_slices(blocks: Iterable[int]) -> str:
+    """Block numbers as slices: ``0:15, 20:22``."""
     runs: list[list[int]] = []
     for block in sorted(blocks):
         if runs and runs[-1][1] == block:
             runs[-1][1] = block + 1
         else:
             runs.append([block, block + 1])
-    if len(runs) == 1 and runs[0][1] - runs[0][0] == 1:
-        return f"block {runs[0][0]}"
-    return "blocks " + ", ".join(f"{first}:{last}" for first, last in runs)
+    return ", ".join(f"{first}:{last}" for first, last in runs)
+
+
+def describe_blocks(blocks: Sequence[int]) -> str:
+    """A list of blocks for people: ``block 3`` or ``blocks 0:15, 20:22``."""
+    return f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {block_slices(blocks)}"

@@ -3,8 +3,8 @@
 Whatever goes wrong on the stream (the peer is gone, hangs, answers with something else than asked
 for) comes out as one of the errors of `RemoteError`.
 
-The hidden states of a step travel with its request, or come from the server before, which is then
-told to push them (`StepRoute`). Every server answers to the client in both cases: so it knows who
+The hidden states of a step go with its request, or come from the server before, which is then asked
+to push them (`StepRoute`). Every server answers to the client in both cases: so it knows who
 has done its part, and has what a lost cache is rebuilt from.
 
 A session on a server is introduced by its first step, and a step need not name its blocks when

@@ -35,7 +35,7 @@ def test_int8_shifts_logits_a_little_and_is_shown(tiny_scene: Scene, packed: Any
 
 def moved(swarm: Any) -> int:
     """Bytes that went over the streams to all servers."""
-    accounts = swarm._connection.directory.telemetry.usage.by_peer().values()
+    accounts = swarm.connection.directory.telemetry.usage.by_peer().values()
     return sum(account.meter.sent + account.meter.received for account in accounts)
 
 

@@ -86,7 +86,7 @@ class Stage:
     def tempt(self, lie: Lie) -> None:
         """Make the liar the first choice of the next request."""
         self.liar.lie = lie
-        directory = self.scene.swarm._connection.directory
+        directory = self.scene.swarm.connection.directory
         directory.succeeded(self.liar.peer_id)
 
         def first() -> bool:
@@ -100,7 +100,7 @@ class Stage:
 @pytest.fixture(scope="module")
 def stage(tiny_llama: Path) -> Iterator[Stage]:
     with scene(tiny_llama, [(0, 5)]) as made:
-        directory = made.swarm._connection.directory
+        directory = made.swarm.connection.directory
         with LyingServer(made.local.initial_peers, directory.prefix, 5) as liar:
             yield Stage(made, liar)
 
@@ -126,14 +126,14 @@ def test_a_forward_pass_goes_on_elsewhere(stage: Stage, lie: str) -> None:
 def test_the_liar_is_avoided_and_named(stage: Stage) -> None:
     stage.tempt(LIES["wrong shape"])
     generate(stage.scene.remote, stage.scene.ids(1, 9), max_new_tokens=1, min_new_tokens=1)
-    directory = stage.scene.swarm._connection.directory
+    directory = stage.scene.swarm.connection.directory
     assert "[2, 9, 47], expected [1, 9, 48]" in directory.avoided(stage.liar.peer_id)
     assert stage.scene.swarm.route().hops[0].name != NAME
 
 
 def test_nobody_but_a_liar(stage: Stage) -> None:
     """Whoever has no other server gets an error in time, which says what was wrong."""
-    directory = stage.scene.swarm._connection.directory
+    directory = stage.scene.swarm.connection.directory
     stage.tempt(LIES["wrong shape"])
     patience, directory.patience = directory.patience, 4.0
     honest = stage.scene.local.servers[0]

@@ -52,7 +52,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_blocks_without_a_server_and_their_servers_return(pair: Scene) -> None:
     """An error in time that says what is missing; then the same conversation goes on."""
-    directory = pair.swarm._connection.directory
+    directory = pair.swarm.connection.directory
     patience, directory.patience = directory.patience, PATIENCE
     ids, more = pair.ids(1, 9), pair.ids(1, 5, seed=1)
     first = generate(pair.remote, ids)
@@ -78,7 +78,7 @@ def test_blocks_without_a_server_and_their_servers_return(pair: Scene) -> None:
 
 def test_a_generation_waits_for_a_server_that_comes_back(pair: Scene) -> None:
     ids = pair.ids(2, 9)
-    directory = pair.swarm._connection.directory
+    directory = pair.swarm.connection.directory
     patience, directory.patience = directory.patience, RESTART_SECONDS
     restarts = threading.Thread(target=pair.local.servers[1].restart)
 
@@ -194,7 +194,7 @@ def test_a_batch_that_fits_elsewhere(small: Scene, tiny_llama: Path, tmp_path: P
         roomy.wait_ready(RESTART_SECONDS)
         small.swarm.status()
         # As if it were far away, so that it is not the first choice.
-        small.swarm._connection.directory.rtt[str(roomy.peer_id)] = 3.0
+        small.swarm.connection.directory.rtt[str(roomy.peer_id)] = 3.0
         assert small.swarm.route().hops[0].name != "roomy"
         ids = small.ids(8, 60)
         ours = generate(small.remote, ids)

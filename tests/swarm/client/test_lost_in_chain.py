@@ -43,8 +43,7 @@ def stage(chain: Scene) -> Scene:
 
 
 def facts(stage: Scene, server: LocalServer) -> dict[str, Any]:
-    connection = stage.swarm._connection
-    return connection._run(connection.directory.info(server.peer_id))
+    return stage.swarm.info(str(server.peer_id))
 
 
 class Last:
@@ -172,7 +171,7 @@ def test_interrupted_while_those_behind_are_asked(
 
     What was interrupted comes to its end when the next step may have begun.
     """
-    ids, settle, walk = stage.ids(1, PROMPT), Hop.settle, StepRun.run
+    ids, settle, step_run = stage.ids(1, PROMPT), Hop.settle, StepRun.run
     first = generate(stage.remote, ids)
     last = on_the_way(stage, 2)
     asked: list[bool] = []
@@ -191,11 +190,11 @@ def test_interrupted_while_those_behind_are_asked(
 
     async def run(self: StepRun, *blocks: int) -> Outputs:
         goes_on.set()
-        return await walk(self, *blocks)
+        return await step_run(self, *blocks)
 
     monkeypatch.setattr(Hop, "settle", interrupted)
     # A machine that is busy may have pushed too late, and has kept them apart.
-    stage.swarm._connection.directory.health._apart.clear()
+    stage.swarm.connection.directory.health.bring_together()
     assert last.pid is not None
     os.kill(last.pid, signal.SIGSTOP)
     stop_then_kill(on_the_way(stage, 1))

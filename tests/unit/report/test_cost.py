@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarm_notebook.client.servers.routing import RouteSegment
+from swarm_notebook.client.servers.routing import Links, RouteSegment
 from swarm_notebook.client.telemetry import HopTimes, StepRecord, Usage
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 from swarm_notebook.report.cost import Bill, ServerBill, duration, expect
@@ -28,7 +28,7 @@ RTT = {"peer-a": 0.01, "peer-b": 0.02}
 def preview(usage: Usage, **numbers: int):
     options = {"prompt_tokens": 100, "max_new_tokens": 11, "batch": 1, **numbers}
     loads = options.pop("loads", [(1000, 1000)] * 2)
-    return expect("m", CHAIN, RTT, usage.by_peer(), loads=loads, **options)
+    return expect("m", CHAIN, Links(RTT), usage.by_peer(), loads=loads, **options)
 
 
 def step(tokens: int, seconds: float) -> StepRecord:
@@ -45,7 +45,7 @@ def test_a_preview_rests_on_announced_speed_until_tokens_have_passed() -> None:
     assert (fresh.requests, fresh.servers) == (22, ("a", "b"))
     assert 2 * 110 * 1000 < fresh.sent < 2 * 110 * 1000 + 22 * 300
     assert not fresh.measured
-    assert fresh.first_token_seconds == pytest.approx(0.01 + 0.1 + 0.02 + 0.1)
+    assert fresh.first_token_seconds == pytest.approx(0.005 + 0.1 + 0.025 + 0.1)
     assert fresh.seconds == pytest.approx(fresh.first_token_seconds + 10 * (0.02 + 0.03))
     usage.passed(step(64, 9.0))  # a prompt says nothing about single tokens
     assert not preview(usage).measured
