@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-# As Petals' clients do: from a few seconds, twice as long each time, up to a minute.
+# A few seconds, twice as long each time, up to a minute: Petals' clients back off likewise.
 BAN_SECONDS = 3.0
 BAN_SECONDS_MAX = 60.0
 # After so many in a row, an answered ping says little: it pings well and works badly.

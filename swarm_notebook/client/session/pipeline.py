@@ -32,8 +32,7 @@ from swarm_notebook.net.records import ServerSpan
 MAX_PARTS = 16
 # How many times longer than a single token a part should take: less is overhead.
 PART_STEPS = 4
-# For servers that announce no speed, and bounds for announcements that make no sense: below 64
-# tokens no processor, above 4096 no GPU loses or gains much per token.
+# For servers that announce no speed, and bounds for announcements that make no sense.
 PART_TOKENS, MIN_PART_TOKENS, MAX_PART_TOKENS = 128, 64, 4096
 
 
