@@ -39,7 +39,7 @@ import psutil
 import torch
 from support.tiny import tiny_model
 
-from swarm_notebook.server.rpc.handler import TIDY_SECONDS
+from swarm_notebook.server.app import TIDY_SECONDS
 
 TOLERANCE = 1e-4
 THREADS, PROCESSES = 5, 2
