@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
@@ -284,10 +283,8 @@ def _inject_one(tree: nn.Module, config: TunerConfig, upload: Upload) -> None:
         ]
     kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[config.kind]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            settings = kind(target_modules=sorted(targets), **values)
-            inject_adapter_in_model(settings, tree, config.name, low_cpu_mem_usage=True)
+        settings = kind(target_modules=sorted(targets), **values)
+        inject_adapter_in_model(settings, tree, config.name, low_cpu_mem_usage=True)
     except Exception as error:  # whatever PEFT raises, the upload is what it does not like
         raise BadRequest(f"config of {config.name!r}: PEFT says {error}") from error
 

@@ -7,9 +7,9 @@ kept activations, is filed under its peer id, so that no two notebooks ever see 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -23,6 +23,9 @@ from swarm_notebook.server.engine.backward import AutogradPass, NoRoom, SpanGrad
 from swarm_notebook.server.engine.batching import Batching
 from swarm_notebook.server.engine.requests import Backward, Forward
 from swarm_notebook.server.engine.span import Span
+
+# Kinds of passes per span that are known to be too large to keep; beyond it they are learnt anew.
+_MAX_OVERSIZED = 64
 
 
 @dataclass
@@ -45,7 +48,9 @@ class Engine:
         self._activations: ActivationStore[tuple[str, str], AutogradPass] = ActivationStore(
             activation_bytes
         )
-        self._too_large = math.inf
+        # By span and kind of pass, from how many rows x blocks on its activations are beyond the
+        # budget: another adapter, length or mask leaves another number of bytes behind.
+        self._oversized: WeakKeyDictionary[Span, dict[tuple[Any, ...], int]] = WeakKeyDictionary()
 
     def span_for(self, peer: str, request: Forward) -> Span:
         """The blocks to run a request through: the server's own, or with the peer's adapter.
@@ -56,7 +61,7 @@ class Engine:
         if request.adapter is None:
             return self._span
         name, version = request.adapter
-        held = self.adapters.get(peer, name)
+        held = self.adapters.get((peer, name))
         start, end = request.blocks
         if held is None or held.version != version:
             has = "none of it" if held is None else f"version {held.version}"
@@ -71,12 +76,11 @@ class Engine:
     def forward(self, peer: str, request: Forward) -> list[torch.Tensor]:
         """The outputs that a forward request wants."""
         span = self.span_for(peer, request)
-        size = request.rows * request.length * (request.blocks[1] - request.blocks[0])
-        if request.keep is not None and 0 < size < self._too_large:
+        if request.keep is not None and self._can_keep(span, request):
             try:
                 graph, inner, kept = backward.record(span, request, self._activations.make_room)
             except NoRoom:
-                self._too_large = size  # once is enough to learn it; now without keeping
+                self._learn_oversized(span, request)  # and compute it without keeping
             else:
                 self._activations.put((peer, request.keep), graph, kept)
                 wanted = (request.blocks[1] - 1, *request.states)
@@ -100,12 +104,13 @@ class Engine:
             return backward.recompute(span, request)
         gradients = graph.gradients(request, keep=not request.release)
         if request.release:
-            self._activations.drop(lambda other, _: other == key)
+            self._activations.remove(key)
         return gradients
 
     def load_adapter(self, peer: str, upload: Upload) -> tuple[int, dict[str, torch.Tensor]]:
         """Take over an adapter's new state; its size and the parameters that were derived."""
-        held = self.adapters.get(peer, upload.id)
+        key = peer, upload.id
+        held = self.adapters.get(key)
         if (
             held is not None
             and held.span.recipe == upload.recipe
@@ -116,13 +121,26 @@ class Engine:
         else:
             span = AdaptedSpan(self._span, upload, self.batching.token_wise)
             span.check(upload)
-            self.adapters.make_room(peer, upload.id, span.size)
+            self.adapters.make_room(key, span.size)
         derived = span.load(upload)
-        self.adapters.put(peer, upload.id, _Adapter(span, upload.version), span.size)
+        self.adapters.put(key, _Adapter(span, upload.version), span.size)
         # What was computed with other weights, or with modules that are gone, is of no use.
         live = [self._span, *(adapter.span for adapter in self.adapters.values())]
-        self._activations.drop(lambda _, graph: graph.span is span or graph.span not in live)
+        self._activations.remove_if(lambda _, graph: graph.span is span or graph.span not in live)
         return span.size, derived
+
+    def _can_keep(self, span: Span, request: Forward) -> bool:
+        """Whether the activations of a pass may fit; False if such a pass was found not to."""
+        size, kind = _size_and_kind(request)
+        limit = self._oversized.get(span, {}).get(kind)
+        return size > 0 and (limit is None or size < limit)
+
+    def _learn_oversized(self, span: Span, request: Forward) -> None:
+        size, kind = _size_and_kind(request)
+        known = self._oversized.setdefault(span, {})
+        if len(known) >= _MAX_OVERSIZED:
+            known.clear()
+        known[kind] = min(size, known.get(kind, size))
 
     def expire(self) -> None:
         """Forget what has not been used for long."""
@@ -138,3 +156,11 @@ class Engine:
             "adapter_bytes_held": self.adapters.held,
             "adapters": len(self.adapters),
         }
+
+
+def _size_and_kind(request: Forward) -> tuple[int, tuple[Any, ...]]:
+    """What the bytes of activations grow with, and all else that they depend on within a span."""
+    size = request.rows * request.length * (request.blocks[1] - request.blocks[0])
+    prompted = 0 if request.prompts is None else request.prompts.shape[2]
+    padded, dropout = request.attention_mask is not None, request.seed is not None
+    return size, (request.length, prompted, padded, dropout)

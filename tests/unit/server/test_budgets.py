@@ -59,7 +59,7 @@ def test_activations_are_replaced_and_dropped_by_what_they_are() -> None:
     kept.put("a", "B", 50)
     assert (kept.held, kept.get("a")) == (50, "B")
     kept.put("c", "C", 20)
-    kept.drop(lambda key, value: value == "B")
+    kept.remove_if(lambda key, value: value == "B")
     assert (kept.held, kept.get("a"), kept.get("c")) == (20, None, "C")
 
 
@@ -72,17 +72,17 @@ def adapters() -> tuple[AdapterStore[str], Clock]:
 
 
 def load(store: AdapterStore[str], peer: str, name: str, size: int) -> None:
-    store.make_room(peer, name, size)
-    store.put(peer, name, f"{peer}/{name}", size)
+    store.make_room((peer, name), size)
+    store.put((peer, name), f"{peer}/{name}", size)
 
 
 def test_adapters_of_the_same_id_belong_to_their_peers() -> None:
     store, _ = adapters()
     load(store, "alice", "default", 10)
     load(store, "bob", "default", 10)
-    assert store.get("alice", "default") == "alice/default"
-    assert store.get("bob", "default") == "bob/default"
-    assert store.get("carol", "default") is None
+    assert store.get(("alice", "default")) == "alice/default"
+    assert store.get(("bob", "default")) == "bob/default"
+    assert store.get(("carol", "default")) is None
 
 
 def test_a_peers_new_adapter_drives_out_its_own_by_number_and_by_size() -> None:
@@ -90,12 +90,12 @@ def test_a_peers_new_adapter_drives_out_its_own_by_number_and_by_size() -> None:
     load(store, "bob", "b", 90)
     for name in "xyz":
         load(store, "alice", name, 10)
-    store.get("alice", "x")
+    store.get(("alice", "x"))
     load(store, "alice", "w", 10)
-    assert [name for name in "xyzw" if store.get("alice", name)] == ["x", "z", "w"]
+    assert [name for name in "xyzw" if store.get(("alice", name))] == ["x", "z", "w"]
     load(store, "alice", "v", 85)
-    assert [name for name in "xzwv" if store.get("alice", name)] == ["w", "v"]
-    assert store.get("bob", "b")
+    assert [name for name in "xzwv" if store.get(("alice", name))] == ["w", "v"]
+    assert store.get(("bob", "b"))
     assert store.held == 90 + 10 + 85
 
 
@@ -106,7 +106,7 @@ def test_an_adapter_is_replaced_in_its_own_room() -> None:
     assert store.held == 100
     with pytest.raises(BadRequest, match="takes 101 bytes, this server accepts 100"):
         load(store, "alice", "a", 101)
-    assert store.get("alice", "a")
+    assert store.get(("alice", "a"))
 
 
 def test_others_adapters_go_only_when_they_are_idle() -> None:
@@ -117,6 +117,6 @@ def test_others_adapters_go_only_when_they_are_idle() -> None:
         load(store, "e", "one", 50)
     assert store.held == LIMITS.total
     clock.now += IDLE_SECONDS
-    store.get("a", "one")
+    store.get(("a", "one"))
     load(store, "e", "one", 50)
-    assert [peer for peer in "abcde" if store.get(peer, "one")] == ["a", "c", "d", "e"]
+    assert [peer for peer in "abcde" if store.get((peer, "one"))] == ["a", "c", "d", "e"]
