@@ -1,9 +1,10 @@
 """The server: hosts a contiguous run of a model's blocks for everybody in the swarm.
 
-One process, one asyncio loop for the network and one thread for torch. A request goes
-`handler`/`session` (stream) -> `requests` (validation) -> `memory` (room in the cache) ->
-`compute` (the torch thread) -> `span` (the blocks, with their `cache`) and back. `serve` puts the
-parts together, `throughput` measures them at start, `announce` tells the swarm.
+`app` puts the parts together. They run in one asyncio loop for the network and one thread for
+torch. A request goes `rpc.handler` or `rpc.session` (stream) -> `rpc.parse` (validation) ->
+`engine.kv_budget` (room in the cache) -> `engine.worker` (the torch thread, in the order of
+`engine.scheduler`) -> `engine.span` (the blocks, with their `kv_cache`) and back. `adapters` holds
+what notebooks upload, `announce` tells the swarm what is hosted.
 
-`server` never imports `client` or `model`.
+`server` imports neither `client` nor `model`; `engine` knows nothing of the network.
 """

@@ -63,13 +63,14 @@ class Announcer:
 
     async def stop(self, info: ServerInfo) -> None:
         """Announce a last record (offline) and stop."""
-        self.cancel()
+        await self.cancel()
         await self.announce(info)
 
-    def cancel(self) -> None:
+    async def cancel(self) -> None:
         """Announce nothing more; what was announced expires."""
         if self._task is not None:
             self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _keep(self, describe: Callable[[], Awaitable[ServerInfo]]) -> None:
         stored = True

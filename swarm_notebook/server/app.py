@@ -19,6 +19,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +50,17 @@ from swarm_notebook.server.rpc.handler import Handler
 
 logger = logging.getLogger(__name__)
 
+# Eight conversations of 2,048 positions.
 CACHE_TOKENS = 16384
+# Records are valid for two of them: a server that died is forgotten after two minutes at most.
 UPDATE_PERIOD = 60.0
+# How long steps in flight may take, and then each of the last words to the swarm.
 LEAVE_SECONDS = 30.0
 FAREWELL_SECONDS = 5.0
+# Between two lines of the log, and two of a progress bar.
 PROGRESS_SECONDS = 2.0
 TELL_SECONDS = 0.25
+# Between two looks at what has expired.
 TIDY_SECONDS = 5.0
 
 
@@ -94,6 +100,10 @@ class ServeOptions:
 
 def main(options: ServeOptions) -> NoReturn:
     """Serve until told to leave, then end the process with exit code 0."""
+    # What PEFT says of an adapter's config is for its notebook, which has heard it from its own.
+    warnings.filterwarnings("ignore", module=r"peft\.tuners\.")
+    # It plans anew for every length of a context: 60 ms per token instead of 15 on an H100.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
@@ -122,7 +132,8 @@ async def serve(options: ServeOptions) -> None:
     if not starting.done():
         logger.info("leaving before the server was ready")
         starting.cancel()
-        await asyncio.wait([starting])
+        # What takes longer ends with the process.
+        await asyncio.wait([starting], timeout=FAREWELL_SECONDS)
         return
     starting.result()
     heap.settle()
@@ -194,6 +205,11 @@ class Server:
             logger.info("left the swarm")
         await self._stack.aclose()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a step of a session is in flight."""
+        return self._up is not None and self._up.handler.busy
+
     async def daemon_ended(self) -> None:
         """Return when the network daemon has ended."""
         if self._up is not None:
@@ -214,8 +230,6 @@ class Server:
 
     async def _start(self) -> None:
         options = self._options
-        # It plans anew for every length of a context: 60 ms per token instead of 15 on an H100.
-        torch.backends.cuda.enable_cudnn_sdp(False)
         source = resolve(options.model)
         compute = ComputeThread()
         self._stack.push_async_callback(self._end_thread, compute)
@@ -230,7 +244,7 @@ class Server:
         measuring = self._measuring(compute, span, config.hidden_size)
         model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
         announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
-        self._stack.callback(announcer.cancel)
+        self._stack.push_async_callback(announcer.cancel)
         await announcer.announce(_info(ServerState.JOINING, blocks, options))
         pings = NeighbourPings(node, source.dht_prefix, blocks)
         await pings.measure()
@@ -249,8 +263,9 @@ class Server:
         accepted = AdapterLimits(rank=options.adapter_max_rank, bytes=options.adapter_bytes)
         engine = Engine(span, options.activation_bytes, accepted, batching)
         handler = Handler(span, limits, pool, compute, engine)
+        self._stack.push_async_callback(handler.close)
         tidying = asyncio.create_task(_keep_tidy(handler))
-        self._stack.callback(tidying.cancel)
+        self._stack.push_async_callback(_end_task, tidying)
         await handler.register(node.p2p)
 
         def describe(state: ServerState) -> ServerInfo:
@@ -283,14 +298,17 @@ class Server:
 
     async def _start_node(self) -> Node:
         options = self._options
-        node = await Node.start(
-            options.initial_peers,
-            client=False,
-            host_maddrs=options.host_maddrs,
-            identity=options.identity,
+        starting = asyncio.create_task(
+            Node.start(
+                options.initial_peers,
+                client=False,
+                host_maddrs=options.host_maddrs,
+                identity=options.identity,
+            )
         )
-        self._stack.push_async_callback(_stop_node, node)
-        return node
+        # Shielded: hivemind would leave the daemon behind that it is just starting.
+        self._stack.push_async_callback(_stop_node, starting)
+        return await asyncio.shield(starting)
 
     def _measuring(self, compute: ComputeThread, span: Span, hidden_size: int) -> Job:
         loop = asyncio.get_running_loop()
@@ -339,14 +357,24 @@ class _Up:
     describe: Callable[[ServerState], ServerInfo]
 
 
-async def _stop_node(node: Node) -> None:
-    if not lifetime.daemon_lives(node.p2p):
+async def _stop_node(starting: asyncio.Task[Node]) -> None:
+    await asyncio.wait([starting])
+    if starting.exception() is not None:
         return
+    node = starting.result()
     try:
         async with asyncio.timeout(FAREWELL_SECONDS):
-            await node.stop()
+            if lifetime.daemon_lives(node.p2p):
+                await node.stop()
+            else:
+                await lifetime.clear_up(node.p2p)
     except TimeoutError:
         logger.info("the network daemon did not answer a last time")
+
+
+async def _end_task(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _keep_tidy(handler: Handler) -> None:

@@ -1,9 +1,8 @@
-"""Memory that nobody needs any more, but that the process keeps.
+"""Gives memory that is free in the process back to the system.
 
-Python finds objects that only know each other in rounds, and goes through the old ones so seldom,
-for all the modules that are loaded, that the tensors of some session which has failed could stay
-for hours. glibc gives memory back to the system from the end of a heap only: crowds of sessions
-that come and go leave holes in it, between the few things that stay.
+Python's collector goes through old objects seldom, as there are so many of loaded modules: tensors
+in a reference cycle, as of a session that failed, could stay for hours. And glibc shrinks a heap
+only at its end: many sessions that come and go leave holes between what stays.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ import gc
 
 
 def settle() -> None:
-    """What is there now stays for good: from now on, garbage is found soon and in little time."""
+    """Exclude what is there now from garbage collection, so that it is quick from now on."""
     gc.collect()
     gc.freeze()
     trim()
 
 
 def trim() -> None:
-    """Give the holes back to the system; does nothing where the C library cannot.
+    """Give free memory back to the system, where the C library can.
 
-    It takes milliseconds, and other threads that allocate have to wait so long.
+    It takes milliseconds, for which other threads cannot allocate.
     """
     # Only glibc has it; neither musl nor macOS do.
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 from hivemind.p2p import P2P
 
@@ -54,3 +55,14 @@ async def daemon_ended(p2p: P2P) -> None:
 
 def daemon_lives(p2p: P2P) -> bool:
     return p2p._child is not None and p2p._child.returncode is None
+
+
+async def clear_up(p2p: P2P) -> None:
+    """Take away what is left of a peer whose p2pd has ended by itself: tasks and sockets."""
+    await p2p.shutdown()
+    _remove(p2p._daemon_listen_maddr["unix"])
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        Path(path).unlink()

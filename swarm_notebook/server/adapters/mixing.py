@@ -25,8 +25,11 @@ from torch import nn
 class Blocks(Protocol):
     """The blocks ``[start, end)`` of a model."""
 
-    start: int
-    end: int
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
 
     def layer(self, block: int) -> nn.Module: ...
 

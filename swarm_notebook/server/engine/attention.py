@@ -24,6 +24,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,9 +160,9 @@ class _Call:
     original: str
 
 
-# Functions that transformers finds by name get no argument that says whose tokens they see. There
-# is one torch thread, so they can look here.
-_running: _Call | None = None
+# Functions that transformers finds by name get no argument that says whose tokens they see. Each
+# server has one torch thread, so they find it here (a context variable is the thread's own).
+_running: ContextVar[_Call | None] = ContextVar("running", default=None)
 
 
 @contextmanager
@@ -173,16 +174,15 @@ def attending(
     Args:
         original: how the model attends by itself.
     """
-    global _running
     before = [(config, config._attn_implementation) for config in configs]
     # Not through the property, which goes through all sub-configs.
     for config, _ in before:
         config._attn_implementation_internal = NAME
+    token = _running.set(_Call(cache, original))
     try:
-        _running = _Call(cache, original)
         yield
     finally:
-        _running = None
+        _running.reset(token)
         for config, name in before:
             config._attn_implementation_internal = name
 
@@ -213,9 +213,10 @@ def _attention(
 
 
 def _present() -> _Call:
-    if _running is None:
-        raise RuntimeError("what belongs to calls of several sessions was called outside of one")
-    return _running
+    call = _running.get()
+    if call is None:
+        raise RuntimeError(f"{NAME} was called outside of a batch")
+    return call
 
 
 AttentionInterface.register(NAME, _attention)

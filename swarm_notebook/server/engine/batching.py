@@ -63,9 +63,10 @@ class BatchItem:
 
 
 def run_one(item: BatchItem) -> list[torch.Tensor]:
-    """The outputs of an item by itself."""
+    """The outputs of an item by itself, each ``[rows, end - begin, width]`` on the CPU."""
     began = time.perf_counter()
-    outputs = item.state.run(item.step, item.position, item.begin, item.end)
+    found = item.state.run(item.step, item.position, item.begin, item.end)
+    outputs = [output.cpu() for output in found]
     item.step.times.compute += time.perf_counter() - began
     return outputs
 
@@ -126,7 +127,7 @@ class Batching:
         apart = [run_one(item)[0] for item in items]
         for item in items:
             item.state.cache.truncate(*item.step.blocks, item.position)
-        parts = [item.state.join(item.step, item.position) for item in items]
+        parts = [item.state.batch_part(item.step, item.position) for item in items]
         try:
             with mixing.token_wise(span, sum(part.tokens for part in parts)) as found:
                 together = _run_batch(span, items, parts)
@@ -167,7 +168,7 @@ def _run_call(span: Span, items: Sequence[BatchItem]) -> list[Outcome]:
     parts: dict[int, Part] = {}
     for index, item in enumerate(items):
         try:
-            parts[index] = item.state.join(item.step, item.position)
+            parts[index] = item.state.batch_part(item.step, item.position)
         except Exception as error:  # of this session alone
             outcomes[index] = error
     ready = [items[index] for index in parts]
@@ -225,6 +226,7 @@ def _run_again(item: BatchItem) -> Outcome:
     """An item by itself, after `join` has prepared it and a shared call has failed somewhere."""
     try:
         item.state.cache.truncate(*item.step.blocks, item.position)
-        return item.state.compute(item.step, item.position, item.begin, item.end)
+        found = item.state.compute(item.step, item.position, item.begin, item.end)
+        return [output.cpu() for output in found]
     except Exception as error:
         return error

@@ -74,17 +74,36 @@ class Engine:
         return held.span
 
     def forward(self, peer: str, request: Forward) -> list[torch.Tensor]:
-        """The outputs that a forward request wants."""
+        """The outputs that a forward request wants, on the CPU.
+
+        Returns:
+            ``[rows, positions, hidden size]`` for the last block, then the states and the inner
+            modules asked for.
+
+        Raises:
+            AdapterMissing: as `span_for`.
+            BadRequest: an inner module is not there, or has no single tensor as its output.
+        """
         span = self.span_for(peer, request)
-        if request.keep is not None and self._can_keep(span, request):
-            try:
-                graph, inner, kept = backward.record(span, request, self._activations.make_room)
-            except NoRoom:
-                self._learn_oversized(span, request)  # and compute it without keeping
-            else:
-                self._activations.put((peer, request.keep), graph, kept)
-                wanted = (request.blocks[1] - 1, *request.states)
-                return [*(graph.outputs[index].detach() for index in wanted), *inner]
+        found = self._kept_forward(span, peer, request)
+        if found is None:
+            found = self._plain_forward(span, request)
+        return [output.cpu() for output in found]
+
+    def _kept_forward(self, span: Span, peer: str, request: Forward) -> list[torch.Tensor] | None:
+        """The outputs of a pass that is kept for a backward; None if it is not to be, or cannot."""
+        if request.keep is None or not self._can_keep(span, request):
+            return None
+        try:
+            graph, inner, kept = backward.record(span, request, self._activations.make_room)
+        except NoRoom:
+            self._learn_oversized(span, request)
+            return None
+        self._activations.put((peer, request.keep), graph, kept)
+        wanted = (request.blocks[1] - 1, *request.states)
+        return [*(graph.outputs[index].detach() for index in wanted), *inner]
+
+    def _plain_forward(self, span: Span, request: Forward) -> list[torch.Tensor]:
         return span.run(
             *request.blocks,
             request.hidden,
@@ -96,16 +115,21 @@ class Engine:
         )
 
     def backward(self, peer: str, request: Backward) -> SpanGradients:
-        """The gradients that a backward request wants."""
+        """The gradients that a backward request wants, on the CPU (see `SpanGradients`).
+
+        Raises:
+            AdapterMissing: as `span_for`.
+        """
         span = self.span_for(peer, request)
         key = (peer, request.kept or "")
         graph = self._activations.get(key) if request.kept else None
         if graph is None or not graph.serves(request):
-            return backward.recompute(span, request)
-        gradients = graph.gradients(request, keep=not request.release)
-        if request.release:
-            self._activations.remove(key)
-        return gradients
+            found = backward.recompute(span, request)
+        else:
+            found = graph.gradients(request, keep=not request.release)
+            if request.release:
+                self._activations.remove(key)
+        return SpanGradients([gradient.cpu() for gradient in found.tensors], found.weights)
 
     def load_adapter(self, peer: str, upload: Upload) -> tuple[int, dict[str, torch.Tensor]]:
         """Take over an adapter's new state; its size and the parameters that were derived."""

@@ -26,12 +26,15 @@ from dataclasses import dataclass, field
 
 from swarm_notebook.errors import CacheFull, ServerBusy
 
+# Short, as a notebook whose session was dropped rebuilds it by itself, for the price of a prefill.
 IDLE_SECONDS = 30.0
 # However short its wait was, nobody takes the memory of a session that paused for a moment.
 SHORT_IDLE_SECONDS = 2.0
+# However long a client asks for, so that those who wait come to an end.
 MAX_WAIT_SECONDS = 60.0
 CLIENT_WAITING = 16
 WAITING = 64
+# Sessions cost two tasks and a stream each, even without a cache; one client cannot have them all.
 CLIENT_SESSIONS = 128
 SESSIONS = 1024
 

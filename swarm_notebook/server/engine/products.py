@@ -29,7 +29,7 @@ from torch.nn import functional
 MAX_TOKENS, LONG_TOKENS = 64, 160
 # Measuring takes as long as a step or two: so many passes must have wanted it.
 WANTED_PASSES = 12
-# With fewer tokens no order of the weight has much to gain, as each number of it is read once.
+# With fewer tokens the time goes into reading the weight, whatever its layout.
 _PACKED_FROM = 3
 _TRIES = 3
 # Weights of so many bytes are multiplied in turn, or they would all be in the processor's cache.

@@ -2,8 +2,8 @@
 
 A step goes through three stages. `check` compares it with what the cache holds and gives its
 position; `needs` says how much memory it takes; `run`, in the torch thread, rolls back, selects
-rows, computes and appends; or `join` prepares the step for a call that it shares with others (see
-`batching`). A step that `check` refuses has changed nothing.
+rows, computes and appends; or `batch_part` prepares the step for a call that it shares with others
+(see `batching`). A step that `check` refuses has changed nothing.
 
 The attention mask of the past is kept here per position, because a request only brings that of
 its new tokens. As long as nobody sends a 0, there is no mask at all and HF takes its fast path.
@@ -79,7 +79,7 @@ class SessionState:
             self._prepare(step, position)
         return self.compute(step, position, begin, end)
 
-    def join(self, step: Step, position: int) -> Part:
+    def batch_part(self, step: Step, position: int) -> Part:
         """The step as a part of a call for several sessions; prepared as by `run`."""
         tuners = self._choose(step).tuners
         self._prepare(step, position)

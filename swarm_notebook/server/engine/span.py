@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -36,17 +36,35 @@ KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 class Span:
-    """The blocks ``[start, end)`` of a model, ready to run."""
+    """The blocks ``[start, end)`` of a model, ready to run; it stays as it was made.
+
+    Args:
+        decoder: an HF base model with these blocks alone, as `checkpoint.load_blocks` makes it.
+        layers_name: what it calls the list of its blocks.
+        start: the index that the first of them has in the whole model.
+
+    Attributes:
+        dtype, device: of the weights, and so of all that goes through the blocks.
+        takes_positions: whether the decoder can be told the positions of the tokens.
+
+    Raises:
+        Unsupported: blocks that remember something else than keys and values per position.
+    """
 
     def __init__(self, decoder: nn.Module, layers_name: str, start: int):
         _check_kinds(decoder)
-        self._decoder, self.layers_name = decoder, layers_name
-        self.layers = list(getattr(decoder, layers_name))
-        self.start, self.end = start, start + len(self.layers)
+        self._decoder: Final = decoder
+        self.layers_name: Final = layers_name
+        self.layers: Final[tuple[nn.Module, ...]] = tuple(getattr(decoder, layers_name))
+        self.start: Final = start
+        self.end: Final = start + len(self.layers)
         parameter = next(parameter for layer in self.layers for parameter in layer.parameters())
-        self.dtype, self.device = parameter.dtype, parameter.device
-        self.takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
-        self._views: OrderedDict[tuple[int, int], nn.Module] = OrderedDict()
+        self.dtype: Final = parameter.dtype
+        self.device: Final = parameter.device
+        self.takes_positions: Final = (
+            "position_ids" in inspect.signature(decoder.forward).parameters
+        )
+        self._views: Final[OrderedDict[tuple[int, int], nn.Module]] = OrderedDict()
 
     @property
     def rotations(self) -> set[str]:
@@ -69,9 +87,13 @@ class Span:
         """The layers of an adapter, which batches of `host` have to ask; there are none here."""
         return {}
 
-    @cached_property
+    @property
     def storages(self) -> frozenset[int]:
         """Where the weights and buffers of the blocks are in memory."""
+        return self._storages
+
+    @cached_property
+    def _storages(self) -> frozenset[int]:
         return frozenset(
             tensor.untyped_storage().data_ptr()
             for layer in self.layers
@@ -124,11 +146,11 @@ class Span:
         captured: dict[int, torch.Tensor] = {}
         # The last block's output is the result itself (the final norm is a no-op).
         ahead = {index for index in states if index != end - 1}
-        probes = Captures(self.layers, self.start, inner)
-        with self._hooked(start, ahead, captured, prompts), probes:
+        modules = Captures(self.layers, self.start, inner)
+        with self._hooked(start, ahead, captured, prompts), modules:
             output = view(past_key_values=cache, use_cache=cache is not None, **arguments)
         result = output.last_hidden_state
-        return [result, *(captured.get(index, result) for index in states), *probes.outputs()]
+        return [result, *(captured.get(index, result) for index in states), *modules.outputs()]
 
     def _here(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.to(self.device)
@@ -141,7 +163,7 @@ class Span:
         parts: Sequence[Part],
         **options: Any,
     ) -> list[list[torch.Tensor]]:
-        """What `run` gives for each of several sessions, in one call for all of them.
+        """What `run` gives for each of several sessions, in one call for all of them; on the CPU.
 
         Args:
             hidden: each session's ``[rows, positions, hidden size]``.
@@ -156,7 +178,7 @@ class Span:
             attending(configs, cache, str(view.config._attn_implementation)),
             cache.mixture.hooked(self, start, end),
         ):
-            outputs = self.run(start, end, flat, cache=cache, **options)
+            outputs = [out.cpu() for out in self.run(start, end, flat, cache=cache, **options)]
         sizes = [part.tokens for part in parts]
         shapes = [(part.rows, part.length, -1) for part in parts]
         split = [output[0].split(sizes) for output in outputs]

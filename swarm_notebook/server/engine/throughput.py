@@ -6,7 +6,7 @@ times of the blocks, placement compares servers by ``throughput``.
 
 Another server that starts on the same machine takes the cores for seconds at a time, so at start
 the best of several short runs counts. From then on `RateMeter` follows the steps and long prefills
-that are really computed, with the contexts and the neighbours that they have.
+that are really computed, with the contexts and the batches that they have.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from swarm_notebook.server.engine.kv_cache import SessionCache
 from swarm_notebook.server.engine.scheduler import Kind, Task
 from swarm_notebook.server.engine.span import Span
 
+# Six runs of a tenth of a second: a server that starts beside takes the cores for longer than one.
 SECONDS = 0.1
 TRIES = 6
 MIN_RUNS = 2
+# Enough tokens for the speed of a long pass, and a context as of a conversation that begins.
 FORWARD_TOKENS = 128
 CONTEXT_TOKENS = 64
+# The newest value's weight in a running mean: half is forgotten after 34 calls.
 _NEWEST = 0.02
 
 

@@ -29,7 +29,7 @@ from swarm_notebook.server.engine.scheduler import (
 )
 
 # Takes the one argument of each of several jobs; gives, for each, its result or its error.
-Together = Callable[[Sequence[Any]], Sequence[Any]]
+RunBatch = Callable[[Sequence[Any]], Sequence[Any]]
 
 DECODING_SECONDS = 1.0
 
@@ -38,7 +38,7 @@ class Job:
     """One call in the torch thread. What begins with ``_run`` belongs there, all else to the loop.
 
     Args:
-        together: how jobs of the task's group run as one.
+        run_batch: how jobs of the task's group run as one.
     """
 
     __slots__ = (
@@ -46,7 +46,7 @@ class Job:
         "_callbacks",
         "_claim",
         "_function",
-        "_together",
+        "_run_batch",
         "future",
         "settled",
         "task",
@@ -58,10 +58,10 @@ class Job:
         function: Callable[..., Any],
         arguments: tuple,
         task: Task,
-        together: Together | None,
+        run_batch: RunBatch | None,
     ):
         self.future, self.task = future, task
-        self._function, self._arguments, self._together = function, arguments, together
+        self._function, self._arguments, self._run_batch = function, arguments, run_batch
         # Whoever pops the one element, thread or canceller, decides whether the job runs.
         self._claim = [True]
         self._callbacks: list[Callable[[], None]] = []
@@ -96,11 +96,11 @@ class Job:
     @staticmethod
     def _run_all(jobs: Sequence[Job]) -> Sequence[Any]:
         """In the thread: results or errors of jobs of one group."""
-        together = jobs[0]._together
-        if together is None or jobs[0].task.group is None:
+        run_batch = jobs[0]._run_batch
+        if run_batch is None or jobs[0].task.group is None:
             return [job._run() for job in jobs]
         try:
-            return together([argument for job in jobs for argument in job._arguments])
+            return run_batch([argument for job in jobs for argument in job._arguments])
         except Exception as caught:
             return [caught] * len(jobs)
 
@@ -130,9 +130,9 @@ class ComputeThread:
         self.on_ran: Callable[[Task, float], None] = lambda _task, _seconds: None
         self._arrived: SimpleQueue[Job | None] = SimpleQueue()
         self._schedule: Schedule[Job] = Schedule()
-        self._backlog = Admission()
-        self._pace = ChunkSizer()
-        self._company = BatchWindow()
+        self._admission = Admission()
+        self._chunks = ChunkSizer()
+        self._window = BatchWindow()
         self._stepped = -DECODING_SECONDS
         self._steps = self._step_calls = 0
         self._stopping = False
@@ -144,27 +144,27 @@ class ComputeThread:
         function: Callable[..., Any],
         *arguments: Any,
         task: Task = CHORE,
-        together: Together | None = None,
+        run_batch: RunBatch | None = None,
     ) -> Job:
         """Queue a call; to be called in the asyncio loop that wants the result.
 
         Args:
             task: what the scheduler should know of it.
-            together: how several jobs of the task's group run as one.
+            run_batch: how several jobs of the task's group run as one.
 
         Raises:
             ServerBusy: too much is queued already.
         """
-        self._backlog.enter(task)
-        job = Job(asyncio.get_running_loop().create_future(), function, arguments, task, together)
-        job.on_settled(lambda: self._backlog.leave(task))
+        self._admission.enter(task)
+        job = Job(asyncio.get_running_loop().create_future(), function, arguments, task, run_batch)
+        job.on_settled(lambda: self._admission.leave(task))
         self._arrived.put(job)
         return job
 
-    def piece_tokens(self) -> int:
+    def chunk_tokens(self) -> int:
         """How many tokens of a prefill to submit at once, as things are."""
         decoding = time.monotonic() - self._stepped < DECODING_SECONDS
-        return self._pace.piece(crowded=decoding or len(self._schedule) > 0)
+        return self._chunks.size(crowded=decoding or len(self._schedule) > 0)
 
     def facts(self) -> dict[str, int]:
         """How many steps have run since the start, and in how many calls of the blocks."""
@@ -192,7 +192,7 @@ class ComputeThread:
             self._let_in()
             if not self._schedule:
                 return []
-            self._gather()
+            self._wait_for_more()
             jobs = [job for _, job in self._schedule.take() if job._claimed()]
             if jobs:
                 return jobs
@@ -204,36 +204,36 @@ class ComputeThread:
                 wait = not self._schedule and not self._stopping
                 self._accept(self._arrived.get(block=wait))
 
-    def _gather(self) -> None:
+    def _wait_for_more(self) -> None:
         """Wait a moment for steps that could share the next call, if some are on their way."""
         now = time.monotonic()
-        waiting = self._schedule.joinable
-        end = now + self._company.patience(waiting, now)
+        waiting = self._schedule.batchable
+        end = now + self._window.patience(waiting, now)
         if end == now:
             return
         with suppress(Empty):
-            while now < end and self._company.patience(self._schedule.joinable, now):
+            while now < end and self._window.patience(self._schedule.batchable, now):
                 self._accept(self._arrived.get(timeout=end - now))
                 now = time.monotonic()
-        self._company.gathered(self._schedule.joinable - waiting)
+        self._window.gathered(self._schedule.batchable - waiting)
 
     def _accept(self, job: Job | None) -> None:
         if job is None:
             self._stopping = True
         else:
             self._schedule.add(job.task, job)
-            self._company.came(job.task, time.monotonic())
+            self._window.came(job.task, time.monotonic())
 
     def _learn(self, tasks: Sequence[Task], seconds: float, now: float) -> None:
         self._schedule.ran(tasks, seconds)
         self.on_ran(tasks[0], seconds)
         if tasks[0].kind is Kind.STEP:
             self._stepped = now
-            self._company.ran(seconds)
+            self._window.ran(seconds)
             self._steps += len(tasks)
             self._step_calls += 1
         elif tasks[0].kind is Kind.PREFILL_CHUNK:
-            self._pace.ran(tasks[0].tokens, seconds)
+            self._chunks.ran(tasks[0].tokens, seconds)
 
 
 def _finish_all(jobs: Sequence[Job], outcomes: Sequence[Any]) -> None:

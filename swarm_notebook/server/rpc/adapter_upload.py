@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from hivemind.p2p import PeerID
+from hivemind.proto import runtime_pb2
 from safetensors.torch import save
 
 from swarm_notebook.errors import BadRequest, CacheFull
@@ -29,6 +30,7 @@ from swarm_notebook.server.engine.requests import Limits
 from swarm_notebook.server.engine.scheduler import Kind, Task
 from swarm_notebook.server.engine.worker import ComputeThread
 from swarm_notebook.server.rpc import fields, messages
+from swarm_notebook.server.rpc.codec import Codec
 from swarm_notebook.server.rpc.messages import Received
 from swarm_notebook.server.rpc.parse import parse_blocks
 
@@ -41,8 +43,9 @@ _PREFIX = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,7}", re.ASCII)
 class AdapterUploads:
     """Takes uploads in; `handle` serves one stream."""
 
-    def __init__(self, engine: Engine, compute: ComputeThread, limits: Limits):
+    def __init__(self, engine: Engine, compute: ComputeThread, limits: Limits, codec: Codec):
         self._engine, self._compute, self._limits = engine, compute, limits
+        self._codec = codec
         self._accepted = engine.adapters.limits
         self._largest = self._accepted.bytes + MAX_HEADER_BYTES + _EXTRA_BYTES
         self._arriving: Counter[str] = Counter()
@@ -61,10 +64,8 @@ class AdapterUploads:
             task = Task(Kind.STATELESS, name)
             job = self._compute.submit(self._engine.load_adapter, name, upload, task=task)
             size, derived = await messages.result(job, stream)
-        packed = []
-        if upload.derive:
-            file = torch.frombuffer(bytearray(save(derived)), dtype=torch.uint8)
-            packed = [tensors.pack(file)]
+        taken = sum(tensor.numel() * tensor.itemsize for tensor in derived.values())
+        packed = await self._codec.run(taken, _packed_file, derived) if upload.derive else []
         await messages.send(stream, packed, {"ok": True, "bytes": size})
 
     @contextmanager
@@ -88,6 +89,10 @@ class AdapterUploads:
             self._arriving[peer] -= mine
             if not self._arriving[peer]:
                 del self._arriving[peer]
+
+
+def _packed_file(derived: dict[str, torch.Tensor]) -> list[runtime_pb2.Tensor]:
+    return [tensors.pack(torch.frombuffer(bytearray(save(derived)), dtype=torch.uint8))]
 
 
 def parse_upload(message: Received, limits: Limits, max_rank: int) -> Upload:

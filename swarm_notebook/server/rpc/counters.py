@@ -1,4 +1,4 @@
-"""What a server has done for others since it started: a count for its owner, told by rpc_info."""
+"""Counts of what a server has computed since its start, which ``rpc_info`` tells."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from google.protobuf.message import DecodeError, Message
@@ -33,17 +33,23 @@ from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.worker import ComputeThread
 from swarm_notebook.server.rpc import messages
 from swarm_notebook.server.rpc.adapter_upload import AdapterUploads
+from swarm_notebook.server.rpc.codec import Codec, packed_bytes
 from swarm_notebook.server.rpc.counters import Counters
 from swarm_notebook.server.rpc.messages import Received
 from swarm_notebook.server.rpc.parse import parse_backward, parse_blocks, parse_forward
-from swarm_notebook.server.rpc.push import Relay
+from swarm_notebook.server.rpc.push import PushChannel
 from swarm_notebook.server.rpc.session import ServerSession
 
 logger = logging.getLogger(__name__)
 
+# Frames up to here are read on any server, however few tokens it takes, and then refused in words.
 MIN_FRAME_BYTES = 64 << 20
+# The time that p2pd gets to pass the last answers on.
 LINGER_SECONDS = 0.5
+# The batch that Petals' own servers name in their schemas.
 _SCHEMA_TOKENS = 2048
+
+F = TypeVar("F", bound=Forward)
 
 
 class _WireError(Exception):
@@ -66,10 +72,11 @@ class Handler:
         self._pool, self._compute = pool, compute
         self._sessions: set[ServerSession] = set()
         self._running: set[asyncio.Task[Any]] = set()
-        self._intake = AdapterUploads(engine, compute, limits)
-        self._relay = Relay()
+        self._codec = Codec()
+        self._uploads = AdapterUploads(engine, compute, limits, self._codec)
+        self._pushes = PushChannel()
         self._leaving = False
-        self._served = Counters()
+        self._counters = Counters()
 
     async def register(self, p2p: P2P) -> None:
         """Offer the RPCs to the swarm."""
@@ -80,16 +87,16 @@ class Handler:
             protocol.RPC_BACKWARD_STREAM: self._backward_stream,
             protocol.RPC_ADAPTER: self._adapter,
         }
-        self._relay.start(p2p)
+        self._pushes.start(p2p)
         for name, stream_handler in streams.items():
             await add_stream_handler(p2p, name, self._tracked(stream_handler), frame)
         # Not tracked: such a stream is no request, and stays open while the server leaves.
-        await add_stream_handler(p2p, protocol.RPC_PUSH_STREAM, self._relay.handle, frame)
+        await add_stream_handler(p2p, protocol.RPC_PUSH_STREAM, self._pushes.handle, frame)
         unary = {
             protocol.RPC_INFO: (self._info, runtime_pb2.ExpertUID),
             protocol.RPC_FORWARD: (self._forward, runtime_pb2.ExpertRequest),
             protocol.RPC_BACKWARD: (self._backward, runtime_pb2.ExpertRequest),
-            protocol.RPC_PUSH: (self._relay.handle_unary, runtime_pb2.ExpertRequest),
+            protocol.RPC_PUSH: (self._pushes.handle_unary, runtime_pb2.ExpertRequest),
         }
         for name, (handler, kind) in unary.items():
             # Below P2P.add_protobuf_handler, which would parse the bytes outside our reach.
@@ -98,11 +105,16 @@ class Handler:
     @property
     def requests_served(self) -> int:
         """How many requests were answered since the start."""
-        return self._served.requests
+        return self._counters.requests
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step of a session is in flight."""
+        return any(session.busy for session in self._sessions)
 
     async def expire(self) -> None:
         """Let go of what notebooks left behind and no longer use."""
-        self._relay.expire()
+        self._pushes.expire()
         await self._compute.submit(self._engine.expire).future
 
     async def leave(self, seconds: float) -> None:
@@ -117,6 +129,15 @@ class Handler:
             # p2pd passes the last answers on in its own time, and cannot be asked whether it has.
             await asyncio.sleep(LINGER_SECONDS)
 
+    async def close(self) -> None:
+        """End what is left of requests and pushes, and the threads and tasks that were for them."""
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await self._pushes.close()
+        self._codec.close()
+
     async def _inference(self, stream: Stream, peer: PeerID) -> None:
         self._check_open()
         choose = partial(self._engine.span_for, peer.to_base58())
@@ -128,11 +149,12 @@ class Handler:
             self._pool,
             self._compute,
             batching=self._engine.batching,
-            relay=self._relay,
-            served=self._served,
+            pushes=self._pushes,
+            counters=self._counters,
+            codec=self._codec,
         )
         self._sessions.add(session)
-        self._served.sessions += 1
+        self._counters.sessions += 1
         try:
             await session.run()
             await stream.send_end()
@@ -146,9 +168,9 @@ class Handler:
             "cache_tokens_available": self._pool.free,
             "cache_tokens_total": self._pool.total,
             "sessions": self._pool.sessions,
-            "sessions_served": self._served.sessions,
-            "requests_served": self._served.requests,
-            "tokens_served": self._served.tokens,
+            "sessions_served": self._counters.sessions,
+            "requests_served": self._counters.requests,
+            "tokens_served": self._counters.tokens,
             **self._engine.facts(),
             **self._compute.facts(),
             protocol.EXTENSION_KEY: protocol.PROTOCOL_VERSION,
@@ -182,7 +204,7 @@ class Handler:
 
     async def _adapter(self, stream: Stream, peer: PeerID) -> None:
         self._check_open()
-        await self._intake.handle(stream, peer)
+        await self._uploads.handle(stream, peer)
 
     async def _run_forward(
         self,
@@ -190,13 +212,12 @@ class Handler:
         peer: PeerID,
         stream: Stream | None = None,
     ) -> list[runtime_pb2.Tensor]:
-        metadata = protocol.unpack_metadata(message.metadata)
-        request, compression = parse_forward(message.uid, message.tensors, metadata, self._limits)
+        request, compression = await self._parse(parse_forward, message)
         task = _pass_of(peer, request)
         job = self._compute.submit(self._engine.forward, task.client, request, task=task)
         outputs = await messages.result(job, stream)
-        self._served.count(request)
-        return messages.pack(outputs, compression)
+        self._counters.count(request)
+        return await self._codec.pack(outputs, compression)
 
     async def _run_backward(
         self,
@@ -204,14 +225,25 @@ class Handler:
         peer: PeerID,
         stream: Stream | None = None,
     ) -> tuple[list[runtime_pb2.Tensor], dict[str, Any]]:
-        metadata = protocol.unpack_metadata(message.metadata)
-        request, compression = parse_backward(message.uid, message.tensors, metadata, self._limits)
+        request, compression = await self._parse(parse_backward, message)
         task = _pass_of(peer, request)
         job = self._compute.submit(self._engine.backward, task.client, request, task=task)
         gradients: SpanGradients = await messages.result(job, stream)
-        self._served.count(request)
-        packed = messages.pack(gradients.tensors, compression)
+        self._counters.count(request)
+        packed = await self._codec.pack(gradients.tensors, compression)
         return packed, {} if gradients.weights is None else {"adapter_grads": gradients.weights}
+
+    async def _parse(
+        self, parse: Callable[..., tuple[F, int]], message: Received | runtime_pb2.ExpertRequest
+    ) -> tuple[F, int]:
+        """What `parse` makes of a message; in the codec's thread if it is large."""
+
+        def parsed() -> tuple[F, int]:
+            metadata = protocol.unpack_metadata(message.metadata)
+            return parse(message.uid, message.tensors, metadata, self._limits)
+
+        parts = message.parts if isinstance(message, Received) else message.tensors
+        return await self._codec.run(packed_bytes(parts), parsed)
 
     def _check_open(self) -> None:
         if self._leaving:

@@ -1,7 +1,7 @@
-"""What has arrived for a session and is still to be worked on.
+"""The steps of a session that have arrived and are not computed yet.
 
 A client sends its steps in order. A step either brings its hidden states, or announces that the
-server before will push them (`relay`). An announced step waits for them at the head of the line,
+server before will push them (`push`). An announced step waits for them at the head of the queue,
 or for its client, which sends them itself under the same step id when the push fails or is late.
 A client that gives up announced steps sends one without positions in the place of each, and gets
 an answer for each as before: what is not begun then is not computed, and the session goes on.
@@ -21,8 +21,10 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol
 from swarm_notebook.server.rpc import fields
-from swarm_notebook.server.rpc.push import Arrived, Relay
+from swarm_notebook.server.rpc.codec import packed_bytes
+from swarm_notebook.server.rpc.push import Arrived, PushChannel
 
+# Steps of one session that may wait. Ours has as many in flight as its chain has servers.
 MAX_WHOLE, MAX_ANNOUNCED = 64, 64
 
 _ANNOUNCES = protocol.PUSH_FROM.encode()
@@ -45,15 +47,15 @@ class Inbox:
     """The steps of one session, in order; belongs to the loop.
 
     Args:
-        relay: where pushes arrive.
+        pushes: where those of other servers arrive.
         limit: how many bytes of hidden states may wait, in whole steps and for announced ones.
 
     Attributes:
         filled: the step that was taken out last had to be filled in by its client.
     """
 
-    def __init__(self, relay: Relay, limit: int):
-        self._relay, self._limit = relay, limit
+    def __init__(self, pushes: PushChannel, limit: int):
+        self._pushes, self._limit = pushes, limit
         self._held = 0
         self.filled = False
         self._session_id: str | None = None
@@ -78,7 +80,7 @@ class Inbox:
             return
         if (self._announced or self._known) and self._fill(message):
             return
-        size = _size(message)
+        size = packed_bytes(message.tensors)
         while self._whole and (self._whole >= MAX_WHOLE or self._whole_bytes + size > self._limit):
             await self._wait()
         self._append(message, size)
@@ -94,7 +96,7 @@ class Inbox:
     def offer(self, message: runtime_pb2.ExpertRequest) -> None:
         """Take a step that a Petals server pushes, if there is room; its client sends it, too."""
         if not self._whole and _step_id(message) not in self._known:
-            self._append(message, _size(message))
+            self._append(message, packed_bytes(message.tensors))
 
     async def get(self) -> runtime_pb2.ExpertRequest:
         """The next step, whole."""
@@ -103,7 +105,7 @@ class Inbox:
                 first = self._steps[0]
                 if isinstance(first, runtime_pb2.ExpertRequest):
                     self._whole -= 1
-                    self._whole_bytes -= _size(first)
+                    self._whole_bytes -= packed_bytes(first.tensors)
                     break
                 if first.tensor is not None:
                     break
@@ -124,10 +126,10 @@ class Inbox:
     def close(self) -> None:
         """Expect nothing more from other servers."""
         for session_id, announced in self._announced.values():
-            self._relay.forget(session_id, announced.step_id, announced.arrived)
+            self._pushes.forget(session_id, announced.step_id, announced.arrived)
         self._announced.clear()
         if self._session_id:
-            self._relay.dismiss(self._session_id, self.offer)
+            self._pushes.dismiss(self._session_id, self.offer)
 
     def _introduce(self, message: runtime_pb2.ExpertRequest) -> None:
         """Take a session's name from its first step; Petals' clients leave out the position."""
@@ -135,7 +137,7 @@ class Inbox:
         self._session_id = fields.text(metadata, "session_id") or ""
         if self._session_id and "start_from_position" not in metadata:
             self._plain = True
-            self._relay.admit(self._session_id, self.offer)
+            self._pushes.admit(self._session_id, self.offer)
 
     def _announce(self, message: runtime_pb2.ExpertRequest) -> bool:
         metadata = protocol.unpack_metadata(message.metadata)
@@ -158,7 +160,7 @@ class Inbox:
                 self._hold(announced, tensor)
 
         announced.arrived = arrived
-        self._relay.expect(peer, session_id, step_id, arrived)
+        self._pushes.expect(peer, session_id, step_id, arrived)
         self._announced[step_id] = session_id, announced
         self._steps.append(announced)
         self._changed.set()
@@ -176,7 +178,7 @@ class Inbox:
             self._held -= len(announced.tensor.buffer)
             announced.tensor = None
         if announced.tensor is None and message.tensors:
-            self._relay.forget(session_id, announced.step_id, announced.arrived)
+            self._pushes.forget(session_id, announced.step_id, announced.arrived)
             if self._held + len(message.tensors[0].buffer) > self._limit:
                 raise BadRequest(f"more than {self._limit} bytes wait for announced steps")
             announced.filled = True
@@ -197,7 +199,3 @@ class Inbox:
 
 def _step_id(message: runtime_pb2.ExpertRequest) -> str:
     return fields.text(protocol.unpack_metadata(message.metadata), "step_id") or ""
-
-
-def _size(message: runtime_pb2.ExpertRequest) -> int:
-    return sum(len(tensor.buffer) for tensor in message.tensors)

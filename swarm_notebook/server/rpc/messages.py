@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,13 +25,18 @@ class Received:
 
     uid: str
     metadata: bytes
-    tensors: list[runtime_pb2.Tensor]
+    parts: list[runtime_pb2.Tensor]
+
+    @cached_property
+    def tensors(self) -> list[runtime_pb2.Tensor]:
+        """The tensors, joined from their parts: a copy of all that came (see `codec`)."""
+        return tensors.join(self.parts)
 
 
 async def receive(
     stream: Stream, limit: int, arrived: Callable[[int], None] = lambda _: None
 ) -> Received:
-    """A whole request of at most ``limit`` bytes, its tensors joined from their parts.
+    """A whole request of at most ``limit`` bytes.
 
     Args:
         arrived: told the size of every message; may raise to end the request.
@@ -50,7 +56,7 @@ async def receive(
             raise
     if first is None:
         raise BadRequest("the stream ended before a request")
-    return Received(first.uid, first.metadata, tensors.join(parts))
+    return Received(first.uid, first.metadata, parts)
 
 
 async def _next(stream: Stream) -> runtime_pb2.ExpertRequest | None:

@@ -98,7 +98,10 @@ def parse_backward(
 
 
 def parse_step(
-    message: runtime_pb2.ExpertRequest, previous: tuple[int, int] | None, limits: Limits
+    message: runtime_pb2.ExpertRequest,
+    previous: tuple[int, int] | None,
+    limits: Limits,
+    times: StepTimes | None = None,
 ) -> StepMessage:
     """A session's step: ``[hidden, prompts, row ids, attention mask, position ids]``.
 
@@ -106,8 +109,9 @@ def parse_step(
         message: the request.
         previous: the blocks of the step before, which an empty ``uid`` repeats.
         limits: what this server hosts.
+        times: where the step's time goes, from its arrival on; None: it arrives now.
     """
-    times = StepTimes()
+    times = times or StepTimes()
     repeated = previous if not message.uid else None
     blocks = repeated or parse_blocks(message.uid, limits)
     metadata = protocol.unpack_metadata(message.metadata)

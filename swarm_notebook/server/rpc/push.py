@@ -1,4 +1,4 @@
-"""Hidden states that go from server to server, without a detour by the client.
+"""Hidden states that go from server to server, and not by way of the client.
 
 A client tells each server of its chain, with every step, where the output goes (`push_to`) and
 where the input comes from (`push_from`). Outputs travel over one long-lived stream per pair of
@@ -10,8 +10,8 @@ A push may arrive before its announcement. It is kept for a moment, in bounds fo
 for all together; what does not fit or is never announced is dropped, and then the client sends the
 states itself. So no push ever waits for a session, and a stream serves all sessions alike.
 
-Petals' unary ``rpc_push`` is called and taken as well (see `onward`), for clients that announce
-nothing. They send the same step directly, too: whichever comes first counts.
+Petals' unary ``rpc_push`` is called and taken as well (see `petals_push`), for clients that
+announce nothing. They send the same step directly, too: whichever comes first counts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from google.protobuf.message import DecodeError
 from hivemind.p2p import P2P, PeerID
@@ -35,10 +36,14 @@ from swarm_notebook.server.rpc.petals_push import PetalsPush
 
 logger = logging.getLogger(__name__)
 
+# Beyond it a push has failed, and the client, which waits for the step, sends the states itself.
 PUSH_SECONDS = 4.0
+# How long a server that kept silent is not tried again, or each step would take `PUSH_SECONDS` more.
 AVOID_SECONDS = 30.0
 MAX_STREAMS, MAX_CALLS = 64, 64
+# A push comes before its announcement by the difference of two paths, not by seconds.
 EARLY_SECONDS = 10.0
+# Two prompts of 1,024 tokens at hidden size 4,096 in float32; and those of four such peers.
 EARLY_BYTES_PER_PEER = 32 << 20
 EARLY_BYTES = 128 << 20
 
@@ -54,7 +59,7 @@ class _Early:
     when: float
 
 
-class Relay:
+class PushChannel:
     """Pushes of one server, out and in; belongs to the loop."""
 
     def __init__(self) -> None:
@@ -71,6 +76,18 @@ class Relay:
         """From now on pushes can be sent."""
         self._p2p = p2p
 
+    async def close(self) -> None:
+        """End all streams and calls to other servers."""
+        self._p2p = None
+        streams = list(self._streams.values())
+        for peer in list(self._streams):
+            self._drop(peer)
+        tasks: list[asyncio.Future[Any]] = [*streams, *self._listening, *self._calls]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._early.clear()
+
     async def push(
         self, peer: str, target: str | PetalsPush, step_id: str, tensor: runtime_pb2.Tensor
     ) -> str:
@@ -81,7 +98,7 @@ class Relay:
                 waits for it, and nobody misses it.
         """
         if isinstance(target, PetalsPush):
-            self._hand_on(peer, target.message(tensor))
+            self._call_petals(peer, target.message(tensor))
             return ""
         if self._avoided.get(peer, 0.0) > time.monotonic():
             return "it could not be reached a moment ago"
@@ -98,7 +115,7 @@ class Relay:
             return str(error) or "it does not take anything"
         return ""
 
-    def _hand_on(self, peer: str, message: runtime_pb2.ExpertRequest) -> None:
+    def _call_petals(self, peer: str, message: runtime_pb2.ExpertRequest) -> None:
         """Call Petals' ``rpc_push``, if that is likely to succeed."""
         too_large = message.ByteSize() > protocol.MAX_UNARY_BYTES
         avoided = self._avoided.get(peer, 0.0) > time.monotonic()

@@ -7,8 +7,8 @@ others (`SessionLost`) or when the server leaves (`ShuttingDown`, after the step
 every case the memory is given back as soon as the torch thread has let go of it.
 
 A short step is computed together with those of other sessions (`batching`). A long prefill is
-computed in pieces, so that the steps of other sessions come in between and a client that leaves
-stops it.
+computed in chunks, so that the steps of other sessions come in between and a client that leaves
+stops it. Large tensors are packed and unpacked beside the event loop (`codec`).
 
 A client that does not read its answers holds up nobody but itself, and is gone after a while.
 """
@@ -16,6 +16,7 @@ A client that does not read its answers holds up nobody but itself, and is gone 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -26,16 +27,18 @@ from swarm_notebook.net import protocol
 from swarm_notebook.net.streams import Stream, StreamClosed
 from swarm_notebook.server.engine.batching import SHORT_TOKENS, Batching, BatchItem, run_one
 from swarm_notebook.server.engine.kv_budget import CachePool
-from swarm_notebook.server.engine.requests import Limits, Step
+from swarm_notebook.server.engine.prefill import ChunkedPrefill
+from swarm_notebook.server.engine.requests import Limits, Step, StepTimes
 from swarm_notebook.server.engine.scheduler import Kind, Task
 from swarm_notebook.server.engine.session_state import SessionState
 from swarm_notebook.server.engine.worker import ComputeThread, Job
-from swarm_notebook.server.rpc import messages
+from swarm_notebook.server.rpc.codec import Codec, packed_bytes
 from swarm_notebook.server.rpc.counters import Counters
 from swarm_notebook.server.rpc.inbox import Inbox
 from swarm_notebook.server.rpc.parse import parse_step
-from swarm_notebook.server.rpc.push import Relay
+from swarm_notebook.server.rpc.push import PushChannel
 
+# Seconds to wait for cache memory when the client does not say, and for it to read an answer.
 ALLOC_TIMEOUT = 10.0
 UNREAD_SECONDS = 60.0
 
@@ -52,15 +55,16 @@ class ServerSession:
         compute: ComputeThread,
         *,
         batching: Batching,
-        relay: Relay,
-        served: Counters,
+        pushes: PushChannel,
+        counters: Counters,
+        codec: Codec,
     ):
         self._stream, self._limits = stream, limits
-        self._batching, self._relay, self._served = batching, relay, served
-        self._pool, self._compute = pool, compute
+        self._batching, self._pushes, self._counters = batching, pushes, counters
+        self._pool, self._compute, self._codec = pool, compute, codec
         self._state: SessionState | None = state
         self._reservation = pool.open(self._drop, stream.peer)
-        self._inbox = Inbox(relay, stream.max_frame)
+        self._inbox = Inbox(pushes, stream.max_frame)
         self._ended: asyncio.Future[SwarmError] = asyncio.get_running_loop().create_future()
         self._blocks: tuple[int, int] | None = None
         self._step_id: str | None = None
@@ -96,6 +100,11 @@ class ServerSession:
             # What is raised here knows this frame, and a task knows what it has raised: a circle
             # that would hold the whole session until the garbage collector comes by.
             del tasks, endings, task
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is in flight."""
+        return self._reservation.busy
 
     def leave(self) -> None:
         """The server shuts down: end now, or after the step in flight."""
@@ -136,7 +145,9 @@ class ServerSession:
 
     async def _step(self, message: runtime_pb2.ExpertRequest) -> runtime_pb2.ExpertResponse | None:
         """Check a step, find room for it, compute it; None if there is nothing to answer."""
-        parsed = parse_step(message, self._blocks, self._limits)
+        times = StepTimes()
+        size = packed_bytes(message.tensors)
+        parsed = await self._codec.run(size, parse_step, message, self._blocks, self._limits, times)
         step = parsed.step
         if parsed.step_id is not None and parsed.step_id == self._step_id:
             return None  # Petals sends a step twice, directly and through the server before
@@ -151,45 +162,53 @@ class ServerSession:
             state.cache.reserve(granted // step.rows)
         outputs = await self._run(state, step, position)
         self._blocks, self._step_id = step.blocks, parsed.step_id
-        self._served.count(step)
+        self._counters.count(step)
         step.times.computed()
-        packed = messages.pack(outputs, parsed.compression)
+        packed = await self._codec.pack(outputs, parsed.compression)
         told: dict[str, Any] = {protocol.TIMES_KEY: step.times.parts()}
         if self._inbox.filled:
             told[protocol.FILLED] = True
         if parsed.push_to is not None and parsed.step_id is not None:
-            failed = await self._relay.push(*parsed.push_to, parsed.step_id, packed[0])
+            failed = await self._pushes.push(*parsed.push_to, parsed.step_id, packed[0])
             if failed:
                 told[protocol.PUSH_FAILED] = failed
         metadata = protocol.pack_metadata(told)
         return runtime_pb2.ExpertResponse(tensors=packed, metadata=metadata)
 
     async def _run(self, state: SessionState, step: Step, position: int) -> list[torch.Tensor]:
-        peer, short = self._stream.peer, step.rows * step.length <= SHORT_TOKENS
-        pieces: list[list[torch.Tensor]] = []
-        begin = 0
-        # What a module inside of a block puts out may not be cut by positions.
-        whole = short or bool(step.inner)
-        kind = Kind.STEP if short else Kind.PREFILL_CHUNK
-        group = self._batching.group(step, position) if short else None
+        if step.rows * step.length <= SHORT_TOKENS:
+            return await self._run_whole(state, step, position)
+        prefill = ChunkedPrefill(state, step, position)
+        while not prefill.finished:
+            # What a module inside of a block puts out may not be cut by positions.
+            size = step.length if step.inner else self._compute.chunk_tokens() // step.rows
+            size = min(max(1, size), step.length - prefill.computed)
+            task = self._task(Kind.PREFILL_CHUNK, step, step.rows * size)
+            await self._submit(prefill.run, size, task=task)
+        return prefill.outputs
+
+    async def _run_whole(
+        self, state: SessionState, step: Step, position: int
+    ) -> list[torch.Tensor]:
+        task = self._task(
+            Kind.STEP, step, step.rows * step.length, self._batching.group(step, position)
+        )
+        item = BatchItem(state, step, position, 0, step.length)
+        outputs: list[torch.Tensor] = await self._submit(
+            run_one, item, task=task, run_batch=self._batching.run
+        )
+        return outputs
+
+    def _task(self, kind: Kind, step: Step, tokens: int, group: Hashable | None = None) -> Task:
         blocks = step.blocks[1] - step.blocks[0] if step.length else 0
-        while begin < step.length or not pieces:
-            size = max(1, self._compute.piece_tokens() // step.rows)
-            end = step.length if whole else min(begin + size, step.length)
-            task = Task(kind, peer, step.rows * (end - begin), group, blocks, id(self))
-            self._job = self._compute.submit(
-                run_one,
-                BatchItem(state, step, position, begin, end),
-                task=task,
-                together=self._batching.run,
-            )
-            pieces.append(await self._job.future)
-            # It knows the session's memory, which others may get before the next step comes.
-            self._job = None
-            begin = end
-        if len(pieces) == 1:
-            return pieces[0]
-        return [torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True)]
+        return Task(kind, self._stream.peer, tokens, group, blocks, id(self))
+
+    async def _submit(self, *call: Any, **options: Any) -> Any:
+        self._job = self._compute.submit(*call, **options)
+        result = await self._job.future
+        # It knows the session's memory, which others may get before the next step comes.
+        self._job = None
+        return result
 
     async def _send(self, answer: runtime_pb2.ExpertResponse) -> None:
         try:

@@ -138,39 +138,39 @@ def test_clients_that_left_are_forgotten() -> None:
 
 
 def test_passes_are_bounded_for_one_and_for_all() -> None:
-    backlog, mine = Admission(), Task(Kind.STATELESS, "mine")
+    admission, mine = Admission(), Task(Kind.STATELESS, "mine")
     for _ in range(scheduler.CLIENT_PASSES):
-        backlog.enter(mine)
+        admission.enter(mine)
     with pytest.raises(ServerBusy, match=r"64 requests of this peer"):
-        backlog.enter(mine)
-    backlog.enter(step("mine"))
-    backlog.enter(scheduler.CHORE)
-    backlog.leave(mine)
-    backlog.enter(mine)
+        admission.enter(mine)
+    admission.enter(step("mine"))
+    admission.enter(scheduler.CHORE)
+    admission.leave(mine)
+    admission.enter(mine)
     for number in range(scheduler.PASSES - scheduler.CLIENT_PASSES):
-        backlog.enter(Task(Kind.STATELESS, f"other {number}"))
+        admission.enter(Task(Kind.STATELESS, f"other {number}"))
     with pytest.raises(ServerBusy, match=r"0 requests of this peer and 256 of all"):
-        backlog.enter(Task(Kind.STATELESS, "late"))
+        admission.enter(Task(Kind.STATELESS, "late"))
 
 
 def decoding(*sessions: int, call: float = 0.02) -> BatchWindow:
     """So many sessions, whose last steps came at the time 10."""
-    company = BatchWindow()
+    window = BatchWindow()
     for _ in range(50):
-        company.ran(call)
+        window.ran(call)
     for session in sessions:
-        company.came(Task(Kind.STEP, "client", 1, GROUP, session=session), 10.0)
-    return company
+        window.came(Task(Kind.STEP, "client", 1, GROUP, session=session), 10.0)
+    return window
 
 
 def test_who_is_alone_never_waits() -> None:
     assert decoding(1).patience(1, now=10.0) == 0
-    company = decoding(1, 2)
-    assert company.patience(1, now=10.01) > 0
-    assert company.patience(2, now=10.01) == 0
-    assert company.patience(0, now=10.01) == 0
+    window = decoding(1, 2)
+    assert window.patience(1, now=10.01) > 0
+    assert window.patience(2, now=10.01) == 0
+    assert window.patience(0, now=10.01) == 0
     # The other one has not come back for long.
-    assert company.patience(1, now=10.2) == 0
+    assert window.patience(1, now=10.2) == 0
 
 
 def test_waiting_is_short_beside_a_call() -> None:
@@ -181,37 +181,37 @@ def test_waiting_is_short_beside_a_call() -> None:
 
 def test_who_waits_in_vain_waits_less() -> None:
     """Two sessions on two servers take turns; later there are three on each."""
-    company = decoding(1, 2)
-    whole = company.patience(1, now=10.0)
+    window = decoding(1, 2)
+    whole = window.patience(1, now=10.0)
     for _ in range(20):
-        company.gathered(0)
-    assert company.patience(1, now=10.0) == pytest.approx(whole / 10)
+        window.gathered(0)
+    assert window.patience(1, now=10.0) == pytest.approx(whole / 10)
     for _ in range(20):
-        company.gathered(2)
-    assert company.patience(1, now=10.0) > 0.9 * whole
+        window.gathered(2)
+    assert window.patience(1, now=10.0) > 0.9 * whole
 
 
 def test_nothing_is_waited_for_that_could_not_be_joined() -> None:
-    assert filled(step("a"), step("b")).joinable == 2
-    assert filled(step("a"), step("b", group="other")).joinable == 0
-    assert filled(step("a", group=None)).joinable == 0
-    assert filled(step("a"), Task(Kind.PREFILL_CHUNK, "b", 50)).joinable == 0
-    company = decoding()
-    company.came(Task(Kind.PREFILL_CHUNK, "client", 100, None, session=1), 10.0)
-    company.came(Task(Kind.STEP, "client", 1, None, session=2), 10.0)
-    assert company.patience(1, now=10.0) == 0
+    assert filled(step("a"), step("b")).batchable == 2
+    assert filled(step("a"), step("b", group="other")).batchable == 0
+    assert filled(step("a", group=None)).batchable == 0
+    assert filled(step("a"), Task(Kind.PREFILL_CHUNK, "b", 50)).batchable == 0
+    window = decoding()
+    window.came(Task(Kind.PREFILL_CHUNK, "client", 100, None, session=1), 10.0)
+    window.came(Task(Kind.STEP, "client", 1, None, session=2), 10.0)
+    assert window.patience(1, now=10.0) == 0
 
 
 def test_pieces_are_as_long_as_their_time() -> None:
-    pace = ChunkSizer()
-    assert pace.piece(crowded=True) == scheduler.FIRST_PIECE
+    chunks = ChunkSizer()
+    assert chunks.size(crowded=True) == scheduler.FIRST_CHUNK
     for _ in range(30):
-        pace.ran(100, 0.1)
-    assert pace.piece(crowded=True) == 60
-    assert pace.piece(crowded=False) == 500
+        chunks.ran(100, 0.1)
+    assert chunks.size(crowded=True) == 60
+    assert chunks.size(crowded=False) == 500
     for _ in range(30):
-        pace.ran(10, 0.1)
-    assert pace.piece(crowded=True) == scheduler.MIN_PIECE
+        chunks.ran(10, 0.1)
+    assert chunks.size(crowded=True) == scheduler.MIN_CHUNK
     for _ in range(30):
-        pace.ran(100_000, 0.1)
-    assert pace.piece(crowded=True) == scheduler.MAX_PIECE
+        chunks.ran(100_000, 0.1)
+    assert chunks.size(crowded=True) == scheduler.MAX_CHUNK

@@ -1,0 +1,51 @@
+"""A long step in chunks: the steps of other sessions come in between.
+
+Each chunk is a job of the torch thread, and writes its outputs to where they belong in those of the
+whole step. So nothing is left to put together when the last one is done.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from swarm_notebook.server.engine.batching import BatchItem, run_one
+from swarm_notebook.server.engine.requests import Step
+from swarm_notebook.server.engine.session_state import SessionState
+
+
+class ChunkedPrefill:
+    """A step of a session and how much of it is computed.
+
+    Args:
+        position: where the step begins in its session.
+
+    Attributes:
+        computed: how many of its positions are done.
+        outputs: what `run_one` gives for the whole step, complete when ``finished``.
+    """
+
+    def __init__(self, state: SessionState, step: Step, position: int):
+        self._state, self._step, self._position = state, step, position
+        self.computed = 0
+        self.outputs: list[torch.Tensor] = []
+
+    @property
+    def finished(self) -> bool:
+        return self.computed == self._step.length
+
+    @torch.inference_mode()
+    def run(self, positions: int) -> None:
+        """In the torch thread: compute the next ``positions``."""
+        begin, end = self.computed, self.computed + positions
+        found = run_one(BatchItem(self._state, self._step, self._position, begin, end))
+        if positions == self._step.length:
+            self.outputs = found
+        else:
+            if not self.outputs:
+                self.outputs = [self._whole(chunk) for chunk in found]
+            for whole, chunk in zip(self.outputs, found, strict=True):
+                whole[:, begin:end] = chunk
+        self.computed = end
+
+    def _whole(self, chunk: torch.Tensor) -> torch.Tensor:
+        return chunk.new_empty(chunk.shape[0], self._step.length, *chunk.shape[2:])
