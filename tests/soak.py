@@ -39,7 +39,7 @@ import psutil
 import torch
 from support.tiny import tiny_model
 
-from swarm_notebook.server.app import TIDY_SECONDS
+from swarm_notebook.server.app import EXPIRE_SECONDS
 
 TOLERANCE = 1e-4
 THREADS, PROCESSES = 5, 2
@@ -50,7 +50,7 @@ VOCABULARY = 128
 MEMORY_MARGIN = 16 << 20
 FILES_MARGIN = 4
 # An idle server gives back what its allocator keeps when it has seen that nobody asks for anything.
-TIDY = 2 * TIDY_SECONDS + 1
+TIDY = 2 * EXPIRE_SECONDS + 1
 INTERRUPTS, INTERRUPT_SECONDS = 3, 15.0
 # Servers keep the activations of an interrupted training step for two minutes.
 CALM_SECONDS = 150.0

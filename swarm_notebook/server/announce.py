@@ -1,7 +1,7 @@
 """Tells the swarm, again and again, what this server hosts and in what state it is.
 
 The records are Petals' (see `net.records`): the same tuple under the key of every hosted block,
-valid for two periods, so that a server that dies without a word is forgotten. The model itself
+valid for two periods, so that a server that dies is forgotten. The model itself
 is entered in the model index, unless its prefix marks it as private with an underscore.
 """
 

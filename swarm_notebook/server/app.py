@@ -54,14 +54,14 @@ logger = logging.getLogger(__name__)
 CACHE_TOKENS = 16384
 # Records are valid for two of them: a server that died is forgotten after two minutes at most.
 UPDATE_PERIOD = 60.0
-# How long steps in flight may take, and then each of the last words to the swarm.
+# How long steps in flight may take, and then the record that says offline and the end of p2pd.
 LEAVE_SECONDS = 30.0
-FAREWELL_SECONDS = 5.0
+GOODBYE_SECONDS = 5.0
 # Between two lines of the log, and two of a progress bar.
 PROGRESS_SECONDS = 2.0
 TELL_SECONDS = 0.25
-# Between two looks at what has expired.
-TIDY_SECONDS = 5.0
+# Between two checks for what has expired.
+EXPIRE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ServeOptions:
 
 def main(options: ServeOptions) -> NoReturn:
     """Serve until told to leave, then end the process with exit code 0."""
-    # What PEFT says of an adapter's config is for its notebook, which has heard it from its own.
+    # PEFT warns of configs. They are the notebook's, whose own PEFT has warned there.
     warnings.filterwarnings("ignore", module=r"peft\.tuners\.")
     # It plans anew for every length of a context: 60 ms per token instead of 15 on an H100.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -133,10 +133,10 @@ async def serve(options: ServeOptions) -> None:
         logger.info("leaving before the server was ready")
         starting.cancel()
         # What takes longer ends with the process.
-        await asyncio.wait([starting], timeout=FAREWELL_SECONDS)
+        await asyncio.wait([starting], timeout=GOODBYE_SECONDS)
         return
     starting.result()
-    heap.settle()
+    heap.freeze()
     trimming = asyncio.create_task(server.trim())
     ended = asyncio.create_task(server.daemon_ended())
     await asyncio.wait([ended, leaving], return_when=asyncio.FIRST_COMPLETED)
@@ -200,7 +200,7 @@ class Server:
             logger.info("leaving: finishing what is in flight")
             await up.handler.leave(LEAVE_SECONDS)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FAREWELL_SECONDS):
+                async with asyncio.timeout(GOODBYE_SECONDS):
                     await up.announcer.stop(up.describe(ServerState.OFFLINE))
             logger.info("left the swarm")
         await self._stack.aclose()
@@ -222,7 +222,7 @@ class Server:
         """
         while self._up is not None:
             served = self._up.handler.requests_served
-            await asyncio.sleep(TIDY_SECONDS)
+            await asyncio.sleep(EXPIRE_SECONDS)
             if self._up is not None and self._up.handler.requests_served == served:
                 # Nobody is there whose step would have to wait for it.
                 gc.collect()
@@ -264,8 +264,8 @@ class Server:
         engine = Engine(span, options.activation_bytes, accepted, batching)
         handler = Handler(span, limits, pool, compute, engine)
         self._stack.push_async_callback(handler.close)
-        tidying = asyncio.create_task(_keep_tidy(handler))
-        self._stack.push_async_callback(_end_task, tidying)
+        expiring = asyncio.create_task(_keep_expiring(handler))
+        self._stack.push_async_callback(_end_task, expiring)
         await handler.register(node.p2p)
 
         def describe(state: ServerState) -> ServerInfo:
@@ -363,7 +363,7 @@ async def _stop_node(starting: asyncio.Task[Node]) -> None:
         return
     node = starting.result()
     try:
-        async with asyncio.timeout(FAREWELL_SECONDS):
+        async with asyncio.timeout(GOODBYE_SECONDS):
             if lifetime.daemon_lives(node.p2p):
                 await node.stop()
             else:
@@ -377,9 +377,9 @@ async def _end_task(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def _keep_tidy(handler: Handler) -> None:
+async def _keep_expiring(handler: Handler) -> None:
     while True:
-        await asyncio.sleep(TIDY_SECONDS)
+        await asyncio.sleep(EXPIRE_SECONDS)
         await handler.expire()
 
 

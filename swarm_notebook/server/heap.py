@@ -11,7 +11,7 @@ import ctypes
 import gc
 
 
-def settle() -> None:
+def freeze() -> None:
     """Exclude what is there now from garbage collection, so that it is quick from now on."""
     gc.collect()
     gc.freeze()

@@ -1,13 +1,13 @@
 """Different adapters in one call of the blocks that they share.
 
 The call runs the blocks as they are. Where an adapter has put a layer of its own around a module,
-that layer is called for the tokens of its sessions, and what it asks of the module is at hand: its
-part of what the module has just computed for everybody. So an adapter costs what it adds, the
+that layer is called for the tokens of its sessions, and what it asks of the module is there: its
+part of what the module has just computed for the whole batch. So an adapter costs what it adds, the
 weights of the blocks are read once for all, and how an adapter computes stays PEFT's own code. (A
 layer that gives the module another input than it was given, as IA3 does in a feedforward, has it
 computed for that input.)
 
-Not every adapter can be mixed in: see `adapters`, and `token_wise`.
+Not every adapter can be mixed in: see `injection`, and `token_wise`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Mixture:
         return {site for site in self._layers if start <= site[0] < end}
 
     def apply(self, site: Site, x: torch.Tensor, output: torch.Tensor) -> None:
-        """Turn what a module gave for all tokens into what the adapters make of it, in place."""
+        """Apply the adapters to what a module gave for all tokens, in place."""
         for begin, tokens, layer in self._layers.get(site, ()):
             known = output.narrow(-2, begin, tokens)
             known.copy_(_beside(layer, x.narrow(-2, begin, tokens), known))

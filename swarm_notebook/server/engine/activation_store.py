@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from swarm_notebook.server.lru import K, LRUStore, V
 
-# About 1,100 tokens through the 30 blocks of the demo model in float32: measured, a Llama keeps 32 kB
-# per token and block at hidden size 576 and 144 kB at 2,048.
+# About 1,100 tokens through the 30 blocks of the demo model in float32. Measured: a Llama keeps
+# 32 kB per token and block at hidden size 576, and 144 kB at 2,048.
 BUDGET_BYTES = 1 << 30
 # Training comes back within a step, which takes seconds; a notebook that is edited in between
 # computes its forward again.

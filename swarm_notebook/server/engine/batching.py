@@ -6,7 +6,7 @@ its positions, outputs of modules inside of blocks, dropout.
 
 `Batching.run` computes a batch in one call, and one more for each adapter that cannot be mixed in
 (`mixing`). A session whose step turns out to be wrong gets its error alone; if the call itself
-fails, its sessions run one by one, so that only the guilty one is hurt.
+fails, its sessions run one by one, so that only the one that makes it fail gets the error.
 
 `Batching.try_out` tells whether a model's blocks can be shared at all (see `attention`): two
 sessions of different shapes, one of them padded, must get the same together as apart. BLOOM and
@@ -109,7 +109,7 @@ class Batching:
             else:
                 calls[span.host][span].append(index)
         for span, adapted in calls.items():
-            # Those with the same adapter are neighbours: it is asked once for all of them.
+            # Those with the same adapter stand together: it is called once for all of them.
             members = [index for same in adapted.values() for index in same]
             ran = _run_call(span, [items[index] for index in members])
             outcomes.update(zip(members, ran, strict=True))

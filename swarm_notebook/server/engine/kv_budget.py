@@ -216,7 +216,7 @@ class CachePool:
                 idle = min(IDLE_SECONDS, max(now - begun, SHORT_IDLE_SECONDS))
             grant = self._budget.decide(reservation, min(preferred, self.total), minimum, now, idle)
             if grant is not None:
-                return self._carry_out(reservation, grant)
+                return self._apply(reservation, grant)
             if now >= deadline:
                 raise CacheFull(
                     f"asked for {minimum} cache tokens (rows x positions), {self.free} of "
@@ -225,7 +225,7 @@ class CachePool:
                 )
             await self._changed(reservation, deadline - now)
 
-    def _carry_out(self, reservation: Reservation, grant: Grant) -> int:
+    def _apply(self, reservation: Reservation, grant: Grant) -> int:
         shrunk = grant.tokens < reservation.tokens
         self._budget.apply(reservation, grant)
         for other in grant.dropped:

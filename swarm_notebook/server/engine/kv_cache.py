@@ -13,11 +13,11 @@ HF's decoders append to the cache through `update(keys, values, layer_idx)` and 
   position (a hook that edits a state asks again from there). `focus` names the blocks of the step,
   whose common length answers the decoder's questions.
 
-The pages of a session are neighbours in memory: growing moves them, every page or eighth part of
-the length, which costs a small part of what reading them in every step does. So attention reads
-plain strided tensors, with the kernels that every device has, and no copies. Pages scattered in one
-pool would need a gather per session, block and step, or a kernel of their own. What a pool is for,
-a bound on all memory and room for whoever needs it, is the ledger's part (`memory`).
+The pages of a session are contiguous: growing moves them, every page or eighth part of the length,
+which costs a small part of what reading them in every step does. So attention reads plain strided
+tensors, with the kernels that every device has, and no copies. Pages scattered in one pool would
+need a gather per session, block and step, or a kernel of their own. The bound on the memory of all
+sessions is kept by `kv_budget`.
 
 One token of accounting is one row's position through all hosted blocks: ``rows * capacity``.
 """

@@ -32,7 +32,7 @@ WANTED_PASSES = 12
 # With fewer tokens the time goes into reading the weight, whatever its layout.
 _PACKED_FROM = 3
 _TRIES = 3
-# Weights of so many bytes are multiplied in turn, or they would all be in the processor's cache.
+# Measured over weights of so many bytes, or they would all be in the processor's cache.
 _SPREAD_BYTES = 64 << 20
 # So many bytes of weights are packed at once, while sessions wait: about 10 ms.
 _CHUNK_BYTES = 16 << 20
@@ -133,7 +133,7 @@ class _Family:
         return self._products[-1]
 
     def kernel(self, tokens: int) -> Kernel:
-        """The fastest one for so many tokens, if that is known; if not, it is wished for."""
+        """The fastest one for so many tokens, once it is measured; until then it asks for that."""
         size = LONG_TOKENS if tokens > MAX_TOKENS else 1 << (tokens - 1).bit_length()
         found = self._kernels.get(size)
         if found is not None:

@@ -90,7 +90,7 @@ class Task:
     session: Hashable | None = None
 
 
-CHORE = Task(Kind.STATELESS)
+UPKEEP = Task(Kind.STATELESS)
 
 
 class FairShares(Generic[K]):
@@ -126,7 +126,7 @@ class Schedule(Generic[W]):
     """Work that waits, and which of it is next."""
 
     def __init__(self) -> None:
-        self._lanes: dict[Kind, _Lane[W]] = {kind: _Lane() for kind in Kind}
+        self._by_kind: dict[Kind, _KindQueues[W]] = {kind: _KindQueues() for kind in Kind}
         self._kinds: FairShares[Kind] = FairShares()
         self._waiting = 0
 
@@ -135,41 +135,43 @@ class Schedule(Generic[W]):
 
     def add(self, task: Task, work: W) -> None:
         self._waiting += 1
-        self._lanes[task.kind].add(task, work)
+        self._by_kind[task.kind].add(task, work)
 
     @property
     def batchable(self) -> int:
         """How many steps wait, if nothing else does and they may share a call; else 0."""
-        steps = self._lanes[Kind.STEP].queues.values()
+        steps = self._by_kind[Kind.STEP].queues.values()
         groups = {task.group for queue in steps for task, _ in queue}
         return self._waiting if len(groups) == 1 and None not in groups and self._only_steps else 0
 
     @property
     def _only_steps(self) -> bool:
-        return not any(lane.queues for kind, lane in self._lanes.items() if kind is not Kind.STEP)
+        return not any(
+            queued.queues for kind, queued in self._by_kind.items() if kind is not Kind.STEP
+        )
 
     def take(self) -> list[tuple[Task, W]]:
         """The work to run now as one: a single one, or several of one group. Some must wait."""
-        kind = self._kinds.order(kind for kind, lane in self._lanes.items() if lane.queues)[0]
+        kind = self._kinds.order(kind for kind, queued in self._by_kind.items() if queued.queues)[0]
         self._kinds.serve(kind)
-        taken = self._lanes[kind].take()
+        taken = self._by_kind[kind].take()
         self._waiting -= len(taken)
         return taken
 
     def ran(self, tasks: Sequence[Task], seconds: float) -> None:
         """What was taken has run, for so long."""
         kind = tasks[0].kind
-        lane = self._lanes[kind]
+        queued = self._by_kind[kind]
         self._kinds.charge(kind, seconds / SHARES[kind])
         for task in tasks:
-            lane.shares.charge(task.client, seconds / len(tasks))
-        if not lane.queues:
-            lane.shares.reset()
+            queued.shares.charge(task.client, seconds / len(tasks))
+        if not queued.queues:
+            queued.shares.reset()
         if not self._waiting:
             self._kinds.reset()
 
 
-class _Lane(Generic[W]):
+class _KindQueues(Generic[W]):
     """Work of one kind: a queue per client."""
 
     def __init__(self) -> None:

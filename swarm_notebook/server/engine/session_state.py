@@ -64,13 +64,13 @@ class SessionState:
         return position
 
     def needs(self, step: Step, position: int) -> tuple[int, int] | None:
-        """Cache tokens to hold during the step: wished for and needed; None if they are there."""
+        """Cache tokens for the step, preferred and needed; None if they are there."""
         cache, rows = self.cache, step.rows
         length = max(position + step.length, cache.length)
         if rows == cache.rows and length <= cache.capacity:
             return None
-        wished = grown_capacity(cache.capacity, length, self._context)
-        return rows * wished, rows * length
+        preferred = grown_capacity(cache.capacity, length, self._context)
+        return rows * preferred, rows * length
 
     def run(self, step: Step, position: int, begin: int, end: int) -> list[torch.Tensor]:
         """Compute the step's positions ``[begin, end)``; called in order, from 0 on."""

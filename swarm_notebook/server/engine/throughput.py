@@ -68,7 +68,7 @@ def measure(span: Span, hidden_size: int) -> Throughput:
 
 
 class RateMeter:
-    """The rates as they are, told of every step and piece of prefill by `compute`."""
+    """The rates as they are now, told of every step and prefill chunk by `worker`."""
 
     def __init__(self, measured: Throughput):
         self._step_seconds = 1 / measured.inference_rps
@@ -79,7 +79,7 @@ class RateMeter:
         return Throughput(1 / self._step_seconds, 1 / self._token_seconds)
 
     def ran(self, task: Task, seconds: float) -> None:
-        """A call of the blocks took so long; a task of several that were joined is enough."""
+        """A call of the blocks took so many seconds; of a batch, one task is given."""
         if not task.blocks:
             return
         if task.kind is Kind.STEP:

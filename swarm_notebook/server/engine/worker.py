@@ -2,8 +2,8 @@
 
 The loop's side calls `submit` and awaits ``job.future``: one hop to the thread through a
 `SimpleQueue`, one hop back through ``call_soon_threadsafe``. In the thread, everything that has
-arrived goes into the `Schedule`, which says what runs next: one job, or several whose calls can be
-joined into one. A job that is cancelled before it begins never runs. One that has begun
+arrived goes into the `Schedule`, which says what runs next: one job, or several that run as one
+batch. A job that is cancelled before it begins never runs. One that has begun
 runs to its end (a forward pass cannot be stopped from outside), and `Job.on_settled` tells when:
 whoever owns the memory that the job writes to frees it then and not earlier.
 """
@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from swarm_notebook.server.engine.scheduler import (
-    CHORE,
+    UPKEEP,
     Admission,
     BatchWindow,
     ChunkSizer,
@@ -123,7 +123,7 @@ class ComputeThread:
     """Runs jobs in its own thread, in the order that the schedule decides.
 
     Attributes:
-        on_ran: told, in the thread, what has run (one task of those that were joined) and how long.
+        on_ran: told, in the thread, what has run (of a batch, one task) and how many seconds.
     """
 
     def __init__(self) -> None:
@@ -143,7 +143,7 @@ class ComputeThread:
         self,
         function: Callable[..., Any],
         *arguments: Any,
-        task: Task = CHORE,
+        task: Task = UPKEEP,
         run_batch: RunBatch | None = None,
     ) -> Job:
         """Queue a call; to be called in the asyncio loop that wants the result.

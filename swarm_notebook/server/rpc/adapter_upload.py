@@ -1,4 +1,4 @@
-"""Receiving adapters: an upload is bounded while it arrives, then checked, then handed over.
+"""Receives adapters: an upload is bounded while it arrives, then checked, then loaded.
 
 Bytes that are arriving are memory, too: those of one peer and of all peers together are counted,
 and an upload that stalls is given up.

@@ -1,8 +1,8 @@
 """Taking messages apart and putting them together without holding up the event loop.
 
 What is small is done at once, as going to another thread costs more than it does. What is large
-goes to one thread of the server's own: one, because all of it ends in the one torch thread anyway,
-and a crowd of large messages may not take the cores from that.
+goes to a thread of the server's own. There is one, as all of it waits for the one torch thread
+anyway, and many large messages at once must not take the cores from that.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class Inbox:
         announced = _Announced(message, step_id)
 
         def arrived(tensor: runtime_pb2.Tensor) -> None:
-            # What does not fit is left out: the client sends it when its turn has come.
+            # What does not fit is left out: the client sends it when the step is next.
             if announced.tensor is None and self._held + len(tensor.buffer) <= self._limit:
                 self._hold(announced, tensor)
 

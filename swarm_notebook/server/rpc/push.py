@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Beyond it a push has failed, and the client, which waits for the step, sends the states itself.
 PUSH_SECONDS = 4.0
-# How long a server that kept silent is not tried again, or each step would take `PUSH_SECONDS` more.
+# How long a silent server is not tried again, or each step would take `PUSH_SECONDS` longer.
 AVOID_SECONDS = 30.0
 MAX_STREAMS, MAX_CALLS = 64, 64
 # A push comes before its announcement by the difference of two paths, not by seconds.

@@ -133,7 +133,7 @@ def test_clients_that_left_are_forgotten() -> None:
     for number in range(1000):
         made.add(step(f"client {number}"), step(f"client {number}"))
         made.ran([task for task, _ in made.take()], 0.01)
-    assert not made._lanes[Kind.STEP].shares._used
+    assert not made._by_kind[Kind.STEP].shares._used
     assert not made._kinds._used
 
 
@@ -144,7 +144,7 @@ def test_passes_are_bounded_for_one_and_for_all() -> None:
     with pytest.raises(ServerBusy, match=r"64 requests of this peer"):
         admission.enter(mine)
     admission.enter(step("mine"))
-    admission.enter(scheduler.CHORE)
+    admission.enter(scheduler.UPKEEP)
     admission.leave(mine)
     admission.enter(mine)
     for number in range(scheduler.PASSES - scheduler.CLIENT_PASSES):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from swarm_notebook.server.engine import throughput
-from swarm_notebook.server.engine.scheduler import CHORE, Kind, Task
+from swarm_notebook.server.engine.scheduler import UPKEEP, Kind, Task
 from swarm_notebook.server.engine.throughput import RateMeter, Throughput
 
 
@@ -30,6 +30,6 @@ def test_steps_that_were_computed_take_the_place_of_the_first_guess() -> None:
         # These say nothing of the blocks' speed.
         meter.ran(Task(Kind.PREFILL_CHUNK, "client", 32, None, blocks=5), 5.0)
         meter.ran(Task(Kind.STEP, "client", 0), 0.0)
-        meter.ran(CHORE, 5.0)
+        meter.ran(UPKEEP, 5.0)
     assert meter.rates.inference_rps == pytest.approx(100, rel=0.02)
     assert meter.rates.forward_rps == pytest.approx(2000, rel=0.02)
