@@ -155,7 +155,8 @@ class _GivenUp(Exception):
 class Server:
     """Hosts blocks of a model in a swarm, from `start` to `stop`, in the running asyncio loop.
 
-    Several may live in one process, each with its network daemon and its torch thread.
+    Several may live in one process, each with its network daemon and its torch thread. What was
+    stopped, or failed to start, does not start again.
 
     Args:
         options: what to serve and how; ``threads`` and ``exit_with_stdin`` are the process's.
@@ -196,14 +197,16 @@ class Server:
     async def stop(self) -> None:
         """Answer what is in flight, tell the swarm, free everything; does nothing twice."""
         up, self._up = self._up, None
-        if up is not None and lifetime.daemon_lives(up.node.p2p):
-            logger.info("leaving: finishing what is in flight")
-            await up.handler.leave(LEAVE_SECONDS)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(GOODBYE_SECONDS):
-                    await up.announcer.stop(up.describe(ServerState.OFFLINE))
-            logger.info("left the swarm")
-        await self._stack.aclose()
+        try:
+            if up is not None and lifetime.daemon_lives(up.node.p2p):
+                logger.info("leaving: finishing what is in flight")
+                await up.handler.leave(LEAVE_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(GOODBYE_SECONDS):
+                        await up.announcer.stop(up.describe(ServerState.OFFLINE))
+                logger.info("left the swarm")
+        finally:
+            await self._stack.aclose()
 
     @property
     def busy(self) -> bool:
