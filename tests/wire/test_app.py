@@ -17,7 +17,7 @@ import pytest
 import torch
 from hivemind.p2p import P2P, P2PDaemonError
 from hivemind.proto import runtime_pb2
-from raw_wire import RawSession, request
+from support.raw_wire import RawSession, request
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import swarm_notebook as sn

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_wire import LocalModel
-from tuned import Tuned
+from support.bench import LocalModel
+from support.peft_adapters import Tuned
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
