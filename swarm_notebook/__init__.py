@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from swarm_notebook.local.swarm import LocalSwarm as LocalSwarm
     from swarm_notebook.report.cost import Bill as Bill
     from swarm_notebook.report.cost import Preview as Preview
-    from swarm_notebook.report.status import RouteTable as RouteTable
+    from swarm_notebook.report.route import RouteTable as RouteTable
     from swarm_notebook.report.status import SwarmStatus as SwarmStatus
     from swarm_notebook.report.trace import Trace as Trace
     from swarm_notebook.swarm import Swarm as Swarm
@@ -41,7 +41,7 @@ __getattr__, __dir__ = lazy_names(
         "LocalServer": "local.process",
         "LocalSwarm": "local.swarm",
         "Preview": "report.cost",
-        "RouteTable": "report.status",
+        "RouteTable": "report.route",
         "Swarm": "swarm",
         "SwarmError": "errors",
         "SwarmStatus": "report.status",

@@ -24,8 +24,8 @@ from swarm_notebook.model.drafting import Draft
 from swarm_notebook.net.tensors import COMPRESSIONS, NONE
 from swarm_notebook.progress import Waiting
 from swarm_notebook.report.cost import Bill, Preview, bill_of, expect
-from swarm_notebook.report.facts import route_of, status_of
-from swarm_notebook.report.status import RouteTable, SwarmStatus
+from swarm_notebook.report.route import RouteTable, route_of
+from swarm_notebook.report.status import SwarmStatus, status_of
 from swarm_notebook.report.trace import Trace, from_timeline
 from swarm_notebook.writing.prompts import callback_streamer, encode
 

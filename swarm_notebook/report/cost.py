@@ -21,8 +21,8 @@ from swarm_notebook.client.servers.routing import (
     token_seconds,
 )
 from swarm_notebook.client.session.pipeline import part_count
-from swarm_notebook.report.formatting import clean, model_title, number, size, text_table
-from swarm_notebook.report.status_html import STYLE
+from swarm_notebook.report.formatting import clean, duration, model_title, number, size, text_table
+from swarm_notebook.report.html import head, view
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -292,15 +292,6 @@ def _token_seconds(segment: RouteSegment, usage: Mapping[str, ServerUsage]) -> f
     return None if used is None else used.token_seconds.get((segment.start, segment.end))
 
 
-def duration(amount: float) -> str:
-    """A duration for people."""
-    if amount < 0.1:
-        return f"{1000 * amount:.0f} ms"
-    if amount < 120:
-        return f"{amount:.1f} s"
-    return f"{amount / 60:.0f} min"
-
-
 def _count(amount: int, what: str) -> str:
     return f"{number(amount)} {what}{'' if amount == 1 else 's'}"
 
@@ -317,10 +308,6 @@ def _cells(server: ServerBill) -> list[str]:
     ]
 
 
-def _view(model: str, headline: str, table: str) -> str:
-    return (
-        f'{STYLE}<div class="sn-view"><div class="sn-head">'
-        f'<span class="sn-model">{escape(model_title(model))}</span>'
-        f'<span class="sn-dim">{escape(headline)}</span></div>'
-        f'<table class="sn-table">{table}</table></div>'
-    )
+def _view(model: str, headline: str, rows: str) -> str:
+    first = head(model_title(model), f'<span class="sn-dim">{escape(headline)}</span>')
+    return view(f'{first}<table class="sn-table">{rows}</table>')

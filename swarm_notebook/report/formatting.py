@@ -1,4 +1,4 @@
-"""Numbers, blocks and tables as plain text for people; no part of it knows what a swarm is.
+"""Numbers, blocks and tables for people; no part of it knows what a swarm is.
 
 Blocks are written as Python slices are: ``0:15`` is blocks 0 to 14. A value that is not known is a
 dash.
@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 UNKNOWN = "-"
 
@@ -30,9 +34,15 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
 
 
-def milliseconds(seconds: float | None) -> str:
-    """A duration for people."""
-    return UNKNOWN if seconds is None else f"{seconds * 1000:.1f} ms"
+def duration(seconds: float | None) -> str:
+    """A duration for people: ``1.2 ms``, ``0.5 s``, ``10 min``."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 0.1:
+        return f"{1000 * seconds:.1f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min"
 
 
 def size(count: int) -> str:
@@ -68,3 +78,14 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str | None]]) -> lis
         + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     ]
+
+
+def data_frame(rows: Sequence[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
+    """Rows as a data frame; says what to install if that cannot be."""
+    try:
+        import pandas as pd
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "to_pandas() needs pandas: pip install 'swarm-notebook[pandas]'", name="pandas"
+        ) from error
+    return pd.DataFrame(rows, columns=columns)

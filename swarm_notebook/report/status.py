@@ -1,9 +1,9 @@
-"""What a swarm looks like at one moment: who serves which blocks, and the way a token takes.
+"""What a swarm looks like at one moment: who serves which blocks.
 
-`SwarmStatus` and `RouteTable` are plain facts, made by `Swarm.status()` and `Swarm.route()` and
-never changed afterwards. Each shows itself three ways:
+`SwarmStatus` is plain facts, made by `Swarm.status()` of what the client knows and never changed
+afterwards. It shows itself three ways, as all reports do:
 
-- HTML in a notebook (`status_html`), which follows the theme, light or dark;
+- HTML in a notebook, which follows the theme, light or dark;
 - ``repr``: plain text with nothing that changes from run to run (no peer ids, no timings), so that
   saved notebooks can be compared with a fresh run;
 - ``str`` (what ``print`` shows): plain text with everything that is known.
@@ -14,24 +14,43 @@ versions) is hostile: it is escaped in HTML and stripped of control characters i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.client.servers.routing import block_slices
-from swarm_notebook.report import status_html
+from swarm_notebook.net.records import ServerSpan, ServerState
+from swarm_notebook.net.tensors import COMPRESSIONS
 from swarm_notebook.report.formatting import (
-    clean,
-    milliseconds,
+    UNKNOWN,
+    data_frame,
+    duration,
     model_title,
     number,
     runs,
     text_table,
 )
+from swarm_notebook.report.html import block_bar, head, number_cell, peer_cell, table, view
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from swarm_notebook.client.servers.directory import Directory, Snapshot
+
+_COLUMNS = [
+    "name",
+    "peer_id",
+    "blocks",
+    "state",
+    "rtt",
+    "throughput",
+    "dtype",
+    "quant",
+    "cache_left",
+    "version",
+    "note",
+]
 
 
 @dataclass(frozen=True)
@@ -128,8 +147,8 @@ class SwarmStatus:
 
     def to_pandas(self) -> pd.DataFrame:
         """The servers as a data frame, one row each."""
-        columns = "name peer_id blocks state rtt throughput dtype quant cache_left version note"
-        return _frame(self.servers, columns.split())
+        rows = [{name: getattr(row, name) for name in _COLUMNS} for row in self.servers]
+        return data_frame(rows, _COLUMNS)
 
     def __repr__(self) -> str:
         rows = [[row.name, row.blocks, row.state, row.precision] for row in self.servers]
@@ -144,7 +163,7 @@ class SwarmStatus:
                 row.peer_id,
                 row.blocks,
                 row.state,
-                milliseconds(row.rtt),
+                duration(row.rtt),
                 number(row.throughput),
                 row.precision,
                 number(row.cache_left),
@@ -162,71 +181,69 @@ class SwarmStatus:
             ]
         )
 
-    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": status_html.status(self)}
-
-
-@dataclass(frozen=True)
-class RouteHop:
-    """Blocks ``[start, end)`` of the route, computed by one server."""
-
-    start: int
-    end: int
-    peer_id: str
-    name: str
-    expected_ms: float  # per token: network and blocks; the last one's include the way back
-
-    @property
-    def blocks(self) -> str:
-        return f"{self.start}:{self.end}"
-
-
-@dataclass(frozen=True)
-class RouteTable:
-    """The servers that a token passes, in order."""
-
-    model: str
-    hops: tuple[RouteHop, ...]
-
-    @property
-    def title(self) -> str:
-        """The model's name, without the folder that it was read from."""
-        return model_title(self.model)
-
-    @property
-    def expected_ms(self) -> float:
-        """Expected milliseconds per token, over all hops."""
-        return sum(hop.expected_ms for hop in self.hops)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """The hops as a data frame, one row each."""
-        return _frame(self.hops, ["blocks", "name", "peer_id", "expected_ms"])
-
-    def __repr__(self) -> str:
-        way = " -> ".join(f"{clean(hop.name)} [{hop.blocks}]" for hop in self.hops)
-        return f"{self.title}: {way or 'no route'}"
-
-    def __str__(self) -> str:
-        rows = [[hop.blocks, hop.name, hop.peer_id, f"{hop.expected_ms:.1f}"] for hop in self.hops]
-        table = text_table(["blocks", "server", "peer", "ms/token"], rows)
-        return "\n".join([f"{self.title}: {self.expected_ms:.1f} ms/token expected", *table])
+    def as_html(self) -> str:
+        """The headline, the strip of blocks and the servers, as one static fragment."""
+        kind = "sn-alarm" if self.missing else "sn-dim"
+        first = head(self.title, f'<span class="{kind}">{escape(self.headline)}</span>')
+        titles = ["server", "peer", "blocks", "state"]
+        numbers = ["round trip", "tokens/s", "cache left"]
+        rows = "".join(_html_row(row, self.num_blocks) for row in self.servers)
+        return view(first + _strip(self) + table(titles, numbers, ["dtype", "version"], rows))
 
     def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": status_html.route(self)}
+        return {"text/plain": repr(self), "text/html": self.as_html()}
 
 
-def _frame(rows: Sequence[object], columns: list[str]) -> pd.DataFrame:
-    return data_frame(
-        [{column: getattr(row, column) for column in columns} for row in rows], columns
+def status_of(model: str, directory: Directory) -> SwarmStatus:
+    """What the client knows now."""
+    snapshot = directory.snapshot
+    rows = tuple(_server_row(span, snapshot, directory) for span in snapshot.spans)
+    named = (word for word, kind in COMPRESSIONS.items() if kind == directory.compression)
+    return SwarmStatus(model, directory.num_blocks, rows, snapshot.when, next(named, None))
+
+
+def _server_row(span: ServerSpan, snapshot: Snapshot, directory: Directory) -> ServerRow:
+    info, avoided = span.info, directory.avoided(span.peer)
+    return ServerRow(
+        name=span.name,
+        peer_id=span.peer,
+        start=span.start,
+        end=span.end,
+        state="avoided" if avoided else ServerState(info.state).name.lower(),
+        rtt=directory.rtt.get(span.peer),
+        block_rps=info.inference_rps,
+        dtype=info.torch_dtype,
+        quant=info.quant_type,
+        cache_left=info.cache_tokens_left,
+        cache_total=info.cache_tokens_total,
+        version=info.version,
+        note=avoided,
+        announced=snapshot.announced.get(span.peer),
+        heard=directory.heard.get(span.peer),
     )
 
 
-def data_frame(rows: Sequence[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
-    """Rows as a data frame; says what to install if that cannot be."""
-    try:
-        import pandas as pd
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "to_pandas() needs pandas: pip install 'swarm-notebook[pandas]'", name="pandas"
-        ) from error
-    return pd.DataFrame(rows, columns=columns)
+def _strip(status: SwarmStatus) -> str:
+    """Neighbouring blocks with as many servers as one bar; red where there is none."""
+    bars = []
+    for start, end, count in status.coverage:
+        label = "none" if count == 0 else f"&times;{count}"
+        title = f"blocks {start}:{end}: {count} server{'' if count == 1 else 's'}"
+        bars.append(
+            f'<div class="sn-run sn-{min(count, 2)}" style="flex:{end - start}" '
+            f'title="{title}">{start}:{end} {label}</div>'
+        )
+    return f'<div class="sn-strip">{"".join(bars)}</div>'
+
+
+def _html_row(row: ServerRow, num_blocks: int) -> str:
+    dot = f'<span class="sn-dot sn-{escape(row.state)}"></span>'
+    note = f' <span class="sn-dim">({escape(row.note)})</span>' if row.note else ""
+    return (
+        f"<tr><td>{escape(row.name)}</td>{peer_cell(row.peer_id)}"
+        f"<td>{block_bar(row.start, row.end, num_blocks)}{row.blocks}</td>"
+        f"<td>{dot}{escape(row.state)}{note}</td>"
+        f"{number_cell(duration(row.rtt))}{number_cell(number(row.throughput))}"
+        f"{number_cell(number(row.cache_left))}"
+        f"<td>{escape(row.precision or UNKNOWN)}</td><td>{escape(row.version or UNKNOWN)}</td></tr>"
+    )

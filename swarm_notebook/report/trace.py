@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.client.telemetry import HopTimes
-from swarm_notebook.report.formatting import clean, model_title, text_table
+from swarm_notebook.report.formatting import clean, data_frame, model_title, text_table
+from swarm_notebook.report.html import head, view
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +23,19 @@ if TYPE_CHECKING:
     from swarm_notebook.client.telemetry import StepRecord, Timeline
 
 PARTS = HopTimes._fields[4:]
+
+WIDTH, HEIGHT, LEFT = 640, 120, 56
+MAX_BARS = 160
+SPIKE = 1.25  # how far above the 95th percentile a bar may rise before it is cut
+
+# What is stacked, from below, with colours that are told apart on light and dark ground.
+_COLOURS = {
+    "compute": "#4c8bf5",
+    "queue": "#e8a33d",
+    "network": "#d1495b",
+    "serialisation": "#8d6fd1",
+    "client": "#5fa777",
+}
 
 
 class ServerTimes(HopTimes):
@@ -131,8 +146,6 @@ class Trace:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per pass and server; seconds."""
-        from swarm_notebook.report.status import data_frame
-
         rows = [
             {"pass": number, "position": one.position, "tokens": one.tokens, "client": one.client}
             | {"name": server.name, "peer_id": server.peer_id, "blocks": server.blocks}
@@ -156,10 +169,16 @@ class Trace:
             lines += text_table(head, _rows(self.mean or self.passes[0]))
         return "\n".join([*lines, *(f"lost: {clean(reason)}" for reason in self.failovers)])
 
-    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
-        from swarm_notebook.report import trace_html
+    def as_html(self) -> str:
+        """The headline, a plot of all passes but the first, and a table of the mean one."""
+        first = head(self.title, f'<span class="sn-dim">{escape(self.headline)}</span>')
+        lost = "".join(f'<div class="sn-alarm">{escape(reason)}</div>' for reason in self.failovers)
+        shown = self.mean or (self.passes[0] if self.passes else None)
+        body = "" if shown is None else _plot(self.passes[1:]) + _html_table(shown)
+        return view(first + lost + body)
 
-        return {"text/plain": repr(self), "text/html": trace_html.trace(self)}
+    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
+        return {"text/plain": repr(self), "text/html": self.as_html()}
 
 
 def from_timeline(model: str, timeline: Timeline | None) -> Trace:
@@ -218,3 +237,80 @@ def _rows(one: PassTimes) -> list[list[str | None]]:
 
 def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.1f} ms"
+
+
+def _html_table(one: PassTimes) -> str:
+    """Milliseconds of one pass by server and part."""
+    numbers = "".join(f'<th class="sn-num">{_swatch(part)}{part}</th>' for part in PARTS)
+    titles = f'<th>ms per pass</th><th>blocks</th>{numbers}<th class="sn-num">all</th>'
+    rows = [_html_row(f"{_swatch('client')}notebook", "", ["", "", "", ""], one.client)]
+    for server in one.servers:
+        parts = [_html_ms(getattr(server, part)) for part in PARTS]
+        rows.append(_html_row(escape(server.name), server.blocks, parts, server.seconds))
+    rows.append(
+        _html_row("together", "", [_html_ms(one.part(part)) for part in PARTS], one.seconds)
+    )
+    return (
+        f'<table class="sn-table"><thead><tr>{titles}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _plot(passes: Sequence[PassTimes]) -> str:
+    """A bar per pass (or per few), its parts stacked; empty without passes."""
+    bars = _bars(passes)
+    if not bars:
+        return ""
+    heights = sorted(sum(bar.values()) for bar in bars)
+    top = min(heights[-1], SPIKE * heights[int(0.95 * (len(heights) - 1))]) or 1.0
+    step = (WIDTH - LEFT) / len(bars)
+    drawn = []
+    for number, bar in enumerate(bars):
+        low = 0.0
+        for part, colour in _COLOURS.items():
+            high = min(low + bar[part], top)
+            height = HEIGHT * (high - low) / top
+            if height > 0.05:
+                drawn.append(
+                    f'<rect x="{LEFT + number * step:.1f}" y="{HEIGHT * (1 - high / top):.1f}" '
+                    f'width="{max(step - 0.6, 0.6):.1f}" height="{height:.1f}" fill="{colour}"/>'
+                )
+            low = high
+    axis = "".join(
+        f'<text x="{LEFT - 6}" y="{HEIGHT * (1 - share) + 4:.0f}" text-anchor="end" '
+        f'font-size="11" fill="currentColor" opacity=".65">{1000 * top * share:.3g}{unit}</text>'
+        f'<line x1="{LEFT}" x2="{WIDTH}" y1="{HEIGHT * (1 - share):.1f}" '
+        f'y2="{HEIGHT * (1 - share):.1f}" stroke="currentColor" opacity=".15"/>'
+        for share, unit in ((0.0, ""), (0.5, ""), (1.0, " ms"))
+    )
+    return (
+        f'<svg viewBox="0 -8 {WIDTH} {HEIGHT + 16}" width="100%" style="max-width:{WIDTH}px" '
+        f'role="img" aria-label="milliseconds of each pass by part">{axis}{"".join(drawn)}</svg>'
+    )
+
+
+def _bars(passes: Sequence[PassTimes]) -> list[dict[str, float]]:
+    """Seconds by part, of neighbouring passes together if there are many."""
+    size = -(-len(passes) // MAX_BARS)
+    bars = []
+    for start in range(0, len(passes), max(size, 1)):
+        group = passes[start : start + size]
+        bar = {part: sum(one.part(part) for one in group) / len(group) for part in PARTS}
+        bars.append({**bar, "client": sum(one.client for one in group) / len(group)})
+    return bars
+
+
+def _html_row(name: str, blocks: str, parts: Sequence[str], seconds: float) -> str:
+    cells = "".join(f'<td class="sn-num">{cell}</td>' for cell in (*parts, _html_ms(seconds)))
+    return f"<tr><td>{name}</td><td>{blocks}</td>{cells}</tr>"
+
+
+def _swatch(part: str) -> str:
+    return (
+        '<span style="display:inline-block;width:8px;height:8px;border-radius:2px;'
+        f'margin-right:.4em;background:{_COLOURS[part]}"></span>'
+    )
+
+
+def _html_ms(seconds: float) -> str:
+    return f"{1000 * seconds:.2f}"

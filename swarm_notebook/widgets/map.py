@@ -9,6 +9,7 @@ network nothing, costs a token nothing, and keeps up while a cell is running.
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ import traitlets
 from swarm_notebook.client.servers.routing import block_slices
 from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import MissingBlocks
-from swarm_notebook.report import status_html
 from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.pulse import start_pulse
 from swarm_notebook.widgets.traffic import Traffic
@@ -76,6 +76,7 @@ class SwarmMap(Widget, module="map"):
         self._swarm, self._traffic, self._events = swarm, Traffic(), swarm.events()
         self._status = swarm.status(refresh=False)
         self._next_facts = 0.0
+        self._telling = threading.Lock()
         title, blocks = self._status.title, self._status.num_blocks
         super().__init__(title=title, num_blocks=blocks, **options)
         self._beat()
@@ -89,7 +90,7 @@ class SwarmMap(Widget, module="map"):
         """The servers, and what they have seen."""
         bill = self._swarm.bill()
         used = bill._repr_mimebundle_()["text/html"] if bill.servers else ""
-        return status_html.status(self._status) + used
+        return self._status.as_html() + used
 
     def close(self) -> None:
         """End the views and stop watching."""
@@ -122,26 +123,29 @@ class SwarmMap(Widget, module="map"):
         return self.connected
 
     def _tell_facts(self) -> None:
-        self._next_facts = time.monotonic() + FACTS_PERIOD
-        before, status = self._status, self._swarm.status(refresh=False)
-        self._status = status
-        bill = self._swarm.bill()
-        changed: dict[str, Any] = {
-            "bill": bill.line if bill.servers else "",
-            "seen": {one.peer_id: account(one) for one in bill.servers},
-            "connected": self._swarm.connected,
-        }
-        if status != before or not self.servers:
-            changed |= {
-                "headline": status.headline,
-                "missing": status.missing,
-                "coverage": [list(run) for run in status.coverage],
-                "servers": [compact(row, status) for row in status.servers],
-                "read": float(round(status.read or 0)),
+        """Send what is new of the servers; called by the pulse and by `refresh`."""
+        # One after the other: else the older facts of two could be sent last, and stay.
+        with self._telling:
+            self._next_facts = time.monotonic() + FACTS_PERIOD
+            before, status = self._status, self._swarm.status(refresh=False)
+            self._status = status
+            bill = self._swarm.bill()
+            changed: dict[str, Any] = {
+                "bill": bill.line if bill.servers else "",
+                "seen": {one.peer_id: account(one) for one in bill.servers},
+                "connected": self._swarm.connected,
             }
-            if not self._traffic.route:
-                changed["route"] = self._plan()
-        self.update(**changed)
+            if status != before or not self.servers:
+                changed |= {
+                    "headline": status.headline,
+                    "missing": status.missing,
+                    "coverage": [list(run) for run in status.coverage],
+                    "servers": [compact(row, status) for row in status.servers],
+                    "read": float(round(status.read or 0)),
+                }
+                if not self._traffic.route:
+                    changed["route"] = self._plan()
+            self.update(**changed)
 
     def _plan(self) -> list[list[Any]]:
         """The route that a new request would take; empty if there is none."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -17,7 +18,7 @@ import traitlets
 
 from swarm_notebook.local.lending import Lending
 from swarm_notebook.report.formatting import model_title, number
-from swarm_notebook.report.status_html import STYLE
+from swarm_notebook.report.html import head, view
 from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.pulse import start_pulse
 
@@ -60,6 +61,7 @@ class ServePanel(Widget, module="serve"):
     ) -> None:
         traits = {name: options.pop(name) for name in [*options] if name in _LAYOUT}
         self._turning = threading.Lock()
+        self._turns = 0  # starts and stops that were asked for and are not done
         self.lending = lending or Lending(model, **options)
         start, end = self.lending.blocks
         super().__init__(
@@ -89,21 +91,18 @@ class ServePanel(Widget, module="serve"):
             f'<tr><td class="sn-dim">{name}</td><td>{escape(text)}</td></tr>'
             for name, text in cells.items()
         )
-        head = f'<div class="sn-head"><span class="sn-model">{escape(self.title)}</span></div>'
-        return f'{STYLE}<div class="sn-view">{head}<table class="sn-table">{rows}</table></div>'
+        return view(head(self.title, "") + f'<table class="sn-table">{rows}</table>')
 
     @action
     def begin(self) -> None:
         """Start the server with the blocks chosen."""
         self.lending.blocks = (self.start, self.end)
-        self.update(error="", state="starting")
-        self._turn(self.lending.start)
+        self._turn(self.lending.start, error="", state="starting")
 
     @action
     def stop(self) -> None:
         """Stop the server; its requests in flight are answered first."""
-        self.update(state="stopping")
-        self._turn(self.lending.stop)
+        self._turn(self.lending.stop, state="stopping")
 
     def close(self) -> None:
         """Stop the server and end the views."""
@@ -114,14 +113,20 @@ class ServePanel(Widget, module="serve"):
             with self._turning:
                 lending.stop()
 
-    def _turn(self, work: Any) -> None:
+    def _turn(self, work: Callable[[], None], **shown: str) -> None:
         """Start or stop beside the kernel's main thread, one after the other."""
 
         def run() -> None:
-            with self.showing_errors(), self._turning:
-                work()
-            self._look()
+            with self._turning:
+                with self.showing_errors():
+                    work()
+                with self._updating:
+                    self._turns -= 1
+                self._look()
 
+        with self._updating:
+            self._turns += 1
+            self.update(**shown)
         threading.Thread(target=run, name="swarm_notebook-serve", daemon=True).start()
 
     def _beat(self) -> bool:
@@ -146,7 +151,10 @@ class ServePanel(Widget, module="serve"):
             changed["since"] = time.time()
         if state == "failed" and self.state != "failed":
             changed["error"] = "the server has ended by itself; its log says why"
-        self.update(state=state, **changed)
+        with self._updating:
+            # Asking took its time: a button that was pressed meanwhile is what counts.
+            if not self._turns:
+                self.update(state=state, **changed)
 
 
 _SHOWN = (

@@ -7,8 +7,8 @@ import pytest
 from swarm_notebook.client.servers.routing import Links, RouteSegment
 from swarm_notebook.client.telemetry import HopTimes, StepRecord, Usage
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
-from swarm_notebook.report.cost import Bill, ServerBill, duration, expect
-from swarm_notebook.report.formatting import size
+from swarm_notebook.report.cost import Bill, ServerBill, expect
+from swarm_notebook.report.formatting import duration, size
 
 
 def segment(name: str, start: int, end: int, **rates: float) -> RouteSegment:
@@ -103,7 +103,7 @@ def test_sizes_and_durations_for_people() -> None:
         "123 GB",
     ]
     assert [duration(time) for time in (0.0042, 0.5, 90, 600)] == [
-        "4 ms",
+        "4.2 ms",
         "0.5 s",
         "90.0 s",
         "10 min",

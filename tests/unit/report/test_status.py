@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from swarm_notebook.report.status import RouteHop, RouteTable, ServerRow, SwarmStatus
+from swarm_notebook.report.route import RouteHop, RouteTable
+from swarm_notebook.report.status import ServerRow, SwarmStatus
 
 PEERS = [
     "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N",

@@ -1,19 +1,13 @@
-"""HTML for `status`: tables and a strip of blocks that follow the notebook's theme.
+"""What the HTML of all reports is made of: one style, the frame, tables and their cells.
 
 Colours come from JupyterLab's ``--jp-*`` variables; elsewhere they derive from the text colour
 around them, so that no theme has to be detected. Everything is one static fragment: no scripts,
-and no styles outside ``.sn-view``. Whatever a server said is escaped.
+and no styles outside ``.sn-view``. Whatever a server said is escaped by whoever puts it in.
 """
 
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
-
-from swarm_notebook.report.formatting import UNKNOWN, milliseconds, number
-
-if TYPE_CHECKING:
-    from swarm_notebook.report.status import RouteTable, ServerRow, SwarmStatus
 
 STYLE = """<style>
 .sn-view {
@@ -71,73 +65,26 @@ STYLE = """<style>
 </style>"""
 
 
-def status(facts: SwarmStatus) -> str:
-    """The model's headline, its blocks, its servers."""
-    kind = "sn-alarm" if facts.missing else "sn-dim"
-    head = _head(facts.title, f'<span class="{kind}">{escape(facts.headline)}</span>')
-    titles = ["server", "peer", "blocks", "state"]
-    numbers = ["round trip", "tokens/s", "cache left"]
-    rows = "".join(_server(row, facts.num_blocks) for row in facts.servers)
-    table = _table(titles, numbers, ["dtype", "version"], rows)
-    return _view(head + _strip(facts) + table)
-
-
-def route(facts: RouteTable) -> str:
-    """The hops in order, each with its share of the blocks."""
-    head = _head(
-        facts.title, f'<span class="sn-dim">{facts.expected_ms:.1f} ms per token expected</span>'
-    )
-    last = max((hop.end for hop in facts.hops), default=1)
-    rows = "".join(
-        f"<tr><td>{_bar(hop.start, hop.end, last)}{hop.blocks}</td><td>{escape(hop.name)}</td>"
-        f"{_peer(hop.peer_id)}{_number(f'{hop.expected_ms:.1f}')}</tr>"
-        for hop in facts.hops
-    )
-    return _view(head + _table(["blocks", "server", "peer"], ["ms/token"], [], rows))
-
-
-def _view(body: str) -> str:
+def view(body: str) -> str:
+    """The whole fragment around a report's body."""
     return f'{STYLE}<div class="sn-view">{body}</div>'
 
 
-def _head(model: str, rest: str) -> str:
+def head(model: str, rest: str) -> str:
+    """The first line: the model, and what follows it as HTML."""
     return f'<div class="sn-head"><span class="sn-model">{escape(model)}</span>{rest}</div>'
 
 
-def _table(titles: list[str], numbers: list[str], more: list[str], rows: str) -> str:
+def table(titles: list[str], numbers: list[str], more: list[str], rows: str) -> str:
+    """A table of rows in HTML; columns of ``numbers`` are aligned at the right."""
     cells = "".join(f"<th>{title}</th>" for title in titles)
     cells += "".join(f'<th class="sn-num">{title}</th>' for title in numbers)
     cells += "".join(f"<th>{title}</th>" for title in more)
     return f'<table class="sn-table"><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>'
 
 
-def _strip(facts: SwarmStatus) -> str:
-    """Neighbouring blocks with as many servers as one bar; red where there is none."""
-    bars = []
-    for start, end, count in facts.coverage:
-        label = "none" if count == 0 else f"&times;{count}"
-        title = f"blocks {start}:{end}: {count} server{'' if count == 1 else 's'}"
-        bars.append(
-            f'<div class="sn-run sn-{min(count, 2)}" style="flex:{end - start}" '
-            f'title="{title}">{start}:{end} {label}</div>'
-        )
-    return f'<div class="sn-strip">{"".join(bars)}</div>'
-
-
-def _server(row: ServerRow, num_blocks: int) -> str:
-    dot = f'<span class="sn-dot sn-{escape(row.state)}"></span>'
-    note = f' <span class="sn-dim">({escape(row.note)})</span>' if row.note else ""
-    return (
-        f"<tr><td>{escape(row.name)}</td>{_peer(row.peer_id)}"
-        f"<td>{_bar(row.start, row.end, num_blocks)}{row.blocks}</td>"
-        f"<td>{dot}{escape(row.state)}{note}</td>"
-        f"{_number(milliseconds(row.rtt))}{_number(number(row.throughput))}"
-        f"{_number(number(row.cache_left))}"
-        f"<td>{escape(row.precision or UNKNOWN)}</td><td>{escape(row.version or UNKNOWN)}</td></tr>"
-    )
-
-
-def _bar(start: int, end: int, total: int) -> str:
+def block_bar(start: int, end: int, total: int) -> str:
+    """Blocks ``[start, end)`` on a track of ``total`` blocks."""
     left, width = 100 * start / total, 100 * (end - start) / total
     return (
         '<span class="sn-track"><span class="sn-bar" '
@@ -145,10 +92,11 @@ def _bar(start: int, end: int, total: int) -> str:
     )
 
 
-def _peer(peer_id: str) -> str:
+def peer_cell(peer_id: str) -> str:
     """The end of a peer id, which tells peers apart; the whole of it on hover."""
     return f'<td class="sn-peer" title="{escape(peer_id)}">…{escape(peer_id[-6:])}</td>'
 
 
-def _number(text: str) -> str:
+def number_cell(text: str) -> str:
+    """A cell aligned at the right."""
     return f'<td class="sn-num">{escape(text)}</td>'
