@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
-    from swarm_notebook.widgets.monitor import TrainingMonitor
+    from swarm_notebook.widgets.training.run import TrainingRun
 
 _NAMES = ("loss", "learning_rate", "grad_norm", "eval_loss")
 
@@ -18,7 +18,7 @@ class MonitorCallback(TrainerCallback):
     Tokens are counted where they go in: by a hook on the model, which sees every batch.
     """
 
-    def __init__(self, monitor: TrainingMonitor):
+    def __init__(self, monitor: TrainingRun):
         self._monitor = monitor
         self._tokens = 0
         self._counter: Any = None
