@@ -1,7 +1,7 @@
 // Chat: turns, a place to type, and an answer that grows. The HTML of answers comes from Python,
 // which has made it harmless (widgets/markdown.py); everything else is text.
 
-import { OWN_KEYS, act, endInSight, fill, follow, h, widget } from "./dom.js";
+import { OWN_KEYS, act, endInSight, fill, follow, h, keepItems, setHtml, widget } from "./dom.js";
 import { button, isRunning, ownKeys, runFacts, samplingControls, stopButton } from "./controls.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
@@ -41,6 +41,8 @@ function build({ model, root }) {
     tabindex: 0,
     ...OWN_KEYS,
   });
+  const past = h("div");
+  log.append(past);
   const sight = endInSight(log);
   const live = h("div", { class: "sn-said", dir: "auto" });
   const liveTurn = h(
@@ -51,15 +53,10 @@ function build({ model, root }) {
   );
   const empty = h("p", { class: "sn-dim" }, "Nothing was said yet.");
 
-  /**
-   * @param {Turn} turn
-   * @param {number} at
-   * @param {boolean} last
-   */
-  function article(turn, at, last) {
-    const idle = !isRunning(model);
+  /** @param {{ turn: Turn, at: number, edited: boolean }} item */
+  function article({ turn, at, edited }) {
     const said = h("div", { class: "sn-said", dir: "auto" });
-    if (editing === at) {
+    if (edited) {
       const area = entry(
         { "aria-label": "Edit this turn", "data-testid": "edit-text" },
         (text) => change(at, text),
@@ -85,18 +82,51 @@ function build({ model, root }) {
         "header",
         {},
         h("span", { class: "sn-role" }, NAMES[turn.role] ?? turn.role),
-        idle && editing !== at && button("Edit", "edit", () => edit(at)),
-        idle && last && turn.role === "assistant" && button("Retry", "retry", () => act(model, "retry")),
+        h("span", { class: "sn-tools" }),
       ),
       said,
     );
   }
 
+  /**
+   * The buttons of a turn, which come and go while the turn stays as it is.
+   * @param {Turn} turn
+   * @param {number} at
+   * @param {boolean} last
+   */
+  function tools(turn, at, last) {
+    const idle = !isRunning(model);
+    const found = idle && editing !== at ? ["edit"] : [];
+    if (idle && last && turn.role === "assistant") found.push("retry");
+    return found.map((name) => ({ name, at }));
+  }
+
+  /** @param {{ name: string, at: number }} item */
+  function tool({ name, at }) {
+    return name === "edit"
+      ? button("Edit", name, () => edit(at))
+      : button("Retry", name, () => act(model, "retry"));
+  }
+
   function show() {
     const turns = /** @type {Turn[]} */ (model.get("turns"));
     const running = isRunning(model);
-    const shown = turns.map((turn, at) => article(turn, at, at === turns.length - 1));
-    sight.during(() => fill(log, ...shown, running && liveTurn, !turns.length && !running && empty));
+    const items = turns.map((turn, at) => ({ turn, at, edited: editing === at }));
+    sight.during(() => {
+      keepItems(past, items, article);
+      turns.forEach((turn, at) => {
+        const header = /** @type {Element} */ (past.children[at].firstElementChild);
+        keepItems(
+          /** @type {Element} */ (header.lastElementChild),
+          tools(turn, at, at === turns.length - 1),
+          tool,
+        );
+      });
+      if (running) log.append(liveTurn);
+      else liveTurn.remove();
+      if (running || turns.length) empty.remove();
+      else log.append(empty);
+    });
   }
 
   /** @param {number} at */
@@ -168,7 +198,7 @@ function build({ model, root }) {
     }),
     follow(model, ["live"], () => {
       sight.during(() => {
-        live.innerHTML = model.get("live");
+        setHtml(live, model.get("live"));
       });
     }),
   ];

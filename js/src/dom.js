@@ -8,6 +8,9 @@
 // cell.
 export const OWN_KEYS = { "data-lm-suppress-shortcuts": "true" };
 
+/** What `keepItems` has made each child of. @type {WeakMap<Element, string>} */
+const shownItems = new WeakMap();
+
 /**
  * An element. Attributes of the form `onclick` are listeners; `null` and `false` leave one out.
  * @template {keyof HTMLElementTagNameMap} K
@@ -39,12 +42,89 @@ export function fill(element, ...children) {
 }
 
 /**
- * Set an element's text, touching the page only if it changes.
+ * Set an element's text, touching only the letters that change: what is selected around them stays
+ * selected.
  * @param {Element} element
  * @param {string} text
  */
 export function setText(element, text) {
-  if (element.textContent !== text) element.textContent = text;
+  const node = element.firstChild;
+  if (!(node instanceof Text) || node !== element.lastChild) {
+    if (node || text) element.textContent = text;
+    return;
+  }
+  const before = node.data;
+  if (before === text) return;
+  const shorter = Math.min(before.length, text.length);
+  let start = 0;
+  while (start < shorter && before[start] === text[start]) start++;
+  let end = 0;
+  while (end < shorter - start && before.at(-1 - end) === text.at(-1 - end)) end++;
+  node.replaceData(start, before.length - end - start, text.slice(start, text.length - end));
+}
+
+/**
+ * Show HTML of Python, touching only what follows the first element that is another than before.
+ * @param {Element} element
+ * @param {string} html made harmless there
+ */
+export function setHtml(element, html) {
+  const template = document.createElement("template");
+  template.innerHTML = html;
+  const now = [...template.content.childNodes];
+  const before = [...element.childNodes];
+  let same = 0;
+  while (same < now.length && before[same]?.isEqualNode(now[same])) same++;
+  for (const gone of before.slice(same)) gone.remove();
+  element.append(...now.slice(same));
+}
+
+/**
+ * A list of titles and texts (`dl`) that is kept and changed in place: somebody may be selecting in
+ * it, or have the pointer on it.
+ * @param {Record<string, any>} attributes of the list
+ */
+export function factList(attributes) {
+  const element = h("dl", attributes);
+  return {
+    element,
+    /** @param {Array<[string, string, boolean?]>} facts title, text, whether it is loud */
+    show(facts) {
+      while (element.children.length > facts.length) element.lastElementChild?.remove();
+      facts.forEach(([title, text, loud], index) => {
+        if (index === element.children.length) element.append(h("div", {}, h("dt"), h("dd")));
+        const [dt, dd] = element.children[index].children;
+        setText(dt, title);
+        setText(dd, text);
+        dd.classList.toggle("sn-loud", Boolean(loud));
+      });
+    },
+  };
+}
+
+/**
+ * Let the children of an element be a list of items, one each: a child whose item has not changed
+ * stays as it is, so that what is selected in it, or has the focus, stays so.
+ * @template T
+ * @param {Element} parent
+ * @param {T[]} items
+ * @param {(item: T) => HTMLElement} make
+ */
+export function keepItems(parent, items, make) {
+  /** @type {Map<string, Element>} */
+  const known = new Map();
+  for (const child of parent.children) known.set(shownItems.get(child) ?? "", child);
+  const children = items.map((item) => {
+    const key = JSON.stringify(item);
+    const child = known.get(key) ?? make(item);
+    known.delete(key);
+    shownItems.set(child, key);
+    return child;
+  });
+  for (const child of [...parent.children]) if (!children.includes(child)) child.remove();
+  children.forEach((child, index) => {
+    if (parent.children[index] !== child) parent.insertBefore(child, parent.children[index] ?? null);
+  });
 }
 
 /**

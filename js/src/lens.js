@@ -1,7 +1,7 @@
 // The logit lens: a grid of blocks by tokens, coloured by probability, entropy or a token's rank.
 // A long text is shown a page of tokens at a time, so that the page's elements stay few.
 
-import { act, fill, follow, h, setText, widget } from "./dom.js";
+import { act, fill, follow, h, keepItems, setText, widget } from "./dom.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 /** @typedef {{ top: Uint32Array, chance: Float32Array, entropy: Float32Array, rank: Uint32Array }} Numbers */
@@ -109,6 +109,16 @@ function build({ model, root }) {
     "aria-live": "polite",
     "data-testid": "details",
   });
+  // What the details are made of; they are kept, so that a focused token stays focused.
+  const where = h("span");
+  const said = h("bdi", { class: "sn-mono" });
+  const title = h("div", {}, where, said);
+  const candidates = h("ol");
+  const entropy = h("div", { class: "sn-dim" });
+  const rankedWord = h("bdi", { class: "sn-mono" });
+  const rankOf = h("span");
+  const ranked = h("div", { class: "sn-dim" }, "rank of ", rankedWord, rankOf);
+  const hint = h("div", { class: "sn-dim" });
   fill(
     root,
     h(
@@ -198,40 +208,41 @@ function build({ model, root }) {
     if (shown >= 0) describe(shown);
   }
 
+  /** @param {{ number: number, chance: number }} item one of a cell's likeliest tokens */
+  function candidate({ number, chance }) {
+    const bar = h("i", { class: "sn-chance" });
+    bar.style.width = `${100 * chance}%`;
+    const name = h(
+      "button",
+      {
+        type: "button",
+        title: "Show the rank of this token everywhere",
+        onclick: () => act(model, "rank_number", { number }),
+      },
+      h("bdi", {}, vocabulary[number]),
+    );
+    return h("li", {}, name, h("span", { class: "sn-num" }, percent(chance)), bar);
+  }
+
   /** @param {number} cell */
   function describe(cell) {
+    if (shown < 0) fill(details, title, candidates, entropy, ranked, hint);
     shown = cell;
     const [block, at] = [blocks[Math.floor(cell / words.length)], cell % words.length];
-    const lines = [];
-    for (let place = 0; place < top; place++) {
-      const [number, chance] = [numbers.top[cell * top + place], numbers.chance[cell * top + place]];
-      const bar = h("i", { class: "sn-chance" });
-      bar.style.width = `${100 * chance}%`;
-      const name = h(
-        "button",
-        {
-          type: "button",
-          title: "Show the rank of this token everywhere",
-          onclick: () => act(model, "rank_number", { number }),
-        },
-        h("bdi", {}, vocabulary[number]),
-      );
-      lines.push(h("li", {}, name, h("span", { class: "sn-num" }, percent(chance)), bar));
-    }
+    const places = Array.from({ length: top }, (_, place) => cell * top + place);
+    const found = places.map((place) => ({ number: numbers.top[place], chance: numbers.chance[place] }));
+    keepItems(candidates, found, candidate);
+    setText(where, `block ${block}, token ${first + at + 1} `);
+    setText(said, words[at]);
+    setText(entropy, `entropy ${numbers.entropy[cell].toFixed(1)} bits`);
+    ranked.hidden = !numbers.rank.length;
+    setText(rankedWord, model.get("token"));
+    setText(rankOf, ` ${numbers.rank[cell]}`);
     const [chosenBlock, chosenPosition] = model.get("selected");
     const isChosen = chosenBlock === block && chosenPosition === first + at;
-    fill(
-      details,
-      h("div", {}, `block ${block}, token ${first + at + 1} `, h("bdi", { class: "sn-mono" }, words[at])),
-      h("ol", {}, ...lines),
-      h("div", { class: "sn-dim" }, `entropy ${numbers.entropy[cell].toFixed(1)} bits`),
-      numbers.rank.length > 0 &&
-        h("div", { class: "sn-dim" }, "rank of ", h("bdi", { class: "sn-mono" }, model.get("token")), ` ${numbers.rank[cell]}`),
-      h(
-        "div",
-        { class: "sn-dim" },
-        isChosen ? "selected: .hidden_state in Python" : "click or Enter: to Python as .hidden_state",
-      ),
+    setText(
+      hint,
+      isChosen ? "selected: .hidden_state in Python" : "click or Enter: to Python as .hidden_state",
     );
   }
 

@@ -1,7 +1,9 @@
 // The swarm map: a row per server, its blocks on a track as wide as the model, the route over it.
 // Rows are kept and changed in place, so that hundreds of them cost little per second.
 
-import { act, bytes, duration, fill, follow, h, number, roving, setText, widget } from "./dom.js";
+import {
+  act, bytes, duration, factList, fill, follow, h, keepItems, number, roving, setText, widget,
+} from "./dom.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 
@@ -116,10 +118,12 @@ class Row {
     setText(this.speed, number(facts.speed));
     setText(this.precision, facts.precision ?? "–");
     const use = cacheUse(facts);
-    if (use === null) fill(this.cache, number(facts.cacheLeft));
+    if (use === null) setText(this.cache, number(facts.cacheLeft));
     else {
+      const used = `${Math.round(100 * use)} %`;
+      if (this.cache.textContent === used && this.cache.firstElementChild) return;
       const bar = h("span", { style: `width: ${Math.round(100 * use)}%` });
-      fill(this.cache, h("span", { class: "sn-meter" }, bar), `${Math.round(100 * use)} %`);
+      fill(this.cache, h("span", { class: "sn-meter" }, bar), used);
     }
   }
 }
@@ -259,7 +263,8 @@ function build({ model, root }) {
     ),
     body,
   );
-  const detail = h("dl", { class: "sn-detail", "data-testid": "detail", hidden: true });
+  const facts = factList({ class: "sn-detail", "data-testid": "detail", hidden: true });
+  const detail = facts.element;
   const log = h("ul", { class: "sn-log", role: "log", "aria-label": "Servers lost" });
   fill(
     root,
@@ -317,21 +322,21 @@ function build({ model, root }) {
     const planned = model.get("planned");
     way.className = planned ? "sn-track sn-planned" : "sn-track";
     const hint = planned ? "a new request would take" : "the latest tokens took";
-    const legs = model.get("route").map((/** @type {any[]} */ part) => {
-      const [peer, start, end] = part;
+    const legs = model.get("route").map((/** @type {any[]} */ [peer, start, end]) => {
       const row = rows.find((one) => one.peer === peer);
       const name = row?.name.textContent ?? "a server that has left";
-      const title = `${hint} ${name} for blocks ${start}:${end}`;
+      return { peer, start, end, name, title: `${hint} ${name} for blocks ${start}:${end}` };
+    });
+    keepItems(way, legs, ({ peer, start, end, name, title }) => {
       const onclick = () => {
         model.set("selected", peer);
         model.save_changes();
-        row?.element.scrollIntoView({ block: "nearest" });
+        rows.find((one) => one.peer === peer)?.element.scrollIntoView({ block: "nearest" });
       };
       const leg = h("button", { type: "button", class: "sn-leg", title, "aria-label": title, onclick });
       setText(leg, name);
       return place(leg, start, end, blocks);
     });
-    fill(way, ...legs);
   };
   const showDetail = () => {
     const peer = model.get("selected");
@@ -339,11 +344,7 @@ function build({ model, root }) {
     const list = model.get("servers").find((/** @type {any[]} */ one) => one[0] === peer);
     detail.hidden = !list;
     if (!list) return;
-    const pairs = details(model, server(list)).flatMap(([title, text, loud]) => [
-      h("dt", {}, title),
-      h("dd", { class: loud ? "sn-loud" : null }, text),
-    ]);
-    fill(detail, ...pairs);
+    facts.show(details(model, server(list)));
   };
   const showAge = () => {
     const known = model.get("connected") ? `read ${ago(model.get("read"))}` : "disconnected";
@@ -363,7 +364,7 @@ function build({ model, root }) {
     }),
     follow(model, ["read", "connected"], showAge),
     follow(model, ["coverage"], () => {
-      fill(cover, ...looksAlike(model.get("coverage")).map((run) => coverRun(run, blocks)));
+      keepItems(cover, looksAlike(model.get("coverage")), (run) => coverRun(run, blocks));
     }),
     follow(model, ["servers", "route", "planned"], () => {
       showRows();
@@ -386,8 +387,7 @@ function build({ model, root }) {
     follow(model, ["bill"], () => setText(bill, model.get("bill"))),
     follow(model, ["selected", "servers", "seen"], showDetail),
     follow(model, ["failovers"], () => {
-      const latest = model.get("failovers").slice(-5).reverse();
-      fill(log, ...latest.map(lossItem));
+      keepItems(log, model.get("failovers").slice(-5).reverse(), lossItem);
     }),
   ];
 }

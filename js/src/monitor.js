@@ -1,6 +1,6 @@
 // A training run: a chart per curve, what it has cost, and the buttons that steer it.
 
-import { act, duration, fill, follow, h, number, setText, widget } from "./dom.js";
+import { act, duration, fill, follow, h, keepItems, number, setText, widget } from "./dom.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 /** @typedef {Array<number | null>} Point */
@@ -249,7 +249,7 @@ function build({ model, root }) {
       alarm.hidden = !model.get("alarm");
     }),
     follow(model, ["told"], () => {
-      fill(told, ...model.get("told").map((/** @type {string} */ line) => h("li", {}, line)));
+      keepItems(told, model.get("told"), (/** @type {string} */ line) => h("li", {}, line));
       told.hidden = !model.get("told").length;
     }),
     () => clearTimeout(waiting),

@@ -1,6 +1,6 @@
 // The serve panel: which blocks to lend, start and stop, and what the server does for others.
 
-import { act, bytes, duration, fill, follow, h, number, setText, widget } from "./dom.js";
+import { act, bytes, duration, factList, fill, follow, h, number, setText, widget } from "./dom.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 
@@ -70,7 +70,8 @@ function build({ model, root }) {
   const words = h("span", { role: "status", "data-testid": "state" });
   const state = h("div", {}, h("span", { class: "sn-dot", "aria-hidden": "true" }), words);
   const progress = h("progress", { max: 1, "aria-label": "weights read" });
-  const dl = h("dl", { class: "sn-counts", "data-testid": "counts" });
+  const countList = factList({ class: "sn-counts", "data-testid": "counts" });
+  const dl = countList.element;
   const command = h("code", { tabindex: 0 });
   const share = h(
     "div",
@@ -106,11 +107,7 @@ function build({ model, root }) {
 
   const showCounts = () => {
     dl.hidden = model.get("state") !== "serving";
-    if (dl.hidden) return;
-    const shown = counts(model).map(([title, text]) =>
-      h("div", {}, h("dt", {}, title), h("dd", {}, text)),
-    );
-    fill(dl, ...shown);
+    if (!dl.hidden) countList.show(counts(model));
   };
   const clock = setInterval(showCounts, 1000);
 
