@@ -183,10 +183,13 @@ class ChatWidget(WritingWidget, module="chat"):
         self._views.ask()
 
     def _replace(self, messages: list[Message]) -> None:
-        with self._talking:
-            self._refuse_if_answering()
-            self._messages = self._shown = messages
-        self.update(turns=[_turn(one) for one in messages], note="")
+        # The thread that shows an answer holds `_updating` until its turns are in the view: they
+        # cannot come after these. Whoever needs both locks takes `_updating` first.
+        with self._updating:
+            with self._talking:
+                self._refuse_if_answering()
+                self._messages = self._shown = messages
+            self.update(turns=[_turn(one) for one in messages], note="")
         self._views.ask()
 
     def _refuse_if_answering(self) -> None:

@@ -68,8 +68,9 @@ class GenerateWidget(WritingWidget, module="generate"):
     @property
     def cells(self) -> list[Cell]:
         """What the views show, see `cells`."""
-        pages = self._cells.pages[: self.pages] if self._cells is not None else []
-        return [cell for page in pages for cell in page] + self.tail
+        with self._updating:
+            pages = self._cells.pages[: self.pages] if self._cells is not None else []
+            return [cell for page in pages for cell in page] + self.tail
 
     @action
     def run(self) -> None:
@@ -135,8 +136,9 @@ class GenerateWidget(WritingWidget, module="generate"):
 
     def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
         """As every widget's; the whole state has the pages as well."""
-        state: dict[str, Any] = super().get_state(key, drop_defaults)
-        return state if key is not None else state | self._named(range(self.pages))
+        with self._updating:
+            state: dict[str, Any] = super().get_state(key, drop_defaults)
+            return state if key is not None else state | self._named(range(self.pages))
 
     def _show_text(self, values: dict[str, Any], *, ended: bool) -> float | None:
         if self._cells is None:

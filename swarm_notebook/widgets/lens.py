@@ -152,8 +152,9 @@ class LensWidget(Widget, module="lens"):
         return value
 
     def _rank_soon(self, token: int) -> None:
-        self._wanted = token
-        self.update(ranking=True)
+        with self._updating:
+            self._wanted = token
+            self.update(ranking=True)
         threading.Thread(target=self._rank, args=(token,), daemon=True).start()
 
     def _rank(self, token: int) -> None:
@@ -166,7 +167,8 @@ class LensWidget(Widget, module="lens"):
                 ranks=_bytes(ranks, torch.int32),
                 colour="rank",
             )
-        self.update(ranking=token != self._wanted)
+        with self._updating:  # else a token that is asked for just now would not be waited for
+            self.update(ranking=token != self._wanted)
 
 
 def _one_token(subject: Subject, token: str | int) -> int:

@@ -88,6 +88,7 @@ class WritingWidget(Widget):
         # Runs that were begun, and those whose end the views know.
         self._runs = self._told = 0
         self._counting = threading.Condition()
+        self._showing = threading.Lock()
         self._views = Paced(self._show)
         self.writer = Writer(model, self._changed)
         name = swarm.name if swarm else str(model.config._name_or_path) or type(model).__name__
@@ -144,7 +145,11 @@ class WritingWidget(Widget):
         self._views.ask()
 
     def _show(self) -> float | None:
-        """Tell the views; runs in a thread of its own."""
+        """Tell the views; whoever calls it, one after the other."""
+        with self._showing:
+            return self._show_alone()
+
+    def _show_alone(self) -> float | None:
         writer, pause = self.writer, None
         with self._counting:
             state, runs = writer.state, self._runs
@@ -153,29 +158,37 @@ class WritingWidget(Widget):
             self._tell(runs)
             return None
         with self.showing_errors():
-            values: dict[str, Any] = {}
-            if ended:
-                values |= self._ending()
-            pause = self._show_text(values, ended=ended)
-            timing = writer.timing
-            if timing is not None:
-                values["stats"] = {
-                    "tokens": timing.tokens,
-                    "computed": timing.computed,
-                    "first": timing.to_first,
-                    "rate": timing.per_second,
-                    "shares": [[name, round(part, 4)] for name, part in timing.shares.items()],
-                    "lost": timing.lost,
-                }
-            total = len(writer.draft.prompt) + len(writer.draft.tokens)
-            values["progress"] = [writer.read, total] if state == "reading" and writer.read else []
+            values = self._ending() if ended else {}
+            values |= self._facts(state)
+            # The text and the traits that show it change together: whoever asks for the state
+            # meanwhile (a page that is opened, a cell) waits, and never sees a half of both.
+            with self._updating:
+                pause = self._show_text(values, ended=ended)
+                self.update(state=state, **values)
             if state == "idle":
-                values["preview"] = self._estimate()
-            self.update(state=state, **values)
+                self.update(preview=self._estimate())
         if ended:
             self.update(state="idle")  # also if showing the text has failed
             self._tell(runs)
         return pause
+
+    def _facts(self, state: str) -> dict[str, Any]:
+        """The traits that say how far a run is and how fast it was."""
+        writer = self.writer
+        values: dict[str, Any] = {}
+        timing = writer.timing
+        if timing is not None:
+            values["stats"] = {
+                "tokens": timing.tokens,
+                "computed": timing.computed,
+                "first": timing.to_first,
+                "rate": timing.per_second,
+                "shares": [[name, round(part, 4)] for name, part in timing.shares.items()],
+                "lost": timing.lost,
+            }
+        total = len(writer.draft.prompt) + len(writer.draft.tokens)
+        values["progress"] = [writer.read, total] if state == "reading" and writer.read else []
+        return values
 
     def _tell(self, runs: int) -> None:
         """The views know how so many runs ended."""
@@ -184,7 +197,10 @@ class WritingWidget(Widget):
             self._counting.notify_all()
 
     def _show_text(self, values: dict[str, Any], *, ended: bool) -> float | None:
-        """Add to ``values`` what shows the text; may ask for a longer pause before the next."""
+        """Add to ``values`` what shows the text; may ask for a longer pause before the next.
+
+        Called with `_updating` held, so that nobody sees the text and its traits differ.
+        """
         raise NotImplementedError
 
     def _ending(self) -> dict[str, Any]:

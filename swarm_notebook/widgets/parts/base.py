@@ -78,6 +78,15 @@ class Widget(anywidget.AnyWidget):
             for name, value in values.items():
                 setattr(self, name, value)
 
+    def send_state(self, key: Any = None) -> None:
+        """As every widget's; what is read is sent before anything changes.
+
+        A page that is opened asks for the state on the main thread. Without this an update of
+        another thread could be overtaken by the older state, which would then stay on the page.
+        """
+        with self._updating:
+            super().send_state(key)
+
     @contextmanager
     def showing_errors(self) -> Iterator[None]:
         """Whatever fails inside stands in the widget's red panel afterwards, and in the log."""

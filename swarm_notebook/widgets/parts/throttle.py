@@ -8,9 +8,12 @@ does it lives only while there is something to do.
 from __future__ import annotations
 
 import contextvars
+import logging
 import threading
 import time
 from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
 
 PERIOD = 0.04  # 25 times a second: an eye sees no steps
 _PATIENCE = 1.0  # how long the thread waits for more before it ends
@@ -20,7 +23,7 @@ class Paced:
     """Calls ``work`` soon after each `ask`, but not more often than once per period.
 
     Args:
-        work: what to do; it must not raise.
+        work: what to do; what it raises is logged.
         period: seconds from one call to the next, unless ``work`` returns more.
     """
 
@@ -44,7 +47,11 @@ class Paced:
     def _loop(self) -> None:
         while self._more():
             self._asked.clear()
-            more = self._work()
+            more = None
+            try:
+                more = self._work()
+            except Exception:  # the thread has to live: without it, no view would change again
+                logger.exception("a view was not updated")
             time.sleep(max(self._period, more or 0.0))
 
     def _more(self) -> bool:

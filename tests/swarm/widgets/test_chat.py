@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -202,3 +203,25 @@ def test_an_error_ends_the_turn_and_the_conversation_goes_on(
     act(chat, "retry")
     assert answered(chat)
     assert len(chat.writer.draft.tokens) == 8
+
+
+def test_an_answer_that_comes_late_does_not_bring_back_what_was_cleared(chat: ChatWidget) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    update = chat.update
+
+    def held_up(**values: Any) -> None:
+        if len(values.get("turns", [])) == 2 and not reached.is_set():
+            reached.set()
+            assert go_on.wait(SECONDS)
+        update(**values)
+
+    chat.update = held_up  # type: ignore[method-assign]
+    chat.send("Hello")
+    assert reached.wait(SECONDS)  # the answer has ended, and the view is about to know
+    clearing = threading.Thread(target=chat.clear)
+    clearing.start()
+    clearing.join(0.5)  # time to get in between, if that were possible
+    go_on.set()
+    clearing.join(SECONDS)
+    assert chat.wait(SECONDS)
+    assert chat.turns == chat.messages == []

@@ -253,3 +253,59 @@ def test_the_views_are_told_soon_and_not_too_often() -> None:
     assert "swarm_notebook-paced" not in {thread.name for thread in threading.enumerate()}
     paced.ask()
     until(lambda: done[-1] > asked)
+
+
+def test_what_a_view_gets_is_never_a_half_or_older_than_what_it_has(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widget = make(max_new_tokens=100)
+    widget.run()
+    assert widget.wait(SECONDS)
+    reached, go_on = threading.Event(), threading.Event()
+    cut = Cells.cut
+
+    def held_up(cells: Cells, prompt: list[int], tokens: list[Token]) -> bool:
+        found = cut(cells, prompt, tokens)
+        if found and not reached.is_set():
+            reached.set()
+            assert go_on.wait(SECONDS)
+        return found
+
+    monkeypatch.setattr(Cells, "cut", held_up)
+    lengths: list[int] = []
+    widget.observe(lambda change: lengths.append(len(change["new"])), "tail")
+    opened: list[str] = []
+
+    def text() -> str:
+        return "".join(cell[0] for cell in shown_cells(widget.get_state()) if not cell[2])
+
+    widget.edit(20, " ")  # another thread tells the views, and is held up in the middle of it
+    assert reached.wait(SECONDS)
+    others = [
+        threading.Thread(target=widget._show),
+        threading.Thread(target=lambda: opened.append(text())),  # a page that is opened now
+    ]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join(0.5)  # time to get in between, if that were possible
+    go_on.set()
+    for other in others:
+        other.join(SECONDS)
+    assert opened == [widget.text]
+    assert lengths == [20, 21]
+
+
+def test_views_go_on_after_an_update_that_failed() -> None:
+    done: list[int] = []
+
+    def work() -> None:
+        done.append(1)
+        if len(done) == 1:
+            raise RuntimeError("this one fails")
+
+    paced = Paced(work)
+    paced.ask()
+    until(lambda: bool(done))
+    paced.ask()
+    until(lambda: len(done) > 1)

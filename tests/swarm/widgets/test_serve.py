@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,3 +94,28 @@ def test_blocks_and_where_to_listen_are_chosen_sensibly(tiny_llama: Path) -> Non
     assert issubclass(ServerStartError, RuntimeError)
     with pytest.raises(TypeError, match="colour"):
         ServePanel(tiny_llama, colour="red")
+
+
+def test_a_look_that_takes_long_does_not_undo_a_button(
+    panel: ServePanel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking, looked = threading.Event(), threading.Event()
+    stopping, stopped = threading.Event(), threading.Event()
+
+    def facts() -> None:
+        looking.set()
+        assert looked.wait(90)
+
+    def stop() -> None:
+        stopping.set()
+        assert stopped.wait(90)
+
+    monkeypatch.setattr(panel.lending, "facts", facts)
+    monkeypatch.setattr(panel.lending, "stop", stop)
+    assert looking.wait(90)
+    panel.stop()
+    looked.set()
+    assert stopping.wait(90)  # so that look is over
+    assert panel.state == "stopping"
+    stopped.set()
+    wait_for(lambda: panel.state == "stopped")
