@@ -73,6 +73,16 @@ describe("turns", () => {
     }
   });
 
+  test("turns stay as they are while the model answers", () => {
+    const fake = model();
+    const view = show(chat, fake);
+    const before = view.all("[data-testid=turn]");
+    fake.update({ state: "writing", turns: [...TURNS, { role: "user", text: "and?" }] });
+    fake.update({ state: "idle" });
+    expect(view.all("[data-testid=turn]").slice(0, 2)).toEqual(before);
+    expect(view.all("[data-testid=edit]").length).toBe(3);
+  });
+
   test("retry and edit", () => {
     const fake = model();
     const view = show(chat, fake);

@@ -1,5 +1,7 @@
 import { afterEach, describe, expect, test } from "vitest";
-import { act, bytes, duration, follow, h, isDark, number, roving, widget } from "../src/dom.js";
+import {
+  act, bytes, duration, follow, h, isDark, keepItems, number, roving, setHtml, setText, widget,
+} from "../src/dom.js";
 import { FakeModel, show } from "./fake_model.js";
 
 const asModel = (/** @type {FakeModel} */ fake) => /** @type {any} */ (fake);
@@ -136,4 +138,44 @@ test("numbers, bytes and durations for people", () => {
     "2 h",
     "3 days",
   ]);
+});
+
+describe("what is kept", () => {
+  test("a text changes only where it differs", () => {
+    const element = h("p", {}, "announced 60 s ago");
+    const node = /** @type {Text} */ (element.firstChild);
+    for (const text of ["announced 61 s ago", "aa", "a", "", "announced", "announced announced"]) {
+      setText(element, text);
+      expect(element.textContent).toBe(text);
+      expect(element.firstChild).toBe(node);
+    }
+    element.append(h("b", {}, "!"));
+    setText(element, "plain");
+    expect(element.innerHTML).toBe("plain");
+  });
+
+  test("items that stay are the same elements, in the order of the list", () => {
+    const list = h("ul");
+    const make = (/** @type {string} */ word) => h("li", {}, word);
+    keepItems(list, ["a", "b", "c"], make);
+    const [a, , c] = list.children;
+    keepItems(list, ["c", "new", "a"], make);
+    expect(list.textContent).toBe("cnewa");
+    expect([list.children[0], list.children[2]]).toEqual([c, a]);
+    keepItems(list, ["a", "a"], make);
+    expect(list.textContent).toBe("aa");
+    keepItems(list, [], make);
+    expect(list.children.length).toBe(0);
+  });
+
+  test("HTML that grows keeps what it begins with", () => {
+    const box = h("div");
+    setHtml(box, "<p>one</p><p>tw</p>");
+    const first = box.firstChild;
+    setHtml(box, "<p>one</p><p>two</p>\n<pre>3</pre>");
+    expect(box.firstChild).toBe(first);
+    expect(box.innerHTML).toBe("<p>one</p><p>two</p>\n<pre>3</pre>");
+    setHtml(box, "");
+    expect(box.innerHTML).toBe("");
+  });
 });

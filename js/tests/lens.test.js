@@ -89,7 +89,9 @@ test("ranks are asked for by word or by a shown token, and shown when they come"
   word.value = "maybe";
   press(word, "Enter");
   cells(shown)[0].dispatchEvent(new Event("focusin", { bubbles: true }));
-  shown.find("li button").click();
+  const candidate = shown.find("li button");
+  candidate.focus();
+  candidate.click();
   expect(fake.sent).toEqual([
     { action: "rank", with: { token: "maybe" } },
     { action: "rank_number", with: { number: 0 } },
@@ -100,6 +102,7 @@ test("ranks are asked for by word or by a shown token, and shown when they come"
   expect(cells(shown).map((cell) => cell.textContent)).toEqual(["1", "2", "1024", "32"]);
   expect(cells(shown)[3].style.getPropertyValue("--strength")).toBe("0.500");
   expect(shown.byId("details").textContent).toContain("rank of maybe 1");
+  expect(document.activeElement).toBe(candidate);
 });
 
 test("two views agree, and one that is closed hears nothing", () => {

@@ -121,6 +121,39 @@ describe("the swarm map", () => {
     expect(view.byId("detail").hidden).toBe(true);
   });
 
+  test("what is selected in the details stays so while they are brought up to date", () => {
+    const model = swarm({ selected: "peer-a" });
+    const view = show(map, model);
+    const texts = [...view.byId("detail").querySelectorAll("dd")];
+    const age = texts[8];
+    const [first, last] = [/** @type {Text} */ (texts[0].firstChild), /** @type {Text} */ (age.firstChild)];
+    const selection = /** @type {Selection} */ (getSelection());
+    selection.setBaseAndExtent(first, 0, last, "announced".length);
+    const before = [...view.byId("detail").querySelectorAll("*")];
+    const range = selection.getRangeAt(0);
+    vi.advanceTimersByTime(3000);
+    model.update({ servers: [server("a", 0, 6, { 6: 0.2 }), server("b", 6, 10)] });
+    expect(age.textContent).toBe("announced 63 s ago; last answered just now");
+    expect([...view.byId("detail").querySelectorAll("*")]).toEqual(before);
+    expect([range.startContainer, range.startOffset]).toEqual([first, 0]);
+    expect([range.endContainer, range.endOffset]).toEqual([last, "announced".length]);
+  });
+
+  test("a part of the route that stays keeps the focus", () => {
+    const model = swarm();
+    const view = show(map, model);
+    const [leg] = [...view.byId("route").querySelectorAll("button")];
+    leg.focus();
+    model.update({
+      servers: [server("a", 0, 6, { 13: NOW }), server("c", 6, 10)],
+      route: [["peer-a", 0, 6], ["peer-c", 6, 10]],
+    });
+    expect(document.activeElement).toBe(leg);
+    expect(view.byId("route").textContent).toBe("ac");
+    leg.click();
+    expect(model.saved).toEqual({ selected: "peer-a" });
+  });
+
   test("one row is a tab stop and arrows move on", () => {
     const view = show(map, swarm());
     const rows = view.all('[data-testid="server"]');

@@ -45,6 +45,19 @@ def test_a_row_is_chosen_by_keyboard_and_by_mouse(notebook: Notebook, shown: Loc
     expect(shown.get_by_test_id("detail")).to_contain_text("0:15")
 
 
+def test_what_is_selected_in_the_details_stays_selected(notebook: Notebook, shown: Locator) -> None:
+    if rows(shown).first.get_attribute("aria-selected") != "true":
+        rows(shown).first.click()
+    fact = shown.get_by_test_id("detail").locator("dd").first
+    fact.click(click_count=3)
+    selected = notebook.page.evaluate("getSelection().toString()")
+    assert "local-0 (" in selected
+    # The list is brought up to date once a second, and whenever Python sends something.
+    notebook.page.evaluate("window.ticks = 0; setInterval(() => window.ticks++, 1000)")
+    notebook.page.wait_for_function("window.ticks > 3")
+    assert notebook.page.evaluate("getSelection().toString()") == selected
+
+
 def test_two_views_agree(notebook: Notebook, shown: Locator) -> None:
     notebook.run("%swarm map -o again")
     one, two = (notebook.run("again").get_by_test_id("map") for _ in range(2))
