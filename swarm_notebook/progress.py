@@ -7,20 +7,25 @@
 A thread of its own shows and refreshes the line, so whatever runs inside may block as it likes. In
 a notebook it stands in the cell that waits, in a terminal on standard error, and goes away at the
 end. What is over in a moment shows nothing at all.
+
+In a notebook the line is an output that begins and ends empty and is only updated in between: no
+stream, no widget, no text of its own. So a saved notebook does not keep it, and a comparison of a
+cell's outputs with a fresh run (nbval) is the same on a slow machine and on a quick one.
 """
 
 from __future__ import annotations
 
 import contextvars
+import sys
 import threading
+import time
 from collections.abc import Callable
+from html import escape
 from types import TracebackType
 from typing import Any, Self
 
-SHOW_AFTER_SECONDS = 1.0
+SHOW_AFTER_SECONDS = 1.0  # until then nobody wonders (Nielsen's limit for an unbroken thought)
 REFRESH_SECONDS = 0.25
-PLAIN = "{desc} [{elapsed}]"
-COUNTED = "{desc}: {n_fmt} of {total_fmt} {unit} [{elapsed}]"
 
 
 class Waiting:
@@ -28,9 +33,10 @@ class Waiting:
 
     Args:
         what: a few words.
-        total: how many there are of what is counted, if anything is.
+        total: how many there will be of what is counted, if that is known.
         unit: what is counted.
-        count: says how many of the total are done; called by the thread that shows it.
+        count: says how many are done, if anything is counted; called by the thread that shows it.
+        detail: says more, in a few words, or nothing; called by that thread as well.
         after: seconds before anything is shown.
     """
 
@@ -40,11 +46,13 @@ class Waiting:
         *,
         total: int | None = None,
         unit: str = "",
-        count: Callable[[], int] = lambda: 0,
+        count: Callable[[], int] | None = None,
+        detail: Callable[[], str] = lambda: "",
         after: float = SHOW_AFTER_SECONDS,
     ) -> None:
         self._what, self._total, self._unit, self._after = what, total, unit, after
-        self._count = count
+        self._count, self._detail = count, detail
+        self._began = 0.0
         self._over = threading.Event()
         context = contextvars.copy_context()  # the output belongs to the cell that waits
         self._thread = threading.Thread(
@@ -56,6 +64,7 @@ class Waiting:
         self._what = what
 
     def __enter__(self) -> Self:
+        self._began = time.monotonic()
         self._thread.start()
         return self
 
@@ -71,13 +80,71 @@ class Waiting:
     def _run(self) -> None:
         if self._over.wait(self._after):
             return
-        from tqdm.auto import tqdm
+        shown = _CellLine() if _in_notebook() else _TerminalLine()
+        try:
+            while True:
+                done = None if self._count is None else self._count()
+                shown.show(self._line(done), done, self._total)
+                if self._over.wait(REFRESH_SECONDS):
+                    return
+        finally:
+            shown.clear()
 
-        form = PLAIN if self._total is None else COUNTED
-        bar: Any = tqdm(
-            desc=self._what, total=self._total, unit=self._unit, bar_format=form, leave=False
+    def _line(self, done: int | None) -> str:
+        seconds = int(time.monotonic() - self._began)
+        parts = [] if done is None else [f"{done}"]
+        parts += [] if self._total is None else [f"of {self._total}"]
+        amount = f": {' '.join([*parts, self._unit])}" if parts else ""
+        detail = self._detail()
+        return (
+            f"{self._what}{amount}{', ' if detail else ''}{detail} "
+            f"[{seconds // 60:02}:{seconds % 60:02}]"
         )
-        with bar:
-            while not self._over.wait(REFRESH_SECONDS):
-                bar.n = self._count()
-                bar.set_description_str(self._what)  # refreshes
+
+
+class _CellLine:
+    """A line of the cell that is running, in any front end of a kernel."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, line: str, done: int | None, total: int | None) -> None:
+        bar = (
+            ""
+            if done is None or not total
+            else f'<progress value="{done}" max="{total}"></progress> '
+        )
+        self._send({"text/plain": line, "text/html": f"<div>{bar}{escape(line)}</div>"})
+
+    def clear(self) -> None:
+        self._send({})
+
+    def _send(self, data: dict[str, str]) -> None:
+        from IPython.display import DisplayHandle
+
+        if self._handle is None:
+            self._handle = DisplayHandle()
+            self._handle.display({}, raw=True)
+        self._handle.update(data, raw=True)
+
+
+class _TerminalLine:
+    """A line of a terminal, on standard error."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self._bar: Any = tqdm(bar_format="{desc}", leave=False)
+
+    def show(self, line: str, _done: int | None, _total: int | None) -> None:
+        self._bar.set_description_str(line)
+
+    def clear(self) -> None:
+        self._bar.close()
+
+
+def _in_notebook() -> bool:
+    """Whether a kernel runs this code; IPython in a terminal has a shell without one."""
+    ipython = sys.modules.get("IPython")  # if nobody has imported it, this is none
+    shell = None if ipython is None else ipython.get_ipython()
+    return hasattr(shell, "kernel")

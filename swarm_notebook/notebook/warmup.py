@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from swarm_notebook.progress import Waiting
+
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import ExecutionInfo, ExecutionResult, InteractiveShell
 
@@ -24,10 +26,7 @@ MODULES = (
     "swarm_notebook.local.swarm",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
-    "tqdm.auto",
 )
-POLL_SECONDS = 0.1
-SHOW_AFTER_SECONDS = 1.0
 
 
 class Warmup:
@@ -51,16 +50,8 @@ class Warmup:
         """Return when the imports are done; says what it waits for if that takes long."""
         if self._thread.ident is None:
             self._begin()
-        self._thread.join(SHOW_AFTER_SECONDS)
-        if not self._thread.is_alive():
-            return
-        from tqdm.auto import tqdm
-
-        what = "Importing torch, transformers, hivemind"
-        with tqdm(desc=what, leave=False, bar_format="{desc} [{elapsed}]") as bar:
-            while self._thread.is_alive():
-                self._thread.join(POLL_SECONDS)
-                bar.refresh()
+        with Waiting("Importing torch, transformers, hivemind"):
+            self._thread.join()
 
     def _hooks(self) -> list[tuple[str, Callable[..., None]]]:
         return [("post_run_cell", self._after_cell), ("pre_run_cell", self._before_cell)]

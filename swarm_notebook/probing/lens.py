@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
 from swarm_notebook.probing.grid import Cell, as_html, as_text
 from swarm_notebook.probing.subject import Subject, Target, Text
+from swarm_notebook.progress import Waiting
 from swarm_notebook.report.formatting import model_title
 
 if TYPE_CHECKING:
@@ -171,10 +171,11 @@ def _measured(
     """What `measure` makes of the logits of ``states``, a part at a time, in the states' shape."""
     rows = max(1, _LOGITS_AT_ONCE // subject.model.config.get_text_config().vocab_size)
     parts = states.flatten(0, -2).split(rows)
-    found = [
-        [part.cpu() for part in measure(decode_states(subject.model, part).float())]
-        for part in tqdm(parts, desc="Decoding states", leave=False, delay=1.0)
-    ]
+    found: list[list[torch.Tensor]] = []
+    with Waiting("Decoding states", total=len(parts), unit="parts", count=lambda: len(found)):
+        for part in parts:
+            logits = decode_states(subject.model, part).float()
+            found.append([values.cpu() for values in measure(logits)])
     joined = [torch.cat(parts) for parts in zip(*found, strict=True)]
     return [values.reshape(*states.shape[:-1], *values.shape[1:]) for values in joined]
 

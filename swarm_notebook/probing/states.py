@@ -20,6 +20,7 @@ import torch
 from swarm_notebook.probing.store import Key, ShardFolder, Shards, digest
 from swarm_notebook.probing.subject import Subject, Target
 from swarm_notebook.probing.view import HiddenStates
+from swarm_notebook.progress import Waiting
 from swarm_notebook.report.formatting import model_title
 from swarm_notebook.tuning.manifest import describe_run
 
@@ -104,7 +105,7 @@ class _Work:
     dtype: torch.dtype
     max_length: int | None
     shard_texts: int
-    bar: Any = None
+    done: int = 0  # texts
     described: bool = False
     missing: list[int] = field(default_factory=list)
     # Digest and token ids; a text that comes twice waits once.
@@ -112,12 +113,11 @@ class _Work:
 
     def through(self, texts: Iterable[str | Sequence[int]]) -> list[bytes]:
         """Take all texts through; returns their digests."""
-        from tqdm.auto import tqdm
-
         order = []
         total = len(texts) if isinstance(texts, Sized) else None
         what = f"Hidden states of {model_title(self.subject.name)}"
-        with self.shards.writing(), tqdm(total=total, desc=what, unit="text") as self.bar:
+        waiting = Waiting(what, total=total, unit="texts", count=lambda: self.done)
+        with self.shards.writing(), waiting:
             for index, text in enumerate(texts):
                 name = digest(text)
                 order.append(name)
@@ -128,7 +128,7 @@ class _Work:
     def _take(self, index: int, name: bytes, text: str | Sequence[int]) -> None:
         missing = [block for block in self.blocks if self.shards.place(name, block) is None]
         if not missing or name in self.waiting:
-            self.bar.update()
+            self.done += 1
             return
         try:
             ids = self.subject.ids(text)[: self.max_length]
@@ -158,7 +158,7 @@ class _Work:
             for block, state in states.items():
                 for row, index in enumerate(batch):
                     kept[block][index] = self._pooled(state[row, : len(texts[index])])
-            self.bar.update(len(batch))
+            self.done += len(batch)
         lengths = [1 if self.pool else len(ids) for ids in texts]
         whole = {block: torch.cat(rows) for block, rows in kept.items()}
         self.shards.add(list(self.waiting), lengths, whole)
