@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -120,6 +122,8 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="leave when standard input closes, as a notebook's own servers do",
     )
+    # Of a notebook's own servers: a folder that they remove if the notebook is killed.
+    serve.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     serve.set_defaults(run=_serve)
 
 
@@ -143,15 +147,27 @@ def _serve(options: argparse.Namespace) -> int:
     from swarm_notebook.server import app
 
     settings = {key: value for key, value in vars(options).items() if key != "run"}
+    scratch = settings.pop("scratch")
     if options.initial_peers == ["-"]:
         # A local swarm starts all servers at once and says late whom to join. By then whatever
         # takes long is imported, and a server that others join answers them at once.
         resolve(options.model).config()
         line = sys.stdin.readline()
-        if not line:
-            return 0  # whoever started this server is gone
+        if not line:  # whoever started this server is gone
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+            return 0
+        if scratch is not None:
+            threading.Thread(target=_remove_when_orphaned, args=(scratch,), daemon=True).start()
         settings["initial_peers"] = line.split()
     return app.main(app.ServeOptions(**settings))
+
+
+def _remove_when_orphaned(scratch: Path) -> None:
+    """Remove a folder at the end of standard input: whoever would have done it was killed."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _status(options: argparse.Namespace) -> int:

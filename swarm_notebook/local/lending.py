@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.client.connection import Inquiry
 from swarm_notebook.errors import BlocksOutOfRange, ServerStartError
+from swarm_notebook.local.folder import ServerFolder
 from swarm_notebook.local.process import ANY_PORT, LocalServer, server_environment
 from swarm_notebook.local.swarm import Conversion
 
@@ -70,7 +70,8 @@ class Lending:
         self.model, self.num_blocks = source.name, source.config().num_hidden_layers
         self._path, self._name, self._threads = str(source.path or source.name), name, threads
         self._listen = listen or (ANY_PORT if _all_loopback(self._peers) else ANY_INTERFACE)
-        self._folder = Path(tempfile.mkdtemp(prefix="swarm-notebook-"))
+        self._folder: ServerFolder | None = None
+        self._key: bytes | None = None  # others know it under the same peer id when it comes back
         self._server: LocalServer | None = None
         self._inquiry: Inquiry | None = None
         self.dtype, self.device = dtype, device
@@ -134,6 +135,7 @@ class Lending:
         if self._server is not None and self._server.running:
             raise ServerStartError(f"{self!r} runs already; stop it first")
         self.stop()
+        self._folder = ServerFolder()
         self._server = LocalServer(
             self._name,
             self.blocks,
@@ -143,6 +145,7 @@ class Lending:
             environment=server_environment(self._threads),
             swarm_addresses=lambda: self._peers,
             listen=self._listen,
+            key=self._key,
         )
         atexit.register(self.stop)
         self._server.launch()
@@ -168,7 +171,10 @@ class Lending:
             self._inquiry = None
         if self._server is not None:
             self._server.terminate()
-            self._server = None
+            self._key, self._server = self._server.key, None
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
 
     def log_tail(self, lines: int = 12) -> str:
         """The last lines of the server's log."""

@@ -6,13 +6,16 @@ server leaves when it closes, which happens even when this process is killed. St
 carries JSON lines of facts (addresses first, ``"ready": true`` at last); everything else goes to
 the log file.
 
-Identity and port are kept over a restart, so that addresses given to others stay valid.
+Identity and port are kept over a restart, so that addresses given to others stay valid. The private
+key behind the identity is on disk only while the network daemon starts and reads it; afterwards it
+is held in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -21,14 +24,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 from swarm_notebook.errors import ServerStartError
+from swarm_notebook.local.folder import ServerFolder
 
-LOG_TAIL_LINES = 25
-START_SECONDS = 180.0
-TERMINATE_SECONDS = 10.0
+logger = logging.getLogger(__name__)
+
+LOG_TAIL_LINES = 25  # more than a traceback through torch has, less than a screen
+START_SECONDS = 180.0  # a start takes 10 to 30 s, of a large model from a slow disk some minutes
+TERMINATE_SECONDS = 10.0  # a server answers what is in flight for 5 s, and then takes leave
 POLL_SECONDS = 0.05
 ANY_PORT = "/ip4/127.0.0.1/tcp/0"
 LOOPBACK_PORT = re.compile(r"/ip4/127\.0\.0\.1/tcp/\d+")
@@ -44,22 +49,40 @@ def server_environment(threads: int | None) -> dict[str, str]:
 
 
 class LocalServer:
-    """A server process of this machine that holds blocks ``[start, end)`` of a model."""
+    """A server process of this machine that holds blocks ``[start, end)`` of a model.
+
+    Args:
+        name: of the server in its swarm, and of its files in ``folder``.
+        blocks: ``(start, end)``.
+        folder: for its log; whoever made it removes it.
+        options: of ``swarm-notebook serve``; the model comes first.
+        environment: variables of the process.
+        swarm_addresses: where others of the swarm listen; asked when it is restarted.
+        listen: a multiaddr.
+        key: the private key of an earlier process, to be the same peer.
+
+    Attributes:
+        log_path: the log; it is removed with the folder, unless the server failed.
+        key: the private key behind the peer id, as soon as there is one.
+    """
 
     def __init__(
         self,
         name: str,
         blocks: tuple[int, int],
         *,
-        folder: Path,
+        folder: ServerFolder,
         options: Sequence[str],
         environment: dict[str, str],
         swarm_addresses: Callable[[], list[str]],
         listen: str = ANY_PORT,
+        key: bytes | None = None,
     ) -> None:
-        self.name, self.blocks = name, blocks
-        self.log_path = folder / f"{name}.log"
-        self._identity = folder / f"{name}.key"
+        self.name, self.blocks, self.key = name, blocks, key
+        self.log_path = folder.path / f"{name}.log"
+        self._folder = folder
+        self._identity = folder.path / f"{name}.key"
+        self._asked_to_end = False
         self._options, self._environment = list(options), environment
         self._swarm_addresses = swarm_addresses
         self._process: subprocess.Popen[str] | None = None
@@ -108,20 +131,22 @@ class LocalServer:
         command = [sys.executable, "-m", "swarm_notebook.cli", "serve", *self._options]
         command += ["--blocks", f"{start}:{end}", "--name", self.name, "--exit-with-stdin"]
         command += ["--identity", str(self._identity), "--host-maddrs", self._listen]
-        command += ["--initial-peers", "-"]
-        self._facts = {}
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=self._environment,
-                start_new_session=True,
-            )
+        command += ["--initial-peers", "-", "--scratch", str(self._folder.path)]
+        self._facts, self._asked_to_end = {}, False
+        self._folder.make()
+        self._write_key()
+        log = self.log_path.open("a", encoding="utf-8")
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=self._environment,
+            start_new_session=True,
+        )
         threading.Thread(
-            target=self._read, args=(self._process.stdout, self._facts), daemon=True
+            target=self._read, args=(self._process.stdout, log, self._facts), daemon=True
         ).start()
 
     def join(self, peers: Sequence[str]) -> None:
@@ -151,8 +176,9 @@ class LocalServer:
             raise self.start_error(f"ended with exit code {code}")
 
     def start_error(self, what: str) -> ServerStartError:
-        """The error for a start that failed, with the end of the log."""
+        """The error for a start that failed, with the end of the log, which is kept."""
         start, end = self.blocks
+        self._folder.keep(self.log_path)
         return ServerStartError(
             f"server {self.name} (blocks {start}:{end}) {what} before it was ready. "
             f"The end of its log, {self.log_path}:\n{self.log_tail()}"
@@ -167,11 +193,21 @@ class LocalServer:
         """End it at once, as a power cut would: nothing is announced, nothing is finished."""
         if self._process is None or self._process.returncode is not None:
             return
+        failed = not self.running and not self._asked_to_end
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # the server and its network daemon
-        self._process.wait()
+        code = self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
+        if failed and code > 0:  # below 0 it was killed by a signal: its log does not say why
+            self._folder.keep(self.log_path)
+            if self.ready:
+                logger.warning(
+                    "server %s ended by itself with exit code %d; its log is kept: %s",
+                    self.name,
+                    code,
+                    self.log_path,
+                )
 
     def terminate(self, timeout: float = TERMINATE_SECONDS) -> None:
         """Let it leave the swarm in good order; after `timeout` seconds it is killed."""
@@ -184,6 +220,7 @@ class LocalServer:
     def request_stop(self) -> None:
         """Ask it to leave the swarm; does not wait."""
         if self._process is not None and self.running:
+            self._asked_to_end = True
             os.kill(self._process.pid, signal.SIGTERM)
 
     def restart(self, timeout: float = START_SECONDS) -> None:
@@ -193,16 +230,33 @@ class LocalServer:
         self.join(self._swarm_addresses())
         self.wait_ready(timeout)
 
-    def _read(self, output: IO[str], facts: dict[str, Any]) -> None:
+    def _read(self, output: IO[str], log: IO[str], facts: dict[str, Any]) -> None:
         """Thread: file the facts that the server prints, and log the rest."""
-        with output, self.log_path.open("a", encoding="utf-8") as log:
+        with output, log:
             for line in output:
                 if not line.startswith("{"):
                     log.write(line)
                     log.flush()
                     continue
                 with contextlib.suppress(json.JSONDecodeError):
-                    facts.update(json.loads(line))
+                    told = json.loads(line)
+                    if "peer_id" in told:
+                        self._take_key()
+                    facts.update(told)
+
+    def _write_key(self) -> None:
+        """Let the network daemon find the key of an earlier process; it makes one otherwise."""
+        self._identity.unlink(missing_ok=True)
+        if self.key is not None:
+            made = os.open(self._identity, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
+            with os.fdopen(made, "wb") as file:
+                file.write(self.key)
+
+    def _take_key(self) -> None:
+        """The network daemon has read the key: nobody else is to find it on disk."""
+        with contextlib.suppress(FileNotFoundError):
+            self.key = self._identity.read_bytes()
+            self._identity.unlink()
 
     def __repr__(self) -> str:
         start, end = self.blocks

@@ -13,25 +13,26 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
 
+from swarm_notebook.local.folder import ServerFolder
 from swarm_notebook.local.process import (
     POLL_SECONDS,
     START_SECONDS,
+    TERMINATE_SECONDS,
     LocalServer,
     server_environment,
 )
+from swarm_notebook.progress import Waiting
 from swarm_notebook.report.formatting import size
 
 __all__ = ["LocalServer", "LocalSwarm"]
 
-STOP_SECONDS = 10.0
-TICKS_PER_SHOW = 20
-BAR = "{desc}: {n}/{total} ready{postfix} [{elapsed}]"
+STOP_SECONDS = TERMINATE_SECONDS  # for all servers together: they leave at the same time
 
 
 class LocalSwarm:
@@ -48,7 +49,8 @@ class LocalSwarm:
 
     Raises:
         ModelNotFound: there is no such model.
-        ServerStartError: a server did not come up; the message has the end of its log.
+        ServerStartError: a server did not come up; the message has the end of its log, and where
+            the whole of it is kept.
     """
 
     def __init__(
@@ -74,13 +76,13 @@ class LocalSwarm:
             options += ["--threads", str(threads)]
         if cache_tokens is not None:
             options += ["--cache-tokens", str(cache_tokens)]
-        folder = Path(tempfile.mkdtemp(prefix="swarm-notebook-"))
+        self._folder = ServerFolder()
         environment = server_environment(threads)
         self.servers = [
             LocalServer(
                 f"local-{index}",
                 span,
-                folder=folder,
+                folder=self._folder,
                 options=options,
                 environment=environment,
                 swarm_addresses=lambda: self.initial_peers,
@@ -102,12 +104,16 @@ class LocalSwarm:
         ]
 
     def close(self) -> None:
-        """End all servers and wait until they are gone."""
+        """End all servers, wait until they are gone and remove their logs.
+
+        The log of a server that had ended by an error is kept; a warning says where.
+        """
         for server in self.servers:
             server.request_stop()
         deadline = time.monotonic() + STOP_SECONDS
         for server in self.servers:
             server.terminate(max(deadline - time.monotonic(), 0))
+        self._folder.remove()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
@@ -121,26 +127,28 @@ class LocalSwarm:
         return f"<LocalSwarm {Path(self.model).name}: blocks {spans}>"
 
     def _start(self, name: str, timeout: float) -> None:
-        from tqdm.auto import tqdm
-
         first, *others = self.servers
         count = len(self.servers)
         for server in self.servers:
             server.launch()
         first.join([])
-        what = f"Starting {count} server{'' if count == 1 else 's'} of {name}"
-        with tqdm(total=count, desc=what, bar_format=BAR) as bar:
-            for tick in self._watch(timeout):
+        with Waiting(
+            f"Starting {count} server{'' if count == 1 else 's'} of {name}",
+            total=count,
+            unit="ready",
+            count=self._ready,
+            detail=self._loading,
+        ):
+            for _ in self._watch(timeout):
                 if first.addresses:
                     for server in others:
                         server.join(first.addresses)
                     others = []
-                ready = sum(server.ready for server in self.servers)
-                if ready > bar.n or tick % TICKS_PER_SHOW == 0:
-                    bar.n = ready
-                    bar.set_postfix_str(self._loading())  # refreshes
-                if ready == count:
+                if self._ready() == count:
                     return
+
+    def _ready(self) -> int:
+        return sum(server.ready for server in self.servers)
 
     def _loading(self) -> str:
         """How much of the weights the servers have read, while they read."""
@@ -148,11 +156,11 @@ class LocalSwarm:
         read, whole = sum(part[0] for part in parts), sum(part[1] for part in parts)
         return f"{size(read)} of {size(whole)} of weights read" if read < whole else ""
 
-    def _watch(self, timeout: float) -> Iterator[int]:
+    def _watch(self, timeout: float) -> Iterator[None]:
         """Tick while the servers start; raise ServerStartError if one fails or time is up."""
         deadline = time.monotonic() + timeout
-        for tick in itertools.count():
-            yield tick
+        while True:
+            yield
             for server in self.servers:
                 server.check()
             if time.monotonic() > deadline:
@@ -188,22 +196,30 @@ def plan_spans(num_blocks: int, servers: int | Sequence[tuple[int, int]]) -> lis
 
 
 class Conversion:
-    """A progress bar that appears if the demo model has to be converted, which happens once."""
+    """Shows how far the conversion of the demo model is, which happens once."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
+        self._waiting: Waiting | None = None
+        self._parts = (0, 0)
 
     def __enter__(self) -> Self:
         return self
 
     def __call__(self, done: int, total: int) -> None:
-        from tqdm.auto import tqdm
+        self._parts = (done, total)
+        if self._waiting is None:
+            self._waiting = Waiting("Preparing the demo model, once", detail=self._amount)
+            self._waiting.__enter__()
 
-        if self._bar is None:
-            what = "Preparing the demo model, once"
-            self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True)
-        self._bar.update(done - self._bar.n)
+    def _amount(self) -> str:
+        done, total = self._parts
+        return f"{size(done)} of {size(total)}"
 
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._waiting is not None:
+            self._waiting.__exit__(kind, error, trace)
