@@ -1,5 +1,5 @@
 // Chat: turns, a place to type, and an answer that grows. The HTML of answers comes from Python,
-// which has made it harmless (widgets/markdown.py); everything else is text.
+// which has made it harmless (widgets/parts/markdown.py); everything else is text.
 
 import { OWN_KEYS, act, endInSight, fill, follow, h, keepItems, setHtml, widget } from "./dom.js";
 import { button, isRunning, ownKeys, runFacts, samplingControls, stopButton } from "./controls.js";

@@ -16,7 +16,7 @@ import { tokenView } from "./tokens.js";
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 
 /**
- * The text: it is sent in pages, each once, and the rest of it; see widgets/cells.py.
+ * The text: it is sent in pages, each once, and the rest of it; see widgets/parts/token_cells.py.
  * @param {Model} model
  */
 function cells(model) {

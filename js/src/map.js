@@ -171,7 +171,7 @@ function details(model, facts) {
 }
 
 /**
- * A server lost on the way, from `Traffic.failovers` in widgets/traffic.py.
+ * A server that was lost, from `Traffic.failovers` in widgets/traffic.py.
  * @param {any[]} loss
  */
 function lossItem([when, , name, start, end, reason, taken, seconds]) {

@@ -6,7 +6,7 @@ import { OWN_KEYS, endInSight, fill, h, roving } from "./dom.js";
 import { ownKeys } from "./controls.js";
 
 /** @typedef {[number, string, number]} Alternative id, text, probability */
-/** @typedef {[string, number | null, boolean, Alternative[]]} Cell as in widgets/cells.py */
+/** @typedef {[string, number | null, boolean, Alternative[]]} Cell as in widgets/parts/token_cells.py */
 
 // Marks that turn the direction of all that follows: shown instead of obeyed.
 // eslint-disable-next-line no-control-regex

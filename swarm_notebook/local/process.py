@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 LOG_TAIL_LINES = 25  # more than a traceback through torch has, less than a screen
 START_SECONDS = 180.0  # a start takes 10 to 30 s, of a large model from a slow disk some minutes
-TERMINATE_SECONDS = 10.0  # a server answers what is in flight for 5 s, and then takes leave
+TERMINATE_SECONDS = 10.0
 POLL_SECONDS = 0.05
 ANY_PORT = "/ip4/127.0.0.1/tcp/0"
 LOOPBACK_PORT = re.compile(r"/ip4/127\.0\.0\.1/tcp/\d+")

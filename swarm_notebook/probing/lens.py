@@ -23,7 +23,7 @@ from swarm_notebook.report.formatting import model_title
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How many logits are held at once.
+# How many logits are held at once: 128 MB in float32.
 _LOGITS_AT_ONCE = 2**25
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Pool: TypeAlias = Literal["last", "mean"]
 
+# A shard is what a lost swarm or a restarted kernel costs at most, and is held in memory until it
+# is written.
 SHARD_TEXTS = 256
 SHARD_BYTES = 2**27
 

@@ -97,7 +97,7 @@ class SwarmStatus:
     num_blocks: int
     servers: tuple[ServerRow, ...]
     read: float | None = None  # Unix time when the servers' records were read
-    compression: str | None = None  # of hidden states on their way, if the user wants it
+    compression: str | None = None  # of hidden states between machines, if the user wants it
 
     @property
     def title(self) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PARTS = HopTimes._fields[4:]
 
 WIDTH, HEIGHT, LEFT = 640, 120, 56
-MAX_BARS = 160
+MAX_BARS = 160  # four pixels each
 SPIKE = 1.25  # how far above the 95th percentile a bar may rise before it is cut
 
 # What is stacked, from below, with colours that are told apart on light and dark ground.
@@ -90,7 +90,7 @@ class Trace:
     """The passes of one generation.
 
     Attributes:
-        failovers: servers that were lost on the way, and why.
+        failovers: servers that were lost meanwhile, and why.
     """
 
     model: str
@@ -159,8 +159,8 @@ class Trace:
     def __repr__(self) -> str:
         shown = self.mean or (self.passes[0] if self.passes else None)
         servers = [] if shown is None else shown.servers
-        way = " -> ".join(f"{clean(server.name)} [{server.blocks}]" for server in servers)
-        return f"{self.title}: {self.shape}" + (f", through {way}" if way else "")
+        hops = " -> ".join(f"{clean(server.name)} [{server.blocks}]" for server in servers)
+        return f"{self.title}: {self.shape}" + (f", through {hops}" if hops else "")
 
     def __str__(self) -> str:
         lines = [f"{self.title}: {self.headline}"]

@@ -36,8 +36,8 @@ class GenerateWidget(WritingWidget, module="generate"):
             ``top_k``, ``max_new_tokens``, ``seed``.
 
     Attributes:
-        pages: how many pages of the text there are, see `cells`. They are part of the widget's
-            state, beside its traits: ``page0``, ``page1``, …
+        pages: how many pages of the text there are, see `token_cells`. They are part of the
+            widget's state, beside its traits: ``page0``, ``page1``, …
         tail: the cells after them.
 
     Raises:
@@ -67,7 +67,7 @@ class GenerateWidget(WritingWidget, module="generate"):
 
     @property
     def cells(self) -> list[Cell]:
-        """What the views show, see `cells`."""
+        """What the views show, see `token_cells`."""
         with self._updating:
             pages = self._cells.pages[: self.pages] if self._cells is not None else []
             return [cell for page in pages for cell in page] + self.tail

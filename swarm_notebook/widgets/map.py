@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from swarm_notebook.report.status import ServerRow, SwarmStatus
     from swarm_notebook.swarm import Swarm
 
-PERIOD = 0.25
-FACTS_PERIOD = 1.0
+PERIOD = 0.25  # of what moves: tokens and failovers
+FACTS_PERIOD = 1.0  # of what is read: servers, the bill, who has seen what
 AGE_SECONDS = 5  # ages are told in steps of this, so that rows do not change every second
 
 
@@ -51,7 +51,7 @@ class SwarmMap(Widget, module="map"):
         pace: ``[tokens, tokens per second, seconds per pass]``.
         bill: what was used since the notebook was attached, in one line.
         seen: what each server got from this notebook, by peer, see `account`.
-        failovers: servers lost on the way, see `Traffic.failovers`.
+        failovers: servers that were lost, see `Traffic.failovers`.
         connected: whether the notebook still is.
         selected: the peer id of the row that a user has chosen, or empty.
     """
@@ -106,7 +106,7 @@ class SwarmMap(Widget, module="map"):
     def _beat(self) -> bool:
         events = self._events.drain()
         self._traffic.take(events)
-        rate, seconds = self._traffic.pace()
+        rate, seconds = self._traffic.speed()
         changed: dict[str, Any] = {
             "pace": [self._traffic.tokens, float(f"{rate:.3g}"), float(f"{seconds:.3g}")],
         }

@@ -22,7 +22,7 @@ from swarm_notebook.report.html import head, view
 from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.pulse import start_pulse
 
-PERIOD = 0.5
+PERIOD = 0.5  # from one question to the server process to the next
 
 
 class ServePanel(Widget, module="serve"):
@@ -36,7 +36,7 @@ class ServePanel(Widget, module="serve"):
         title: the model's name.
         num_blocks: how many blocks it has.
         start, end: the blocks to hold; a view may change them until the server starts.
-        state: one of `lend.STATES`, or ``stopping``.
+        state: one of `lending.STATES`, or ``stopping``.
         weights: bytes read and all bytes of the weights.
         addresses: where the server listens.
         facts: sessions open now; sessions, requests and tokens served; cache tokens free and of

@@ -1,4 +1,4 @@
-"""What the map shows of the tokens that pass: the route, the pace, and servers lost on the way.
+"""What the map shows of the tokens that pass: the route, the speed, and servers that were lost.
 
 Pure code: it is fed the events of `Swarm.events` and says what a view needs, as compact lists.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from swarm_notebook.client.telemetry import Event, Failover, HopTimes, StepRecord
 
-PACE_SECONDS = 3.0
+SPEED_SECONDS = 3.0
 MAX_FAILOVERS = 20
 
 
@@ -59,14 +59,14 @@ class Traffic:
                 when = event.when + time.time() - time.perf_counter()
                 self.losses.append(Loss(event, when, set(range(event.start, event.end))))
 
-    def pace(self, now: float | None = None) -> tuple[float, float]:
+    def speed(self, now: float | None = None) -> tuple[float, float]:
         """Tokens per second in the last seconds, and seconds per pass; zeros if none passed.
 
         Args:
             now: of `time.perf_counter`.
         """
         now = time.perf_counter() if now is None else now
-        recent = [step for step in self._recent if now - step.ended < PACE_SECONDS]
+        recent = [step for step in self._recent if now - step.ended < SPEED_SECONDS]
         if not recent:
             return 0.0, 0.0
         span = max(now - recent[0].began, 1e-3)
@@ -93,13 +93,13 @@ class Traffic:
         self.tokens += step.tokens * step.rows
         self._recent.append(step)
         if step.hops:
-            self.route = way(step.hops)
+            self.route = route_of_hops(step.hops)
         for loss in self.losses:
             if loss.left:
                 _mend(loss, step)
 
 
-def way(hops: Iterable[HopTimes]) -> list[tuple[str, int, int]]:
+def route_of_hops(hops: Iterable[HopTimes]) -> list[tuple[str, int, int]]:
     """Who computed which blocks last, neighbours of one server as one."""
     last = {block: hop.peer for hop in hops for block in range(hop.start, hop.end)}
     found: list[tuple[str, int, int]] = []

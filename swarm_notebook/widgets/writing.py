@@ -1,7 +1,7 @@
 """What the two widgets that write with a model have in common: the run, its settings, its facts.
 
 The writing itself is `swarm_notebook.writing.Writer`, on a thread of its own. Whatever changes
-there asks a second thread (`Paced`) to tell the views; the kernel's main thread does nothing per
+there asks a second thread (`Throttle`) to tell the views; the kernel's main thread does nothing per
 token.
 """
 
@@ -17,7 +17,7 @@ from swarm_notebook.errors import SwarmError
 from swarm_notebook.report.formatting import model_title
 from swarm_notebook.swarm import Swarm
 from swarm_notebook.widgets.parts.base import Widget, action
-from swarm_notebook.widgets.parts.throttle import Paced
+from swarm_notebook.widgets.parts.throttle import Throttle
 from swarm_notebook.writing import Sampling, Vocabulary, Writer
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class WritingWidget(Widget):
         self._runs = self._told = 0
         self._counting = threading.Condition()
         self._showing = threading.Lock()
-        self._views = Paced(self._show)
+        self._views = Throttle(self._show)
         self.writer = Writer(model, self._changed)
         name = swarm.name if swarm else str(model.config._name_or_path) or type(model).__name__
         super().__init__(

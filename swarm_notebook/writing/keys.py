@@ -66,7 +66,7 @@ class KeysAndValues:
         self._cache, self._ids = None, []
 
     def latest(self) -> dict[str, float]:
-        """The seconds that each server took in the latest pass, with the way there and back."""
+        """The seconds that each server took in the latest pass, with the network there and back."""
         step = self._cache.session.latest if self._remote and self._cache is not None else None
         if step is None:
             return {}

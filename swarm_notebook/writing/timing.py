@@ -18,7 +18,7 @@ class Timing:
         last: when the latest token came, or None.
         tokens: how many came.
         servers: seconds that each server took, from sending to its answer, by its name.
-        lost: servers that were lost on the way and replaced.
+        lost: servers that were lost meanwhile and replaced.
     """
 
     began: float

@@ -16,3 +16,20 @@ def test_status_names_its_servers(
     expect(output.get_by_role("row").filter(has_text="local-0")).to_be_visible()
     picture(output, "status")
     assert not notebook.errors
+
+
+def test_a_long_wait_is_seen_and_goes_away(notebook: Notebook) -> None:
+    go_on = notebook.path.parent / "go-on"
+    number = notebook.start(
+        "import time\n"
+        "from pathlib import Path\n"
+        "from swarm_notebook.progress import Waiting\n"
+        "with Waiting('Reading', total=9, unit='blocks', count=lambda: 3, after=0.0):\n"
+        f"    while not Path({str(go_on)!r}).exists(): time.sleep(0.1)"
+    )
+    line = notebook.output(number).get_by_text("Reading: 3 of 9 blocks")
+    expect(line).to_be_visible(timeout=60_000)
+    expect(notebook.output(number).locator("progress")).to_be_visible()
+    go_on.touch()
+    notebook.finish(number)
+    expect(line).to_have_count(0)

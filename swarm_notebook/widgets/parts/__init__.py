@@ -1,1 +1,1 @@
-"""What the live views are made of: their common base, scripts, pace, static HTML, tokens."""
+"""What the live views are made of: their common base, scripts, throttle, static HTML, tokens."""

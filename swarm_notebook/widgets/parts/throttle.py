@@ -1,6 +1,6 @@
 """Work that is asked for often and done seldom: many changes, one update of the views.
 
-`Paced.ask` may be called from any thread and returns at once. The first call after a pause is
+`Throttle.ask` may be called from any thread and returns at once. The first call after a pause is
 answered at once, those that follow by one call per period, and the last one always. The thread that
 does it lives only while there is something to do.
 """
@@ -19,7 +19,7 @@ PERIOD = 0.04  # 25 times a second: an eye sees no steps
 _PATIENCE = 1.0  # how long the thread waits for more before it ends
 
 
-class Paced:
+class Throttle:
     """Calls ``work`` soon after each `ask`, but not more often than once per period.
 
     Args:
@@ -40,7 +40,7 @@ class Paced:
             if self._thread is None:
                 run = contextvars.copy_context().run
                 self._thread = threading.Thread(
-                    target=run, args=(self._loop,), name="swarm_notebook-paced", daemon=True
+                    target=run, args=(self._loop,), name="swarm_notebook-throttle", daemon=True
                 )
                 self._thread.start()
 

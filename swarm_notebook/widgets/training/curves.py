@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-MAX_POINTS = 400
+MAX_POINTS = 400  # about one and a half per pixel of a curve
 _WIDTH, _HEIGHT = 240, 90
 
 _STYLE = """<style>

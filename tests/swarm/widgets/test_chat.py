@@ -212,16 +212,16 @@ def test_an_answer_that_comes_late_does_not_bring_back_what_was_cleared(chat: Ch
     def held_up(**values: Any) -> None:
         if len(values.get("turns", [])) == 2 and not reached.is_set():
             reached.set()
-            assert go_on.wait(SECONDS)
+            assert go_on.wait(PATIENCE)
         update(**values)
 
     chat.update = held_up  # type: ignore[method-assign]
     chat.send("Hello")
-    assert reached.wait(SECONDS)  # the answer has ended, and the view is about to know
+    assert reached.wait(PATIENCE)  # the answer has ended, and the view is about to know
     clearing = threading.Thread(target=chat.clear)
     clearing.start()
     clearing.join(0.5)  # time to get in between, if that were possible
     go_on.set()
-    clearing.join(SECONDS)
-    assert chat.wait(SECONDS)
+    clearing.join(PATIENCE)
+    assert chat.wait(PATIENCE)
     assert chat.turns == chat.messages == []

@@ -20,7 +20,7 @@ from swarm_notebook.client.request import Request
 from swarm_notebook.client.session.hop import Hop, StepRoute
 from swarm_notebook.errors import Busy
 from swarm_notebook.widgets import GenerateWidget
-from swarm_notebook.widgets.parts.throttle import Paced
+from swarm_notebook.widgets.parts.throttle import Throttle
 from swarm_notebook.widgets.parts.token_cells import PAGE, Cells
 from swarm_notebook.writing import Draft, Token, Vocabulary
 
@@ -240,18 +240,18 @@ def test_cells_of_a_long_text_are_pages_that_never_change(lettered: Any) -> None
 
 def test_the_views_are_told_soon_and_not_too_often() -> None:
     done: list[float] = []
-    paced = Paced(lambda: done.append(time.monotonic()), period=0.05)
+    throttle = Throttle(lambda: done.append(time.monotonic()), period=0.05)
     began = time.monotonic()
     while time.monotonic() < began + 0.3:
-        paced.ask()
+        throttle.ask()
         time.sleep(0.001)
     asked = time.monotonic()
-    until(lambda: done[-1] >= asked or paced._thread is None)
+    until(lambda: done[-1] >= asked or throttle._thread is None)
     assert done
     assert all(later - one >= 0.05 for one, later in itertools.pairwise(done))
-    until(lambda: paced._thread is None)
-    assert "swarm_notebook-paced" not in {thread.name for thread in threading.enumerate()}
-    paced.ask()
+    until(lambda: throttle._thread is None)
+    assert "swarm_notebook-throttle" not in {thread.name for thread in threading.enumerate()}
+    throttle.ask()
     until(lambda: done[-1] > asked)
 
 
@@ -260,7 +260,7 @@ def test_what_a_view_gets_is_never_a_half_or_older_than_what_it_has(
 ) -> None:
     widget = make(max_new_tokens=100)
     widget.run()
-    assert widget.wait(SECONDS)
+    assert widget.wait(PATIENCE)
     reached, go_on = threading.Event(), threading.Event()
     cut = Cells.cut
 
@@ -268,7 +268,7 @@ def test_what_a_view_gets_is_never_a_half_or_older_than_what_it_has(
         found = cut(cells, prompt, tokens)
         if found and not reached.is_set():
             reached.set()
-            assert go_on.wait(SECONDS)
+            assert go_on.wait(PATIENCE)
         return found
 
     monkeypatch.setattr(Cells, "cut", held_up)
@@ -280,7 +280,7 @@ def test_what_a_view_gets_is_never_a_half_or_older_than_what_it_has(
         return "".join(cell[0] for cell in shown_cells(widget.get_state()) if not cell[2])
 
     widget.edit(20, " ")  # another thread tells the views, and is held up in the middle of it
-    assert reached.wait(SECONDS)
+    assert reached.wait(PATIENCE)
     others = [
         threading.Thread(target=widget._show),
         threading.Thread(target=lambda: opened.append(text())),  # a page that is opened now
@@ -291,7 +291,7 @@ def test_what_a_view_gets_is_never_a_half_or_older_than_what_it_has(
         other.join(0.5)  # time to get in between, if that were possible
     go_on.set()
     for other in others:
-        other.join(SECONDS)
+        other.join(PATIENCE)
     assert opened == [widget.text]
     assert lengths == [20, 21]
 
@@ -304,8 +304,8 @@ def test_views_go_on_after_an_update_that_failed() -> None:
         if len(done) == 1:
             raise RuntimeError("this one fails")
 
-    paced = Paced(work)
-    paced.ask()
+    throttle = Throttle(work)
+    throttle.ask()
     until(lambda: bool(done))
-    paced.ask()
+    throttle.ask()
     until(lambda: len(done) > 1)

@@ -118,4 +118,4 @@ def test_a_look_that_takes_long_does_not_undo_a_button(
     assert stopping.wait(90)  # so that look is over
     assert panel.state == "stopping"
     stopped.set()
-    wait_for(lambda: panel.state == "stopped")
+    wait_until(lambda: panel.state == "stopped")

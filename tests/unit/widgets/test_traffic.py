@@ -7,7 +7,7 @@ import time
 import pytest
 
 from swarm_notebook.client.telemetry import Failover, HopTimes, StepRecord
-from swarm_notebook.widgets.traffic import Traffic, way
+from swarm_notebook.widgets.traffic import Traffic, route_of_hops
 
 
 def hop(name: str, start: int, end: int) -> HopTimes:
@@ -20,18 +20,18 @@ def step(ended: float, *hops: HopTimes, tokens: int = 1) -> StepRecord:
 
 def test_the_way_of_a_step_joins_what_one_server_did() -> None:
     hops = [hop("a", 0, 2), hop("a", 2, 3), hop("b", 3, 5), hop("c", 4, 5)]
-    assert way(hops) == [("peer-a", 0, 3), ("peer-b", 3, 4), ("peer-c", 4, 5)]
+    assert route_of_hops(hops) == [("peer-a", 0, 3), ("peer-b", 3, 4), ("peer-c", 4, 5)]
 
 
 def test_pace_is_that_of_the_last_seconds() -> None:
     traffic = Traffic()
-    assert traffic.pace(100.0) == (0.0, 0.0)
+    assert traffic.speed(100.0) == (0.0, 0.0)
     traffic.take([step(50.0, hop("a", 0, 5), tokens=90), step(99.0, hop("a", 0, 5))])
     traffic.take([step(100.0, hop("a", 0, 5))])
-    rate, seconds = traffic.pace(100.1)
+    rate, seconds = traffic.speed(100.1)
     assert rate == pytest.approx(4 / 1.2)
     assert seconds == pytest.approx(0.1)
-    assert traffic.pace(200.0) == (0.0, 0.0)
+    assert traffic.speed(200.0) == (0.0, 0.0)
     assert traffic.tokens == 184
 
 
