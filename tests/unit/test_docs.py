@@ -1,0 +1,102 @@
+"""The papers name only what is there: files, folders, tests, constants, contracts, links."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import swarm_notebook
+
+PACKAGE = Path(swarm_notebook.__file__).parent
+ROOT = PACKAGE.parent
+NAMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+PAPERS = [ROOT / name for name in NAMES] + sorted((ROOT / "docs").glob("*.md"))
+
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+QUOTED = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+FILE = re.compile(r"[\w.-]+(/[\w.-]+)*\.(py|md|js|css|ipynb|toml|txt|cfg|cff)")
+FOLDER = re.compile(r"\.?[\w-]+(/[\w-]+)*/")
+MODULE = re.compile(r"swarm_notebook(\.[a-z_]\w*)+")
+# In drawings paths stand without quotes.
+DRAWN = re.compile(r"\b[a-z_]+(?:/[a-z_]+)+\.py\b")
+TEST = re.compile(r"test_[a-z]\w+")
+CONSTANT = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
+CITED = re.compile(r"\bC(\d{1,2})\b")
+WRITTEN = re.compile(r"^\*\*C(\d+) ", re.MULTILINE)
+
+
+def source(*folders: Path) -> str:
+    texts = [path.read_text() for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return "\n".join(texts)
+
+
+def exists(name: str) -> bool:
+    """Whether a path is there, as seen from the repository or from the package."""
+    # What is made when it is needed: the environment is in no checkout.
+    return name == ".venv/" or any((base / name).exists() for base in (ROOT, PACKAGE))
+
+
+def module_exists(name: str) -> bool:
+    """Whether a dotted name is a module, or leads to one by leaving out its last part."""
+    path = ROOT.joinpath(*name.split("."))
+    return any(one.with_suffix(".py").exists() or one.is_dir() for one in (path, path.parent))
+
+
+def wrong(text: str) -> Iterator[str]:
+    """The names in a paper of files, folders, modules, tests and constants that are not there."""
+    code, tests = source(PACKAGE), source(ROOT / "tests")
+    others = "\n".join((ROOT / name).read_text() for name in ("Makefile", "pyproject.toml"))
+    for name in sorted({*QUOTED.findall(FENCED.sub("", text)), *DRAWN.findall(text)}):
+        if FILE.fullmatch(name) or FOLDER.fullmatch(name):
+            if not exists(name):
+                yield f"path {name}"
+        elif MODULE.fullmatch(name):
+            if not module_exists(name):
+                yield f"module {name}"
+        elif TEST.fullmatch(name):
+            if f"def {name}(" not in tests:
+                yield f"test {name}"
+        elif CONSTANT.fullmatch(name) and not re.search(rf"\b{name}\b", code + others):
+            yield f"constant {name}"
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: path.name)
+def test_what_a_paper_names_is_there(paper: Path) -> None:
+    assert not list(wrong(paper.read_text()))
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: path.name)
+def test_links_lead_somewhere(paper: Path) -> None:
+    links = [link for link in LINK.findall(paper.read_text()) if "://" not in link]
+    assert not [link for link in links if not (paper.parent / link).exists()]
+
+
+def test_what_is_not_there_is_found() -> None:
+    text = (
+        "`client/nowhere.py`, `swarm_notebook.swarm.connect`, `gone/`, `swarm_notebook.gone.too`,"
+    )
+    text += " `test_of_nothing`, `PROTOCOL_VERSION`, `NO_SUCH_LIMIT`, server/engine/gone.py"
+    found = [
+        "path client/nowhere.py",
+        "path gone/",
+        "constant NO_SUCH_LIMIT",
+        "path server/engine/gone.py",
+        "module swarm_notebook.gone.too",
+        "test test_of_nothing",
+    ]
+    assert sorted(wrong(text)) == sorted(found)
+
+
+def test_contracts_that_code_cites_can_be_read() -> None:
+    cited = set(CITED.findall(source(PACKAGE)))
+    written = set(WRITTEN.findall((ROOT / "docs" / "architecture.md").read_text()))
+    assert cited
+    assert cited <= written
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
