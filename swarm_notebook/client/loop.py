@@ -11,11 +11,13 @@ import asyncio
 import atexit
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
+from swarm_notebook.errors import ConnectionFailed
 from swarm_notebook.net.loop import PeerLoop
 
 T = TypeVar("T")
@@ -30,6 +32,7 @@ class LoopThread:
 
     def __init__(self) -> None:
         self.loop = PeerLoop(detached=True)
+        self._process = os.getpid()
         self._thread = threading.Thread(
             target=self._main, name="swarm_notebook-network", daemon=True
         )
@@ -41,7 +44,18 @@ class LoopThread:
         self.loop.run_forever()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop and wait for it; interrupting the wait cancels it."""
+        """Run a coroutine on the loop and wait for it; interrupting the wait cancels it.
+
+        Raises:
+            ConnectionFailed: this process was forked off the one whose network thread this is.
+        """
+        if self.forked:
+            work.close()
+            raise ConnectionFailed(
+                f"this process ({os.getpid()}) was forked off a notebook ({self._process}) that is "
+                "attached to a swarm, and has no part in its connection; call "
+                "swarm_notebook.connect in a process that was spawned, or ask the notebook"
+            )
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("LoopThread.run called from the loop itself would wait forever")
@@ -58,6 +72,11 @@ class LoopThread:
             raise
         finally:
             self._waiting.pop(thread, None)
+
+    @property
+    def forked(self) -> bool:
+        """Whether the thread is another process's: a fork has only the thread that forked."""
+        return os.getpid() != self._process
 
     def cancel_wait(self, thread: int) -> None:
         """What an interrupt is to the main thread: end the wait of another one, by its ident.
@@ -137,7 +156,7 @@ def _stop_all() -> None:
     The thread is joined, too: one that still runs when the interpreter is torn down is ended by
     unwinding its stack, which kills the process if C++ code is on it.
     """
-    if _thread is None:
+    if _thread is None or _thread.forked:
         return
     loop = _thread.loop
 

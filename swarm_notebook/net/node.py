@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from swarm_notebook.errors import AddressError, ConnectionFailed
 from swarm_notebook.net.hivemind_fixes import ReadableValues, bound_nesting, mend_calls
+from swarm_notebook.net.sockets import use_loop_writers
 
 bound_nesting()
 
@@ -34,6 +37,9 @@ CONNECT_TIMEOUT = 5.0
 PING_TIMEOUT = 3.0
 # Weight of the latest ping: about the last five count.
 PING_SMOOTHING = 0.3
+# p2pd ends within 0.1 s of SIGTERM (measured); a busy machine may take much longer.
+STOP_SECONDS = 5.0
+EXIT_POLL_SECONDS = 0.01
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
 
@@ -123,6 +129,7 @@ class Node:
                 raise
             raise _unreachable(initial_peers, error) from None
         mend_calls(p2p)
+        use_loop_writers(p2p)
         try:
             dht = await DHTNode.create(
                 p2p=p2p,
@@ -189,8 +196,39 @@ class Node:
     async def stop(self) -> None:
         """Leave the DHT and end the daemon."""
         await self.dht.shutdown()
-        with contextlib.suppress(ProcessLookupError):
-            await self.p2p.shutdown()
+        # Not `P2P.shutdown`: it waits for SIGCHLD, which others may have taken (torch's DataLoader
+        # does), and then for ever.
+        self.p2p._terminate()
+        if self.p2p._child is None:
+            return
+        pid = self.p2p._child.pid
+        if not await _exited(pid, STOP_SECONDS):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            await _exited(pid, STOP_SECONDS)
+        _reap(pid)
+
+
+async def _exited(pid: int, seconds: float) -> bool:
+    """Wait for a child to exit; whether it did. Whoever else waits for it will still find it."""
+    deadline = time.monotonic() + seconds
+    while not _has_exited(pid):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(EXIT_POLL_SECONDS)
+    return True
+
+
+def _has_exited(pid: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True  # somebody has waited for it
+
+
+def _reap(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
 
 
 def _unreachable(initial_peers: Sequence[str], error: Exception) -> ConnectionFailed:

@@ -1,8 +1,10 @@
 """Protobuf messages over one long-lived libp2p stream, in hivemind's framing.
 
-A frame is one byte (0 message, 1 error), eight bytes big-endian length, and the protobuf. An
-error frame with an empty `RPCError` ends the sender's direction; one with a text is a failure
-(see `errors.to_wire`). We frame by ourselves over hivemind's binary streams, instead of its
+A frame is one byte (0 message, 1 error), eight bytes big-endian length, and the protobuf. An error
+frame with a text is a failure (see `errors.to_wire`). The two directions end differently, as
+hivemind has it: who asks sends an error frame with an empty `RPCError`; who answers ends its half
+of the stream (end of file), and never sends an empty error frame, which hivemind's clients take
+for a failure. We frame by ourselves over hivemind's binary streams, instead of its
 async-generator handlers, because a decode step is one message each way: no task and no queue per
 message, a bound on the length that a peer may declare, and typed errors.
 """
@@ -43,6 +45,8 @@ TRANSPORT_ERRORS = (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, Ti
 
 M = TypeVar("M", bound=Message)
 
+_serving: set[asyncio.Task[None]] = set()
+
 
 class StreamClosed(ConnectionError):
     """The other side is gone: the stream ended in the middle or between two frames."""
@@ -61,7 +65,11 @@ class ByteMeter:
 
 
 class Stream:
-    """One direction-pair of frames with ``peer`` (its base58 id, for messages)."""
+    """One direction-pair of frames with ``peer`` (its base58 id, for messages).
+
+    Args:
+        answers: what comes in are answers, which end with the file.
+    """
 
     def __init__(
         self,
@@ -70,10 +78,13 @@ class Stream:
         peer: str,
         max_frame: int = MAX_FRAME_BYTES,
         meter: ByteMeter | None = None,
+        *,
+        answers: bool = False,
     ):
         self._reader, self._writer = reader, writer
         self.peer, self.max_frame = peer, max_frame
         self._meter = meter or ByteMeter()
+        self._answers, self._answered = answers, False
 
     async def send(self, message: Message) -> None:
         """Write one message and wait until the buffer has room again."""
@@ -81,9 +92,14 @@ class Stream:
         await self._drain()
 
     async def send_end(self) -> None:
-        """Tell the other side that nothing more comes in this direction."""
+        """Tell who answers that nothing more is asked."""
         self._write(_ERROR, b"")
         await self._drain()
+
+    def end_answers(self) -> None:
+        """Tell who asks that nothing more comes, after what is still in the buffer."""
+        if not self._writer.is_closing():
+            self._writer.write_eof()
 
     async def send_error(self, error: BaseException) -> None:
         """Tell the other side why this stream ends."""
@@ -92,6 +108,8 @@ class Stream:
 
     async def receive(self, kind: type[M]) -> M | None:
         """The next message, or None when the other side has said its last.
+
+        Answers may end with the file, after one of them at least.
 
         Raises:
             StreamClosed: the other side is gone.
@@ -107,9 +125,14 @@ class Stream:
                 raise BadFrame(f"a frame of {length} bytes, at most {self.max_frame} are read")
             data = await self._reader.readexactly(length)
             self._meter.received += _HEADER_BYTES + length
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
+        except asyncio.IncompleteReadError as error:
+            if self._answered and not error.partial:
+                return None
+            raise StreamClosed(f"peer {self.peer} closed the stream") from error
+        except ConnectionError as error:
             raise StreamClosed(f"peer {self.peer} closed the stream") from error
         if marker == _MESSAGE:
+            self._answered = self._answers
             return _parse(kind, data)
         failure = _parse(RPCError, data)
         if not failure.message:
@@ -167,7 +190,7 @@ async def open_stream(
     except asyncio.CancelledError:
         opening.add_done_callback(_abandon)
         raise
-    return Stream(reader, writer, peer.to_base58(), meter=meter)
+    return Stream(reader, writer, peer.to_base58(), meter=meter, answers=True)
 
 
 def _abandon(opening: asyncio.Future) -> None:
@@ -184,9 +207,10 @@ async def add_stream_handler(
 ) -> None:
     """Serve `name`: `handler` runs once per stream; what it raises travels as an error frame.
 
-    Who has said the last word is not the first to close. On busy machines answers were seen to get
-    lost when it was; supposedly p2pd may then reset the stream, and a reset overtakes what has not
-    been read yet. The stream stays until the peer has closed it, for a while and for so many peers.
+    When it returns, the answers end. After an error the peer may still be sending, and p2pd, which
+    closes both halves at once, would reset the stream: a reset overtakes what has not been read
+    yet, the error. So the stream stays until the peer has closed it, for a while and for so many
+    peers.
     """
     lingering = 0
 
@@ -194,9 +218,15 @@ async def add_stream_handler(
         info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         nonlocal lingering
+        # Held, because uvloop holds neither a task that waits for its stream nor the stream: both
+        # would be freed as a circle that nobody knows.
+        if (task := asyncio.current_task()) is not None:
+            _serving.add(task)
+            task.add_done_callback(_serving.discard)
         stream = Stream(reader, writer, info.peer_id.to_base58(), max_frame)
         try:
-            await _guarded(stream, handler(stream, info.peer_id))
+            if await _guarded(stream, handler(stream, info.peer_id)):
+                stream.end_answers()
             if lingering < MAX_LINGERING:
                 lingering += 1
                 try:
@@ -211,8 +241,8 @@ async def add_stream_handler(
     await p2p.add_binary_stream_handler(name, on_stream)
 
 
-async def _guarded(stream: Stream, work: Awaitable[None]) -> None:
-    """Run a handler; what it raises is logged and sent to the peer before the stream ends."""
+async def _guarded(stream: Stream, work: Awaitable[None]) -> bool:
+    """Run a handler; what it raises is logged and sent to the peer. Whether it raised nothing."""
     try:
         await work
     except StreamClosed:
@@ -223,6 +253,9 @@ async def _guarded(stream: Stream, work: Awaitable[None]) -> None:
     except Exception as error:
         logger.exception("a request of %s failed", stream.peer)
         await _tell(stream, error)
+    else:
+        return True
+    return False
 
 
 async def _tell(stream: Stream, error: Exception) -> None:

@@ -157,7 +157,6 @@ class Handler:
         self._counters.sessions += 1
         try:
             await session.run()
-            await stream.send_end()
         finally:
             self._sessions.discard(session)
 

@@ -70,12 +70,11 @@ async def _next(stream: Stream) -> runtime_pb2.ExpertRequest | None:
 async def send(
     stream: Stream, packed: Iterable[runtime_pb2.Tensor], metadata: dict[str, Any] | None = None
 ) -> None:
-    """An answer and the end; the first message carries the metadata."""
+    """An answer; the first message carries the metadata."""
     serialized = protocol.pack_metadata(metadata) if metadata else b""
     for group in _grouped(packed):
         await stream.send(runtime_pb2.ExpertResponse(tensors=group, metadata=serialized))
         serialized = b""
-    await stream.send_end()
 
 
 def pack(outputs: Iterable[torch.Tensor], compression: int) -> list[runtime_pb2.Tensor]:

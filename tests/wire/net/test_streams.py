@@ -39,9 +39,7 @@ async def _talk() -> None:
         answer = await stream.receive(Response)
         assert answer is not None
         assert answer.metadata == b"the last word"
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.5):
-                await stream.receive(Response)  # StreamClosed, if the server had closed it
+        assert await stream.receive(Response) is None
         stream.abort()
 
         refused = await open_stream(client.p2p, server.peer_id, "Test.refuse")

@@ -21,7 +21,7 @@ def connected(work: Callable[[Stream, Stream, ComputeThread], Awaitable[None]]) 
     async def main() -> None:
         near, far = socket.socketpair()
         ours = Stream(*await asyncio.open_connection(sock=near), "far")
-        theirs = Stream(*await asyncio.open_connection(sock=far), "near")
+        theirs = Stream(*await asyncio.open_connection(sock=far), "near", answers=True)
         compute = ComputeThread()
         try:
             await work(ours, theirs, compute)
@@ -68,7 +68,12 @@ def test_tensors_large_and_small_come_as_they_were_sent() -> None:
     async def work(ours: Stream, theirs: Stream, _compute: ComputeThread) -> None:
         sent = [torch.randn(40), torch.randn(1 << 21), *(torch.randn(3, 2) for _ in range(50))]
         packed = messages.pack(sent, tensors.NONE)
-        answering = asyncio.create_task(messages.send(ours, packed, {"names": ["a"]}))
+
+        async def answer() -> None:
+            await messages.send(ours, packed, {"names": ["a"]})
+            ours.end_answers()
+
+        answering = asyncio.create_task(answer())
         got = []
         while (message := await theirs.receive(runtime_pb2.ExpertResponse)) is not None:
             got.append(message)
