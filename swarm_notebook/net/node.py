@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
@@ -40,6 +40,8 @@ PING_SMOOTHING = 0.3
 # p2pd ends within 0.1 s of SIGTERM (measured); a busy machine may take much longer.
 STOP_SECONDS = 5.0
 EXIT_POLL_SECONDS = 0.01
+# A loop that gets SIGCHLD reaps its child within milliseconds.
+REAP_SECONDS = 0.5
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
 
@@ -187,7 +189,10 @@ class Node:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 if maddrs:
-                    await self.p2p._client.connect(peer, maddrs)
+                    # Here p2pd wants addresses without the peer's id, which comes apart.
+                    itself = Multiaddr(f"/p2p/{peer.to_base58()}")
+                    bare = [maddr.decapsulate(itself) for maddr in maddrs]
+                    await self.p2p._client.connect(peer, bare)
                 if await self.dht.protocol.call_ping(peer) is not None:
                     self.dht.blacklist.register_success(peer)
         except (ControlFailure, TimeoutError, OSError, P2PDaemonError) as error:
@@ -202,17 +207,19 @@ class Node:
         if self.p2p._child is None:
             return
         pid = self.p2p._child.pid
-        if not await _exited(pid, STOP_SECONDS):
+        if not await _within(STOP_SECONDS, lambda: _has_exited(pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            await _exited(pid, STOP_SECONDS)
-        _reap(pid)
+            await _within(STOP_SECONDS, lambda: _has_exited(pid))
+        # Usually its loop sees to what is left of it.
+        await _within(REAP_SECONDS, lambda: not _is_left(pid, os.WNOWAIT))
+        _is_left(pid)
 
 
-async def _exited(pid: int, seconds: float) -> bool:
-    """Wait for a child to exit; whether it did. Whoever else waits for it will still find it."""
+async def _within(seconds: float, done: Callable[[], bool]) -> bool:
+    """Wait for something that happens without a word; whether it did."""
     deadline = time.monotonic() + seconds
-    while not _has_exited(pid):
+    while not done():
         if time.monotonic() > deadline:
             return False
         await asyncio.sleep(EXIT_POLL_SECONDS)
@@ -221,14 +228,21 @@ async def _exited(pid: int, seconds: float) -> bool:
 
 def _has_exited(pid: int) -> bool:
     try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return _waited(pid, os.WNOWAIT)
     except ChildProcessError:
-        return True  # somebody has waited for it
+        return True  # somebody has waited for it already
 
 
-def _reap(pid: int) -> None:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+def _is_left(pid: int, options: int = 0) -> bool:
+    """Whether a child that has exited was still to be waited for; without options it is no more."""
+    try:
+        return _waited(pid, options)
+    except ChildProcessError:
+        return False
+
+
+def _waited(pid: int, options: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | options) is not None
 
 
 def _unreachable(initial_peers: Sequence[str], error: Exception) -> ConnectionFailed:

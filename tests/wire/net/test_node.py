@@ -78,3 +78,24 @@ async def _ask_and_give_up(times: int) -> list[int]:
 def test_a_call_that_was_given_up_is_forgotten() -> None:
     """A server would keep it, and what it was sent."""
     assert asyncio.run(_ask_and_give_up(5)) == [5, 0]
+
+
+async def _forget_and_redial() -> tuple[int, int]:
+    """How many peers a node knows in the DHT: after they were silent, and after it dialled them."""
+    server = await Node.start(client=False)
+    client = await Node.start(await server.addresses(), client=True)
+    try:
+        table = client.dht.protocol.routing_table.uid_to_peer_id
+        # What the DHT does with a peer that does not answer, and what becomes of its connection.
+        await client.dht.protocol.update_routing_table(None, server.peer_id, responded=False)
+        await client.p2p._client.disconnect(server.peer_id)
+        silent = len(table)
+        await client.redial()
+        return silent, len(table)
+    finally:
+        await client.stop()
+        await server.stop()
+
+
+def test_peers_that_were_silent_are_found_again() -> None:
+    assert asyncio.run(_forget_and_redial()) == (0, 1)
