@@ -1,0 +1,219 @@
+"""Our servers called by hivemind's own client code, and hivemind's own servers called by us.
+
+That is what Petals' peers consist of; Petals itself is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertUID
+from hivemind.utils import MSGPackSerializer
+from support.hosting import HostedServer, HostedSwarm
+from support.petals_peer import (
+    PetalsPeer,
+    TransformerConnectionHandler,
+    all_rows,
+    in_parts,
+    message,
+    nothing,
+    petals_swarm,
+    tensors_of,
+)
+from support.raw_wire import RawClient
+from transformers import AutoModelForCausalLM
+
+import swarm_notebook as sn
+from swarm_notebook.checkpoint.source import resolve
+
+HIDDEN, BLOCKS = 48, 5
+
+
+class Caller:
+    """hivemind's client, and a server of ours with blocks 1 to 3."""
+
+    def __init__(self, folder: Path, server: HostedServer, client: RawClient):
+        self._client, self.server = client, server
+        self.uid = " ".join(f"{resolve(folder).dht_prefix}.{index}" for index in (1, 2, 3))
+        self.stub: Any = TransformerConnectionHandler.get_stub(client.node.p2p, server.peer)
+        self.run = client.run
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.eval().requires_grad_(False).model
+
+    def local(self, hidden: torch.Tensor) -> torch.Tensor:
+        ids = torch.arange(hidden.shape[1])[None]
+        rotations = self.model.rotary_emb(hidden, ids)
+        mask = torch.full((hidden.shape[1],) * 2, float("-inf")).triu(1)[None, None]
+        for layer in self.model.layers[1:4]:
+            hidden = layer(
+                hidden, attention_mask=mask, position_ids=ids, position_embeddings=rotations
+            )
+        return hidden
+
+
+@pytest.fixture(scope="module")
+def caller(tiny_llama: Path) -> Iterator[Caller]:
+    with HostedSwarm(tiny_llama, [(1, 4)], cache_tokens=1 << 17) as swarm:
+        client = RawClient(swarm.initial_peers)
+        yield Caller(tiny_llama, swarm.servers[0], client)
+        client.close()
+
+
+def states(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, length, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_info(caller: Caller) -> None:
+    answer = caller.run(caller.stub.rpc_info(ExpertUID(uid=caller.uid)))
+    info = MSGPackSerializer.loads(answer.serialized_info)
+    assert {"version", "cache_tokens_available", "forward_schema", "inference_schema"} <= set(info)
+
+
+def test_forward_and_backward(caller: Caller) -> None:
+    hidden, grad = states(2, 7), states(2, 7, seed=1)
+
+    async def work() -> tuple[Any, Any]:
+        forward = await caller.stub.rpc_forward(message(caller.uid, hidden, nothing(), points=0.0))
+        request = message(caller.uid, hidden, grad, nothing(), points=0.0)
+        return forward, await caller.stub.rpc_backward(request)
+
+    forward, backward = caller.run(work())
+    given = hidden.clone().requires_grad_(True)
+    expected = caller.local(given)
+    expected.backward(grad)
+    close(unpacked(forward)[0], expected.detach())
+    close(unpacked(backward)[0], given.grad)
+
+
+@pytest.mark.parametrize("rows", [1, 400])
+def test_streams_of_forward_and_backward(caller: Caller, rows: int) -> None:
+    hidden, grad = states(rows, 8), states(rows, 8, seed=1)
+
+    async def work() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        forward = await caller.stub.rpc_forward_stream(in_parts(caller.uid, hidden, nothing()))
+        outputs = await tensors_of(forward)
+        request = in_parts(caller.uid, hidden, grad, nothing())
+        return outputs, await tensors_of(await caller.stub.rpc_backward_stream(request))
+
+    (output,), (found, *_) = caller.run(work())
+    given = hidden.clone().requires_grad_(True)
+    expected = caller.local(given)
+    expected.backward(grad)
+    close(output, expected.detach())
+    close(found, given.grad)
+
+
+def test_a_session_to_its_end(caller: Caller) -> None:
+    """The client ends it as Petals' does, with an empty request, and waits for our end."""
+    hidden = states(2, 9)
+
+    async def requests() -> Any:
+        begin = 0
+        for end in (4, 5, 9):
+            first = {"max_length": 16, "session_id": "s"} if not begin else {}
+            yield message(
+                caller.uid,
+                hidden[:, begin:end],
+                nothing(),
+                all_rows(),
+                step_id=f"step {begin}",
+                start_from_position=begin,
+                **first,
+            )
+            begin = end
+        yield ExpertRequest()
+
+    async def work() -> list[torch.Tensor]:
+        return await tensors_of(await caller.stub.rpc_inference(requests()))
+
+    close(torch.cat(caller.run(work()), dim=1), caller.local(hidden))
+
+
+def test_a_push(caller: Caller) -> None:
+    """A Petals server hands the second step to our session before the client's copy comes."""
+    hidden = states(1, 5)
+    named = {"session_id": "pushed to", "max_length": 16}
+
+    async def work() -> list[torch.Tensor]:
+        async def requests() -> Any:
+            tensors = hidden[:, :4], nothing(), all_rows()
+            yield message(caller.uid, *tensors, step_id="one", **named)
+            pushed = message(
+                caller.uid,
+                hidden[:, 4:],
+                nothing(),
+                all_rows(),
+                step_id="two",
+                pushed=True,
+                **named,
+            )
+            await caller.stub.rpc_push(pushed)
+            yield pushed
+            yield ExpertRequest()
+
+        return await tensors_of(await caller.stub.rpc_inference(requests()))
+
+    close(torch.cat(caller.run(work()), dim=1), caller.local(hidden))
+
+
+def test_an_error_comes_as_one(caller: Caller) -> None:
+    async def work() -> None:
+        request = in_parts(caller.uid, torch.zeros(1, 2, HIDDEN + 1), nothing())
+        await tensors_of(await caller.stub.rpc_forward_stream(request))
+
+    with pytest.raises(Exception, match="hidden states: shape"):
+        caller.run(work())
+
+
+def unpacked(answer: Any) -> list[torch.Tensor]:
+    from hivemind.compression import deserialize_torch_tensor
+
+    return [deserialize_torch_tensor(tensor) for tensor in answer.tensors]
+
+
+# The other way around: a notebook on hivemind's servers.
+
+
+@pytest.fixture(scope="module")
+def petals(tiny_llama: Path) -> Iterator[tuple[list[str], list[PetalsPeer]]]:
+    with petals_swarm(tiny_llama, [(0, 2), (2, BLOCKS)]) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def models(tiny_llama: Path, petals: Any) -> Iterator[tuple[Any, Any]]:
+    local = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    with sn.connect(petals[0], model=tiny_llama) as swarm:
+        yield swarm.model, local
+
+
+def test_a_notebook_generates(models: tuple[Any, Any], petals: Any) -> None:
+    remote, local = models
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    for more in ({}, {"num_beams": 3}):
+        ours = remote.generate(ids, attention_mask=torch.ones_like(ids), **options, **more)
+        theirs = local.generate(ids, attention_mask=torch.ones_like(ids), **options, **more)
+        assert ours.tolist() == theirs.tolist()
+    assert {"rpc_inference"} <= set(petals[1][0].seen) & set(petals[1][1].seen)
+
+
+def test_a_notebook_gets_logits_and_gradients(models: tuple[Any, Any], petals: Any) -> None:
+    found = []
+    for model in models:
+        embeddings = model.get_input_embeddings().weight.detach()
+        given = embeddings[torch.arange(3, 13)][None].clone().requires_grad_(True)
+        logits = model(inputs_embeds=given).logits
+        logits.square().mean().backward()
+        found.append((logits.detach(), given.grad))
+    close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-7, rtol=1e-4)
+    assert {"rpc_forward_stream", "rpc_backward_stream"} <= set(petals[1][1].seen)
