@@ -34,6 +34,8 @@ MAX_FRAME_BYTES = 1 << 30
 UNHEARD_SECONDS = 20.0
 # An honest peer closes within a round trip; each that does not holds one stream for so long.
 LINGER_SECONDS = 10.0
+# Between the last request and the word that it was the last there is nothing but the network.
+END_SECONDS = 1.0
 MAX_LINGERING = 64
 _HEADER_BYTES = 9
 _MESSAGE, _ERROR = 0, 1
@@ -85,6 +87,7 @@ class Stream:
         self.peer, self.max_frame = peer, max_frame
         self._meter = meter or ByteMeter()
         self._answers, self._answered = answers, False
+        self._asked_all = False
 
     async def send(self, message: Message) -> None:
         """Write one message and wait until the buffer has room again."""
@@ -96,8 +99,17 @@ class Stream:
         self._write(_ERROR, b"")
         await self._drain()
 
-    def end_answers(self) -> None:
-        """Tell who asks that nothing more comes, after what is still in the buffer."""
+    async def end_answers(self) -> None:
+        """Tell who asks that nothing more comes, after what is still in the buffer.
+
+        p2pd closes both halves then. So who is about to say that it asks no more is let finish: a
+        hivemind client would take its broken pipe for a failure.
+        """
+        if not self._asked_all:
+            with contextlib.suppress(TimeoutError, StreamClosed, BadRequest):
+                async with asyncio.timeout(END_SECONDS):
+                    while await self._receive() is not None:
+                        pass
         if not self._writer.is_closing():
             self._writer.write_eof()
 
@@ -116,6 +128,17 @@ class Stream:
             BadFrame: the bytes are no frame or no message, or are too many.
             RemoteError: the other side sent an error frame.
         """
+        frame = await self._receive()
+        if frame is None:
+            return None
+        marker, data = frame
+        if marker == _MESSAGE:
+            self._answered = self._answers
+            return _parse(kind, data)
+        raise from_wire(_parse(RPCError, data).message, self.peer)
+
+    async def _receive(self) -> tuple[int, bytes] | None:
+        """The marker and content of the next frame; None when the other side has said its last."""
         try:
             header = await self._reader.readexactly(_HEADER_BYTES)
             marker, length = header[0], int.from_bytes(header[1:], "big")
@@ -131,13 +154,10 @@ class Stream:
             raise StreamClosed(f"peer {self.peer} closed the stream") from error
         except ConnectionError as error:
             raise StreamClosed(f"peer {self.peer} closed the stream") from error
-        if marker == _MESSAGE:
-            self._answered = self._answers
-            return _parse(kind, data)
-        failure = _parse(RPCError, data)
-        if not failure.message:
+        if marker == _ERROR and not _parse(RPCError, data).message:
+            self._asked_all = True
             return None
-        raise from_wire(failure.message, self.peer)
+        return marker, data
 
     def close(self) -> None:
         """End this direction after what is still in the buffer."""
@@ -226,7 +246,7 @@ async def add_stream_handler(
         stream = Stream(reader, writer, info.peer_id.to_base58(), max_frame)
         try:
             if await _guarded(stream, handler(stream, info.peer_id)):
-                stream.end_answers()
+                await stream.end_answers()
             if lingering < MAX_LINGERING:
                 lingering += 1
                 try:

@@ -8,10 +8,12 @@ nothing beyond Petals: no key of ours, no slot behind the third.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+# hivemind knows a stream by typing's own name for it.
+from typing import Any, AsyncIterator  # noqa: UP035
 
 import torch
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
@@ -99,6 +101,34 @@ async def tensors_of(stream: AsyncIterator[Any]) -> list[torch.Tensor]:
     return [deserialize_torch_tensor(combine_from_streaming(parts)) for parts in found]
 
 
+async def conversation(
+    stub: Any, requests: Sequence[ExpertRequest], before: Any = None
+) -> list[torch.Tensor]:
+    """The answers to a session's requests, each sent when the one before was answered.
+
+    It ends as Petals' clients end it: with an empty request, and a wait for the server's end.
+
+    Args:
+        before: an async function that is called with the number of a request before it is sent.
+    """
+    answered = asyncio.Semaphore(1)
+
+    async def sent() -> AsyncIterator[ExpertRequest]:
+        for number, request in enumerate(requests):
+            await answered.acquire()
+            if before is not None:
+                await before(number)
+            yield request
+        await answered.acquire()
+        yield ExpertRequest()
+
+    found = []
+    async for answer in aiter_with_timeout(await stub.rpc_inference(sent()), STEP_SECONDS):
+        found.append(deserialize_torch_tensor(answer.tensors[0]))
+        answered.release()
+    return found
+
+
 def nothing() -> torch.Tensor:
     """A dummy in the place of prompts."""
     return torch.empty(0)
@@ -121,6 +151,10 @@ class PetalsPeer(TransformerConnectionHandler):
         loaded = load_blocks(self._source, start, end, dtype=torch.float32)
         self._span = Span(loaded.decoder, loaded.layers_name, start)
         self.seen: list[str] = []
+
+    @classmethod
+    def _get_handle_name(cls, namespace: str | None, method_name: str) -> str:
+        return TransformerConnectionHandler._get_handle_name(namespace, method_name)
 
     async def announce(self, node: Node) -> None:
         """Answer at a node, and say so under the key of every block."""

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from hivemind.proto.runtime_pb2 import ExpertRequest, ExpertUID
+from hivemind.proto.runtime_pb2 import ExpertUID
 from hivemind.utils import MSGPackSerializer
 from support.hosting import HostedServer, HostedSwarm
 from support.petals_peer import (
     PetalsPeer,
     TransformerConnectionHandler,
     all_rows,
+    conversation,
     in_parts,
     message,
     nothing,
@@ -112,56 +113,33 @@ def test_streams_of_forward_and_backward(caller: Caller, rows: int) -> None:
 
 
 def test_a_session_to_its_end(caller: Caller) -> None:
-    """The client ends it as Petals' does, with an empty request, and waits for our end."""
-    hidden = states(2, 9)
-
-    async def requests() -> Any:
-        begin = 0
-        for end in (4, 5, 9):
-            first = {"max_length": 16, "session_id": "s"} if not begin else {}
-            yield message(
-                caller.uid,
-                hidden[:, begin:end],
-                nothing(),
-                all_rows(),
-                step_id=f"step {begin}",
-                start_from_position=begin,
-                **first,
-            )
-            begin = end
-        yield ExpertRequest()
-
-    async def work() -> list[torch.Tensor]:
-        return await tensors_of(await caller.stub.rpc_inference(requests()))
-
-    close(torch.cat(caller.run(work()), dim=1), caller.local(hidden))
+    hidden, requests = states(2, 9), []
+    for begin, end in ((0, 4), (4, 5), (5, 9)):
+        first = {"max_length": 16, "session_id": "s"} if not begin else {}
+        tensors = hidden[:, begin:end], nothing(), all_rows()
+        named = {"step_id": f"step {begin}", "start_from_position": begin, **first}
+        requests.append(message(caller.uid, *tensors, **named))
+    got = caller.run(conversation(caller.stub, requests))
+    close(torch.cat(got, dim=1), caller.local(hidden))
 
 
 def test_a_push(caller: Caller) -> None:
     """A Petals server hands the second step to our session before the client's copy comes."""
     hidden = states(1, 5)
     named = {"session_id": "pushed to", "max_length": 16}
+    requests = [
+        message(caller.uid, part, nothing(), all_rows(), step_id=step, **named)
+        for step, part in (("one", hidden[:, :4]), ("two", hidden[:, 4:]))
+    ]
 
-    async def work() -> list[torch.Tensor]:
-        async def requests() -> Any:
-            tensors = hidden[:, :4], nothing(), all_rows()
-            yield message(caller.uid, *tensors, step_id="one", **named)
-            pushed = message(
-                caller.uid,
-                hidden[:, 4:],
-                nothing(),
-                all_rows(),
-                step_id="two",
-                pushed=True,
-                **named,
-            )
+    async def push(number: int) -> None:
+        if number == 1:
+            tensors = hidden[:, 4:], nothing(), all_rows()
+            pushed = message(caller.uid, *tensors, step_id="two", pushed=True, **named)
             await caller.stub.rpc_push(pushed)
-            yield pushed
-            yield ExpertRequest()
 
-        return await tensors_of(await caller.stub.rpc_inference(requests()))
-
-    close(torch.cat(caller.run(work()), dim=1), caller.local(hidden))
+    got = caller.run(conversation(caller.stub, requests, before=push))
+    close(torch.cat(got, dim=1), caller.local(hidden))
 
 
 def test_an_error_comes_as_one(caller: Caller) -> None:

@@ -71,7 +71,7 @@ def test_tensors_large_and_small_come_as_they_were_sent() -> None:
 
         async def answer() -> None:
             await messages.send(ours, packed, {"names": ["a"]})
-            ours.end_answers()
+            await ours.end_answers()
 
         answering = asyncio.create_task(answer())
         got = []
