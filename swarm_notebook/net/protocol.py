@@ -38,6 +38,8 @@ EXTENSION_KEY = "swarm_notebook"
 TIMES_KEY = "times"
 PUSH_TO, PUSH_FROM = "push_to", "push_from"
 PUSH_FAILED, FILLED = "push_failed", "filled"
+# In the first message of a streamed answer: how many tensors it has in all.
+TENSORS = "tensors"
 NEXT_SERVERS = "next_servers"  # Petals' pushes, see `server.rpc.petals_push`
 
 _SERVICER = "TransformerConnectionHandler"

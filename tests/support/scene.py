@@ -81,15 +81,16 @@ class Scene:
         return self.server(self.sessions[-1].hops[-1].segment.peer)
 
     def heal(self) -> None:
-        """Start all servers again that are gone; one that has a double may come later."""
+        """Start all servers again that are gone.
+
+        All of them: the double of the one that a test kills must be there by then.
+        """
         for server in self.local.servers:
             if not server.running:
                 server.launch()
                 server.join(self.local.initial_peers)
-        doubled = {server.blocks for server in self.local.servers if server.ready}
         for server in self.local.servers:
-            if server.blocks not in doubled:
-                server.wait_ready(RESTART_SECONDS)
+            server.wait_ready(RESTART_SECONDS)
         self.swarm.status()
 
     def begin(self) -> Scene:

@@ -21,6 +21,7 @@ from support.scene import Scene
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
+from swarm_notebook.client.servers.routing import HOP_SECONDS
 from swarm_notebook.net import protocol
 from swarm_notebook.net.records import MAX_PINGS_READ, MODEL_INDEX_KEY, parse_record
 
@@ -94,7 +95,7 @@ def test_servers_announce_how_far_their_neighbours_are(tiny_scene: Scene) -> Non
         time.sleep(0.5)
     assert 0 < max(pings) < 3
     between = swarm.connection.directory.links.between(first.span, second.span)
-    assert between == pytest.approx(max(pings) / 2)
+    assert between == pytest.approx(HOP_SECONDS + max(pings) / 2)
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,8 @@ def test_what_cannot_be_served_ends_with_its_error(tiny_llama: Path, tmp_path: P
 def test_torch_is_not_at_work_when_python_ends(tiny_llama: Path) -> None:
     """It would abort the process, with another exit code than that of the error."""
     options = ServeOptions(str(tiny_llama), initial_peers=["/ip4/127.0.0.1"])
+    before = set(threading.enumerate())
     with pytest.raises(AddressError), asyncio.Runner(loop_factory=server_loop) as runner:
         runner.run(serve(options))
-    assert "compute" not in {thread.name for thread in threading.enumerate()}
+    begun = set(threading.enumerate()) - before
+    assert "compute" not in {thread.name for thread in begun}

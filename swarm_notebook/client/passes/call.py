@@ -107,13 +107,34 @@ def _tokens(slots: Sequence[torch.Tensor | None]) -> int:
 
 
 async def _receive(stream: streams.Stream) -> tuple[list[runtime_pb2.Tensor], bytes]:
-    """The tensor parts of an answer, and the metadata of its first message."""
+    """The tensor parts of an answer, and the metadata of its first message.
+
+    An answer of ours says how many tensors it has; others end with the stream.
+    """
     parts: list[runtime_pb2.Tensor] = []
     metadata: bytes | None = None
+    count: int | None = None
+    begun = missing = 0
     try:
         while (message := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
-            metadata = message.metadata if metadata is None else metadata
+            if metadata is None:
+                metadata = message.metadata
+                count = _tensor_count(metadata)
+            for part in message.tensors:
+                begun += bool(part.dtype)
+                missing += part.chunks - 1 if part.dtype and part.chunks else -(not part.dtype)
             parts.extend(message.tensors)
+            if begun == count and missing <= 0:
+                break
     except streams.BadFrame as error:
         raise ServerFailed(f"server {stream.peer} sent no readable answer: {error}") from None
     return parts, metadata or b""
+
+
+def _tensor_count(metadata: bytes) -> int | None:
+    """How many tensors an answer says it has; None if it says nothing that can be read."""
+    try:
+        count = protocol.unpack_metadata(metadata).get(protocol.TENSORS)
+    except BadRequest:
+        return None
+    return count if isinstance(count, int) else None

@@ -70,8 +70,9 @@ async def _next(stream: Stream) -> runtime_pb2.ExpertRequest | None:
 async def send(
     stream: Stream, packed: Iterable[runtime_pb2.Tensor], metadata: dict[str, Any] | None = None
 ) -> None:
-    """An answer; the first message carries the metadata."""
-    serialized = protocol.pack_metadata(metadata) if metadata else b""
+    """An answer; the first message carries the metadata, and says how many tensors there are."""
+    packed = list(packed)
+    serialized = protocol.pack_metadata({**(metadata or {}), protocol.TENSORS: len(packed)})
     for group in _grouped(packed):
         await stream.send(runtime_pb2.ExpertResponse(tensors=group, metadata=serialized))
         serialized = b""

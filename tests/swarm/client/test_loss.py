@@ -18,6 +18,7 @@ from support.scene import RESTART_SECONDS, TOLERANCE, AtToken, Scene, generate, 
 
 from swarm_notebook.client.session import hop
 from swarm_notebook.errors import CacheFull, MissingBlocks
+from swarm_notebook.local.folder import ServerFolder
 from swarm_notebook.local.swarm import LocalServer
 from swarm_notebook.server.engine import kv_budget
 
@@ -178,12 +179,12 @@ def test_a_batch_that_does_not_fit_now(small: Scene, monkeypatch: pytest.MonkeyP
     assert held.session.hops
 
 
-def test_a_batch_that_fits_elsewhere(small: Scene, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_batch_that_fits_elsewhere(small: Scene, tiny_llama: Path) -> None:
     peers = small.local.initial_peers
     roomy = LocalServer(
         "roomy",
         (0, 5),
-        folder=tmp_path,
+        folder=ServerFolder(),
         options=[str(tiny_llama), "--threads", "1"],
         environment=dict(os.environ),
         swarm_addresses=lambda: peers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarm_notebook.client.servers.routing import Links, RouteSegment
+from swarm_notebook.client.servers.routing import HOP_SECONDS, Links, RouteSegment
 from swarm_notebook.client.telemetry import HopTimes, StepRecord, Usage
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
 from swarm_notebook.report.cost import Bill, ServerBill, expect
@@ -45,8 +45,8 @@ def test_a_preview_rests_on_announced_speed_until_tokens_have_passed() -> None:
     assert (fresh.requests, fresh.servers) == (22, ("a", "b"))
     assert 2 * 110 * 1000 < fresh.sent < 2 * 110 * 1000 + 22 * 300
     assert not fresh.measured
-    assert fresh.first_token_seconds == pytest.approx(0.005 + 0.1 + 0.025 + 0.1)
-    assert fresh.seconds == pytest.approx(fresh.first_token_seconds + 10 * (0.02 + 0.03))
+    assert fresh.first_token_seconds == pytest.approx(0.005 + 0.1 + HOP_SECONDS + 0.025 + 0.1)
+    assert fresh.seconds == pytest.approx(fresh.first_token_seconds + 10 * (0.05 + HOP_SECONDS))
     usage.passed(step(64, 9.0))  # a prompt says nothing about single tokens
     assert not preview(usage).measured
     for _ in range(20):

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from swarm_notebook.client.servers.routing import (
+    HOP_SECONDS,
     Links,
     RouteSegment,
     best_chain,
@@ -91,7 +92,7 @@ def test_hops_between_near_servers_cost_little_if_they_push() -> None:
     chain = best_chain(spans, 0, 8, pushed)
     assert [segment.peer for segment in chain] == ["a", "b"]
     # There, from one to the other, and back.
-    assert network_seconds(chain, pushed) == pytest.approx([0.05, 0.001 + 0.05])
+    assert network_seconds(chain, pushed) == pytest.approx([0.05, HOP_SECONDS + 0.001 + 0.05])
     # Kept apart, the notebook passes on what it got.
     assert [segment.peer for segment in best_chain(spans, 0, 8, Links(rtt))] == ["both"]
 
@@ -99,9 +100,13 @@ def test_hops_between_near_servers_cost_little_if_they_push() -> None:
 def test_a_ping_that_nobody_has_measured_counts_as_the_way_over_the_notebook() -> None:
     rtt = {"a": 0.02, "b": 0.04}
     chain = [RouteSegment(server("a", 0, 4), 0, 4), RouteSegment(server("b", 4, 8), 4, 8)]
-    assert network_seconds(chain, Links(rtt, all_push)) == pytest.approx([0.01, 0.03 + 0.02])
+    assert network_seconds(chain, Links(rtt, all_push)) == pytest.approx(
+        [0.01, HOP_SECONDS + 0.03 + 0.02]
+    )
     known = [chain[0], RouteSegment(server("b", 4, 8, pings={"a": 0.006}), 4, 8)]
-    assert network_seconds(known, Links(rtt, all_push)) == pytest.approx([0.01, 0.003 + 0.02])
+    assert network_seconds(known, Links(rtt, all_push)) == pytest.approx(
+        [0.01, HOP_SECONDS + 0.003 + 0.02]
+    )
     assert network_seconds([], Links(rtt)) == []
 
 

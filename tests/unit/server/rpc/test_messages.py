@@ -78,7 +78,7 @@ def test_tensors_large_and_small_come_as_they_were_sent() -> None:
         while (message := await theirs.receive(runtime_pb2.ExpertResponse)) is not None:
             got.append(message)
         await answering
-        assert protocol.unpack_metadata(got[0].metadata) == {"names": ["a"]}
+        assert protocol.unpack_metadata(got[0].metadata) == {"names": ["a"], "tensors": 52}
         assert not any(message.metadata for message in got[1:])
         assert len(got) <= 5
         assert max(message.ByteSize() for message in got) <= protocol.PART_BYTES + 4096
