@@ -20,7 +20,7 @@ from swarm_notebook import __version__
 from swarm_notebook.errors import MissingBlocks, SwarmError
 
 PROGRAM = "swarm-notebook"
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 ANY_INTERFACE = "/ip4/0.0.0.0/tcp/0"
 
 
@@ -86,8 +86,24 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE",
         help="private key that makes the peer id permanent; written if there is none",
     )
-    serve.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    serve.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
+    serve.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="what to compute in (default: %(default)s, the checkpoint's on a GPU, float32 on a "
+        "CPU)",
+    )
+    serve.add_argument(
+        "--device",
+        default="auto",
+        help="a torch device (default: %(default)s, a GPU where there is one)",
+    )
+    serve.add_argument(
+        "--dummy-weights",
+        action="store_true",
+        help="random weights of the model's shape, to measure and plan; announced under another "
+        "name",
+    )
     serve.add_argument(
         "--cache-tokens",
         type=_positive,
@@ -151,7 +167,7 @@ def _serve(options: argparse.Namespace) -> int:
     if options.initial_peers == ["-"]:
         # A local swarm starts all servers at once and says late whom to join. By then whatever
         # takes long is imported, and a server that others join answers them at once.
-        resolve(options.model).config()
+        resolve(options.model, dummy=options.dummy_weights).config()
         line = sys.stdin.readline()
         if not line:  # whoever started this server is gone
             if scratch is not None:

@@ -85,8 +85,11 @@ def restrict_config(config: PreTrainedConfig, start: int, end: int) -> None:
 class Nothing(nn.Module):
     """Stands for an embedding: adds exactly nothing, in any shape and dtype."""
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-        return torch.zeros(())
+    def forward(self, *inputs: Any, **_named: Any) -> torch.Tensor:
+        # Where it will be added: a step on a card that is captured copies nothing from elsewhere.
+        first = inputs[0] if inputs else None
+        device = first.device if isinstance(first, torch.Tensor) else None
+        return torch.zeros((), device=device)
 
 
 def silence_branches(trunk: Trunk) -> None:

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.checkpoint import demo, hub, weights
+from swarm_notebook.checkpoint.dummy import PREFIX as DUMMY_PREFIX
+from swarm_notebook.checkpoint.dummy import DummyWeights
 from swarm_notebook.checkpoint.gguf import MAGIC, GgufWeights
 from swarm_notebook.checkpoint.weights import INDEX_FILE, SINGLE_FILE, Weights
 from swarm_notebook.errors import ModelNotFound, Unsupported
@@ -50,12 +52,14 @@ class ModelSource:
         path: the local folder or GGUF file; None for a Hub repository.
         dht_prefix: the model's name in the swarm's DHT.
         repository: address on the Hub, or None.
+        dummy: it has a config, and random weights of its shape (`dummy`).
     """
 
     name: str
     path: Path | None
     dht_prefix: str
     repository: str | None = None
+    dummy: bool = False
 
     @property
     def is_gguf(self) -> bool:
@@ -116,6 +120,8 @@ class ModelSource:
 
     def weights(self) -> Weights:
         """The checkpoint's tensors by name, none of them read yet."""
+        if self.dummy:
+            return DummyWeights(self.config())
         if self.path is None:
             return weights.from_repository(self.name)
         if self.is_gguf:
@@ -127,15 +133,19 @@ def resolve(
     model: str | os.PathLike[str] | None,
     *,
     progress: Callable[[int, int], None] | None = None,
+    dummy: bool = False,
 ) -> ModelSource:
     """Find `model`: a folder, a ``.gguf`` file, or a Hub id; None is the demo model.
 
     :param progress: called with (bytes done, bytes in all) while the demo model is converted,
         which happens once and takes some seconds.
+    :param dummy: with random weights in the place of its own, which need not be there.
 
     Raises:
         ModelNotFound: with what was looked for, what was found, and what to do.
     """
+    if dummy:
+        return _dummy(model)
     if model is None or model == demo.DEMO_NAME:
         return _demo(progress)
     text = os.fspath(model)
@@ -156,6 +166,24 @@ def _demo(progress: Callable[[int, int], None] | None) -> ModelSource:
         return _repository(demo.DEMO_REPOSITORY)
     except ModelNotFound:
         return _folder(demo.demo_model(progress))
+
+
+def _dummy(model: str | os.PathLike[str] | None) -> ModelSource:
+    """The shape of a model whose folder, or name on the Hub, is given."""
+    text = os.fspath(model or demo.DEMO_REPOSITORY)
+    path = Path(text).expanduser().resolve()
+    if (path / "config.json").is_file():
+        name, folder = path.name, path
+    elif hub.is_repository_name(text) and hub.fetch(text, "config.json") is not None:
+        name, folder = text.rpartition("/")[2], None
+    else:
+        raise ModelNotFound(
+            f"model {text!r}: dummy weights need a folder with a config.json, or a Hub id"
+        )
+    prefix = _clean(name)
+    if not prefix.startswith(DUMMY_PREFIX):
+        prefix = f"{DUMMY_PREFIX}{prefix}"
+    return ModelSource(str(folder or text), folder, prefix, dummy=True)
 
 
 def _folder(path: Path) -> ModelSource:

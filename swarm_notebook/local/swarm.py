@@ -41,8 +41,8 @@ class LocalSwarm:
     Args:
         model: a Hub id, a folder or a GGUF file; None is the demo model.
         servers: how many servers share the blocks evenly, or each one's ``(start, end)``.
-        dtype: what the servers compute in.
-        device: where, such as ``"cuda"``.
+        dtype: what the servers compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
+        device: where, such as ``"cuda"``; "auto" is a GPU where there is one.
         threads: CPU threads per server; None leaves it to torch.
         cache_tokens: room for keys and values per server; None is the server's default.
         start_timeout: seconds until every server must be ready.
@@ -58,8 +58,8 @@ class LocalSwarm:
         model: str | os.PathLike[str] | None = None,
         servers: int | Sequence[tuple[int, int]] = 2,
         *,
-        dtype: str = "float32",
-        device: str = "cpu",
+        dtype: str = "auto",
+        device: str = "auto",
         threads: int | None = None,
         cache_tokens: int | None = None,
         start_timeout: float = START_SECONDS,

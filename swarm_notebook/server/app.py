@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +43,7 @@ from swarm_notebook.server.engine.batching import Batching
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv_budget import CachePool
 from swarm_notebook.server.engine.requests import Limits
+from swarm_notebook.server.engine.scheduler import GATHER_PART_IN_GRAPHS
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.worker import ComputeThread, Job
 from swarm_notebook.server.pings import NeighbourPings
@@ -72,6 +73,9 @@ class ServeOptions:
         model: a Hub id, a folder or a GGUF file; None is the demo model.
         blocks: the range ``[start, end)`` to host; None is all.
         identity: file of the private key behind the peer id; written if there is none.
+        dtype: what to compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
+        device: a torch device; "auto" is a GPU where there is one.
+        dummy_weights: random ones of the model's shape, announced under another name.
         cache_tokens: budget of the key-value memory (rows x positions); None is `CACHE_TOKENS`.
         activation_bytes: budget for activations that are kept for a backward pass.
         adapter_bytes: the size of the adapters of one notebook.
@@ -86,8 +90,9 @@ class ServeOptions:
     initial_peers: Sequence[str] = ()
     host_maddrs: Sequence[str] = LOOPBACK
     identity: Path | None = None
-    dtype: str = "float32"
-    device: str = "cpu"
+    dtype: str = "auto"
+    device: str = "auto"
+    dummy_weights: bool = False
     cache_tokens: int | None = None
     activation_bytes: int = BUDGET_BYTES
     adapter_bytes: int = AdapterLimits.bytes
@@ -232,8 +237,8 @@ class Server:
                 await self._up.compute.submit(heap.trim).future
 
     async def _start(self) -> None:
-        options = self._options
-        source = resolve(options.model)
+        source = resolve(self._options.model, dummy=self._options.dummy_weights)
+        options = self._options = _settled(self._options, source)
         compute = ComputeThread()
         self._stack.push_async_callback(self._end_thread, compute)
         # Both take seconds, and one mostly waits.
@@ -244,7 +249,8 @@ class Server:
         loaded: LoadedBlocks = await loading.future
         config, blocks = source.config(), (loaded.start, loaded.end)
         span = Span(loaded.decoder, loaded.layers_name, loaded.start)
-        measuring = self._measuring(compute, span, config.hidden_size)
+        tokens = options.cache_tokens or CACHE_TOKENS
+        measuring = self._measuring(compute, span, config.hidden_size, tokens)
         model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
         announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
         self._stack.push_async_callback(announcer.cancel)
@@ -254,13 +260,15 @@ class Server:
         batching, rates = await measuring.future
         meter = throughput.RateMeter(rates)
         compute.on_ran = meter.ran
+        if batching.decoding is not None:
+            compute.wait_for_others(GATHER_PART_IN_GRAPHS)
         limits = Limits(
             prefix=source.dht_prefix,
             start=span.start,
             end=span.end,
             hidden_size=config.hidden_size,
             context=getattr(config, "max_position_embeddings", None),
-            tokens=options.cache_tokens or CACHE_TOKENS,
+            tokens=tokens,
         )
         pool = CachePool(limits.tokens)
         accepted = AdapterLimits(rank=options.adapter_max_rank, bytes=options.adapter_bytes)
@@ -313,13 +321,13 @@ class Server:
         self._stack.push_async_callback(_stop_node, starting)
         return await asyncio.shield(starting)
 
-    def _measuring(self, compute: ComputeThread, span: Span, hidden_size: int) -> Job:
+    def _measuring(self, compute: ComputeThread, span: Span, hidden_size: int, tokens: int) -> Job:
         loop = asyncio.get_running_loop()
 
         def later(call: Callable[[], None]) -> None:
             loop.call_soon_threadsafe(compute.submit, call)
 
-        return compute.submit(_measure, span, hidden_size, later)
+        return compute.submit(_measure, span, hidden_size, tokens, later)
 
     def _load(self, source: ModelSource) -> LoadedBlocks:
         """In the torch thread: read the blocks, telling how far it is.
@@ -386,12 +394,26 @@ async def _keep_expiring(handler: Handler) -> None:
         await handler.expire()
 
 
+def _settled(options: ServeOptions, source: ModelSource) -> ServeOptions:
+    """The options with a device and a dtype in the place of "auto"."""
+    device, dtype = options.device, options.dtype
+    halves: dict[Any, str] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        stored = source.config().dtype if torch.device(device).type != "cpu" else None
+        dtype = halves.get(stored, "float32")
+    return replace(options, device=device, dtype=dtype)
+
+
 def _measure(
-    span: Span, hidden_size: int, later: Callable[[Callable[[], None]], None]
+    span: Span, hidden_size: int, tokens: int, later: Callable[[Callable[[], None]], None]
 ) -> tuple[Batching, throughput.Throughput]:
     """In the torch thread: whether sessions can share a call, and how fast the blocks are."""
     batching = Batching.try_out(span, hidden_size)
-    rates = throughput.measure(span, hidden_size)
+    if span.device.type == "cuda":
+        batching = batching.with_decoding(span, hidden_size, tokens)
+    rates = throughput.measure(span, hidden_size, batching)
     products.install(span.layers, later)
     return batching, rates
 

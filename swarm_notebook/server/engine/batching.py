@@ -20,24 +20,25 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from swarm_notebook.errors import SwarmError
 from swarm_notebook.server.adapters import mixing
 from swarm_notebook.server.adapters.mixing import Site
 from swarm_notebook.server.engine.attention import Part
+from swarm_notebook.server.engine.decode import STRETCHING, Decoding, Impossible
+from swarm_notebook.server.engine.kv_cache import SessionCache
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import SessionState
+from swarm_notebook.server.engine.session_state import BatchItem, SessionState, no_memory, run_one
 from swarm_notebook.server.engine.span import Span
 
 logger = logging.getLogger(__name__)
 
 # Beyond so many tokens (rows x positions) a step is compute of its own, which a batch cannot share.
 SHORT_TOKENS = 64
-
-# How transformers names rotations that depend on the largest position of a call.
-_STRETCHING = ("dynamic", "longrope")
 
 # How far results may be from those of sessions that run alone, relative to their size: some
 # roundings of the dtype through a few blocks.
@@ -47,30 +48,6 @@ _CLOSE_HALF = 5e-2
 Outcome = list[torch.Tensor] | Exception
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BatchItem:
-    """A session's step, or the positions ``[begin, end)`` of one that is long.
-
-    Attributes:
-        position: where the step begins in its session.
-    """
-
-    state: SessionState
-    step: Step
-    position: int
-    begin: int
-    end: int
-
-
-def run_one(item: BatchItem) -> list[torch.Tensor]:
-    """The outputs of an item by itself, each ``[rows, end - begin, width]`` on the CPU."""
-    began = time.perf_counter()
-    found = item.state.run(item.step, item.position, item.begin, item.end)
-    outputs = [output.cpu() for output in found]
-    item.step.times.compute += time.perf_counter() - began
-    return outputs
-
-
 @dataclass(frozen=True)
 class Batching:
     """What the sessions of a span can share.
@@ -78,10 +55,40 @@ class Batching:
     Attributes:
         possible: whether they can share calls at all.
         token_wise: the modules around which layers of adapters can be mixed in.
+        decoding: runs the steps that it takes; None if it cannot run any of these blocks.
+        why: there is none.
     """
 
     possible: bool = False
     token_wise: frozenset[Site] = frozenset()
+    decoding: Decoding | None = None
+    why: str = "on a CPU nothing is gained by graphs"
+
+    def with_decoding(self, span: Span, hidden_size: int, tokens: int) -> Batching:
+        """The same, with graphs for the steps of sessions if they can be had.
+
+        Args:
+            tokens: how many cache tokens the sessions may have.
+        """
+        try:
+            decoding = Decoding.try_out(span, hidden_size, tokens, capture=True)
+        except (Impossible, torch.OutOfMemoryError) as error:
+            torch.cuda.empty_cache()
+            why = str(error)
+            if isinstance(error, torch.OutOfMemoryError):
+                why = f"the card has no room for {tokens} cache tokens in one piece"
+            logger.info("steps run without graphs: %s", why)
+            return replace(self, why=why)
+        return replace(self, decoding=decoding, why="")
+
+    @property
+    def engine(self) -> str:
+        """How the steps of sessions run, for people."""
+        return f"plain: {self.why}" if self.decoding is None else self.decoding.engine
+
+    def new_cache(self) -> SessionCache | None:
+        """A new session's cache; None if it has memory of its own."""
+        return None if self.decoding is None else self.decoding.cache()
 
     def group(self, step: Step, position: int) -> Hashable | None:
         """Steps with the same one can run together; None for a step that runs alone."""
@@ -96,8 +103,7 @@ class Batching:
             return None
         return step.blocks
 
-    @staticmethod
-    def run(items: Sequence[BatchItem]) -> list[Outcome]:
+    def run(self, items: Sequence[BatchItem]) -> list[Outcome]:
         """The outputs, or the error, of each item; all are of one group."""
         outcomes: dict[int, Outcome] = {}
         calls: dict[Span, dict[Span, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -111,16 +117,30 @@ class Batching:
         for span, adapted in calls.items():
             # Those with the same adapter stand together: it is called once for all of them.
             members = [index for same in adapted.values() for index in same]
-            ran = _run_call(span, [items[index] for index in members])
-            outcomes.update(zip(members, ran, strict=True))
+            for runner, some in self._parted(members, items):
+                ran = _run_call(span, [items[index] for index in some], runner)
+                outcomes.update(zip(some, ran, strict=True))
         return [outcomes[index] for index in range(len(items))]
+
+    def _parted(
+        self, members: Sequence[int], items: Sequence[BatchItem]
+    ) -> list[tuple[Decoding | None, list[int]]]:
+        """Who runs which of the items."""
+        decoding = self.decoding
+        if decoding is None:
+            return [(None, list(members))]
+        taken: dict[bool, list[int]] = {True: [], False: []}
+        for index in members:
+            taken[decoding.takes(items[index])].append(index)
+        calls = ((decoding, taken[True]), (None, taken[False]))
+        return [(runner, some) for runner, some in calls if some]
 
     @classmethod
     @torch.inference_mode()
     def try_out(cls, span: Span, hidden_size: int) -> Batching:
         """What sessions of these blocks can share; runs a few tokens through all of them."""
         if not span.takes_positions or any(
-            word in kind for kind in span.rotations for word in _STRETCHING
+            word in kind for kind in span.rotations for word in STRETCHING
         ):
             return cls()
         items = _trial(span, hidden_size)
@@ -159,9 +179,9 @@ def _trial(span: Span, hidden_size: int) -> list[BatchItem]:
     return items
 
 
-def _run_call(span: Span, items: Sequence[BatchItem]) -> list[Outcome]:
+def _run_call(span: Span, items: Sequence[BatchItem], decoding: Decoding | None) -> list[Outcome]:
     """`Batching.run`, for items that can share a call of these blocks."""
-    if len(items) == 1:
+    if len(items) == 1 and decoding is None:
         return [_alone(items[0])]
     began = time.perf_counter()
     outcomes: dict[int, Outcome] = {}
@@ -173,10 +193,16 @@ def _run_call(span: Span, items: Sequence[BatchItem]) -> list[Outcome]:
             outcomes[index] = error
     ready = [items[index] for index in parts]
     shared: Sequence[Outcome]
+    run = partial(_run_batch, span) if decoding is None else decoding.run
     try:
-        shared = _run_batch(span, ready, list(parts.values()))
-    except Exception:
+        shared = run(ready, list(parts.values())) if ready else []
+    except Exception as error:
         logger.exception("a step of %d sessions failed; they run one by one", len(ready))
+        if decoding is not None and isinstance(error, torch.OutOfMemoryError):
+            decoding.drop_graphs()
+            torch.cuda.empty_cache()
+        elif decoding is not None and not isinstance(error, SwarmError):
+            decoding.give_up(error)
         shared = [_run_again(item) for item in ready]
     outcomes.update(zip(parts, shared, strict=True))
     for item in items:
@@ -194,8 +220,6 @@ def _alone(item: BatchItem) -> Outcome:
 def _run_batch(
     span: Span, items: Sequence[BatchItem], parts: Sequence[Part]
 ) -> list[list[torch.Tensor]]:
-    if not items:
-        return []
     ids: list[int] = []
     for item in items:
         ids += _position_ids(item.step, item.position)
@@ -210,7 +234,8 @@ def _run_batch(
     results = []
     for item, (result, *states) in zip(items, outputs, strict=True):
         found = dict(zip(wanted, states, strict=True))
-        results.append([result, *(found[index] for index in item.step.states)])
+        own = [result, *(found[index] for index in item.step.states)]
+        results.append([output.cpu() for output in own])
     return results
 
 
@@ -226,7 +251,9 @@ def _run_again(item: BatchItem) -> Outcome:
     """An item by itself, after `join` has prepared it and a shared call has failed somewhere."""
     try:
         item.state.cache.truncate(*item.step.blocks, item.position)
-        found = item.state.compute(item.step, item.position, item.begin, item.end)
-        return [output.cpu() for output in found]
+        outputs = item.state.compute(item.step, item.position, item.begin, item.end)
+        return [output.cpu() for output in outputs]
+    except torch.OutOfMemoryError:
+        return no_memory(item.step)
     except Exception as error:
         return error

@@ -173,6 +173,7 @@ class Engine:
     def facts(self) -> dict[str, Any]:
         """Budgets and what is taken of them; may be called from any thread."""
         return {
+            "engine": self.batching.engine,
             "activation_bytes": self._activations.total,
             "activation_bytes_held": self._activations.held,
             "adapter_max_rank": self.adapters.limits.rank,

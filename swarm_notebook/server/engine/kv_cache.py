@@ -43,26 +43,24 @@ def grown_capacity(capacity: int, needed: int, limit: int | None = None) -> int:
     return pages * PAGE if limit is None else max(needed, min(pages * PAGE, limit))
 
 
-class _Block:
-    """Storage of one block: keys and values ``[rows, heads, capacity, head size]``."""
-
-    __slots__ = ("keys", "length", "values")
-
-    def __init__(self) -> None:
-        self.keys: torch.Tensor | None = None
-        self.values: torch.Tensor | None = None
-        self.length = 0
-
-
 class SessionCache(Cache):
-    """Keys and values of the blocks ``[start, end)`` for one session's rows."""
+    """Keys and values of the blocks ``[start, end)`` for one session's rows.
+
+    Attributes:
+        granule: capacities are multiples of so many positions, if they need not be smaller.
+    """
+
+    granule = 1
 
     def __init__(self, start: int, end: int):
         super().__init__(layers=[])
         self.start, self.end = start, end
         self.rows = 0
         self.capacity = 0
-        self._blocks = [_Block() for _ in range(end - start)]
+        self._lengths = [0] * (end - start)
+        # Of every block, ``[rows, heads, capacity, head size]``.
+        self._keys: list[torch.Tensor | None] = [None] * (end - start)
+        self._values: list[torch.Tensor | None] = [None] * (end - start)
         self._focus = 0
 
     # What the session asks for, between steps.
@@ -75,20 +73,22 @@ class SessionCache(Cache):
     @property
     def length(self) -> int:
         """The number of positions that the longest block holds."""
-        return max(block.length for block in self._blocks)
+        return max(self._lengths)
 
     @property
     def empty(self) -> bool:
-        return not any(block.length for block in self._blocks)
+        return not any(self._lengths)
 
     def lengths(self, start: int, end: int) -> list[int]:
         """The number of positions in each of the blocks ``[start, end)``."""
-        return [block.length for block in self._slice(start, end)]
+        return self._lengths[start - self.start : end - self.start]
 
     def restart(self, rows: int) -> None:
         """Forget everything; what is written next has ``rows`` rows."""
         self.rows = rows
-        self._blocks = [_Block() for _ in self._blocks]
+        count = len(self._lengths)
+        self._lengths = [0] * count
+        self._keys, self._values = [None] * count, [None] * count
 
     def reserve(self, capacity: int) -> None:
         """Set the positions to allocate; a block moves to storage of this size when it needs it."""
@@ -96,8 +96,8 @@ class SessionCache(Cache):
 
     def truncate(self, start: int, end: int, length: int) -> None:
         """Forget what the blocks ``[start, end)`` hold beyond ``length`` positions."""
-        for block in self._slice(start, end):
-            block.length = min(block.length, length)
+        blocks = slice(start - self.start, end - self.start)
+        self._lengths[blocks] = [min(held, length) for held in self._lengths[blocks]]
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Make row ``i`` a copy of what row ``rows[i]`` was; the number of rows may change."""
@@ -106,21 +106,30 @@ class SessionCache(Cache):
         if same_count and not moved:
             return
         self.rows = len(rows)
-        for block in self._blocks:
-            if block.keys is None or block.values is None:
-                continue
-            if same_count:
-                sources = [rows[index] for index in moved]
-                for store in (block.keys, block.values):
-                    used = store.narrow(2, 0, block.length)
-                    used[moved] = used[sources]
-            else:
-                block.keys = self._moved(block.keys, block.length, rows)
-                block.values = self._moved(block.values, block.length, rows)
+        for stores in (self._keys, self._values):
+            for index, (store, length) in enumerate(zip(stores, self._lengths, strict=True)):
+                if store is None:
+                    continue
+                if same_count:
+                    used = store.narrow(2, 0, length)
+                    used[moved] = used[[rows[row] for row in moved]]
+                else:
+                    stores[index] = self._moved(store, length, rows)
+
+    def stores(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The keys and values of every block that has some."""
+        return [
+            (keys, values)
+            for keys, values in zip(self._keys, self._values, strict=True)
+            if keys is not None and values is not None
+        ]
+
+    def release(self) -> None:
+        """Give back what is not the session's alone; it will not run again."""
 
     def focus(self, start: int, end: int) -> int:
         """Name the blocks of the next step; their common length answers the decoder's questions."""
-        lengths = {block.length for block in self._slice(start, end)}
+        lengths = set(self.lengths(start, end))
         if len(lengths) != 1:
             raise ValueError(
                 f"blocks [{start}, {end}) hold different numbers of positions {sorted(lengths)}: "
@@ -135,16 +144,16 @@ class SessionCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new positions to a block in place; views of all its keys and values."""
-        block = self._blocks[layer_idx - self.start]
+        block = layer_idx - self.start
         new = key_states.shape[2]
-        begin, end = block.length, block.length + new
-        keys, values = block.keys, block.values
+        begin, end = self._lengths[block], self._lengths[block] + new
+        keys, values = self._keys[block], self._values[block]
         if keys is None or values is None or end > keys.shape[2]:
-            keys = block.keys = self._grown(keys, key_states, begin, end)
-            values = block.values = self._grown(values, value_states, begin, end)
+            keys = self._keys[block] = self._grown(keys, key_states, begin, end)
+            values = self._values[block] = self._grown(values, value_states, begin, end)
         keys.narrow(2, begin, new).copy_(key_states)
         values.narrow(2, begin, new).copy_(value_states)
-        block.length = end
+        self._lengths[block] = end
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -154,8 +163,8 @@ class SessionCache(Cache):
         the length that all blocks of the step have before it.
         """
         local = layer_idx - self.start
-        in_focus = self._focus <= local < len(self._blocks)
-        return self._blocks[local if in_focus else self._focus].length
+        in_focus = self._focus <= local < len(self._lengths)
+        return self._lengths[local if in_focus else self._focus]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.get_seq_length(layer_idx) + query_length, 0
@@ -164,10 +173,7 @@ class SessionCache(Cache):
         return -1
 
     def __len__(self) -> int:
-        return len(self._blocks)
-
-    def _slice(self, start: int, end: int) -> list[_Block]:
-        return self._blocks[start - self.start : end - self.start]
+        return len(self._lengths)
 
     def _grown(
         self, store: torch.Tensor | None, states: torch.Tensor, used: int, needed: int

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from swarm_notebook.server.engine.batching import BatchItem, run_one
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import SessionState
+from swarm_notebook.server.engine.session_state import BatchItem, SessionState, run_one
 
 
 class ChunkedPrefill:

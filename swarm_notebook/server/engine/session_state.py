@@ -11,11 +11,13 @@ its new tokens. As long as nobody sends a 0, there is no mask at all and HF take
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from swarm_notebook.errors import BadRequest
+from swarm_notebook.errors import BadRequest, ServerBusy
 from swarm_notebook.server.engine.attention import Part
 from swarm_notebook.server.engine.kv_cache import SessionCache, grown_capacity
 from swarm_notebook.server.engine.requests import Step
@@ -29,13 +31,18 @@ class SessionState:
         span: the blocks that the server hosts.
         context: how many positions the model has.
         choose: which blocks to run a step with: ``span``, or the same with an adapter in them.
+        cache: where its keys and values go; memory of its own if None.
     """
 
     def __init__(
-        self, span: Span, context: int | None, choose: Callable[[Step], Span] | None = None
+        self,
+        span: Span,
+        context: int | None,
+        choose: Callable[[Step], Span] | None = None,
+        cache: SessionCache | None = None,
     ):
         self._choose = choose or (lambda _: span)
-        self.cache = SessionCache(span.start, span.end)
+        self.cache = cache or SessionCache(span.start, span.end)
         self.span, self._context = span, context
         self._mask: torch.Tensor | None = None
 
@@ -67,9 +74,11 @@ class SessionState:
         """Cache tokens for the step, preferred and needed; None if they are there."""
         cache, rows = self.cache, step.rows
         length = max(position + step.length, cache.length)
+        length += -length % cache.granule
         if rows == cache.rows and length <= cache.capacity:
             return None
         preferred = grown_capacity(cache.capacity, length, self._context)
+        preferred += -preferred % cache.granule
         return rows * preferred, rows * length
 
     def run(self, step: Step, position: int, begin: int, end: int) -> list[torch.Tensor]:
@@ -85,6 +94,11 @@ class SessionState:
         self._prepare(step, position)
         mask = self._extend_mask(step, position, 0, step.length)
         return Part(self.cache, step.rows, step.length, mask, tuners=tuners)
+
+    def padded_by(self, step: Step) -> bool:
+        """Whether there is padding in the session with this step."""
+        new = step.attention_mask
+        return self._mask is not None or (new is not None and not bool(new.all()))
 
     def span_for(self, step: Step) -> Span:
         """The blocks to run a step with."""
@@ -136,7 +150,7 @@ class SessionState:
     def _extend_mask(self, step: Step, position: int, begin: int, end: int) -> torch.Tensor | None:
         """The mask of all positions up to the piece's end, or None if nothing is masked."""
         new = step.attention_mask
-        if self._mask is None and (new is None or bool(new.all())):
+        if not self.padded_by(step):
             return None
         begin, end, piece = position + begin, position + end, slice(begin, end)
         if self._mask is None or end > self._mask.shape[1]:
@@ -147,3 +161,44 @@ class SessionState:
             self._mask = mask
         self._mask[:, begin:end] = 1 if new is None else new[:, piece]
         return self._mask[:, :end]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchItem:
+    """A session's step, or the positions ``[begin, end)`` of one that is long.
+
+    Attributes:
+        position: where the step begins in its session.
+    """
+
+    state: SessionState
+    step: Step
+    position: int
+    begin: int
+    end: int
+
+
+def run_one(item: BatchItem) -> list[torch.Tensor]:
+    """The outputs of an item by itself, on the CPU.
+
+    Raises:
+        ServerBusy: the card has no memory left for it.
+    """
+    began = time.perf_counter()
+    try:
+        outputs = item.state.run(item.step, item.position, item.begin, item.end)
+    except torch.OutOfMemoryError:
+        raise no_memory(item.step) from None
+    # Here and not where it is packed: nobody else's answer waits for the card meanwhile.
+    outputs = [output.cpu() for output in outputs]
+    item.step.times.compute += time.perf_counter() - began
+    return outputs
+
+
+def no_memory(step: Step) -> ServerBusy:
+    """What a session gets when the card has no memory left for its step."""
+    torch.cuda.empty_cache()
+    return ServerBusy(
+        f"the card has no memory left for a step of {step.rows} x {step.length} tokens; send less "
+        "at once, try again later or use another server"
+    )

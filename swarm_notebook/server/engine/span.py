@@ -73,6 +73,16 @@ class Span:
         found = (getattr(module, "rope_type", None) for module in self._decoder.modules())
         return {str(kind) for kind in found if kind is not None}
 
+    @property
+    def config(self) -> Any:
+        """The decoder's."""
+        return self._decoder.config
+
+    def cloned_decoder(self) -> nn.Module:
+        """Modules and configs of its own around the same weights and buffers."""
+        shared = [*self._decoder.parameters(), *self._decoder.buffers()]
+        return copy.deepcopy(self._decoder, {id(tensor): tensor for tensor in shared})
+
     def layer(self, block: int) -> nn.Module:
         """The block of this index."""
         return self.layers[block - self.start]

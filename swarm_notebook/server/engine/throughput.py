@@ -17,8 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
+from swarm_notebook.server.engine.batching import Batching
 from swarm_notebook.server.engine.kv_cache import SessionCache
+from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.scheduler import Kind, Task
+from swarm_notebook.server.engine.session_state import BatchItem, SessionState, run_one
 from swarm_notebook.server.engine.span import Span
 
 # Six runs of a tenth of a second: a server that starts beside takes the cores for longer than one.
@@ -47,8 +50,8 @@ class Throughput:
         return self.forward_rps * 2 / (blocks + 1)
 
 
-def measure(span: Span, hidden_size: int) -> Throughput:
-    """Run the first block for about a second."""
+def measure(span: Span, hidden_size: int, batching: Batching | None = None) -> Throughput:
+    """Run the first block for about a second; steps as ``batching`` runs them, if it is given."""
     start, end = span.start, span.start + 1
     token = torch.zeros(1, 1, hidden_size)
     long = torch.zeros(1, FORWARD_TOKENS, hidden_size)
@@ -64,7 +67,27 @@ def measure(span: Span, hidden_size: int) -> Throughput:
     def forward() -> None:
         span.run(start, end, long)[0].cpu()
 
-    return Throughput(_rate(step), FORWARD_TOKENS * _rate(forward))
+    steps = _rate(step)
+    if batching is not None and batching.decoding is not None:
+        steps = max(steps, _rate_of_graphs(span, long, batching))
+    return Throughput(steps, FORWARD_TOKENS * _rate(forward))
+
+
+def _rate_of_graphs(span: Span, long: torch.Tensor, batching: Batching) -> float:
+    """Steps per second of one block, from those of all blocks together."""
+    state = SessionState(span, None, cache=batching.new_cache())
+    blocks = (span.start, span.end)
+    run_one(BatchItem(state, Step(blocks, long[:, :CONTEXT_TOKENS]), 0, 0, CONTEXT_TOKENS))
+    again = Step(blocks, long[:, :1], position=CONTEXT_TOKENS)
+
+    def step() -> None:
+        batching.run([BatchItem(state, again, CONTEXT_TOKENS, 0, 1)])
+
+    step()  # captures
+    try:
+        return _rate(step) * (span.end - span.start)
+    finally:
+        state.cache.release()
 
 
 class RateMeter:

@@ -166,6 +166,10 @@ class ComputeThread:
         decoding = time.monotonic() - self._stepped < DECODING_SECONDS
         return self._chunks.size(crowded=decoding or len(self._schedule) > 0)
 
+    def wait_for_others(self, part: float) -> None:
+        """Let steps wait for others for such a part of a call."""
+        self._window.part = part
+
     def facts(self) -> dict[str, int]:
         """How many steps have run since the start, and in how many calls of the blocks."""
         return {"steps": self._steps, "step_calls": self._step_calls}

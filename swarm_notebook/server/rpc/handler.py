@@ -141,7 +141,8 @@ class Handler:
     async def _inference(self, stream: Stream, peer: PeerID) -> None:
         self._check_open()
         choose = partial(self._engine.span_for, peer.to_base58())
-        state = SessionState(self._span, self._limits.context, choose)
+        cache = self._engine.batching.new_cache()
+        state = SessionState(self._span, self._limits.context, choose, cache)
         session = ServerSession(
             stream,
             state,

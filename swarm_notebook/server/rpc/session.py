@@ -25,12 +25,12 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
 from swarm_notebook.net import protocol
 from swarm_notebook.net.streams import Stream, StreamClosed
-from swarm_notebook.server.engine.batching import SHORT_TOKENS, Batching, BatchItem, run_one
+from swarm_notebook.server.engine.batching import SHORT_TOKENS, Batching
 from swarm_notebook.server.engine.kv_budget import CachePool
 from swarm_notebook.server.engine.prefill import ChunkedPrefill
 from swarm_notebook.server.engine.requests import Limits, Step, StepTimes
 from swarm_notebook.server.engine.scheduler import Kind, Task
-from swarm_notebook.server.engine.session_state import SessionState
+from swarm_notebook.server.engine.session_state import BatchItem, SessionState, run_one
 from swarm_notebook.server.engine.worker import ComputeThread, Job
 from swarm_notebook.server.rpc.codec import Codec, packed_bytes
 from swarm_notebook.server.rpc.counters import Counters
@@ -114,6 +114,8 @@ class ServerSession:
 
     def _drop(self) -> None:
         """The pool takes the memory; no step is in flight."""
+        if self._state is not None:
+            self._state.cache.release()
         self._state = None
         self._end(
             SessionLost("the session was idle and its memory was needed, send its history again")
@@ -227,5 +229,7 @@ class ServerSession:
             self._free()
 
     def _free(self) -> None:
+        if self._state is not None:
+            self._state.cache.release()
         self._state = self._job = None
         self._pool.close(self._reservation)

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import AdapterMissing
-from swarm_notebook.server.engine.batching import SHORT_TOKENS, Batching, run_one
+from swarm_notebook.server.engine.batching import SHORT_TOKENS, Batching
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import SessionState
+from swarm_notebook.server.engine.session_state import SessionState, run_one
 from swarm_notebook.server.engine.span import Span
 
 HIDDEN = 48

@@ -1,0 +1,156 @@
+"""Steps through pages and buckets against sessions alone: all families, whatever a session does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.random_sessions import RandomSession, prepared
+from support.tiny import FAMILIES, tiny_model
+
+from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.server.engine.batching import Batching
+from swarm_notebook.server.engine.decode import Decoding, Impossible
+from swarm_notebook.server.engine.kv_cache import PAGE
+from swarm_notebook.server.engine.requests import Step
+from swarm_notebook.server.engine.session_state import BatchItem, SessionState
+from swarm_notebook.server.engine.span import Span
+
+HIDDEN, TOLERANCE, TOKENS = 48, 1e-4, 4096
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# They do not call transformers' attention interface.
+PLAIN = {"bloom", "falcon"}
+SESSIONS, STEPS = 5, 14
+
+
+def load(family: str, folder: Path) -> Span:
+    source = resolve(tiny_model(family, folder))
+    loaded = load_blocks(source, 1, 4, dtype=torch.float32, device=DEVICE)
+    return Span(loaded.decoder, loaded.layers_name, 1)
+
+
+def decoding(span: Span) -> Decoding:
+    return Decoding.try_out(span, HIDDEN, TOKENS, capture=DEVICE == "cuda", shortest=PAGE)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+
+
+def session(span: Span, decoder: Decoding) -> SessionState:
+    return SessionState(span, context=None, cache=decoder.cache())
+
+
+@pytest.mark.parametrize("family", sorted(PLAIN))
+def test_what_cannot_is_found_out(family: str, tmp_path: Path) -> None:
+    with pytest.raises(Impossible):
+        decoding(load(family, tmp_path))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - PLAIN))
+def test_sessions_of_all_kinds_together(family: str, tmp_path: Path) -> None:
+    """Joins, leaves, rollbacks, rows, padding, states, some of the blocks, a bucket that grows."""
+    span = load(family, tmp_path)
+    decoder = decoding(span)
+    batching = Batching(possible=True, decoding=decoder)
+    free = decoder.pool.free
+    scripts = []
+    for seed in range(SESSIONS):
+        alone = RandomSession(span, HIDDEN, seed, longest=14 if seed % 2 else 60)
+        steps = [alone.step()]
+        outputs = [alone.run(steps[0])]
+        for _ in range(STEPS + seed):
+            steps.append(alone.step())
+            outputs.append(alone.run(steps[-1]))
+        scripts.append((session(span, decoder), steps, outputs))
+    taken = 0
+    for turn in range(STEPS + 2 * SESSIONS):
+        calls: dict[tuple[int, int], list[tuple[BatchItem, list[torch.Tensor]]]] = {}
+        for late, (state, steps, outputs) in enumerate(scripts):
+            if not late <= turn < late + len(steps):
+                if turn == late + len(steps):
+                    state.cache.release()
+                continue
+            item = prepared(state, steps[turn - late])
+            calls.setdefault(item.step.blocks, []).append((item, outputs[turn - late]))
+        for members in calls.values():
+            taken += sum(decoder.takes(item) for item, _ in members)
+            outcomes = batching.run([item for item, _ in members])
+            for outcome, (_, expected) in zip(outcomes, members, strict=True):
+                assert not isinstance(outcome, Exception), outcome
+                for one, other in zip(outcome, expected, strict=True):
+                    close(one, other)
+    assert taken > SESSIONS * STEPS // 2
+    for state, _, _ in scripts:
+        state.cache.release()
+    assert decoder.pool.free == free
+
+
+def test_a_graph_that_fails_ends_no_session(tmp_path: Path) -> None:
+    """Whatever goes wrong in a bucket, sessions go on as before."""
+    span = load("llama", tmp_path)
+    decoder = decoding(span)
+    batching = Batching(possible=True, decoding=decoder)
+    state, alone = session(span, decoder), SessionState(span, context=None)
+    for index in range(6):
+        if index == 3:
+            # As if the card had failed: what the bucket reads is gone.
+            for program in decoder._programs.values():
+                program.plan = None  # type: ignore[assignment]
+        step = Step((span.start, span.end), torch.randn(1, 1, HIDDEN))
+        (got,) = batching.run([prepared(state, step)])
+        (expected,) = Batching().run([prepared(alone, step)])
+        close(got[0], expected[0])
+    assert "NoneType" in decoder.engine
+    assert decoder.engine.startswith("plain: ")
+
+
+def test_what_others_left_behind_is_not_seen(tmp_path: Path) -> None:
+    """A session whose states are not finite, and one that gets its pages."""
+    span = load("llama", tmp_path)
+    decoder = decoding(span)
+    batching = Batching(possible=True, decoding=decoder)
+    blocks = (span.start, span.end)
+    broken = session(span, decoder)
+    batching.run([prepared(broken, Step(blocks, torch.full((1, 30, HIDDEN), torch.nan)))])
+    (lost,) = batching.run([prepared(broken, Step(blocks, torch.zeros(1, 1, HIDDEN)))])
+    assert not torch.isfinite(lost[0]).any()
+    broken.cache.release()
+    fresh, alone = session(span, decoder), SessionState(span, context=None)
+    for length in (3, 1, 1):
+        step = Step(blocks, torch.randn(1, length, HIDDEN))
+        (got,), (expected,) = (
+            batching.run([prepared(fresh, step)]),
+            Batching().run([prepared(alone, step)]),
+        )
+        close(got[0], expected[0])
+
+
+def test_a_row_does_not_depend_on_its_company(tmp_path: Path) -> None:
+    """In the same bucket, bit by bit, whoever else is in it."""
+    span = load("llama", tmp_path)
+    decoder = decoding(span)
+    batching = Batching(possible=True, decoding=decoder)
+    blocks = (span.start, span.end)
+    noise = torch.Generator().manual_seed(0)
+    mine = torch.randn(1, 20, HIDDEN, generator=noise)
+    results = []
+    for _ in range(4):
+        states = [session(span, decoder) for _ in range(4)]
+        given = [torch.randn(1, 20, HIDDEN) for _ in states]
+        given[2] = mine
+        for state, hidden in zip(states, given, strict=True):
+            batching.run([prepared(state, Step(blocks, hidden[:, :12]))])
+        got = []
+        for index in range(12, 20):
+            items = [
+                prepared(state, Step(blocks, hidden[:, index : index + 1]))
+                for state, hidden in zip(states, given, strict=True)
+            ]
+            got.append(batching.run(items)[2][0])
+        results.append(torch.cat(got))
+        for state in states:
+            state.cache.release()
+    assert all(torch.equal(results[0], other) for other in results[1:])
