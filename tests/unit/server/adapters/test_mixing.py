@@ -85,7 +85,7 @@ def compare(base: Span, spans: list[Span]) -> int:
             [session.run(turn.step) for session, turn in group] for group in groups.values()
         ]
         with counted(base) as calls:
-            got = [Batching.run([turn for _, turn in group]) for group in groups.values()]
+            got = [Batching().run([turn for _, turn in group]) for group in groups.values()]
         assert calls[0] <= len(groups)
         called += calls[0]
         for ours, theirs in zip(got, expected, strict=True):
@@ -107,7 +107,7 @@ def test_each_gets_what_it_gets_alone(family: str, tmp_path: Path) -> None:
     compare(base, everybody)
     with counted(base) as calls:
         steps = [first_step(base, span) for span in everybody]
-        Batching.run(steps)
+        Batching().run(steps)
     assert calls[0] == 1
 
 

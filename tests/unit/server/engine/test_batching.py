@@ -62,7 +62,7 @@ def test_sessions_that_share_calls_get_what_they_get_alone(span: Span, batching:
         for members in groups.values():
             turns = [turn for _, turn in members]
             largest = max(largest, len(turns))
-            results = Batching.run(turns) if len(turns) > 1 else [run_one(turns[0])]
+            results = Batching().run(turns) if len(turns) > 1 else [run_one(turns[0])]
             for (session, turn), got in zip(members, results, strict=True):
                 if isinstance(got, Exception):
                     raise got
@@ -146,7 +146,7 @@ def test_an_error_belongs_to_its_session_alone(sessions: list[SessionState]) -> 
     step = Step((1, 4), torch.randn(1, 1, HIDDEN))
     turns = [prepared(state, step) for state in sessions]
     sessions[1]._choose = refuse
-    first, second, third = Batching.run(turns)
+    first, second, third = Batching().run(turns)
     assert isinstance(second, AdapterMissing)
     assert sessions[1].cache.length == 3
     for state, got in ((sessions[0], first), (sessions[2], third)):
@@ -167,7 +167,7 @@ def test_a_shared_call_that_fails_hurts_only_the_guilty(sessions: list[SessionSt
 
     broken.update = fail  # type: ignore[method-assign]
     step = Step((1, 4), torch.randn(1, 1, HIDDEN))
-    first, second, third = Batching.run([prepared(state, step) for state in sessions])
+    first, second, third = Batching().run([prepared(state, step) for state in sessions])
     assert isinstance(second, RuntimeError)
     for state, got in ((sessions[0], first), (sessions[2], third)):
         assert state.cache.length == 4

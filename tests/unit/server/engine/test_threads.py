@@ -45,7 +45,7 @@ def test_batches_at_the_same_time(tiny_llama: Path) -> None:
     spans, inside = [loaded(tiny_llama), loaded(tiny_llama)], threading.Barrier(2)
 
     def batch(number: int) -> Any:
-        outcomes = Batching.run(first_steps(spans[number], number))
+        outcomes = Batching().run(first_steps(spans[number], number))
         return [outcome[0] if isinstance(outcome, list) else outcome for outcome in outcomes]
 
     def meet(*_: Any) -> None:
