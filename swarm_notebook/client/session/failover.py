@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 
 from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.servers.routing import describe_blocks
@@ -28,6 +29,10 @@ from swarm_notebook.errors import (
 
 logger = logging.getLogger(__name__)
 
+# How often a server may be lost in one step if nobody else has its blocks: it may be restarted, but
+# what fails on it again and again will not stop to.
+MAX_LOSSES = 3
+
 
 class FailoverPolicy:
     """Decides what follows from the failures of one step.
@@ -44,7 +49,7 @@ class FailoverPolicy:
     def __init__(self, chain: Chain, timeline: Timeline, adapter: Adapter | None):
         self._chain, self._directory = chain, chain.directory
         self._timeline, self._adapter = timeline, adapter
-        self._lost: set[str] = set()
+        self._lost: Counter[str] = Counter()
         self.refusing: set[str] = set()
 
     def handle(self, loss: HopLost) -> None:
@@ -52,6 +57,7 @@ class FailoverPolicy:
 
         Raises:
             BadRequest, CacheFull, ServerBusy: no other server can mend it.
+            ServerFailed: the only server of some blocks fails again and again.
         """
         stage, error = loss.stage, loss.error
         if stage.source is not None and isinstance(error, BadRequest):
@@ -73,8 +79,8 @@ class FailoverPolicy:
             logger.info("%s; trying %s on another server", error, blocks)
             return
         # A server may lose what it had, once; one that says so again and again is broken.
-        forgiven = peer not in self._lost
-        self._lost.add(peer)
+        forgiven = not self._lost[peer]
+        self._lost[peer] += 1
         adapter = self._adapter
         if isinstance(error, AdapterMissing) and adapter is not None and forgiven:
             self._directory.uploaded.pop((peer, adapter.id), None)
@@ -82,7 +88,18 @@ class FailoverPolicy:
             logger.warning("%s; rebuilding the cache", error)
         else:
             self._directory.failed(peer, str(error))
+            if self._lost[peer] > MAX_LOSSES and not self._others(hop):
+                raise error
             logger.warning("%s; continuing %s on another server", error, blocks)
+
+    def _others(self, hop: Hop) -> bool:
+        """Whether other servers have a hop's blocks."""
+        exclude = {*self.refusing, hop.segment.peer}
+        try:
+            self._directory.chain(hop.start, hop.end, exclude)
+        except MissingBlocks:
+            return False
+        return True
 
     def _refuse(self, hop: Hop, error: BadRequest | CacheFull | ServerBusy) -> None:
         """Leave a server that refused the step out of it; raise if the others would refuse too.
@@ -91,9 +108,5 @@ class FailoverPolicy:
         """
         believed = isinstance(error, BadRequest) and bool(self.refusing)
         self.refusing.add(hop.segment.peer)
-        try:
-            self._directory.chain(hop.start, hop.end, self.refusing)
-        except MissingBlocks:
-            believed = True
-        if believed:
+        if believed or not self._others(hop):
             raise error

@@ -147,6 +147,8 @@ class SessionState:
             if self._mask is not None:
                 self._mask = self._mask[step.row_ids]
 
+    # In inference mode whoever calls: what is made in it can be written to only there.
+    @torch.inference_mode()
     def _extend_mask(self, step: Step, position: int, begin: int, end: int) -> torch.Tensor | None:
         """The mask of all positions up to the piece's end, or None if nothing is masked."""
         new = step.attention_mask

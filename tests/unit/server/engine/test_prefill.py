@@ -1,0 +1,41 @@
+"""A long prompt in chunks, and what a session does after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from support.random_sessions import prepared
+from support.tiny import tiny_model
+
+from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.server.engine.prefill import ChunkedPrefill
+from swarm_notebook.server.engine.requests import Step
+from swarm_notebook.server.engine.session_state import SessionState, run_one
+from swarm_notebook.server.engine.span import Span
+
+HIDDEN, LENGTH = 48, 70
+
+
+def test_a_padded_session_goes_on_after_it(tmp_path: Path) -> None:
+    """The mask that chunks have made is written to by the steps behind."""
+    loaded = load_blocks(resolve(tiny_model("llama", tmp_path)), 1, 4, dtype=torch.float32)
+    span = Span(loaded.decoder, loaded.layers_name, 1)
+    hidden = torch.randn(2, LENGTH + 2, HIDDEN, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, LENGTH, dtype=torch.int64)
+    mask[1, :5] = 0
+    found = []
+    for chunk in (16, LENGTH):
+        state = SessionState(span, context=None)
+        step = Step((1, 4), hidden[:, :LENGTH], attention_mask=mask)
+        item = prepared(state, step)
+        prefill = ChunkedPrefill(state, step, item.position)
+        while not prefill.finished:
+            prefill.run(min(chunk, LENGTH - prefill.computed))
+        outputs = [prefill.outputs[0]]
+        for position, rows in ((LENGTH, None), (LENGTH + 1, [1, 0])):
+            one = Step((1, 4), hidden[:, position : position + 1], row_ids=rows)
+            outputs.append(run_one(prepared(state, one))[0])
+        found.append(torch.cat(outputs, dim=1))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
