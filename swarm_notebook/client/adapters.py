@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from hivemind.proto import runtime_pb2
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from swarm_notebook.client.passes.call import call, server_name
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
-from swarm_notebook.errors import AdapterMissing, ServerFailed, Unsupported
+from swarm_notebook.errors import AdapterMissing, BadRequest, ServerFailed, Unsupported
 from swarm_notebook.net import protocol, tensors
 
 T = TypeVar("T")
@@ -119,7 +121,16 @@ async def upload(
         return {}
     if len(answer.tensors) != 1:
         raise ServerFailed(f"{server_name(segment)} sent no initial values for {derive[0]}")
-    derived = load(tensors.unpack(answer.tensors[0]).numpy().tobytes())
+    derived = _read_derived(answer.tensors[0], server_name(segment))
     if sorted(derived) != derive:
         raise ServerFailed(f"{server_name(segment)} sent other initial values than asked for")
     return derived
+
+
+def _read_derived(packed: runtime_pb2.Tensor, server: str) -> dict[str, torch.Tensor]:
+    try:
+        if not tensors.is_file(packed):
+            raise ServerFailed(f"{server} sent initial values that are no file")
+        return load(packed.buffer)
+    except (BadRequest, SafetensorError) as error:
+        raise ServerFailed(f"{server} sent no readable initial values: {error}") from None

@@ -138,14 +138,18 @@ def read_outputs(packed: Sequence[runtime_pb2.Tensor], request: Request, server:
         raise ServerFailed(
             f"{server} sent {len(packed)} tensors, not {len(blocks) + len(request.inner)}"
         )
-    unpacked = [read_tensor(tensor, server).to(request.hidden.dtype) for tensor in packed]
-    for tensor in unpacked[: len(blocks)]:
-        check_shape(tensor, request.hidden.shape, server)
-        if not tensors.all_finite(tensor):
-            raise ServerFailed(f"{server} sent hidden states with NaN or infinite values")
+    dtype, shape = request.hidden.dtype, request.hidden.shape
+    # All shapes first: nothing is unpacked of an answer that is not what was asked for.
+    for tensor in packed[: len(blocks)]:
+        check_layout(tensor, dtype, shape, server)
+    for tensor in packed[len(blocks) :]:
+        check_layout(tensor, dtype, None, server)
+    states = [read_tensor(tensor, dtype, shape, server) for tensor in packed[: len(blocks)]]
+    inner = [read_tensor(tensor, dtype, None, server) for tensor in packed[len(blocks) :]]
+    for state in states:
+        check_finite(state, "hidden states", server)
     return Outputs(
-        dict(zip(blocks, unpacked[: len(blocks)], strict=True)),
-        dict(zip(request.inner, unpacked[len(blocks) :], strict=True)),
+        dict(zip(blocks, states, strict=True)), dict(zip(request.inner, inner, strict=True))
     )
 
 
@@ -190,20 +194,40 @@ def read_report(metadata: bytes) -> ServerReport:
     return report
 
 
-def read_tensor(packed: runtime_pb2.Tensor, server: str) -> torch.Tensor:
-    """A floating point tensor from the wire; ServerFailed if it is none."""
+def read_tensor(
+    packed: runtime_pb2.Tensor, dtype: torch.dtype, shape: Sequence[int] | None, server: str
+) -> torch.Tensor:
+    """A floating point tensor from the wire, in ``dtype``.
+
+    Args:
+        shape: what it is to have; None for any.
+
+    Raises:
+        ServerFailed: it is none, or has another shape, which is found before it is unpacked.
+    """
+    check_layout(packed, dtype, shape, server)
+    return tensors.unpack(packed).to(dtype)
+
+
+def check_layout(
+    packed: runtime_pb2.Tensor, dtype: torch.dtype, shape: Sequence[int] | None, server: str
+) -> None:
+    """Refuse a tensor that is not what was asked for, without unpacking it."""
     try:
-        tensor = tensors.unpack(packed)
+        layout = tensors.layout(packed)
     except BadRequest as error:
         raise ServerFailed(f"{server} sent no readable tensor: {error}") from None
-    if not tensor.is_floating_point():
-        raise ServerFailed(f"{server} sent a {tensor.dtype} tensor for hidden states")
-    return tensor
-
-
-def check_shape(tensor: torch.Tensor, shape: Sequence[int], server: str) -> None:
-    """Refuse a tensor of another shape than asked for."""
-    if list(tensor.shape) != list(shape):
+    if shape is not None and list(layout.shape) != list(shape):
         raise ServerFailed(
-            f"{server} sent a tensor of shape {list(tensor.shape)}, expected {list(shape)}"
+            f"{server} sent a tensor of shape {list(layout.shape)}, expected {list(shape)}"
         )
+    # Nobody computes in more than the notebook, or float32, if it is not a way to take its memory.
+    widest = max(dtype.itemsize, torch.float32.itemsize)
+    if not layout.dtype.is_floating_point or layout.dtype.itemsize > widest:
+        raise ServerFailed(f"{server} sent a {layout.dtype} tensor, expected {dtype}")
+
+
+def check_finite(tensor: torch.Tensor, what: str, server: str) -> None:
+    """Refuse a tensor with NaN or infinite values."""
+    if not tensors.all_finite(tensor):
+        raise ServerFailed(f"{server} sent {what} with NaN or infinite values")

@@ -4,11 +4,12 @@ The format is hivemind's (proto/runtime.proto): raw little-endian elements, a dt
 shape. We write bfloat16 as two bytes per element; hivemind's older form, which sends it as
 float32, is recognised when reading by the length of the buffer.
 
-`unpack` believes nothing: an unknown dtype, a shape that does not match the bytes, or a
-compression that we do not read is a `BadRequest` before any memory beyond the received bytes is
-taken. hivemind's 8-bit compressions are not read: 1.1.12 cannot decode them with numpy >= 2.4.
-Ours is `INT8`: values as int8, every 16 neighbours of the last dimension scaled by the largest
-of them, and behind all values the scales as bfloat16. (A few channels of hidden states are a
+`layout` believes nothing: an unknown dtype, a shape that does not match the bytes, or a compression
+that we do not read is a `BadRequest` before any memory beyond the received bytes is taken. Who
+expects a shape compares it with the layout before `unpack` takes memory for it. hivemind's 8-bit
+compressions are not read: 1.1.12 cannot decode them with numpy >= 2.4. Ours is `INT8`: values as
+int8, every 16 neighbours of the last dimension scaled by the largest of them, and behind all values
+the scales as bfloat16. (A few channels of hidden states are a
 hundred times larger than the rest: a scale for the whole row would spoil all others.) Only peers
 that announce our protocol are sent it.
 """
@@ -16,6 +17,7 @@ that announce our protocol are sent it.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from hivemind.proto import runtime_pb2
@@ -29,7 +31,12 @@ COMPRESSIONS = {"float16": FLOAT16, "int8": INT8}
 
 # Deep prompts have most: blocks, batch, length, hidden.
 MAX_DIMENSIONS = 6
+# Far more than any frame holds, and far from where torch's own arithmetic of sizes overflows.
+MAX_ELEMENTS = 1 << 34
 INT8_GROUP = 16
+# 8-bit values are multiplied out in pieces of about so many elements: 4 MiB of float32, in which a
+# group that is not full still takes a whole one.
+_PIECE_ELEMENTS = 1 << 20
 
 _DTYPES = {
     "float32": torch.float32,
@@ -100,23 +107,61 @@ def state_bytes(width: int, ours: torch.dtype, theirs: str | None, compression: 
     return width * min(sizes)
 
 
-def unpack(message: runtime_pb2.Tensor) -> torch.Tensor:
-    """The tensor in a protobuf, as an own writable CPU tensor.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a tensor in a protobuf will be when it is unpacked.
+
+    Attributes:
+        stored: the dtype of the bytes in the buffer; int8 for `INT8`.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stored: torch.dtype
+
+
+def layout(message: runtime_pb2.Tensor) -> Layout:
+    """The layout of a tensor, whose bytes are as many as it needs; takes no memory.
 
     Raises:
-        BadRequest: unknown dtype or compression, or bytes that do not match the shape.
+        BadRequest: unknown dtype or compression, sizes that no tensor has, or bytes that do not
+            match the shape.
     """
     dtype = dtype_from_name(message.dtype)
     shape = tuple(message.size)
     if len(shape) > MAX_DIMENSIONS:
         raise BadRequest(f"a tensor has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are read")
+    # Without elements no bytes tell, but torch multiplies the other sizes.
+    if 0 in shape and math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
+        raise BadRequest(f"no tensor that is read here has the shape {list(shape)}")
     if message.compression == INT8:
-        return _from_int8(message.buffer, shape, dtype)
-    stored = _stored_dtype(message, dtype, math.prod(shape))
+        _check_int8(message.buffer, shape, dtype)
+        return Layout(dtype, shape, torch.int8)
+    return Layout(dtype, shape, _stored_dtype(message, dtype, math.prod(shape)))
+
+
+def is_file(message: runtime_pb2.Tensor) -> bool:
+    """Whether a tensor is nothing but bytes, as a file travels; takes no memory.
+
+    Raises: as `layout`.
+    """
+    found = layout(message)
+    return found.dtype == found.stored == torch.uint8 and len(found.shape) == 1
+
+
+def unpack(message: runtime_pb2.Tensor) -> torch.Tensor:
+    """The tensor in a protobuf, as an own writable CPU tensor.
+
+    Raises: as `layout`.
+    """
+    found = layout(message)
     if not message.buffer:
-        return torch.empty(shape, dtype=dtype)
-    tensor = torch.frombuffer(bytearray(message.buffer), dtype=stored).reshape(shape)
-    return tensor if stored == dtype else tensor.to(dtype)
+        return torch.empty(found.shape, dtype=found.dtype)
+    if found.stored is torch.int8:
+        return _from_int8(message.buffer, found.shape, found.dtype)
+    buffer = bytearray(message.buffer)
+    tensor = torch.frombuffer(buffer, dtype=found.stored).reshape(found.shape)
+    return tensor if found.stored == found.dtype else tensor.to(found.dtype)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -155,7 +200,7 @@ def _to_int8(tensor: torch.Tensor) -> bytes:
     return values.numpy().tobytes() + scales.view(torch.int16).numpy().tobytes()
 
 
-def _from_int8(buffer: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _check_int8(buffer: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if not shape or not dtype.is_floating_point:
         raise BadRequest(f"a {dtype} tensor of shape {list(shape)} cannot be 8-bit values")
     elements, groups = math.prod(shape), math.prod(shape[:-1]) * -(-shape[-1] // INT8_GROUP)
@@ -164,14 +209,22 @@ def _from_int8(buffer: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> tor
             f"8-bit values of shape {list(shape)} need {elements} + 2 * {groups} bytes, the "
             f"buffer has {len(buffer)}"
         )
-    if not elements:
-        return torch.empty(shape, dtype=dtype)
+
+
+def _from_int8(buffer: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    elements, width = math.prod(shape), shape[-1]
     own = bytearray(buffer)
-    values = torch.frombuffer(own, dtype=torch.int8, count=elements).reshape(shape)
+    values = torch.frombuffer(own, dtype=torch.int8, count=elements).reshape(-1, width)
     # A copy: the scales may begin at an odd byte.
-    scales = torch.frombuffer(own[elements:], dtype=torch.bfloat16).reshape(*shape[:-1], -1, 1)
-    whole = _in_groups(values.to(torch.float32)) * scales.to(torch.float32)
-    return whole.flatten(-2)[..., : shape[-1]].to(dtype)
+    scales = torch.frombuffer(own[elements:], dtype=torch.bfloat16).reshape(len(values), -1, 1)
+    result = torch.empty(values.shape, dtype=dtype)
+    rows = max(1, _PIECE_ELEMENTS // (scales.shape[1] * INT8_GROUP))
+    for piece, scale, into in zip(
+        values.split(rows), scales.split(rows), result.split(rows), strict=True
+    ):
+        whole = _in_groups(piece.to(torch.float32)) * scale.to(torch.float32)
+        into.copy_(whole.flatten(-2)[:, :width])
+    return result.reshape(shape)
 
 
 def _in_groups(tensor: torch.Tensor) -> torch.Tensor:

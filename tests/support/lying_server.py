@@ -25,6 +25,7 @@ class LyingServer:
     """Announces all blocks of a model, and to be faster than anybody else."""
 
     lie: Lie
+    back: Lie  # of backward passes
     info: bytes
 
     def __init__(self, peers: Sequence[str], prefix: str, num_blocks: int):
@@ -48,6 +49,7 @@ class LyingServer:
         self._node = await Node.start(self._peers, client=False)
         for name in (protocol.RPC_INFERENCE, protocol.RPC_FORWARD_STREAM):
             await add_stream_handler(self._node.p2p, name, self._on_stream)
+        await add_stream_handler(self._node.p2p, protocol.RPC_BACKWARD_STREAM, self._on_backward)
         await self._node.p2p._client.add_unary_handler(protocol.RPC_INFO, self._on_info)
         await self._announce()
 
@@ -75,3 +77,10 @@ class LyingServer:
     async def _on_stream(self, stream: Stream, _peer: PeerID) -> None:
         while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
             await self.lie(stream, message)
+
+    async def _on_backward(self, stream: Stream, _peer: PeerID) -> None:
+        first: runtime_pb2.ExpertRequest | None = None
+        while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
+            first = first or message
+        if first is not None:
+            await self.back(stream, first)

@@ -19,13 +19,14 @@ from swarm_notebook.client.passes.call import CallAnswer, call, server_name
 from swarm_notebook.client.passes.forward import Trail, forward, give_up, take_rows, together
 from swarm_notebook.client.request import (
     Request,
-    check_shape,
+    check_finite,
+    check_layout,
     read_tensor,
     refuse_extensions,
 )
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
-from swarm_notebook.errors import BadRequest, RemoteError, ServerFailed
+from swarm_notebook.errors import BadRequest, MissingBlocks, RemoteError, ServerFailed
 from swarm_notebook.net import protocol
 
 
@@ -52,6 +53,8 @@ async def backward(
     trails: Sequence[Trail],
     grad: torch.Tensor,
     states: Collection[int],
+    *,
+    doubted: bool = False,
 ) -> PassGradients:
     """Gradients of ``sum(output * grad)``, where the output is that of block ``request.end - 1``.
 
@@ -60,10 +63,11 @@ async def backward(
         trails: what it left.
         grad: ``[batch, length, hidden]``.
         states: blocks whose outputs' gradients are wanted as well.
+        doubted: a server has refused the request before; a second one is believed.
 
     Raises:
         MissingBlocks: no server holds a block, and none came in time.
-        BadRequest: a server found the request invalid.
+        BadRequest: two servers, or the only one, found the request invalid.
     """
     parts = await together(
         [
@@ -72,6 +76,7 @@ async def backward(
                 replace(take_rows(request, trail.rows), states=list(states), inner=()),
                 trail,
                 grad[trail.rows],
+                doubted,
             )
             for trail in trails
         ]
@@ -80,7 +85,7 @@ async def backward(
 
 
 async def _backward_rows(
-    directory: Directory, request: Request, trail: Trail, grad: torch.Tensor
+    directory: Directory, request: Request, trail: Trail, grad: torch.Tensor, doubted: bool
 ) -> PassGradients:
     gathered = PassGradients(grad)
     for segment, hidden, kept in reversed(trail.segments):
@@ -91,8 +96,10 @@ async def _backward_rows(
         used = RouteSegment(segment.span, segment.start, end)
         try:
             got = await _backward_segment(directory, used, part, gathered.input, kept)
-        except BadRequest:
-            raise
+        except BadRequest as error:
+            if doubted:
+                raise
+            got = await _ask_another(directory, used, part, gathered.input, error)
         except RemoteError as error:
             give_up(directory, used, error)
             got = await _repeat(directory, part, gathered.input)
@@ -107,10 +114,32 @@ async def _backward_rows(
     return gathered
 
 
-async def _repeat(directory: Directory, part: Request, grad: torch.Tensor) -> PassGradients:
+async def _ask_another(
+    directory: Directory,
+    segment: RouteSegment,
+    part: Request,
+    grad: torch.Tensor,
+    error: BadRequest,
+) -> PassGradients:
+    """A part that one server called wrong, which may be wrong itself; what two say is believed."""
+    try:
+        directory.chain(part.start, part.end, [segment.peer])
+    except MissingBlocks:
+        raise error from None
+    give_up(directory, segment, error)
+    try:
+        return await _repeat(directory, part, grad, doubted=True)
+    except BadRequest:
+        directory.succeeded(segment.peer)  # it was right
+        raise
+
+
+async def _repeat(
+    directory: Directory, part: Request, grad: torch.Tensor, *, doubted: bool = False
+) -> PassGradients:
     """A lost server's part, on whatever servers there are now."""
     _, trails = await forward(directory, replace(part, states=()), keep=True)
-    return await backward(directory, part, trails, grad, part.states)
+    return await backward(directory, part, trails, grad, part.states, doubted=doubted)
 
 
 async def _backward_segment(
@@ -135,24 +164,30 @@ def _read(answer: CallAnswer, part: Request, server: str) -> PassGradients:
     names = answer.metadata.get("adapter_grads", []) if expected else []
     if not isinstance(names, (list, tuple)) or not set(names) <= expected.keys():
         raise ServerFailed(f"{server} sent gradients of parameters that this adapter has not")
-    count = 1 + (part.prompts is not None) + len(part.states) + len(names)
-    if len(answer.tensors) != count:
-        raise ServerFailed(f"{server} sent {len(answer.tensors)} gradients, not {count}")
-    unpacked = iter([read_tensor(tensor, server) for tensor in answer.tensors])
     dtype, shape = part.hidden.dtype, part.hidden.shape
-    gradients = PassGradients(next(unpacked).to(dtype))
-    check_shape(gradients.input, shape, server)
+    wanted: list[tuple[str, torch.dtype, Sequence[int]]] = [("the input", dtype, shape)]
     if part.prompts is not None:
-        prompts = next(unpacked).to(dtype)
         length = part.prompts.shape[2]
-        check_shape(prompts, (part.end - part.start, shape[0], length, shape[2]), server)
-        gradients.prompts = dict(zip(range(part.start, part.end), prompts, strict=True))
-    for block in part.states:
-        gradients.states[block] = next(unpacked).to(dtype)
-        check_shape(gradients.states[block], shape, server)
-    for name in names:
-        gradients.weights[name] = next(unpacked).to(expected[name].dtype)
-        check_shape(gradients.weights[name], expected[name].shape, server)
+        prompts = (part.end - part.start, shape[0], length, shape[2])
+        wanted.append(("prompts", dtype, prompts))
+    wanted += [(f"block {block}'s output", dtype, shape) for block in part.states]
+    wanted += [(name, expected[name].dtype, expected[name].shape) for name in names]
+    if len(answer.tensors) != len(wanted):
+        raise ServerFailed(f"{server} sent {len(answer.tensors)} gradients, not {len(wanted)}")
+    # All shapes first: nothing is unpacked of an answer that is not what was asked for.
+    for packed, (_, kind, size) in zip(answer.tensors, wanted, strict=True):
+        check_layout(packed, kind, size, server)
+    found: list[torch.Tensor] = []
+    for packed, (what, kind, size) in zip(answer.tensors, wanted, strict=True):
+        found.append(read_tensor(packed, kind, size, server))
+        check_finite(found[-1], f"gradients of {what}", server)
+    unpacked = iter(found)
+    gradients = PassGradients(next(unpacked))
+    if part.prompts is not None:
+        blocks = range(part.start, part.end)
+        gradients.prompts = dict(zip(blocks, next(unpacked), strict=True))
+    gradients.states = {block: next(unpacked) for block in part.states}
+    gradients.weights = {name: next(unpacked) for name in names}
     return gradients
 
 

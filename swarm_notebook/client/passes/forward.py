@@ -31,7 +31,7 @@ from swarm_notebook.client.request import (
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.client.telemetry import Failover
-from swarm_notebook.errors import BadRequest, RemoteError
+from swarm_notebook.errors import BadRequest, MissingBlocks, RemoteError
 from swarm_notebook.net import protocol, tensors
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ async def forward(
 
     Raises:
         MissingBlocks: no server holds a block, and none came in time.
-        BadRequest: a server found the request invalid.
+        BadRequest: two servers, or the only one, found the request invalid.
     """
     chain = await directory.await_chain(request.start, request.end)
     groups = row_groups(request.hidden.shape[0], len(chain))
@@ -113,20 +113,24 @@ async def _forward_rows(
 ) -> tuple[Outputs, list[tuple[RouteSegment, torch.Tensor, str | None]]]:
     outputs, asked_of = Outputs({}, {}), []
     start, hidden, remaining = request.start, request.hidden, list(chain)
+    refusals = Refusals(directory)
     while start < request.end:
         if not remaining:
-            remaining = await directory.await_chain(start, request.end)
+            remaining = await refusals.await_chain(start, request.end)
         segment = remaining.pop(0)
         kept = str(uuid.uuid4()) if keep and segment.span.extended else None
         part = request.part(segment.start, segment.end, hidden)
         try:
             got = await _forward_segment(directory, segment, part, kept)
-        except BadRequest:
-            raise
+        except BadRequest as error:
+            refusals.add(segment, error)
+            remaining = []
+            continue
         except RemoteError as error:
             give_up(directory, segment, error)
             remaining = []
             continue
+        refusals.taken()
         directory.succeeded(segment.peer)
         outputs.states.update(got.states)
         outputs.inner.update(got.inner)
@@ -164,6 +168,47 @@ async def _forward_segment(
         ),
     )
     return read_outputs(answer.tensors, part, server)
+
+
+class Refusals:
+    """Servers that called a request wrong. One may be wrong itself, two that say so are believed.
+
+    A server that refused is left out; it is avoided as soon as another one has taken the request.
+    """
+
+    def __init__(self, directory: Directory):
+        self._directory = directory
+        self._by_peer: dict[str, tuple[RouteSegment, BadRequest]] = {}
+
+    def add(self, segment: RouteSegment, error: BadRequest) -> None:
+        """A server refuses its part.
+
+        Raises:
+            BadRequest: it is not the first.
+        """
+        if self._by_peer:
+            raise error
+        self._by_peer[segment.peer] = segment, error
+
+    def taken(self) -> None:
+        """Another server has done what was refused: whoever refused is at fault."""
+        for segment, error in self._by_peer.values():
+            give_up(self._directory, segment, error)
+        self._by_peer.clear()
+
+    async def await_chain(self, start: int, end: int) -> list[RouteSegment]:
+        """`Directory.await_chain` without those that refused.
+
+        Raises:
+            BadRequest: what they said, if no other server has the blocks.
+        """
+        if not self._by_peer:
+            return await self._directory.await_chain(start, end)
+        try:
+            # Not waited for: a request that is wrong is to be called so at once.
+            return self._directory.chain(start, end, list(self._by_peer))
+        except MissingBlocks:
+            raise next(error for _, error in self._by_peer.values()) from None
 
 
 def give_up(directory: Directory, segment: RouteSegment, error: RemoteError) -> None:

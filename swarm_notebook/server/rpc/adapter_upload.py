@@ -105,6 +105,8 @@ def parse_upload(message: Received, limits: Limits, max_rank: int) -> Upload:
         raise BadRequest(f"prefix: {prefix!r}, expected a module's name like 'model.layers'")
     if len(message.tensors) != 1:
         raise BadRequest(f"adapter file: {len(message.tensors)} tensors, expected one")
+    if not tensors.is_file(message.tensors[0]):
+        raise BadRequest("adapter file: expected one uint8 tensor, the bytes of a safetensors file")
     return Upload(
         id=key[0],
         version=key[1],

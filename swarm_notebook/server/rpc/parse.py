@@ -2,7 +2,8 @@
 
 A peer may send anything. Each function here turns a protobuf into a small dataclass or raises
 `BadRequest` with the field, what was found and what is expected. A request carries tensors by
-position; an unused slot holds a dummy.
+position; an unused slot holds a dummy. A tensor's shape, dtype and size are compared with what is
+expected before it is unpacked: until then it is a `_Slot`, and takes no memory but its bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from hivemind.proto import runtime_pb2
 
-from swarm_notebook.errors import BadRequest
+from swarm_notebook.errors import BadRequest, CacheFull
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.server.engine.requests import Backward, Forward, Limits, Step, StepTimes
 from swarm_notebook.server.rpc import fields, petals_push
@@ -23,6 +24,34 @@ MAX_ROWS = 4096
 MAX_TENSORS = 8
 
 _MASK_DTYPES = (torch.uint8, torch.bool, torch.int64, torch.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A tensor of a request, still packed; its bytes match its layout."""
+
+    message: runtime_pb2.Tensor
+    layout: tensors.Layout
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layout.dtype
+
+    def unpack(self) -> torch.Tensor:
+        return tensors.unpack(self.message)
+
+    def unpack_values(self, name: str) -> torch.Tensor:
+        """The tensor, which is to have finite floating point numbers."""
+        if not self.dtype.is_floating_point:
+            raise BadRequest(f"{name}: dtype {self.dtype}, expected floating point")
+        tensor = self.unpack()
+        if not tensors.all_finite(tensor):
+            raise BadRequest(f"{name}: a value is NaN or infinite")
+        return tensor
 
 
 @dataclass(slots=True)
@@ -64,9 +93,8 @@ def parse_forward(
         the request, and the compression of its answer.
     """
     blocks = parse_blocks(uid, limits)
-    found = _unpack(packed)
+    found = _slots(packed)
     request = Forward(blocks, _read_hidden(found[0], limits))
-    _check_size(request, limits)
     request.prompts = _read_prompts(found[1], request, limits, request.length)
     _read_common(request, found[2], found[3], metadata, limits)
     request.keep = fields.text(metadata, "keep")
@@ -82,10 +110,9 @@ def parse_backward(
         the request, and the compression of its answer.
     """
     blocks = parse_blocks(uid, limits)
-    found = _unpack(packed)
+    found = _slots(packed)
     hidden = _read_hidden(found[0], limits)
     request = Backward(blocks, hidden, grad=_read_grad(found[1], hidden))
-    _check_size(request, limits)
     request.prompts = _read_prompts(found[2], request, limits, request.length)
     _read_common(request, found[3], found[4], metadata, limits)
     if blocks[1] - 1 in request.states:
@@ -115,8 +142,8 @@ def parse_step(
     repeated = previous if not message.uid else None
     blocks = repeated or parse_blocks(message.uid, limits)
     metadata = protocol.unpack_metadata(message.metadata)
-    found = _unpack(message.tensors)
-    request = Step(blocks, _read_hidden(found[0], limits), times=times)
+    found = _slots(message.tensors)
+    request = Step(blocks, _read_hidden(found[0], limits, cached=True), times=times)
     parsed = StepMessage(request, fields.compression(metadata.get("output_compression")))
     request.prompts = _read_prompts(found[1], request, limits, limits.context or limits.tokens)
     request.row_ids = _read_row_ids(found[2], request)
@@ -137,8 +164,8 @@ def parse_step(
 
 def _read_common(
     request: Forward,
-    mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
+    mask: _Slot | None,
+    position_ids: _Slot | None,
     metadata: dict[str, Any],
     limits: Limits,
 ) -> None:
@@ -160,121 +187,113 @@ def _read_common(
         )
 
 
-def _check_size(request: Forward, limits: Limits) -> None:
-    if limits.context is not None and request.length > limits.context:
-        raise BadRequest(
-            f"hidden states: {request.length} positions, the model has {limits.context}"
-        )
-    if request.rows * request.length > limits.tokens:
-        raise BadRequest(
-            f"hidden states: {request.rows} rows of {request.length} positions, "
-            f"at most {limits.tokens} tokens are taken in one request; send fewer rows at a time"
-        )
-
-
-def _unpack(packed: Sequence[runtime_pb2.Tensor]) -> list[torch.Tensor | None]:
+def _slots(packed: Sequence[runtime_pb2.Tensor]) -> list[_Slot | None]:
     """The tensors by position, None for unused ones."""
     if not 1 <= len(packed) <= MAX_TENSORS:
         raise BadRequest(f"a request has {len(packed)} tensors, expected 1 to {MAX_TENSORS}")
-    found: list[torch.Tensor | None] = []
+    found: list[_Slot | None] = []
     for message in packed:
         if 0 in message.size and len(message.size) < 3:
-            found.append(None)  # a dummy (`protocol.is_dummy`), known without unpacking it
+            found.append(None)  # a dummy (`protocol.is_dummy`)
         else:
-            found.append(tensors.unpack(message))
+            found.append(_Slot(message, tensors.layout(message)))
     return found + [None] * (5 - len(found))
 
 
-def _read_hidden(tensor: torch.Tensor | None, limits: Limits) -> torch.Tensor:
-    if tensor is None or tensor.dim() != 3 or tensor.shape[2] != limits.hidden_size:
-        found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
+def _read_hidden(slot: _Slot | None, limits: Limits, *, cached: bool = False) -> torch.Tensor:
+    """The hidden states, no more than the server takes at once, or holds if they are cached."""
+    if slot is None or len(slot.shape) != 3 or slot.shape[2] != limits.hidden_size:
+        found = "nothing" if slot is None else f"shape {list(slot.shape)}"
         raise BadRequest(
             f"hidden states: {found}, expected [rows, positions, {limits.hidden_size}]"
         )
-    rows = tensor.shape[0]
+    rows, length, _ = slot.shape
     if not 1 <= rows <= MAX_ROWS:
         raise BadRequest(f"hidden states: {rows} rows, expected 1 to {MAX_ROWS}")
-    _check_values("hidden states", tensor)
-    return tensor
+    if limits.context is not None and length > limits.context:
+        raise BadRequest(f"hidden states: {length} positions, the model has {limits.context}")
+    if rows * length > limits.tokens and cached:
+        raise CacheFull(
+            f"the session needs {rows * length} cache tokens (rows x positions), more than the "
+            f"{limits.tokens} that this server has; use fewer rows or shorter prompts, or start "
+            "the server with more --cache-tokens"
+        )
+    if rows * length > limits.tokens:
+        raise BadRequest(
+            f"hidden states: {rows} rows of {length} positions, "
+            f"at most {limits.tokens} tokens are taken in one request; send fewer rows at a time"
+        )
+    return slot.unpack_values("hidden states")
 
 
-def _read_grad(tensor: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
-    if tensor is None or tensor.shape != hidden.shape:
-        found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
+def _read_grad(slot: _Slot | None, hidden: torch.Tensor) -> torch.Tensor:
+    if slot is None or slot.shape != hidden.shape:
+        found = "nothing" if slot is None else f"shape {list(slot.shape)}"
         raise BadRequest(f"gradient: {found}, expected that of the inputs {list(hidden.shape)}")
-    _check_values("gradient", tensor)
-    return tensor
+    return slot.unpack_values("gradient")
 
 
 def _read_prompts(
-    tensor: torch.Tensor | None, request: Forward, limits: Limits, longest: int
+    slot: _Slot | None, request: Forward, limits: Limits, longest: int
 ) -> torch.Tensor | None:
     """Deep prompts for up to ``longest`` positions."""
-    if tensor is None:
+    if slot is None:
         return None
     blocks = request.blocks[1] - request.blocks[0]
     if (
-        tensor.dim() != 4
-        or tensor.shape[0] != blocks
-        or tensor.shape[1] not in (1, request.rows)
-        or tensor.shape[2] > longest
-        or tensor.shape[3] != limits.hidden_size
+        len(slot.shape) != 4
+        or slot.shape[0] != blocks
+        or slot.shape[1] not in (1, request.rows)
+        or slot.shape[2] > longest
+        or slot.shape[3] != limits.hidden_size
     ):
         raise BadRequest(
-            f"prompts: shape {list(tensor.shape)}, expected [{blocks}, 1 or {request.rows}, "
+            f"prompts: shape {list(slot.shape)}, expected [{blocks}, 1 or {request.rows}, "
             f"up to {longest}, {limits.hidden_size}]"
         )
-    _check_values("prompts", tensor)
-    return tensor
+    return slot.unpack_values("prompts")
 
 
-def _read_row_ids(tensor: torch.Tensor | None, request: Forward) -> list[int] | None:
-    if tensor is None:
+def _read_row_ids(slot: _Slot | None, request: Forward) -> list[int] | None:
+    if slot is None:
         return None
-    if tensor.dtype not in (torch.int64, torch.int32) or tensor.shape != (request.rows,):
+    if slot.dtype not in (torch.int64, torch.int32) or slot.shape != (request.rows,):
         raise BadRequest(
-            f"hypo_ids: {tensor.dtype} of shape {list(tensor.shape)}, "
-            f"expected int64 [{request.rows}]"
+            f"hypo_ids: {slot.dtype} of shape {list(slot.shape)}, expected int64 [{request.rows}]"
         )
-    ids: list[int] = tensor.tolist()
+    ids: list[int] = slot.unpack().tolist()
     if min(ids) < 0:
         raise BadRequest(f"hypo_ids: row {min(ids)} does not exist")
     return ids
 
 
-def _read_mask(tensor: torch.Tensor, request: Forward) -> torch.Tensor:
+def _read_mask(slot: _Slot, request: Forward) -> torch.Tensor:
     expected = (request.rows, request.length)
-    if tensor.dtype not in _MASK_DTYPES or tensor.shape != expected:
+    if slot.dtype not in _MASK_DTYPES or slot.shape != expected:
         raise BadRequest(
-            f"attention mask: {tensor.dtype} of shape {list(tensor.shape)}, expected uint8 "
+            f"attention mask: {slot.dtype} of shape {list(slot.shape)}, expected uint8 "
             f"{list(expected)} for the new positions"
         )
-    mask = tensor.to(torch.int64)
+    mask = slot.unpack().to(torch.int64)
     if mask.numel() and not 0 <= int(mask.min()) <= int(mask.max()) <= 1:
         raise BadRequest("attention mask: a value is neither 0 nor 1")
     return mask
 
 
-def _read_position_ids(tensor: torch.Tensor, request: Forward, limits: Limits) -> torch.Tensor:
+def _read_position_ids(slot: _Slot, request: Forward, limits: Limits) -> torch.Tensor:
     if (
-        tensor.dtype not in (torch.int64, torch.int32)
-        or tensor.dim() != 2
-        or tensor.shape[0] not in (1, request.rows)
-        or tensor.shape[1] != request.length
+        slot.dtype not in (torch.int64, torch.int32)
+        or len(slot.shape) != 2
+        or slot.shape[0] not in (1, request.rows)
+        or slot.shape[1] != request.length
     ):
         raise BadRequest(
-            f"position ids: {tensor.dtype} of shape {list(tensor.shape)}, "
+            f"position ids: {slot.dtype} of shape {list(slot.shape)}, "
             f"expected int64 [1 or {request.rows}, {request.length}]"
         )
+    tensor = slot.unpack()
     top = limits.context or fields.MAX_COUNT
     # OPT counts padding as -1.
     if tensor.numel() and not -1 <= int(tensor.min()) <= int(tensor.max()) < top:
         raise BadRequest(f"position ids: a value is outside [-1, {top})")
     return tensor.to(torch.int64)
-
-
-def _check_values(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise BadRequest(f"{name}: dtype {tensor.dtype}, expected floating point")
-    if not tensors.all_finite(tensor):
-        raise BadRequest(f"{name}: a value is NaN or infinite")

@@ -51,9 +51,29 @@ async def claim_much(stream: Stream, _request: runtime_pb2.ExpertRequest) -> Non
     await stream.send(runtime_pb2.ExpertResponse(tensors=[tensor]))
 
 
+async def claim_narrow_rows(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+    """8-bit values in rows of one, which take a whole group each while they are multiplied out."""
+    count = 4 << 20
+    tensor = runtime_pb2.Tensor(
+        buffer=bytes(3 * count), size=[count, 1], dtype="float64", compression=tensors.INT8
+    )
+    await stream.send(runtime_pb2.ExpertResponse(tensors=[tensor]))
+
+
+async def claim_no_tensor(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+    tensor = runtime_pb2.Tensor(size=[2**31 - 1] * 3 + [0], dtype="float32")
+    await stream.send(runtime_pb2.ExpertResponse(tensors=[tensor]))
+
+
 async def echo_nan(stream: Stream, request: runtime_pb2.ExpertRequest) -> None:
     hidden = tensors.unpack(request.tensors[0])
     await answer(torch.full_like(hidden, torch.nan))(stream, request)
+
+
+async def echo(stream: Stream, request: runtime_pb2.ExpertRequest) -> None:
+    """Of a pass that comes in several messages, the first has the hidden states."""
+    if len(request.tensors[0].size) == 3:
+        await answer(tensors.unpack(request.tensors[0]))(stream, request)
 
 
 async def end(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
@@ -67,6 +87,8 @@ LIES: dict[str, Lie] = {
     "no tensors": answer(),
     "NaN": echo_nan,
     "a terabyte": claim_much,
+    "narrow rows": claim_narrow_rows,
+    "no tensor at all": claim_no_tensor,
     "no frame": write(b"\x07" * 9),
     "no message": write(b"\x00" + (3).to_bytes(8, "big") + b"\xff\xff\xff"),
     "an endless frame": write(b"\x00" + b"\x7f" * 8),
@@ -115,12 +137,59 @@ def test_generation_goes_on_elsewhere(stage: Stage, lie: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lie", ["wrong shape", "NaN", "no frame", "a terabyte", "internal error"])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        "wrong shape",
+        "NaN",
+        "no frame",
+        "a terabyte",
+        "narrow rows",
+        "no tensor at all",
+        "internal error",
+    ],
+)
 def test_a_forward_pass_goes_on_elsewhere(stage: Stage, lie: str) -> None:
     stage.tempt(LIES[lie])
     ids = stage.scene.ids(2, 9)
     ours, theirs = stage.scene.remote(ids).logits, stage.scene.reference(ids).logits
     torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+
+
+def test_a_pass_that_one_server_calls_wrong_goes_on_elsewhere(stage: Stage) -> None:
+    stage.tempt(LIES["bad request"])
+    ids = stage.scene.ids(2, 9)
+    ours, theirs = stage.scene.remote(ids).logits, stage.scene.reference(ids).logits
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+    directory = stage.scene.swarm.connection.directory
+    assert "your request is bad" in directory.avoided(stage.liar.peer_id)
+
+
+async def nan_gradients(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+    await answer(torch.full((2, 9, 48), torch.nan))(stream, _request)
+
+
+BACKWARD_LIES: dict[str, tuple[Lie, str]] = {
+    "NaN": (nan_gradients, "gradients of the input with NaN"),
+    "wrong shape": (LIES["wrong shape"], r"[2, 9, 47], expected [2, 9, 48]"),
+    "narrow rows": (claim_narrow_rows, ", 1], expected [2, 9, 48]"),
+    "bad request": (LIES["bad request"], "your request is bad"),
+}
+
+
+@pytest.mark.parametrize("lie", BACKWARD_LIES)
+def test_a_backward_pass_goes_on_elsewhere(stage: Stage, lie: str) -> None:
+    """The liar's forward passes are wrong, too, but they look right."""
+    stage.tempt(echo)
+    stage.liar.back, reason = BACKWARD_LIES[lie]
+    model, ids = stage.scene.remote, stage.scene.ids(2, 9)
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    loss = model(inputs_embeds=embeddings).logits.square().sum()
+    assert not stage.scene.swarm.connection.directory.avoided(stage.liar.peer_id)
+    (grad,) = torch.autograd.grad(loss, embeddings)
+    assert bool(grad.isfinite().all())
+    assert bool(grad.any())
+    assert reason in stage.scene.swarm.connection.directory.avoided(stage.liar.peer_id)
 
 
 def test_the_liar_is_avoided_and_named(stage: Stage) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hivemind.proto import runtime_pb2
+from support.memory import peak_of
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import tensors
@@ -55,3 +57,19 @@ def test_values_that_are_none(change: dict[str, Any], message: str) -> None:
             setattr(packed, name, value)
     with pytest.raises(BadRequest, match=message):
         unpack(packed)
+
+
+@pytest.mark.parametrize("compression", [tensors.NONE, tensors.FLOAT16, INT8])
+def test_a_shape_that_no_tensor_has(compression: int) -> None:
+    shape = [2**31 - 1] * 3 + [0]
+    packed = runtime_pb2.Tensor(size=shape, dtype="float32", compression=compression)
+    with pytest.raises(BadRequest, match="no tensor that is read here has the shape"):
+        unpack(packed)
+
+
+def test_unpacking_narrow_rows_takes_no_more_than_the_values() -> None:
+    """A group that is not full takes a whole one while it is multiplied out: 16 times as much."""
+    values = torch.ones(4 << 20, 1)
+    packed = pack(values, INT8)
+    peak = peak_of(lambda: unpack(packed))
+    assert peak < 6 * values.nbytes

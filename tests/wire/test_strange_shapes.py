@@ -1,0 +1,54 @@
+"""A small message that says it is a large tensor costs a server no more than its own bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hivemind.proto import runtime_pb2
+from support.bench import Bench
+from support.memory import Peak
+
+from swarm_notebook.errors import BadRequest
+from swarm_notebook.net import protocol, streams, tensors
+
+# What travels of a tensor is two copies at the most: as it came, and as a message or joined.
+MEBIBYTES, COPIES = 48, 3.5
+VALUES = MEBIBYTES * 2**20 // 3  # each with a scale of two bytes
+NARROW = runtime_pb2.Tensor(
+    buffer=bytes(3 * VALUES), size=[VALUES, 1], dtype="float64", compression=tensors.INT8
+)
+HIDDEN = tensors.pack(torch.zeros(1, 1, 48))
+DUMMY = tensors.pack(torch.zeros(0))
+
+# The strange tensor in each slot that a request has.
+REQUESTS = {
+    "step": (protocol.RPC_INFERENCE, [NARROW], "hidden states: shape"),
+    "pass": (protocol.RPC_FORWARD_STREAM, [NARROW], "hidden states: shape"),
+    "prompts": (protocol.RPC_FORWARD_STREAM, [HIDDEN, NARROW], "prompts: shape"),
+    "mask": (protocol.RPC_FORWARD_STREAM, [HIDDEN, DUMMY, NARROW], "attention mask: "),
+    "row ids": (protocol.RPC_INFERENCE, [HIDDEN, DUMMY, NARROW], "hypo_ids: "),
+    "gradient": (protocol.RPC_BACKWARD_STREAM, [HIDDEN, NARROW], "gradient: shape"),
+}
+
+
+def test_a_strange_shape_is_refused_before_it_is_unpacked(llama_process: Bench) -> None:
+    server, client = llama_process.server, llama_process.client
+    uid = protocol.uid_chain("tiny-llama", llama_process.start, llama_process.end)
+
+    async def ask(rpc: str, message: runtime_pb2.ExpertRequest) -> None:
+        stream = await streams.open_stream(client.node.p2p, server.peer, rpc)
+        try:
+            await stream.send(message)
+            if rpc != protocol.RPC_INFERENCE:
+                await stream.send_end()
+            await stream.receive(runtime_pb2.ExpertResponse)
+        finally:
+            stream.close()
+
+    for name, (rpc, slots, expected) in REQUESTS.items():
+        message = runtime_pb2.ExpertRequest(uid=uid, tensors=slots)
+        peak = Peak(server.facts["pid"])
+        with pytest.raises(BadRequest, match=expected):
+            client.run(ask(rpc, message))
+        print(f"{name}: {peak.bytes >> 20} MiB")
+        assert peak.bytes < COPIES * NARROW.ByteSize(), name
