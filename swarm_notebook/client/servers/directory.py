@@ -250,7 +250,16 @@ class Directory:
                 async with asyncio.timeout(left):
                     await self.node.redial(self.heard)
                     await self.refresh()
+                    self._try_avoided(start, end, exclude)
                     await asyncio.sleep(WAIT_PERIOD)
+
+    def _try_avoided(self, start: int, end: int, exclude: Collection[str]) -> None:
+        """Use servers again that have failed, for blocks that nobody else has, if they answer."""
+        missing = self._missing(start, end, exclude)
+        for span in self.snapshot.spans:
+            hosts = any(span.start <= block < span.end for block in missing)
+            if hosts and span.peer not in exclude and self.health.give_chance(span.peer):
+                logger.info("trying %s again, as nobody else has its blocks", span.name)
 
     def _who_had(self, start: int, end: int) -> str:
         missing = self._missing(start, end)

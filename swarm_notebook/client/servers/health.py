@@ -2,8 +2,9 @@
 
 A failed peer is avoided at once and for a time that doubles with each failure in a row; an answered
 request forgives, and so does an answered ping after the first few failures: the server has come
-back. A peer that does not answer a ping is avoided until it answers one. Two that fail to hand
-hidden states from one to the other are kept apart for a while.
+back. Where nobody else has the blocks, it is tried once as soon as it answers, however often it has
+failed, as a ban may be longer than patience. A peer that does not answer a ping is avoided until it
+answers one. Two that fail to hand hidden states from one to the other are kept apart for a while.
 """
 
 from __future__ import annotations
@@ -23,11 +24,16 @@ APART_SECONDS = 60.0
 
 @dataclass
 class _Health:
-    """Failures in a row, until when the peer is avoided, and why."""
+    """Failures in a row, until when the peer is avoided, and why.
+
+    Attributes:
+        tried: it was used in spite of its failures, as nobody else had its blocks.
+    """
 
     failures: int = 0
     until: float = 0.0
     reason: str = ""
+    tried: bool = False
 
 
 class PeerHealth:
@@ -56,9 +62,26 @@ class PeerHealth:
         if health is not None and health.failures <= FORGIVABLE_FAILURES:
             health.until = 0.0
 
+    def give_chance(self, peer: str) -> bool:
+        """Use a peer that answers pings in spite of its failures.
+
+        Once only, and again when it has been away: a call to one that answers pings and nothing
+        else is to end.
+
+        Returns:
+            whether it is avoided no longer.
+        """
+        health = self._failing.get(peer)
+        if health is None or health.tried or peer in self._silent:
+            return False
+        health.until, health.tried = 0.0, True
+        return True
+
     def silent(self, peer: str) -> None:
         """The peer has not answered a ping."""
         self._silent.add(peer)
+        if peer in self._failing:
+            self._failing[peer].tried = False
 
     def avoided(self, peer: str) -> str:
         """Why a peer is avoided just now; an empty text if it is not."""

@@ -179,7 +179,11 @@ class PushChannel:
         """Take what a server pushes, for as long as it does."""
         sender = peer.to_base58()
         while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
-            self._take(sender, message, stream.max_frame)
+            try:
+                self._take(sender, message, stream.max_frame)
+            except BadRequest as error:
+                # Other sessions share the stream, and the one that misses it says so.
+                logger.debug("a push of %s was dropped: %s", sender, error)
 
     async def handle_unary(
         self, message: runtime_pb2.ExpertRequest, peer: PeerID

@@ -1,0 +1,41 @@
+"""A server that has failed often is used again when nobody else has its blocks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from support.scene import generate, scene
+
+from swarm_notebook.client.servers.health import FORGIVABLE_FAILURES, PeerHealth
+
+# Longer than patience, as bans of a minute are longer than the thirty seconds of a real one.
+PATIENCE, FAILURES = 20.0, FORGIVABLE_FAILURES + 3
+
+
+def test_a_ban_is_not_longer_than_patience(tiny_llama: Path) -> None:
+    with scene(tiny_llama, [(0, 5)], hosted=True) as made:
+        directory = made.swarm.connection.directory
+        peer, directory.patience = made.local.servers[0].peer_id, PATIENCE
+        for _ in range(FAILURES):
+            directory.failed(peer, "it was away")
+        assert directory.avoided(peer)
+        ids, began = made.ids(1, 5), time.monotonic()
+        made.same(generate(made.remote, ids), generate(made.reference, ids))
+        assert time.monotonic() - began < PATIENCE
+        assert not directory.avoided(peer)
+
+
+def test_a_chance_comes_once_and_again_after_silence() -> None:
+    health = PeerHealth()
+    for _ in range(FAILURES):
+        health.failed("peer", "it lies")
+    assert health.give_chance("peer")
+    assert not health.avoided("peer")
+    health.failed("peer", "it lies")
+    assert not health.give_chance("peer")
+    health.silent("peer")
+    assert not health.give_chance("peer")
+    health.answered("peer")
+    assert health.avoided("peer")
+    assert health.give_chance("peer")
