@@ -3,6 +3,7 @@
     SwarmError
     ├── AddressError          an address in the input is malformed
     ├── ConnectionFailed      no peer of the swarm answered
+    │   └── ClocksDiffer      … or its clock is too far from ours
     ├── ModelNotFound         no config or weights under this name
     ├── ModelNotServed        the swarm is there, but nobody announces this model
     ├── MissingBlocks         some blocks of the model have no server (any more)
@@ -40,6 +41,10 @@ class AddressError(SwarmError, ValueError):
 
 class ConnectionFailed(SwarmError, ConnectionError):
     """None of the given peers could be reached."""
+
+
+class ClocksDiffer(ConnectionFailed):
+    """This machine's clock and a peer's differ by more than records allow."""
 
 
 class ModelNotFound(SwarmError, FileNotFoundError):

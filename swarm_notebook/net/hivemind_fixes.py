@@ -2,6 +2,7 @@
 
 - `bound_nesting`: its decoder calls itself for tuples inside of tuples, and overflows the stack.
 - `mend_calls`: its records of unary calls lose an answer, and keep what was given up for ever.
+- `allow_clocks`: it takes clocks that differ by three seconds for a reason to stay away.
 - `ReadableValues`: a value in the DHT that cannot be decoded leaves a search without an end.
 """
 
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from hivemind.dht import protocol as dht_protocol
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2P
@@ -21,6 +23,9 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 # An honest message nests few (a server's record is a tuple with one of names inside); about two
 # hundred overflow the stack.
 MAX_DEPTH = 8
+# Between two clocks, in seconds. Records are valid for two minutes and announced every minute, so
+# that with this much of a difference one is still read before the next one comes.
+MAX_CLOCK_SECONDS = 60.0
 
 _TUPLE = MSGPackSerializer._TUPLE_EXT_TYPE_CODE
 _NONE = MSGPackSerializer.dumps(None)
@@ -60,6 +65,11 @@ def bound_nesting() -> None:
     for kind in (DictionaryDHTValue, BatchTensorDescriptor):
         known[MSGPackSerializer._ext_types[kind]] = _Bounded(kind.unpackb)
     known[_TUPLE] = _Bounded(lambda data: tuple(MSGPackSerializer.loads(data)))
+
+
+def allow_clocks() -> None:
+    """From now on, a peer joins those whose clocks differ from its own by `MAX_CLOCK_SECONDS`."""
+    dht_protocol.MAX_DHT_TIME_DISCREPANCY_SECONDS = MAX_CLOCK_SECONDS
 
 
 def mend_calls(p2p: P2P) -> None:

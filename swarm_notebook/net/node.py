@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -18,15 +19,24 @@ from pathlib import Path
 from typing import TypeGuard
 
 from hivemind.dht.node import DHTID, DHTNode
+from hivemind.dht.protocol import ValidationError
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.utils.multiaddr import Multiaddr
 
-from swarm_notebook.errors import AddressError, ConnectionFailed
-from swarm_notebook.net.hivemind_fixes import ReadableValues, bound_nesting, mend_calls
+from swarm_notebook.errors import AddressError, ClocksDiffer, ConnectionFailed
+from swarm_notebook.net.hivemind_fixes import (
+    MAX_CLOCK_SECONDS,
+    ReadableValues,
+    allow_clocks,
+    bound_nesting,
+    mend_calls,
+)
 from swarm_notebook.net.sockets import use_loop_writers
+from swarm_notebook.net.storage import bound_storage
 
 bound_nesting()
+allow_clocks()
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +52,7 @@ STOP_SECONDS = 5.0
 EXIT_POLL_SECONDS = 0.01
 # A loop that gets SIGCHLD reaps its child within milliseconds.
 REAP_SECONDS = 0.5
+_TIMES = re.compile(r"local: ([\d.]+), peer: ([\d.]+)")
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
 
@@ -111,7 +122,8 @@ class Node:
 
         Raises:
             AddressError: an address is malformed.
-            ConnectionFailed: no initial peer could be reached.
+            ConnectionFailed: no initial peer could be reached, or it cannot reach this server.
+            ClocksDiffer: this machine's clock and an initial peer's differ by more than a minute.
         """
         peers = parse_peers(initial_peers)
         try:
@@ -151,9 +163,13 @@ class Node:
         except RuntimeError as error:
             await p2p.shutdown()
             raise _unreachable(initial_peers, error) from None
+        except ValidationError as error:
+            await p2p.shutdown()
+            raise _unfit(initial_peers, error) from None
         except BaseException:
             await p2p.shutdown()
             raise
+        bound_storage(dht)
         return cls(p2p, dht, peers)
 
     @property
@@ -250,4 +266,17 @@ def _unreachable(initial_peers: Sequence[str], error: Exception) -> ConnectionFa
     return ConnectionFailed(
         f"none of the initial peers answered: {listed}. Check that a server runs there "
         f"(swarm-notebook serve prints its address) and that its port is open ({error})"
+    )
+
+
+def _unfit(initial_peers: Sequence[str], error: ValidationError) -> ConnectionFailed:
+    """What hivemind's check of the initial peers has found; it tells both clocks in its text."""
+    times = _TIMES.search(str(error))
+    if times is None:
+        return _unreachable(initial_peers, error)
+    ahead = float(times[1]) - float(times[2])
+    return ClocksDiffer(
+        f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that "
+        f"of an initial peer, at most {MAX_CLOCK_SECONDS:.0f} s are allowed, as records would seem "
+        "expired; set the clock of whichever is wrong (with NTP, say) and connect again"
     )

@@ -18,6 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 MODEL_INDEX_KEY = "_petals.models"  # Petals' own
 # Block indices of records: five hundred times the deepest model's, and no loop over them is long.
 MAX_BLOCK = 1 << 16
+# How far from now a record may expire, in seconds: ours do after two minutes, Petals' after five.
+# The rest is for clocks that differ. Nobody's false record outlives it.
+MAX_SECONDS = 600.0
+# Records under one key that are read and kept, and the bytes of one. A large swarm has some hundred
+# servers; a record takes some hundred bytes, with pings of others a few thousand.
+MAX_SUBKEYS, MAX_RECORD_BYTES = 1024, 32 << 10
 # From which version of our protocol on servers push to each other (`protocol.PROTOCOL_VERSION`).
 PUSH_VERSION = 2
 

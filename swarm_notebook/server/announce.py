@@ -15,7 +15,7 @@ from hivemind.utils import get_dht_time
 
 from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.records import MODEL_INDEX_KEY, ModelRecord, ServerInfo
+from swarm_notebook.net.records import MAX_SECONDS, MODEL_INDEX_KEY, ModelRecord, ServerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class Announcer:
     def __init__(
         self, node: Node, prefix: str, blocks: tuple[int, int], model: ModelRecord, period: float
     ):
-        self._node, self._prefix, self._model, self._period = node, prefix, model, period
+        self._node, self._prefix, self._model = node, prefix, model
+        self._period = min(period, MAX_SECONDS / 2)  # nobody keeps a record for longer than that
         self._uids = [protocol.block_uid(prefix, index) for index in range(*blocks)]
         self._task: asyncio.Task[None] | None = None
 

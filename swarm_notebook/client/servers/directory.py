@@ -13,7 +13,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from google.protobuf.message import DecodeError
@@ -98,6 +98,7 @@ class Directory:
     telemetry: Telemetry = field(default_factory=Telemetry)
     compression: int = tensors.NONE
     health: PeerHealth = field(default_factory=PeerHealth)
+    _stated: dict[str, tuple[int, int]] = field(default_factory=dict)
     _announced: Announced = field(default_factory=Announced)
     _last_seen: dict[str, _LastSeen] = field(default_factory=dict)
     _refreshing: asyncio.Task | None = None
@@ -136,26 +137,42 @@ class Directory:
     async def _refresh(self) -> None:
         uids = [protocol.block_uid(self.prefix, index) for index in range(self.num_blocks)]
         found = await self.node.dht.get_many(uids, sufficient_expiration_time=float("inf"))
+        when = time.time()
         for index, uid in enumerate(uids):
-            self._announced.update(index, found.get(uid))
-        spans = tuple(spans_of(self._announced.holders()))
-        self.snapshot = Snapshot(spans, time.time(), self._announced.times())
+            self._announced.update(index, found.get(uid), when)
+        announced = spans_of(self._announced.holders())
+        spans = self._believed(announced)
+        self.snapshot = Snapshot(spans, when, self._announced.times())
         self.note(spans, time.monotonic())
         online = {span.peer for span in spans if span.info.state == ServerState.ONLINE}
         await asyncio.gather(*(self.ping(peer) for peer in online))
+        self.snapshot = replace(self.snapshot, spans=self._believed(announced))
+
+    def _believed(self, spans: Sequence[ServerSpan]) -> tuple[ServerSpan, ...]:
+        """Announced spans, without what their peers do not say of themselves when asked."""
+        believed = []
+        for span in spans:
+            start, end = self._stated.get(span.peer, (span.start, span.end))
+            start, end = max(start, span.start), min(end, span.end)
+            if start < end:
+                believed.append(replace(span, start=start, end=end))
+        return tuple(believed)
 
     async def ping(self, peer: str) -> bool:
         """Ask the server for a sign of life; its round trip goes into `rtt`."""
         began = time.perf_counter()
         try:
             async with asyncio.timeout(PING_TIMEOUT):
-                await self.info(peer)
+                info = await self.info(peer)
         except _PING_ERRORS as error:
             logger.debug("ping of %s: %s", peer, error)
             self.health.silent(peer)
             return False
         self.heard[peer] = time.time()
         self.health.answered(peer)
+        start, end = info.get("start_block"), info.get("end_block")
+        if type(start) is int and type(end) is int:
+            self._stated[peer] = start, end
         self.rtt[peer] = smoothed_rtt(self.rtt.get(peer), time.perf_counter() - began)
         return True
 
@@ -172,7 +189,7 @@ class Directory:
                 self._forget(peer)
 
     def _forget(self, peer: str) -> None:
-        for known in (self._last_seen, self.rtt, self.heard, self.upload_locks):
+        for known in (self._last_seen, self.rtt, self.heard, self.upload_locks, self._stated):
             known.pop(peer, None)
         for key in [key for key in self.uploaded if key[0] == peer]:
             del self.uploaded[key]

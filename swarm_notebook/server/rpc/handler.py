@@ -165,6 +165,8 @@ class Handler:
         info: dict[str, Any] = {
             "version": __version__,
             "dht_client_mode": False,
+            "start_block": self._limits.start,
+            "end_block": self._limits.end,
             "cache_tokens_available": self._pool.free,
             "cache_tokens_total": self._pool.total,
             "sessions": self._pool.sessions,

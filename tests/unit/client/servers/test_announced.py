@@ -10,7 +10,7 @@ from hivemind.utils import ValueWithExpiration, get_dht_time
 
 from swarm_notebook.client.servers import announced as announced_module
 from swarm_notebook.client.servers.announced import Announced
-from swarm_notebook.net.records import ServerInfo, ServerState
+from swarm_notebook.net.records import MAX_SECONDS, MAX_SUBKEYS, ServerInfo, ServerState
 
 PEER = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 OTHER = "QmbLHAnMoJPWSCR5Zhtx6BHJX9KiKNN6tpvbUcqanj75Nb"
@@ -64,3 +64,31 @@ def test_rubbish_is_not_believed() -> None:
     announced.update(0, reading(60, peer=("online", 1.0, {}), rubbish=record(0, 1)))
     announced.update(1, ValueWithExpiration(b"rubbish", time.time() + 60))
     assert holders(announced) == {0: [], 1: []}
+
+
+def test_offline_in_somebody_elses_name_is_over_with_the_next_announcement() -> None:
+    announced, now = Announced(), time.time()
+    for block in (0, 1):
+        announced.update(block, reading(120, peer=record(0, 2)), now)
+    forged = reading(MAX_SECONDS - 10, peer=record(0, 2, ServerState.OFFLINE))
+    announced.update(0, forged, now + 10)
+    assert {found[PEER].state for found in announced.holders().values()} == {ServerState.OFFLINE}
+    announced.update(0, forged, now + 20)
+    announced.update(1, reading(180, peer=record(0, 2)), now + 20)
+    assert {found[PEER].state for found in announced.holders().values()} == {ServerState.ONLINE}
+
+
+def test_a_record_that_is_valid_for_a_month_is_none() -> None:
+    announced = Announced()
+    announced.update(0, reading(60, peer=record(0, 1)))
+    announced.update(0, reading(30 * 86400, peer=record(0, 1, ServerState.OFFLINE)))
+    assert announced.holders()[0][PEER].state == ServerState.ONLINE
+
+
+def test_a_reader_takes_so_many_records_of_a_key() -> None:
+    announced = Announced()
+    expires = time.time() + 60
+    many = {f"rubbish {number}": ValueWithExpiration(b"", expires) for number in range(MAX_SUBKEYS)}
+    many[PEER] = ValueWithExpiration(record(0, 1), expires)
+    announced.update(0, ValueWithExpiration(many, expires))
+    assert holders(announced) == {0: []}
