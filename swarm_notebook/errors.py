@@ -23,10 +23,13 @@
 
 A message says what happened, at which block and peer, and what to do next. On the wire an error
 is the text ``code: message`` (hivemind's ``RPCError.message``); `to_wire` and `from_wire` are the
-two directions. Text from a peer is hostile: it is cut to a bounded length and never evaluated.
+two directions. Text from a peer is hostile: it is cut to a bounded length,
+cleaned of what cannot be seen, and never evaluated.
 """
 
 from __future__ import annotations
+
+from swarm_notebook.texts import clean
 
 MAX_WIRE_TEXT = 2000
 
@@ -150,8 +153,9 @@ def to_wire(error: BaseException) -> str:
 
 def from_wire(text: str, peer: str) -> RemoteError:
     """The error that a peer sent as `text`; text of an unknown form (Petals') is `ServerFailed`."""
-    code, separator, message = text[:MAX_WIRE_TEXT].partition(": ")
+    text = clean(text[:MAX_WIRE_TEXT])
+    code, separator, message = text.partition(": ")
     kind = _BY_CODE.get(code) if separator else None
     if kind is None:
-        return ServerFailed(f"server {peer}: {text[:MAX_WIRE_TEXT]}")
+        return ServerFailed(f"server {peer}: {text}")
     return kind(f"server {peer}: {message}")

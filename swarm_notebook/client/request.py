@@ -17,6 +17,7 @@ from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.errors import BadRequest, ServerFailed, Unsupported
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.records import ServerSpan
+from swarm_notebook.texts import clean
 
 # A server's words in our messages and logs: a few lines.
 MAX_REASON = 500
@@ -189,7 +190,7 @@ def read_report(metadata: bytes) -> ServerReport:
         report.times = (parts[0], parts[1], parts[2])
     failed = found.get(protocol.PUSH_FAILED)
     if isinstance(failed, str):
-        report.push_failed = failed[:MAX_REASON]
+        report.push_failed = clean(failed[:MAX_REASON])
     report.filled = found.get(protocol.FILLED) is True
     return report
 

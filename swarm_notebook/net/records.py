@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from swarm_notebook.texts import clean
 
 MODEL_INDEX_KEY = "_petals.models"  # Petals' own
 # Block indices of records: five hundred times the deepest model's, and no loop over them is long.
@@ -34,7 +36,7 @@ MAX_PINGS, MAX_PINGS_READ = 16, 256
 # Seconds; Petals announces infinity for a peer that does not answer.
 Ping = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Name = Annotated[str, Field(max_length=200)]
+Name = Annotated[str, Field(max_length=200), AfterValidator(clean)]
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCK)]
 
 
@@ -148,7 +150,7 @@ class ModelRecord(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     num_blocks: Annotated[int, Field(ge=1, le=MAX_BLOCK)]
-    repository: Annotated[str, Field(max_length=500)] | None = None
+    repository: Annotated[str, Field(max_length=500), AfterValidator(clean)] | None = None
 
 
 def parse_model_record(value: object) -> ModelRecord | None:
