@@ -29,8 +29,10 @@ from swarm_notebook.net.node import LOOPBACK, Node
 class ServerProcess:
     """``swarm-notebook serve`` as its own process; `wait_ready` before use."""
 
+    program: Sequence[str] = ("-m", "swarm_notebook.cli")
+
     def __init__(self, model: str | Path, log: Path, *options: str):
-        command = [sys.executable, "-m", "swarm_notebook.cli", "serve", str(model)]
+        command = [sys.executable, *self.program, "serve", str(model)]
         command += ["--host-maddrs", *LOOPBACK, "--threads", "1", "--exit-with-stdin", *options]
         self.log = log
         with log.open("w") as stderr:

@@ -1,0 +1,79 @@
+"""All servers are silent for so long that nothing is left of them in the DHT, and come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from support.patience import wait_until
+from support.raw_wire import ServerProcess
+from support.scene import generate
+from transformers import AutoModelForCausalLM
+
+import swarm_notebook as sn
+
+# Announced every five seconds, so that records expire after ten.
+PROGRAM = """
+from swarm_notebook.cli import main
+from swarm_notebook.server import announce, app
+
+class Hasty(announce.Announcer):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._period = 5.0
+
+app.Announcer = Hasty
+main()
+"""
+SILENT_SECONDS = 25.0
+
+
+class HastyServer(ServerProcess):
+    program = ("-c", PROGRAM)
+
+    def signal(self, number: int) -> None:
+        """To the server and its daemon, which are one group."""
+        os.killpg(self.process.pid, number)
+
+
+@pytest.fixture
+def servers(tiny_llama: Path, tmp_path: Path) -> Iterator[list[HastyServer]]:
+    with ExitStack() as stack:
+        started: list[HastyServer] = []
+        for number, blocks in enumerate(("0:3", "3:5")):
+            options = ["--blocks", blocks]
+            if started:
+                options += ["--initial-peers", *started[0].facts["maddrs"]]
+            server = HastyServer(tiny_llama, tmp_path / f"{number}.log", *options)
+            stack.callback(server.kill)
+            server.wait_listening()
+            started.append(server)
+        for server in started:
+            server.wait_ready()
+        yield started
+
+
+def test_a_notebook_that_heard_nobody_goes_on(servers: list[HastyServer], tiny_llama: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    ids = torch.arange(3, 9)[None]
+    expected = generate(reference, ids).sequences.tolist()
+    with sn.connect(servers[0].facts["maddrs"], model=tiny_llama) as swarm:
+        assert generate(swarm.model, ids).sequences.tolist() == expected
+        for server in servers:
+            server.signal(signal.SIGSTOP)
+        try:
+            time.sleep(SILENT_SECONDS)
+            directory = swarm.connection.directory
+            wait_until(lambda: not directory.snapshot.spans)  # all records have expired
+        finally:
+            for server in servers:
+                server.signal(signal.SIGCONT)
+        began = time.monotonic()
+        assert generate(swarm.model, ids).sequences.tolist() == expected
+        print(f"back after {time.monotonic() - began:.1f} s")
