@@ -54,6 +54,11 @@ class Request:
     seed: int | None = None
     rows_version: int = 0
 
+    @property
+    def boundaries(self) -> list[int]:
+        """The blocks whose inputs are wanted, because they are outputs of the blocks before."""
+        return [block + 1 for block in self.states]
+
     def part(self, start: int, end: int, hidden: torch.Tensor) -> Request:
         """The share of blocks ``[start, end)`` in this request."""
         prompts = self.prompts
@@ -105,7 +110,7 @@ def refuse_extensions(span: ServerSpan, server: str, request: Request) -> None:
     wanted = {
         "padded batches (an attention mask)": request.mask is not None,
         "explicit position ids": request.position_ids is not None,
-        "hooks on hidden states inside its span": bool(request.states or request.inner),
+        "hooks on modules inside of blocks": bool(request.inner),
     }
     for what, asked in wanted.items():
         if asked and not span.extended:

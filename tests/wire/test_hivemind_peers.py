@@ -6,6 +6,7 @@ That is what Petals' peers consist of; Petals itself is not needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from hivemind.proto.runtime_pb2 import ExpertUID
 from hivemind.utils import MSGPackSerializer
 from support.hosting import HostedServer, HostedSwarm
+from support.letter_tokenizer import lettered_model
 from support.petals_peer import (
     PetalsPeer,
     TransformerConnectionHandler,
@@ -195,3 +197,92 @@ def test_a_notebook_gets_logits_and_gradients(models: tuple[Any, Any], petals: A
     close(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-7, rtol=1e-4)
     assert {"rpc_forward_stream", "rpc_backward_stream"} <= set(petals[1][1].seen)
+
+
+def test_a_notebook_sees_all_states(models: tuple[Any, Any]) -> None:
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = [model(ids, output_hidden_states=True).hidden_states for model in models]
+    assert len(ours) == BLOCKS + 1
+    for mine, local in zip(ours, theirs, strict=True):
+        close(mine, local)
+
+
+def test_the_logit_lens(models: tuple[Any, Any], tmp_path: Path) -> None:
+    ids, tokenizer = torch.arange(5, 12), lettered_model(tmp_path).tokenizer
+    ours, theirs = [sn.probing.logit_lens(model, ids, tokenizer=tokenizer) for model in models]
+    assert ours.blocks == theirs.blocks == list(range(BLOCKS))
+    close(ours.states, theirs.states)
+    close(ours.probabilities, theirs.probabilities)
+
+
+@contextmanager
+def writing(model: Any, read: int, written: int) -> Iterator[list[torch.Tensor]]:
+    """Hooks that read one block's output and change another's."""
+    seen: list[torch.Tensor] = []
+
+    def change(_module: Any, _args: Any, output: Any) -> Any:
+        state = output[0] if isinstance(output, tuple) else output
+        return (state * 1.5, *output[1:]) if isinstance(output, tuple) else state * 1.5
+
+    def note(_module: Any, _args: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output).detach().clone())
+
+    layers = model.model.layers
+    handles = [
+        layers[written].register_forward_hook(change),
+        layers[read].register_forward_hook(note),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_hooks_read_and_write_while_it_generates(models: tuple[Any, Any]) -> None:
+    """First without hooks, then with them over the same cache, then without again."""
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(2))
+    found = []
+    for model in models:
+        with torch.no_grad():
+            out = model(ids, use_cache=True)
+            logits, cache = [out.logits], out.past_key_values
+            for step in range(6):
+                following = logits[-1][:, -1:].argmax(-1)
+                if 2 <= step < 4:
+                    with writing(model, read=3, written=2) as seen:
+                        out = model(following, past_key_values=cache)
+                    logits.append(seen[0][..., : out.logits.shape[-1]])
+                else:
+                    out = model(following, past_key_values=cache)
+                cache = out.past_key_values
+                logits.append(out.logits)
+        found.append(logits)
+    for mine, local in zip(*found, strict=True):
+        close(mine, local)
+
+
+def test_gradients_reach_observed_states(models: tuple[Any, Any]) -> None:
+    found = []
+    for model in models:
+        embeddings = model.get_input_embeddings().weight.detach()
+        given = embeddings[torch.arange(3, 13)][None].clone().requires_grad_(True)
+        with writing(model, read=3, written=0):
+            out = model(inputs_embeds=given, output_hidden_states=True)
+        for state in out.hidden_states:
+            state.retain_grad()
+        out.logits.square().mean().backward()
+        found.append([given.grad, *(state.grad for state in out.hidden_states)])
+    for mine, local in zip(*found, strict=True):
+        torch.testing.assert_close(mine, local, atol=1e-7, rtol=1e-4)
+
+
+def test_modules_inside_are_refused(models: tuple[Any, Any]) -> None:
+    remote, _ = models
+    handle = remote.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(sn.errors.Unsupported, match="modules inside of blocks"):
+            remote(torch.tensor([[3, 4, 5]]))
+    finally:
+        handle.remove()

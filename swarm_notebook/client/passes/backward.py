@@ -138,7 +138,7 @@ async def _repeat(
     directory: Directory, part: Request, grad: torch.Tensor, *, doubted: bool = False
 ) -> PassGradients:
     """A lost server's part, on whatever servers there are now."""
-    _, trails = await forward(directory, replace(part, states=()), keep=True)
+    _, trails = await forward(directory, part, keep=True)
     return await backward(directory, part, trails, grad, part.states, doubted=doubted)
 
 

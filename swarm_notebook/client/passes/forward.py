@@ -68,13 +68,18 @@ async def forward(
         MissingBlocks: no server holds a block, and none came in time.
         BadRequest: two servers, or the only one, found the request invalid.
     """
-    chain = await directory.await_chain(request.start, request.end)
+    chain = _cut(await directory.await_chain(request.start, request.end), request)
     groups = row_groups(request.hidden.shape[0], len(chain))
     results = await together(
         [_forward_rows(directory, take_rows(request, rows), chain, keep) for rows in groups]
     )
     trails = [Trail(rows, segments) for rows, (_, segments) in zip(groups, results, strict=True)]
     return _join([outputs for outputs, _ in results]), trails
+
+
+def _cut(chain: Sequence[RouteSegment], request: Request) -> list[RouteSegment]:
+    """A chain with the segments of Petals' servers cut where a request wants states."""
+    return [part for segment in chain for part in segment.cut(request.boundaries)]
 
 
 def row_groups(rows: int, servers: int) -> list[slice]:
@@ -116,7 +121,7 @@ async def _forward_rows(
     refusals = Refusals(directory)
     while start < request.end:
         if not remaining:
-            remaining = await refusals.await_chain(start, request.end)
+            remaining = _cut(await refusals.await_chain(start, request.end), request)
         segment = remaining.pop(0)
         kept = str(uuid.uuid4()) if keep and segment.span.extended else None
         part = request.part(segment.start, segment.end, hidden)

@@ -46,6 +46,21 @@ class RouteSegment:
     def peer(self) -> str:
         return self.span.peer
 
+    def cut(self, boundaries: Iterable[int]) -> list[RouteSegment]:
+        """The parts in which the server is asked, so that the states at `boundaries` are known.
+
+        A server of ours gives states in between with one answer, and stays in one piece. One of
+        Petals' gives the last block's alone; it takes any sub-range of its blocks.
+
+        Args:
+            boundaries: first blocks whose inputs are wanted, or given by a hook.
+        """
+        if self.span.extended:
+            return [self]
+        inside = {block for block in boundaries if self.start < block < self.end}
+        bounds = [self.start, *sorted(inside), self.end]
+        return [RouteSegment(self.span, *pair) for pair in itertools.pairwise(bounds)]
+
 
 @dataclass(frozen=True)
 class Links:

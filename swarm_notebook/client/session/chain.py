@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Collection
 
 from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.session.history import History
 from swarm_notebook.client.session.hop import Hop
 from swarm_notebook.client.telemetry import HopTimes
@@ -32,12 +33,37 @@ class Chain:
     def __init__(self, directory: Directory, max_length: int):
         self.directory, self._max_length = directory, max_length
         self._hops: list[Hop] = []
+        self._cuts: set[int] = set()
         self.dropped = 0
 
     @property
     def hops(self) -> list[Hop]:
         """The servers in use, in the order of their blocks."""
         return list(self._hops)
+
+    def cut(self, boundaries: Collection[int]) -> None:
+        """From now on, have the states at the inputs of these blocks (`RouteSegment.cut`).
+
+        A session on a Petals server is bound to the blocks of its first request: one that has a
+        boundary inside is left for several, which are caught up. The cuts stay when nobody looks
+        any more: a round trip more per token costs less than another replay.
+        """
+        new = set(boundaries) - self._cuts
+        if not new:
+            return
+        self._cuts |= new
+        cut: list[Hop] = []
+        for hop in self._hops:
+            parts = hop.segment.cut(self._cuts)
+            if len(parts) == 1:
+                cut.append(hop)
+                continue
+            hop.close()
+            cut.extend(self._hop(part) for part in parts)
+        self._hops = cut
+
+    def _hop(self, segment: RouteSegment) -> Hop:
+        return Hop(segment, self.directory, self._max_length)
 
     async def hop_for(self, block: int, refusing: Collection[str]) -> Hop:
         """The hop that computes `block`; for a gap, servers are chosen that are not `refusing`."""
@@ -53,7 +79,7 @@ class Chain:
         last = self.directory.num_blocks
         end = min((hop.start for hop in self._hops if hop.start > block), default=last)
         for segment in await self.directory.await_chain(start, end, refusing):
-            self._hops.append(Hop(segment, self.directory, self._max_length))
+            self._hops.extend(self._hop(part) for part in segment.cut(self._cuts))
         self._hops.sort(key=lambda hop: hop.start)
 
     async def catch_up(self, hop: Hop, history: History, times: list[HopTimes]) -> None:

@@ -87,6 +87,7 @@ class History:
 
     def __init__(self) -> None:
         self._events: list[Pass | torch.Tensor] = []
+        self._edited: set[int] = set()
         self.adapter: Adapter | None = None
         self.prompts: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
@@ -107,6 +108,17 @@ class History:
         """Start a pass; everything recorded from its position on is forgotten."""
         self.truncate(new.position)
         self._events.append(new)
+        self._edited.update(new.edits)
+
+    def edit(self, block: int, hidden: torch.Tensor) -> None:
+        """In the current pass, ``block`` gets this input instead of the one before's output."""
+        self.current.edits[block] = hidden
+        self._edited.add(block)
+
+    @property
+    def edited(self) -> Collection[int]:
+        """Blocks whose input was decided by a hook in any pass so far."""
+        return self._edited
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from ``length`` on. Row selections stay: they hold for what remains."""

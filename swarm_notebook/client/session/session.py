@@ -92,7 +92,7 @@ class InferenceSession:
 
     def edit(self, block: int, hidden: torch.Tensor) -> None:
         """In the current pass, ``block`` gets this input instead of the one before's output."""
-        self.history.current.edits[block] = hidden
+        self.history.edit(block, hidden)
 
     async def step(
         self,

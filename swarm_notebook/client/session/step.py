@@ -67,6 +67,7 @@ class StepRun:
 
     async def _plan(self, block: int, stop: int) -> list[Stage]:
         """The chain over blocks ``[block, stop)``; servers are chosen for those without."""
+        self._chain.cut({*self._history.edited, *(block + 1 for block in self._states)})
         stages: list[Stage] = []
         while block < stop:
             hop = await self._chain.hop_for(block, self._failover.refusing)
