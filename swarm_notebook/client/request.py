@@ -107,16 +107,17 @@ def travelling(hidden: torch.Tensor, span: ServerSpan) -> torch.Tensor:
 
 def refuse_extensions(span: ServerSpan, server: str, request: Request) -> None:
     """Against a plain Petals server, say what cannot work there (contract C6)."""
+    without_cache = "pass use_cache=False"
     wanted = {
-        "padded batches (an attention mask)": request.mask is not None,
-        "explicit position ids": request.position_ids is not None,
-        "hooks on modules inside of blocks": bool(request.inner),
+        "padded batches in a cache (an attention mask)": (request.mask is not None, without_cache),
+        "explicit position ids in a cache": (request.position_ids is not None, without_cache),
+        "hooks on modules inside of blocks": (bool(request.inner), "hook whole blocks"),
     }
-    for what, asked in wanted.items():
+    for what, (asked, instead) in wanted.items():
         if asked and not span.extended:
             raise Unsupported(
-                f"{server} is a Petals server, which knows no {what}; use servers started "
-                "with `swarm-notebook serve`, or do without"
+                f"{server} is a Petals server, which knows no {what}; {instead}, or use servers "
+                "started with `swarm-notebook serve`"
             )
 
 

@@ -193,12 +193,18 @@ class PetalsPeer(TransformerConnectionHandler):
         self, requests: AsyncIterator[ExpertRequest], context: P2PContext
     ) -> AsyncIterator[ExpertResponse]:
         self.seen.append("rpc_backward_stream")
-        uid, (hidden, grad, *_) = await self._gathered(requests)
+        uid, (hidden, grad, prompts) = await self._gathered(requests)
+        given = [hidden]
+        if prompts.numel():
+            # The gradient comes back for each row.
+            given.append(prompts.expand(-1, hidden.shape[0], -1, -1).clone())
         with torch.enable_grad():
-            hidden.requires_grad_(True)
-            (found,) = torch.autograd.grad(self._compute(uid, hidden), hidden, grad)
-        for part in split_for_streaming(serialize_torch_tensor(found), 1 << 12):
-            yield ExpertResponse(tensors=[part])
+            for tensor in given:
+                tensor.requires_grad_(True)
+            found = torch.autograd.grad(self._compute(uid, *given), given, grad)
+        for tensor in found:
+            for part in split_for_streaming(serialize_torch_tensor(tensor), 1 << 12):
+                yield ExpertResponse(tensors=[part])
 
     async def rpc_inference(
         self, requests: AsyncIterator[ExpertRequest], context: P2PContext
@@ -235,10 +241,19 @@ class PetalsPeer(TransformerConnectionHandler):
 
     def _forward(self, uid: str, given: Sequence[torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
-            return self._compute(uid, given[0])
+            return self._compute(uid, *given[:2])
 
-    def _compute(self, uid: str, hidden: torch.Tensor) -> torch.Tensor:
-        return self._span.compute(*self._blocks(uid), hidden)[0]
+    def _compute(
+        self, uid: str, hidden: torch.Tensor, prompts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        start, end = self._blocks(uid)
+        if prompts is None or not prompts.numel():
+            return self._span.compute(start, end, hidden)[0]
+        for block in range(start, end):
+            missing = hidden.shape[1] - prompts.shape[2]
+            added = torch.nn.functional.pad(prompts[block - start], (0, 0, 0, missing))
+            hidden = self._span.compute(block, block + 1, hidden + added)[0]
+        return hidden
 
 
 @contextmanager

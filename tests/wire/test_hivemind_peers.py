@@ -286,3 +286,71 @@ def test_modules_inside_are_refused(models: tuple[Any, Any]) -> None:
             remote(torch.tensor([[3, 4, 5]]))
     finally:
         handle.remove()
+
+
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows side by side go through the servers as one group."""
+    ids = torch.randint(3, 128, (8, 8), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[:3, :3] = mask[4, :6] = mask[6:, 6:] = 0
+    return ids, mask
+
+
+def test_padded_batches_without_a_cache(models: tuple[Any, Any]) -> None:
+    """Left and right padding, rows with the same, and one without; also what is observed."""
+    ids, mask = padded()
+    found = []
+    for model in models:
+        with torch.no_grad():
+            out = model(ids, attention_mask=mask, output_hidden_states=True)
+        found.append([state[mask.bool()] for state in (out.logits, *out.hidden_states)])
+    for mine, local in zip(*found, strict=True):
+        close(mine, local)
+
+
+def test_gradients_of_padded_batches(models: tuple[Any, Any]) -> None:
+    ids, mask = padded()
+    found = []
+    for model in models:
+        given = model.get_input_embeddings()(ids).detach().clone().requires_grad_(True)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        logits = model(inputs_embeds=given, attention_mask=mask, position_ids=positions).logits
+        logits[mask.bool()].square().mean().backward()
+        found.append(given.grad[mask.bool()])
+    torch.testing.assert_close(*found, atol=1e-7, rtol=1e-4)
+
+
+def test_deep_prompts_in_padded_batches(models: tuple[Any, Any]) -> None:
+    remote, local = models
+    ids, mask = padded()
+    prompts = sn.tuning.DeepPrompts(remote, length=5)
+    vectors = torch.randn(BLOCKS, 5, HIDDEN, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        prompts.prompts.copy_(vectors)
+    try:
+        mine = remote(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        mine.square().mean().backward()
+    finally:
+        prompts.remove()
+    wanted = vectors.requires_grad_(True)
+
+    def add(index: int) -> Any:
+        def hook(_module: Any, args: Any) -> Any:
+            missing = ids.shape[1] - wanted.shape[1]
+            return (args[0] + torch.nn.functional.pad(wanted[index], (0, 0, 0, missing)),)
+
+        return local.model.layers[index].register_forward_pre_hook(hook)
+
+    handles = [add(index) for index in range(BLOCKS)]
+    theirs = local(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    theirs.square().mean().backward()
+    for handle in handles:
+        handle.remove()
+    close(mine.detach(), theirs.detach())
+    torch.testing.assert_close(prompts.prompts.grad, wanted.grad, atol=1e-7, rtol=1e-3)
+
+
+def test_padding_between_tokens_is_refused(models: tuple[Any, Any]) -> None:
+    mask = torch.tensor([[1, 1, 0, 1]])
+    with pytest.raises(sn.errors.Unsupported, match="row 0 has some"):
+        models[0](torch.tensor([[3, 4, 5, 6]]), attention_mask=mask)

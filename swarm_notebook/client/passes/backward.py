@@ -17,6 +17,7 @@ import torch
 from swarm_notebook.client.adapters import with_adapter
 from swarm_notebook.client.passes.call import CallAnswer, call, server_name
 from swarm_notebook.client.passes.forward import Trail, forward, give_up, take_rows, together
+from swarm_notebook.client.passes.padding import is_plain, put_back, without_padding
 from swarm_notebook.client.request import (
     Request,
     check_finite,
@@ -143,6 +144,31 @@ async def _repeat(
 
 
 async def _backward_segment(
+    directory: Directory, segment: RouteSegment, part: Request, grad: torch.Tensor, kept: str | None
+) -> PassGradients:
+    if segment.span.extended or is_plain(part):
+        return await _backward_once(directory, segment, part, grad, kept)
+    groups = without_padding(part, server_name(segment))
+    got = await together(
+        [
+            _backward_once(directory, segment, group.request(part), group.of(grad), kept)
+            for group in groups
+        ]
+    )
+    whole = PassGradients(put_back(groups, [one.input for one in got], part.hidden))
+    if part.prompts is not None:
+        like = part.hidden[:, : part.prompts.shape[2]]
+        for block in range(part.start, part.end):
+            # Rows whose padding is longer than the prompts had none.
+            prompts = [
+                one.prompts.get(block, like[: len(group.rows), :0])
+                for group, one in zip(groups, got, strict=True)
+            ]
+            whole.prompts[block] = put_back(groups, prompts, like)
+    return whole
+
+
+async def _backward_once(
     directory: Directory, segment: RouteSegment, part: Request, grad: torch.Tensor, kept: str | None
 ) -> PassGradients:
     server = server_name(segment)

@@ -21,6 +21,7 @@ import torch
 
 from swarm_notebook.client.adapters import with_adapter
 from swarm_notebook.client.passes.call import call, server_name
+from swarm_notebook.client.passes.padding import is_plain, put_back, without_padding
 from swarm_notebook.client.request import (
     Outputs,
     Request,
@@ -147,6 +148,20 @@ async def _forward_rows(
 
 
 async def _forward_segment(
+    directory: Directory, segment: RouteSegment, part: Request, kept: str | None
+) -> Outputs:
+    if segment.span.extended or is_plain(part):
+        return await _forward_once(directory, segment, part, kept)
+    groups = without_padding(part, server_name(segment))
+    got = await together(
+        [_forward_once(directory, segment, group.request(part), kept) for group in groups]
+    )
+    block = segment.end - 1
+    states = [outputs.states[block] for outputs in got]
+    return Outputs({block: put_back(groups, states, part.hidden)}, {})
+
+
+async def _forward_once(
     directory: Directory, segment: RouteSegment, part: Request, kept: str | None
 ) -> Outputs:
     server = server_name(segment)
