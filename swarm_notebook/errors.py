@@ -144,6 +144,16 @@ _BY_CODE = {
 }
 
 
+# How Petals' servers begin to say that a session has no room: more than it reserved, more than a
+# session may have, more than is free.
+_PETALS_NO_ROOM = (
+    "Maximum length exceeded",
+    "Cannot allocate KV cache",
+    "Could not allocate",
+    "Server's attention cache is full",
+)
+
+
 def to_wire(error: BaseException) -> str:
     """The text that travels for `error`; anything but a `RemoteError` becomes ``internal``."""
     if isinstance(error, RemoteError):
@@ -152,10 +162,14 @@ def to_wire(error: BaseException) -> str:
 
 
 def from_wire(text: str, peer: str) -> RemoteError:
-    """The error that a peer sent as `text`; text of an unknown form (Petals') is `ServerFailed`."""
+    """The error that a peer sent as `text`.
+
+    Of Petals' texts those about room in the cache are known; all other text is `ServerFailed`.
+    """
     text = clean(text[:MAX_WIRE_TEXT])
     code, separator, message = text.partition(": ")
     kind = _BY_CODE.get(code) if separator else None
     if kind is None:
-        return ServerFailed(f"server {peer}: {text}")
+        kind = CacheFull if text.startswith(_PETALS_NO_ROOM) else ServerFailed
+        message = text
     return kind(f"server {peer}: {message}")

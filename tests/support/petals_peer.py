@@ -144,6 +144,8 @@ class PetalsPeer(TransformerConnectionHandler):
 
     Attributes:
         seen: names of the RPCs that were called, in order.
+        most: tokens that a session may reserve.
+        reserved: what sessions have reserved, in order.
     """
 
     def __init__(self, folder: Path, start: int, end: int):
@@ -151,6 +153,8 @@ class PetalsPeer(TransformerConnectionHandler):
         loaded = load_blocks(self._source, start, end, dtype=torch.float32)
         self._span = Span(loaded.decoder, loaded.layers_name, start)
         self.seen: list[str] = []
+        self.most = 1 << 14
+        self.reserved: list[int] = []
 
     @classmethod
     def _get_handle_name(cls, namespace: str | None, method_name: str) -> str:
@@ -219,11 +223,19 @@ class PetalsPeer(TransformerConnectionHandler):
             metadata = MSGPackSerializer.loads(request.metadata)
             if blocks is None:
                 blocks, length = self._blocks(request.uid), metadata["max_length"]
+                if not 0 <= length <= self.most:
+                    raise ValueError(
+                        f"Cannot allocate KV cache for {length} tokens, max = {self.most}"
+                    )
+                self.reserved.append(length)
             step = Step(blocks, hidden, position=metadata.get("start_from_position"))
             step.row_ids = rows.tolist() if rows.numel() else None
             position = state.check(step)
             if position + step.length > length:
-                raise ValueError(f"Maximum length exceeded: {position} + {step.length} > {length}")
+                raise ValueError(
+                    f"Maximum length exceeded: prefix {position} + current {step.length} exceeds "
+                    f"pre-allocated maximum {length}"
+                )
             if (needed := state.needs(step, position)) is not None:
                 state.cache.reserve(needed[0] // step.rows)
             (output,) = state.run(step, position, 0, step.length)

@@ -354,3 +354,61 @@ def test_padding_between_tokens_is_refused(models: tuple[Any, Any]) -> None:
     mask = torch.tensor([[1, 1, 0, 1]])
     with pytest.raises(sn.errors.Unsupported, match="row 0 has some"):
         models[0](torch.tensor([[3, 4, 5, 6]]), attention_mask=mask)
+
+
+def continued(model: Any, cache: Any, length: int) -> torch.Tensor:
+    """Logits of three calls over one cache, of `length` tokens together."""
+    ids = torch.randint(3, 128, (2, length), generator=torch.Generator().manual_seed(5))
+    found = []
+    with torch.no_grad():
+        for part in ids.tensor_split(3, dim=1):
+            out = model(part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits)
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("most", [1 << 14, 40])
+def test_more_tokens_than_were_reserved(models: Any, petals: Any, most: int) -> None:
+    """12 tokens are reserved, then twice as many, then what there is."""
+    remote, local = models
+    cache = remote.new_cache(max_length=12)
+    before = [len(peer.reserved) for peer in petals[1]]
+    for peer in petals[1]:
+        peer.most = most
+    try:
+        close(continued(remote, cache, 36), continued(local, None, 36))
+        for peer, count in zip(petals[1], before, strict=True):
+            assert peer.reserved[count:] == [12, 24, min(48, most)]
+        assert cache.session.failovers == 0
+    finally:
+        for peer in petals[1]:
+            peer.most = 1 << 14
+
+
+def test_more_tokens_than_a_server_has_room_for(models: Any, petals: Any) -> None:
+    """It is refused, in the server's words; the server is none the worse for it."""
+    remote, _ = models
+    petals[1][1].most = 30
+    try:
+        with pytest.raises(sn.errors.CacheFull, match="Cannot allocate KV cache for"):
+            continued(remote, remote.new_cache(max_length=12), 36)
+        directory = remote._runner.connection.directory
+        assert not any(directory.avoided(span.peer) for span in directory.snapshot.spans)
+        continued(remote, None, 18)
+    finally:
+        petals[1][1].most = 1 << 14
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Maximum length exceeded: prefix 12 + current 1 exceeds pre-allocated maximum 12",
+        "Cannot allocate KV cache for 4096 tokens, max = 2048",
+        "Could not allocate 4096 bytes, max cache size = 2048 bytes",
+        "Server's attention cache is full, failed to allocate 4096 bytes in 10.0 seconds",
+    ],
+)
+def test_petals_words_for_no_room(text: str) -> None:
+    assert isinstance(sn.errors.from_wire(text, "peer"), sn.errors.CacheFull)
+    assert isinstance(sn.errors.from_wire(f"boom: {text}", "peer"), sn.errors.ServerFailed)

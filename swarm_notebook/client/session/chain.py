@@ -90,6 +90,7 @@ class Chain:
             times: gets those of what is replayed.
         """
         until = history.current.position
+        hop.reserve(history.current.end)
         behind = 0 if hop.rows_version is None else history.rows_version - hop.rows_version
         if hop.position >= until and behind <= 1:
             return

@@ -65,7 +65,7 @@ class FailoverPolicy:
             before, after = stage.source.segment.peer, stage.hop.segment.peer
             self._directory.health.keep_apart(before, after)
             stage.hop.reset()
-        else:
+        elif not stage.hop.content_with_less(error):
             self._lose(stage.hop, error)
 
     def _lose(self, hop: Hop, error: RemoteError) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import re
 import time
 import uuid
 from collections import deque
@@ -42,11 +43,14 @@ from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.client.watch import Watch
-from swarm_notebook.errors import ServerFailed
+from swarm_notebook.errors import CacheFull, RemoteError, ServerFailed
 from swarm_notebook.net import protocol, streams
 
 # How long a Petals server may let a new session wait for room in its cache, in seconds.
 ALLOC_TIMEOUT = 10.0
+
+# How Petals' servers end a refusal: with the most tokens that a session may reserve.
+_LIMIT = re.compile(r"max = (\d{1,9})$")
 
 _RUN, _STEPS = uuid.uuid4().hex[:8], itertools.count()
 
@@ -159,7 +163,7 @@ class Hop:
         self.segment, self.start, self.end = segment, segment.start, segment.end
         self._name = server_name(segment)
         self._directory = directory
-        self._max_length = max_length
+        self._max_length, self._needed = max_length, 0
         self._stream: streams.Stream | None = None
         self.sending, self.receiving = asyncio.Lock(), asyncio.Lock()
         self.reset()
@@ -173,6 +177,26 @@ class Hop:
         self._owed: deque[tuple[Request, StepRoute]] = deque()
         self._answered = 0.0
         self._writer = StepWriter(self.segment, self._directory, self._max_length)
+
+    def reserve(self, tokens: int) -> None:
+        """See to room for so many tokens per sequence, those in the cache included.
+
+        Our servers find it as they need it. A Petals server keeps to what the first step reserved:
+        when that is not enough, the cache is left for an empty one of at least twice the size.
+        """
+        self._needed = tokens
+        if not self.segment.span.extended and tokens > self._max_length:
+            self._max_length = max(tokens, 2 * self._max_length)
+            self.reset()
+
+    def content_with_less(self, error: RemoteError) -> bool:
+        """After a refusal: if the server would reserve less, and that is enough, begin anew so."""
+        found = _LIMIT.search(str(error)) if isinstance(error, CacheFull) else None
+        if found is None or not self._needed <= int(found[1]) < self._max_length:
+            return False
+        self._max_length = int(found[1])
+        self.reset()
+        return True
 
     def __str__(self) -> str:
         return self._name
