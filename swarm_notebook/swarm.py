@@ -236,7 +236,8 @@ def connect(
             norm and head are loaded here. None takes the demo model for an embedded swarm, else
             the one model that the swarm serves.
         dtype: of the local part, such as ``"float32"``; None takes what the servers compute in.
-        timeout: seconds to wait for a server when some blocks have none.
+        timeout: seconds to wait for a server when some blocks have none, and for one at all after
+            the swarm was joined.
         compression: of hidden states on their way: None sends them as the servers compute,
             ``"float16"`` halves float32, ``"int8"`` sends 9 bits per value, which shifts the
             logits a little (Petals servers do without it). Passes that a backward follows are

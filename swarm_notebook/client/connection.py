@@ -5,6 +5,8 @@ Notebooks that attach to several models of the same swarm share one node (one p2
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 from collections.abc import Collection, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -151,9 +153,19 @@ class Connection:
             raise ServerFailed(f"server {peer} does not answer")
         return found
 
-    def refresh(self) -> None:
-        """Read what the servers announce now, instead of within seconds."""
-        self.run(self.directory.refresh())
+    def refresh(self, limit: float | None = None) -> None:
+        """Read what the servers announce now, instead of within seconds.
+
+        Args:
+            limit: seconds to wait for it; None waits to the end.
+        """
+
+        async def read() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit):
+                    await self.directory.refresh()
+
+        self.run(read())
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for what the network thread does for us.
@@ -201,13 +213,27 @@ class Inquiry:
         _release(self._peers, self._network)
 
 
-def served_models(initial_peers: Sequence[str]) -> dict[str, ModelRecord]:
-    """The models that a swarm's index lists, by DHT prefix."""
+def served_models(
+    initial_peers: Sequence[str], limit: float | None = None
+) -> dict[str, ModelRecord]:
+    """The models that a swarm's index lists, by DHT prefix.
+
+    Args:
+        limit: seconds to wait for the index; None waits to the end.
+
+    Raises:
+        TimeoutError: it did not come in time.
+    """
     network = network_thread()
     peers = frozenset(str(peer) for peer in initial_peers)
     shared = _acquire(peers, network)
+
+    async def read() -> Any:
+        async with asyncio.timeout(limit):
+            return await shared.node.dht.get(MODEL_INDEX_KEY, latest=True)
+
     try:
-        found = network.run(shared.node.dht.get(MODEL_INDEX_KEY, latest=True))
+        found = network.run(read())
     finally:
         _release(peers, network)
     entries = found.value if found is not None and isinstance(found.value, dict) else {}

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # A DHT search gives up on a silent peer after 3 s: some readings, and longer than one of those.
 SILENCE_SECONDS, SILENT_READINGS = 4.0, 4
+# For the index of models when there is no time left: a search among peers that answer.
+INDEX_SECONDS = 1.0
 _HUB = "https://huggingface.co/"
 
 
@@ -55,10 +57,10 @@ def await_spans(
     serves it, but a peer of the DHT may have been too busy to answer in time.
     """
     directory = connection.directory
-    began, readings = time.monotonic(), 1
-    warned = False
+    readings, warned = 1, False
+    deadline = directory.began + directory.patience
     while not (spans := directory.snapshot.spans) or directory.missing():
-        waited = time.monotonic() - began
+        waited = time.monotonic() - directory.began
         if waited > directory.patience:
             break
         if not spans and readings >= SILENT_READINGS and waited > SILENCE_SECONDS:
@@ -68,17 +70,26 @@ def await_spans(
             logger.warning("waiting for servers of %s", describe_blocks(directory.missing()))
             warned = True
         time.sleep(0.5)
-        connection.refresh()
+        connection.refresh(max(deadline - time.monotonic(), 0.0))
         readings += 1
     if not any(span.info.state == ServerState.ONLINE for span in spans):
-        served = ", ".join(sorted(served_models(peers))) or "no model"
         raise ModelNotServed(
             f"model {name!r}: nobody in this swarm serves {connection.prefix!r}; it serves "
-            f"{served}. Start a server with `swarm-notebook serve {name} --initial-peers …`"
+            f"{_served(peers, deadline)}. Start a server with "
+            f"`swarm-notebook serve {name} --initial-peers …`"
         )
     if missing := directory.missing():
         raise MissingBlocks(f"model {name!r}: no server holds {describe_blocks(missing)}")
     return spans
+
+
+def _served(peers: Sequence[str], deadline: float) -> str:
+    """What a swarm serves instead, in words, as far as that is known in time."""
+    try:
+        models = served_models(peers, max(deadline - time.monotonic(), INDEX_SECONDS))
+    except TimeoutError:
+        return "what it did not say in time"
+    return ", ".join(sorted(models)) or "no model"
 
 
 def choose_dtype(wanted: str | torch.dtype | None, spans: Sequence[ServerSpan]) -> torch.dtype:

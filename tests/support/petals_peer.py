@@ -270,9 +270,13 @@ class PetalsPeer(TransformerConnectionHandler):
 
 @contextmanager
 def petals_swarm(
-    folder: Path, spans: Sequence[tuple[int, int]]
+    folder: Path, spans: Sequence[tuple[int, int]], daemons: list[int] | None = None
 ) -> Iterator[tuple[list[str], list[PetalsPeer]]]:
-    """Petals peers in this process, and the address to join them at."""
+    """Petals peers in this process, and the address to join them at.
+
+    Args:
+        daemons: gets the process ids of their network daemons.
+    """
     thread = LoopThread()
     nodes: list[Node] = []
 
@@ -289,6 +293,8 @@ def petals_swarm(
         await asyncio.gather(*(node.stop() for node in nodes))
 
     peers = thread.run(start())
+    if daemons is not None:
+        daemons.extend(node.p2p._child.pid for node in nodes)
     try:
         yield thread.run(nodes[0].addresses()), peers
     finally:

@@ -40,6 +40,8 @@ PING_TIMEOUT = 3.0
 # How long a call waits for servers: a server of ours restarts in 10 to 30 s.
 PATIENCE = 30.0
 WAIT_PERIOD = 0.5
+# How long the first reading may take in any case: a DHT search gives up on a silent peer after 3 s.
+FIRST_READING = 4.0
 # Longer than any restart, and than records of a dead server live (Petals': four minutes).
 FORGET_SECONDS = 3600.0
 
@@ -84,6 +86,7 @@ class Directory:
         telemetry: takes reports of steps and failovers.
         compression: of hidden states on the wire, as the user wants it.
         health: who is avoided, and who is kept apart from whom.
+        began: when this was made, by `time.monotonic`.
     """
 
     node: Node
@@ -98,6 +101,7 @@ class Directory:
     telemetry: Telemetry = field(default_factory=Telemetry)
     compression: int = tensors.NONE
     health: PeerHealth = field(default_factory=PeerHealth)
+    began: float = field(default_factory=time.monotonic)
     _stated: dict[str, tuple[int, int]] = field(default_factory=dict)
     _announced: Announced = field(default_factory=Announced)
     _last_seen: dict[str, _LastSeen] = field(default_factory=dict)
@@ -106,10 +110,13 @@ class Directory:
 
     async def start(self) -> None:
         """Read the records once, then keep reading them in the background."""
-        await self.refresh()
-        if not self.snapshot.spans:
-            await self.node.redial()
-            await self.refresh()
+        # Peers that are silent hold up a reading, which goes on by itself.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(self.patience, FIRST_READING)):
+                await self.refresh()
+                if not self.snapshot.spans:
+                    await self.node.redial()
+                    await self.refresh()
         self._background = asyncio.create_task(self._keep_fresh())
 
     async def stop(self) -> None:
