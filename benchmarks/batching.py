@@ -237,7 +237,7 @@ def idle(threads: int, sessions: int) -> dict[str, Any]:
         "first_crowd": _step_times(crowd),
         **_step_times(made),
         "goal_p99_times_median": 3,
-        "cache_tokens_taken": facts["cache_tokens_total"] - facts["cache_tokens_available"],
+        "cache_tokens_taken": facts["cache_tokens_total"] - facts["cache_tokens_free"],
         "cache_tokens_total": facts["cache_tokens_total"],
         "steps_per_call": round(
             (facts["steps"] - before["steps"]) / (facts["step_calls"] - before["step_calls"]), 2

@@ -262,7 +262,7 @@ class Soak:
             taken[str(server.blocks)] = {
                 "sessions": facts["sessions"],
                 "activation_bytes_held": facts["activation_bytes_held"],
-                "cache_tokens_held": facts["cache_tokens_total"] - facts["cache_tokens_available"],
+                "cache_tokens_held": facts["cache_tokens_total"] - facts["cache_tokens_free"],
                 "memory": process.memory_info().rss,
                 "files": process.num_fds(),
                 "threads": process.num_threads(),

@@ -46,10 +46,21 @@ class ServerState(enum.IntEnum):
     ONLINE = 2
 
 
+def to_petals_tokens(tokens: int, blocks: int) -> int:
+    """Room for so many tokens in all of a server's blocks, in Petals' unit.
+
+    Petals' ``cache_tokens_left`` (in a record) and ``cache_tokens_available`` (in an answer to
+    rpc_info) count the keys and the values of each block by themselves.
+    """
+    return tokens * blocks * 2
+
+
 class ServerInfo(BaseModel):
     """One server's record. Rates are tokens per second through one block (Petals' definition).
 
     Attributes:
+        cache_tokens_left: in Petals' unit, see `to_petals_tokens`.
+        cache_tokens_total: tokens in all blocks of the server.
         next_pings: round trips in seconds to servers of neighbouring blocks, by peer (base58 id).
     """
 
@@ -108,6 +119,15 @@ class ServerSpan:
     def name(self) -> str:
         """What to call the server: its public name, or the end of its peer id."""
         return self.info.public_name or f"…{self.peer[-6:]}"
+
+    @property
+    def cache_left(self) -> int | None:
+        """For how many tokens the server has room in its cache; None if it does not say."""
+        left = self.info.cache_tokens_left
+        hosted = to_petals_tokens(1, (self.info.end_block or 0) - (self.info.start_block or 0))
+        # What a record says of its blocks may be nothing, or nonsense: then those seen here count.
+        unit = hosted if hosted > 0 else to_petals_tokens(1, self.end - self.start)
+        return None if left is None else left // unit
 
     @property
     def extended(self) -> bool:

@@ -214,7 +214,7 @@ def _server_row(span: ServerSpan, snapshot: Snapshot, directory: Directory) -> S
         block_rps=info.inference_rps,
         dtype=info.torch_dtype,
         quant=info.quant_type,
-        cache_left=info.cache_tokens_left,
+        cache_left=span.cache_left,
         cache_total=info.cache_tokens_total,
         version=info.version,
         note=avoided,

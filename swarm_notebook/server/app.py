@@ -33,7 +33,7 @@ from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.errors import ServerFailed
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import LOOPBACK, Node
-from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
+from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState, to_petals_tokens
 from swarm_notebook.server import heap, lifetime
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.announce import Announcer
@@ -441,7 +441,7 @@ def _info(
         quant_type="none",
         using_relay=False,
         next_pings=dict(pings) if pings else None,
-        cache_tokens_left=pool.free if pool else None,
+        cache_tokens_left=to_petals_tokens(pool.free, blocks[1] - blocks[0]) if pool else None,
         cache_tokens_total=pool.total if pool else None,
         swarm_notebook=protocol.PROTOCOL_VERSION,
     )

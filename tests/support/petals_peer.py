@@ -35,6 +35,7 @@ from swarm_notebook.server.engine.session_state import SessionState
 from swarm_notebook.server.engine.span import Span
 
 ONLINE = 2
+CACHE_TOKENS = 3000
 VALID_SECONDS = 300.0
 STEP_SECONDS = 120.0
 
@@ -164,6 +165,8 @@ class PetalsPeer(TransformerConnectionHandler):
         """Answer at a node, and say so under the key of every block."""
         await self.add_p2p_handlers(node.p2p)
         facts = {"start_block": self._span.start, "end_block": self._span.end}
+        blocks = self._span.end - self._span.start
+        facts |= {"cache_tokens_left": CACHE_TOKENS * blocks * 2}
         facts |= {"inference_rps": 1e4, "forward_rps": 1e4, "torch_dtype": "float32"}
         keys = [
             f"{self._source.dht_prefix}.{index}"

@@ -115,7 +115,7 @@ async def settled(bench: Bench, free: int) -> dict[str, Any]:
     deadline = time.monotonic() + PATIENCE
     while True:
         info = await bench.client.info(bench.server.peer)
-        if info["cache_tokens_available"] == free or time.monotonic() > deadline:
+        if info["cache_tokens_free"] == free or time.monotonic() > deadline:
             return info
         await asyncio.sleep(0.02)
 
@@ -135,10 +135,10 @@ def test_sessions_that_come_and_go_get_what_they_get_alone(bench: Bench, span: S
             group.create_task(break_off(bench, scripts[0], after=5))
             group.create_task(break_off(bench, scripts[1], after=9))
             group.create_task(train(bench, times=2))
-        return await settled(bench, before["cache_tokens_available"])
+        return await settled(bench, before["cache_tokens_free"])
 
     after = bench.client.run(together())
-    assert after["cache_tokens_available"] == before["cache_tokens_available"]
+    assert after["cache_tokens_free"] == before["cache_tokens_free"]
     assert assert_shared(bench, before) >= (SESSIONS - 1) * STEPS
 
 
@@ -240,5 +240,5 @@ def test_a_client_that_opens_a_thousand_sessions(llama: Bench) -> None:
         session.close()
     finally:
         greedy.close()
-    free = before["cache_tokens_available"]
-    assert llama.client.run(settled(llama, free))["cache_tokens_available"] == free
+    free = before["cache_tokens_free"]
+    assert llama.client.run(settled(llama, free))["cache_tokens_free"] == free

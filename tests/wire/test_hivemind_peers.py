@@ -17,6 +17,7 @@ from hivemind.utils import MSGPackSerializer
 from support.hosting import HostedServer, HostedSwarm
 from support.letter_tokenizer import lettered_model
 from support.petals_peer import (
+    CACHE_TOKENS,
     PetalsPeer,
     TransformerConnectionHandler,
     all_rows,
@@ -34,6 +35,7 @@ import swarm_notebook as sn
 from swarm_notebook.checkpoint.source import resolve
 
 HIDDEN, BLOCKS = 48, 5
+ROOM = 1 << 17  # tokens in the cache of our server
 
 
 class Caller:
@@ -46,6 +48,11 @@ class Caller:
         self.run = client.run
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model = model.eval().requires_grad_(False).model
+
+    async def records(self, keys: list[str]) -> list[Any]:
+        """What the server says of itself in the DHT."""
+        found = await self._client.node.dht.get_many(keys)
+        return [found[key].value[self.server.peer.to_base58()] for key in keys]
 
     def local(self, hidden: torch.Tensor) -> torch.Tensor:
         ids = torch.arange(hidden.shape[1])[None]
@@ -60,7 +67,7 @@ class Caller:
 
 @pytest.fixture(scope="module")
 def caller(tiny_llama: Path) -> Iterator[Caller]:
-    with HostedSwarm(tiny_llama, [(1, 4)], cache_tokens=1 << 17) as swarm:
+    with HostedSwarm(tiny_llama, [(1, 4)], cache_tokens=ROOM) as swarm:
         client = RawClient(swarm.initial_peers)
         yield Caller(tiny_llama, swarm.servers[0], client)
         client.close()
@@ -78,6 +85,13 @@ def test_info(caller: Caller) -> None:
     answer = caller.run(caller.stub.rpc_info(ExpertUID(uid=caller.uid)))
     info = MSGPackSerializer.loads(answer.serialized_info)
     assert {"version", "cache_tokens_available", "forward_schema", "inference_schema"} <= set(info)
+    # Petals counts the keys and the values of each block.
+    assert info["cache_tokens_available"] == info["cache_tokens_free"] * 3 * 2
+
+
+def test_room_in_the_cache_is_announced_in_petals_unit(caller: Caller) -> None:
+    found = caller.run(caller.records(caller.uid.split()))
+    assert [record.value[2]["cache_tokens_left"] for record in found] == [ROOM * 3 * 2] * 3
 
 
 def test_forward_and_backward(caller: Caller) -> None:
@@ -173,6 +187,11 @@ def models(tiny_llama: Path, petals: Any) -> Iterator[tuple[Any, Any]]:
     local = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     with sn.connect(petals[0], model=tiny_llama) as swarm:
         yield swarm.model, local
+
+
+def test_room_in_a_cache_is_read_in_tokens(models: tuple[Any, Any]) -> None:
+    spans = models[0]._runner.connection.directory.snapshot.spans
+    assert [span.cache_left for span in spans] == [CACHE_TOKENS] * 2
 
 
 def test_a_notebook_generates(models: tuple[Any, Any], petals: Any) -> None:

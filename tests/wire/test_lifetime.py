@@ -111,7 +111,7 @@ def test_sigterm_finishes_the_step_in_flight(swarm: Swarm, tiny_llama: Path) -> 
         await idle.step(UID, hidden[:1, :2])
         await session.stream.send(request(UID, hidden))
         free = (await client.info(server.peer))["cache_tokens_total"] - 64
-        while (await client.info(server.peer))["cache_tokens_available"] == free:
+        while (await client.info(server.peer))["cache_tokens_free"] == free:
             pass  # the step has not begun
         server.process.send_signal(signal.SIGTERM)
         (got,) = await session.receive()

@@ -56,7 +56,7 @@ class Wire:
     async def free_tokens(self, expected: int, seconds: float = PATIENCE) -> int:
         """What the server says is free, once it is ``expected`` or after some seconds."""
         deadline = time.monotonic() + seconds
-        while (free := (await self.info())["cache_tokens_available"]) != expected:
+        while (free := (await self.info())["cache_tokens_free"]) != expected:
             if time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.02)
@@ -439,7 +439,7 @@ def test_a_full_cache_is_waited_for_and_idle_sessions_give_way(
             await session.step(UID, torch.zeros(32, 160, HIDDEN), alloc_timeout=0.2)
 
     async def work() -> None:
-        free = (await wire.info())["cache_tokens_available"]
+        free = (await wire.info())["cache_tokens_free"]
         big = await wire.session()
         await big.step(UID, torch.zeros(rows, 160, HIDDEN))
         left = free - rows * grown_capacity(0, 160)
@@ -471,7 +471,7 @@ def test_a_full_cache_is_waited_for_and_idle_sessions_give_way(
 @pytest.mark.parametrize("ending", ["broken stream", "end frame"])
 def test_a_client_that_leaves_in_mid_step_frees_its_memory(wire: Wire, ending: str) -> None:
     async def work() -> None:
-        free = (await wire.info())["cache_tokens_available"]
+        free = (await wire.info())["cache_tokens_free"]
         session = await wire.session()
         await session.stream.send(request(UID, torch.randn(20, CONTEXT, HIDDEN)))
         assert await wire.free_tokens(free - 20 * CONTEXT) == free - 20 * CONTEXT

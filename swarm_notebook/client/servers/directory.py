@@ -203,14 +203,17 @@ class Directory:
         self.health.forget(peer)
 
     async def info(self, peer: str) -> dict:
-        """The server's answer to rpc_info."""
+        """The server's answer to rpc_info; room in the cache of ours is in tokens."""
         answer = await self.node.p2p.call_protobuf_handler(
             PeerID.from_base58(peer),
             protocol.RPC_INFO,
             runtime_pb2.ExpertUID(uid=""),
             runtime_pb2.ExpertInfo,
         )
-        return protocol.unpack_metadata(answer.serialized_info)
+        found = protocol.unpack_metadata(answer.serialized_info)
+        if "cache_tokens_free" in found:
+            found["cache_tokens_available"] = found["cache_tokens_free"]
+        return found
 
     async def try_info(self, peer: str) -> dict | None:
         """`info`, or None if no readable answer comes within `PING_TIMEOUT`."""

@@ -22,6 +22,7 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 from swarm_notebook import __version__
 from swarm_notebook.errors import BadRequest, ServerBusy, ShuttingDown, to_wire
 from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net.records import to_petals_tokens
 from swarm_notebook.net.streams import Stream, add_stream_handler
 from swarm_notebook.server.engine.backward import SpanGradients
 from swarm_notebook.server.engine.engine import Engine
@@ -162,12 +163,14 @@ class Handler:
             self._sessions.discard(session)
 
     async def _info(self, request: runtime_pb2.ExpertUID, _peer: PeerID) -> runtime_pb2.ExpertInfo:
+        blocks = self._limits.end - self._limits.start
         info: dict[str, Any] = {
             "version": __version__,
             "dht_client_mode": False,
             "start_block": self._limits.start,
             "end_block": self._limits.end,
-            "cache_tokens_available": self._pool.free,
+            "cache_tokens_available": to_petals_tokens(self._pool.free, blocks),
+            "cache_tokens_free": self._pool.free,
             "cache_tokens_total": self._pool.total,
             "sessions": self._pool.sessions,
             "sessions_served": self._counters.sessions,
