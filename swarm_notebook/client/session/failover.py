@@ -57,7 +57,7 @@ class FailoverPolicy:
 
         Raises:
             BadRequest, CacheFull, ServerBusy: no other server can mend it.
-            ServerFailed: the only server of some blocks fails again and again.
+            MissingBlocks: the only server of some blocks fails again and again.
         """
         stage, error = loss.stage, loss.error
         if stage.source is not None and isinstance(error, BadRequest):
@@ -89,7 +89,10 @@ class FailoverPolicy:
         else:
             self._directory.failed(peer, str(error))
             if self._lost[peer] > MAX_LOSSES and not self._others(hop):
-                raise error
+                raise MissingBlocks(
+                    f"no server holds {blocks} but one that fails again and again: {error}; start "
+                    "another one, or ask whoever runs it to look into its log"
+                ) from None
             logger.warning("%s; continuing %s on another server", error, blocks)
 
     def _others(self, hop: Hop) -> bool:
