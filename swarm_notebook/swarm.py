@@ -19,8 +19,9 @@ from swarm_notebook.client.discovery import await_spans, choose_dtype, only_mode
 from swarm_notebook.client.servers.directory import PATIENCE
 from swarm_notebook.client.telemetry import MAX_EVENTS, Subscription
 from swarm_notebook.local.swarm import LocalSwarm
-from swarm_notebook.model import drafting, skeleton
+from swarm_notebook.model import drafting, home, skeleton
 from swarm_notebook.model.drafting import Draft
+from swarm_notebook.model.home import Blocks
 from swarm_notebook.net.tensors import COMPRESSIONS, NONE
 from swarm_notebook.progress import Waiting
 from swarm_notebook.report.cost import Bill, Preview, bill_of, expect
@@ -118,7 +119,7 @@ class Swarm:
         """
         directory = self.connection.directory
         config: Any = self.model.config.get_text_config()
-        chain = directory.chain(0, directory.num_blocks)
+        chain = directory.route()
         return expect(
             self.name,
             chain,
@@ -188,12 +189,54 @@ class Swarm:
         new = output[0, inputs["input_ids"].shape[1] :]
         return str(tokenizer.decode(new, skip_special_tokens=True))
 
+    @property
+    def owned(self) -> tuple[int, ...]:
+        """The blocks that are at home: they run in this notebook."""
+        return tuple(sorted(self._runner.home))
+
+    @property
+    def _runner(self) -> Any:
+        return self.model._runner
+
+    def own(self, blocks: Blocks) -> None:
+        """Bring blocks home: load their weights from the checkpoint and run them here.
+
+        Inside of a block at home everything works that torch can do to a module: hooks that
+        write, replaced modules, changed weights, gradients, training of all its weights,
+        attention weights. It takes the memory of the block's weights, and one more trip per token
+        for each stretch of blocks at home. Caches that were filled before are not continued.
+
+        Args:
+            blocks: a block, a list, a range or a slice; negative numbers count from the end.
+
+        Raises:
+            BlocksOutOfRange: the model has no such block.
+            ModelNotFound: the checkpoint lacks their weights.
+            Unsupported: their weights are quantised.
+        """
+        home.bring_home(self.model, self._source, home.which(blocks, len(self._runner.blocks)))
+        self.connection.directory.home = self._runner.home
+
+    def release(self, blocks: Blocks | None = None) -> None:
+        """Let blocks run on the servers again; what was changed in their weights is lost.
+
+        Args:
+            blocks: as for `own`; None releases all.
+
+        Raises:
+            BlocksOutOfRange: the model has no such block.
+        """
+        count = len(self._runner.blocks)
+        home.send_away(self.model, range(count) if blocks is None else home.which(blocks, count))
+        self.connection.directory.home = self._runner.home
+
     def classifier(self, labels: Sequence[str]) -> PreTrainedModel:
         """The same remote blocks with a sequence classifier's head, to be trained here.
 
         The model is of the family's own class, such as ``LlamaForSequenceClassification``. Its
         head is new (and drawn from torch's seed) unless the checkpoint has one; train it alone, or
-        with PEFT's ``task_type="SEQ_CLS"``. Embeddings are shared with `model`.
+        with PEFT's ``task_type="SEQ_CLS"``. Embeddings are shared with `model`; the blocks that
+        are at home are loaded once more.
 
         Args:
             labels: the names of the classes, at least two.
@@ -207,6 +250,7 @@ class Swarm:
             raise ValueError(f"labels: {labels!r}; give at least two different names of classes")
         dtype = self.model.dtype
         model: Any = skeleton.build(self._source, self.connection, dtype, labels)
+        home.bring_home(model, self._source, self.owned)
         model.get_input_embeddings().weight = self.model.get_input_embeddings().weight
         if model.config.pad_token_id is None and self.tokenizer is not None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -226,6 +270,7 @@ def connect(
     dtype: str | torch.dtype | None = None,
     timeout: float = PATIENCE,
     compression: str | None = None,
+    own: Blocks = (),
 ) -> Swarm:
     """Attach to a swarm and build the remote model.
 
@@ -242,6 +287,7 @@ def connect(
             ``"float16"`` halves float32, ``"int8"`` sends 9 bits per value, which shifts the
             logits a little (Petals servers do without it). Passes that a backward follows are
             never compressed.
+        own: blocks to bring home at once, see `Swarm.own`; no server needs to hold them.
 
     Raises:
         AddressError, ConnectionFailed: the peers cannot be reached.
@@ -264,10 +310,13 @@ def connect(
             source = resolve(model if model is not None else only_model(peers))
             config = source.config()
             connection = Connection(peers, source.dht_prefix, config.num_hidden_layers, timeout)
+            owned = home.which(own, config.num_hidden_layers) if own != () else []
+            connection.directory.home = frozenset(owned)
             connection.directory.compression = COMPRESSIONS.get(compression or "", NONE)
             spans = await_spans(connection, source.name, peers, waiting)
             waiting.say("Loading what runs here: embeddings, norm and head")
             built = skeleton.build(source, connection, choose_dtype(dtype, spans))
+        home.bring_home(built, source, owned)
         return Swarm(source, built, connection, local)
     except BaseException:
         if connection is not None:

@@ -20,6 +20,7 @@ from swarm_notebook.client.passes.backward import PassGradients, backward
 from swarm_notebook.client.passes.forward import Trail
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.servers.directory import PATIENCE, Directory
+from swarm_notebook.client.servers.routing import stretches
 from swarm_notebook.client.session.session import InferenceSession
 from swarm_notebook.errors import ConnectionFailed, ServerFailed
 from swarm_notebook.net.node import Node, is_peer_id
@@ -96,17 +97,18 @@ class Connection:
         self,
         session: InferenceSession,
         block: int,
+        stop: int,
         states: Collection[int],
         inner: Collection[tuple[int, str]] = (),
     ) -> Outputs:
-        """`InferenceSession.step` from ``block`` to the last one; shows how far a long one is."""
+        """`InferenceSession.step` of blocks ``[block, stop)``; shows how far a long one is."""
         length = session.history.current.length
-        work = session.step(block, self.num_blocks, states, inner)
+        work = session.step(block, stop, states, inner)
         if length < LONG_PASS:
             return self.run(work)
         with Waiting(
             f"Reading {length} tokens",
-            total=self.num_blocks - block,
+            total=stop - block,
             unit="blocks",
             count=lambda: session.passed // length,
             after=LONG_SECONDS,
@@ -131,7 +133,12 @@ class Connection:
         """What the servers derive from their weights for a new adapter, by parameter name."""
 
         async def collect() -> dict[str, torch.Tensor]:
-            segments = await self.directory.await_chain(0, self.num_blocks)
+            ranges = stretches(self.num_blocks, self.directory.home)
+            segments = [
+                segment
+                for start, end in ranges
+                for segment in await self.directory.await_chain(start, end)
+            ]
             parts = await stateless.together(
                 [upload(self.directory, segment, adapter) for segment in segments]
             )

@@ -11,7 +11,7 @@ import copy
 import json
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.autograd import Weights
+from swarm_notebook.model.blocks import RemoteBlock
 from swarm_notebook.model.placeholders import is_placeholder
 
 # Initialisations that read the base weights, which are not here.
@@ -70,6 +71,11 @@ class Adapters:
             for parameter in named.values()
         )
 
+    def forget(self) -> None:
+        """Look for the adapters anew: blocks came home, or went."""
+        self._injected = []
+        self.injections += 1
+
     def current(self, blocks: Sequence[nn.Module], *, thorough: bool) -> Adapter | None:
         """The present state of the active adapters; None if there are none.
 
@@ -80,15 +86,18 @@ class Adapters:
         configs: dict[str, Any] = getattr(self._model[0], "peft_config", None) or {}
         if not configs and not self._parameters:
             return None
+        remote = {
+            index: block for index, block in enumerate(blocks) if isinstance(block, RemoteBlock)
+        }
         injected = [id(config) for config in configs.values()]
         if injected != self._injected:
             self.injections += 1
-            self._injected, self._tuned, self._active = injected, _tuned_modules(blocks), ()
+            self._injected, self._tuned, self._active = injected, _tuned_modules(remote), ()
             self._parameters = {}
         active = self._switched_on(configs)
         if active != self._active or not self._parameters:
             self._active, self._adapter = active, None
-            self._collect(blocks, configs)
+            self._collect(remote, configs)
         if self._parameters and self._changed(thorough):
             self._adapter = self._state(configs)
             self._note()
@@ -117,8 +126,8 @@ class Adapters:
             return ()
         return tuple(name for name in first.active_adapters if name in configs)
 
-    def _collect(self, blocks: Sequence[nn.Module], configs: dict[str, Any]) -> None:
-        """Find the parameters of the active adapters."""
+    def _collect(self, blocks: Mapping[int, nn.Module], configs: dict[str, Any]) -> None:
+        """Find the parameters of the active adapters in remote blocks."""
         from peft.utils import ModulesToSaveWrapper
 
         for name in self._active:
@@ -129,7 +138,7 @@ class Adapters:
                     "servers; use True, 'gaussian' or 'orthogonal'"
                 )
         found: dict[int, dict[str, nn.Parameter]] = {}
-        for index, block in enumerate(blocks):
+        for index, block in blocks.items():
             if any(isinstance(module, ModulesToSaveWrapper) for module in block.modules()):
                 raise Unsupported(
                     f"modules_to_save inside block {index}: its weights are on the servers; "
@@ -189,12 +198,12 @@ class Adapters:
         return adapter
 
 
-def _tuned_modules(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+def _tuned_modules(blocks: Mapping[int, nn.Module]) -> list[nn.Module]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [
         module
-        for block in blocks
+        for block in blocks.values()
         for module in block.modules()
         if isinstance(module, BaseTunerLayer)
     ]

@@ -4,6 +4,9 @@ A layer keeps its class (a dynamic subclass of it), its name and its parameters'
 ``isinstance``, ``repr``, hooks, PEFT's injection and transformers' recording of hidden states
 work as ever. Its parameters are placeholders, zero-stride views of one zero: they have a shape
 and a dtype and take no memory; `_apply` keeps them so under ``.to(…)`` and ``.half()``.
+
+A block that came home (see `home`) has its real weights and its own forward; only the call goes
+through the runner, which has to know what comes in and what goes out.
 """
 
 from __future__ import annotations
@@ -16,29 +19,55 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from swarm_notebook.model.hooks import refuse_writes
+from swarm_notebook.errors import Unsupported
+from swarm_notebook.model.hooks import allow_writes, refuse_writes
 from swarm_notebook.model.placeholders import is_placeholder
 
 if TYPE_CHECKING:
     from swarm_notebook.model.runner import Runner
 
 
-class RemoteBlock(nn.Module):
-    """Mixed into a decoder layer's class, in front of it."""
+class SwarmBlock(nn.Module):
+    """A decoder layer of a remote model, wherever it runs.
 
+    Attributes:
+        layer_class: the class that the layer has in an ordinary model.
+    """
+
+    layer_class: type[nn.Module]
     _runner: Runner
     _index: int
 
     def attach(self, runner: Runner, index: int) -> None:
         """Make this the block ``index`` of the model that `runner` runs."""
         self._runner, self._index = runner, index
-        refuse_writes(index, self)
         self.register_state_dict_post_hook(_without_placeholders)
+        self.register_load_state_dict_pre_hook(_refuse_placeholders)
+        self.register_load_state_dict_post_hook(_miss_no_placeholders)
+        refuse_writes(index, self)
+
+
+class RemoteBlock(SwarmBlock):
+    """Mixed into a decoder layer's class, in front of it: the block runs on servers."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The block's output for ``hidden_states`` ``[batch, length, hidden]``."""
+        if torch.compiler.is_exporting() or torch._C._is_tracing():
+            raise Unsupported(
+                f"torch.export: block {self._index} runs on servers and cannot be part of a "
+                "program; export the local model, or bring all blocks home: swarm.own(slice(None))"
+            )
         output = self._runner.run(self._index, hidden_states, kwargs)
         return (output,) if self._runner.returns_tuple else output
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Never: nothing that a checkpoint would save is kept here. Heeded when it comes home."""
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.__dict__["gradient_checkpointing"] = value
 
     def __deepcopy__(self, memo: dict) -> RemoteBlock:
         for parameter in filter(is_placeholder, self.parameters()):
@@ -57,6 +86,14 @@ class RemoteBlock(nn.Module):
         return super()._apply(keep, recurse)
 
 
+class OwnBlock(SwarmBlock):
+    """Mixed into a decoder layer's class, in front of it: the block runs here, with its weights."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own call; hooks, checkpointing and a replaced ``forward`` are inside."""
+        return self._runner.run_own(self._index, super().__call__, args, kwargs)
+
+
 def _without_placeholders(
     _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object
 ) -> None:
@@ -66,11 +103,65 @@ def _without_placeholders(
             del state[name]
 
 
+def _refuse_placeholders(
+    block: Any,
+    state: dict[str, Any],
+    prefix: str,
+    _metadata: object,
+    _strict: bool,
+    _missing: list[str],
+    _unexpected: list[str],
+    _errors: list[str],
+) -> None:
+    """Weights that are on the servers are not loaded."""
+    block._loading = {prefix + name for name, one in _named(block) if is_placeholder(one)}
+    if found := sorted(block._loading & state.keys()):
+        index = block._index
+        raise Unsupported(
+            f"load_state_dict: {found[0]} is on the servers and cannot be changed there; leave the "
+            f"weights of block {index} out, or bring the block home first: swarm.own({index})"
+        )
+
+
+def _miss_no_placeholders(block: Any, incompatible: Any) -> None:
+    """A state dict is not asked for what is not here."""
+    missing = incompatible.missing_keys
+    missing[:] = [name for name in missing if name not in block._loading]
+
+
+def _named(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
 @functools.cache
 def remote_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     """The remote subclass of a decoder layer's class."""
+    return _subclass("Remote", RemoteBlock, layer_class)
+
+
+@functools.cache
+def own_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a decoder layer's class that runs here."""
+    return _subclass("Own", OwnBlock, layer_class)
+
+
+def _subclass(word: str, mixin: type, layer_class: type[nn.Module]) -> type[nn.Module]:
     return type(
-        f"Remote{layer_class.__name__}",
-        (RemoteBlock, layer_class),
-        {"__module__": layer_class.__module__, "__doc__": layer_class.__doc__},
+        f"{word}{layer_class.__name__}",
+        (mixin, layer_class),
+        {
+            "__module__": layer_class.__module__,
+            "__doc__": layer_class.__doc__,
+            "layer_class": layer_class,
+        },
     )
+
+
+def become(block: SwarmBlock, *, own: bool) -> None:
+    """Let a block run here, or on servers, from its next call on."""
+    kind: Any = own_class if own else remote_class
+    block.__class__ = kind(block.layer_class)
+    if own:
+        allow_writes(block)
+    else:
+        refuse_writes(block._index, block)

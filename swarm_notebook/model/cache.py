@@ -1,7 +1,8 @@
 """The handle to the keys and values that live on the servers, in the form of transformers' `Cache`.
 
-It holds no tensors of keys and values: it knows the length, the attention mask so far and the
-session. Cropping, reordering and selecting rows are noted here and travel with the next request.
+Of remote blocks it holds no keys and values: it knows the length, the attention mask so far and
+the session. Cropping, reordering and selecting rows are noted here and travel with the next
+request. Keys and values of blocks at home are here, detached, and follow at once.
 
 A cache is *lazy* when nobody asked for one (a plain ``model(ids)`` returns one all the same, as
 every transformers model does): then the pass itself runs without any cache on the servers, and
@@ -12,29 +13,139 @@ from __future__ import annotations
 
 import functools
 import weakref
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.errors import Unsupported
+from swarm_notebook.model.layout import Layout
+
+
+class RemoteLayer(DynamicLayer):
+    """What transformers sees of one block's keys and values.
+
+    They are here if the block is at home. Of a remote block there is only how many there are.
+    """
+
+    def __init__(self, cache: RemoteCache) -> None:
+        self._cache = weakref.ref(cache)  # the end of a cache frees the servers' memory at once
+        self._held: tuple[torch.Tensor, torch.Tensor] | None = None
+        super().__init__()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(length={self.get_seq_length()})"
+
+    @property
+    def _length(self) -> int:
+        cache = self._cache()
+        return 0 if cache is None else cache.length
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there is a token in it."""
+        return self._length > 0
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        """Transformers' constructor sets it; the length decides."""
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Keys of a block at home, ``[batch, heads, length, head size]``; None before a pass."""
+        return self._read(0)
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._refuse_value(value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Values of a block at home, ``[batch, heads, length, head size]``; None before a pass."""
+        return self._read(1)
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._refuse_value(value)
+
+    def _read(self, which: int) -> torch.Tensor | None:
+        if self._held is not None:
+            return self._held[which][..., : self._length, :]
+        if self._length:
+            raise Unsupported(_ELSEWHERE)
+        return None
+
+    def _refuse_value(self, value: torch.Tensor | None) -> None:
+        if value is not None:
+            raise Unsupported(_ELSEWHERE)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of all tokens, with new ones behind the tokens that the cache counts.
+
+        What was left by a pass that did not come to its end is overwritten.
+
+        Raises:
+            Unsupported: the block did not see all earlier tokens.
+        """
+        length = self._length
+        if length:
+            if self._held is None or self._held[0].shape[-2] < length:
+                raise Unsupported(
+                    "past_key_values: a block at home has no keys and values of the tokens before; "
+                    "start again without past_key_values"
+                )
+            old_keys, old_values = self.keys, self.values
+            keys = torch.cat([old_keys, keys], dim=-2)  # type: ignore[list-item]
+            values = torch.cat([old_values, values], dim=-2)  # type: ignore[list-item]
+        self._held = (keys.detach(), values.detach())
+        return keys, values
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep (repeat, reorder) the given rows."""
+        if self._held is not None:
+            keys, values = self._held
+            rows = rows.to(keys.device)
+            self._held = keys.index_select(0, rows), values.index_select(0, rows)
+
+    def twin(self, cache: RemoteCache) -> RemoteLayer:
+        """The same for a copy of the cache."""
+        twin = RemoteLayer(cache)
+        twin._held = self._held  # never changed in place
+        return twin
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def reset(self) -> None:
+        self._held = None
+
+
+_ELSEWHERE = (
+    "the keys and values of remote blocks are kept by their servers; those of a block at home "
+    "can be read: swarm.own(block)"
+)
 
 
 class RemoteCache(Cache):
     """Keys and values of one batch of sequences on the servers of a swarm.
 
     Attributes:
+        layout: the order of the blocks that it was filled by.
         leave: call it to free the servers' memory; the next use of the cache builds it again.
     """
 
     def __init__(
         self, connection: Connection, *, lazy: bool = False, max_length: int | None = None
     ):
-        super().__init__(layers=[])
+        self.length = 0
+        self._held = [RemoteLayer(self) for _ in range(connection.num_blocks)]
+        super().__init__(layers=list(self._held))
         self.connection = connection
+        self._max_length = max_length
         self.session = connection.session(max_length)
         self.lazy = lazy
-        self.length = 0
+        self.layout: Layout | None = None
         self.rows = -1
         self.mask: torch.Tensor | None = None
         # Garbage collection may run in any thread, so the streams are closed by their own loop.
@@ -45,6 +156,44 @@ class RemoteCache(Cache):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(batch_size={self.rows}, length={self.length})"
+
+    def __deepcopy__(self, memo: dict) -> RemoteCache:
+        """A cache that goes its own way; the servers rebuild its part from a copied history."""
+        memo[id(self)] = twin = RemoteCache(
+            self.connection, lazy=self.lazy, max_length=self._max_length
+        )
+        twin.length, twin.rows, twin.layout, twin.mask = (
+            self.length,
+            self.rows,
+            self.layout,
+            self.mask,
+        )
+        twin._held = [layer.twin(twin) for layer in self._held]
+        twin.layers = list(twin._held)
+        twin.session.copy_from(self.session)
+        return twin
+
+    def __copy__(self) -> RemoteCache:
+        return self.__deepcopy__({})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise Unsupported(
+            "past_key_values of remote blocks are on their servers and cannot be saved; "
+            "copy.deepcopy makes another one for the same notebook"
+        )
+
+    def continue_with(self, layout: Layout) -> None:
+        """Note what fills it.
+
+        Raises:
+            Unsupported: other blocks, or in another order, than those that did before.
+        """
+        if self.length and self.layout is not None and self.layout != layout:
+            raise Unsupported(
+                "past_key_values: blocks came home, were released, or the list of blocks changed "
+                "since it was filled; start again without past_key_values"
+            )
+        self.layout = layout
 
     def new_mask(self, attention_mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
         """The mask of ``new`` tokens to come, uint8, or None when nothing was ever masked.
@@ -70,6 +219,12 @@ class RemoteCache(Cache):
             )
         return None if self.mask is None and mask.all() else mask[:, self.length :]
 
+    def whole_mask(self, new: int) -> torch.Tensor | None:
+        """The mask of all tokens when ``new`` come without one; None if nothing is masked."""
+        if self.mask is None:
+            return None
+        return torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], new)], dim=1)
+
     def advance(self, rows: int, new: int, mask: torch.Tensor | None) -> None:
         """Count ``new`` tokens in, after all blocks have seen them."""
         if mask is not None:
@@ -84,11 +239,21 @@ class RemoteCache(Cache):
         self.rows = len(rows)
         if self.mask is not None:
             self.mask = self.mask[rows]
+        for layer in self._held:
+            layer.select(rows)
 
     # From here on: what transformers asks of a cache.
 
-    def update(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        raise Unsupported("the keys and values of remote blocks are kept by their servers")
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a block at home calls; remote blocks never do."""
+        return self._held[layer_idx].append(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -117,6 +282,8 @@ class RemoteCache(Cache):
 
     def reset(self) -> None:
         self.crop(-self.length)
+        for layer in self.layers:
+            layer.reset()
         self.leave()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

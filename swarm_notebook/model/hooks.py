@@ -7,7 +7,7 @@ captures; they cannot write, because the block runs elsewhere as a whole.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -51,11 +51,11 @@ def _is_read(module: nn.Module) -> bool:
     )
 
 
-def modules_inside(blocks: Sequence[nn.Module]) -> list[tuple[int, str, nn.Module]]:
+def modules_inside(blocks: Mapping[int, nn.Module]) -> list[tuple[int, str, nn.Module]]:
     """All modules inside of blocks, with their block and dotted name."""
     return [
         (index, name, module)
-        for index, block in enumerate(blocks)
+        for index, block in blocks.items()
         for name, module in block.named_modules()
         if name
     ]
@@ -92,8 +92,15 @@ def deliver(name: str, module: nn.Module, output: torch.Tensor) -> None:
 
 _INSTEAD = (
     "modules inside a remote block can be read, not written: hook the block itself to change its "
-    "input or output, or train inside it with a PEFT adapter"
+    "input or output, train inside it with a PEFT adapter, or bring it home: swarm.own(block)"
 )
+
+
+def allow_writes(block: nn.Module) -> None:
+    """Undo `refuse_writes`."""
+    for module in block.modules():
+        for method in _NO_WRITES:
+            module.__dict__.pop(method, None)
 
 
 def refuse_writes(index: int, block: nn.Module) -> None:

@@ -10,13 +10,20 @@ import torch
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.errors import ContextTooLong, Unsupported
 from swarm_notebook.model.cache import RemoteCache
+from swarm_notebook.model.layout import Layout
 
 
-def refuse_unknown(kwargs: Mapping[str, Any]) -> None:
+def refuse_unknown(kwargs: Mapping[str, Any], config: Any, layout: Layout) -> None:
     """Refuse what remote blocks cannot give."""
-    for name in ("output_attentions", "encoder_hidden_states"):
-        if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise Unsupported(f"{name}: remote blocks return hidden states only")
+    attentions = kwargs.get("output_attentions")
+    attentions = config.output_attentions if attentions is None else attentions
+    if attentions and not layout.home.issuperset(layout.order):
+        raise Unsupported(
+            "output_attentions: remote blocks return hidden states only; bring the blocks home "
+            "with swarm.own(slice(None)), or one of them and hook its attention module"
+        )
+    if kwargs.get("encoder_hidden_states") is not None:
+        raise Unsupported("encoder_hidden_states: remote blocks take hidden states only")
 
 
 def check_cache(cache: object, connection: Connection, rows: int) -> None:

@@ -8,6 +8,12 @@ from __future__ import annotations
 import torch
 
 
+def placeholder(tensor: torch.Tensor) -> torch.Tensor:
+    """A zero of the same shape and dtype, on the same device, that takes no memory."""
+    zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+    return zero.expand(tensor.shape)
+
+
 def is_placeholder(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a shape without memory of its own."""
     return (

@@ -8,7 +8,10 @@ and the chain is asked again from there. So reading any number of states costs n
 each change costs one.
 
 What an unobserved block in between hands out is nothing that anybody looks at. To be sure, it is
-a tensor of NaN: a use that we overlooked shows up at once, instead of being a little wrong.
+a tensor of NaN, which is recognised wherever it comes back, and refused.
+
+A request ends where the `layout` says that true states are needed: before a block at home, before
+whatever else stands in the list of blocks, and where that list ends.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import copy
 import inspect
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,14 +35,27 @@ from swarm_notebook.errors import Unsupported
 from swarm_notebook.model import hooks, inputs
 from swarm_notebook.model.adapters import Adapters
 from swarm_notebook.model.autograd import SameTensor, Segment
+from swarm_notebook.model.blocks import OwnBlock
 from swarm_notebook.model.cache import RemoteCache
+from swarm_notebook.model.intact import Plan
+from swarm_notebook.model.layout import Layout, plan
 
 
 @dataclass
 class Call:
-    """One run of the model's decoder, from its first block to its last."""
+    """One run of the model's decoder, from its first block to its last.
+
+    Attributes:
+        place: how many of the calls that the layout plans have come.
+        end: the block before which the present request ended.
+        begun: whether the session knows of this pass.
+        blank: the latest block handed out a blank.
+    """
 
     cache: RemoteCache | None
+    layout: Layout
+    rows: int
+    new: int
     position: int
     mask: torch.Tensor | None
     position_ids: torch.Tensor | None
@@ -47,10 +64,13 @@ class Call:
     states: set[int]
     inside: dict[int, list[tuple[str, nn.Module]]]
     outputs: Outputs = field(default_factory=lambda: Outputs({}, {}))
+    place: int = 0
+    end: int = 0
+    begun: bool = False
+    blank: bool = False
     # The block to come, and the input that it gets if nobody changes anything.
     following: int = 0
     expected: SameTensor | None = None
-    blank: torch.Tensor | None = None
     # Where gradients flow: the open piece of the segment, and its input.
     segment: Segment | None = None
     piece: int = 0
@@ -58,18 +78,45 @@ class Call:
 
     def continues(self, index: int, hidden: torch.Tensor) -> bool:
         """Whether block ``index`` is called with what was handed out for it."""
-        return (
-            index == self.following and self.expected is not None and self.expected.matches(hidden)
-        )
+        expected = self.expected
+        known = index == self.following and index < self.end
+        return known and expected is not None and expected.matches(hidden)
 
-    def is_blank(self, hidden: torch.Tensor) -> bool:
-        return self.blank is not None and hidden.data_ptr() == self.blank.data_ptr()
+    def arrive(self, index: int) -> int | None:
+        """Count a call of block ``index``; its place in the layout, if it was planned."""
+        place = self.layout.find(index, self.place)
+        if place is not None:
+            self.place = place + 1
+        return place
+
+
+_blanks: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def _blank(like: torch.Tensor) -> torch.Tensor:
+    """What is handed out where nobody looks: NaN that takes no memory and can be recognised."""
+    key = like.dtype, like.device
+    if key not in _blanks:
+        with torch.inference_mode(False):  # its tensors have no versions to recognise
+            _blanks[key] = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
+    with torch.inference_mode(False):
+        return _blanks[key].expand(like.shape)
+
+
+def _is_blank(hidden: torch.Tensor) -> bool:
+    blank = _blanks.get((hidden.dtype, hidden.device))
+    return blank is not None and hidden.data_ptr() == blank.data_ptr()
+
+
+def _without_values(hidden: torch.Tensor) -> bool:
+    return hidden.is_meta or type(hidden).__name__ == "FakeTensor"
 
 
 class Runner:
     """Runs the remote blocks of one model. Calls of different threads do not mix.
 
     Attributes:
+        home: the blocks that run in the notebook.
         deep_prompts: trainable vectors ``[blocks, length, hidden]`` that are added to the first
             positions of each block's input, or None.
     """
@@ -86,6 +133,8 @@ class Runner:
         self.connection, self.blocks, self.adapters = connection, blocks, adapters
         self.returns_tuple, self.context_length = returns_tuple, context_length
         self.deep_prompts: torch.Tensor | None = None
+        self.home: frozenset[int] = frozenset()
+        self._plans = [Plan(block) for block in blocks]
         self._inside: tuple[int, list[tuple[int, str, nn.Module]]] = (-1, [])
         self._local = threading.local()
 
@@ -95,6 +144,7 @@ class Runner:
         twin.__dict__.update(self.__dict__)
         twin.blocks = copy.deepcopy(self.blocks, memo)
         twin.adapters = copy.deepcopy(self.adapters, memo)
+        twin._plans = copy.deepcopy(self._plans, memo)
         twin._inside, twin._local = (-1, []), threading.local()
         return twin
 
@@ -114,8 +164,16 @@ class Runner:
     def generating(self, cache: RemoteCache) -> None:
         self._local.generating = weakref.ref(cache)
 
-    def install(self, decoder: nn.Module) -> None:
-        """Follow the calls of the module that owns the blocks."""
+    def home_changed(self) -> None:
+        """Look again at which blocks are at home."""
+        self.home = frozenset(
+            index for index, block in enumerate(self.blocks) if isinstance(block, OwnBlock)
+        )
+        self.adapters.forget()
+
+    def install(self, decoder: nn.Module, layers_name: str) -> None:
+        """Follow the calls of the module that owns the blocks, in a list of this name."""
+        self._layers_name = layers_name
         self._signature = inspect.signature(decoder.forward)
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         decoder.register_forward_hook(self._end, always_call=True)
@@ -124,26 +182,39 @@ class Runner:
         if args:
             bound = self._signature.bind_partial(*args, **kwargs).arguments
             kwargs = {**bound.pop("kwargs", {}), **bound}
-        inputs.refuse_unknown(kwargs)
         tokens = kwargs.get("inputs_embeds")
         tokens = kwargs.get("input_ids") if tokens is None else tokens
         if tokens is None or tokens.is_meta:
             return (), kwargs
         rows, new = tokens.shape[:2]
         config: Any = decoder.config
+        layers = list(getattr(decoder, self._layers_name))
+        # Many decoders stop at this number: so transformers leaves early to guess tokens.
+        layout = plan(layers[: config.num_hidden_layers], self.blocks, self.home)
+        inputs.refuse_unknown(kwargs, config, layout)
+        self._check_intact(layout, thorough=not _continued(kwargs.get("past_key_values")))
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = RemoteCache(self.connection, lazy=use_cache is None)
             kwargs["past_key_values"] = cache
         inputs.check_cache(cache, self.connection, rows)
         position = 0 if cache is None else cache.length
+        if cache is not None:
+            self._check_order(cache, layout)
         inputs.check_length(position, new, self.context_length)
         states = kwargs.get("output_hidden_states")
         states = config.output_hidden_states if states is None else states
+        mask = inputs.new_mask(kwargs.get("attention_mask"), cache, new)
+        if cache is not None and layout.home and kwargs.get("attention_mask") is None:
+            # The servers remember what was masked; blocks at home see what they are given.
+            kwargs["attention_mask"] = cache.whole_mask(new)
         self._local.call = Call(
             cache,
+            layout,
+            rows,
+            new,
             position,
-            inputs.new_mask(kwargs.get("attention_mask"), cache, new),
+            mask,
             inputs.unusual_positions(kwargs.get("position_ids"), position),
             self.adapters.current(self.blocks, thorough=position == 0),
             self.adapters.dropout_seed(self.blocks),
@@ -152,48 +223,94 @@ class Runner:
         )
         return (), kwargs
 
+    def _check_intact(self, layout: Layout, *, thorough: bool) -> None:
+        """Refuse what was exchanged inside of remote blocks."""
+        for index in set(layout.order) - layout.home:
+            self._plans[index].check(index, self.blocks[index], thorough=thorough)
+
+    def _check_order(self, cache: RemoteCache, layout: Layout) -> None:
+        """Refuse a cache that an unusual order of blocks cannot fill."""
+        if not layout.ascending and (cache.length or not cache.lazy):
+            raise Unsupported(
+                f"the list of blocks repeats or exchanges blocks ({list(layout.order)}), each of "
+                "which has one place in a cache; pass use_cache=False"
+            )
+        cache.continue_with(layout)
+
     def _modules(self) -> list[tuple[int, str, nn.Module]]:
         """All modules inside of blocks; PEFT changes them when it injects adapters."""
         if self._inside[0] != self.adapters.injections:
-            self._inside = (self.adapters.injections, hooks.modules_inside(self.blocks))
+            remote = {
+                index: block for index, block in enumerate(self.blocks) if index not in self.home
+            }
+            self._inside = (self.adapters.injections, hooks.modules_inside(remote))
         return self._inside[1]
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, _decoder: object = None, _args: object = None, output: Any = None) -> None:
+        call: Call | None = getattr(self._local, "call", None)
         self._local.call = None
+        if call is None or output is None or not call.place:
+            return
+        if call.blank:
+            raise Unsupported(
+                f"the model stopped behind block {call.following - 1}, though more blocks are in "
+                "its list: cut the list instead (layers = layers[:n])"
+            )
+        if call.cache is not None:
+            call.cache.advance(call.rows, call.new, call.mask)
 
     def run(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """The output of block ``index``; the network is asked only when it must be."""
-        if hidden.is_meta or type(hidden).__name__ == "FakeTensor":
+        if _without_values(hidden):
             return torch.empty_like(hidden)
         call: Call | None = getattr(self._local, "call", None)
         if call is None:
             return self._run_alone(index, hidden, kwargs)
-        if not call.continues(index, hidden):
-            if call.is_blank(hidden):
-                raise Unsupported(
-                    f"the model changes hidden states between blocks {index - 1} and {index} "
-                    "outside of any hook; register a forward hook on that block"
-                )
-            self._fetch(call, index, hidden)
-        elif call.piece == index:
-            # The same values, but perhaps wrapped anew: the graph must follow the wrapping.
-            call.piece_input = hidden
+        before = call.place
+        place = call.arrive(index)
+        if call.continues(index, hidden):
+            if call.piece == index:
+                # The same values, but perhaps wrapped anew: the graph must follow the wrapping.
+                call.piece_input = hidden
+        else:
+            _refuse_blank(index, hidden)
+            self._fetch(call, index, hidden, before, place)
         for name, module in call.inside.get(index, ()):
             hooks.deliver(f"block {index}.{name}", module, call.outputs.inner[index, name])
-        output = self._hand_out(call, index, hidden)
-        if index == len(self.blocks) - 1 and call.cache is not None:
-            call.cache.advance(hidden.shape[0], hidden.shape[1], call.mask)
+        return self._hand_out(call, index, hidden)
+
+    def run_own(self, index: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """What block ``index``, which is at home, makes of its arguments by ``forward``."""
+        hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+        call: Call | None = getattr(self._local, "call", None)
+        if call is None or _without_values(hidden):
+            return forward(*args, **kwargs)
+        call.arrive(index)
+        _refuse_blank(index, hidden)
+        cache = call.cache
+        if cache is not None:
+            if call.position and torch.is_grad_enabled() and _learns(self.blocks[index], hidden):
+                raise Unsupported(_NO_CACHED_GRADIENTS)
+            self._remember(call, cache, index, hidden)
+        prompts = self.deep_prompts
+        if prompts is not None and call.position < prompts.shape[1]:
+            own = prompts[index, call.position : call.position + hidden.shape[1]].to(hidden)
+            prompted = torch.cat([hidden[:, : len(own)] + own, hidden[:, len(own) :]], dim=1)
+            if args:
+                args = (prompted, *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": prompted}
+        output = forward(*args, **kwargs)
+        call.following, call.expected, call.end, call.blank = index + 1, None, index + 1, False
+        call.outputs, call.segment = Outputs({}, {}), None
         return output
 
     def _hand_out(self, call: Call, index: int, like: torch.Tensor) -> torch.Tensor:
         """The output of block ``index``, or a blank if it is not observed."""
         output = call.outputs.states.pop(index, None)
+        call.blank = output is None
         if output is None:
-            if call.blank is None:
-                with torch.inference_mode(False):  # its tensors have no versions to recognise
-                    blank = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
-                    call.blank = blank.expand(like.shape)
-            output = call.blank
+            output = _blank(like)
         elif call.segment is not None and call.piece_input is not None:
             prompts = self._prompts(call.piece, index + 1)
             output = call.segment.node(call.piece, index + 1, call.piece_input, prompts, output)
@@ -213,24 +330,25 @@ class Runner:
             or (prompts is not None and prompts.requires_grad)
         )
 
-    def _fetch(self, call: Call, index: int, hidden: torch.Tensor) -> None:
-        """Ask the chain from block ``index`` on."""
+    def _fetch(
+        self, call: Call, index: int, hidden: torch.Tensor, before: int, place: int | None
+    ) -> None:
+        """Ask the chain from block ``index`` on.
+
+        Args:
+            before, place: the calls that had come, and the place of this one if it was planned.
+        """
         gradients = self._wants_gradients(hidden)
         cache = call.cache
         if cache is not None and call.position and gradients:
-            raise Unsupported(
-                "gradients through cached keys and values: call the model without "
-                "past_key_values, or under torch.no_grad()"
-            )
+            raise Unsupported(_NO_CACHED_GRADIENTS)
         stateless = cache is None or (call.position == 0 and (cache.lazy or gradients))
-        if index > call.following and not stateless:
-            raise Unsupported(
-                f"block {call.following} was skipped, so it has no keys and values for these "
-                "tokens; pass use_cache=False to run without some blocks"
-            )
+        if not stateless:
+            _refuse_detours(call.layout, index, before, place)
+        call.end = index + 1 if place is None else call.layout.stretch_end(place)
         request = self._request(call, index, hidden)
         if cache is not None:
-            self._remember(call, cache, request)
+            self._remember(call, cache, index, request.hidden)
         call.segment = None
         if cache is None or stateless:
             call.outputs, trails = self.connection.forward(request, keep=gradients)
@@ -240,51 +358,65 @@ class Runner:
                 call.piece, call.piece_input = index, hidden
         else:
             states, inner = request.states, request.inner
-            call.outputs = self.connection.step(cache.session, index, states, inner)
+            call.outputs = self.connection.step(cache.session, index, call.end, states, inner)
         received = call.outputs.states
         with torch.inference_mode(False):
             for block, state in received.items():
                 received[block] = state.to(hidden.device)
 
     def _request(self, call: Call, index: int, hidden: torch.Tensor) -> Request:
-        prompts = self._prompts(index, len(self.blocks))
+        prompts, end = self._prompts(index, call.end), call.end
         return Request(
             index,
-            len(self.blocks),
+            end,
             # A copy: hooks may write into the tensor that the model holds.
             hidden.detach().to("cpu", copy=True),
             call.position,
             mask=call.mask,
             position_ids=call.position_ids,
-            states=sorted(block for block in call.states if block >= index),
+            states=sorted(block for block in call.states if index <= block < end - 1),
             prompts=None if prompts is None else prompts.detach().to("cpu", hidden.dtype),
             adapter=call.adapter,
             inner=[
                 (block, name)
                 for block, modules in call.inside.items()
-                if block >= index
+                if index <= block < end
                 for name, _ in modules
             ],
             seed=call.seed,
         )
 
-    def _remember(self, call: Call, cache: RemoteCache, request: Request) -> None:
-        """Note the input in the session's history, from which caches are rebuilt."""
+    def _remember(self, call: Call, cache: RemoteCache, index: int, hidden: torch.Tensor) -> None:
+        """Note the input of a block in the session's history, from which caches are rebuilt."""
         session = cache.session
-        if request.start:
-            session.edit(request.start, request.hidden)
+        if call.begun:
+            if index not in self.home:
+                session.edit(index, hidden)
             return
+        call.begun = True
+        prompts = self._prompts(0, len(self.blocks))
         new = Pass(
             call.position,
-            request.hidden.shape[1],
-            {0: request.hidden},
+            hidden.shape[1],
+            {index: hidden.detach().to("cpu")},
             mask=call.mask,
             position_ids=call.position_ids,
         )
-        session.begin(new, request.adapter, request.prompts)
+        session.begin(
+            new,
+            call.adapter,
+            None if prompts is None else prompts.detach().to("cpu", hidden.dtype),
+            call.layout.absent(len(self.blocks)),
+        )
 
     def _run_alone(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """A block that is called by itself, outside of the model's own forward."""
+        if _is_blank(hidden):
+            raise Unsupported(
+                "torch.utils.checkpoint(use_reentrant=True) around a remote block: what it calls "
+                "again was never here; pass use_reentrant=False, or bring the block home: "
+                f"swarm.own({index})"
+            )
         if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
             raise Unsupported(
                 f"block {index} was called by itself with a mask or a cache; call the model, or "
@@ -302,3 +434,41 @@ class Runner:
         weights = self.adapters.parameters if adapter else {}
         segment = Segment(self.connection, request, trails, weights)
         return segment.node(index, index + 1, hidden, None, output)
+
+
+_NO_CACHED_GRADIENTS = (
+    "gradients through cached keys and values: call the model without past_key_values, or under "
+    "torch.no_grad()"
+)
+
+
+def _continued(cache: object) -> bool:
+    return isinstance(cache, RemoteCache) and cache.length > 0
+
+
+def _learns(block: nn.Module, hidden: torch.Tensor) -> bool:
+    return hidden.requires_grad or any(one.requires_grad for one in block.parameters())
+
+
+def _refuse_blank(index: int, hidden: torch.Tensor) -> None:
+    if _is_blank(hidden):
+        raise Unsupported(
+            f"block {index} is called in another order than the list of blocks says, or the model "
+            "changes hidden states before it outside of any hook; register a forward hook on the "
+            "block before"
+        )
+
+
+def _refuse_detours(layout: Layout, index: int, before: int, place: int | None) -> None:
+    """With a cache, all blocks have to be called as they are listed."""
+    if place is None:
+        raise Unsupported(
+            f"block {index} is called again or out of order, but has one place in a cache; pass "
+            "use_cache=False"
+        )
+    skipped = [block for block in layout.order[before:place] if block not in layout.home]
+    if skipped:
+        raise Unsupported(
+            f"block {skipped[0]} was skipped, so it has no keys and values for these tokens; pass "
+            "use_cache=False to run without some blocks, or take them out of the list"
+        )

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import GenerationMixin
 
 from swarm_notebook.checkpoint.partial import load_edges
 from swarm_notebook.checkpoint.source import ModelSource
+from swarm_notebook.checkpoint.weights import SINGLE_FILE
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model import drafting
 from swarm_notebook.model.adapters import Adapters
 from swarm_notebook.model.blocks import remote_class
 from swarm_notebook.model.cache import RemoteCache
+from swarm_notebook.model.home import NO_ATTENTION
 from swarm_notebook.model.runner import Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from swarm_notebook.client.connection import Connection
-
-# An attention implementation without a mask function: transformers then makes no masks here,
-# where nobody would look at them.
-_NO_ATTENTION = "swarm"
 
 
 class RemoteModel:
@@ -66,11 +67,37 @@ class RemoteModel:
         self._runner.adapters.current(self._runner.blocks, thorough=False)
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        raise Unsupported(
-            "the weights of a remote model are on the servers; save_pretrained of its PEFT "
-            "adapter works, for the weights use the checkpoint itself"
-        )
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
+        """Write what is here.
+
+        With all blocks at home that is the model, as transformers saves it. Else it is
+        ``model.safetensors`` with the weights outside of the blocks and those of the blocks at
+        home, without a config, as it is no model by itself; ``load_state_dict(…, strict=False)``
+        takes it, where the same blocks are at home.
+
+        Raises:
+            Unsupported: nothing here can differ from the checkpoint.
+        """
+        runner = self._runner
+        if len(runner.home) == len(runner.blocks):
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            return
+        parameters: Any = self.parameters()  # type: ignore[attr-defined]
+        if not runner.home and not any(one.requires_grad for one in parameters):
+            raise Unsupported(
+                "the weights of a remote model are on the servers; save_pretrained of its PEFT "
+                "adapter works, and of blocks that came home (swarm.own(block)); for the weights "
+                "use the checkpoint itself"
+            )
+        state = kwargs.get("state_dict") or self.state_dict()
+        # Tied weights are one tensor of two names, which safetensors does not take.
+        once = {(value.data_ptr(), value.shape): name for name, value in reversed(state.items())}
+        kept = {name: state[name].detach().contiguous() for name in once.values()}
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(kept, folder / SINGLE_FILE, {"format": "pt"})
 
 
 class RemoteGenerator(RemoteModel):
@@ -82,7 +109,7 @@ class RemoteGenerator(RemoteModel):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         except KeyboardInterrupt as interrupt:
             cache = self._runner.generating
-            if cache is not None:  # a cache without layers is false
+            if cache is not None:
                 cache.leave()
             raise interrupt.with_traceback(None) from None
 
@@ -168,7 +195,8 @@ def build(
     for index, block in enumerate(blocks):
         block.__class__ = remote_class(type(block))  # type: ignore[arg-type]
         block.attach(runner, index)
-    runner.install(info.decoder)
+    runner.install(info.decoder, info.layers_name)
     model._runner = runner
-    model.config._attn_implementation = _NO_ATTENTION
+    model._local_attention = model.config._attn_implementation
+    model.config._attn_implementation = NO_ATTENTION
     return loaded

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 UNKNOWN = "-"
+# What stands in the place of a server's name for blocks at home.
+HERE = "this notebook"
 
 
 def runs(counts: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -10,7 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.client.servers.routing import token_seconds
-from swarm_notebook.report.formatting import clean, data_frame, model_title, text_table
+from swarm_notebook.report.formatting import HERE, clean, data_frame, model_title, runs, text_table
 from swarm_notebook.report.html import block_bar, head, number_cell, peer_cell, table, view
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _COLUMNS = ["blocks", "name", "peer_id", "expected_ms"]
 
 @dataclass(frozen=True)
 class RouteHop:
-    """Blocks ``[start, end)`` of the route, computed by one server."""
+    """Blocks ``[start, end)`` of the route, computed by one server, or here (no peer id)."""
 
     start: int
     end: int
@@ -86,9 +86,11 @@ class RouteTable:
 
 def route_of(model: str, directory: Directory) -> RouteTable:
     """The servers that the client would ask now."""
-    chain = directory.chain(0, directory.num_blocks)
-    hops = (
+    chain = directory.route()
+    hops = [
         RouteHop(segment.start, segment.end, segment.peer, segment.span.name, 1000 * seconds)
         for segment, seconds in zip(chain, token_seconds(chain, directory.links), strict=True)
-    )
-    return RouteTable(model, tuple(hops))
+    ]
+    at_home = [index in directory.home for index in range(directory.num_blocks)]
+    hops += [RouteHop(start, end, "", HERE, 0.0) for start, end, home in runs(at_home) if home]
+    return RouteTable(model, tuple(sorted(hops, key=lambda hop: hop.start)))

@@ -23,6 +23,7 @@ from swarm_notebook.client.servers.routing import block_slices
 from swarm_notebook.net.records import ServerSpan, ServerState
 from swarm_notebook.net.tensors import COMPRESSIONS
 from swarm_notebook.report.formatting import (
+    HERE,
     UNKNOWN,
     data_frame,
     duration,
@@ -98,6 +99,7 @@ class SwarmStatus:
     servers: tuple[ServerRow, ...]
     read: float | None = None  # Unix time when the servers' records were read
     compression: str | None = None  # of hidden states between machines, if the user wants it
+    home: tuple[int, ...] = ()  # blocks that run in the notebook
 
     @property
     def title(self) -> str:
@@ -121,8 +123,9 @@ class SwarmStatus:
 
     @property
     def missing(self) -> list[int]:
-        """The blocks that no server holds."""
-        return [block for block, count in enumerate(self.servers_per_block) if count == 0]
+        """The blocks that no server holds and that are not at home."""
+        counts = enumerate(self.servers_per_block)
+        return [block for block, count in counts if count == 0 and block not in self.home]
 
     def needed(self, peer_id: str) -> list[int]:
         """The blocks that this server alone can be asked for: what breaks if it leaves."""
@@ -143,6 +146,9 @@ class SwarmStatus:
         if self.missing:
             return f"{servers}, MISSING blocks {block_slices(self.missing)}: nobody serves them"
         packed = f", hidden states travel as {self.compression}" if self.compression else ""
+        if self.home:
+            blocks = block_slices(self.home)
+            return f"{servers}, blocks {blocks} in {HERE}, the others served{packed}"
         return f"{servers}, all {self.num_blocks} blocks served{packed}"
 
     def to_pandas(self) -> pd.DataFrame:
@@ -199,7 +205,8 @@ def status_of(model: str, directory: Directory) -> SwarmStatus:
     snapshot = directory.snapshot
     rows = tuple(_server_row(span, snapshot, directory) for span in snapshot.spans)
     named = (word for word, kind in COMPRESSIONS.items() if kind == directory.compression)
-    return SwarmStatus(model, directory.num_blocks, rows, snapshot.when, next(named, None))
+    compression, home = next(named, None), tuple(sorted(directory.home))
+    return SwarmStatus(model, directory.num_blocks, rows, snapshot.when, compression, home)
 
 
 def _server_row(span: ServerSpan, snapshot: Snapshot, directory: Directory) -> ServerRow:

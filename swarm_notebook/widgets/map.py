@@ -150,7 +150,9 @@ class SwarmMap(Widget, module="map"):
     def _plan(self) -> list[list[Any]]:
         """The route that a new request would take; empty if there is none."""
         try:
-            return [[hop.peer_id, hop.start, hop.end] for hop in self._swarm.route().hops]
+            return [
+                [hop.peer_id, hop.start, hop.end] for hop in self._swarm.route().hops if hop.peer_id
+            ]
         except MissingBlocks:
             return []
 

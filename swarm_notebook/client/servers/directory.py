@@ -87,6 +87,7 @@ class Directory:
         compression: of hidden states on the wire, as the user wants it.
         health: who is avoided, and who is kept apart from whom.
         began: when this was made, by `time.monotonic`.
+        home: blocks that the notebook runs itself, and needs no server for.
     """
 
     node: Node
@@ -102,6 +103,7 @@ class Directory:
     compression: int = tensors.NONE
     health: PeerHealth = field(default_factory=PeerHealth)
     began: float = field(default_factory=time.monotonic)
+    home: frozenset[int] = frozenset()
     _stated: dict[str, tuple[int, int]] = field(default_factory=dict)
     _announced: Announced = field(default_factory=Announced)
     _last_seen: dict[str, _LastSeen] = field(default_factory=dict)
@@ -225,8 +227,8 @@ class Directory:
             return None
 
     def missing(self) -> list[int]:
-        """Blocks that no server holds which is online and not avoided."""
-        return self._missing(0, self.num_blocks)
+        """Blocks that are needed and that no server holds which is online and not avoided."""
+        return [block for block in self._missing(0, self.num_blocks) if block not in self.home]
 
     def _missing(self, start: int, end: int, exclude: Collection[str] = ()) -> list[int]:
         usable = [span for span in self.usable() if span.peer not in exclude]
@@ -251,6 +253,11 @@ class Directory:
             return routing.best_chain(usable, start, end, self.links, exclude)
         except MissingBlocks as error:
             raise MissingBlocks(f"{error} of {self.prefix}{self._who_had(start, end)}") from None
+
+    def route(self) -> list[routing.RouteSegment]:
+        """The best chain over all blocks that are not at home."""
+        stretches = routing.stretches(self.num_blocks, self.home)
+        return [segment for start, end in stretches for segment in self.chain(start, end)]
 
     async def await_chain(
         self, start: int, end: int, exclude: Collection[str] = ()
@@ -329,14 +336,15 @@ class Directory:
             dtype: what the notebook computes in.
         """
         found: list[tuple[int, int]] = []
-        before: ServerSpan | None = None
+        before: routing.RouteSegment | None = None
         for segment in chain:
             span = segment.span
             compression = self.compression_for(span)
             size = tensors.state_bytes(width, dtype, span.info.torch_dtype, compression)
-            handed = before is not None and self.together(before, span)
+            follows = before is not None and before.end == segment.start
+            handed = before is not None and follows and self.together(before.span, span)
             found.append((0 if handed else size, size))
-            before = span
+            before = segment
         return found
 
     def avoided(self, peer: str) -> str:

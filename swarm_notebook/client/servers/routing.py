@@ -105,13 +105,19 @@ def prompt_seconds(segment: RouteSegment) -> float:
 
 
 def network_seconds(chain: Sequence[RouteSegment], links: Links) -> list[float]:
-    """Expected seconds on the network before each segment; the last one's include the way back."""
-    if not chain:
-        return []
-    spans = [segment.span for segment in chain]
-    found = [links.to_notebook(spans[0])]
-    found += [links.between(*pair) for pair in itertools.pairwise(spans)]
-    found[-1] += links.to_notebook(spans[-1])
+    """Expected seconds on the network before each segment.
+
+    Those of the last one include the way back, and so do those before blocks at home.
+    """
+    found = []
+    for before, segment, behind in zip([None, *chain], chain, [*chain[1:], None], strict=False):
+        if before is not None and before.end == segment.start:
+            seconds = links.between(before.span, segment.span)
+        else:
+            seconds = links.to_notebook(segment.span)
+        if behind is None or behind.start != segment.end:
+            seconds += links.to_notebook(segment.span)
+        found.append(seconds)
     return found
 
 
@@ -196,6 +202,13 @@ def best_chain(
         chain.insert(0, RouteSegment(last.span, last.start, chain[0].start if chain else end))
         last = last.before
     return chain
+
+
+def stretches(num_blocks: int, home: Collection[int]) -> list[tuple[int, int]]:
+    """The ranges ``[start, end)`` of blocks between those at home."""
+    cuts = [-1, *sorted(home), num_blocks]
+    ranges = [(before + 1, after) for before, after in itertools.pairwise(cuts)]
+    return [(start, end) for start, end in ranges if start < end]
 
 
 def uncovered(spans: Sequence[ServerSpan], start: int, end: int) -> list[int]:

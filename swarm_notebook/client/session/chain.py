@@ -28,6 +28,7 @@ class Chain:
 
     Attributes:
         dropped: how many hops failed so far.
+        absent: blocks that no server computes for this session.
     """
 
     def __init__(self, directory: Directory, max_length: int):
@@ -35,6 +36,7 @@ class Chain:
         self._hops: list[Hop] = []
         self._cuts: set[int] = set()
         self.dropped = 0
+        self.absent: frozenset[int] = frozenset()
 
     @property
     def hops(self) -> list[Hop]:
@@ -75,9 +77,11 @@ class Chain:
 
     async def _fill_gap(self, block: int, refusing: Collection[str]) -> None:
         """Choose servers for the blocks around `block` that have none."""
-        start = max((hop.end for hop in self._hops if hop.end <= block), default=0)
+        ends = [hop.end for hop in self._hops if hop.end <= block]
+        start = max([0, *ends, *(other + 1 for other in self.absent if other < block)])
+        starts = [hop.start for hop in self._hops if hop.start > block]
         last = self.directory.num_blocks
-        end = min((hop.start for hop in self._hops if hop.start > block), default=last)
+        end = min([last, *starts, *(other for other in self.absent if other > block)])
         for segment in await self.directory.await_chain(start, end, refusing):
             self._hops.extend(self._hop(part) for part in segment.cut(self._cuts))
         self._hops.sort(key=lambda hop: hop.start)

@@ -96,6 +96,18 @@ class History:
     def __bool__(self) -> bool:
         return any(isinstance(event, Pass) for event in self._events)
 
+    def copy(self) -> History:
+        """The same passes, to be continued in another way; tensors are shared."""
+        twin = History()
+        twin._events = [
+            replace(event, edits=dict(event.edits), inputs=dict(event.inputs))
+            if isinstance(event, Pass)
+            else event
+            for event in self._events
+        ]
+        twin.adapter, twin.prompts = self.adapter, self.prompts
+        return twin
+
     @property
     def current(self) -> Pass:
         """The latest pass."""

@@ -45,6 +45,7 @@ class InferenceSession:
         self.history = History()
         self._telemetry = directory.telemetry
         self._chain = Chain(directory, max_length or DEFAULT_MAX_LENGTH)
+        self._absent: frozenset[int] = frozenset()
         # The generation under way and its present step.
         self._timeline: Timeline | None = None
         self._run: StepRun | None = None
@@ -80,19 +81,31 @@ class InferenceSession:
         """What follows is one generation, for those who watch (see `telemetry`)."""
         self._timeline = self._telemetry.begin(time.perf_counter())
 
-    def begin(self, new: Pass, adapter: Adapter | None, prompts: torch.Tensor | None) -> None:
+    def begin(
+        self,
+        new: Pass,
+        adapter: Adapter | None,
+        prompts: torch.Tensor | None,
+        absent: frozenset[int] = frozenset(),
+    ) -> None:
         """Start a pass; what follows its position is forgotten.
 
         Args:
-            new: its ``edits`` hold the input of block 0.
+            new: its ``edits`` hold the input of the first block.
             adapter, prompts: what the blocks run with besides their own weights.
+            absent: blocks that no server computes: they run in the notebook, or not at all.
         """
+        self._absent = absent
         self.history.adapter, self.history.prompts = adapter, prompts
         self.history.begin(new)
 
     def edit(self, block: int, hidden: torch.Tensor) -> None:
         """In the current pass, ``block`` gets this input instead of the one before's output."""
         self.history.edit(block, hidden)
+
+    def copy_from(self, other: InferenceSession) -> None:
+        """Begin where another session is; the servers rebuild its caches when they are needed."""
+        self.history, self._absent = other.history.copy(), other._absent
 
     async def step(
         self,
@@ -112,6 +125,9 @@ class InferenceSession:
             BadRequest, CacheFull, ServerBusy: see the messages.
         """
         async with self._stepping:
+            if self._chain.absent != self._absent:
+                self._chain.close()
+                self._chain.absent = self._absent
             began = time.perf_counter()
             timeline = self._timeline or self._telemetry.begin(began)
             self._timeline = timeline

@@ -1,0 +1,182 @@
+"""Blocks come home: their real weights are loaded here, and they run in the notebook.
+
+The layer object stays the same, with its hooks, its adapters and whatever else was done to it; its
+placeholders get the weights of the same checkpoint, through the same reader that a server uses.
+Then everything that torch can do to a module holds inside of it. The chain of servers ends before
+it and begins again behind it, so every stretch of blocks at home costs one more trip.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.source import ModelSource
+from swarm_notebook.errors import BlocksOutOfRange, Unsupported
+from swarm_notebook.model.base_modules import base_of
+from swarm_notebook.model.blocks import become
+from swarm_notebook.model.placeholders import is_placeholder, placeholder
+from swarm_notebook.progress import Waiting
+
+Blocks = int | slice | range | Iterable[int]
+
+
+def which(blocks: Blocks, num_blocks: int) -> list[int]:
+    """The blocks that ``blocks`` names, in order, each once; negative ones count from the end.
+
+    Raises:
+        BlocksOutOfRange: the model has no such block, or none is named.
+        TypeError: it is no block, slice, range or list of blocks.
+    """
+    if isinstance(blocks, slice):
+        named: list[Any] = list(range(num_blocks)[blocks])
+    else:
+        named = list(blocks) if isinstance(blocks, Iterable) else [blocks]
+    if any(type(block) is not int for block in named):
+        raise TypeError(
+            f"blocks: {blocks!r}; give a block (3), a list ([0, -1]), a slice or a range"
+        )
+    wrong = [block for block in named if not -num_blocks <= block < num_blocks]
+    if wrong or not named:
+        what = f"block {wrong[0]}" if wrong else f"{blocks!r}, which names no block"
+        raise BlocksOutOfRange(
+            f"blocks: {what}; the model has {num_blocks} blocks, 0 to {num_blocks - 1}"
+        )
+    return sorted({block % num_blocks for block in named})
+
+
+def bring_home(model: Any, source: ModelSource, blocks: Sequence[int]) -> None:
+    """Load the weights of remote ``blocks`` and let them run here; those at home stay as they are.
+
+    Raises:
+        ModelNotFound: the checkpoint lacks their weights.
+        Unsupported: they are kept in a form that the notebook's layers do not have.
+    """
+    runner = model._runner
+    missing = [block for block in blocks if block not in runner.home]
+    device = model.get_input_embeddings().weight.device
+    for run in _runs(missing):
+        done = [0, 1]
+
+        def progress(count: int, total: int, done: list[int] = done) -> None:
+            done[:] = [count, total]
+
+        with Waiting(
+            f"Loading {_names(run)} of {source.name}",
+            total=100,
+            unit="%",
+            count=lambda done=done: 100 * done[0] // max(done[1], 1),
+        ):
+            loaded = load_blocks(
+                source, run[0], run[-1] + 1, dtype=model.dtype, device=device, progress=progress
+            )
+        plans = [
+            _fillings(runner.blocks[block], real, block)
+            for block, real in zip(run, loaded.layers, strict=True)
+        ]
+        for filling in plans:
+            for owner, name, tensor in filling:
+                _put(owner, name, tensor)
+        for block in run:
+            become(runner.blocks[block], own=True)
+    _changed(model)
+
+
+def send_away(model: Any, blocks: Iterable[int]) -> None:
+    """Let blocks at home run on servers again; what was changed in their weights is lost."""
+    runner = model._runner
+    for index in set(blocks) & runner.home:
+        block = runner.blocks[index]
+        for owner, table, name, tensor in _tensors(block):
+            if table == "_buffers":
+                owner._buffers[name] = placeholder(tensor)
+            else:
+                parameter: Any = owner._parameters[name]
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                parameter.data = placeholder(tensor)
+        become(block, own=False)
+    _changed(model)
+
+
+def _changed(model: Any) -> None:
+    model._runner.home_changed()
+    if model._runner.home and model.config._attn_implementation == NO_ATTENTION:
+        # transformers then makes the masks that these blocks need.
+        model.config._attn_implementation = model._local_attention
+
+
+# An attention implementation without a mask function: transformers then makes no masks here,
+# where nobody would look at them.
+NO_ATTENTION = "swarm"
+
+
+def _runs(blocks: Sequence[int]) -> Iterator[list[int]]:
+    """Neighbouring blocks together: they are loaded at once."""
+    for _, run in itertools.groupby(enumerate(blocks), lambda pair: pair[1] - pair[0]):
+        yield [block for _, block in run]
+
+
+def _names(run: Sequence[int]) -> str:
+    return f"block {run[0]}" if len(run) == 1 else f"blocks {run[0]}:{run[-1] + 1}"
+
+
+def _tensors(block: nn.Module) -> list[tuple[nn.Module, str, str, torch.Tensor]]:
+    """The model's own tensors in a block, without those of adapters: owner, table, name, tensor."""
+    found, waiting = [], [block]
+    while waiting:
+        module = base_of(waiting.pop())
+        for table in ("_parameters", "_buffers"):
+            for name, tensor in getattr(module, table).items():
+                if tensor is not None:
+                    found.append((module, table, name, tensor))
+        waiting.extend(child for child in module._modules.values() if child is not None)
+    return found
+
+
+def _fillings(
+    block: nn.Module, real: nn.Module, index: int
+) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """What goes where: the real tensors for the placeholders of a block.
+
+    A module that the user has put in the place of one of the model's keeps what it has.
+    """
+    fillings, filled = [], set()
+    for name, tensor in [*real.named_parameters(), *real.named_buffers()]:
+        *path, leaf = name.split(".")
+        owner: nn.Module | None = block
+        for part in path:
+            child = None if owner is None else owner._modules.get(part)
+            owner = None if child is None else base_of(child)
+        if owner is None:
+            continue
+        here = owner._parameters.get(leaf, owner._buffers.get(leaf))
+        if here is None or not is_placeholder(here):
+            continue
+        if here.shape != tensor.shape:
+            raise Unsupported(
+                f"block {index}: {name} has shape {list(tensor.shape)} in the checkpoint and "
+                f"{list(here.shape)} in the model: quantised weights cannot come home"
+            )
+        fillings.append((owner, leaf, tensor.detach()))
+        filled.add((id(owner), leaf))
+    for owner, _, name, tensor in _tensors(block):
+        if is_placeholder(tensor) and (id(owner), name) not in filled:
+            raise Unsupported(
+                f"block {index}: the checkpoint has no {name} of {type(owner).__name__}: "
+                "quantised weights cannot come home"
+            )
+    return fillings
+
+
+def _put(owner: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    parameter: Any = owner._parameters.get(name)
+    if parameter is None:
+        owner._buffers[name] = tensor
+    else:
+        parameter.data = tensor  # the object stays, for optimizers and ties

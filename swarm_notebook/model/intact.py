@@ -1,0 +1,145 @@
+"""Whether remote blocks are still built as their servers have them.
+
+A remote block runs elsewhere as a whole. Whatever is exchanged inside of it here (a module, a
+``forward``, an activation, a number such as an attention's scaling) would be without effect, so it
+is refused at the next use, with the way out. Adapters of PEFT are no such change: they travel.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from torch import nn
+
+from swarm_notebook.errors import Unsupported
+from swarm_notebook.model.base_modules import base_of, is_tuner
+
+# nnsight plants these for good on every module that it wraps; they only listen.
+_LISTENERS = "nnsight."
+_PLAIN = (int, float, str, bool, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+
+
+class Plan:
+    """How a block is built: its modules by name, and what they compute with besides weights."""
+
+    def __init__(self, block: nn.Module):
+        self._modules = {name: module for name, module in block.named_modules() if name}
+        self._values = {name: _values(module) for name, module in self._modules.items()}
+        self._children = {
+            name: tuple(module._modules.items()) for name, module in block.named_modules()
+        }
+        self._note(block)
+
+    def check(self, index: int, block: nn.Module, *, thorough: bool) -> None:
+        """Compare a block with what it was.
+
+        Args:
+            thorough: look at plain attributes, too; else a quick look, for steps that take
+                milliseconds.
+
+        Raises:
+            Unsupported: something in it was exchanged.
+        """
+        if not thorough and self._as_it_was():
+            return
+        waiting = [("", block)]
+        while waiting:
+            name, module = waiting.pop()
+            children = module._modules
+            planned = self._children[name]
+            if len(children) != len(planned):
+                extra = children.keys() ^ dict(planned).keys()
+                _refuse(index, _join(name, min(extra)), "was added or removed")
+            for child, original in planned:
+                here = children.get(child)
+                path = _join(name, child)
+                if here is not original:
+                    if here is None or base_of(here) is not original:
+                        _refuse(index, path, "was replaced")
+                    for tuner in _tuners(here):
+                        _check_calls(index, path, tuner)
+                if original is not None:
+                    _check_calls(index, path, original)
+                    if thorough and _values(original) != self._values[path]:
+                        changed = _difference(_values(original), self._values[path])
+                        _refuse(index, f"{path}.{changed}", "was changed")
+                    waiting.append((path, original))
+        self._note(block)
+
+    def _note(self, block: nn.Module) -> None:
+        """Remember a structure that was found to be right, for a quick look at the next step."""
+        modules = list(block.modules())
+        self._counts = [(module._modules, len(module._modules)) for module in modules]
+        self._links = [
+            (module._modules, name, child, child.__dict__.get("forward"))
+            for module in modules
+            for name, child in module._modules.items()
+            if child is not None
+        ]
+
+    def _as_it_was(self) -> bool:
+        return all(
+            table.get(name) is child
+            and child.__dict__.get("forward") is forward
+            and not child._forward_pre_hooks
+            for table, name, child, forward in self._links
+        ) and all(len(table) == count for table, count in self._counts)
+
+
+def _tuners(module: nn.Module) -> list[nn.Module]:
+    found = []
+    while is_tuner(module):
+        found.append(module)
+        module = module.base_layer  # type: ignore[assignment]
+    return found
+
+
+def _check_calls(index: int, name: str, module: nn.Module) -> None:
+    forward = module.__dict__.get("forward")
+    if forward is not None and not type(forward).__module__.startswith(_LISTENERS):
+        _refuse(index, f"{name}.forward", "was replaced")
+    if module._forward_pre_hooks:
+        hook = next(iter(module._forward_pre_hooks.values()))
+        if "peft" in (getattr(getattr(hook, "func", hook), "__module__", "") or ""):
+            raise Unsupported(
+                "adapter_names: rows of one batch with different adapters cannot run in remote "
+                "blocks; run the rows of each adapter by themselves after set_adapter, or bring "
+                "the blocks home: swarm.own(slice(None))"
+            )
+        _refuse(index, name, "has a forward pre-hook")
+
+
+def _refuse(index: int, name: str, what: str) -> NoReturn:
+    raise Unsupported(
+        f"block {index}: {name} {what}, but the block runs on servers, where it would have no "
+        f"effect; put it back, hook the block itself, or bring it home: swarm.own({index})"
+    )
+
+
+def _join(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child
+
+
+def _values(module: nn.Module) -> dict[str, Any]:
+    """Numbers, words and functions that a module computes with."""
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if isinstance(value, _PLAIN) and name[0] != "_" and name not in _OWN_WORDS
+    }
+
+
+# What torch, PEFT and this package keep on modules; a forward is looked at by itself.
+_OWN_WORDS = frozenset({"training", "forward", "gradient_checkpointing", "call_super_init"})
+
+
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    names = one.keys() | other.keys()
+    return min(
+        name
+        for name in names
+        if one.get(name) is not other.get(name)
+        and (name not in one or name not in other or one[name] != other[name])
+    )
