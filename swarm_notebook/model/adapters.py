@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,6 @@ from swarm_notebook.model.autograd import Weights
 from swarm_notebook.model.blocks import RemoteBlock
 from swarm_notebook.model.placeholders import is_placeholder
 
-# Initialisations that read the base weights, which are not here.
-_PLAIN_INIT = (True, False, "gaussian", "orthogonal")
 # DoRA's magnitudes begin as the norms of the base weights, which PEFT took of placeholders here.
 _DERIVED = "lora_magnitude_vector"
 
@@ -94,6 +93,8 @@ class Adapters:
             self.injections += 1
             self._injected, self._tuned, self._active = injected, _tuned_modules(remote), ()
             self._parameters = {}
+        if thorough:
+            self._check_state(configs)
         active = self._switched_on(configs)
         if active != self._active or not self._parameters:
             self._active, self._adapter = active, None
@@ -113,30 +114,47 @@ class Adapters:
         return int(torch.randint(2**31, ()))
 
     def _switched_on(self, configs: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the active adapters; PEFT switches all modules alike, so one is asked."""
+        """Names of the active adapters; all modules are switched alike, so one is asked."""
         if not self._tuned:
             return ()
         first: Any = self._tuned[0]
-        if first.merged:
-            raise Unsupported(
-                "merge_adapter: the weights to merge into are on the servers; keep the adapter "
-                "unmerged, or merge it into the full local model"
-            )
         if first.disable_adapters:
             return ()
         return tuple(name for name in first.active_adapters if name in configs)
+
+    def _check_state(self, configs: dict[str, Any]) -> None:
+        """Refuse what PEFT keeps in its modules and the servers do not know.
+
+        Raises:
+            Unsupported: an adapter is switched or scaled in some modules only, or merged.
+        """
+        switches = set()
+        for module in self._tuned:
+            tuner: Any = module
+            if tuner.merged:
+                raise Unsupported(
+                    "merge_adapter: the weights to merge into are on the servers; keep the adapter "
+                    "unmerged, or bring the blocks home: swarm.own(slice(None))"
+                )
+            switches.add((tuner.disable_adapters, tuple(tuner.active_adapters)))
+            for name in configs.keys() & getattr(tuner, "scaling", {}).keys():
+                if not math.isclose(tuner.scaling[name], _scaling(tuner, name, configs[name])):
+                    raise Unsupported(
+                        f"the scaling of adapter {name!r} in remote blocks is what its config says "
+                        "(lora_alpha and r); multiply its lora_B weights instead, or bring the "
+                        "blocks home: swarm.own(slice(None))"
+                    )
+        if len(switches) > 1:
+            raise Unsupported(
+                "adapters in remote blocks are on or off in all modules alike; switch them with "
+                "the PEFT model (set_adapter, disable_adapter), or bring the blocks home: "
+                "swarm.own(slice(None))"
+            )
 
     def _collect(self, blocks: Mapping[int, nn.Module], configs: dict[str, Any]) -> None:
         """Find the parameters of the active adapters in remote blocks."""
         from peft.utils import ModulesToSaveWrapper
 
-        for name in self._active:
-            init = getattr(configs[name], "init_lora_weights", True)
-            if init not in _PLAIN_INIT:
-                raise Unsupported(
-                    f"init_lora_weights={init!r} starts from the base weights, which are on the "
-                    "servers; use True, 'gaussian' or 'orthogonal'"
-                )
         found: dict[int, dict[str, nn.Parameter]] = {}
         for index, block in blocks.items():
             if any(isinstance(module, ModulesToSaveWrapper) for module in block.modules()):
@@ -207,6 +225,12 @@ def _tuned_modules(blocks: Mapping[int, nn.Module]) -> list[nn.Module]:
         for module in block.modules()
         if isinstance(module, BaseTunerLayer)
     ]
+
+
+def _scaling(tuner: Any, name: str, config: Any) -> float:
+    """What PEFT makes of a config."""
+    rank = tuner.r[name]
+    return float(tuner.lora_alpha[name] / (math.sqrt(rank) if config.use_rslora else rank))
 
 
 def _checksum(tensor: torch.Tensor) -> int:

@@ -2,8 +2,7 @@
 
 A layer keeps its class (a dynamic subclass of it), its name and its parameters' shapes, so that
 ``isinstance``, ``repr``, hooks, PEFT's injection and transformers' recording of hidden states
-work as ever. Its parameters are placeholders, zero-stride views of one zero: they have a shape
-and a dtype and take no memory; `_apply` keeps them so under ``.to(…)`` and ``.half()``.
+work as ever. Its parameters are placeholders: they have a shape and a dtype and take no memory.
 
 A block that came home (see `home`) has its real weights and its own forward; only the call goes
 through the runner, which has to know what comes in and what goes out.
@@ -11,9 +10,7 @@ through the runner, which has to know what comes in and what goes out.
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,22 +65,6 @@ class RemoteBlock(SwarmBlock):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
         self.__dict__["gradient_checkpointing"] = value
-
-    def __deepcopy__(self, memo: dict) -> RemoteBlock:
-        for parameter in filter(is_placeholder, self.parameters()):
-            # A clone, which torch would make, takes the memory that a placeholder saves.
-            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-        memo[id(self)] = twin = object.__new__(type(self))
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if not is_placeholder(tensor):
-                return fn(tensor)
-            return fn(tensor.as_strided((), ())).expand(tensor.shape)
-
-        return super()._apply(keep, recurse)
 
 
 class OwnBlock(SwarmBlock):

@@ -20,8 +20,29 @@ from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.errors import BlocksOutOfRange, Unsupported
 from swarm_notebook.model.base_modules import base_of
 from swarm_notebook.model.blocks import become
-from swarm_notebook.model.placeholders import is_placeholder, placeholder
+from swarm_notebook.model.placeholders import (
+    Origin,
+    is_placeholder,
+    make_real,
+    make_remote,
+    remote_buffer,
+    remote_parameter,
+)
 from swarm_notebook.progress import Waiting
+
+
+class _Read:
+    """How much of the weights was read."""
+
+    def __init__(self) -> None:
+        self._done, self._total = 0, 1
+
+    def __call__(self, done: int, total: int) -> None:
+        self._done, self._total = done, total
+
+    def percent(self) -> int:
+        return 100 * self._done // max(self._total, 1)
+
 
 Blocks = int | slice | range | Iterable[int]
 
@@ -61,19 +82,12 @@ def bring_home(model: Any, source: ModelSource, blocks: Sequence[int]) -> None:
     missing = [block for block in blocks if block not in runner.home]
     device = model.get_input_embeddings().weight.device
     for run in _runs(missing):
-        done = [0, 1]
-
-        def progress(count: int, total: int, done: list[int] = done) -> None:
-            done[:] = [count, total]
-
+        read = _Read()
         with Waiting(
-            f"Loading {_names(run)} of {source.name}",
-            total=100,
-            unit="%",
-            count=lambda done=done: 100 * done[0] // max(done[1], 1),
+            f"Loading {_names(run)} of {source.name}", total=100, unit="%", count=read.percent
         ):
             loaded = load_blocks(
-                source, run[0], run[-1] + 1, dtype=model.dtype, device=device, progress=progress
+                source, run[0], run[-1] + 1, dtype=model.dtype, device=device, progress=read
             )
         plans = [
             _fillings(runner.blocks[block], real, block)
@@ -92,16 +106,24 @@ def send_away(model: Any, blocks: Iterable[int]) -> None:
     runner = model._runner
     for index in set(blocks) & runner.home:
         block = runner.blocks[index]
-        for owner, table, name, tensor in _tensors(block):
-            if table == "_buffers":
-                owner._buffers[name] = placeholder(tensor)
+        for owner, name, path, tensor in _tensors(block):
+            origin = Origin(index, path, model._tensors.read)
+            if name in owner._buffers:
+                owner._buffers[name] = remote_buffer(tensor, origin)
             else:
-                parameter: Any = owner._parameters[name]
-                parameter.requires_grad_(False)
-                parameter.grad = None
-                parameter.data = placeholder(tensor)
+                make_remote(tensor, origin)
         become(block, own=False)
     _changed(model)
+
+
+def empty(model: Any, block: nn.Module, index: int) -> None:
+    """Let the tensors of a block that was just built be read from the checkpoint when asked for."""
+    for owner, name, path, tensor in _tensors(block):
+        origin = Origin(index, path, model._tensors.read)
+        if name in owner._buffers:
+            owner._buffers[name] = remote_buffer(tensor, origin)
+        else:
+            owner._parameters[name] = remote_parameter(tensor, origin)
 
 
 def _changed(model: Any) -> None:
@@ -126,16 +148,22 @@ def _names(run: Sequence[int]) -> str:
     return f"block {run[0]}" if len(run) == 1 else f"blocks {run[0]}:{run[-1] + 1}"
 
 
-def _tensors(block: nn.Module) -> list[tuple[nn.Module, str, str, torch.Tensor]]:
-    """The model's own tensors in a block, without those of adapters: owner, table, name, tensor."""
-    found, waiting = [], [block]
+def _tensors(block: nn.Module) -> list[tuple[nn.Module, str, str, Any]]:
+    """The model's own tensors in a block, without those of adapters.
+
+    Each with the module that owns it, its name there, and its name in the block.
+    """
+    found: list[tuple[nn.Module, str, str, Any]] = []
+    waiting = [("", block)]
     while waiting:
-        module = base_of(waiting.pop())
-        for table in ("_parameters", "_buffers"):
-            for name, tensor in getattr(module, table).items():
-                if tensor is not None:
-                    found.append((module, table, name, tensor))
-        waiting.extend(child for child in module._modules.values() if child is not None)
+        prefix, module = waiting.pop()
+        module = base_of(module)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                found.append((module, name, prefix + name, tensor))
+        for name, child in module._modules.items():
+            if child is not None:
+                waiting.append((f"{prefix}{name}.", child))
     return found
 
 
@@ -165,7 +193,7 @@ def _fillings(
             )
         fillings.append((owner, leaf, tensor.detach()))
         filled.add((id(owner), leaf))
-    for owner, _, name, tensor in _tensors(block):
+    for owner, name, _, tensor in _tensors(block):
         if is_placeholder(tensor) and (id(owner), name) not in filled:
             raise Unsupported(
                 f"block {index}: the checkpoint has no {name} of {type(owner).__name__}: "
@@ -175,8 +203,8 @@ def _fillings(
 
 
 def _put(owner: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    parameter: Any = owner._parameters.get(name)
-    if parameter is None:
+    if name in owner._buffers:
         owner._buffers[name] = tensor
     else:
-        parameter.data = tensor  # the object stays, for optimizers and ties
+        parameter: Any = owner._parameters[name]
+        make_real(parameter, tensor)  # the object stays, for optimizers and ties

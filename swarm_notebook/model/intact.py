@@ -15,6 +15,7 @@ from torch import nn
 
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.base_modules import base_of, is_tuner
+from swarm_notebook.model.placeholders import is_placeholder
 
 # nnsight plants these for good on every module that it wraps; they only listen.
 _LISTENERS = "nnsight."
@@ -47,26 +48,32 @@ class Plan:
         waiting = [("", block)]
         while waiting:
             name, module = waiting.pop()
-            children = module._modules
-            planned = self._children[name]
+            children, planned = module._modules, self._children[name]
             if len(children) != len(planned):
                 extra = children.keys() ^ dict(planned).keys()
                 _refuse(index, _join(name, min(extra)), "was added or removed")
             for child, original in planned:
-                here = children.get(child)
-                path = _join(name, child)
-                if here is not original:
-                    if here is None or base_of(here) is not original:
-                        _refuse(index, path, "was replaced")
-                    for tuner in _tuners(here):
-                        _check_calls(index, path, tuner)
                 if original is not None:
-                    _check_calls(index, path, original)
-                    if thorough and _values(original) != self._values[path]:
-                        changed = _difference(_values(original), self._values[path])
-                        _refuse(index, f"{path}.{changed}", "was changed")
+                    path = _join(name, child)
+                    self._check_module(index, path, children.get(child), original, thorough)
                     waiting.append((path, original))
         self._note(block)
+
+    def _check_module(
+        self, index: int, name: str, here: nn.Module | None, original: nn.Module, thorough: bool
+    ) -> None:
+        if here is None or base_of(here) is not original:
+            _refuse(index, name, "was replaced")
+        for module in (*_tuners(here), original):
+            _check_calls(index, name, module)
+        if not thorough:
+            return
+        for own, tensor in (*original._parameters.items(), *original._buffers.items()):
+            if tensor is not None and not is_placeholder(tensor):
+                _refuse(index, f"{name}.{own}", "was replaced")
+        values = _values(original)
+        if values != self._values[name]:
+            _refuse(index, f"{name}.{_difference(values, self._values[name])}", "was changed")
 
     def _note(self, block: nn.Module) -> None:
         """Remember a structure that was found to be right, for a quick look at the next step."""
@@ -136,10 +143,6 @@ _OWN_WORDS = frozenset({"training", "forward", "gradient_checkpointing", "call_s
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    missing = object()
     names = one.keys() | other.keys()
-    return min(
-        name
-        for name in names
-        if one.get(name) is not other.get(name)
-        and (name not in one or name not in other or one[name] != other[name])
-    )
+    return min(name for name in names if one.get(name, missing) != other.get(name, missing))

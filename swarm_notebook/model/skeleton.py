@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import GenerationMixin
 
 from swarm_notebook.checkpoint.partial import load_edges
+from swarm_notebook.checkpoint.single import BlockTensors
 from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.checkpoint.weights import SINGLE_FILE
 from swarm_notebook.errors import Unsupported
@@ -21,7 +22,7 @@ from swarm_notebook.model import drafting
 from swarm_notebook.model.adapters import Adapters
 from swarm_notebook.model.blocks import remote_class
 from swarm_notebook.model.cache import RemoteCache
-from swarm_notebook.model.home import NO_ATTENTION
+from swarm_notebook.model.home import NO_ATTENTION, empty
 from swarm_notebook.model.runner import Runner
 
 if TYPE_CHECKING:
@@ -183,6 +184,7 @@ def build(
     loaded, info = load_edges(source, dtype=dtype, labels=labels)
     model: Any = loaded
     model.__class__ = _remote_model_class(type(loaded))  # type: ignore[arg-type]
+    model._tensors = BlockTensors(source, loaded)
     blocks: list[Any] = list(info.layers)
     prefix = next(name for name, module in loaded.named_modules() if module is info.layers)
     runner = Runner(
@@ -194,6 +196,7 @@ def build(
     )
     for index, block in enumerate(blocks):
         block.__class__ = remote_class(type(block))  # type: ignore[arg-type]
+        empty(model, block, index)
         block.attach(runner, index)
     runner.install(info.decoder, info.layers_name)
     model._runner = runner

@@ -1,0 +1,380 @@
+"""Weights inside of remote blocks are read as they are; a write is refused, with the way out."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from inside import servers
+from tiny import tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import swarm_notebook as sn
+from swarm_notebook.checkpoint import single
+from swarm_notebook.errors import Unsupported
+from swarm_notebook.model.placeholders import RemoteParameter
+from swarm_notebook.swarm import Swarm
+
+
+@dataclass
+class Pair:
+    swarm: Swarm
+    local: Any
+
+    @property
+    def remote(self) -> Any:
+        return self.swarm.model
+
+    def weights(self) -> tuple[Any, Any]:
+        """The same weight of both models."""
+        both = (self.remote, self.local)
+        remote, local = (model.model.layers[3].mlp.down_proj.weight for model in both)
+        return remote, local
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with servers(folder, [(0, 2), (2, 5)]) as found:
+        yield found
+
+
+@pytest.fixture
+def pair(folder: Path, address: str) -> Iterator[Pair]:
+    local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with sn.connect(address, model=folder) as swarm:
+        yield Pair(swarm, local.requires_grad_(False))
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+READS: dict[str, Callable[[Any], Any]] = {
+    "norm": lambda weight: weight.norm(),
+    "linalg": torch.linalg.svdvals,
+    "numpy": lambda weight: torch.from_numpy(weight.numpy()),
+    "asarray": lambda weight: torch.from_numpy(np.asarray(weight).copy()),
+    "data": lambda weight: weight.data.clone(),
+    "detach": lambda weight: weight.detach()[0],
+    "sum": lambda weight: weight + 1,
+    "reflected": lambda weight: 1 - weight,
+    "product": lambda weight: weight.T @ weight,
+    "tolist": lambda weight: torch.tensor(weight.tolist()),
+    "deepcopy": lambda weight: copy.deepcopy(weight).sum(),
+    "dtype": lambda weight: weight.double().mean(),
+    "half": lambda weight: weight.to(torch.bfloat16),
+    "pickle": lambda weight: pickle.loads(pickle.dumps(weight)).data,
+    "copied": lambda weight: torch.zeros(48, 80).copy_(weight),
+    "text": lambda weight: torch.tensor(list(str(weight).encode())),
+    "cat": lambda weight: torch.cat([weight, weight]),
+    "linear": lambda weight: nn.functional.linear(torch.ones(1, 80), weight),
+    "item": lambda weight: torch.tensor(weight[2, 3].item()),
+    "rows": lambda weight: list(weight)[7],
+    "flat": lambda weight: weight.cpu().contiguous().view(-1)[5:9],
+    "parameter": lambda weight: nn.Parameter(weight.clone(), requires_grad=False).data,
+    "like": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+def test_values_are_read(pair: Pair, read: Callable[[Any], Any]) -> None:
+    remote, local = pair.weights()
+    assert torch.equal(read(remote), read(local))
+    assert remote.untyped_storage().nbytes() == 4  # nothing is kept
+
+
+def test_shapes_cost_nothing(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("the checkpoint was read")
+
+    monkeypatch.setattr(single.BlockTensors, "read", fail)
+    remote, local = pair.weights()
+    for ask in (
+        lambda one: (one.shape, one.dtype, one.device, one.ndim, one.numel(), len(one)),
+        lambda one: (one.size(0), one.dim(), one.element_size(), one.nbytes, one.is_contiguous()),
+        lambda one: (one.requires_grad, one.grad, one.is_leaf, isinstance(one, nn.Parameter)),
+        lambda one: (one.is_floating_point(), one.is_meta, one.layout, one.to("cpu").shape),
+        lambda one: (torch.empty_like(one).shape, one.new_zeros(3).dtype, one.half().dtype),
+    ):
+        assert ask(remote) == ask(local)
+    moved = copy.deepcopy(pair.remote).to(torch.bfloat16).eval().requires_grad_(False)
+    assert moved.num_parameters() == pair.local.num_parameters()
+    assert moved.model.layers[3].mlp.down_proj.weight.dtype == torch.bfloat16
+    assert moved.model.layers[3].mlp.down_proj.weight.untyped_storage().nbytes() == 2
+    torch.optim.AdamW(pair.remote.parameters()).zero_grad()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt2", "gemma3_text"])
+def test_families(family: str, tmp_path: Path) -> None:
+    """Weights that transformers joins while it loads them, and buffers."""
+    folder = tiny_model(family, tmp_path)
+    local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    count = local.config.num_hidden_layers
+    with servers(folder, [(0, count)]) as address, sn.connect(address, model=folder) as swarm:
+        theirs = dict(local.named_parameters())
+        ours = {
+            name: one
+            for name, one in swarm.model.named_parameters()
+            if isinstance(one, RemoteParameter)
+        }
+        assert len(ours) > count
+        for name, parameter in ours.items():
+            if ".1." in name:
+                assert torch.equal(parameter.clone(), theirs[name]), name
+
+
+def set_data(weight: Any) -> None:
+    weight.data = torch.zeros(48, 80)
+
+
+def set_item(weight: Any) -> None:
+    weight[0] = 1
+
+
+def add_in_place(weight: Any) -> None:
+    weight += 1
+
+
+def require_grad(weight: Any) -> None:
+    weight.requires_grad = True
+
+
+WRITES: list[Callable[[Any], Any]] = [
+    set_data,
+    set_item,
+    add_in_place,
+    require_grad,
+    lambda weight: weight.copy_(torch.zeros(48, 80)),
+    lambda weight: weight.data.mul_(2),
+    lambda weight: weight.detach().zero_(),
+    lambda weight: weight.requires_grad_(),
+    nn.init.normal_,
+    lambda weight: torch.add(torch.zeros(48, 80), 1, out=weight),
+    lambda weight: torch._foreach_mul_([weight], 2),
+]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_writes_are_refused(pair: Pair, write: Callable[[Any], Any]) -> None:
+    weight, local = pair.weights()
+    with pytest.raises(Unsupported, match=r"mlp\.down_proj\.weight of block 3.*swarm\.own\(3\)"):
+        write(weight)
+    assert torch.equal(weight.clone(), local)
+    assert not weight.requires_grad
+
+
+def exchange_a_module(model: Any) -> None:
+    model.model.layers[3].mlp = nn.Linear(48, 48)
+
+
+def patch_a_forward(model: Any) -> None:
+    model.model.layers[3].self_attn.forward = lambda *_args, **_kwargs: None
+
+
+def exchange_an_activation(model: Any) -> None:
+    model.model.layers[3].mlp.act_fn = nn.ReLU()
+
+
+def wrap_a_projection(model: Any) -> None:
+    attention = model.model.layers[3].self_attn
+    attention.q_proj = nn.Sequential(attention.q_proj)
+
+
+def change_a_number(model: Any) -> None:
+    model.model.layers[3].self_attn.scaling = 0.1
+
+
+def exchange_a_parameter(model: Any) -> None:
+    model.model.layers[3].mlp.up_proj.weight = nn.Parameter(torch.zeros(80, 48))
+
+
+def parametrize(model: Any) -> None:
+    linear = model.model.layers[3].mlp.up_proj
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", nn.Identity())
+
+
+def add_a_module(model: Any) -> None:
+    model.model.layers[3].mlp.add_module("extra", nn.Identity())
+
+
+CHANGES = [
+    exchange_a_module,
+    patch_a_forward,
+    exchange_an_activation,
+    wrap_a_projection,
+    change_a_number,
+    exchange_a_parameter,
+    parametrize,
+    add_a_module,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda one: one.__name__)
+def test_what_is_exchanged_is_refused(pair: Pair, change: Callable[[Any], None]) -> None:
+    twin = copy.deepcopy(pair.remote)
+    change(twin)
+    with pytest.raises(Unsupported, match=r"block 3: .*servers.*swarm\.own\(3\)"):
+        twin(tokens())
+    with torch.no_grad():
+        torch.testing.assert_close(pair.remote(tokens()).logits, pair.local(tokens()).logits)
+
+
+def test_a_change_in_the_middle_of_a_text_is_refused(pair: Pair) -> None:
+    with torch.no_grad():
+        cache = pair.remote(tokens(), use_cache=True).past_key_values
+        exchange_a_module(pair.remote)
+        with pytest.raises(Unsupported, match="mlp was replaced"):
+            pair.remote(tokens()[:, :1], past_key_values=cache)
+
+
+def test_a_state_dict_with_blocks_is_refused(pair: Pair) -> None:
+    state = pair.local.state_dict()
+    with pytest.raises(Unsupported, match=r"model\.layers\.0\..*swarm\.own\(0\)"):
+        pair.remote.load_state_dict(state)
+    pair.remote.load_state_dict(pair.remote.state_dict())  # as on every model
+
+
+def test_kbit_training_takes_no_memory(pair: Pair) -> None:
+    peft = pytest.importorskip("peft")
+    twin = peft.prepare_model_for_kbit_training(copy.deepcopy(pair.remote).to(torch.bfloat16))
+    weight = twin.model.layers[3].mlp.down_proj.weight
+    assert weight.dtype == torch.float32
+    assert weight.untyped_storage().nbytes() == 4
+    assert twin(tokens()).logits.isfinite().all()
+
+
+def lora(**options: Any) -> Any:
+    import peft
+
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **options}
+    return peft.LoraConfig(**options)
+
+
+def adapted(model: Any, config: Any) -> Any:
+    import peft
+
+    torch.manual_seed(4)
+    tuned: Any = peft.get_peft_model(model, config)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            with torch.no_grad():
+                parameter.copy_(0.1 * torch.randn(parameter.shape))
+    return tuned.eval()
+
+
+def test_dora_starts_from_the_weights(pair: Pair) -> None:
+    ours, theirs = (adapted(model, lora(use_dora=True)) for model in (pair.remote, pair.local))
+    for name, parameter in theirs.named_parameters():
+        if "magnitude" in name:
+            torch.testing.assert_close(ours.get_parameter(name), parameter)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(tokens()).logits, theirs(tokens()).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_inits_that_change_the_weights(pair: Pair, init: str) -> None:
+    """Refused at once on remote blocks; on blocks at home they are PEFT's."""
+    with pytest.raises(Unsupported, match=r"swarm\.own\(0\)"):
+        adapted(copy.deepcopy(pair.remote), lora(init_lora_weights=init))
+    pair.swarm.own([1, 3])
+    config = {"init_lora_weights": init, "layers_to_transform": [1, 3]}
+    ours, theirs = (adapted(model, lora(**config)) for model in (pair.remote, pair.local))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(tokens()).logits, theirs(tokens()).logits, atol=1e-4, rtol=1e-4
+        )
+
+
+def scale_one(model: Any) -> None:
+    model.base_model.model.model.layers[2].self_attn.q_proj.set_scale("default", 3.0)
+
+
+def scale_all(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "scaling") and isinstance(module.scaling, dict):
+            module.scaling["default"] *= 2
+
+
+def switch_one_off(model: Any) -> None:
+    model.base_model.model.model.layers[2].self_attn.q_proj.enable_adapters(False)
+
+
+@pytest.mark.parametrize("change", [scale_one, scale_all, switch_one_off])
+def test_state_of_peft_beside_its_config_is_refused(
+    pair: Pair, change: Callable[[Any], None]
+) -> None:
+    tuned = adapted(pair.remote, lora())
+    change(tuned)
+    with pytest.raises(Unsupported, match=r"adapter.*swarm\.own"):
+        tuned(tokens())
+    pair.swarm.own(slice(None))
+    theirs = adapted(pair.local, lora())
+    change(theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            tuned(tokens()).logits, theirs(tokens()).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_rslora_is_no_such_state(pair: Pair) -> None:
+    ours, theirs = (adapted(one, lora(use_rslora=True)) for one in (pair.remote, pair.local))
+    assert math.isclose(
+        theirs.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"], 4
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(tokens()).logits, theirs(tokens()).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_adapters_by_row(pair: Pair) -> None:
+    both = [adapted(pair.remote, lora()), adapted(pair.local, lora())]
+    for model in both:
+        model.add_adapter("other", lora())
+        model.eval()
+    names = {"adapter_names": ["default", "other"]}
+    with pytest.raises(Unsupported, match=r"adapter_names.*swarm\.own"):
+        both[0](tokens(), **names)
+    pair.swarm.own(slice(None))
+    with torch.no_grad():
+        ours, theirs = (model(tokens(), **names).logits for model in both)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_merging(pair: Pair, safe: bool) -> None:
+    ours, theirs = adapted(pair.remote, lora()), adapted(pair.local, lora())
+    with pytest.raises(Unsupported, match=r"of block 0 .*swarm\.own\(0\)"):
+        ours.merge_adapter(safe_merge=safe)
+    with pytest.raises(Unsupported, match=r"of block 0 .*swarm\.own\(0\)"):
+        ours.merge_and_unload(safe_merge=safe)
+    pair.swarm.own(slice(None))
+    with torch.no_grad():
+        mine = ours.merge_and_unload(safe_merge=safe)(tokens()).logits
+        local = theirs.merge_and_unload(safe_merge=safe)(tokens()).logits
+    torch.testing.assert_close(mine, local, atol=1e-5, rtol=1e-5)
+
+
+def test_adaption_prompts_are_refused(pair: Pair) -> None:
+    import peft
+
+    config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+    tuned: Any = peft.get_peft_model(pair.remote, config)
+    with pytest.raises(Unsupported, match=r"self_attn was replaced.*swarm\.own"):
+        tuned(tokens())
