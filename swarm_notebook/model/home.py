@@ -44,29 +44,37 @@ class _Read:
         return 100 * self._done // max(self._total, 1)
 
 
-Blocks = int | slice | range | Iterable[int]
+Blocks = int | slice | Iterable[int | slice]
 
 
 def which(blocks: Blocks, num_blocks: int) -> list[int]:
     """The blocks that ``blocks`` names, in order, each once; negative ones count from the end.
 
+    Slices may also stand in a list.
+
     Raises:
-        BlocksOutOfRange: the model has no such block, or none is named.
+        BlocksOutOfRange: the model has no such block.
         TypeError: it is no block, slice, range or list of blocks.
     """
-    if isinstance(blocks, slice):
-        named: list[Any] = list(range(num_blocks)[blocks])
-    else:
-        named = list(blocks) if isinstance(blocks, Iterable) else [blocks]
+    named: list[Any] = []
+    several = isinstance(blocks, Iterable) and not isinstance(blocks, slice)
+    parts: Any = blocks if several else [blocks]
+    for part in parts:
+        inside = list(range(num_blocks)[part]) if isinstance(part, slice) else [part]
+        if not inside:
+            raise BlocksOutOfRange(
+                f"blocks: {part!r} names no block; the model has {num_blocks} blocks, 0 to "
+                f"{num_blocks - 1}"
+            )
+        named += inside
     if any(type(block) is not int for block in named):
         raise TypeError(
             f"blocks: {blocks!r}; give a block (3), a list ([0, -1]), a slice or a range"
         )
     wrong = [block for block in named if not -num_blocks <= block < num_blocks]
-    if wrong or not named:
-        what = f"block {wrong[0]}" if wrong else f"{blocks!r}, which names no block"
+    if wrong:
         raise BlocksOutOfRange(
-            f"blocks: {what}; the model has {num_blocks} blocks, 0 to {num_blocks - 1}"
+            f"blocks: {wrong[0]}; the model has {num_blocks} blocks, 0 to {num_blocks - 1}"
         )
     return sorted({block % num_blocks for block in named})
 

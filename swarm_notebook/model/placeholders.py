@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -161,7 +161,7 @@ def _writes(func: Any) -> bool:
     return name.endswith("_")
 
 
-def _refuse(tensor: RemoteTensor, what: str) -> Any:
+def _refuse(tensor: Any, what: str) -> NoReturn:
     origin = tensor._origin
     what = {"__set__": "setting it", "requires_grad": "requires_grad=True"}.get(what, what)
     raise Unsupported(

@@ -15,6 +15,7 @@ from IPython.core.error import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
 COMPRESSIONS = ("float16", "int8")
+SOME_BLOCKS = "numbers as 3 or -1, or ranges as 0:2"
 
 
 EXAMPLES = """\
@@ -66,6 +67,7 @@ class CommandLine:
             self._connect()
             self._status()
             self._route()
+            self._home()
             self._map()
             self._lens()
             self._monitor()
@@ -132,6 +134,13 @@ class CommandLine:
             help="of hidden states on their way; shifts the results a little",
         )
         connect.add_argument(
+            "--own",
+            nargs="+",
+            type=_some_blocks,
+            metavar="BLOCK",
+            help=f"bring these blocks home: {SOME_BLOCKS}",
+        )
+        connect.add_argument(
             "--timeout", type=_seconds, metavar="S", help="give up after S seconds"
         )
         _add_output(connect, "the Swarm object")
@@ -143,6 +152,18 @@ class CommandLine:
     def _route(self) -> None:
         route = self._add("route", "show the servers that a token passes")
         _add_output(route, "the RouteTable, instead of showing it,")
+
+    def _home(self) -> None:
+        own = self._add("own", "bring blocks home: load their weights and run them here")
+        own.add_argument("blocks", nargs="+", type=_some_blocks, metavar="BLOCK", help=SOME_BLOCKS)
+        release = self._add("release", "let blocks that are at home run on the servers again")
+        release.add_argument(
+            "blocks",
+            nargs="*",
+            type=_some_blocks,
+            metavar="BLOCK",
+            help=f"{SOME_BLOCKS} (default: all that are at home)",
+        )
 
     def _map(self) -> None:
         _add_output(
@@ -232,6 +253,18 @@ def _blocks(text: str) -> tuple[int, int]:
     if not (colon and start.isdigit() and end.isdigit() and int(start) < int(end)):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B with A < B, like 0:15")
     return int(start), int(end)
+
+
+def _some_blocks(text: str) -> int | slice:
+    """A block such as ``3`` or ``-1``, or a range such as ``2:5``."""
+    try:
+        bounds = [int(part) if part else None for part in text.split(":")]
+        if len(bounds) == 1:
+            return int(text)
+        start, end = bounds
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no block; {SOME_BLOCKS}") from None
+    return slice(start, end)
 
 
 def _name(text: str) -> str:

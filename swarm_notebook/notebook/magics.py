@@ -107,7 +107,7 @@ class SwarmMagics:
         from swarm_notebook.swarm import connect
 
         options = {"model": arguments.model, "dtype": arguments.dtype, "timeout": arguments.timeout}
-        options["compression"] = arguments.compression
+        options["compression"], options["own"] = arguments.compression, arguments.own
         given = {key: value for key, value in options.items() if value is not None}
         before = self._current()
         swarm = connect(arguments.peers or None, **given)
@@ -124,6 +124,21 @@ class SwarmMagics:
 
     def _route(self, arguments: argparse.Namespace) -> Any:
         return self._store(arguments.output, self._need().route())
+
+    def _own(self, arguments: argparse.Namespace) -> None:
+        swarm = self._need()
+        swarm.own(arguments.blocks)
+        self._say_home(swarm)
+
+    def _release(self, arguments: argparse.Namespace) -> None:
+        swarm = self._need()
+        swarm.release(arguments.blocks or None)
+        self._say_home(swarm)
+
+    @staticmethod
+    def _say_home(swarm: Swarm) -> None:
+        blocks = ", ".join(map(str, swarm.owned))
+        print(f"At home: blocks {blocks}" if blocks else "At home: no blocks")
 
     def _map(self, arguments: argparse.Namespace) -> Any:
         from swarm_notebook.widgets import SwarmMap

@@ -54,6 +54,9 @@ def test_help_is_printed_and_nothing_exits(fresh: Kernel) -> None:
         ("%swarm connect --timeout never", "seconds above 0"),
         ("%%swarm connect\nx", "invalid choice: 'connect'"),
         ("%swarm status", "run %swarm connect first"),
+        ("%swarm own 3", "run %swarm connect first"),
+        ("%swarm own", "required: BLOCK"),
+        ("%swarm own three", "'three' is no block; numbers as 3 or -1"),
         ("%swarm map", "run %swarm connect first"),
         ("%swarm serve --blocks 5:5", "not of the form A:B"),
         ("%swarm serve --blocks 3:99 some/where", "ModelNotFound"),
@@ -75,6 +78,8 @@ def test_tab_offers_commands_options_and_their_values(fresh: Kernel) -> None:
     assert fresh.complete("%swarm connect --dtype b") == ["bfloat16"]
     assert fresh.complete("%%swarm ge") == ["generate"]
     assert "--raw" in fresh.complete("%%swarm generate --ra")
+    assert fresh.complete("%swarm ow") == ["own"]
+    assert fresh.complete("%swarm connect --ow") == ["--own"]
 
 
 def test_connect_gives_an_ordinary_model(connected: Kernel) -> None:
@@ -145,3 +150,13 @@ def test_interrupt_keeps_the_partial_text_and_the_model(connected: Kernel) -> No
     assert result.error == "KeyboardInterrupt"
     assert connected.value("0 < len(part.split()) < 300") == "True"
     assert ANSWER in connected.run('%swarm generate "What is the capital of Germany?"').stdout
+
+
+def test_blocks_come_home_and_go(connected: Kernel) -> None:
+    assert connected.run("%swarm own 3 -1 5:7").stdout == "At home: blocks 3, 5, 6, 29\n"
+    assert connected.value("swarm.owned") == "(3, 5, 6, 29)"
+    assert "this notebook" in connected.value("swarm.route()")
+    assert connected.run("%swarm release 5:7").stdout == "At home: blocks 3, 29\n"
+    assert connected.run("%swarm release").stdout == "At home: no blocks\n"
+    wrong = connected.fail("%swarm own 30")
+    assert "BlocksOutOfRange: blocks: 30; the model has 30 blocks, 0 to 29" in wrong.stderr

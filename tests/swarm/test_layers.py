@@ -1,0 +1,247 @@
+"""The list of blocks belongs to the user: cut, thinned, repeated, wrapped, left early."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inside import servers
+from tiny import tiny_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import swarm_notebook as sn
+from swarm_notebook.errors import Unsupported
+from swarm_notebook.swarm import Swarm
+
+BLOCKS = 5
+Models = tuple[Any, Any]
+
+
+@pytest.fixture(scope="module")
+def connected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Swarm, Any]]:
+    folder: Path = tiny_model("llama", tmp_path_factory.mktemp("layers"))
+    local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with (
+        servers(folder, [(0, 2), (2, BLOCKS)]) as address,
+        sn.connect(address, model=folder) as swarm,
+    ):
+        yield swarm, local.requires_grad_(False)
+
+
+@pytest.fixture(params=["remote", "with one at home"])
+def models(connected: tuple[Swarm, Any], request: pytest.FixtureRequest) -> Models:
+    swarm, local = connected
+    swarm.release()
+    if request.param != "remote":
+        swarm.own(1)
+    return copy.deepcopy(swarm.model), copy.deepcopy(local)
+
+
+def tokens(rows: int = 2, length: int = 9) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(3, 128, (rows, length), generator=generator)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def same_text(models: Models, *, first_runs: bool = True, **options: Any) -> None:
+    """Both generate the same.
+
+    Args:
+        first_runs: whether block 0 does; transformers' own cache counts by its keys, and a local
+            model without it generates wrongly, except without a cache.
+    """
+    batch = {"input_ids": tokens(), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    batch["attention_mask"][1, :4] = 0
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **options}
+    ours = models[0].generate(**batch, **options)
+    if not first_runs:
+        options["use_cache"] = False
+    theirs = models[1].generate(**batch, **options)
+    assert ours.tolist() == theirs.tolist()
+
+
+def same_passes(models: Models) -> None:
+    with torch.no_grad():
+        ours, theirs = (model(tokens(), output_hidden_states=True) for model in models)
+        close(ours.logits, theirs.logits)
+        for mine, local in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+            close(mine, local)
+    found = []
+    for model in models:
+        embedded = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+        model(inputs_embeds=embedded, use_cache=False).logits.logsumexp(-1).sum().backward()
+        found.append(embedded.grad)
+    close(*found)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 1, 3, 4], [2, 3], [1, 4]], ids=str)
+def test_a_list_with_fewer_blocks(models: Models, order: list[int]) -> None:
+    for model in models:
+        model.model.layers = nn.ModuleList([model.model.layers[index] for index in order])
+    same_passes(models)
+    same_text(models, first_runs=order[0] == 0)
+    same_text(models, first_runs=order[0] == 0, num_beams=2)
+
+
+def test_a_cut_list(models: Models) -> None:
+    for model in models:
+        model.model.layers = model.model.layers[:3]
+    same_passes(models)
+    same_text(models)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 1, 2, 3, 4], [0, 2, 1, 3, 4]], ids=str)
+def test_a_list_in_another_order(models: Models, order: list[int]) -> None:
+    """It works without a cache, in which each block has one place."""
+    for model in models:
+        model.model.layers = nn.ModuleList([model.model.layers[index] for index in order])
+        model.config.num_hidden_layers = len(order)
+    with torch.no_grad():
+        ours, theirs = (model(tokens(), use_cache=False).logits for model in models)
+        close(ours, theirs)
+        close(models[0](tokens()).logits, theirs)  # nobody asked for its cache
+    same_text(models, use_cache=False)
+    with pytest.raises(Unsupported, match=r"repeats or exchanges blocks.*use_cache=False"):
+        models[0].generate(tokens(), max_new_tokens=2)
+
+
+class Doubled(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        assert hidden.isfinite().all()
+        return 0.5 * self.inner(2 * hidden, **kwargs)
+
+
+class Same(nn.Module):
+    def forward(self, hidden: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
+        return hidden
+
+
+class Mine(nn.Module):
+    def forward(self, hidden: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
+        assert hidden.isfinite().all()
+        return hidden.roll(1, -1)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 4])
+def test_a_wrapped_block(models: Models, place: int) -> None:
+    for model in models:
+        model.model.layers[place] = Doubled(model.model.layers[place])
+    same_passes(models)
+    same_text(models)
+
+
+@pytest.mark.parametrize("kind", [Mine, Same])
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_a_module_in_the_place_of_a_block(models: Models, place: int, kind: type) -> None:
+    for model in models:
+        model.model.layers[place] = kind()
+    same_passes(models)
+    same_text(models, first_runs=place > 0)
+
+
+def test_leaving_early_to_guess(models: Models) -> None:
+    options = {"max_new_tokens": 8, "do_sample": False, "assistant_early_exit": 3}
+    ours, theirs = (model.generate(tokens(1), **options) for model in models)
+    assert ours.tolist() == theirs.tolist()
+    sampled = models[0].generate(tokens(1), **{**options, "do_sample": True})
+    assert sampled.shape[1] > 9
+
+
+def test_a_smaller_number_of_blocks_in_the_config(models: Models) -> None:
+    models[0].config.num_hidden_layers = 3
+    models[1].model.layers = models[1].model.layers[:3]
+    with torch.no_grad():
+        close(models[0](tokens()).logits, models[1](tokens()).logits)
+
+
+def test_a_model_that_stops_by_itself(connected: tuple[Swarm, Any]) -> None:
+    """That it will is not known before: refused, and no blank comes out."""
+    connected[0].release()
+    remote: Any = copy.deepcopy(connected[0].model)
+
+    def forward(input_ids: torch.Tensor, **_: Any) -> Any:
+        hidden = remote.model.embed_tokens(input_ids)
+        for block in remote.model.layers[:3]:
+            hidden = block(hidden)
+        return hidden
+
+    remote.model.forward = forward
+    with pytest.raises(Unsupported, match=r"stopped behind block 2.*cut the list"):
+        remote.model(input_ids=tokens(), use_cache=False)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_by_transformers(models: Models, reentrant: bool) -> None:
+    found = []
+    for model in models:
+        options = {"use_reentrant": reentrant}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.train()
+        embedded = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+        model(inputs_embeds=embedded).logits.logsumexp(-1).sum().backward()
+        found.append(embedded.grad)
+    close(*found)
+
+
+def test_checkpointing_by_hand_says_what_to_do(connected: tuple[Swarm, Any]) -> None:
+    connected[0].release()
+    model: Any = copy.deepcopy(connected[0].model)
+    for block in model.model.layers:
+        forward = block.forward
+        block.forward = lambda hidden, forward=forward, **kwargs: checkpoint(
+            forward, hidden, use_reentrant=False, **kwargs
+        )
+    embedded = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+    model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad is not None
+    assert embedded.grad.isfinite().all()
+
+
+def test_a_cache_reads_as_transformers_does(models: Models) -> None:
+    with torch.no_grad():
+        ours, theirs = (model(tokens()).past_key_values for model in models)
+        assert isinstance(theirs, DynamicCache)
+        for ask in (bool, len, lambda one: one.get_seq_length(), lambda one: one.is_initialized):
+            assert ask(ours) == ask(theirs)
+        assert ours.get_max_length() == theirs.get_max_length()
+        assert ours.is_compileable == theirs.is_compileable
+        assert ours.is_sliding == theirs.is_sliding
+        lengths = [layer.get_seq_length() for layer in theirs.layers]
+        assert [layer.get_seq_length() for layer in ours.layers] == lengths
+        empty = models[0].new_cache()
+        assert len(empty) == BLOCKS
+        assert not empty.is_initialized
+        with pytest.raises(Unsupported, match="kept by their servers"):
+            _ = ours.layers[0].keys
+
+
+def test_a_copied_cache_goes_its_own_way(models: Models) -> None:
+    ids, more = tokens(), tokens(2, 3)
+    with torch.no_grad():
+        cache = models[0](ids, use_cache=True).past_key_values
+        models[0](more, past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        other = copy.deepcopy(cache)
+        assert len(other) == len(cache)
+        assert other.get_seq_length() == 12
+        seen = torch.cat([ids, more], dim=1)[[1, 0]]
+        for cached, extra in ((cache, 5), (other, 2), (cache, 3)):
+            new = tokens(2, extra)
+            ours = models[0](new, past_key_values=cached).logits
+            before = seen if cached.get_seq_length() == 12 + extra else None
+            if before is not None:
+                close(ours, models[1](torch.cat([before, new], dim=1)).logits[:, 12:])
+        assert (cache.get_seq_length(), other.get_seq_length()) == (20, 14)
