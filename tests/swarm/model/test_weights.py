@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inside import servers
-from tiny import tiny_model
+from support.hosting import HostedSwarm
+from support.tiny import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -48,8 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    with servers(folder, [(0, 2), (2, 5)]) as found:
-        yield found
+    with HostedSwarm(folder, [(0, 2), (2, 5)]) as hosted:
+        yield hosted.initial_peers[0]
 
 
 @pytest.fixture
@@ -124,7 +124,10 @@ def test_families(family: str, tmp_path: Path) -> None:
     folder = tiny_model(family, tmp_path)
     local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     count = local.config.num_hidden_layers
-    with servers(folder, [(0, count)]) as address, sn.connect(address, model=folder) as swarm:
+    with (
+        HostedSwarm(folder, [(0, count)]) as hosted,
+        sn.connect(hosted.initial_peers, model=folder) as swarm,
+    ):
         theirs = dict(local.named_parameters())
         ours = {
             name: one

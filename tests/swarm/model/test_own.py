@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from inside import servers
 from safetensors.torch import load_file
-from tiny import tiny_model
+from support.hosting import HostedSwarm
+from support.tiny import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -54,8 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    with servers(folder, [(0, 2), (2, BLOCKS)]) as found:
-        yield found
+    with HostedSwarm(folder, [(0, 2), (2, BLOCKS)]) as hosted:
+        yield hosted.initial_peers[0]
 
 
 @pytest.fixture
@@ -153,8 +153,8 @@ def test_its_weights_come_and_go(pair: Pair) -> None:
 
 def test_it_needs_no_server(folder: Path) -> None:
     with (
-        servers(folder, [(0, 2), (3, BLOCKS)]) as address,
-        sn.connect(address, model=folder, own=2, timeout=5) as swarm,
+        HostedSwarm(folder, [(0, 2), (3, BLOCKS)]) as hosted,
+        sn.connect(hosted.initial_peers, model=folder, own=2, timeout=5) as swarm,
     ):
         pair = Pair(swarm, folder, None)
         pair.local = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -558,8 +558,8 @@ def test_families(family: str, tmp_path: Path) -> None:
     local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     count = local.config.num_hidden_layers
     with (
-        servers(folder, [(0, 2), (2, count)]) as address,
-        sn.connect(address, model=folder) as swarm,
+        HostedSwarm(folder, [(0, 2), (2, count)]) as hosted,
+        sn.connect(hosted.initial_peers, model=folder) as swarm,
     ):
         for place in ([0, 2], [1, count - 1], slice(None)):
             swarm.release()

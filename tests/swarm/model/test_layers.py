@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from inside import servers
-from tiny import tiny_model
+from support.hosting import HostedSwarm
+from support.tiny import tiny_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -28,8 +28,8 @@ def connected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Swarm,
     folder: Path = tiny_model("llama", tmp_path_factory.mktemp("layers"))
     local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with (
-        servers(folder, [(0, 2), (2, BLOCKS)]) as address,
-        sn.connect(address, model=folder) as swarm,
+        HostedSwarm(folder, [(0, 2), (2, BLOCKS)]) as hosted,
+        sn.connect(hosted.initial_peers, model=folder) as swarm,
     ):
         yield swarm, local.requires_grad_(False)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from scene import AtToken, Scene, generate, scene
+from support.scene import AtToken, Scene, generate, scene
 
 from swarm_notebook.tuning import DeepPrompts
 
