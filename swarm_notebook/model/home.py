@@ -20,6 +20,7 @@ from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.errors import BlocksOutOfRange, Unsupported
 from swarm_notebook.model.base_modules import base_of
 from swarm_notebook.model.blocks import become
+from swarm_notebook.model.hooks import NO_ATTENTION
 from swarm_notebook.model.placeholders import (
     Origin,
     is_placeholder,
@@ -139,11 +140,6 @@ def _changed(model: Any) -> None:
     if model._runner.home and model.config._attn_implementation == NO_ATTENTION:
         # transformers then makes the masks that these blocks need.
         model.config._attn_implementation = model._local_attention
-
-
-# An attention implementation without a mask function: transformers then makes no masks here,
-# where nobody would look at them.
-NO_ATTENTION = "swarm"
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[list[int]]:

@@ -27,6 +27,11 @@ _NO_WRITES = (
 )
 
 
+# An attention implementation without a mask function: transformers then makes no masks here,
+# where nobody would look at them.
+NO_ATTENTION = "swarm"
+
+
 def observed_boundaries(blocks: Sequence[nn.Module], everywhere: bool) -> set[int]:
     """Blocks whose outputs somebody will look at: those around observed blocks."""
     everywhere = everywhere or torch_module._has_any_global_hook()
@@ -72,20 +77,82 @@ def observed_inside(
     return found
 
 
-def deliver(name: str, module: nn.Module, output: torch.Tensor) -> None:
+class TupleKinds:
+    """Modules that return more than a tensor, as far as transformers says so itself.
+
+    A decoder's ``_can_record_outputs`` names the classes whose output has attention weights behind
+    the attention's own output, and those of routers. Servers send the first tensor.
+    """
+
+    def __init__(self, decoder: nn.Module):
+        recorded: Any = getattr(decoder, "_can_record_outputs", None) or {}
+        self._config: Any = getattr(decoder, "config", None)
+        self._local = getattr(self._config, "_attn_implementation", None)
+        self._attentions = _classes(recorded.get("attentions"))
+        self._routers = _classes(recorded.get("router_logits"))
+
+    def shaped(self, name: str, module: nn.Module, output: torch.Tensor) -> Any:
+        """What the module returns on a local model.
+
+        Raises:
+            Unsupported: there is more in it than was sent.
+        """
+        if isinstance(module, self._attentions):
+            chosen = self._config._attn_implementation
+            if (self._local if chosen == NO_ATTENTION else chosen) == "eager":
+                raise Unsupported(f"{name} returns attention weights, too; {_NOT_SENT}")
+            return (output, None)
+        if isinstance(module, self._routers):
+            raise Unsupported(f"{name} returns several tensors; {_NOT_SENT}")
+        return output
+
+
+def _classes(entries: Any) -> tuple[type, ...]:
+    listed = entries if isinstance(entries, (list, tuple)) else [entries]
+    kinds = [getattr(entry, "target_class", entry) for entry in listed]
+    return tuple(kind for kind in kinds if isinstance(kind, type))
+
+
+_NOT_SENT = (
+    "of modules inside a remote block servers send the first tensor of the output; bring the block "
+    "home: swarm.own(block)"
+)
+
+
+def _refuse_reading(*_: Any) -> NoReturn:
+    raise Unsupported(
+        f"a hook inside a remote block reads the module's inputs; {_NOT_SENT}, or hook the module "
+        "before it"
+    )
+
+
+class _NoArguments(tuple):
+    """The arguments of a module whose inputs were not sent: nobody reads them as if empty."""
+
+    __slots__ = ()
+    __getitem__ = __iter__ = __len__ = __contains__ = __eq__ = _refuse_reading
+    __hash__ = tuple.__hash__
+
+
+class _NoNamedArguments(dict):
+    __getitem__ = __iter__ = __len__ = __contains__ = __eq__ = _refuse_reading
+    get = keys = values = items = _refuse_reading
+
+
+def deliver(name: str, module: nn.Module, output: torch.Tensor, kinds: TupleKinds) -> None:
     """Call a module's forward hooks with the output that its server captured.
 
     Raises:
-        Unsupported: a hook wants to change it.
+        Unsupported: a hook wants to change it, or to read what was not sent.
     """
-    version = output._version
+    version, shaped = output._version, kinds.shaped(name, module, output)
     for key, hook in list(module._forward_hooks.items()):
         if getattr(hook, "__module__", "") == _RECORDING_HOOKS:
             continue
         if key in module._forward_hooks_with_kwargs:
-            changed: Any = hook(module, (), {}, output)
+            changed: Any = hook(module, _NoArguments(), _NoNamedArguments(), shaped)
         else:
-            changed = hook(module, (), output)
+            changed = hook(module, _NoArguments(), shaped)
         if changed is not None or output._version != version:
             raise Unsupported(f"a forward hook on {name} changes its output; {_INSTEAD}")
 

@@ -145,6 +145,7 @@ class Runner:
         twin.blocks = copy.deepcopy(self.blocks, memo)
         twin.adapters = copy.deepcopy(self.adapters, memo)
         twin._plans = copy.deepcopy(self._plans, memo)
+        twin._kinds = copy.deepcopy(self._kinds, memo)
         twin._inside, twin._local = (-1, []), threading.local()
         return twin
 
@@ -174,6 +175,7 @@ class Runner:
     def install(self, decoder: nn.Module, layers_name: str) -> None:
         """Follow the calls of the module that owns the blocks, in a list of this name."""
         self._layers_name = layers_name
+        self._kinds = hooks.TupleKinds(decoder)
         self._signature = inspect.signature(decoder.forward)
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         decoder.register_forward_hook(self._end, always_call=True)
@@ -276,7 +278,9 @@ class Runner:
             _refuse_blank(index, hidden)
             self._fetch(call, index, hidden, before, place)
         for name, module in call.inside.get(index, ()):
-            hooks.deliver(f"block {index}.{name}", module, call.outputs.inner[index, name])
+            hooks.deliver(
+                f"block {index}.{name}", module, call.outputs.inner[index, name], self._kinds
+            )
         return self._hand_out(call, index, hidden)
 
     def run_own(self, index: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:

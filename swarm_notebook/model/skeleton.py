@@ -22,7 +22,8 @@ from swarm_notebook.model import drafting
 from swarm_notebook.model.adapters import Adapters
 from swarm_notebook.model.blocks import remote_class
 from swarm_notebook.model.cache import RemoteCache
-from swarm_notebook.model.home import NO_ATTENTION, empty
+from swarm_notebook.model.home import empty
+from swarm_notebook.model.hooks import NO_ATTENTION
 from swarm_notebook.model.runner import Runner
 
 if TYPE_CHECKING:

@@ -296,6 +296,43 @@ def test_modules_inside_blocks_can_be_read(pair: Pair, requests: list[str]) -> N
         same(ours, theirs)
 
 
+@torch.no_grad()
+def test_attention_modules_return_what_they_return_locally(pair: Pair) -> None:
+    found: list[Any] = []
+    for model in (pair.remote, pair.local):
+        module = model.model.layers[3].self_attn
+        handle = module.register_forward_hook(lambda _m, _i, output: found.append(output))
+        model(ids(2))
+        handle.remove()
+    ours, theirs = found
+    assert isinstance(ours, tuple)
+    assert len(ours) == len(theirs)
+    same(ours[0], theirs[0])
+    assert ours[1] is theirs[1] is None
+
+
+@pytest.mark.parametrize(
+    "read_inputs",
+    [
+        lambda _m, args, _kw, _o: args[0],
+        lambda _m, args, _kw, _o: len(args),
+        lambda _m, args, _kw, _o: list(args),
+        lambda _m, _args, kwargs, _o: kwargs["hidden_states"],
+        lambda _m, _args, kwargs, _o: kwargs.get("hidden_states"),
+    ],
+)
+def test_inputs_inside_blocks_are_not_read_as_empty(
+    pair: Pair, read_inputs: Callable[..., Any]
+) -> None:
+    module = pair.remote.model.layers[3].self_attn
+    handle = module.register_forward_hook(read_inputs, with_kwargs=True)
+    try:
+        with pytest.raises(sn.errors.Unsupported, match=r"reads the module's inputs.*swarm\.own"):
+            pair.remote(ids(1))
+    finally:
+        handle.remove()
+
+
 def test_writes_inside_blocks_are_refused(pair: Pair) -> None:
     inner = pair.remote.model.layers[1].mlp
     for method in ("register_forward_pre_hook", "register_full_backward_hook"):
