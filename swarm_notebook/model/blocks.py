@@ -18,6 +18,7 @@ from torch import nn
 
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.hooks import allow_writes, refuse_writes
+from swarm_notebook.model.intact import refuse_export
 from swarm_notebook.model.placeholders import is_placeholder
 
 if TYPE_CHECKING:
@@ -49,11 +50,7 @@ class RemoteBlock(SwarmBlock):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The block's output for ``hidden_states`` ``[batch, length, hidden]``."""
-        if torch.compiler.is_exporting() or torch._C._is_tracing():
-            raise Unsupported(
-                f"torch.export: block {self._index} runs on servers and cannot be part of a "
-                "program; export the local model, or bring all blocks home: swarm.own(slice(None))"
-            )
+        refuse_export(self._index)
         output = self._runner.run(self._index, hidden_states, kwargs)
         return (output,) if self._runner.returns_tuple else output
 

@@ -11,6 +11,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from swarm_notebook.errors import Unsupported
@@ -20,6 +21,19 @@ from swarm_notebook.model.placeholders import is_placeholder
 # nnsight plants these for good on every module that it wraps; they only listen.
 _LISTENERS = "nnsight."
 _PLAIN = (int, float, str, bool, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+
+
+def refuse_export(block: int) -> None:
+    """Refuse to become a part of a program that is exported.
+
+    Raises:
+        Unsupported: torch exports or traces.
+    """
+    if torch.compiler.is_exporting() or torch._C._is_tracing():
+        raise Unsupported(
+            f"torch.export: block {block} runs on servers and cannot be part of a program; export "
+            "the local model, or bring all blocks home: swarm.own(slice(None))"
+        )
 
 
 class Plan:

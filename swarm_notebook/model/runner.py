@@ -37,7 +37,7 @@ from swarm_notebook.model.adapters import Adapters
 from swarm_notebook.model.autograd import SameTensor, Segment
 from swarm_notebook.model.blocks import OwnBlock
 from swarm_notebook.model.cache import RemoteCache
-from swarm_notebook.model.intact import Plan
+from swarm_notebook.model.intact import Plan, refuse_export
 from swarm_notebook.model.layout import Layout, plan
 
 
@@ -227,7 +227,8 @@ class Runner:
 
     def _check_intact(self, layout: Layout, *, thorough: bool) -> None:
         """Refuse what was exchanged inside of remote blocks."""
-        for index in set(layout.order) - layout.home:
+        for index in sorted(set(layout.order) - layout.home):
+            refuse_export(index)
             self._plans[index].check(index, self.blocks[index], thorough=thorough)
 
     def _check_order(self, cache: RemoteCache, layout: Layout) -> None:
