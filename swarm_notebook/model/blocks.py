@@ -11,7 +11,8 @@ through the runner, which has to know what comes in and what goes out.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,8 +22,17 @@ from swarm_notebook.model.hooks import allow_writes, refuse_writes
 from swarm_notebook.model.intact import refuse_export
 from swarm_notebook.model.placeholders import is_placeholder
 
-if TYPE_CHECKING:
-    from swarm_notebook.model.runner import Runner
+
+class BlockRunner(Protocol):
+    """What a block asks for its output (`runner.Runner`)."""
+
+    returns_tuple: bool
+
+    def run(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor: ...
+
+    def run_own(
+        self, index: int, forward: Callable[..., Any], args: tuple, kwargs: dict
+    ) -> Any: ...
 
 
 class SwarmBlock(nn.Module):
@@ -33,10 +43,10 @@ class SwarmBlock(nn.Module):
     """
 
     layer_class: type[nn.Module]
-    _runner: Runner
+    _runner: BlockRunner
     _index: int
 
-    def attach(self, runner: Runner, index: int) -> None:
+    def attach(self, runner: BlockRunner, index: int) -> None:
         """Make this the block ``index`` of the model that `runner` runs."""
         self._runner, self._index = runner, index
         self.register_state_dict_post_hook(_without_placeholders)

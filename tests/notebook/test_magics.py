@@ -158,5 +158,6 @@ def test_blocks_come_home_and_go(connected: Kernel) -> None:
     assert "this notebook" in connected.value("swarm.route()")
     assert connected.run("%swarm release 5:7").stdout == "At home: blocks 3, 29\n"
     assert connected.run("%swarm release").stdout == "At home: no blocks\n"
-    wrong = connected.fail("%swarm own 30")
+    wrong = connected.run("%swarm own 30")
     assert "BlocksOutOfRange: blocks: 30; the model has 30 blocks, 0 to 29" in wrong.stderr
+    assert connected.value("swarm.owned") == "()"
