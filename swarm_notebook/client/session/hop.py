@@ -309,19 +309,32 @@ class Hop:
         self._owed.popleft()
         return answer
 
-    def times(self, request: Request, answer: HopAnswer, began: float, packed: float) -> HopTimes:
+    def times(
+        self,
+        request: Request,
+        answer: HopAnswer,
+        began: float,
+        packed: float,
+        *,
+        awaited: bool = True,
+    ) -> HopTimes:
         """Where the time of a step went: packed from ``began`` to ``packed``, then answered.
+
+        Args:
+            awaited: reading the answer was waited for. It was not where the next server's answer
+                was waited for meanwhile: that time counts there.
 
         The parts of a long prompt wait for the server together, and are not counted while they do.
         """
         waited = max(answer.received - max(packed, answer.since), 0.0)
         serialisation, queue, compute = answer.report.times_within(waited)
+        reading = time.perf_counter() - answer.received if awaited else 0.0
         return HopTimes(
             self.segment.peer,
             self.segment.span.name,
             request.start,
             request.end,
-            serialisation + packed - began + time.perf_counter() - answer.received,
+            serialisation + packed - began + reading,
             max(waited - serialisation - queue - compute, 0.0),
             queue,
             compute,

@@ -132,7 +132,9 @@ class _PushGroup:
             except RemoteError as error:
                 raise HopLost(stage, error) from None
             outputs = answer.outputs
-            deliver(number + index, outputs, hop.times(request, answer, began, packed))
+            last = index + 1 == len(self._stages)
+            times = hop.times(request, answer, began, packed, awaited=last)
+            deliver(number + index, outputs, times)
             # What the next server took is counted from here: it began when this one answered.
             began = packed = answer.received
             if answer.report.filled and index:

@@ -16,11 +16,8 @@ def test_a_generation_is_traced(tiny_scene: Scene) -> None:
     trace = tiny_scene.swarm.trace()
     assert (trace.tokens, len(trace.passes)) == (NEW_TOKENS, NEW_TOKENS)
     assert repr(trace).endswith("14 tokens in 14 passes, through local-0 [0:2] -> local-1 [2:5]")
-    # Of a single pass nothing may be left for the notebook: one server still puts its answer
-    # together while the next one's is waited for.
-    assert sum(one.client for one in trace.passes) > 0
     for one in trace.passes:
-        assert one.client >= 0
+        assert one.client > 0
         for server in one.servers:
             assert server.compute > 0
             assert server.serialisation > 0
