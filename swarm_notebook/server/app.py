@@ -39,12 +39,12 @@ from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.announce import Announcer
 from swarm_notebook.server.engine import products, throughput
 from swarm_notebook.server.engine.activation_store import BUDGET_BYTES
-from swarm_notebook.server.engine.batching import Batching
 from swarm_notebook.server.engine.engine import Engine
-from swarm_notebook.server.engine.kv_budget import CachePool
+from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.requests import Limits
 from swarm_notebook.server.engine.scheduler import GATHER_PART_IN_GRAPHS
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.batching import Batching
 from swarm_notebook.server.engine.worker import ComputeThread, Job
 from swarm_notebook.server.pings import NeighbourPings
 from swarm_notebook.server.rpc.handler import Handler

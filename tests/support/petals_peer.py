@@ -31,8 +31,8 @@ from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.protocol import PART_BYTES
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import SessionState
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.session_state import SessionState
 
 ONLINE = 2
 CACHE_TOKENS = 3000

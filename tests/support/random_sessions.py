@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import BatchItem, SessionState, run_one
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 
 
 class RandomSession:

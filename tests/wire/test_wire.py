@@ -24,7 +24,7 @@ from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import BadRequest, CacheFull, SessionLost, from_wire
 from swarm_notebook.net import protocol, streams, tensors
-from swarm_notebook.server.engine.kv_cache import grown_capacity
+from swarm_notebook.server.engine.kv.cache import grown_capacity
 from swarm_notebook.server.engine.span import Span
 
 START, END, HIDDEN, CONTEXT = 1, 4, 48, 256

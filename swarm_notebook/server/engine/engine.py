@@ -20,9 +20,9 @@ from swarm_notebook.server.adapters.upload import Upload
 from swarm_notebook.server.engine import backward
 from swarm_notebook.server.engine.activation_store import ActivationStore
 from swarm_notebook.server.engine.backward import AutogradPass, NoRoom, SpanGradients
-from swarm_notebook.server.engine.batching import Batching
 from swarm_notebook.server.engine.requests import Backward, Forward
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.batching import Batching
 
 # Kinds of passes per span that are known to be too large to keep; beyond it they are learnt anew.
 _MAX_OVERSIZED = 64

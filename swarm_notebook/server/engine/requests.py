@@ -1,7 +1,7 @@
 """What a server is asked to compute: a forward or a backward pass, or a step of a session.
 
 Whoever makes one of these has checked it (`rpc.parse`); what depends on the state of a session (how
-many rows and positions its cache has) is checked in `session_state`.
+many rows and positions its cache has) is checked in `steps.session_state`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What the torch thread runs next. Decisions only: no torch, no threads, no clock.
 
 There are three kinds of work. A *step* is a token or a few of a session that decodes; steps of one
-group run as one batch (`batching`). A *prefill chunk* is a part of a long prompt; a session submits
-the next one when it has the result of the last, so others come in between. *Stateless* work is a
-forward or backward request, or upkeep of the server itself.
+group run as one batch (`steps.batching`). A *prefill chunk* is a part of a long prompt; a session
+submits the next one when it has the result of the last, so others come in between. *Stateless* work
+is a forward or backward request, or upkeep of the server itself.
 
 Each kind has its share of the time (`SHARES`) while others want it, and all of it otherwise; within
 a kind all clients have equal shares. Both are start-time fair queueing (`FairShares`; Goyal, Vin,
@@ -26,7 +26,7 @@ from typing import Generic, TypeVar
 
 from swarm_notebook.errors import ServerBusy
 
-# Four of the longest steps (`batching.SHORT_TOKENS`): a call may be long, but no prefill.
+# Four of the longest steps (`steps.batching.SHORT_TOKENS`): a call may be long, but no prefill.
 BATCH_TOKENS = 256
 # Stateless requests that wait or run, of one client and of all. A notebook that trains over a chain
 # sends its batch in parts, two per server, so 64 is more than an honest one needs.

@@ -27,9 +27,9 @@ from transformers import PreTrainedConfig
 from swarm_notebook.checkpoint.anatomy import restrict_config
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.server.adapters.mixing import Tuners
-from swarm_notebook.server.engine.attention import BatchCache, Part, attending
+from swarm_notebook.server.engine.attention.batch import BatchCache, Part, attending
 from swarm_notebook.server.engine.captures import Captures
-from swarm_notebook.server.engine.kv_cache import SessionCache
+from swarm_notebook.server.engine.kv.cache import SessionCache
 
 MAX_VIEWS = 64
 KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})

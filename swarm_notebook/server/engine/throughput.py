@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from swarm_notebook.server.engine.batching import Batching
-from swarm_notebook.server.engine.kv_cache import SessionCache
+from swarm_notebook.server.engine.kv.cache import SessionCache
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.scheduler import Kind, Task
-from swarm_notebook.server.engine.session_state import BatchItem, SessionState, run_one
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.batching import Batching
+from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 
 # Six runs of a tenth of a second: a server that starts beside takes the cores for longer than one.
 SECONDS = 0.1
@@ -51,7 +51,7 @@ class Throughput:
 
 
 def measure(span: Span, hidden_size: int, batching: Batching | None = None) -> Throughput:
-    """Run the first block for about a second; steps as ``batching`` runs them, if it is given."""
+    """Run the first block for about a second; steps as `batching` runs them, if it is given."""
     start, end = span.start, span.start + 1
     token = torch.zeros(1, 1, hidden_size)
     long = torch.zeros(1, FORWARD_TOKENS, hidden_size)

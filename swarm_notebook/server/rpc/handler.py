@@ -26,11 +26,11 @@ from swarm_notebook.net.records import to_petals_tokens
 from swarm_notebook.net.streams import Stream, add_stream_handler
 from swarm_notebook.server.engine.backward import SpanGradients
 from swarm_notebook.server.engine.engine import Engine
-from swarm_notebook.server.engine.kv_budget import CachePool
+from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.requests import Forward, Limits
 from swarm_notebook.server.engine.scheduler import Kind, Task
-from swarm_notebook.server.engine.session_state import SessionState
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.session_state import SessionState
 from swarm_notebook.server.engine.worker import ComputeThread
 from swarm_notebook.server.rpc import messages
 from swarm_notebook.server.rpc.adapter_upload import AdapterUploads

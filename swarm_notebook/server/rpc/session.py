@@ -6,7 +6,7 @@ session ends when the client says so or is gone, when a step fails, when its mem
 others (`SessionLost`) or when the server leaves (`ShuttingDown`, after the step in flight). In
 every case the memory is given back as soon as the torch thread has let go of it.
 
-A short step is computed together with those of other sessions (`batching`). A long prefill is
+A short step is computed together with those of other sessions (`steps.batching`). A long prefill is
 computed in chunks, so that the steps of other sessions come in between and a client that leaves
 stops it. Large tensors are packed and unpacked beside the event loop (`codec`).
 
@@ -25,12 +25,12 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
 from swarm_notebook.net import protocol
 from swarm_notebook.net.streams import Stream, StreamClosed
-from swarm_notebook.server.engine.batching import SHORT_TOKENS, Batching
-from swarm_notebook.server.engine.kv_budget import CachePool
-from swarm_notebook.server.engine.prefill import ChunkedPrefill
+from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.requests import Limits, Step, StepTimes
 from swarm_notebook.server.engine.scheduler import Kind, Task
-from swarm_notebook.server.engine.session_state import BatchItem, SessionState, run_one
+from swarm_notebook.server.engine.steps.batching import SHORT_TOKENS, Batching
+from swarm_notebook.server.engine.steps.prefill import ChunkedPrefill
+from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 from swarm_notebook.server.engine.worker import ComputeThread, Job
 from swarm_notebook.server.rpc.codec import Codec, packed_bytes
 from swarm_notebook.server.rpc.counters import Counters

@@ -20,7 +20,7 @@ from swarm_notebook.client.session import hop
 from swarm_notebook.errors import CacheFull, MissingBlocks
 from swarm_notebook.local.folder import ServerFolder
 from swarm_notebook.local.swarm import LocalServer
-from swarm_notebook.server.engine import kv_budget
+from swarm_notebook.server.engine.kv import budget as kv_budget
 
 PATIENCE = 3.0
 NOTICE_SECONDS = 2.0

@@ -20,9 +20,9 @@ from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.adapters.injection import AdaptedSpan
 from swarm_notebook.server.engine import products
-from swarm_notebook.server.engine.batching import Batching
-from swarm_notebook.server.engine.session_state import SessionState
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.batching import Batching
+from swarm_notebook.server.engine.steps.session_state import SessionState
 
 HIDDEN, ROUNDS = 48, 14
 ADAPTERS: list[tuple[str, dict[str, Any]]] = [

@@ -14,10 +14,10 @@ from support.peft_adapters import Tuned
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.adapters.store import AdapterLimits
-from swarm_notebook.server.engine.batching import Batching
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.requests import Forward
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.batching import Batching
 
 HIDDEN, ROWS, LENGTH = 48, 2, 12
 

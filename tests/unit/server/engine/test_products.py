@@ -17,8 +17,8 @@ from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.engine import products
 from swarm_notebook.server.engine.products import LONG_TOKENS, WANTED_PASSES, packed, plain, turned
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import SessionState
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.session_state import SessionState
 
 HIDDEN = 48
 # They multiply by something else than `torch.nn.Linear`.

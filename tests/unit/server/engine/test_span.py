@@ -19,8 +19,8 @@ from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import BadRequest, Unsupported
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import SessionState
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.session_state import SessionState
 
 TOLERANCE = 1e-4
 

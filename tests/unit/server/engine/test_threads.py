@@ -14,10 +14,10 @@ from support.peft_adapters import Tuned
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.adapters.injection import AdaptedSpan
-from swarm_notebook.server.engine.batching import Batching
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import BatchItem, SessionState, run_one
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.batching import Batching
+from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 
 HIDDEN, BLOCKS, GENEROUS = 48, (1, 4), 60.0
 

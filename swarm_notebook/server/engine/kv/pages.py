@@ -9,7 +9,7 @@ holds; a row that is selected keeps its pages, only one that is repeated is copi
 Whatever runs outside of captured steps (prefills, prompts, adapters) uses the same cache, which
 gathers the keys and values of a session into tensors of their own for every block and call. That
 costs a small part of a prefill; it is why sessions on CPUs, which gain nothing from fixed
-addresses, keep memory of their own (`kv_cache`).
+addresses, keep memory of their own (`kv.cache`).
 
 A *line* is one position of one row: ``page * PAGE + position % PAGE``. Page 0 belongs to nobody.
 Its line `NOTHING` is never written, so that it always holds zeros: captured steps read it in the
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from swarm_notebook.errors import CacheFull
-from swarm_notebook.server.engine.kv_cache import PAGE, SessionCache
+from swarm_notebook.server.engine.kv.cache import PAGE, SessionCache
 
 NOTHING, NOWHERE = 0, 1
 

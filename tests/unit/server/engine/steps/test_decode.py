@@ -11,12 +11,12 @@ from support.tiny import FAMILIES, tiny_model
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.server.engine.batching import Batching
-from swarm_notebook.server.engine.decode import Decoding, Impossible
-from swarm_notebook.server.engine.kv_cache import PAGE
+from swarm_notebook.server.engine.kv.cache import PAGE
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import BatchItem, SessionState
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.batching import Batching
+from swarm_notebook.server.engine.steps.decode import Decoding, Impossible
+from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState
 
 HIDDEN, TOLERANCE, TOKENS = 48, 1e-4, 4096
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

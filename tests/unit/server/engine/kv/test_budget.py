@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from swarm_notebook.errors import CacheFull, ServerBusy
-from swarm_notebook.server.engine import kv_budget
-from swarm_notebook.server.engine.kv_budget import CachePool, Grant, KVBudget, Reservation
-from swarm_notebook.server.engine.kv_cache import grown_capacity
+from swarm_notebook.server.engine.kv import budget as kv_budget
+from swarm_notebook.server.engine.kv.budget import CachePool, Grant, KVBudget, Reservation
+from swarm_notebook.server.engine.kv.cache import grown_capacity
 
 
 def budget(total: int, *held: tuple[int, float, bool]) -> tuple[KVBudget, list[Reservation]]:

@@ -8,7 +8,7 @@ its positions, outputs of modules inside of blocks, dropout.
 (`mixing`). A session whose step turns out to be wrong gets its error alone; if the call itself
 fails, its sessions run one by one, so that only the one that makes it fail gets the error.
 
-`Batching.try_out` tells whether a model's blocks can be shared at all (see `attention`): two
+`Batching.try_out` tells whether a model's blocks can be shared at all (see `attention.batch`): two
 sessions of different shapes, one of them padded, must get the same together as apart. BLOOM and
 Falcon do not call transformers' attention interface; rotations that stretch with the longest
 sequence of a call would stretch for everybody in it. Such models run session by session.
@@ -28,12 +28,17 @@ import torch
 from swarm_notebook.errors import SwarmError
 from swarm_notebook.server.adapters import mixing
 from swarm_notebook.server.adapters.mixing import Site
-from swarm_notebook.server.engine.attention import Part
-from swarm_notebook.server.engine.decode import STRETCHING, Decoding, Impossible
-from swarm_notebook.server.engine.kv_cache import SessionCache
+from swarm_notebook.server.engine.attention.batch import Part
+from swarm_notebook.server.engine.kv.cache import SessionCache
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import BatchItem, SessionState, no_memory, run_one
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.decode import STRETCHING, Decoding, Impossible
+from swarm_notebook.server.engine.steps.session_state import (
+    BatchItem,
+    SessionState,
+    no_memory,
+    run_one,
+)
 
 logger = logging.getLogger(__name__)
 

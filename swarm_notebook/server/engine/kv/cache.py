@@ -17,7 +17,7 @@ The pages of a session are contiguous: growing moves them, every page or eighth 
 which costs a small part of what reading them in every step does. So attention reads plain strided
 tensors, with the kernels that every device has, and no copies. Pages scattered in one pool would
 need a gather per session, block and step, or a kernel of their own. The bound on the memory of all
-sessions is kept by `kv_budget`.
+sessions is kept by `kv.budget`.
 
 One token of accounting is one row's position through all hosted blocks: ``rows * capacity``.
 """

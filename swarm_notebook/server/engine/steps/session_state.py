@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from swarm_notebook.errors import BadRequest, ServerBusy
-from swarm_notebook.server.engine.attention import Part
-from swarm_notebook.server.engine.kv_cache import SessionCache, grown_capacity
+from swarm_notebook.server.engine.attention.batch import Part
+from swarm_notebook.server.engine.kv.cache import SessionCache, grown_capacity
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span
 

@@ -10,7 +10,7 @@ to step, the rows' pages and positions, goes into tensors that the graph reads.
 without. Nothing is known by architecture. What cannot (BLOOM and Falcon do not call transformers'
 attention interface, rotations that stretch look at the largest position) goes on as before, and so
 does every step that is not of this kind: more than one position, prompts, adapters, modules inside
-of blocks. All of them share the sessions' caches (`pages`).
+of blocks. All of them share the sessions' caches (`kv.pages`).
 
 A bucket's first step runs without a graph, which is then captured. The outputs of all blocks are in
 the graph's own memory, so states of any block cost nothing but the way to the client.
@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from swarm_notebook.server.engine.attention import Part
-from swarm_notebook.server.engine.kv_cache import PAGE, SessionCache
-from swarm_notebook.server.engine.paged_attention import NAME, StepCache, stepping
-from swarm_notebook.server.engine.pages import NOWHERE, KVShape, PagedCache, PagePool
+from swarm_notebook.server.engine.attention.batch import Part
+from swarm_notebook.server.engine.attention.paged import NAME, StepCache, stepping
+from swarm_notebook.server.engine.kv.cache import PAGE, SessionCache
+from swarm_notebook.server.engine.kv.pages import NOWHERE, KVShape, PagedCache, PagePool
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import BatchItem, SessionState, run_one
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Decoding:
 
     Args:
         host: the blocks as all other requests run them.
-        span: the same blocks around the same weights, attending by `paged_attention`.
+        span: the same blocks around the same weights, attending by `attention.paged`.
         capture: in CUDA graphs.
         shortest: positions of the shortest bucket.
     """
@@ -369,7 +369,7 @@ class Program:
 
 
 def paged_span(span: Span) -> Span:
-    """The same blocks around the same weights, with `paged_attention` for their attention."""
+    """The same blocks around the same weights, with `attention.paged` for their attention."""
     decoder = span.cloned_decoder()
     for module in decoder.modules():
         for value in vars(module).values():

@@ -10,7 +10,7 @@ its blocks compiled. As far as possible it stays the model's own code:
 - The attention function of the same name is plain arithmetic. It honours what models pass:
   ``scaling``, ``softcap``, ``s_aux`` (sinks of attention, one per head), grouped heads.
 
-Whether a model is right with it is tried, not looked up by name: see `decode`.
+Whether a model is right with it is tried, not looked up by name: see `steps.decode`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
-from swarm_notebook.server.engine.pages import NOTHING, PagePool
+from swarm_notebook.server.engine.kv.pages import NOTHING, PagePool
 
 NAME = "swarm_notebook_paged"
 

@@ -12,7 +12,7 @@ Masks are made once per call and kind of block: the mask function calls the mode
 session and returns the list, as one object, which the decoder hands on to attention unseen.
 
 Whether an architecture plays along (calls the interface, hands the mask on, mixes tokens nowhere
-else) is not known by name but tried: see `batching`.
+else) is not known by name but tried: see `steps.batching`.
 
 `BatchCache.attend` is the place for a kernel that reads all sessions at once, where a call per
 session and block costs more than on a CPU.
@@ -33,7 +33,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 
 from swarm_notebook.server.adapters.mixing import Mixture, Tuners
-from swarm_notebook.server.engine.kv_cache import SessionCache
+from swarm_notebook.server.engine.kv.cache import SessionCache
 
 NAME = "swarm_notebook_batch"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import BatchItem, SessionState, run_one
+from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 
 
 class ChunkedPrefill:

@@ -10,10 +10,10 @@ from support.tiny import tiny_model
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.server.engine.prefill import ChunkedPrefill
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import SessionState, run_one
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.prefill import ChunkedPrefill
+from swarm_notebook.server.engine.steps.session_state import SessionState, run_one
 
 HIDDEN, LENGTH = 48, 70
 

@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import AdapterMissing
-from swarm_notebook.server.engine.batching import SHORT_TOKENS, Batching
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.session_state import SessionState, run_one
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.batching import SHORT_TOKENS, Batching
+from swarm_notebook.server.engine.steps.session_state import SessionState, run_one
 
 HIDDEN = 48
 SESSIONS, ROUNDS = 5, 12

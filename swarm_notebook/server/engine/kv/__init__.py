@@ -1,0 +1,1 @@
+"""Keys and values: how many a session may hold, and where they lie."""
