@@ -161,6 +161,7 @@ def _serve(options: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from swarm_notebook.checkpoint.source import resolve
     from swarm_notebook.server import app
+    from swarm_notebook.server.options import ServeOptions
 
     settings = {key: value for key, value in vars(options).items() if key != "run"}
     scratch = settings.pop("scratch")
@@ -176,7 +177,7 @@ def _serve(options: argparse.Namespace) -> int:
         if scratch is not None:
             threading.Thread(target=_remove_when_orphaned, args=(scratch,), daemon=True).start()
         settings["initial_peers"] = line.split()
-    return app.main(app.ServeOptions(**settings))
+    return app.main(ServeOptions(**settings))
 
 
 def _remove_when_orphaned(scratch: Path) -> None:

@@ -20,9 +20,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -32,13 +31,12 @@ from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks
 from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.errors import ServerFailed
 from swarm_notebook.net import protocol, tensors
-from swarm_notebook.net.node import LOOPBACK, Node
+from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState, to_petals_tokens
 from swarm_notebook.server import heap, lifetime
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.announce import Announcer
 from swarm_notebook.server.engine import products, throughput
-from swarm_notebook.server.engine.activation_store import BUDGET_BYTES
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.requests import Limits
@@ -46,15 +44,12 @@ from swarm_notebook.server.engine.scheduler import GATHER_PART_IN_GRAPHS
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
 from swarm_notebook.server.engine.worker import ComputeThread, Job
+from swarm_notebook.server.options import CACHE_TOKENS, ServeOptions
 from swarm_notebook.server.pings import NeighbourPings
 from swarm_notebook.server.rpc.handler import Handler
 
 logger = logging.getLogger(__name__)
 
-# Eight conversations of 2,048 positions.
-CACHE_TOKENS = 16384
-# Records are valid for two of them: a server that died is forgotten after two minutes at most.
-UPDATE_PERIOD = 60.0
 # How long steps in flight may take, and then the record that says offline and the end of p2pd.
 LEAVE_SECONDS = 30.0
 GOODBYE_SECONDS = 5.0
@@ -63,44 +58,6 @@ PROGRESS_SECONDS = 2.0
 TELL_SECONDS = 0.25
 # Between two checks for what has expired.
 EXPIRE_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What to serve and how; see ``swarm-notebook serve --help``.
-
-    Attributes:
-        model: a Hub id, a folder or a GGUF file; None is the demo model.
-        blocks: the range ``[start, end)`` to host; None is all.
-        identity: file of the private key behind the peer id; written if there is none.
-        dtype: what to compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
-        device: a torch device; "auto" is a GPU where there is one.
-        dummy_weights: random ones of the model's shape, announced under another name.
-        cache_tokens: budget of the key-value memory (rows x positions); None is `CACHE_TOKENS`.
-        activation_bytes: budget for activations that are kept for a backward pass.
-        adapter_bytes: the size of the adapters of one notebook.
-        adapter_max_rank: the largest rank of an adapter.
-        threads: CPU threads of torch; None leaves it to torch.
-        update_period: seconds between announcements.
-        exit_with_stdin: leave when standard input ends.
-    """
-
-    model: str | os.PathLike[str] | None
-    blocks: tuple[int, int] | None = None
-    initial_peers: Sequence[str] = ()
-    host_maddrs: Sequence[str] = LOOPBACK
-    identity: Path | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    dummy_weights: bool = False
-    cache_tokens: int | None = None
-    activation_bytes: int = BUDGET_BYTES
-    adapter_bytes: int = AdapterLimits.bytes
-    adapter_max_rank: int = AdapterLimits.rank
-    name: str | None = None
-    threads: int | None = None
-    update_period: float = UPDATE_PERIOD
-    exit_with_stdin: bool = False
 
 
 def main(options: ServeOptions) -> NoReturn:
@@ -238,7 +195,7 @@ class Server:
 
     async def _start(self) -> None:
         source = resolve(self._options.model, dummy=self._options.dummy_weights)
-        options = self._options = _settled(self._options, source)
+        options = self._options = self._options.settled(source)
         compute = ComputeThread()
         self._stack.push_async_callback(self._end_thread, compute)
         # Both take seconds, and one mostly waits.
@@ -392,18 +349,6 @@ async def _keep_expiring(handler: Handler) -> None:
     while True:
         await asyncio.sleep(EXPIRE_SECONDS)
         await handler.expire()
-
-
-def _settled(options: ServeOptions, source: ModelSource) -> ServeOptions:
-    """The options with a device and a dtype in the place of "auto"."""
-    device, dtype = options.device, options.dtype
-    halves: dict[Any, str] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        stored = source.config().dtype if torch.device(device).type != "cpu" else None
-        dtype = halves.get(stored, "float32")
-    return replace(options, device=device, dtype=dtype)
 
 
 def _measure(

@@ -21,7 +21,8 @@ from hivemind.p2p import PeerID
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.local.swarm import plan_spans
-from swarm_notebook.server.app import ServeOptions, Server
+from swarm_notebook.server.app import Server
+from swarm_notebook.server.options import ServeOptions
 
 
 @functools.cache

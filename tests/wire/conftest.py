@@ -12,7 +12,7 @@ from support.hosting import HostedServer
 from support.raw_wire import ServerProcess
 from support.tiny import tiny_model
 
-from swarm_notebook.server.app import ServeOptions
+from swarm_notebook.server.options import ServeOptions
 
 FAMILIES = ("bloom", "gemma3_text", "gpt2", "llama", "qwen3_moe")
 # Small enough for a test to fill.

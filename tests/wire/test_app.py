@@ -24,7 +24,8 @@ import swarm_notebook as sn
 from swarm_notebook.errors import ModelNotFound
 from swarm_notebook.net import protocol, streams, tensors
 from swarm_notebook.net.node import Node
-from swarm_notebook.server.app import ServeOptions, Server
+from swarm_notebook.server.app import Server
+from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.swarm import Swarm
 
 HIDDEN, NAME = 48, "tiny-llama"

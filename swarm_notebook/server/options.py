@@ -1,0 +1,70 @@
+"""What a server is to serve, and with what of its machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swarm_notebook.checkpoint.source import ModelSource
+from swarm_notebook.net.node import LOOPBACK
+from swarm_notebook.server.adapters.store import AdapterLimits
+from swarm_notebook.server.engine.activation_store import BUDGET_BYTES
+
+# Eight conversations of 2,048 positions.
+CACHE_TOKENS = 16384
+# Records are valid for two of them: a server that died is forgotten after two minutes at most.
+UPDATE_PERIOD = 60.0
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What to serve and how; see ``swarm-notebook serve --help``.
+
+    Attributes:
+        model: a Hub id, a folder or a GGUF file; None is the demo model.
+        blocks: the range ``[start, end)`` to host; None is all.
+        identity: file of the private key behind the peer id; written if there is none.
+        dtype: what to compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
+        device: a torch device; "auto" is a GPU where there is one.
+        dummy_weights: random ones of the model's shape, announced under another name.
+        cache_tokens: budget of the key-value memory (rows x positions); None is `CACHE_TOKENS`.
+        activation_bytes: budget for activations that are kept for a backward pass.
+        adapter_bytes: the size of the adapters of one notebook.
+        adapter_max_rank: the largest rank of an adapter.
+        threads: CPU threads of torch; None leaves it to torch.
+        update_period: seconds between announcements.
+        exit_with_stdin: leave when standard input ends.
+    """
+
+    model: str | os.PathLike[str] | None
+    blocks: tuple[int, int] | None = None
+    initial_peers: Sequence[str] = ()
+    host_maddrs: Sequence[str] = LOOPBACK
+    identity: Path | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    dummy_weights: bool = False
+    cache_tokens: int | None = None
+    activation_bytes: int = BUDGET_BYTES
+    adapter_bytes: int = AdapterLimits.bytes
+    adapter_max_rank: int = AdapterLimits.rank
+    name: str | None = None
+    threads: int | None = None
+    update_period: float = UPDATE_PERIOD
+    exit_with_stdin: bool = False
+
+    def settled(self, source: ModelSource) -> ServeOptions:
+        """The options with a device and a dtype in the place of "auto"."""
+        device, dtype = self.device, self.dtype
+        halves: dict[Any, str] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            stored = source.config().dtype if torch.device(device).type != "cpu" else None
+            dtype = halves.get(stored, "float32")
+        return replace(self, device=device, dtype=dtype)
