@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # "auto", how many tokens to look up, or the model that guesses.
 Draft = str | int | PreTrainedModel | None
 
+# Guesses before the costs of a pass are known, and at the most: a step above 64 tokens no longer
+# shares a batch. Prompt lookup looks for runs of `NGRAM` tokens: shorter ones repeat by chance.
 FIRST_GUESSES = 6
 MAX_GUESSES = 32
 NGRAM = 3

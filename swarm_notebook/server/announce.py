@@ -19,7 +19,9 @@ from swarm_notebook.net.records import MAX_SECONDS, MODEL_INDEX_KEY, ModelRecord
 
 logger = logging.getLogger(__name__)
 
+# Records of a server that announces more often than every second and a half (in tests).
 MIN_EXPIRATION = 3.0
+# After an announcement that no peer took: the next one is due in a minute.
 RETRY_SECONDS = 5.0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from swarm_notebook.client.telemetry import Event, Failover, HopTimes, StepRecord
 
+# Speed is of the last few seconds, or it would show what was; failovers are a list for the eye.
 SPEED_SECONDS = 3.0
 MAX_FAILOVERS = 20
 

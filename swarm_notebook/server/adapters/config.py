@@ -19,6 +19,7 @@ from typing import Any
 
 from swarm_notebook.errors import BadRequest
 
+# Of one notebook's adapters: a config of PEFT has some kB and lists at most the modules of a block.
 MAX_CONFIGS = 16
 MAX_CONFIG_CHARS = 1 << 18
 MAX_ENTRIES = 256

@@ -15,6 +15,7 @@ import torch
 
 from swarm_notebook.errors import BadRequest
 
+# Of an adapter with every linear layer of 126 blocks: 1,764 tensors, 240 kB of header.
 MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 1 << 14
 MAX_DIMENSIONS = 4

@@ -17,6 +17,7 @@ from torch import nn
 
 from swarm_notebook.errors import BadRequest
 
+# Of one call: the outputs of four modules of 30 blocks for 1,024 positions at hidden size 1,024.
 MAX_BYTES = 512 << 20
 
 

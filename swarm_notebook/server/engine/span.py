@@ -31,7 +31,9 @@ from swarm_notebook.server.engine.attention.batch import BatchCache, Part, atten
 from swarm_notebook.server.engine.captures import Captures
 from swarm_notebook.server.engine.kv.cache import SessionCache
 
+# Sub-ranges that are kept ready: each is a decoder without weights of its own, some kB.
 MAX_VIEWS = 64
+# What transformers calls the masks that depend on nothing but positions.
 KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 

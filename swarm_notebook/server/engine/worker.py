@@ -31,6 +31,8 @@ from swarm_notebook.server.engine.scheduler import (
 # Takes the one argument of each of several jobs; gives, for each, its result or its error.
 RunBatch = Callable[[Sequence[Any]], Sequence[Any]]
 
+# After a step of any session, prompts go on in chunks that let the next token through: a token
+# over two continents takes less.
 DECODING_SECONDS = 1.0
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol, tensors
 
+# Ids have 36 characters and names a few more; nobody reads 1,024 modules at once; a chain has at
+# most a server per block; nobody waits for a day.
 MAX_TEXT = 200
 MAX_INNER = 1024
 MAX_SERVERS = 512

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from transformers import Cache
 
+# Positions: a cache grows by so many, and pages of a pool have so many lines. With fewer the table
+# of pages that a captured step reads grows, with more a short session wastes most of its last one.
 PAGE = 64
 # Room beyond what is needed, as a part of it: growing is seldom, what lies idle is little.
 _AHEAD = 8

@@ -40,6 +40,7 @@ from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionS
 
 logger = logging.getLogger(__name__)
 
+# As many tokens as a batch takes (`scheduler.BATCH_TOKENS`), each a row.
 MAX_ROWS = 256
 # The shortest bucket: reading what is not there costs little below it, and each is captured once.
 SHORTEST = 256
