@@ -82,6 +82,20 @@ def restrict_config(config: PreTrainedConfig, start: int, end: int) -> None:
     config.num_hidden_layers = end - start
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has; None where nothing limits them.
+
+    Rotary embeddings that were rescaled (YaRN and others) are made to go beyond the length that
+    the config names.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    # One description, or a dict with one for each kind of block.
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    if any(kind.get("rope_type", "default") != "default" for kind in kinds):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
 class Nothing(nn.Module):
     """Stands for an embedding: adds exactly nothing, in any shape and dtype."""
 
@@ -126,7 +140,7 @@ def returns_tuple(model: PreTrainedModel, trunk: Trunk) -> bool:
 
     Annotations lie (Gemma 3 announces a tuple and returns a tensor), so the first block is run, on
     tensors without values. Attention and experts are set to the implementations that never ask
-    for a value.
+    for a value, and rotary embeddings to the kind that does not look for the longest sequence.
     """
     config = model.config
     implementations = config._attn_implementation, config._experts_implementation
@@ -137,10 +151,17 @@ def returns_tuple(model: PreTrainedModel, trunk: Trunk) -> bool:
         raise _Seen
 
     table: Any = model.get_input_embeddings().weight
+    rotary: dict[Any, Any] = {
+        module: module.rope_type for module in model.modules() if hasattr(module, "rope_type")
+    }
     embedded = torch.zeros(1, 1, table.shape[1], dtype=model.dtype, device="meta")
     hook = trunk.layers[0].register_forward_hook(stop)
     try:
         config._attn_implementation, config._experts_implementation = "eager", "batched_mm"
+        for module, kinds in rotary.items():
+            module.rope_type = (
+                dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
+            )
         # With a cache: without one, positions are searched for packed sequences, by value.
         model.base_model(inputs_embeds=embedded, use_cache=True)
     except _Seen:
@@ -153,4 +174,6 @@ def returns_tuple(model: PreTrainedModel, trunk: Trunk) -> bool:
     finally:
         hook.remove()
         config._attn_implementation, config._experts_implementation = implementations
+        for module, kinds in rotary.items():
+            module.rope_type = kinds
     raise Unsupported(f"{type(model).__name__} does not call its blocks one after another")

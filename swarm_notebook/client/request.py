@@ -38,6 +38,8 @@ class Request:
         adapter: adapters of the notebook to run the blocks with.
         inner: modules inside of blocks whose outputs are wanted, as block and dotted name.
         seed: of the dropout in adapters; None for none.
+        rotary_length: the length that rotary embeddings which depend on one go by; None where
+            that makes no difference.
     """
 
     start: int
@@ -53,6 +55,7 @@ class Request:
     inner: Sequence[tuple[int, str]] = ()
     seed: int | None = None
     rows_version: int = 0
+    rotary_length: int | None = None
 
     @property
     def boundaries(self) -> list[int]:
@@ -96,6 +99,8 @@ class Request:
             options["adapter"] = self.adapter.key()
             if self.seed is not None:
                 options.update(train=True, seed=self.seed)
+        if self.rotary_length is not None:
+            options["rotary_length"] = self.rotary_length
         return options
 
 
@@ -112,6 +117,10 @@ def refuse_extensions(span: ServerSpan, server: str, request: Request) -> None:
         "padded batches in a cache (an attention mask)": (request.mask is not None, without_cache),
         "explicit position ids in a cache": (request.position_ids is not None, without_cache),
         "hooks on modules inside of blocks": (bool(request.inner), "hook whole blocks"),
+        "rotary embeddings beyond the length that the model was made for": (
+            request.rotary_length is not None,
+            "shorten the prompt",
+        ),
     }
     for what, (asked, instead) in wanted.items():
         if asked and not span.extended:

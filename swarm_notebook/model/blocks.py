@@ -11,6 +11,7 @@ through the runner, which has to know what comes in and what goes out.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -61,6 +62,9 @@ class RemoteBlock(SwarmBlock):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The block's output for ``hidden_states`` ``[batch, length, hidden]``."""
         refuse_export(self._index)
+        if args:
+            names = _argument_names(self.layer_class)
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         output = self._runner.run(self._index, hidden_states, kwargs)
         return (output,) if self._runner.returns_tuple else output
 
@@ -119,6 +123,11 @@ def _miss_no_placeholders(block: Any, incompatible: Any) -> None:
 
 def _named(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _argument_names(layer_class: type[nn.Module]) -> list[str]:
+    """What a layer's forward takes behind the hidden states."""
+    return list(inspect.signature(layer_class.forward).parameters)[2:]
 
 
 @functools.cache

@@ -34,11 +34,14 @@ from swarm_notebook.client.session.history import Pass
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model import hooks, inputs
 from swarm_notebook.model.adapters import Adapters
+from swarm_notebook.model.alone import request_alone
 from swarm_notebook.model.autograd import SameTensor, Segment
+from swarm_notebook.model.blanks import blank, is_blank
 from swarm_notebook.model.blocks import OwnBlock
 from swarm_notebook.model.cache import RemoteCache
 from swarm_notebook.model.intact import Plan, refuse_export
 from swarm_notebook.model.layout import Layout, plan
+from swarm_notebook.model.rotary import Rotations
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Call:
         end: the block before which the present request ended.
         begun: whether the session knows of this pass.
         blank: the latest block handed out a blank.
+        last: the largest position of the call, plus one.
+        packs: transformers would take positions that begin again for sequences packed in one row.
     """
 
     cache: RemoteCache | None
@@ -63,6 +68,8 @@ class Call:
     seed: int | None
     states: set[int]
     inside: dict[int, list[tuple[str, nn.Module]]]
+    last: int
+    packs: bool
     outputs: Outputs = field(default_factory=lambda: Outputs({}, {}))
     place: int = 0
     end: int = 0
@@ -88,24 +95,6 @@ class Call:
         if place is not None:
             self.place = place + 1
         return place
-
-
-_blanks: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
-
-
-def _blank(like: torch.Tensor) -> torch.Tensor:
-    """What is handed out where nobody looks: NaN that takes no memory and can be recognised."""
-    key = like.dtype, like.device
-    if key not in _blanks:
-        with torch.inference_mode(False):  # its tensors have no versions to recognise
-            _blanks[key] = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
-    with torch.inference_mode(False):
-        return _blanks[key].expand(like.shape)
-
-
-def _is_blank(hidden: torch.Tensor) -> bool:
-    blank = _blanks.get((hidden.dtype, hidden.device))
-    return blank is not None and hidden.data_ptr() == blank.data_ptr()
 
 
 def _without_values(hidden: torch.Tensor) -> bool:
@@ -146,6 +135,7 @@ class Runner:
         twin.adapters = copy.deepcopy(self.adapters, memo)
         twin._plans = copy.deepcopy(self._plans, memo)
         twin._kinds = copy.deepcopy(self._kinds, memo)
+        twin._rotations = copy.deepcopy(self._rotations, memo)
         twin._inside, twin._local = (-1, []), threading.local()
         return twin
 
@@ -176,6 +166,7 @@ class Runner:
         """Follow the calls of the module that owns the blocks, in a list of this name."""
         self._layers_name = layers_name
         self._kinds = hooks.TupleKinds(decoder)
+        self._rotations = Rotations(decoder, self.blocks)
         self._signature = inspect.signature(decoder.forward)
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         decoder.register_forward_hook(self._end, always_call=True)
@@ -207,6 +198,8 @@ class Runner:
         states = kwargs.get("output_hidden_states")
         states = config.output_hidden_states if states is None else states
         mask = inputs.new_mask(kwargs.get("attention_mask"), cache, new)
+        ids = inputs.unusual_positions(kwargs.get("position_ids"), position)
+        packs = cache is None and kwargs.get("attention_mask") is None
         if cache is not None and layout.home and kwargs.get("attention_mask") is None:
             # The servers remember what was masked; blocks at home see what they are given.
             kwargs["attention_mask"] = cache.whole_mask(new)
@@ -217,11 +210,13 @@ class Runner:
             new,
             position,
             mask,
-            inputs.unusual_positions(kwargs.get("position_ids"), position),
+            ids,
             self.adapters.current(self.blocks, thorough=position == 0),
             self.adapters.dropout_seed(self.blocks),
             hooks.observed_boundaries(self.blocks, bool(states)),
             hooks.observed_inside(self._modules()),
+            position + new if ids is None else int(ids.max()) + 1,
+            packs,
         )
         return (), kwargs
 
@@ -315,7 +310,7 @@ class Runner:
         output = call.outputs.states.pop(index, None)
         call.blank = output is None
         if output is None:
-            output = _blank(like)
+            output = blank(like)
         elif call.segment is not None and call.piece_input is not None:
             prompts = self._prompts(call.piece, index + 1)
             output = call.segment.node(call.piece, index + 1, call.piece_input, prompts, output)
@@ -352,6 +347,10 @@ class Runner:
             _refuse_detours(call.layout, index, before, place)
         call.end = index + 1 if place is None else call.layout.stretch_end(place)
         request = self._request(call, index, hidden)
+        if stateless and not call.packs and request.position_ids is not None:
+            # Without a cache and a mask a server would find sequences packed in one row.
+            ones = torch.ones(call.rows, call.new, dtype=torch.uint8)
+            request.mask = ones if request.mask is None else request.mask
         if cache is not None:
             self._remember(call, cache, index, request.hidden)
         call.segment = None
@@ -389,6 +388,7 @@ class Runner:
                 for name, _ in modules
             ],
             seed=call.seed,
+            rotary_length=self._rotations.length(call.last),
         )
 
     def _remember(self, call: Call, cache: RemoteCache, index: int, hidden: torch.Tensor) -> None:
@@ -406,6 +406,7 @@ class Runner:
             {index: hidden.detach().to("cpu")},
             mask=call.mask,
             position_ids=call.position_ids,
+            rotary_length=self._rotations.length(call.last),
         )
         session.begin(
             new,
@@ -416,27 +417,15 @@ class Runner:
 
     def _run_alone(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """A block that is called by itself, outside of the model's own forward."""
-        if _is_blank(hidden):
-            raise Unsupported(
-                "torch.utils.checkpoint(use_reentrant=True) around a remote block: what it calls "
-                "again was never here; pass use_reentrant=False, or bring the block home: "
-                f"swarm.own({index})"
-            )
-        if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
-            raise Unsupported(
-                f"block {index} was called by itself with a mask or a cache; call the model, or "
-                "the block with hidden states and position_ids only"
-            )
-        ids = inputs.unusual_positions(kwargs.get("position_ids"), 0)
-        adapter = self.adapters.current(self.blocks, thorough=True)
-        sent = hidden.detach().to("cpu", copy=True)
-        request = Request(index, index + 1, sent, 0, position_ids=ids, adapter=adapter)
+        self._check_intact(Layout((index,), self.home, frozenset({0, 1})), thorough=True)
+        request = request_alone(index, hidden, kwargs, self._rotations)
+        request.adapter = self.adapters.current(self.blocks, thorough=True)
         gradients = self._wants_gradients(hidden)
         outputs, trails = self.connection.forward(request, keep=gradients)
         output = outputs.states[index].to(hidden.device)
         if not gradients:
             return output
-        weights = self.adapters.parameters if adapter else {}
+        weights = self.adapters.parameters if request.adapter else {}
         segment = Segment(self.connection, request, trails, weights)
         return segment.node(index, index + 1, hidden, None, output)
 
@@ -456,7 +445,7 @@ def _learns(block: nn.Module, hidden: torch.Tensor) -> bool:
 
 
 def _refuse_blank(index: int, hidden: torch.Tensor) -> None:
-    if _is_blank(hidden):
+    if is_blank(hidden):
         raise Unsupported(
             f"block {index} is called in another order than the list of blocks says, or the model "
             "changes hidden states before it outside of any hook; register a forward hook on the "

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationMixin
 
+from swarm_notebook.checkpoint.anatomy import context_length
 from swarm_notebook.checkpoint.partial import load_edges
 from swarm_notebook.checkpoint.single import BlockTensors
 from swarm_notebook.checkpoint.source import ModelSource
@@ -193,7 +194,7 @@ def build(
         blocks,
         Adapters(connection, loaded, prefix),
         returns_tuple=info.returns_tuple,
-        context_length=getattr(model.config, "max_position_embeddings", None),
+        context_length=context_length(model.config),
     )
     for index, block in enumerate(blocks):
         block.__class__ = remote_class(type(block))  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import torch
 
 from swarm_notebook import __version__
+from swarm_notebook.checkpoint.anatomy import context_length
 from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks
 from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.errors import ServerFailed
@@ -224,7 +225,7 @@ class Server:
             start=span.start,
             end=span.end,
             hidden_size=config.hidden_size,
-            context=getattr(config, "max_position_embeddings", None),
+            context=context_length(config),
             tokens=tokens,
         )
         pool = CachePool(limits.tokens)

@@ -61,17 +61,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(family: str) -> Any:
+def tiny_config(family: str, **changed: Any) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
+    return AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changed})
 
 
-def build(family: str, seed: int = 0) -> Any:
+def build(family: str, seed: int = 0, **changed: Any) -> Any:
     """The model itself, float32, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32).eval()
+    config = tiny_config(family, **changed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(zlib.crc32(family.encode()) + seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -89,8 +90,12 @@ def _scaled(name: str, parameter: torch.Tensor, noise: torch.Tensor) -> torch.Te
     return 1.5 * noise / parameter.shape[-1] ** 0.5
 
 
-def tiny_model(family: str, folder: str | Path, seed: int = 0) -> Path:
-    """Save a tiny random model of `family` in `folder`/tiny-`family`; return that folder."""
+def tiny_model(family: str, folder: str | Path, seed: int = 0, **changed: Any) -> Path:
+    """Save a tiny random model of `family` in `folder`/tiny-`family`; return that folder.
+
+    Args:
+        changed: fields of its config.
+    """
     path = Path(folder) / f"tiny-{family}"
-    build(family, seed).save_pretrained(path)
+    build(family, seed, **changed).save_pretrained(path)
     return path

@@ -27,6 +27,7 @@ class Pass:
         edits: the same where a hook (or the embedding) decided it; these cannot be recomputed.
         mask: attention mask of these tokens, ``[batch, length]`` uint8, or None for ones.
         position_ids: ``[batch or 1, length]`` int64, or None for the model's own count.
+        rotary_length: as in `Request`.
     """
 
     position: int
@@ -35,6 +36,7 @@ class Pass:
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
     mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+    rotary_length: int | None = None
 
     @property
     def end(self) -> int:
@@ -48,6 +50,11 @@ class Pass:
     def cuts(self, start: int, end: int) -> list[int]:
         """``[start, …edits between…, end]``: the stages that must be run one by one."""
         return [start, *sorted(block for block in self.edits if start < block < end), end]
+
+    def joins(self, later: Pass, start: int, end: int) -> bool:
+        """Whether blocks ``[start, end)`` may run this pass and the one behind it as one."""
+        cuts, length = self.cuts(start, end), self.rotary_length
+        return cuts == later.cuts(start, end) and length == later.rotary_length
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Pass:
         """The same pass with ``change`` applied to every tensor that has the batch's rows."""
@@ -175,7 +182,7 @@ class History:
     def replay(self, start: int, end: int, length: int) -> Iterator[Pass]:
         """Passes to run through blocks ``[start, end)`` to rebuild the first ``length`` tokens.
 
-        Neighbouring passes with edits at the same blocks come merged into one. What is derived
+        Neighbouring passes that can run as one come merged. What is derived
         from such a merged pass is given back with `learn`.
         """
         self.settle()
@@ -184,7 +191,7 @@ class History:
             if not isinstance(event, Pass) or event.position >= length:
                 continue
             part = event.tokens(event.position, min(event.end, length))
-            if run and run[-1].cuts(start, end) != part.cuts(start, end):
+            if run and not run[-1].joins(part, start, end):
                 yield _merge(run, start)
                 run = []
             run.append(part)
@@ -232,6 +239,7 @@ class History:
             prompts=self._prompts(start, end, part),
             adapter=self.adapter,
             rows_version=self.rows_version,
+            rotary_length=part.rotary_length,
         )
 
     def _prompts(self, start: int, end: int, part: Pass) -> torch.Tensor | None:
@@ -265,6 +273,7 @@ def _merge(run: list[Pass], start: int) -> Pass:
         else {start: torch.cat([tensor for tensor in known if tensor is not None], dim=1)},
         mask=_merge_masks(run, batch),
         position_ids=_merge_position_ids(run, batch),
+        rotary_length=first.rotary_length,
     )
 
 

@@ -67,6 +67,7 @@ class Forward:
         adapter: id and version of the peer's adapter to run the blocks with.
         seed: of the dropout in the adapter; None for none.
         keep: the id under which to keep the activations for a backward.
+        rotary_length: see `Span.compute`.
     """
 
     blocks: tuple[int, int]
@@ -79,6 +80,7 @@ class Forward:
     adapter: tuple[str, int] | None = None
     seed: int | None = None
     keep: str | None = None
+    rotary_length: int | None = None
 
     @property
     def rows(self) -> int:
@@ -91,6 +93,8 @@ class Forward:
     def extras(self) -> dict[str, Any]:
         """What `Span.compute` is told only if it is asked for."""
         extras: dict[str, Any] = {"inner": self.inner} if self.inner else {}
+        if self.rotary_length is not None:
+            extras["rotary_length"] = self.rotary_length
         return extras if self.seed is None else {**extras, "seed": self.seed}
 
 

@@ -30,6 +30,7 @@ from swarm_notebook.server.adapters.mixing import Tuners
 from swarm_notebook.server.engine.attention.batch import BatchCache, Part, attending
 from swarm_notebook.server.engine.captures import Captures
 from swarm_notebook.server.engine.kv.cache import SessionCache
+from swarm_notebook.server.engine.rotary import rotary_kinds, stretching_modules, turning_by
 
 # Sub-ranges that are kept ready: each is a decoder without weights of its own, some kB.
 MAX_VIEWS = 64
@@ -66,14 +67,13 @@ class Span:
         self.takes_positions: Final = (
             "position_ids" in inspect.signature(decoder.forward).parameters
         )
+        self._stretching: Final = stretching_modules(decoder)
         self._views: Final[OrderedDict[tuple[int, int], nn.Module]] = OrderedDict()
 
     @property
     def rotations(self) -> set[str]:
         """The kinds of rotary embeddings of the decoder, as transformers names them."""
-        # One name, or a dict with one for each kind of block.
-        found = (getattr(module, "rope_type", None) for module in self._decoder.modules())
-        return {str(kind) for kind in found if kind is not None}
+        return {kind for module in self._decoder.modules() for kind in rotary_kinds(module)}
 
     @property
     def config(self) -> Any:
@@ -129,6 +129,7 @@ class Span:
         prompts: torch.Tensor | None = None,
         states: Sequence[int] = (),
         inner: Sequence[tuple[int, str]] = (),
+        rotary_length: int | None = None,
     ) -> list[torch.Tensor]:
         """The output of blocks ``[start, end)`` for ``hidden``, then the states and ``inner``.
 
@@ -141,6 +142,8 @@ class Span:
                 each block's input.
             states: indices of the blocks whose outputs come back as well.
             inner: modules inside of blocks whose outputs come back as well, without gradients.
+            rotary_length: what rotary embeddings that depend on a length go by (see `rotary`);
+                None: the positions of this call.
 
         Raises:
             BadRequest: an inner module is not there, or has no single tensor as its output.
@@ -159,7 +162,8 @@ class Span:
         # The last block's output is the result itself (the final norm is a no-op).
         ahead = {index for index in states if index != end - 1}
         modules = Captures(self.layers, self.start, inner)
-        with self._hooked(start, ahead, captured, prompts), modules:
+        rotating = turning_by(self._stretching, rotary_length)
+        with self._hooked(start, ahead, captured, prompts), modules, rotating:
             output = view(past_key_values=cache, use_cache=cache is not None, **arguments)
         result = output.last_hidden_state
         return [result, *(captured.get(index, result) for index in states), *modules.outputs()]

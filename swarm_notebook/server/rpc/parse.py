@@ -176,6 +176,7 @@ def _read_common(
         request.position_ids = _read_position_ids(position_ids, request, limits)
     request.states = fields.states(metadata.get("states"), request.blocks)
     request.inner = fields.inner(metadata.get("inner"), request.blocks)
+    request.rotary_length = fields.integer(metadata, "rotary_length") or None
     if metadata.get("adapter") is not None:
         request.adapter = fields.adapter(metadata["adapter"])
         if fields.flag(metadata, "train"):

@@ -31,8 +31,9 @@ from swarm_notebook.server.adapters.mixing import Site
 from swarm_notebook.server.engine.attention.batch import Part
 from swarm_notebook.server.engine.kv.cache import SessionCache
 from swarm_notebook.server.engine.requests import Step
+from swarm_notebook.server.engine.rotary import STRETCHING
 from swarm_notebook.server.engine.span import Span
-from swarm_notebook.server.engine.steps.decode import STRETCHING, Decoding, Impossible
+from swarm_notebook.server.engine.steps.decode import Decoding, Impossible
 from swarm_notebook.server.engine.steps.session_state import (
     BatchItem,
     SessionState,

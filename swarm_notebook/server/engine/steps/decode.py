@@ -35,6 +35,7 @@ from swarm_notebook.server.engine.attention.paged import NAME, StepCache, steppi
 from swarm_notebook.server.engine.kv.cache import PAGE, SessionCache
 from swarm_notebook.server.engine.kv.pages import NOWHERE, KVShape, PagedCache, PagePool
 from swarm_notebook.server.engine.requests import Step
+from swarm_notebook.server.engine.rotary import STRETCHING
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 
@@ -46,8 +47,6 @@ MAX_ROWS = 256
 SHORTEST = 256
 MAX_BUCKETS = 64
 
-# How transformers names rotations that depend on the largest position of a call.
-STRETCHING = ("dynamic", "longrope")
 # How far results may be from those of sessions that run alone, relative to their size: some
 # roundings of the dtype through a few blocks.
 _CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}

@@ -1,0 +1,66 @@
+"""A block that is called by itself, outside of the model's own forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from swarm_notebook.client.request import Request
+from swarm_notebook.errors import Unsupported
+from swarm_notebook.model.blanks import is_blank
+from swarm_notebook.model.inputs import unusual_positions
+from swarm_notebook.model.rotary import Rotations
+
+
+def request_alone(
+    index: int, hidden: torch.Tensor, kwargs: dict[str, Any], rotations: Rotations
+) -> Request:
+    """What is asked of the server of block ``index``.
+
+    Args:
+        hidden: ``[batch, length, hidden]``, the block's input.
+        kwargs: what else it was called with.
+
+    Raises:
+        Unsupported: something in it cannot travel.
+    """
+    if is_blank(hidden):
+        raise Unsupported(
+            "torch.utils.checkpoint(use_reentrant=True) around a remote block: what it calls "
+            "again was never here; pass use_reentrant=False, or bring the block home: "
+            f"swarm.own({index})"
+        )
+    ids = _positions(index, kwargs, rotations)
+    return Request(
+        index,
+        index + 1,
+        hidden.detach().to("cpu", copy=True),
+        0,
+        # With a mask a server finds no sequences packed in one row: a block alone never does.
+        mask=None if ids is None else torch.ones(hidden.shape[:2], dtype=torch.uint8),
+        position_ids=ids,
+        rotary_length=rotations.length(hidden.shape[1] if ids is None else int(ids.max()) + 1),
+    )
+
+
+def _positions(index: int, kwargs: dict[str, Any], rotations: Rotations) -> torch.Tensor | None:
+    """The positions, if they are unusual."""
+    given = {name for name, value in kwargs.items() if isinstance(value, (torch.Tensor, Cache))}
+    if unknown := sorted(given - {"position_ids", "position_embeddings"}):
+        raise Unsupported(
+            f"block {index} was called by itself with {unknown[0]}; call the model, or the block "
+            "with hidden states and its positions only, or bring it home: "
+            f"swarm.own({index})"
+        )
+    embeddings, ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
+    if embeddings is not None:
+        ids = rotations.positions(embeddings)
+        if ids is None:
+            raise Unsupported(
+                f"block {index} was called by itself with position_embeddings that the model's own "
+                "rotary embeddings did not make; pass what they return for position_ids, or bring "
+                f"the block home: swarm.own({index})"
+            )
+    return unusual_positions(ids, 0)

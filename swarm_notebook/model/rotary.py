@@ -1,0 +1,117 @@
+"""What the decoder's own rotary modules were asked, here in the notebook.
+
+They run in every call, just as on a local model. Servers have theirs, and need to know two things:
+
+- by which length those that depend on one go (``dynamic``, ``longrope``): a server sees a part of
+  the tokens, and the calls of others; ``dynamic`` ones remember the longest call before;
+- at which positions a block is that somebody calls by itself, with cosines and sines instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from swarm_notebook.errors import Unsupported
+
+
+class Rotations:
+    """The rotary modules of a decoder beside its blocks."""
+
+    def __init__(self, decoder: nn.Module, blocks: Collection[nn.Module]):
+        inside = {id(module) for block in blocks for module in block.modules()}
+        self._modules: list[Any] = [
+            module
+            for module in decoder.modules()
+            if hasattr(module, "rope_type") and id(module) not in inside
+        ]
+        self._asked = WeakTensorKeyDictionary()  # positions and version by cosines, by sines
+        for module in self._modules:
+            module.register_forward_hook(self._note, with_kwargs=True)
+
+    def __deepcopy__(self, memo: dict) -> Rotations:
+        memo[id(self)] = twin = object.__new__(Rotations)
+        twin._modules = copy.deepcopy(self._modules, memo)
+        twin._asked = WeakTensorKeyDictionary()
+        return twin
+
+    def _note(self, _module: nn.Module, inputs: tuple, named: dict, output: Any) -> None:
+        ids = inputs[1] if len(inputs) > 1 else named.get("position_ids")
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or torch.compiler.is_compiling():
+            return
+        ids = ids.detach().to("cpu", torch.int64, copy=True)
+        for tensor in _tensors(output):
+            self._asked[tensor] = ids, _version(tensor)
+
+    def positions(self, embeddings: Any) -> torch.Tensor | None:
+        """The position ids ``[batch or 1, length]`` for which these embeddings were made here.
+
+        None for embeddings that the model's own modules have not made, or that were changed since.
+        """
+        tensors = list(_tensors(embeddings))
+        found = [self._asked.get(tensor) for tensor in tensors]
+        for tensor, known in zip(tensors, found, strict=True):
+            if known is None or known[1] != _version(tensor) or known[0] is not found[0][0]:
+                return None
+        return found[0][0] if found else None
+
+    def length(self, last: int) -> int | None:
+        """The length that rotary embeddings go by in a call; None if it makes no difference.
+
+        To be asked after they have run.
+
+        Args:
+            last: the largest position of the call, plus one.
+
+        Raises:
+            Unsupported: some of them go by another one than others.
+        """
+        found = {
+            length
+            for module in self._modules
+            for layer, kind in _kinds(module)
+            if (length := _length(module, layer, kind, last)) is not None
+        }
+        if len(found) > 1:
+            raise Unsupported(
+                "blocks with different kinds of rotary embeddings that depend on the length "
+                f"({sorted(found)}) beyond the length that the model was made for; bring the "
+                "blocks home: swarm.own(slice(None))"
+            )
+        return next(iter(found), None)
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    parts = output if isinstance(output, (tuple, list)) else (output,)
+    return (part for part in parts if isinstance(part, torch.Tensor))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _kinds(module: Any) -> list[tuple[str | None, str]]:
+    """The kinds of rotary embeddings of a module: one, or one for each kind of block."""
+    kinds = module.rope_type
+    return list(kinds.items()) if isinstance(kinds, dict) else [(None, kinds)]
+
+
+def _length(module: Any, layer: str | None, kind: str, last: int) -> int | None:
+    # As in transformers' `dynamic_rope_update`.
+    if "dynamic" in kind:
+        cached = module.max_seq_len_cached
+        if layer is not None:
+            cached = getattr(module, f"{layer}_max_seq_len_cached", cached)
+        return int(cached) if cached > module.original_max_seq_len else None
+    if kind == "longrope":
+        parameters = module.config.rope_parameters
+        parameters = parameters if layer is None else parameters[layer]
+        original: int = parameters["original_max_position_embeddings"]
+        # One for all lengths beyond it, as they turn alike: passes can be replayed together.
+        return original + 1 if last > original else None
+    return None
