@@ -17,9 +17,10 @@ from swarm_notebook.errors import AdapterMissing
 from swarm_notebook.server.adapters.injection import AdaptedSpan
 from swarm_notebook.server.adapters.store import AdapterLimits, AdapterStore
 from swarm_notebook.server.adapters.upload import Upload
-from swarm_notebook.server.engine import backward
+from swarm_notebook.server.engine import backward, stateless
 from swarm_notebook.server.engine.activation_store import ActivationStore
 from swarm_notebook.server.engine.backward import AutogradPass, NoRoom, SpanGradients
+from swarm_notebook.server.engine.pieces import Pieces
 from swarm_notebook.server.engine.requests import Backward, Forward
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
@@ -73,7 +74,7 @@ class Engine:
             )
         return held.span
 
-    def forward(self, peer: str, request: Forward) -> list[torch.Tensor]:
+    def forward(self, peer: str, request: Forward) -> Pieces[list[torch.Tensor]]:
         """The outputs that a forward request wants, on the CPU.
 
         Returns:
@@ -85,36 +86,31 @@ class Engine:
             BadRequest: an inner module is not there, or has no single tensor as its output.
         """
         span = self.span_for(peer, request)
-        found = self._kept_forward(span, peer, request)
+        found = yield from self._kept_forward(span, peer, request)
         if found is None:
-            found = self._plain_forward(span, request)
-        return [output.cpu() for output in found]
+            found = yield from stateless.forward(span, request)
+        return found
 
-    def _kept_forward(self, span: Span, peer: str, request: Forward) -> list[torch.Tensor] | None:
+    def _kept_forward(
+        self, span: Span, peer: str, request: Forward
+    ) -> Pieces[list[torch.Tensor] | None]:
         """The outputs of a pass that is kept for a backward; None if it is not to be, or cannot."""
         if request.keep is None or not self._can_keep(span, request):
             return None
         try:
-            graph, inner, kept = backward.record(span, request, self._activations.make_room)
+            recorded = yield from backward.record(span, request, self._activations.make_room)
         except NoRoom:
             self._learn_oversized(span, request)
             return None
+        if recorded is None:
+            return None
+        graph, inner, kept = recorded
         self._activations.put((peer, request.keep), graph, kept)
         wanted = (request.blocks[1] - 1, *request.states)
-        return [*(graph.outputs[index].detach() for index in wanted), *inner]
+        found = [*(graph.outputs[index].detach() for index in wanted), *inner]
+        return [output.cpu() for output in found]
 
-    def _plain_forward(self, span: Span, request: Forward) -> list[torch.Tensor]:
-        return span.run(
-            *request.blocks,
-            request.hidden,
-            attention_mask=request.attention_mask,
-            position_ids=request.position_ids,
-            prompts=request.prompts,
-            states=request.states,
-            **request.extras(),
-        )
-
-    def backward(self, peer: str, request: Backward) -> SpanGradients:
+    def backward(self, peer: str, request: Backward) -> Pieces[SpanGradients]:
         """The gradients that a backward request wants, on the CPU (see `SpanGradients`).
 
         Raises:
@@ -124,11 +120,11 @@ class Engine:
         key = (peer, request.kept or "")
         graph = self._activations.get(key) if request.kept else None
         if graph is None or not graph.serves(request):
-            found = backward.recompute(span, request)
+            found = yield from backward.recompute(span, request)
         else:
-            found = graph.gradients(request, keep=not request.release)
             if request.release:
                 self._activations.remove(key)
+            found = yield from graph.gradients(request, keep=not request.release)
         return SpanGradients([gradient.cpu() for gradient in found.tensors], found.weights)
 
     def load_adapter(self, peer: str, upload: Upload) -> tuple[int, dict[str, torch.Tensor]]:

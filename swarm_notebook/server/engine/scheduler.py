@@ -3,7 +3,8 @@
 There are three kinds of work. A *step* is a token or a few of a session that decodes; steps of one
 group run as one batch (`steps.batching`). A *prefill chunk* is a part of a long prompt; a session
 submits the next one when it has the result of the last, so others come in between. *Stateless* work
-is a forward or backward request, or upkeep of the server itself.
+is a forward or backward request, or upkeep of the server itself; a long request comes in `pieces`,
+and what is left of it is next among the work of its client.
 
 Each kind has its share of the time (`SHARES`) while others want it, and all of it otherwise; within
 a kind all clients have equal shares. Both are start-time fair queueing (`FairShares`; Goyal, Vin,
@@ -41,6 +42,10 @@ ALONE_SECONDS = 0.5
 # Tokens of a chunk: fewer waste the weights that are read for them, and more gain nothing.
 MIN_CHUNK, MAX_CHUNK = 32, 512
 FIRST_CHUNK = 64
+# Of a pass, in tokens through one block: no bound but time, as cards want them large.
+MAX_PIECE = 1 << 30
+# The forward pass that autograd records, and two products for each of its own on the way back.
+BACKWARD_COST = 3
 # The newest value's weight in a running mean: half is forgotten after two values.
 _NEWEST = 0.3
 
@@ -82,6 +87,8 @@ class Task:
         group: work of the same group can run as one; None runs alone.
         blocks: how many it runs through, if that is all that it does.
         session: whose step it is.
+        work: of what comes in pieces: in tokens through one block forward, a backward being
+            `BACKWARD_COST` of them.
     """
 
     kind: Kind
@@ -90,6 +97,7 @@ class Task:
     group: Hashable | None = None
     blocks: int = 0
     session: Hashable | None = None
+    work: int = 0
 
 
 UPKEEP = Task(Kind.STATELESS)
@@ -135,9 +143,10 @@ class Schedule(Generic[W]):
     def __len__(self) -> int:
         return self._waiting
 
-    def add(self, task: Task, work: W) -> None:
+    def add(self, task: Task, work: W, *, begun: bool = False) -> None:
+        """Let work wait; what has ``begun`` goes on before all else of its client."""
         self._waiting += 1
-        self._by_kind[task.kind].add(task, work)
+        self._by_kind[task.kind].add(task, work, begun=begun)
 
     @property
     def batchable(self) -> int:
@@ -180,8 +189,12 @@ class _KindQueues(Generic[W]):
         self.queues: dict[str, deque[tuple[Task, W]]] = {}
         self.shares: FairShares[str] = FairShares()
 
-    def add(self, task: Task, work: W) -> None:
-        self.queues.setdefault(task.client, deque()).append((task, work))
+    def add(self, task: Task, work: W, *, begun: bool) -> None:
+        queue = self.queues.setdefault(task.client, deque())
+        if begun:
+            queue.appendleft((task, work))
+        else:
+            queue.append((task, work))
 
     def take(self) -> list[tuple[Task, W]]:
         """The next client's first work, and what may run along with it."""
@@ -274,10 +287,23 @@ class Admission:
 
 
 class ChunkSizer:
-    """How many tokens a chunk of prefill may have, from how fast the last ones were."""
+    """How many tokens a chunk of prefill may have, from how fast the last ones were.
 
-    def __init__(self) -> None:
-        self._rate: float | None = None
+    Args:
+        least, most: bounds of what `size` says.
+        first: what it says before anything is known.
+        rate: tokens per second, if they are known.
+    """
+
+    def __init__(
+        self,
+        least: int = MIN_CHUNK,
+        most: int = MAX_CHUNK,
+        first: int = FIRST_CHUNK,
+        rate: float | None = None,
+    ) -> None:
+        self._least, self._most, self._first = least, most, first
+        self._rate = rate
 
     def ran(self, tokens: int, seconds: float) -> None:
         """A chunk of so many tokens took so many seconds."""
@@ -287,6 +313,28 @@ class ChunkSizer:
     def size(self, *, crowded: bool) -> int:
         """The tokens of the next chunk; ``crowded`` if others decode or wait."""
         if self._rate is None:
-            return FIRST_CHUNK
+            return self._first
         tokens = self._rate * (CROWDED_SECONDS if crowded else ALONE_SECONDS)
-        return int(min(max(tokens, MIN_CHUNK), MAX_CHUNK))
+        return int(min(max(tokens, self._least), self._most))
+
+
+class PassSizer:
+    """How much the pieces of a pass may have, in the unit of `Task.work`.
+
+    Every pass has a rate of its own, as attention makes later positions slower than early ones: a
+    long pass must not be told that it is as fast as the short ones beside it. It begins with what
+    the first pieces of others had.
+    """
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def begin(self, task: Task) -> ChunkSizer:
+        """The sizes of one pass's pieces."""
+        blocks = max(1, task.blocks)
+        return ChunkSizer(MIN_CHUNK * blocks, MAX_PIECE, FIRST_CHUNK * blocks, self._first)
+
+    def began(self, work: int, seconds: float) -> None:
+        """The first piece of a pass had so much work and took so many seconds."""
+        rate = work / max(seconds, 1e-6)
+        self._first = rate if self._first is None else _NEWEST * rate + (1 - _NEWEST) * self._first

@@ -6,6 +6,9 @@ arrived goes into the `Schedule`, which says what runs next: one job, or several
 batch. A job that is cancelled before it begins never runs. One that has begun
 runs to its end (a forward pass cannot be stopped from outside), and `Job.on_settled` tells when:
 whoever owns the memory that the job writes to frees it then and not earlier.
+
+A job whose function is a generator comes in `pieces`: after each one others have their
+turn, and a job that was cancelled ends.
 """
 
 from __future__ import annotations
@@ -13,17 +16,19 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from swarm_notebook.server.engine.pieces import Pieces
 from swarm_notebook.server.engine.scheduler import (
     UPKEEP,
     Admission,
     BatchWindow,
     ChunkSizer,
     Kind,
+    PassSizer,
     Schedule,
     Task,
 )
@@ -34,6 +39,15 @@ RunBatch = Callable[[Sequence[Any]], Sequence[Any]]
 # After a step of any session, prompts go on in chunks that let the next token through: a token
 # over two continents takes less.
 DECODING_SECONDS = 1.0
+
+
+class _More:
+    """The outcome of a piece that was not the last, and how much it had."""
+
+    __slots__ = ("work",)
+
+    def __init__(self, work: int):
+        self.work = work
 
 
 class Job:
@@ -48,7 +62,10 @@ class Job:
         "_callbacks",
         "_claim",
         "_function",
+        "_pieces",
         "_run_batch",
+        "_sizer",
+        "_work",
         "future",
         "settled",
         "task",
@@ -66,6 +83,9 @@ class Job:
         self._function, self._arguments, self._run_batch = function, arguments, run_batch
         # Whoever pops the one element, thread or canceller, decides whether the job runs.
         self._claim = [True]
+        self._pieces: Pieces[Any] | None = None
+        self._sizer: ChunkSizer | None = None
+        self._work = task.work  # what is left of it
         self._callbacks: list[Callable[[], None]] = []
         self.settled = False
 
@@ -88,19 +108,44 @@ class Job:
         except IndexError:
             return False
 
-    def _run(self) -> Any:
-        """In the thread: the result, or the error, which belongs to who awaits the future."""
+    @property
+    def _begun(self) -> bool:
+        """In the thread: whether a piece of it has run."""
+        return self._pieces is not None
+
+    def _run(self, room: int) -> Any:
+        """In the thread: the result, or the error, which belongs to who awaits the future.
+
+        Of a job in pieces, the next of at most ``room``: `_More` if it was not the last.
+        """
         try:
-            return self._function(*self._arguments)
+            if self._pieces is None:
+                found = self._function(*self._arguments)
+                if not isinstance(found, Generator):
+                    return found
+                self._pieces = found
+                next(found)  # it asks for room
+            if self.future.cancelled():
+                self._pieces.close()
+                return None
+            return self._run_piece(self._pieces, room)
         except Exception as caught:
             return caught
 
+    def _run_piece(self, pieces: Pieces[Any], room: int) -> Any:
+        try:
+            done = pieces.send(room)
+        except StopIteration as end:
+            return end.value
+        self._work -= done
+        return _More(done)
+
     @staticmethod
-    def _run_all(jobs: Sequence[Job]) -> Sequence[Any]:
+    def _run_all(jobs: Sequence[Job], room: int) -> Sequence[Any]:
         """In the thread: results or errors of jobs of one group."""
         run_batch = jobs[0]._run_batch
         if run_batch is None or jobs[0].task.group is None:
-            return [job._run() for job in jobs]
+            return [job._run(room) for job in jobs]
         try:
             return run_batch([argument for job in jobs for argument in job._arguments])
         except Exception as caught:
@@ -134,6 +179,7 @@ class ComputeThread:
         self._schedule: Schedule[Job] = Schedule()
         self._admission = Admission()
         self._chunks = ChunkSizer()
+        self._passes = PassSizer()
         self._window = BatchWindow()
         self._stepped = -DECODING_SECONDS
         self._steps = self._step_calls = 0
@@ -165,8 +211,13 @@ class ComputeThread:
 
     def chunk_tokens(self) -> int:
         """How many tokens of a prefill to submit at once, as things are."""
+        return self._chunks.size(crowded=self._crowded)
+
+    @property
+    def _crowded(self) -> bool:
+        """Whether others decode or wait."""
         decoding = time.monotonic() - self._stepped < DECODING_SECONDS
-        return self._chunks.size(crowded=decoding or len(self._schedule) > 0)
+        return decoding or len(self._schedule) > 0
 
     def wait_for_others(self, part: float) -> None:
         """Let steps wait for others for such a part of a call."""
@@ -184,13 +235,24 @@ class ComputeThread:
     def _work(self) -> None:
         while jobs := self._take():
             begun = time.monotonic()
-            outcomes = Job._run_all(jobs)
+            outcomes = Job._run_all(jobs, self._room(jobs[0]))
             ended = time.monotonic()
-            loop = jobs[0].future.get_loop()
-            loop.call_soon_threadsafe(_finish_all, jobs, outcomes)
-            self._learn([job.task for job in jobs], ended - begun, ended)
+            if isinstance(outcomes[0], _More):
+                self._schedule.add(jobs[0].task, jobs[0], begun=True)
+            else:
+                loop = jobs[0].future.get_loop()
+                loop.call_soon_threadsafe(_finish_all, jobs, outcomes)
+            self._learn(jobs, outcomes[0], ended - begun, ended)
             # While it waits for more, it holds nothing of sessions that may have ended.
             del jobs, outcomes
+
+    def _room(self, job: Job) -> int:
+        """How much the next piece of a job may have, if it comes in pieces."""
+        if not job.task.work:
+            return 0
+        if job._sizer is None:
+            job._sizer = self._passes.begin(job.task)
+        return job._sizer.size(crowded=self._crowded)
 
     def _take(self) -> list[Job]:
         """The jobs to run next as one; waits for some, and is empty when all is done."""
@@ -199,7 +261,7 @@ class ComputeThread:
             if not self._schedule:
                 return []
             self._wait_for_more()
-            jobs = [job for _, job in self._schedule.take() if job._claimed()]
+            jobs = [job for _, job in self._schedule.take() if job._begun or job._claimed()]
             if jobs:
                 return jobs
 
@@ -230,7 +292,8 @@ class ComputeThread:
             self._schedule.add(job.task, job)
             self._window.came(job.task, time.monotonic())
 
-    def _learn(self, tasks: Sequence[Task], seconds: float, now: float) -> None:
+    def _learn(self, jobs: Sequence[Job], outcome: Any, seconds: float, now: float) -> None:
+        tasks = [job.task for job in jobs]
         self._schedule.ran(tasks, seconds)
         self.on_ran(tasks[0], seconds)
         if tasks[0].kind is Kind.STEP:
@@ -240,6 +303,20 @@ class ComputeThread:
             self._step_calls += 1
         elif tasks[0].kind is Kind.PREFILL_CHUNK:
             self._chunks.ran(tasks[0].tokens, seconds)
+        elif jobs[0]._sizer is not None and not isinstance(outcome, Exception):
+            self._learn_piece(jobs[0], outcome, seconds)
+
+    def _learn_piece(self, job: Job, outcome: Any, seconds: float) -> None:
+        more = isinstance(outcome, _More)
+        # What the last piece had is what was left.
+        work = outcome.work if more else job._work
+        first = work + (job._work if more else 0) >= job.task.work
+        if not work:
+            return
+        if first:
+            self._passes.began(work, seconds)
+        if more and job._sizer is not None:
+            job._sizer.ran(work, seconds)
 
 
 def _finish_all(jobs: Sequence[Job], outcomes: Sequence[Any]) -> None:

@@ -28,7 +28,7 @@ from swarm_notebook.server.engine.backward import SpanGradients
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.requests import Forward, Limits
-from swarm_notebook.server.engine.scheduler import Kind, Task
+from swarm_notebook.server.engine.scheduler import BACKWARD_COST, Kind, Task
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.session_state import SessionState
 from swarm_notebook.server.engine.worker import ComputeThread
@@ -231,7 +231,7 @@ class Handler:
         stream: Stream | None = None,
     ) -> tuple[list[runtime_pb2.Tensor], dict[str, Any]]:
         request, compression = await self._parse(parse_backward, message)
-        task = _pass_of(peer, request)
+        task = _pass_of(peer, request, BACKWARD_COST)
         job = self._compute.submit(self._engine.backward, task.client, request, task=task)
         gradients: SpanGradients = await messages.result(job, stream)
         self._counters.count(request)
@@ -286,8 +286,11 @@ def _unary(
     return call
 
 
-def _pass_of(peer: PeerID, request: Forward) -> Task:
-    return Task(Kind.STATELESS, peer.to_base58(), request.rows * request.length)
+def _pass_of(peer: PeerID, request: Forward, cost: int = 1) -> Task:
+    blocks = request.blocks[1] - request.blocks[0]
+    tokens = request.rows * request.length
+    work = cost * tokens * blocks
+    return Task(Kind.STATELESS, peer.to_base58(), tokens, blocks=blocks, work=work)
 
 
 def _typed(error: Exception) -> bool:

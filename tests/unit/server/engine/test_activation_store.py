@@ -10,6 +10,7 @@ from support.glibc import allocated, needs_glibc
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.engine import backward
+from swarm_notebook.server.engine.pieces import run_whole
 from swarm_notebook.server.engine.requests import Forward
 from swarm_notebook.server.engine.span import Span
 
@@ -24,7 +25,7 @@ def test_what_is_kept_takes_what_is_counted(tiny_llama: Path) -> None:
 
     def keep(passes: int) -> tuple[list[backward.AutogradPass], int]:
         request = Forward((1, 4), torch.randn(1, 2, HIDDEN))
-        made = [backward.record(span, request, lambda _: True) for _ in range(passes)]
+        made = [run_whole(backward.record(span, request, lambda _: True)) for _ in range(passes)]
         return [graph for graph, _, _ in made], sum(size for _, _, size in made)
 
     first, _ = keep(3)

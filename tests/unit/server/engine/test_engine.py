@@ -15,6 +15,7 @@ from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.engine import Engine
+from swarm_notebook.server.engine.pieces import run_whole
 from swarm_notebook.server.engine.requests import Forward
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
@@ -43,7 +44,7 @@ def a_pass(adapter: bool = False, rows: int = ROWS, **options: Any) -> Forward:
 
 
 def kept_bytes(engine: Engine, peer: str, request: Forward) -> int:
-    engine.forward(peer, request)
+    run_whole(engine.forward(peer, request))
     return engine.facts()["activation_bytes_held"]
 
 
