@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from swarm_notebook.local.lending import Lending as Lending
     from swarm_notebook.local.swarm import LocalServer as LocalServer
     from swarm_notebook.local.swarm import LocalSwarm as LocalSwarm
+    from swarm_notebook.planning.plan import Plan as Plan
+    from swarm_notebook.planning.plan import plan as plan
     from swarm_notebook.report.cost import Bill as Bill
     from swarm_notebook.report.cost import Preview as Preview
     from swarm_notebook.report.route import RouteTable as RouteTable
@@ -40,6 +42,7 @@ __getattr__, __dir__ = lazy_names(
         "Lending": "local.lending",
         "LocalServer": "local.process",
         "LocalSwarm": "local.swarm",
+        "Plan": "planning.plan",
         "Preview": "report.cost",
         "RouteTable": "report.route",
         "Swarm": "swarm",
@@ -49,6 +52,7 @@ __getattr__, __dir__ = lazy_names(
         "connect": "swarm",
         "errors": "errors",
         "look": "swarm",
+        "plan": "planning.plan",
         "probing": "probing",
         "widgets": "widgets",
     },
@@ -58,6 +62,7 @@ __all__ = [
     "Lending",
     "LocalServer",
     "LocalSwarm",
+    "Plan",
     "Preview",
     "RouteTable",
     "Swarm",
@@ -68,6 +73,7 @@ __all__ = [
     "connect",
     "errors",
     "look",
+    "plan",
     "probing",
     "widgets",
 ]

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(commands)
     _add_status(commands)
+    _add_plan(commands)
     return top
 
 
@@ -156,6 +157,45 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     status.set_defaults(run=_status)
 
 
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say whether a model runs on some machines, and how fast, before it is fetched",
+        description="Say whether a model runs on some machines, with which blocks where, and how "
+        "fast. Only its config and the headers of its files are read. The notebook is taken to run "
+        "on the first machine. The exit code is 1 if the model does not fit.",
+    )
+    plan.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a Hub id, a folder, a config file, or a GGUF file (default: the demo model)",
+    )
+    plan.add_argument(
+        "--machine",
+        action="append",
+        default=[],
+        metavar="NAME[:MEMORY[:BANDWIDTH]]",
+        help="a card or a Mac by its name, such as rtx3090 or m2-max:64GB, or any other machine "
+        "with its figures, such as laptop:16GB:60GB/s; once for each (default: --this-machine)",
+    )
+    plan.add_argument(
+        "--this-machine", action="store_true", help="measure this one, and plan with it first"
+    )
+    plan.add_argument("--context", type=_positive, default=4096, metavar="N", help="positions")
+    plan.add_argument("--sessions", type=_positive, default=1, metavar="N", help="at a time")
+    plan.add_argument(
+        "--bits", type=float, metavar="B", help="per weight, 2.5 to 16 (default: all that fit)"
+    )
+    plan.add_argument(
+        "--link",
+        default="1ms:1Gbit/s",
+        metavar="ROUND_TRIP[:BANDWIDTH]",
+        help="the network between all of them (default: %(default)s)",
+    )
+    plan.set_defaults(run=_plan)
+
+
 def _serve(options: argparse.Namespace) -> int:
     # Read when torch is loaded. Threads that spin while they wait for each other take the cores
     # from other servers on the same machine: two that computed at once took ten times as long.
@@ -194,6 +234,23 @@ def _status(options: argparse.Namespace) -> int:
     status = look(options.peers, model=options.model)
     print(status)
     return 3 if status.missing else 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from swarm_notebook.planning.plan import machines_of, plan
+
+    found = plan(
+        options.model,
+        machines_of(options.machine, measured=options.this_machine),
+        context=options.context,
+        sessions=options.sessions,
+        bits=options.bits,
+        link=options.link,
+    )
+    print(found)
+    for line in found.commands(options.model or ""):
+        print(f"  $ {line}")
+    return 0 if found.fits else 1
 
 
 def _blocks(text: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@
     ├── ContextTooLong        more tokens than the model has positions
     ├── Busy                  something runs already that can run only once at a time
     ├── Unsupported           what a remote block cannot do, and what to use instead
+    ├── PlanError             a plan for machines or bits that do not exist
     ├── ServerStartError      a local server process did not come up
     └── RemoteError           a server answered with an error
         ├── BadRequest        … it found the request invalid      (code ``bad_request``)
@@ -92,6 +93,10 @@ class ContextTooLong(SwarmError, ValueError):
 
 class Unsupported(SwarmError, NotImplementedError):
     """Something a remote block cannot do; the message names what to use instead."""
+
+
+class PlanError(SwarmError, ValueError):
+    """A machine, a link or a number of bits that nothing can be planned with."""
 
 
 class Busy(SwarmError, RuntimeError):

@@ -72,6 +72,7 @@ class CommandLine:
             self._lens()
             self._monitor()
             self._serve()
+            self._plan()
             self._chat()
         self._generate(with_prompt=magic == "%swarm")
         if magic == "%swarm":
@@ -205,6 +206,34 @@ class CommandLine:
         serve.add_argument("--name", metavar="NAME", help="what others see in their status")
         serve.add_argument("--listen", metavar="ADDRESS", help="where, such as /ip4/0.0.0.0/tcp/0")
         _add_output(serve, "the ServePanel, instead of showing it,")
+
+    def _plan(self) -> None:
+        plan = self._add("plan", "say whether a model runs on some machines, and how fast")
+        plan.add_argument(
+            "model",
+            nargs="?",
+            metavar="MODEL",
+            help="Hub id, folder, config file or GGUF file (default: the demo model)",
+        )
+        plan.add_argument(
+            "--machine",
+            action="append",
+            default=[],
+            metavar="NAME[:MEMORY[:BANDWIDTH]]",
+            help="a card or a Mac by its name, such as rtx3090, or any other with its figures, "
+            "such as laptop:16GB:60GB/s; once for each (default: --this-machine)",
+        )
+        plan.add_argument("--this-machine", action="store_true", help="measure this one, first")
+        plan.add_argument("--context", type=_count, default=4096, metavar="N", help="positions")
+        plan.add_argument("--sessions", type=_count, default=1, metavar="N", help="at a time")
+        plan.add_argument("--bits", type=float, metavar="B", help="per weight, 2.5 to 16")
+        plan.add_argument(
+            "--link",
+            default="1ms:1Gbit/s",
+            metavar="ROUND_TRIP[:BANDWIDTH]",
+            help="the network between all of them (default: %(default)s)",
+        )
+        _add_output(plan, "the Plan, instead of showing it,")
 
     def _chat(self) -> None:
         chat = self._add("chat", "talk with the model; defines chat in the notebook")

@@ -178,6 +178,15 @@ class SwarmMagics:
             panel.begin()
         return self._store(arguments.output, panel)
 
+    def _plan(self, arguments: argparse.Namespace) -> Any:
+        self._warmup.wait()
+        from swarm_notebook.planning.plan import machines_of, plan
+
+        names = ("context", "sessions", "bits", "link")
+        options = {name: getattr(arguments, name) for name in names}
+        machines = machines_of(arguments.machine, measured=arguments.this_machine)
+        return self._store(arguments.output, plan(arguments.model, machines, **options))
+
     def _chat(self, arguments: argparse.Namespace) -> Any:
         from swarm_notebook.widgets import ChatWidget
 

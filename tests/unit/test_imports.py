@@ -11,15 +11,16 @@ import swarm_notebook
 ROOT = Path(swarm_notebook.__file__).parent
 # Who may not import whom, at any depth of folders; first the importer.
 FORBIDDEN = [
-    ("net", "client model server report local notebook widgets"),
-    ("client", "model server local notebook widgets"),
-    ("model", "server local notebook widgets"),
-    ("server", "client model report local notebook widgets swarm"),
+    ("net", "client model server report local planning notebook widgets"),
+    ("client", "model server local planning notebook widgets"),
+    ("model", "server local planning notebook widgets"),
+    ("server", "client model report local planning notebook widgets swarm"),
     ("server.engine", "net server.rpc"),
     ("server.adapters.config server.adapters.file server.adapters.store", "net server.engine"),
     ("server.adapters.mixing server.adapters.upload", "net server.engine"),
-    ("checkpoint", "net client model server report local notebook widgets"),
-    ("report", "model server local notebook widgets"),
+    ("checkpoint", "net client model server report local planning notebook widgets"),
+    ("report", "model server local planning notebook widgets"),
+    ("planning", "net client model server local notebook widgets swarm"),
 ]
 
 
