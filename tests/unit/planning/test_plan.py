@@ -159,6 +159,6 @@ def test_the_command_line_plans(tmp_path: Path, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert "tiny-llama: fits" in printed
     assert f"$ swarm-notebook serve {folder} --blocks 0:5" in printed
-    assert cli.main(["plan", folder, "--machine", "tiny:934MB:1GB/s", "--context", "64"]) == 1
+    assert cli.main(["plan", folder, "--machine", "tiny:930MB:1GB/s", "--context", "64"]) == 1
     assert cli.main(["plan", folder, "--machine", "abacus"]) == 1
     assert "abacus" in capsys.readouterr().err
