@@ -144,7 +144,7 @@ def place(
         after = list(best)
         start = 0
         for end in range(1, count + 1):
-            while weights[end] - weights[start] + cache[end] - cache[start] > room:
+            while start < end and weights[end] - weights[start] + cache[end] - cache[start] > room:
                 start += 1
             for begin in range(start, end):
                 total = best[begin][0] + seconds[end] - seconds[begin] + hop
