@@ -60,7 +60,7 @@ class SwarmError(Exception):
 
 
 class AddressError(SwarmError, ValueError):
-    """A multiaddr in the input cannot be parsed."""
+    """A multiaddr in the input cannot be parsed, or the file of an identity not be used."""
 
 
 class ConnectionFailed(SwarmError, ConnectionError):

@@ -19,12 +19,13 @@ from swarm_notebook.client.passes import forward as stateless
 from swarm_notebook.client.passes.backward import PassGradients, backward
 from swarm_notebook.client.passes.forward import Trail
 from swarm_notebook.client.request import Outputs, Request
+from swarm_notebook.client.servers.catalogue import served
 from swarm_notebook.client.servers.directory import PATIENCE, Directory
 from swarm_notebook.client.servers.routing import stretches
 from swarm_notebook.client.session.session import InferenceSession
 from swarm_notebook.errors import ConnectionFailed, ServerFailed
 from swarm_notebook.net.node import Node, is_peer_id
-from swarm_notebook.net.records import MODEL_INDEX_KEY, ModelRecord, parse_model_record
+from swarm_notebook.net.records import ModelRecord
 from swarm_notebook.progress import Waiting
 
 T = TypeVar("T")
@@ -223,10 +224,10 @@ class Inquiry:
 def served_models(
     initial_peers: Sequence[str], limit: float | None = None
 ) -> dict[str, ModelRecord]:
-    """The models that a swarm's index lists, by DHT prefix.
+    """The models that a swarm serves, by DHT prefix; see `catalogue.served`.
 
     Args:
-        limit: seconds to wait for the index; None waits to the end.
+        limit: seconds to wait for it; None waits to the end.
 
     Raises:
         TimeoutError: it did not come in time.
@@ -235,17 +236,14 @@ def served_models(
     peers = frozenset(str(peer) for peer in initial_peers)
     shared = _acquire(peers, network)
 
-    async def read() -> Any:
+    async def read() -> dict[str, ModelRecord]:
         async with asyncio.timeout(limit):
-            return await shared.node.dht.get(MODEL_INDEX_KEY, latest=True)
+            return await served(shared.node)
 
     try:
-        found = network.run(read())
+        return network.run(read())
     finally:
         _release(peers, network)
-    entries = found.value if found is not None and isinstance(found.value, dict) else {}
-    parsed = {prefix: parse_model_record(entry.value) for prefix, entry in entries.items()}
-    return {str(prefix): record for prefix, record in parsed.items() if record is not None}
 
 
 def _acquire(peers: frozenset[str], network: LoopThread) -> _SharedNode:

@@ -2,6 +2,7 @@
 
 - `bound_nesting`: its decoder calls itself for tuples inside of tuples, and overflows the stack.
 - `mend_calls`: its records of unary calls lose an answer, and keep what was given up for ever.
+- `know_all_identities`: its check for a twin reads RSA keys only.
 - `allow_clocks`: it takes clocks that differ by three seconds for a reason to stay away.
 - `ReadableValues`: a value in the DHT that cannot be decoded leaves a search without an end.
 """
@@ -16,9 +17,11 @@ from typing import Any
 from hivemind.dht import protocol as dht_protocol
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
-from hivemind.p2p import P2P
+from hivemind.p2p import P2P, PeerID
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
+
+from swarm_notebook.net.identity import Identity
 
 # An honest message nests few (a server's record is a tuple with one of names inside); about two
 # hundred overflow the stack.
@@ -70,6 +73,11 @@ def bound_nesting() -> None:
 def allow_clocks() -> None:
     """From now on, a peer joins those whose clocks differ from its own by `MAX_CLOCK_SECONDS`."""
     dht_protocol.MAX_DHT_TIME_DISCREPANCY_SECONDS = MAX_CLOCK_SECONDS
+
+
+def know_all_identities() -> None:
+    """From now on, hivemind finds the peer of any identity file that the network daemon reads."""
+    PeerID.from_identity = staticmethod(lambda file: Identity(file).peer_id)
 
 
 def mend_calls(p2p: P2P) -> None:

@@ -13,8 +13,9 @@ import logging
 import os
 import re
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
@@ -30,13 +31,17 @@ from swarm_notebook.net.hivemind_fixes import (
     ReadableValues,
     allow_clocks,
     bound_nesting,
+    know_all_identities,
     mend_calls,
 )
+from swarm_notebook.net.identity import Identity
 from swarm_notebook.net.sockets import use_loop_writers
-from swarm_notebook.net.storage import bound_storage
+from swarm_notebook.net.storage import bound_storage, prefer_signed
 
 bound_nesting()
 allow_clocks()
+know_all_identities()
+prefer_signed()
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +102,16 @@ def parse_peers(addresses: Sequence[str]) -> list[Multiaddr]:
 
 
 class Node:
-    """P2P and DHT of one swarm. All methods belong to the loop that started it."""
+    """P2P and DHT of one swarm. All methods belong to the loop that started it.
 
-    def __init__(self, p2p: P2P, dht: DHTNode, initial_peers: Sequence[Multiaddr]):
-        self.p2p, self.dht = p2p, dht
+    Attributes:
+        identity: the key behind the peer id, with which this peer's records are signed.
+    """
+
+    def __init__(
+        self, p2p: P2P, dht: DHTNode, initial_peers: Sequence[Multiaddr], identity: Identity
+    ):
+        self.p2p, self.dht, self.identity = p2p, dht, identity
         self._initial_peers = list(initial_peers)
 
     @classmethod
@@ -121,23 +132,26 @@ class Node:
             identity: file of the private key that makes the peer id permanent; made if missing.
 
         Raises:
-            AddressError: an address is malformed.
+            AddressError: an address is malformed, or the identity's file is unfit.
             ConnectionFailed: no initial peer could be reached, or it cannot reach this server.
             ClocksDiffer: this machine's clock and an initial peer's differ by more than a minute.
         """
         peers = parse_peers(initial_peers)
         try:
-            p2p = await P2P.create(
-                initial_peers=[str(peer) for peer in peers] or None,
-                dht_mode="client" if client else "server",
-                host_maddrs=None if client else list(host_maddrs),
-                no_listen=client,
-                identity_path=str(identity) if identity else None,
-                startup_timeout=START_TIMEOUT,
-                use_relay=not client or bool(peers),
-                auto_nat=not client,
-                nat_port_map=False,
-            )
+            with _identity_file(identity) as (key, path, lasting):
+                p2p = await P2P.create(
+                    initial_peers=[str(peer) for peer in peers] or None,
+                    dht_mode="client" if client else "server",
+                    host_maddrs=None if client else list(host_maddrs),
+                    no_listen=client,
+                    identity_path=str(path),
+                    # A daemon is started for that; nobody else has an identity that is new.
+                    check_if_identity_free=lasting,
+                    startup_timeout=START_TIMEOUT,
+                    use_relay=not client or bool(peers),
+                    auto_nat=not client,
+                    nat_port_map=False,
+                )
         except P2PDaemonError as error:
             if not peers:
                 raise
@@ -157,6 +171,7 @@ class Node:
                 # A notebook wants what the swarm says now, not what it said a minute ago.
                 cache_locally=False,
                 cache_on_store=False,
+                cache_nearest=0,
                 num_workers=8,
                 record_validator=ReadableValues(),
             )
@@ -170,7 +185,7 @@ class Node:
             await p2p.shutdown()
             raise
         bound_storage(dht)
-        return cls(p2p, dht, peers)
+        return cls(p2p, dht, peers, key)
 
     @property
     def peer_id(self) -> PeerID:
@@ -190,6 +205,13 @@ class Node:
             logger.debug("ping of %s: %s", peer, error)
             return None
         return None if answer is None else time.perf_counter() - began
+
+    def neighbours(self) -> list[str]:
+        """Peers of the DHT (base58 ids) that this one knows; first those it was told to join."""
+        initial = [maddr["p2p"] for maddr in self._initial_peers]
+        met = [peer.to_base58() for peer in self.dht.protocol.routing_table.uid_to_peer_id.values()]
+        own = self.peer_id.to_base58()
+        return [peer for peer in dict.fromkeys([*initial, *met]) if peer != own]
 
     async def redial(self, peers: Collection[str] = ()) -> None:
         """Connect again to peers that have gone away (and may have come back).
@@ -230,6 +252,21 @@ class Node:
         # Usually its loop sees to what is left of it.
         await _within(REAP_SECONDS, lambda: not _is_left(pid, os.WNOWAIT))
         _is_left(pid)
+
+
+@contextlib.contextmanager
+def _identity_file(path: Path | None) -> Iterator[tuple[Identity, Path, bool]]:
+    """An identity, the file of it (without a wanted one, gone afterwards), and if it was there."""
+    if path is not None:
+        lasting = path.exists()
+        if not lasting:
+            Identity.new().write(path)
+        yield Identity.read(path), path, lasting
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        new = Identity.new()
+        new.write(Path(folder, "identity"))
+        yield new, Path(folder, "identity"), False
 
 
 async def _within(seconds: float, done: Callable[[], bool]) -> bool:

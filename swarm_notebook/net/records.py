@@ -1,20 +1,29 @@
 """What servers say of themselves in the DHT, and what a reader makes of it.
 
 Petals' records: under the key of every block it hosts, a server stores (subkey: its peer id) the
-tuple ``(state, throughput, extra)``. Records are unsigned and anybody can write any subkey, so a
-reader checks each field; a record that does not hold water hides its peer, never more. Unknown
-keys are ignored: ours (``swarm_notebook``, ``cache_tokens_total``) travel among Petals'.
+tuple ``(state, throughput, extra)``. Anybody can write any subkey, so a reader checks each field; a
+record that does not hold water hides its peer, never more. Unknown keys are ignored: ours
+(``swarm_notebook``, ``cache_tokens_total``, ``model`` and more) travel among Petals'.
+
+Records of ours are signed by the peer that they speak of (`signed_record`, `is_signed`). The
+signature does not depend on the block under which a record stands, as the record says itself which
+blocks of which model it is about: one signature serves all, and whoever holds a record, a keeper in
+the DHT too, can check it. An unsigned record never counts against a signed one.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from hivemind.utils import MSGPackSerializer
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from swarm_notebook.net.identity import MAX_KEY_BYTES, Identity, is_signature
 from swarm_notebook.texts import clean
 
 MODEL_INDEX_KEY = "_petals.models"  # Petals' own
@@ -23,9 +32,9 @@ MAX_BLOCK = 1 << 16
 # How far from now a record may expire, in seconds: ours do after two minutes, Petals' after five.
 # The rest is for clocks that differ. Nobody's false record outlives it.
 MAX_SECONDS = 600.0
-# Records under one key that are read and kept, and the bytes of one. A large swarm has some hundred
-# servers; a record takes some hundred bytes, with pings of others a few thousand.
-MAX_SUBKEYS, MAX_RECORD_BYTES = 1024, 32 << 10
+# Records under one key that are read, and the bytes of one. A large swarm has some hundred servers;
+# a record takes some hundred bytes, with pings of others a few thousand.
+MAX_SUBKEYS, MAX_RECORD_BYTES = 1024, 8 << 10
 # From which version of our protocol on servers push to each other (`protocol.PROTOCOL_VERSION`).
 PUSH_VERSION = 2
 
@@ -38,6 +47,12 @@ Ping = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=200), AfterValidator(clean)]
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCK)]
+
+# What precedes all that is signed: nothing else that this key ever signs begins so.
+_PURPOSE = "swarm_notebook record"
+# Signatures that were checked, by hash: each is read again every ten seconds, under every block.
+_CHECKED_MOST = 16384
+_checked: OrderedDict[bytes, bool] = OrderedDict()
 
 
 class ServerState(enum.IntEnum):
@@ -62,6 +77,10 @@ class ServerInfo(BaseModel):
         cache_tokens_left: in Petals' unit, see `to_petals_tokens`.
         cache_tokens_total: tokens in all blocks of the server.
         next_pings: round trips in seconds to servers of neighbouring blocks, by peer (base58 id).
+        model: the prefix of the model that the record is about.
+        digest: of the checkpoint that is served, see `checkpoint.digest`.
+        public_key: of the server, where its peer id does not hold it.
+        signature: by the server, of all else in the record.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
@@ -83,6 +102,10 @@ class ServerInfo(BaseModel):
     next_pings: Annotated[dict[Name, Ping], Field(max_length=MAX_PINGS_READ)] | None = None
     swarm_notebook: int | None = None
     cache_tokens_total: Annotated[int, Field(ge=0)] | None = None
+    model: Name | None = None
+    digest: Name | None = None
+    public_key: Annotated[bytes, Field(max_length=MAX_KEY_BYTES)] | None = None
+    signature: Annotated[bytes, Field(max_length=MAX_KEY_BYTES)] | None = None
 
     def to_record(self) -> tuple[int, float, dict[str, Any]]:
         """The tuple that is stored; keys without a value are left out."""
@@ -104,6 +127,75 @@ def parse_record(value: object) -> ServerInfo | None:
         )
     except (ValidationError, TypeError):
         return None
+
+
+def signed_record(
+    info: ServerInfo, identity: Identity, expiration: float
+) -> tuple[int, float, dict[str, Any]]:
+    """The tuple that is stored, signed by the peer that it speaks of.
+
+    Args:
+        expiration: until when it is stored, in the DHT's time; the signature holds for no other.
+    """
+    stated = info.model_copy(update={"public_key": identity.stated_key or None})
+    record = stated.to_record()
+    signature = identity.sign(_signed_bytes(record, identity.peer_id.to_base58(), expiration))
+    return *record[:2], {**record[2], "signature": signature}
+
+
+def claims_signature(value: Any) -> bool:
+    """Whether a record in the DHT, whatever it is, comes with a signature, be it right or wrong."""
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 3
+        and isinstance(value[2], dict)
+        and isinstance(value[2].get("signature"), bytes)
+    )
+
+
+def is_signed(peer: object, value: Any, expiration: float) -> bool:
+    """Whether a peer has signed the record that stands under its id.
+
+    Args:
+        peer: the subkey, a base58 id if all is well.
+        value: the record as it was read, whatever it is.
+        expiration: until when it stands there.
+    """
+    if not isinstance(peer, str) or not claims_signature(value):
+        return False
+    extra = value[2]
+    try:
+        data = _signed_bytes(value, peer, expiration)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    known = hashlib.sha256(data + extra["signature"]).digest()
+    right = _checked.get(known)
+    if right is None:
+        stated = extra.get("public_key", b"")
+        right = isinstance(stated, bytes) and is_signature(peer, stated, data, extra["signature"])
+        _checked[known] = right
+        if len(_checked) > _CHECKED_MOST:
+            _checked.popitem(last=False)
+    return right
+
+
+def is_signed_bytes(peer: object, value: bytes, expiration: float) -> bool:
+    """`is_signed` of a record as it is kept in the DHT."""
+    if b"signature" not in value:
+        return False
+    try:
+        return is_signed(peer, MSGPackSerializer.loads(value), expiration)
+    except Exception:  # hivemind's decoder raises a different type per malformation
+        return False
+
+
+def _signed_bytes(record: Sequence[Any], peer: str, expiration: float) -> bytes:
+    """What a signature is over: msgpack with the fields in the order of their names."""
+    extra = [[key, value] for key, value in sorted(record[2].items()) if key != "signature"]
+    data: bytes = MSGPackSerializer.dumps(
+        [_PURPOSE, peer, float(expiration), record[0], record[1], extra]
+    )
+    return data
 
 
 @dataclass(frozen=True)

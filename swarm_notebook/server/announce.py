@@ -1,8 +1,8 @@
 """Tells the swarm, again and again, what this server hosts and in what state it is.
 
 The records are Petals' (see `net.records`): the same tuple under the key of every hosted block,
-valid for two periods, so that a server that dies is forgotten. The model itself
-is entered in the model index, unless its prefix marks it as private with an underscore.
+valid for two periods, so that a server that dies is forgotten, and signed. The model itself is
+entered in the model index, unless its prefix marks it as private with an underscore.
 """
 
 from __future__ import annotations
@@ -10,12 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from hivemind.utils import get_dht_time
 
 from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.records import MAX_SECONDS, MODEL_INDEX_KEY, ModelRecord, ServerInfo
+from swarm_notebook.net.records import (
+    MAX_SECONDS,
+    MODEL_INDEX_KEY,
+    ModelRecord,
+    ServerInfo,
+    signed_record,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +41,10 @@ class Announcer:
         blocks: the hosted range.
         model: the model's entry in the index.
         period: seconds between announcements.
+
+    Attributes:
+        latest: what was announced last, for those who ask this server itself and not the DHT: the
+            ``record``, until when it holds (``record_expires``), and the ``model`` in the index.
     """
 
     def __init__(
@@ -43,12 +54,20 @@ class Announcer:
         self._period = min(period, MAX_SECONDS / 2)  # nobody keeps a record for longer than that
         self._uids = [protocol.block_uid(prefix, index) for index in range(*blocks)]
         self._task: asyncio.Task[None] | None = None
+        self.latest: dict[str, Any] = {}
 
     async def announce(self, info: ServerInfo) -> bool:
         """Store the record under every block; whether all were stored."""
         expiration = get_dht_time() + max(2 * self._period, MIN_EXPIRATION)
         keys, subkeys = list(self._uids), [self._node.peer_id.to_base58()] * len(self._uids)
-        values: list[object] = [info.to_record()] * len(self._uids)
+        about = info.model_copy(update={"model": self._prefix})
+        record = signed_record(about, self._node.identity, expiration)
+        self.latest = {
+            "record": record,
+            "record_expires": expiration,
+            "model": self._model.model_dump(),
+        }
+        values: list[object] = [record] * len(self._uids)
         if not self._prefix.startswith("_"):
             keys.append(MODEL_INDEX_KEY)
             subkeys.append(self._prefix)

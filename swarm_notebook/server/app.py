@@ -231,7 +231,7 @@ class Server:
         pool = CachePool(limits.tokens)
         accepted = AdapterLimits(rank=options.adapter_max_rank, bytes=options.adapter_bytes)
         engine = Engine(span, options.activation_bytes, accepted, batching)
-        handler = Handler(span, limits, pool, compute, engine)
+        handler = Handler(span, limits, pool, compute, engine, announced=lambda: announcer.latest)
         self._stack.push_async_callback(handler.close)
         expiring = asyncio.create_task(_keep_expiring(handler))
         self._stack.push_async_callback(_end_task, expiring)

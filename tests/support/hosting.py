@@ -79,6 +79,12 @@ class HostedServer:
         await self._server.stop()
         self.facts.pop("ready", None)
 
+    def forget_records(self) -> None:
+        """As a keeper in the DHT, lose all that it keeps."""
+        up = self._server._up
+        assert up is not None
+        _thread().loop.call_soon_threadsafe(up.node.dht.protocol.storage.clear)
+
     def _told(self, facts: dict[str, Any]) -> None:
         if "maddrs" in facts:
             self.listens.set()

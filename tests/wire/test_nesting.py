@@ -17,7 +17,8 @@ from support.raw_wire import request
 from swarm_notebook.net import protocol
 from swarm_notebook.net.hivemind_fixes import MAX_DEPTH
 
-DEEP = 4000
+# Eight times what overflows the stack, and as large as a record may be.
+DEEP = 1600
 TUPLE = 0x40
 
 
@@ -64,8 +65,8 @@ def test_a_record_ends_neither_a_server_nor_who_reads_it(llama: Bench, where: st
     async def main() -> None:
         await dht.protocol.get_stub(llama.server.peer).rpc_store(record)
         found = await dht.get(where, latest=True)
-        assert len(found.value) == 1
-        assert ("name" in found.value) == (where == "value")
+        # A name that is no text is not kept.
+        assert (found is not None and list(found.value)) == (where == "value" and ["name"])
 
     llama.client.run(main())
     assert llama.client.run(llama.client.info(llama.server.peer))["version"]

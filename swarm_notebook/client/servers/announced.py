@@ -2,17 +2,21 @@
 
 A reading may miss a record that is there (its keepers died or were slow), so a record is believed
 until it expires. Of one server the newest record counts, also for the blocks that it has given up
-since: their old records stay in the DHT for a while. Anybody can store *offline* in a server's
-name: whatever its expiry, it is over as soon as the server is heard to announce itself again. A
-record that is valid for longer than any server announces is none.
+since: their old records stay in the DHT for a while. A record that is valid for longer than any
+server announces is none, and what a server says when it is asked counts for all.
+
+Anybody can store anything in a server's name. Of a server that was ever seen to sign its records
+only signed ones count, and others count for the blocks alone under which they stand. An unsigned
+*offline* is over, whatever its expiry, as soon as the server is heard to announce itself again.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hivemind.utils import ValueWithExpiration, get_dht_time
 
@@ -22,8 +26,13 @@ from swarm_notebook.net.records import (
     MAX_SUBKEYS,
     ServerInfo,
     ServerState,
+    claims_signature,
+    is_signed,
     parse_record,
 )
+
+# A server that has not signed anything for so long may be one without signatures by now.
+FORGET_SIGNER_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -33,13 +42,25 @@ class _Record:
     info: ServerInfo
     expires: float
     read: float
+    signed: bool
+
+    @property
+    def weight(self) -> tuple[bool, float]:
+        """Of two records of one server the one with more of it counts."""
+        return self.signed, self.expires
 
 
 class Announced:
-    """The records under each block's key, by peer."""
+    """The records under each block's key, by peer.
 
-    def __init__(self) -> None:
+    Args:
+        prefix: of the model; a signature for another model's blocks is none.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
         self._blocks: dict[int, dict[str, _Record]] = {}
+        self._signers: dict[str, float] = {}
 
     def update(self, block: int, found: ValueWithExpiration | None, when: float = 0.0) -> None:
         """Take in what a reading found under a block's key; None or rubbish changes nothing.
@@ -49,18 +70,43 @@ class Announced:
         """
         now = get_dht_time()
         known = self._blocks.get(block, {})
-        known = {peer: record for peer, record in known.items() if record.expires > now}
-        entries = found.value if found is not None and isinstance(found.value, dict) else {}
-        for peer, entry in itertools.islice(entries.items(), MAX_SUBKEYS):
-            info = parse_record(entry.value)
-            if info is None or not is_peer_id(peer) or entry.expiration_time > now + MAX_SECONDS:
-                continue
-            before = known.get(peer)
-            if before is None or before.expires < entry.expiration_time:
-                known[peer] = _Record(info, entry.expiration_time, when or time.time())
-            elif before.expires == entry.expiration_time:
-                known[peer] = replace(before, info=info)
-        self._blocks[block] = known
+        self._blocks[block] = {peer: found for peer, found in known.items() if found.expires > now}
+        self._signers = {
+            peer: seen for peer, seen in self._signers.items() if seen > now - FORGET_SIGNER_SECONDS
+        }
+        for peer, entry in self._entries(block, found):
+            self._take(block, peer, entry, when or time.time())
+
+    def check(self, found: Mapping[int, ValueWithExpiration | None]) -> None:
+        """Check the signatures of a reading, by block, so that `update` need not.
+
+        That may take seconds where strangers have stored many; any thread may do it.
+        """
+        for block, value in found.items():
+            for peer, entry in self._entries(block, value):
+                is_signed(peer, entry.value, entry.expiration_time)
+
+    def told(self, peer: str, answer: Mapping[str, Any], num_blocks: int) -> None:
+        """Take in the record that a server hands out itself when it is asked: nothing else counts.
+
+        Args:
+            answer: to rpc_info; that of a Petals server has no record and changes nothing.
+        """
+        info, expires = parse_record(answer.get("record")), answer.get("record_expires")
+        if info is None or type(expires) is not float:
+            return
+        now = get_dht_time()
+        if not 0 < expires - now <= MAX_SECONDS:
+            return
+        self._signers[peer] = now
+        record = _Record(info, expires, time.time(), signed=True)
+        for known in self._blocks.values():
+            before = known.pop(peer, None)
+            if before is not None and before.info == info:
+                record = replace(record, read=before.read)
+        if info.model == self._prefix:
+            for block in range(info.start_block or 0, min(info.end_block or 0, num_blocks)):
+                self._blocks.setdefault(block, {})[peer] = record
 
     def holders(self) -> dict[int, dict[str, ServerInfo]]:
         """Who holds each block, with its newest record."""
@@ -74,6 +120,47 @@ class Announced:
         """When each server's newest record was first read, in seconds of Unix time."""
         return {peer: record.read for peer, record in self._newest().items()}
 
+    def doubtful(self) -> set[str]:
+        """Servers that are offline as far as is known, of which nobody has signed that."""
+        return {
+            peer
+            for peer, record in self._newest().items()
+            if not record.signed and record.info.state == ServerState.OFFLINE
+        }
+
+    def _entries(
+        self, block: int, found: ValueWithExpiration | None
+    ) -> Iterator[tuple[str, ValueWithExpiration]]:
+        """What stands under a key, as much of it as is read: who is known, and signed, first."""
+        entries = found.value if found is not None and isinstance(found.value, dict) else {}
+        known, latest = self._blocks.get(block, {}), get_dht_time() + MAX_SECONDS
+
+        def later(item: tuple[str, ValueWithExpiration]) -> tuple[bool, bool]:
+            return item[0] not in known, not claims_signature(item[1].value)
+
+        for peer, entry in itertools.islice(sorted(entries.items(), key=later), MAX_SUBKEYS):
+            if is_peer_id(peer) and entry.expiration_time <= latest:
+                yield peer, entry
+
+    def _take(self, block: int, peer: str, entry: ValueWithExpiration, when: float) -> None:
+        info = parse_record(entry.value)
+        if info is None:
+            return
+        signed = is_signed(peer, entry.value, entry.expiration_time)
+        if signed:
+            if info.model != self._prefix:
+                return
+            self._signers[peer] = get_dht_time()
+        elif info.signature is not None or peer in self._signers:
+            return
+        record = _Record(info, entry.expiration_time, when, signed)
+        known = self._blocks[block]
+        before = known.get(peer)
+        if before is None or before.weight < record.weight:
+            known[peer] = record
+        elif before.weight == record.weight:
+            known[peer] = replace(before, info=info)
+
     def _newest(self) -> dict[str, _Record]:
         by_peer: dict[str, list[_Record]] = {}
         for known in self._blocks.values():
@@ -83,8 +170,8 @@ class Announced:
 
 
 def _newest_of(records: Sequence[_Record]) -> _Record:
-    newest = max(records, key=lambda record: record.expires)
-    if newest.info.state != ServerState.OFFLINE:
+    newest = max(records, key=lambda record: record.weight)
+    if newest.signed or newest.info.state != ServerState.OFFLINE:
         return newest
     later = [
         record

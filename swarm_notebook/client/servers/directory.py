@@ -1,8 +1,10 @@
 """Who serves which blocks of one model, kept fresh in the background.
 
 The directory reads the records of all blocks from the DHT, pings the servers, and leaves out those
-that are avoided (see `health`). A peer that announces nothing for long is forgotten, so that a
-notebook that runs for weeks does not grow. Readers in other threads see immutable snapshots.
+that are avoided (see `health`). Where it finds nobody for a block (the answer may be lost, or
+drowned in rubbish), it asks the peers that it knows what they serve. A peer that announces nothing
+for long is forgotten, so that a notebook that runs for weeks does not grow. Readers in other
+threads see immutable snapshots.
 """
 
 from __future__ import annotations
@@ -13,18 +15,16 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
-from google.protobuf.message import DecodeError
-from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
-from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.servers import routing
 from swarm_notebook.client.servers.announced import Announced
+from swarm_notebook.client.servers.asking import MAX_ASKED, PING_ERRORS, PING_TIMEOUT, ask, try_ask
 from swarm_notebook.client.servers.health import PeerHealth
 from swarm_notebook.client.telemetry import Telemetry
-from swarm_notebook.errors import BadRequest, MissingBlocks
+from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import Node, smoothed_rtt
 from swarm_notebook.net.records import ServerSpan, ServerState, spans_of
@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 # show a new one soon enough, and one second is for a user who waits for it.
 REFRESH_PERIOD = 10.0
 REFRESH_PERIOD_MISSING = 1.0
-# Ten times a round trip around the earth, and longer than a busy server's loop is held up.
-PING_TIMEOUT = 3.0
 # How long a call waits for servers: a server of ours restarts in 10 to 30 s.
 PATIENCE = 30.0
 WAIT_PERIOD = 0.5
@@ -44,9 +42,6 @@ WAIT_PERIOD = 0.5
 FIRST_READING = 4.0
 # Longer than any restart, and than records of a dead server live (Petals': four minutes).
 FORGET_SECONDS = 3600.0
-
-# What a ping may meet: silence, refusal, or an answer that is none.
-_PING_ERRORS = (TimeoutError, P2PDaemonError, P2PHandlerError, OSError, BadRequest, DecodeError)
 
 
 @dataclass(frozen=True)
@@ -104,11 +99,14 @@ class Directory:
     health: PeerHealth = field(default_factory=PeerHealth)
     began: float = field(default_factory=time.monotonic)
     home: frozenset[int] = frozenset()
-    _stated: dict[str, tuple[int, int]] = field(default_factory=dict)
-    _announced: Announced = field(default_factory=Announced)
+    _announced: Announced = field(init=False)
+    _asked: dict[str, float] = field(default_factory=dict)
     _last_seen: dict[str, _LastSeen] = field(default_factory=dict)
     _refreshing: asyncio.Task | None = None
     _background: asyncio.Task | None = None
+
+    def __post_init__(self) -> None:
+        self._announced = Announced(self.prefix)
 
     async def start(self) -> None:
         """Read the records once, then keep reading them in the background."""
@@ -147,25 +145,36 @@ class Directory:
         uids = [protocol.block_uid(self.prefix, index) for index in range(self.num_blocks)]
         found = await self.node.dht.get_many(uids, sufficient_expiration_time=float("inf"))
         when = time.time()
-        for index, uid in enumerate(uids):
-            self._announced.update(index, found.get(uid), when)
-        announced = spans_of(self._announced.holders())
-        spans = self._believed(announced)
-        self.snapshot = Snapshot(spans, when, self._announced.times())
+        by_block = {index: found.get(uid) for index, uid in enumerate(uids)}
+        await asyncio.to_thread(self._announced.check, by_block)
+        for index, value in by_block.items():
+            self._announced.update(index, value, when)
+        self._show(when)
+        spans = self.snapshot.spans
         self.note(spans, time.monotonic())
         online = {span.peer for span in spans if span.info.state == ServerState.ONLINE}
-        await asyncio.gather(*(self.ping(peer) for peer in online))
-        self.snapshot = replace(self.snapshot, spans=self._believed(announced))
+        await asyncio.gather(*(self.ping(peer) for peer in online | self._announced.doubtful()))
+        self._show(when)
+        if self.missing():
+            await self._ask_neighbours()
+            self._show(when)
 
-    def _believed(self, spans: Sequence[ServerSpan]) -> tuple[ServerSpan, ...]:
-        """Announced spans, without what their peers do not say of themselves when asked."""
-        believed = []
-        for span in spans:
-            start, end = self._stated.get(span.peer, (span.start, span.end))
-            start, end = max(start, span.start), min(end, span.end)
-            if start < end:
-                believed.append(replace(span, start=start, end=end))
-        return tuple(believed)
+    def _show(self, when: float) -> None:
+        """Let everybody see what is known now."""
+        spans = tuple(spans_of(self._announced.holders()))
+        self.snapshot = Snapshot(spans, when, self._announced.times())
+
+    async def _ask_neighbours(self) -> None:
+        """Ask peers of which nothing was read whether they serve blocks of this model."""
+        now = time.monotonic()
+        self._asked = {peer: at for peer, at in self._asked.items() if now - at < REFRESH_PERIOD}
+        known = {span.peer for span in self.snapshot.spans} | self._asked.keys()
+        peers = [peer for peer in self.node.neighbours() if peer not in known][:MAX_ASKED]
+        self._asked |= dict.fromkeys(peers, now)
+        answers = await asyncio.gather(*map(self.try_info, peers))
+        for peer, answer in zip(peers, answers, strict=True):
+            if answer is not None:
+                self._announced.told(peer, answer, self.num_blocks)
 
     async def ping(self, peer: str) -> bool:
         """Ask the server for a sign of life; its round trip goes into `rtt`."""
@@ -173,15 +182,13 @@ class Directory:
         try:
             async with asyncio.timeout(PING_TIMEOUT):
                 info = await self.info(peer)
-        except _PING_ERRORS as error:
+        except PING_ERRORS as error:
             logger.debug("ping of %s: %s", peer, error)
             self.health.silent(peer)
             return False
         self.heard[peer] = time.time()
         self.health.answered(peer)
-        start, end = info.get("start_block"), info.get("end_block")
-        if type(start) is int and type(end) is int:
-            self._stated[peer] = start, end
+        self._announced.told(peer, info, self.num_blocks)
         self.rtt[peer] = smoothed_rtt(self.rtt.get(peer), time.perf_counter() - began)
         return True
 
@@ -198,7 +205,7 @@ class Directory:
                 self._forget(peer)
 
     def _forget(self, peer: str) -> None:
-        for known in (self._last_seen, self.rtt, self.heard, self.upload_locks, self._stated):
+        for known in (self._last_seen, self.rtt, self.heard, self.upload_locks):
             known.pop(peer, None)
         for key in [key for key in self.uploaded if key[0] == peer]:
             del self.uploaded[key]
@@ -206,25 +213,11 @@ class Directory:
 
     async def info(self, peer: str) -> dict:
         """The server's answer to rpc_info; room in the cache of ours is in tokens."""
-        answer = await self.node.p2p.call_protobuf_handler(
-            PeerID.from_base58(peer),
-            protocol.RPC_INFO,
-            runtime_pb2.ExpertUID(uid=""),
-            runtime_pb2.ExpertInfo,
-        )
-        found = protocol.unpack_metadata(answer.serialized_info)
-        if "cache_tokens_free" in found:
-            found["cache_tokens_available"] = found["cache_tokens_free"]
-        return found
+        return await ask(self.node, peer)
 
     async def try_info(self, peer: str) -> dict | None:
         """`info`, or None if no readable answer comes within `PING_TIMEOUT`."""
-        try:
-            async with asyncio.timeout(PING_TIMEOUT):
-                return await self.info(peer)
-        except _PING_ERRORS as error:
-            logger.debug("asking %s: %s", peer, error)
-            return None
+        return await try_ask(self.node, peer)
 
     def missing(self) -> list[int]:
         """Blocks that are needed and that no server holds which is online and not avoided."""

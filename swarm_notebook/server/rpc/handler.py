@@ -64,13 +64,24 @@ class _WireError(Exception):
 
 
 class Handler:
-    """Answers requests for a span; knows the sessions that are open."""
+    """Answers requests for a span; knows the sessions that are open.
+
+    Args:
+        announced: what this server has announced last, for those who ask it.
+    """
 
     def __init__(
-        self, span: Span, limits: Limits, pool: CachePool, compute: ComputeThread, engine: Engine
+        self,
+        span: Span,
+        limits: Limits,
+        pool: CachePool,
+        compute: ComputeThread,
+        engine: Engine,
+        *,
+        announced: Callable[[], dict[str, Any]],
     ):
         self._span, self._limits, self._engine = span, limits, engine
-        self._pool, self._compute = pool, compute
+        self._pool, self._compute, self._announced = pool, compute, announced
         self._sessions: set[ServerSession] = set()
         self._running: set[asyncio.Task[Any]] = set()
         self._codec = Codec()
@@ -176,6 +187,7 @@ class Handler:
             "sessions_served": self._counters.sessions,
             "requests_served": self._counters.requests,
             "tokens_served": self._counters.tokens,
+            **self._announced(),
             **self._engine.facts(),
             **self._compute.facts(),
             protocol.EXTENSION_KEY: protocol.PROTOCOL_VERSION,

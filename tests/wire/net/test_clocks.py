@@ -20,7 +20,7 @@ async def _join(seconds: float, client: bool, patch: pytest.MonkeyPatch) -> bool
     """Whether a peer whose clock is ``seconds`` ahead finds what another one has stored."""
     server = await Node.start(client=False)
     try:
-        await server.dht.store("key", 1, get_dht_time() + 120)
+        await server.dht.store("key", 1, get_dht_time() + 120, subkey="name")
 
         def clock() -> float:
             return get_dht_time() + (seconds if _joins.get() else 0.0)

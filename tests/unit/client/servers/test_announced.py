@@ -10,7 +10,14 @@ from hivemind.utils import ValueWithExpiration, get_dht_time
 
 from swarm_notebook.client.servers import announced as announced_module
 from swarm_notebook.client.servers.announced import Announced
-from swarm_notebook.net.records import MAX_SECONDS, MAX_SUBKEYS, ServerInfo, ServerState
+from swarm_notebook.net.identity import Identity
+from swarm_notebook.net.records import (
+    MAX_SECONDS,
+    MAX_SUBKEYS,
+    ServerInfo,
+    ServerState,
+    signed_record,
+)
 
 PEER = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 OTHER = "QmbLHAnMoJPWSCR5Zhtx6BHJX9KiKNN6tpvbUcqanj75Nb"
@@ -92,3 +99,82 @@ def test_a_reader_takes_so_many_records_of_a_key() -> None:
     many[PEER] = ValueWithExpiration(record(0, 1), expires)
     announced.update(0, ValueWithExpiration(many, expires))
     assert holders(announced) == {0: []}
+
+
+def signed(identity: Identity, expires: float, **fields: Any) -> Any:
+    known = {"state": ServerState.ONLINE, "throughput": 1.0, "start_block": 0, "end_block": 2}
+    return signed_record(ServerInfo(**{**known, "model": "tiny", **fields}), identity, expires)
+
+
+def found(expires: float, **entries: Any) -> ValueWithExpiration:
+    return ValueWithExpiration(
+        {peer: ValueWithExpiration(value, expires) for peer, value in entries.items()}, expires
+    )
+
+
+@pytest.mark.parametrize("first", ["signed", "forged"])
+def test_what_is_unsigned_never_counts_against_what_is_signed(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity, announced, soon = Identity.new(), Announced("tiny"), time.time() + 60
+    peer = identity.peer_id.to_base58()
+    readings = [
+        found(soon, **{peer: signed(identity, soon)}),
+        found(soon + 400, **{peer: record(0, 2, ServerState.OFFLINE)}),
+    ]
+    for reading_ in readings if first == "signed" else reversed(readings):
+        announced.update(0, reading_)
+    announced.update(1, readings[1])
+    assert announced.holders()[0][peer].state == ServerState.ONLINE
+    assert peer not in announced.holders()[1]
+    assert not announced.doubtful()
+    later = get_dht_time() + 120  # the signed one has expired, the forged one has not
+    monkeypatch.setattr(announced_module, "get_dht_time", lambda: later)
+    fresh = Announced("tiny")
+    fresh.update(0, readings[1])
+    assert fresh.doubtful() == {peer}
+    announced.update(1, None)
+    announced.update(0, readings[1])
+    assert peer not in announced.holders()[0]
+
+
+def test_a_signature_that_does_not_hold_makes_no_record() -> None:
+    identity, announced, soon = Identity.new(), Announced("tiny"), time.time() + 60
+    peer = identity.peer_id.to_base58()
+    announced.update(0, found(soon + 1, **{peer: signed(identity, soon)}))
+    announced.update(0, found(soon, **{OTHER: signed(identity, soon)}))
+    announced.update(0, found(soon, **{peer: signed(identity, soon, model="another")}))
+    assert holders(announced) == {0: []}
+
+
+def test_a_signed_offline_counts_at_once() -> None:
+    identity, announced, soon = Identity.new(), Announced("tiny"), time.time() + 60
+    peer = identity.peer_id.to_base58()
+    announced.update(0, found(soon, **{peer: signed(identity, soon)}))
+    left = signed(identity, soon + 1, state=ServerState.OFFLINE)
+    announced.update(1, found(soon + 1, **{peer: left}))
+    announced.update(0, found(soon, **{peer: signed(identity, soon)}))
+    assert {known[peer].state for known in announced.holders().values()} == {ServerState.OFFLINE}
+
+
+def test_a_span_is_believed_only_as_its_server_states_it() -> None:
+    """What it hands out when it is asked, whatever was announced, in its name or by itself."""
+    identity, announced, soon = Identity.new(), Announced("tiny"), time.time() + 60
+    peer = identity.peer_id.to_base58()
+    for block in range(5):
+        longer = signed(identity, soon + 400, start_block=0, end_block=5)
+        announced.update(block, found(soon + 400, **{peer: longer}))
+    answer = {"record": signed(identity, soon, end_block=2), "record_expires": soon}
+    announced.told(peer, answer, 5)
+    assert holders(announced) == {0: [peer], 1: [peer], 2: [], 3: [], 4: []}
+    fresh = Announced("tiny")
+    for rubbish in ({}, {"record": 1}, {**answer, "record_expires": time.time() + 1e5}):
+        announced.told(peer, rubbish, 5)
+        fresh.told(peer, rubbish, 5)
+    assert not fresh.holders()
+    assert holders(announced)[0] == [peer]
+    fresh.told(peer, {"record": signed(identity, soon, end_block=99), "record_expires": soon}, 5)
+    assert holders(fresh) == {block: [peer] for block in range(5)}
+    moved = {"record": signed(identity, soon, model="another"), "record_expires": soon}
+    fresh.told(peer, moved, 5)
+    assert not any(fresh.holders().values())

@@ -1,0 +1,51 @@
+"""Asking a server what it is and does (rpc_info), which is a notebook's ping as well."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.errors import BadRequest
+from swarm_notebook.net import protocol
+from swarm_notebook.net.node import Node
+
+logger = logging.getLogger(__name__)
+
+# Ten times a round trip around the earth, and longer than a busy server's loop is held up.
+PING_TIMEOUT = 3.0
+# Peers that are asked at once what they serve.
+MAX_ASKED = 64
+# What a ping may meet: silence, refusal, or an answer that is none.
+PING_ERRORS = (TimeoutError, P2PDaemonError, P2PHandlerError, OSError, BadRequest, DecodeError)
+
+
+async def ask(node: Node, peer: str) -> dict[str, Any]:
+    """A server's answer to rpc_info; room in the cache of ours is in tokens.
+
+    Raises: `PING_ERRORS`.
+    """
+    answer = await node.p2p.call_protobuf_handler(
+        PeerID.from_base58(peer),
+        protocol.RPC_INFO,
+        runtime_pb2.ExpertUID(uid=""),
+        runtime_pb2.ExpertInfo,
+    )
+    found = protocol.unpack_metadata(answer.serialized_info)
+    if "cache_tokens_free" in found:
+        found["cache_tokens_available"] = found["cache_tokens_free"]
+    return found
+
+
+async def try_ask(node: Node, peer: str) -> dict[str, Any] | None:
+    """`ask`, or None if no readable answer comes within `PING_TIMEOUT`."""
+    try:
+        async with asyncio.timeout(PING_TIMEOUT):
+            return await ask(node, peer)
+    except PING_ERRORS as error:
+        logger.debug("asking %s: %s", peer, error)
+        return None

@@ -1,0 +1,84 @@
+"""Which models a swarm serves: what its index lists, and what its servers say themselves.
+
+Anybody can write into the index, and drown it. So the peers that are known are asked what they
+serve; a model that the index alone lists counts if a server has signed that it holds its first
+block, or if one that is said to hold it answers, and does not say that it serves another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from swarm_notebook.client.servers.asking import MAX_ASKED, try_ask
+from swarm_notebook.net import protocol
+from swarm_notebook.net.node import Node, is_peer_id
+from swarm_notebook.net.records import (
+    MODEL_INDEX_KEY,
+    ModelRecord,
+    is_signed,
+    parse_model_record,
+    parse_record,
+)
+
+# Models that are listed and of which a server is looked for; and how many are asked for each.
+MAX_LISTED, MAX_SERVERS = 64, 2
+
+
+async def served(node: Node) -> dict[str, ModelRecord]:
+    """The models by DHT prefix."""
+    found, stated = await asyncio.gather(
+        node.dht.get(MODEL_INDEX_KEY, latest=True), _stated(node, node.neighbours()[:MAX_ASKED])
+    )
+    listed = {
+        prefix: record
+        for prefix, entry in itertools.islice(_entries(found), MAX_LISTED)
+        if (record := parse_model_record(entry.value)) is not None
+    }
+    doubtful = listed.keys() - stated.keys()
+    confirmed = await _with_servers(node, doubtful)
+    return {prefix: listed[prefix] for prefix in confirmed} | stated
+
+
+async def _stated(node: Node, peers: Collection[str]) -> dict[str, ModelRecord]:
+    """What peers say that they serve."""
+    answers = await asyncio.gather(*(try_ask(node, peer) for peer in peers))
+    models = (_model_of(answer) for answer in answers if answer is not None)
+    return dict(model for model in models if model is not None)
+
+
+def _model_of(answer: dict[str, Any]) -> tuple[str, ModelRecord] | None:
+    record, model = parse_record(answer.get("record")), parse_model_record(answer.get("model"))
+    return None if record is None or not record.model or model is None else (record.model, model)
+
+
+async def _with_servers(node: Node, prefixes: Collection[str]) -> list[str]:
+    """Of these models those of whose first block some server answers."""
+    uids = {prefix: protocol.block_uid(prefix, 0) for prefix in prefixes}
+    found = await node.dht.get_many(list(uids.values()), sufficient_expiration_time=float("inf"))
+    answers = await asyncio.gather(
+        *(_served_by(node, prefix, _entries(found[uid])) for prefix, uid in uids.items())
+    )
+    return [prefix for prefix, served in zip(uids, answers, strict=True) if served]
+
+
+async def _served_by(node: Node, prefix: str, entries: Iterable[tuple[str, Any]]) -> bool:
+    peers = []
+    for peer, entry in entries:
+        info = parse_record(entry.value)
+        if info is None or not is_peer_id(peer):
+            continue
+        if info.model == prefix and is_signed(peer, entry.value, entry.expiration_time):
+            return True
+        peers.append(peer)
+    answers = await asyncio.gather(*(try_ask(node, peer) for peer in peers[:MAX_SERVERS]))
+    models = (_model_of(answer) for answer in answers if answer is not None)
+    return any(model is None or model[0] == prefix for model in models)
+
+
+def _entries(found: Any) -> Iterable[tuple[str, Any]]:
+    """The records that were found under a key, by name."""
+    entries = found.value if found is not None and isinstance(found.value, dict) else {}
+    return [(name, entry) for name, entry in entries.items() if isinstance(name, str)]
