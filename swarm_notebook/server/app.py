@@ -28,6 +28,7 @@ import torch
 
 from swarm_notebook import __version__
 from swarm_notebook.checkpoint.anatomy import context_length
+from swarm_notebook.checkpoint.digest import digest
 from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks
 from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.errors import ServerFailed
@@ -211,8 +212,9 @@ class Server:
         model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
         announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
         self._stack.push_async_callback(announcer.cancel)
-        await announcer.announce(_info(ServerState.JOINING, blocks, options))
-        pings = NeighbourPings(node, source.dht_prefix, blocks)
+        told = await asyncio.to_thread(digest, source)
+        await announcer.announce(_info(ServerState.JOINING, blocks, options, told=told))
+        pings = NeighbourPings(node, source.dht_prefix, blocks, told)
         await pings.measure()
         batching, rates = await measuring.future
         if span.device.type == "cuda" and options.threads is None:
@@ -237,7 +239,7 @@ class Server:
         await handler.register(node.p2p)
 
         def describe(state: ServerState) -> ServerInfo:
-            return _info(state, blocks, options, meter.rates, pool, pings=pings.rtt)
+            return _info(state, blocks, options, meter.rates, pool, told=told, pings=pings.rtt)
 
         async def describe_again() -> ServerInfo:
             await pings.measure()
@@ -386,9 +388,14 @@ def _info(
     rates: throughput.Throughput | None = None,
     pool: CachePool | None = None,
     *,
+    told: str,
     pings: Mapping[str, float] | None = None,
 ) -> ServerInfo:
-    """What the server says of itself; not yet measured while it joins."""
+    """What the server says of itself; not yet measured while it joins.
+
+    Args:
+        told: the digest of its checkpoint.
+    """
     return ServerInfo(
         state=state,
         throughput=rates.of_span(blocks[1] - blocks[0]) if rates else 0.0,
@@ -405,6 +412,7 @@ def _info(
         cache_tokens_left=to_petals_tokens(pool.free, blocks[1] - blocks[0]) if pool else None,
         cache_tokens_total=pool.total if pool else None,
         swarm_notebook=protocol.PROTOCOL_VERSION,
+        digest=told,
     )
 
 
