@@ -101,6 +101,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="a torch device (default: %(default)s, a GPU where there is one)",
     )
     serve.add_argument(
+        "--bits",
+        type=float,
+        metavar="B",
+        help="bits per weight, scales included, from 2.5 to 16: each matrix gets as many as it "
+        "needs within this mean (default: as they are)",
+    )
+    serve.add_argument(
         "--dummy-weights",
         action="store_true",
         help="random weights of the model's shape, to measure and plan; announced under another "

@@ -7,13 +7,13 @@ here.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from swarm_notebook.checkpoint.digest import digest
 from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.discovery import await_spans, choose_dtype, only_model, only_record
@@ -33,6 +33,13 @@ from swarm_notebook.writing.prompts import callback_streamer, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from swarm_notebook.net.records import ServerSpan
+
+logger = logging.getLogger(__name__)
+
+# Weights of fewer bits than these were made coarser by their server.
+WHOLE_BITS = 16
 
 
 class Swarm:
@@ -272,6 +279,7 @@ def connect(
     timeout: float = PATIENCE,
     compression: str | None = None,
     own: Blocks = (),
+    min_bits: float | None = None,
 ) -> Swarm:
     """Attach to a swarm and build the remote model.
 
@@ -289,11 +297,12 @@ def connect(
             logits a little (Petals servers do without it). Passes that a backward follows are
             never compressed.
         own: blocks to bring home at once, see `Swarm.own`; no server needs to hold them.
+        min_bits: servers whose weights have fewer bits each are not used, also not when others are
+            lost: 16 takes whole weights only. None takes all, and says so once.
 
     Raises:
         AddressError, ConnectionFailed: the peers cannot be reached.
         ModelNotFound, ModelNotServed: the model does not exist, or nobody serves it.
-        OtherCheckpoint: it is served with other weights, or another config.
         ValueError: ``compression`` is none of these.
     """
     if compression is not None and compression not in COMPRESSIONS:
@@ -311,12 +320,14 @@ def connect(
         with Waiting("Joining the swarm") as waiting:
             source = resolve(model if model is not None else only_model(peers))
             config = source.config()
-            blocks = config.num_hidden_layers
-            connection = Connection(peers, source.dht_prefix, blocks, timeout, digest(source))
-            owned = home.which(own, blocks) if own != () else []
+            connection = Connection(peers, source.dht_prefix, config.num_hidden_layers, timeout)
+            owned = home.which(own, config.num_hidden_layers) if own != () else []
             connection.directory.home = frozenset(owned)
             connection.directory.compression = COMPRESSIONS.get(compression or "", NONE)
+            connection.directory.min_bits = min_bits or 0.0
             spans = await_spans(connection, source.name, peers, waiting)
+            if min_bits is None:
+                _tell_coarse(spans)
             waiting.say("Loading what runs here: embeddings, norm and head")
             built = skeleton.build(source, connection, choose_dtype(dtype, spans))
         home.bring_home(built, source, owned)
@@ -327,6 +338,22 @@ def connect(
         if local is not None:
             local.close()
         raise
+
+
+def _tell_coarse(spans: Sequence[ServerSpan]) -> None:
+    """Say that results will not be those of the model's own weights."""
+    coarse = [span for span in spans if span.weight_bits < WHOLE_BITS]
+    if coarse:
+        least = min(span.weight_bits for span in coarse)
+        logger.warning(
+            "%d of %d servers have weights of %.3g bits or more: results differ from those of the "
+            "model's own. sn.connect(min_bits=16) takes whole weights only, min_bits=%.3g takes "
+            "these without a word",
+            len(coarse),
+            len(spans),
+            least,
+            least,
+        )
 
 
 def look(

@@ -8,7 +8,7 @@ parameters and the list that holds them count from zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -112,6 +112,47 @@ def load_blocks(
     trunk = trunks[0]
     make_transparent(model, trunk)
     return LoadedBlocks(model, trunk.decoder, trunk.layers_name, start, end)
+
+
+def load_one_by_one(
+    source: ModelSource,
+    start: int,
+    end: int,
+    change: Callable[[LoadedBlocks], None],
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> LoadedBlocks:
+    """As `load_blocks`, but block by block: each is changed before the next one is read.
+
+    So blocks that ``change`` makes smaller never take the memory of all of them.
+    """
+    sizes = [0] * (end - start)
+    layers: list[nn.Module] = []
+    first: LoadedBlocks | None = None
+    for block in range(start, end):
+
+        def told(done: int, total: int, block: int = block) -> None:
+            sizes[block - start] = total
+            if progress is not None:
+                # Those that come are taken to be like this one.
+                read = sum(sizes[: block - start]) + done
+                progress(read, sum(sizes) + total * (end - block - 1))
+
+        one = load_blocks(source, block, block + 1, dtype=dtype, device=device, progress=told)
+        change(one)
+        layers += one.layers
+        first = first or one
+    if first is None:
+        raise BlocksOutOfRange(f"blocks {start}:{end} of {source.name}: none")
+    described = source.config()
+    restrict_config(described, start, end)
+    for name, value in described.to_dict().items():
+        if name == "num_hidden_layers" or (isinstance(value, list) and len(value) == end - start):
+            setattr(first.config, name, value)
+    setattr(first.decoder, first.layers_name, nn.ModuleList(layers))
+    return LoadedBlocks(first.model, first.decoder, first.layers_name, start, end)
 
 
 def _in_range(name: str, start: int, end: int) -> bool:

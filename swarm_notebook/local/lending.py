@@ -40,6 +40,7 @@ class Lending:
         swarm: an attached swarm to serve in.
         initial_peers: addresses of the swarm to join, if none is attached; none begin a new one.
         dtype: what to compute in.
+        bits: per weight, from 2.5 to 16; None leaves the weights as they are.
         device: where: a torch device.
         threads: CPU threads; None leaves it to torch.
         name: what others see in their status.
@@ -60,6 +61,7 @@ class Lending:
         initial_peers: Sequence[str] = (),
         dtype: str = "float32",
         device: str = "cpu",
+        bits: float | None = None,
         threads: int | None = None,
         name: str = "notebook",
         listen: str | None = None,
@@ -74,7 +76,7 @@ class Lending:
         self._key: bytes | None = None  # others know it under the same peer id when it comes back
         self._server: LocalServer | None = None
         self._inquiry: Inquiry | None = None
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.bits = dtype, device, bits
         self.blocks = blocks or _lacking(swarm) or (0, self.num_blocks)
 
     @property
@@ -141,6 +143,7 @@ class Lending:
             self.blocks,
             folder=self._folder,
             options=[self._path, "--dtype", self.dtype, "--device", self.device]
+            + ([] if self.bits is None else ["--bits", str(self.bits)])
             + ([] if self._threads is None else ["--threads", str(self._threads)]),
             environment=server_environment(self._threads),
             swarm_addresses=lambda: self._peers,

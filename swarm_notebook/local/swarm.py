@@ -43,6 +43,8 @@ class LocalSwarm:
         servers: how many servers share the blocks evenly, or each one's ``(start, end)``.
         dtype: what the servers compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
         device: where, such as ``"cuda"``; "auto" is a GPU where there is one.
+        bits: per weight of the blocks' matrices, from 2.5 to 16, scales included; None leaves them
+            as they are. On a CPU, ``dtype`` "auto" is then bfloat16.
         threads: CPU threads per server; None leaves it to torch.
         cache_tokens: room for keys and values per server; None is the server's default.
         start_timeout: seconds until every server must be ready.
@@ -60,6 +62,7 @@ class LocalSwarm:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        bits: float | None = None,
         threads: int | None = None,
         cache_tokens: int | None = None,
         start_timeout: float = START_SECONDS,
@@ -72,6 +75,8 @@ class LocalSwarm:
         spans = plan_spans(source.config().num_hidden_layers, servers)
         self.model = str(source.path or source.name)
         options = [self.model, "--dtype", dtype, "--device", device]
+        if bits is not None:
+            options += ["--bits", str(bits)]
         if threads is not None:
             options += ["--threads", str(threads)]
         if cache_tokens is not None:

@@ -55,6 +55,11 @@ _CHECKED_MOST = 16384
 _checked: OrderedDict[bytes, bool] = OrderedDict()
 
 
+# Bits per weight of Petals' quantisations, scales included, and of dtypes.
+PETALS_BITS = {"nf4": 4.25, "int8": 8.0}
+DTYPE_BITS = {"float32": 32.0, "float64": 64.0}
+
+
 class ServerState(enum.IntEnum):
     OFFLINE = 0
     JOINING = 1
@@ -76,6 +81,9 @@ class ServerInfo(BaseModel):
     Attributes:
         cache_tokens_left: in Petals' unit, see `to_petals_tokens`.
         cache_tokens_total: tokens in all blocks of the server.
+        weight_bits: per weight of the blocks' matrices, if they were packed.
+        weight_error: what that does to the blocks' output: mean square of the difference by mean
+            square of the output.
         next_pings: round trips in seconds to servers of neighbouring blocks, by peer (base58 id).
         model: the prefix of the model that the record is about.
         digest: of the checkpoint that is served, see `checkpoint.digest`.
@@ -102,6 +110,8 @@ class ServerInfo(BaseModel):
     next_pings: Annotated[dict[Name, Ping], Field(max_length=MAX_PINGS_READ)] | None = None
     swarm_notebook: int | None = None
     cache_tokens_total: Annotated[int, Field(ge=0)] | None = None
+    weight_bits: Annotated[float, Field(gt=0, le=64)] | None = None
+    weight_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     model: Name | None = None
     digest: Name | None = None
     public_key: Annotated[bytes, Field(max_length=MAX_KEY_BYTES)] | None = None
@@ -220,6 +230,14 @@ class ServerSpan:
         # What a record says of its blocks may be nothing, or nonsense: then those seen here count.
         unit = hosted if hosted > 0 else to_petals_tokens(1, self.end - self.start)
         return None if left is None else left // unit
+
+    @property
+    def weight_bits(self) -> float:
+        """Bits per weight that it computes with; Petals' names for quantised weights are known."""
+        if self.info.weight_bits is not None:
+            return self.info.weight_bits
+        named = PETALS_BITS.get(self.info.quant_type or "")
+        return named or DTYPE_BITS.get(self.info.torch_dtype or "", 16.0)
 
     @property
     def extended(self) -> bool:

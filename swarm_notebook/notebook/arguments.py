@@ -202,6 +202,9 @@ class CommandLine:
         )
         serve.add_argument("--dtype", choices=DTYPES, help="what to compute in")
         serve.add_argument("--device", metavar="DEVICE", help="where, such as cuda")
+        serve.add_argument(
+            "--bits", type=float, metavar="B", help="per weight, 2.5 to 16 (default: as they are)"
+        )
         serve.add_argument("--threads", type=_count, metavar="N", help="CPU threads to use")
         serve.add_argument("--name", metavar="NAME", help="what others see in their status")
         serve.add_argument("--listen", metavar="ADDRESS", help="where, such as /ip4/0.0.0.0/tcp/0")

@@ -164,7 +164,7 @@ class SwarmMagics:
         self._warmup.wait()
         from swarm_notebook.widgets import ServePanel
 
-        names = ("dtype", "device", "threads", "name", "listen")
+        names = ("dtype", "device", "bits", "threads", "name", "listen")
         given = {key: getattr(arguments, key) for key in names}
         swarm = None if arguments.initial_peers else self._current()
         panel = ServePanel(

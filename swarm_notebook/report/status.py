@@ -48,6 +48,8 @@ _COLUMNS = [
     "throughput",
     "dtype",
     "quant",
+    "bits",
+    "error",
     "cache_left",
     "version",
     "note",
@@ -73,6 +75,8 @@ class ServerRow:
     note: str = ""
     announced: float | None = None  # Unix time when what it says of itself was first read
     heard: float | None = None  # Unix time when it last answered anything
+    bits: float | None = None  # per weight of its blocks' matrices, if they were packed
+    error: float | None = None  # of its blocks' outputs for that, relative to their mean square
 
     @property
     def blocks(self) -> str:
@@ -85,7 +89,10 @@ class ServerRow:
 
     @property
     def precision(self) -> str | None:
-        """The dtype, with the quantisation if there is one."""
+        """The dtype, with the quantisation if there is one, and what was measured of it."""
+        if self.bits is not None:
+            measured = "" if self.error is None else f", error {self.error:.1%}"
+            return f"{self.dtype}, {self.bits:.3g} bits{measured}"
         quantised = self.quant not in (None, "none")
         return f"{self.dtype} ({self.quant})" if quantised else self.dtype
 
@@ -227,6 +234,8 @@ def _server_row(span: ServerSpan, snapshot: Snapshot, directory: Directory) -> S
         note=avoided,
         announced=snapshot.announced.get(span.peer),
         heard=directory.heard.get(span.peer),
+        bits=info.weight_bits,
+        error=info.weight_error,
     )
 
 

@@ -28,7 +28,6 @@ import torch
 
 from swarm_notebook import __version__
 from swarm_notebook.checkpoint.anatomy import context_length
-from swarm_notebook.checkpoint.digest import digest
 from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks
 from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.errors import ServerFailed
@@ -38,10 +37,17 @@ from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState, to_
 from swarm_notebook.server import heap, lifetime
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.announce import Announcer
-from swarm_notebook.server.engine import products, throughput
+from swarm_notebook.server.engine import packed_products, products, throughput
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
+from swarm_notebook.server.engine.quantising.loading import (
+    MAX_BITS,
+    Quantised,
+    check_bits,
+    load_quantised,
+)
 from swarm_notebook.server.engine.requests import Limits
+from swarm_notebook.server.engine.scheduler import GATHER_PART_IN_GRAPHS
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
 from swarm_notebook.server.engine.worker import ComputeThread, Job
@@ -59,6 +65,8 @@ PROGRESS_SECONDS = 2.0
 TELL_SECONDS = 0.25
 # Between two checks for what has expired.
 EXPIRE_SECONDS = 5.0
+# Weights with more bits than this have 8 for the most part.
+INT8_BITS = 6.5
 
 
 def main(options: ServeOptions) -> NoReturn:
@@ -143,6 +151,7 @@ class Server:
         self._stack = contextlib.AsyncExitStack()
         self._given_up = threading.Event()
         self._up: _Up | None = None
+        self._quantised: Quantised | None = None
 
     async def start(self) -> None:
         """Join the swarm, load the blocks, measure them and tell everybody.
@@ -197,6 +206,8 @@ class Server:
     async def _start(self) -> None:
         source = resolve(self._options.model, dummy=self._options.dummy_weights)
         options = self._options = self._options.settled(source)
+        if options.bits is not None:
+            check_bits(options.bits)
         compute = ComputeThread()
         self._stack.push_async_callback(self._end_thread, compute)
         # Both take seconds, and one mostly waits.
@@ -212,15 +223,15 @@ class Server:
         model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
         announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
         self._stack.push_async_callback(announcer.cancel)
-        told = await asyncio.to_thread(digest, source)
-        await announcer.announce(_info(ServerState.JOINING, blocks, options, told=told))
-        pings = NeighbourPings(node, source.dht_prefix, blocks, told)
+        joining = _told_bits(_info(ServerState.JOINING, blocks, options), self._quantised)
+        await announcer.announce(joining)
+        pings = NeighbourPings(node, source.dht_prefix, blocks)
         await pings.measure()
         batching, rates = await measuring.future
-        if span.device.type == "cuda" and options.threads is None:
-            _leave_cores_alone()
         meter = throughput.RateMeter(rates)
         compute.on_ran = meter.ran
+        if batching.decoding is not None:
+            compute.wait_for_others(GATHER_PART_IN_GRAPHS)
         limits = Limits(
             prefix=source.dht_prefix,
             start=span.start,
@@ -239,7 +250,8 @@ class Server:
         await handler.register(node.p2p)
 
         def describe(state: ServerState) -> ServerInfo:
-            return _info(state, blocks, options, meter.rates, pool, told=told, pings=pings.rtt)
+            found = _info(state, blocks, options, meter.rates, pool, pings=pings.rtt)
+            return _told_bits(found, self._quantised)
 
         async def describe_again() -> ServerInfo:
             await pings.measure()
@@ -286,8 +298,7 @@ class Server:
         def later(call: Callable[[], None]) -> None:
             loop.call_soon_threadsafe(compute.submit, call)
 
-        threads = self._options.threads
-        return compute.submit(_measure, span, hidden_size, tokens, threads, later)
+        return compute.submit(_measure, span, hidden_size, tokens, later)
 
     def _load(self, source: ModelSource) -> LoadedBlocks:
         """In the torch thread: read the blocks, telling how far it is.
@@ -312,7 +323,11 @@ class Server:
 
         blocks = options.blocks or (0, source.config().num_hidden_layers)
         dtype = tensors.dtype_from_name(options.dtype)
-        loaded = load_blocks(source, *blocks, dtype=dtype, device=options.device, progress=progress)
+        reading: dict[str, Any] = {"dtype": dtype, "device": options.device, "progress": progress}
+        if options.bits is None or options.bits >= MAX_BITS:
+            loaded = load_blocks(source, *blocks, **reading)
+        else:
+            loaded, self._quantised = load_quantised(source, *blocks, bits=options.bits, **reading)
         logger.info("loaded blocks %d:%d in %.1f s", *blocks, time.monotonic() - started)
         return loaded
 
@@ -354,25 +369,11 @@ async def _keep_expiring(handler: Handler) -> None:
         await handler.expire()
 
 
-def _leave_cores_alone() -> None:
-    """Let torch compute in the calling thread alone, and in those that begin later.
-
-    What a server with a card does beside it is small, and waking other cores takes longer: on an
-    H100 with 16 cores a step of 16 sessions took 23 ms, of which the card was busy for 12.
-    """
-    torch.set_num_threads(1)
-
-
 def _measure(
-    span: Span,
-    hidden_size: int,
-    tokens: int,
-    threads: int | None,
-    later: Callable[[Callable[[], None]], None],
+    span: Span, hidden_size: int, tokens: int, later: Callable[[Callable[[], None]], None]
 ) -> tuple[Batching, throughput.Throughput]:
     """In the torch thread: whether sessions can share a call, and how fast the blocks are."""
-    if span.device.type == "cuda" and threads is None:
-        _leave_cores_alone()
+    packed_products.install(span.layers)
     batching = Batching.try_out(span, hidden_size)
     if span.device.type == "cuda":
         batching = batching.with_decoding(span, hidden_size, tokens)
@@ -388,14 +389,9 @@ def _info(
     rates: throughput.Throughput | None = None,
     pool: CachePool | None = None,
     *,
-    told: str,
     pings: Mapping[str, float] | None = None,
 ) -> ServerInfo:
-    """What the server says of itself; not yet measured while it joins.
-
-    Args:
-        told: the digest of its checkpoint.
-    """
+    """What the server says of itself; not yet measured while it joins."""
     return ServerInfo(
         state=state,
         throughput=rates.of_span(blocks[1] - blocks[0]) if rates else 0.0,
@@ -412,8 +408,16 @@ def _info(
         cache_tokens_left=to_petals_tokens(pool.free, blocks[1] - blocks[0]) if pool else None,
         cache_tokens_total=pool.total if pool else None,
         swarm_notebook=protocol.PROTOCOL_VERSION,
-        digest=told,
     )
+
+
+def _told_bits(info: ServerInfo, found: Quantised | None) -> ServerInfo:
+    """The record, with what was done to the weights."""
+    if found is None:
+        return info
+    kind = "int8" if found.bits > INT8_BITS else "int4"
+    said = {"weight_bits": round(found.bits, 2), "weight_error": found.error}
+    return info.model_copy(update={"quant_type": kind, **said})
 
 
 def _tell(facts: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ class ServeOptions:
         identity: file of the private key behind the peer id; written if there is none.
         dtype: what to compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
         device: a torch device; "auto" is a GPU where there is one.
+        bits: per weight of the blocks' matrices, scales included; None leaves them as they are.
         dummy_weights: random ones of the model's shape, announced under another name.
         cache_tokens: budget of the key-value memory (rows x positions); None is `CACHE_TOKENS`.
         activation_bytes: budget for activations that are kept for a backward pass.
@@ -48,6 +49,7 @@ class ServeOptions:
     identity: Path | None = None
     dtype: str = "auto"
     device: str = "auto"
+    bits: float | None = None
     dummy_weights: bool = False
     cache_tokens: int | None = None
     activation_bytes: int = BUDGET_BYTES
@@ -67,4 +69,7 @@ class ServeOptions:
         if dtype == "auto":
             stored = source.config().dtype if torch.device(device).type != "cpu" else None
             dtype = halves.get(stored, "float32")
+            if self.bits is not None and torch.device(device).type == "cpu":
+                # torch multiplies by 4 and 8 bits in it alone.
+                dtype = "bfloat16"
         return replace(self, device=device, dtype=dtype)

@@ -30,7 +30,8 @@ class ServePanel(Widget, module="serve"):
 
     Args:
         lending: what to start and stop; None makes one of the other arguments.
-        model, blocks, swarm, initial_peers, dtype, device, threads, name, listen: as for `Lending`.
+        model, blocks, swarm, initial_peers, dtype, device, bits, threads, name, listen: as for
+            `Lending`.
 
     Attributes:
         title: the model's name.

@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from swarm_notebook.checkpoint.digest import matches
 from swarm_notebook.client.servers import routing
 from swarm_notebook.client.servers.announced import Announced
 from swarm_notebook.client.servers.asking import MAX_ASKED, PING_ERRORS, PING_TIMEOUT, ask, try_ask
 from swarm_notebook.client.servers.health import PeerHealth
 from swarm_notebook.client.telemetry import Telemetry
-from swarm_notebook.errors import MissingBlocks, OtherCheckpoint
+from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import Node, smoothed_rtt
 from swarm_notebook.net.records import ServerSpan, ServerState, spans_of
@@ -52,13 +51,11 @@ class Snapshot:
     Attributes:
         when: the moment, in seconds of Unix time.
         announced: when a server's present record was first read, by peer.
-        others: servers with another checkpoint than the notebook's, and what that means, by peer.
     """
 
     spans: tuple[ServerSpan, ...] = ()
     when: float = 0.0
     announced: Mapping[str, float] = field(default_factory=dict)
-    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,7 +83,7 @@ class Directory:
         health: who is avoided, and who is kept apart from whom.
         began: when this was made, by `time.monotonic`.
         home: blocks that the notebook runs itself, and needs no server for.
-        digest: of the notebook's own checkpoint; servers that announce another one are avoided.
+        min_bits: servers with fewer bits per weight are not used.
     """
 
     node: Node
@@ -103,10 +100,11 @@ class Directory:
     health: PeerHealth = field(default_factory=PeerHealth)
     began: float = field(default_factory=time.monotonic)
     home: frozenset[int] = frozenset()
-    digest: str | None = None
-    _warned: set[str] = field(default_factory=set)
+    min_bits: float = 0.0
     _announced: Announced = field(init=False)
     _asked: dict[str, float] = field(default_factory=dict)
+    _bits: dict[int, float] = field(default_factory=dict)
+    _told_bits: set[tuple[int, float, float]] = field(default_factory=set)
     _last_seen: dict[str, _LastSeen] = field(default_factory=dict)
     _refreshing: asyncio.Task | None = None
     _background: asyncio.Task | None = None
@@ -168,7 +166,7 @@ class Directory:
     def _show(self, when: float) -> None:
         """Let everybody see what is known now."""
         spans = tuple(spans_of(self._announced.holders()))
-        self.snapshot = Snapshot(spans, when, self._announced.times(), self._others(spans))
+        self.snapshot = Snapshot(spans, when, self._announced.times())
 
     async def _ask_neighbours(self) -> None:
         """Ask peers of which nothing was read whether they serve blocks of this model."""
@@ -235,8 +233,9 @@ class Directory:
         return routing.uncovered(online, start, end)
 
     def usable(self) -> list[ServerSpan]:
-        """The announced spans without those of peers that are avoided just now."""
-        return [span for span in self.snapshot.spans if not self.avoided(span.peer)]
+        """The announced spans without those of peers that are avoided, or too coarse."""
+        fine = [span for span in self.snapshot.spans if span.weight_bits >= self.min_bits]
+        return [span for span in fine if not self.avoided(span.peer)]
 
     @property
     def links(self) -> routing.Links:
@@ -266,7 +265,9 @@ class Directory:
         announced = False
         while True:
             try:
-                return self.chain(start, end, exclude)
+                chain = self.chain(start, end, exclude)
+                self._tell_bits(chain)
+                return chain
             except MissingBlocks as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -286,6 +287,29 @@ class Directory:
                     self._try_avoided(start, end, exclude)
                     await asyncio.sleep(WAIT_PERIOD)
 
+    def _tell_bits(self, chain: Sequence[routing.RouteSegment]) -> None:
+        """Say once when blocks are computed with other weights than before."""
+        for segment in chain:
+            bits = segment.span.weight_bits
+            changed = [
+                block
+                for block in range(segment.start, segment.end)
+                # Whole weights are the same values in any of their dtypes.
+                if min(self._bits.setdefault(block, bits), 16) != min(bits, 16)
+            ]
+            before = {(block, self._bits[block], bits) for block in changed}
+            self._bits |= dict.fromkeys(range(segment.start, segment.end), bits)
+            if before - self._told_bits:
+                self._told_bits |= before
+                logger.warning(
+                    "%s go on with %.3g bits per weight instead of %.3g on %s: results change "
+                    "(sn.connect(min_bits=...) refuses coarser weights)",
+                    routing.describe_blocks(changed),
+                    bits,
+                    next(iter(before))[1],
+                    segment.span.name,
+                )
+
     def _try_avoided(self, start: int, end: int, exclude: Collection[str]) -> None:
         """Use servers again that have failed, for blocks that nobody else has, if they answer."""
         missing = self._missing(start, end, exclude)
@@ -300,10 +324,19 @@ class Directory:
             {seen.name for seen in self._last_seen.values() if seen.blocks.intersection(missing)}
         )
         had = f"; until now {', '.join(names)} had them" if names else ""
-        return had + "".join(
-            f"; {span.name} is avoided for now: {reason}"
+        coarse = "".join(
+            f"; {span.name} has {span.weight_bits:.3g} bits, but min_bits is {self.min_bits:g}"
             for span in self.snapshot.spans
-            if (reason := self.avoided(span.peer)) and span.start < end and start < span.end
+            if span.weight_bits < self.min_bits and span.start < end and start < span.end
+        )
+        return (
+            had
+            + coarse
+            + "".join(
+                f"; {span.name} is avoided for now: {reason}"
+                for span in self.snapshot.spans
+                if (reason := self.avoided(span.peer)) and span.start < end and start < span.end
+            )
         )
 
     def failed(self, peer: str, reason: str) -> None:
@@ -348,37 +381,4 @@ class Directory:
 
     def avoided(self, peer: str) -> str:
         """Why a peer is avoided just now; an empty text if it is not."""
-        return self.snapshot.others.get(peer) or self.health.avoided(peer)
-
-    def _others(self, spans: Sequence[ServerSpan]) -> dict[str, str]:
-        """Of servers with another checkpoint than the notebook's, what is to be said of it."""
-        if self.digest is None:
-            return {}
-        found = {
-            span.peer: f"it serves another checkpoint (digest {span.info.digest}) than this "
-            f"notebook has (digest {self.digest})"
-            for span in spans
-            if span.info.digest is not None and not matches(self.digest, span.info.digest)
-        }
-        for span in spans:
-            if span.peer in found and span.peer not in self._warned:
-                logger.warning("%s is not used: %s", span.name, found[span.peer])
-        self._warned = set(found)
-        return found
-
-    def check_checkpoint(self) -> None:
-        """See to it that servers are not missing only because they have another checkpoint.
-
-        Raises:
-            OtherCheckpoint: they are; it names both digests.
-        """
-        missing, others = set(self.missing()), self.snapshot.others
-        spans = [span for span in self.snapshot.spans if span.peer in others]
-        theirs = {block for span in spans for block in range(span.start, span.end)}
-        if missing and missing <= theirs:
-            first = next(span for span in spans if missing & set(range(span.start, span.end)))
-            raise OtherCheckpoint(
-                f"{self.prefix}: server {first.name} (blocks {first.start}:{first.end}) is not "
-                f"used: {others[first.peer]}, and nobody else has its blocks. Give the folder or "
-                "file that the servers were started with, or start servers with this notebook's"
-            )
+        return self.health.avoided(peer)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from swarm_notebook.checkpoint.packed import storages
 from swarm_notebook.server.engine.kv.cache import SessionCache
 from swarm_notebook.server.engine.pieces import Pieces
 from swarm_notebook.server.engine.requests import Backward, Forward
@@ -433,10 +434,9 @@ class _SavedBytes:
         return tensor.detach()
 
     def count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in self._seen:
-            return
-        self._seen.add(storage.data_ptr())
-        self.size += storage.nbytes()
+        for storage in storages(tensor):
+            if storage.data_ptr() not in self._seen:
+                self._seen.add(storage.data_ptr())
+                self.size += storage.nbytes()
         if not self._room(self.size):
             raise NoRoom

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from swarm_notebook.checkpoint.anatomy import restrict_config
+from swarm_notebook.checkpoint.packed import storages
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.server.adapters.mixing import Tuners
 from swarm_notebook.server.engine.attention.batch import BatchCache, Part, attending
@@ -107,9 +108,10 @@ class Span:
     @cached_property
     def _storages(self) -> frozenset[int]:
         return frozenset(
-            tensor.untyped_storage().data_ptr()
+            storage.data_ptr()
             for layer in self.layers
             for tensor in (*layer.parameters(), *layer.buffers())
+            for storage in storages(tensor)
         )
 
     @torch.inference_mode()

@@ -1,0 +1,242 @@
+"""Multiplying tokens by weights in few bits, without unpacking them where torch knows how.
+
+A linear layer whose weight is a `PackedWeight` gets a forward of its own. For a few tokens it uses
+torch's operators for 4 and 8 bits, which read the bits alone; they are for bfloat16, and in float32
+many times slower than unpacking (AVX-512, torch 2.13: 940 us against 119 us for 576 x 576). For
+more tokens it unpacks the weight for the moment and multiplies as ever; from how many on, is
+measured. Gradients go through the unpacked weight, which is not kept in between.
+
+The operators' names are private and their layout is not documented: both are tried out at start,
+and what does not give what unpacking gives is not used.
+
+Everything here belongs to the torch thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from swarm_notebook.checkpoint.packed import Packed, PackedGrid, PackedWeight, replace
+
+# Tokens of which it is measured whether an operator is faster than unpacking.
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_TRIES = 3
+# Rows of a weight that one block of the 4-bit layout holds (AVX-512).
+_TILE = 64
+# How far an operator's result may be from that of unpacking, relative to it: bfloat16 has 8 bits.
+_CLOSE = 2e-2
+
+Operator = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PackedInt4:
+    """Four bits in the order in which torch's operator for CPUs reads them.
+
+    Attributes:
+        plane: ``[rows, columns / 2]`` bytes.
+        scales: ``[groups, rows, 2]``: scales and offsets.
+    """
+
+    shape: torch.Size
+    group: int
+    plane: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.plane.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.itemsize for part in self.parts())
+
+    def parts(self) -> Sequence[torch.Tensor]:
+        return [self.plane, self.scales]
+
+    def unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        rows, columns = self.shape
+        tiles = self.plane.view(rows // _TILE, columns, _TILE // 2)
+        integers = torch.cat([tiles & 15, tiles >> 4], dim=2).transpose(1, 2)
+        values = integers.reshape(rows, -1, self.group).to(torch.float32)
+        scales, offsets = self.scales.to(torch.float32).permute(2, 1, 0)
+        values.sub_(8).mul_(scales[:, :, None]).add_(offsets[:, :, None])
+        return values.view(self.shape).to(dtype)
+
+
+class PackedProduct:
+    """The forward of a linear layer with a packed weight."""
+
+    __slots__ = ("_dtype", "_operator", "_up_to", "bias", "packed")
+
+    def __init__(
+        self,
+        packed: Packed,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        operator: Operator | None,
+        up_to: int,
+    ):
+        self.packed, self.bias = packed, bias
+        self._dtype, self._operator, self._up_to = dtype, operator, up_to
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            result: torch.Tensor = _Product.apply(x, self)
+            return result if self.bias is None else result + self.bias
+        if self._operator is not None and x.numel() <= self._up_to * x.shape[-1]:
+            result = self._operator(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
+            return result if self.bias is None else result + self.bias
+        return functional.linear(x, self.weight(), self.bias)
+
+    def __deepcopy__(self, _memo: Any) -> PackedProduct:
+        # A layer that is cloned around the same weight (for an adapter) multiplies as this one.
+        return self
+
+    def weight(self) -> torch.Tensor:
+        """Unpacked, for the moment."""
+        return self.packed.unpack(self._dtype)
+
+
+class _Product(torch.autograd.Function):
+    """With gradients of the tokens; the weight is frozen, and unpacked again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, product: PackedProduct) -> torch.Tensor:
+        ctx.product = product
+        return functional.linear(x, product.weight())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.product.weight(), None
+
+
+def install(layers: Iterable[nn.Module]) -> None:
+    """Let the linear layers of some blocks multiply by their packed weights."""
+    up_to: dict[Any, int] = {}
+    for layer in layers:
+        for module in layer.modules():
+            # Those that inherit from it do something else.
+            if type(module) is not nn.Linear or not isinstance(module.weight, PackedWeight):
+                continue
+            packed, dtype = (
+                _arranged(module.weight.packed, module.weight.dtype),
+                module.weight.dtype,
+            )
+            if packed is not module.weight.packed:
+                replace(module, "weight", packed, dtype)
+            operator = operator_for(packed, dtype)
+            key = type(packed), packed.shape, packed.nbytes
+            if key not in up_to:
+                up_to[key] = 0 if operator is None else _crossover(operator, packed, dtype)
+            product = PackedProduct(packed, module.bias, dtype, operator, up_to[key])
+            vars(module)["forward"] = product
+
+
+def _arranged(packed: Packed, dtype: torch.dtype) -> Packed:
+    """In the order of torch's operator for 4 bits, where it can be used."""
+    if not isinstance(packed, PackedGrid) or packed.grid.bits != 4 or packed.offsets is None:
+        return packed
+    wanted = dtype == torch.bfloat16 and packed.device.type == "cpu"
+    if not wanted or len(packed.shape) != 2 or packed.shape[0] % _TILE or not _knows_int4():
+        return packed
+    return _int4(packed)
+
+
+def _int4(packed: PackedGrid) -> PackedInt4:
+    integers = (packed.integers() + 8).to(torch.int32)
+    plane = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)
+    offsets = torch.zeros_like(packed.scales) if packed.offsets is None else packed.offsets
+    scales = torch.stack([packed.scales, offsets], dim=2).transpose(0, 1).contiguous()
+    return PackedInt4(packed.shape, packed.shape[1] // scales.shape[0], plane, scales)
+
+
+def operator_for(packed: Packed, dtype: torch.dtype) -> Operator | None:
+    """What multiplies by the bits as they are; None if nothing does."""
+    if isinstance(packed, PackedInt4):
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, packed.plane, packed.group, packed.scales
+        )
+    if not isinstance(packed, PackedGrid) or packed.grid.bits != 8 or not _knows_int8():
+        return None
+    if dtype != torch.bfloat16 or packed.device.type != "cpu" or len(packed.shape) != 2:
+        return None
+    integers, scales = packed.planes[0], packed.scales.view(-1)
+    return lambda x: torch.ops.aten._weight_int8pack_mm(x, integers, scales)
+
+
+def _crossover(operator: Operator, packed: Packed, dtype: torch.dtype) -> int:
+    """The number of tokens up to which the operator is faster than unpacking."""
+    up_to = 0
+    for size in _SIZES:
+        x = torch.randn(size, packed.shape[1], generator=torch.Generator()).to(dtype)
+        with torch.inference_mode():
+            seconds = _seconds(partial(operator, x)), _seconds(partial(_unpacked, packed, x))
+        if seconds[0] > seconds[1]:
+            break
+        up_to = size
+    return up_to
+
+
+def _unpacked(packed: Packed, x: torch.Tensor) -> torch.Tensor:
+    return functional.linear(x, packed.unpack(x.dtype))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    best = math.inf
+    for _ in range(_TRIES):
+        began = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+@functools.cache
+def _knows_int4() -> bool:
+    """Whether torch's operator for 4 bits is there, in the layout that `PackedInt4` reads."""
+    rows, columns, group = 2 * _TILE, 64, 32
+    integers = torch.arange(rows * columns).remainder_(251).remainder_(16).view(rows, columns)
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.rand(columns // group, rows, 2, generator=generator).to(torch.bfloat16)
+    x = torch.randn(3, columns, generator=generator).to(torch.bfloat16)
+    try:
+        plane = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32), 1)
+        packed = PackedInt4(torch.Size([rows, columns]), group, plane, scales)
+        found = torch.ops.aten._weight_int4pack_mm_for_cpu(x, plane, group, scales)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    whole = ((integers - 8).view(rows, -1, group) * scales.float()[..., 0].t()[:, :, None]) + (
+        scales.float()[..., 1].t()[:, :, None]
+    )
+    unpacked = packed.unpack(torch.float32)
+    return torch.equal(unpacked, whole.view(rows, columns)) and _close(found, x, unpacked)
+
+
+@functools.cache
+def _knows_int8() -> bool:
+    """Whether torch's operator for 8 bits is there."""
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-127, 128, (64, 64), generator=generator, dtype=torch.int8)
+    scales = torch.rand(64, generator=generator).to(torch.bfloat16)
+    x = torch.randn(3, 64, generator=generator).to(torch.bfloat16)
+    try:
+        found = torch.ops.aten._weight_int8pack_mm(x, integers, scales)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return _close(found, x, integers.float() * scales.float()[:, None])
+
+
+def _close(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> bool:
+    expected = x.float() @ weight.t()
+    return bool((found.float() - expected).abs().max() <= _CLOSE * expected.abs().max())

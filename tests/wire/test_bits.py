@@ -1,0 +1,158 @@
+"""Servers whose weights have few bits, against a local model with the same unpacked values."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.hosting import HostedServer, HostedSwarm
+from support.tiny import tiny_model
+
+import swarm_notebook as sn
+from swarm_notebook.checkpoint.packed import PackedWeight
+from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.errors import MissingBlocks, Unsupported
+from swarm_notebook.server.engine.quantising.loading import load_quantised
+from swarm_notebook.server.options import ServeOptions
+
+BITS = 5.0
+
+
+@dataclass
+class Scene:
+    folder: Path
+    servers: HostedSwarm
+    local: Any
+
+
+def unpacked(folder: Path, spans: list[tuple[int, int]]) -> Any:
+    """The model with the values that servers of these blocks have."""
+    from transformers import AutoModelForCausalLM
+
+    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for start, end in spans:
+        loaded, _ = load_quantised(resolve(folder), start, end, bits=BITS, dtype=torch.float32)
+        for block, layer in enumerate(loaded.layers, start):
+            whole = {
+                name: parameter.unpack() if isinstance(parameter, PackedWeight) else parameter
+                for name, parameter in layer.named_parameters()
+            }
+            local.model.layers[block].load_state_dict(whole)
+    return local
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        folder = tiny_model("llama", tmp_path_factory.mktemp("models"))
+        spans = [(0, 3), (3, 5)]
+        with HostedSwarm(folder, spans, bits=BITS, dtype="float32") as servers:
+            yield Scene(folder, servers, unpacked(folder, spans))
+
+
+def test_results_are_those_of_the_unpacked_values(scene: Scene) -> None:
+    ids = torch.arange(3, 15)[None]
+    with sn.connect(scene.servers.initial_peers, model=scene.folder, min_bits=4) as swarm:
+        with torch.inference_mode():
+            assert torch.allclose(swarm.model(ids).logits, scene.local(ids).logits, atol=1e-4)
+        options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+        assert torch.equal(
+            swarm.model.generate(ids, **options), scene.local.generate(ids, **options)
+        )
+
+
+def test_gradients_are_those_of_the_unpacked_values(scene: Scene) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    ids = torch.arange(3, 15)[None]
+    config = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    with sn.connect(scene.servers.initial_peers, model=scene.folder, min_bits=4) as swarm:
+        gradients = []
+        for model in (swarm.model, scene.local):
+            torch.manual_seed(0)
+            tuned = get_peft_model(model, LoraConfig(**config))
+            tuned(input_ids=ids, labels=ids).loss.backward()
+            found = {n: p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
+            tuned.unload()
+            gradients.append(found)
+        remote, local = gradients
+        assert remote.keys() == local.keys()
+        for name, gradient in remote.items():
+            scale = local[name].abs().max()
+            assert (gradient - local[name]).abs().max() <= 1e-4 * scale, name
+
+
+def test_status_says_what_is_served(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.WARNING, "swarm_notebook.swarm"),
+        sn.connect(scene.servers.initial_peers, model=scene.folder) as swarm,
+    ):
+        status = swarm.status()
+    assert "results differ from those of the model's own" in caplog.text
+    for row in status.servers:
+        assert row.quant == "int4"
+        assert row.bits is not None
+        assert 4 < row.bits <= BITS
+        assert row.error is not None
+        assert 0 < row.error < 1  # random weights amplify errors
+        assert f"{row.bits:.3g} bits" in str(status)
+    with sn.connect(scene.servers.initial_peers, model=scene.folder) as swarm:
+        swarm.connection.directory.min_bits = 16
+        with pytest.raises(MissingBlocks, match="min_bits is 16"):
+            swarm.route()
+
+
+def test_a_float_server_is_preferred_to_none_but_said(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    with HostedSwarm(scene.folder, [(0, 5)], dtype="float32") as whole:
+        ids = torch.arange(3, 9)[None]
+        with sn.connect(whole.initial_peers, model=scene.folder) as swarm:
+            swarm.model(ids)
+            directory = swarm.connection.directory
+            with caplog.at_level(logging.WARNING, directory.__module__):
+                directory._bits |= dict.fromkeys(range(5), 4.5)
+                swarm.model(ids)
+                swarm.model(ids)
+    assert caplog.text.count("results change") == 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "gpt_oss", "gemma2", "bloom"])
+def test_families_compute_with_their_unpacked_values(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = resolve(tiny_model(family, tmp_path))
+    loaded, found = load_quantised(source, 1, 3, bits=5.5, dtype=torch.float32)
+    again, same = load_quantised(source, 1, 3, bits=5.5, dtype=torch.float32)
+    assert found == same
+    assert found.bits <= 5.5
+    assert 0 < found.error < 1
+    whole = load_blocks(source, 1, 3, dtype=torch.float32)
+    for packed, layer in zip(loaded.layers, whole.layers, strict=True):
+        weights = dict(layer.named_parameters())
+        for name, parameter in packed.named_parameters():
+            if isinstance(parameter, PackedWeight):
+                weights[name].data.copy_(parameter.unpack())
+    states = torch.randn(2, 7, whole.config.hidden_size)
+    with torch.inference_mode():
+        outputs = [
+            one.model(inputs_embeds=states, use_cache=False).last_hidden_state
+            for one in (loaded, whole, again)
+        ]
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_impossible_bits_are_said(scene: Scene) -> None:
+    with pytest.raises(Unsupported, match="possible are"):
+        HostedServer(ServeOptions(scene.folder, bits=1)).__enter__()
+    with pytest.raises(Unsupported, match="too little"):
+        load_quantised(resolve(scene.folder), 0, 1, bits=2.5, dtype=torch.float32)
