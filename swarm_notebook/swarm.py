@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from swarm_notebook.checkpoint.digest import digest
 from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.discovery import await_spans, choose_dtype, only_model, only_record
@@ -303,6 +304,7 @@ def connect(
     Raises:
         AddressError, ConnectionFailed: the peers cannot be reached.
         ModelNotFound, ModelNotServed: the model does not exist, or nobody serves it.
+        OtherCheckpoint: it is served with other weights, or another config.
         ValueError: ``compression`` is none of these.
     """
     if compression is not None and compression not in COMPRESSIONS:
@@ -320,8 +322,9 @@ def connect(
         with Waiting("Joining the swarm") as waiting:
             source = resolve(model if model is not None else only_model(peers))
             config = source.config()
-            connection = Connection(peers, source.dht_prefix, config.num_hidden_layers, timeout)
-            owned = home.which(own, config.num_hidden_layers) if own != () else []
+            blocks = config.num_hidden_layers
+            connection = Connection(peers, source.dht_prefix, blocks, timeout, digest(source))
+            owned = home.which(own, blocks) if own != () else []
             connection.directory.home = frozenset(owned)
             connection.directory.compression = COMPRESSIONS.get(compression or "", NONE)
             connection.directory.min_bits = min_bits or 0.0

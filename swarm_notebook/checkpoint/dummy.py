@@ -64,6 +64,9 @@ class DummyWeights:
             for name in names
         }
 
+    def samples(self) -> None:
+        return None
+
     def _made(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
         if len(shape) < 2:  # norms and biases

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint.weights import LazyTensor
+from swarm_notebook.checkpoint.weights import SAMPLE_BYTES, LazyTensor, Sample, middle
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
 if TYPE_CHECKING:
@@ -123,6 +123,13 @@ class GgufFile:
             count *= size
         return count
 
+    def sample(self, name: str) -> Sample:
+        """Some of one tensor as it is stored."""
+        entry, count = self.tensors[name], self.nbytes(name)
+        begin = middle(self._start + entry.offset, self._start + entry.offset + count)
+        found = self._data[begin : begin + min(SAMPLE_BYTES, count)]
+        return name, str(entry.kind), tuple(entry.shape), found
+
     def values(self, name: str) -> np.ndarray:
         """One tensor, dequantised to float32."""
         import numpy as np
@@ -218,6 +225,9 @@ class GgufWeights:
 
     def lazy(self, names: Iterable[str]) -> dict[str, LazyTensor]:
         return {name: self._lazy(name) for name in names}
+
+    def samples(self) -> list[Sample]:
+        return [self._file.sample(name) for name in self._file.tensors]
 
     def _lazy(self, name: str) -> LazyTensor:
         nbytes = sum(self._file.nbytes(part) for part in self._parts[name])

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
+# Of each tensor, from its middle: a page of a disk, about.
+SAMPLE_BYTES = 1024
+MAX_HEADER_BYTES = 100_000_000  # of safetensors' own reader
+
+# A tensor's name, dtype and shape, and some of its bytes.
+Sample = tuple[str, str, tuple[int, ...], bytes]
+
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
 
 
@@ -53,6 +60,10 @@ class Weights(Protocol):
 
     def lazy(self, names: Iterable[str]) -> dict[str, LazyTensor]: ...
 
+    def samples(self) -> list[Sample] | None:
+        """Some of each tensor as it is stored; None if not all of them are on this machine."""
+        ...
+
 
 def block_index(name: str) -> int | None:
     """The block that the tensor `name` belongs to, or None: embeddings, final norm, head."""
@@ -72,11 +83,15 @@ class SafetensorsWeights:
 
     :param shards: which file holds which tensor.
     :param locate: gives the local path of a file, downloading it if need be.
+    :param here: whether all files are on this machine.
     """
 
-    def __init__(self, shards: Mapping[str, str], locate: Callable[[str], Path]) -> None:
+    def __init__(
+        self, shards: Mapping[str, str], locate: Callable[[str], Path], *, here: bool = True
+    ) -> None:
         self._shards = shards
         self._locate = locate
+        self._here = here
 
     def names(self) -> list[str]:
         return list(self._shards)
@@ -91,6 +106,35 @@ class SafetensorsWeights:
         }
         return {name: _lazy_slice(files[self._shards[name]].get_slice(name)) for name in wanted}
 
+    def samples(self) -> list[Sample] | None:
+        if not self._here:
+            return None
+        paths = [self._locate(shard) for shard in sorted(set(self._shards.values()))]
+        return [sample for path in paths for sample in _file_samples(path)]
+
+
+def _file_samples(path: Path) -> list[Sample]:
+    """By the file's header: its length in 8 bytes, then JSON, then the tensors' bytes."""
+    samples = []
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    begin, end = entry["data_offsets"]
+                    file.seek(8 + length + middle(begin, end))
+                    sample = file.read(min(SAMPLE_BYTES, end - begin))
+                    samples.append((name, str(entry["dtype"]), tuple(entry["shape"]), sample))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ModelNotFound(f"{path} is not a readable safetensors file: {error!r}") from error
+    return samples
+
+
+def middle(begin: int, end: int) -> int:
+    """Where the sample of a tensor with these bytes begins."""
+    return max(begin, (begin + end - SAMPLE_BYTES) // 2)
+
 
 def _lazy_slice(tensor: Any) -> LazyTensor:
     bits = _BITS.get(tensor.get_dtype(), 8)
@@ -100,7 +144,9 @@ def _lazy_slice(tensor: Any) -> LazyTensor:
 def from_folder(folder: Path) -> SafetensorsWeights:
     index = folder / INDEX_FILE
     if index.is_file():
-        return SafetensorsWeights(_read_index(index), lambda name: _existing(folder / name))
+        shards = _read_index(index)
+        here = all((folder / shard).is_file() for shard in set(shards.values()))
+        return SafetensorsWeights(shards, lambda name: _existing(folder / name), here=here)
     return SafetensorsWeights(_single_file(folder / SINGLE_FILE), lambda name: folder / name)
 
 
@@ -115,7 +161,7 @@ def from_repository(name: str) -> SafetensorsWeights:
 
     index = hub.fetch(name, INDEX_FILE)
     shards = _single_file(locate(SINGLE_FILE)) if index is None else _read_index(index)
-    return SafetensorsWeights(shards, locate)
+    return SafetensorsWeights(shards, locate, here=index is None)
 
 
 def _existing(path: Path) -> Path:

@@ -56,6 +56,7 @@ class Connection:
         prefix: the model's prefix in the DHT.
         num_blocks: how many blocks it has.
         patience: seconds to wait for a server when some blocks have none.
+        digest: of the notebook's checkpoint; servers of another one are not used.
 
     Raises:
         AddressError, ConnectionFailed: from joining the swarm.
@@ -67,13 +68,14 @@ class Connection:
         prefix: str,
         num_blocks: int,
         patience: float = PATIENCE,
+        digest: str | None = None,
     ):
         self.prefix, self.num_blocks = prefix, num_blocks
         self.network: LoopThread = network_thread()
         self._peers = frozenset(str(peer) for peer in initial_peers)
         self._open = True
         shared = _acquire(self._peers, self.network)
-        self.directory = Directory(shared.node, prefix, num_blocks, patience)
+        self.directory = Directory(shared.node, prefix, num_blocks, patience, digest=digest)
         try:
             self.network.run(self.directory.start())
         except BaseException:

@@ -60,6 +60,7 @@ def await_spans(
     readings, warned = 1, False
     deadline = directory.began + directory.patience
     while not (spans := directory.snapshot.spans) or directory.missing():
+        directory.check_checkpoint()
         waited = time.monotonic() - directory.began
         if waited > directory.patience:
             break

@@ -12,9 +12,10 @@ import asyncio
 import logging
 import random
 
+from swarm_notebook.checkpoint.digest import matches
 from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node, is_peer_id, smoothed_rtt
-from swarm_notebook.net.records import MAX_PINGS, ServerState, parse_record
+from swarm_notebook.net.records import MAX_PINGS, ServerInfo, ServerState, parse_record
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,16 @@ class NeighbourPings:
         node: this server's peer.
         prefix: the model's name in the DHT.
         blocks: the hosted range ``[start, end)``.
+        digest: of the checkpoint; neighbours that serve another one are said in the log.
 
     Attributes:
         rtt: round trips in seconds by peer (base58 id), of at most `MAX_PINGS` neighbours.
     """
 
-    def __init__(self, node: Node, prefix: str, blocks: tuple[int, int]):
+    def __init__(self, node: Node, prefix: str, blocks: tuple[int, int], digest: str):
         self.rtt: dict[str, float] = {}
-        self._node = node
+        self._node, self._digest = node, digest
+        self._warned: set[str] = set()
         # Behind the model's last block there is nothing in the DHT, and so no server is found.
         neighbours = [block for block in (blocks[0] - 1, blocks[1]) if block >= 0]
         self._uids = [protocol.block_uid(prefix, block) for block in neighbours]
@@ -55,6 +58,19 @@ class NeighbourPings:
             for peer, seconds in zip(peers, measured, strict=True)
             if seconds is not None
         }
+
+    def _compare(self, peer: str, info: ServerInfo) -> None:
+        other = info.digest
+        if other is None or matches(self._digest, other) or peer in self._warned:
+            return
+        self._warned.add(peer)
+        logger.warning(
+            "%s serves another checkpoint under the same name (digest %s, here %s): notebooks use "
+            "the servers of their own one only; give the folder of one of them another name",
+            info.public_name or peer,
+            other,
+            self._digest,
+        )
 
     async def _ping(self, peer: str) -> float | None:
         first = await self._node.ping(peer)
@@ -78,6 +94,7 @@ class NeighbourPings:
                     continue
                 if info.state != ServerState.OFFLINE:
                     peers.add(peer)
+                    self._compare(peer, info)
         known = [peer for peer in peers if peer in self.rtt]
         new = [peer for peer in peers if peer not in self.rtt]
         random.shuffle(new)

@@ -48,8 +48,9 @@ def test_buttons_steer_a_run_and_the_kernel_stays_usable(
     expect(monitor.get_by_test_id("curve-loss")).to_be_visible()
     monitor.get_by_role("button", name="Pause").click()
     expect(monitor.get_by_test_id("state")).to_have_text("paused")
-    notebook.run("import time; time.sleep(1); before = len(monitor.history)")
-    assert notebook.value("time.sleep(1.5); len(monitor.history) - before") == "0"
+    # The step that was under way comes to its end, however slow the machine is; no other begins.
+    notebook.run("import time; before = len(monitor.history)")
+    assert notebook.value("time.sleep(2.5); len(monitor.history) - before") in {"0", "1"}
     monitor.get_by_role("button", name="Resume").click()
     expect(monitor.get_by_test_id("state")).to_have_text("running")
     assert notebook.value("6 * 7") == "42"

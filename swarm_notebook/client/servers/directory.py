@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from swarm_notebook.checkpoint.digest import matches
 from swarm_notebook.client.servers import routing
 from swarm_notebook.client.servers.announced import Announced
 from swarm_notebook.client.servers.asking import MAX_ASKED, PING_ERRORS, PING_TIMEOUT, ask, try_ask
 from swarm_notebook.client.servers.health import PeerHealth
 from swarm_notebook.client.telemetry import Telemetry
-from swarm_notebook.errors import MissingBlocks
+from swarm_notebook.errors import MissingBlocks, OtherCheckpoint
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import Node, smoothed_rtt
 from swarm_notebook.net.records import ServerSpan, ServerState, spans_of
@@ -51,11 +52,13 @@ class Snapshot:
     Attributes:
         when: the moment, in seconds of Unix time.
         announced: when a server's present record was first read, by peer.
+        others: servers with another checkpoint than the notebook's, and what that means, by peer.
     """
 
     spans: tuple[ServerSpan, ...] = ()
     when: float = 0.0
     announced: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -83,6 +86,7 @@ class Directory:
         health: who is avoided, and who is kept apart from whom.
         began: when this was made, by `time.monotonic`.
         home: blocks that the notebook runs itself, and needs no server for.
+        digest: of the notebook's own checkpoint; servers that announce another one are avoided.
         min_bits: servers with fewer bits per weight are not used.
     """
 
@@ -100,6 +104,8 @@ class Directory:
     health: PeerHealth = field(default_factory=PeerHealth)
     began: float = field(default_factory=time.monotonic)
     home: frozenset[int] = frozenset()
+    digest: str | None = None
+    _warned: set[str] = field(default_factory=set)
     min_bits: float = 0.0
     _announced: Announced = field(init=False)
     _asked: dict[str, float] = field(default_factory=dict)
@@ -166,7 +172,7 @@ class Directory:
     def _show(self, when: float) -> None:
         """Let everybody see what is known now."""
         spans = tuple(spans_of(self._announced.holders()))
-        self.snapshot = Snapshot(spans, when, self._announced.times())
+        self.snapshot = Snapshot(spans, when, self._announced.times(), self._others(spans))
 
     async def _ask_neighbours(self) -> None:
         """Ask peers of which nothing was read whether they serve blocks of this model."""
@@ -381,4 +387,37 @@ class Directory:
 
     def avoided(self, peer: str) -> str:
         """Why a peer is avoided just now; an empty text if it is not."""
-        return self.health.avoided(peer)
+        return self.snapshot.others.get(peer) or self.health.avoided(peer)
+
+    def _others(self, spans: Sequence[ServerSpan]) -> dict[str, str]:
+        """Of servers with another checkpoint than the notebook's, what is to be said of it."""
+        if self.digest is None:
+            return {}
+        found = {
+            span.peer: f"it serves another checkpoint (digest {span.info.digest}) than this "
+            f"notebook has (digest {self.digest})"
+            for span in spans
+            if span.info.digest is not None and not matches(self.digest, span.info.digest)
+        }
+        for span in spans:
+            if span.peer in found and span.peer not in self._warned:
+                logger.warning("%s is not used: %s", span.name, found[span.peer])
+        self._warned = set(found)
+        return found
+
+    def check_checkpoint(self) -> None:
+        """See to it that servers are not missing only because they have another checkpoint.
+
+        Raises:
+            OtherCheckpoint: they are; it names both digests.
+        """
+        missing, others = set(self.missing()), self.snapshot.others
+        spans = [span for span in self.snapshot.spans if span.peer in others]
+        theirs = {block for span in spans for block in range(span.start, span.end)}
+        if missing and missing <= theirs:
+            first = next(span for span in spans if missing & set(range(span.start, span.end)))
+            raise OtherCheckpoint(
+                f"{self.prefix}: server {first.name} (blocks {first.start}:{first.end}) is not "
+                f"used: {others[first.peer]}, and nobody else has its blocks. Give the folder or "
+                "file that the servers were started with, or start servers with this notebook's"
+            )

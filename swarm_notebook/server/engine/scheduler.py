@@ -13,8 +13,7 @@ starves, and who asks for more has the longer queue.
 
 A batch takes one step of each client after another, up to `BATCH_TOKENS`; the rest comes next.
 Sessions that were answered together send their next steps within milliseconds of each other, and
-a call takes nearly as long for one as for all of them: `BatchWindow` says how long to wait for
-them. A session that is alone never waits.
+a call takes nearly as long for one as for all of them: `window` says how long to wait for them.
 """
 
 from __future__ import annotations
@@ -48,18 +47,6 @@ MAX_PIECE = 1 << 30
 BACKWARD_COST = 3
 # The newest value's weight in a running mean: half is forgotten after two values.
 _NEWEST = 0.3
-
-# A call waits for others at most this part of the time that it takes, and so many seconds. Measured
-# with benchmarks/batching.py, 8 sessions over 2 servers: without waiting 2.5 steps share a call and
-# all are 2.2 times as fast as one session; with a seventh of a call it is 3.8 and 3.8.
-# In CUDA graphs a call takes as long for many as for one: on an H100 (8B shape, 8 sessions) half of
-# a call gave 502 tokens/s, 0.15 of it 332 and a whole one 351.
-GATHER_PART, GATHER_PART_IN_GRAPHS, GATHER_SECONDS = 0.15, 0.5, 0.005
-# A session counts as decoding until it has sent nothing for so many calls and so many seconds.
-EXPECTED_CALLS, EXPECTED_SECONDS = 6, 0.1
-# Where waiting was in vain, a tenth of it goes on, or sessions that come together later would
-# never be noticed.
-_LEAST_WORTH = 0.1
 
 K = TypeVar("K", bound=Hashable)
 W = TypeVar("W")
@@ -218,42 +205,6 @@ class _KindQueues(Generic[W]):
                 del queue[index]
                 return True
         return False
-
-
-class BatchWindow:
-    """How long the next call should wait for the steps of other sessions that decode.
-
-    Attributes:
-        part: of a call's time that waiting may take.
-    """
-
-    def __init__(self) -> None:
-        self.part = GATHER_PART
-        self._came: dict[Hashable, float] = {}
-        self._call = 0.0
-        self._worth = 1.0
-
-    def came(self, task: Task, now: float) -> None:
-        """A step has arrived."""
-        if task.kind is Kind.STEP and task.group is not None:
-            self._came[task.session] = now
-
-    def ran(self, seconds: float) -> None:
-        """A call for steps has run."""
-        self._call += _NEWEST * (seconds - self._call)
-
-    def gathered(self, came: int) -> None:
-        """A wait has ended, and so many steps have come in it."""
-        self._worth += _NEWEST * ((came > 0) - self._worth)
-
-    def patience(self, waiting: int, now: float) -> float:
-        """Seconds to wait for more than the ``waiting`` steps that could share a call."""
-        since = now - max(EXPECTED_SECONDS, EXPECTED_CALLS * self._call)
-        self._came = {session: came for session, came in self._came.items() if came > since}
-        if not waiting or waiting >= len(self._came):
-            return 0.0
-        # Sessions whose steps never meet here, as they alternate between servers, gain nothing.
-        return max(self._worth, _LEAST_WORTH) * min(self.part * self._call, GATHER_SECONDS)
 
 
 class Admission:

@@ -25,13 +25,13 @@ from swarm_notebook.server.engine.pieces import Pieces
 from swarm_notebook.server.engine.scheduler import (
     UPKEEP,
     Admission,
-    BatchWindow,
     ChunkSizer,
     Kind,
     PassSizer,
     Schedule,
     Task,
 )
+from swarm_notebook.server.engine.window import BatchWindow
 
 # Takes the one argument of each of several jobs; gives, for each, its result or its error.
 RunBatch = Callable[[Sequence[Any]], Sequence[Any]]
@@ -55,6 +55,9 @@ class Job:
 
     Args:
         run_batch: how jobs of the task's group run as one.
+
+    Attributes:
+        arrived: when it was submitted, by the monotonic clock.
     """
 
     __slots__ = (
@@ -66,6 +69,7 @@ class Job:
         "_run_batch",
         "_sizer",
         "_work",
+        "arrived",
         "future",
         "settled",
         "task",
@@ -80,6 +84,7 @@ class Job:
         run_batch: RunBatch | None,
     ):
         self.future, self.task = future, task
+        self.arrived = time.monotonic()
         self._function, self._arguments, self._run_batch = function, arguments, run_batch
         # Whoever pops the one element, thread or canceller, decides whether the job runs.
         self._claim = [True]
@@ -219,10 +224,6 @@ class ComputeThread:
         decoding = time.monotonic() - self._stepped < DECODING_SECONDS
         return decoding or len(self._schedule) > 0
 
-    def wait_for_others(self, part: float) -> None:
-        """Let steps wait for others for such a part of a call."""
-        self._window.part = part
-
     def facts(self) -> dict[str, int]:
         """How many steps have run since the start, and in how many calls of the blocks."""
         return {"steps": self._steps, "step_calls": self._step_calls}
@@ -274,23 +275,16 @@ class ComputeThread:
 
     def _wait_for_more(self) -> None:
         """Wait a moment for steps that could share the next call, if some are on their way."""
-        now = time.monotonic()
-        waiting = self._schedule.batchable
-        end = now + self._window.patience(waiting, now)
-        if end == now:
-            return
         with suppress(Empty):
-            while now < end and self._window.patience(self._schedule.batchable, now):
-                self._accept(self._arrived.get(timeout=end - now))
-                now = time.monotonic()
-        self._window.gathered(self._schedule.batchable - waiting)
+            while patience := self._window.patience(self._schedule.batchable, time.monotonic()):
+                self._accept(self._arrived.get(timeout=patience))
 
     def _accept(self, job: Job | None) -> None:
         if job is None:
             self._stopping = True
         else:
             self._schedule.add(job.task, job)
-            self._window.came(job.task, time.monotonic())
+            self._window.came(job.task, job.arrived)
 
     def _learn(self, jobs: Sequence[Job], outcome: Any, seconds: float, now: float) -> None:
         tasks = [job.task for job in jobs]
@@ -298,7 +292,7 @@ class ComputeThread:
         self.on_ran(tasks[0], seconds)
         if tasks[0].kind is Kind.STEP:
             self._stepped = now
-            self._window.ran(seconds)
+            self._window.ran(tasks, seconds, now)
             self._steps += len(tasks)
             self._step_calls += 1
         elif tasks[0].kind is Kind.PREFILL_CHUNK:

@@ -11,7 +11,6 @@ from swarm_notebook.errors import ServerBusy
 from swarm_notebook.server.engine import scheduler
 from swarm_notebook.server.engine.scheduler import (
     Admission,
-    BatchWindow,
     ChunkSizer,
     Kind,
     Schedule,
@@ -153,53 +152,11 @@ def test_passes_are_bounded_for_one_and_for_all() -> None:
         admission.enter(Task(Kind.STATELESS, "late"))
 
 
-def decoding(*sessions: int, call: float = 0.02) -> BatchWindow:
-    """So many sessions, whose last steps came at the time 10."""
-    window = BatchWindow()
-    for _ in range(50):
-        window.ran(call)
-    for session in sessions:
-        window.came(Task(Kind.STEP, "client", 1, GROUP, session=session), 10.0)
-    return window
-
-
-def test_who_is_alone_never_waits() -> None:
-    assert decoding(1).patience(1, now=10.0) == 0
-    window = decoding(1, 2)
-    assert window.patience(1, now=10.01) > 0
-    assert window.patience(2, now=10.01) == 0
-    assert window.patience(0, now=10.01) == 0
-    # The other one has not come back for long.
-    assert window.patience(1, now=10.2) == 0
-
-
-def test_waiting_is_short_beside_a_call() -> None:
-    assert decoding(1, 2).patience(1, now=10.0) == pytest.approx(0.003)
-    assert decoding(1, 2, call=0.002).patience(1, now=10.0) == pytest.approx(0.0003)
-    assert decoding(1, 2, call=1.0).patience(1, now=10.0) == scheduler.GATHER_SECONDS
-
-
-def test_who_waits_in_vain_waits_less() -> None:
-    """Two sessions on two servers take turns; later there are three on each."""
-    window = decoding(1, 2)
-    whole = window.patience(1, now=10.0)
-    for _ in range(20):
-        window.gathered(0)
-    assert window.patience(1, now=10.0) == pytest.approx(whole / 10)
-    for _ in range(20):
-        window.gathered(2)
-    assert window.patience(1, now=10.0) > 0.9 * whole
-
-
 def test_nothing_is_waited_for_that_could_not_be_joined() -> None:
     assert filled(step("a"), step("b")).batchable == 2
     assert filled(step("a"), step("b", group="other")).batchable == 0
     assert filled(step("a", group=None)).batchable == 0
     assert filled(step("a"), Task(Kind.PREFILL_CHUNK, "b", 50)).batchable == 0
-    window = decoding()
-    window.came(Task(Kind.PREFILL_CHUNK, "client", 100, None, session=1), 10.0)
-    window.came(Task(Kind.STEP, "client", 1, None, session=2), 10.0)
-    assert window.patience(1, now=10.0) == 0
 
 
 def test_pieces_are_as_long_as_their_time() -> None:

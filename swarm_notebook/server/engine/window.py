@@ -1,0 +1,136 @@
+"""How long the next call waits for the steps of other sessions. No torch, no threads, no clock.
+
+A call takes little longer for many sessions than for one, so it pays to wait for those whose next
+steps are about to come. Each session has a rhythm: so long after its answer its next step is here,
+when the answer has travelled, a token was chosen, and the step has travelled back. A `BatchWindow`
+learns it, and how the time of a call grows with the steps in it. From both follows for whom to
+wait: as many steps per second as possible, counted from now to the end of the call. Who is late is
+not waited for until he comes again, and a session that is alone never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+from swarm_notebook.server.engine.scheduler import Kind, Task
+
+# No call waits longer: beyond it nothing was gained by what was measured, whatever is predicted.
+GATHER_SECONDS = 0.02
+# A session that has sent nothing for so long is forgotten.
+FORGET_SECONDS = 2.0
+# A thread that waits shorter does nothing but look at the clock.
+_MOMENT = 2e-4
+# Waiting has to gain so much, as predictions are not exact.
+_WORTH = 1.05
+# The newest value's weight in running means: as in TCP's estimate of a round trip (RFC 6298), an
+# eighth for what is expected, a quarter for how far it was off; and how much of that may be
+# added before somebody is late.
+_NEWEST, _NEWEST_DEVIATION, _LATE = 0.125, 0.25, 4.0
+
+
+@dataclass(slots=True)
+class _Rhythm:
+    """When a session's next step comes after its answer, in seconds.
+
+    Attributes:
+        answered: when its last answer was ready; None while a step waits or runs.
+        pause: from there to its next step; None before the first one has come.
+        deviation: how far pauses are from it.
+        seen: when it last did anything.
+    """
+
+    seen: float
+    answered: float | None = None
+    pause: float | None = None
+    deviation: float = 0.0
+
+    def came(self, now: float) -> None:
+        self.seen = now
+        if self.answered is None:
+            return
+        pause, self.answered = now - self.answered, None
+        if self.pause is None or pause > FORGET_SECONDS:
+            self.pause, self.deviation = pause, pause / 2
+            return
+        off = pause - self.pause
+        self.deviation += _NEWEST_DEVIATION * (abs(off) - self.deviation)
+        self.pause += _NEWEST * off
+
+    def expected(self, now: float) -> float | None:
+        """In how many seconds its next step comes; None if it may be long."""
+        if self.answered is None or self.pause is None:
+            return None
+        latest = self.answered + self.pause + _LATE * self.deviation
+        return max(self.answered + self.pause + self.deviation - now, 0.0) if now < latest else None
+
+
+class _CallTime:
+    """How long a call takes: some time, and some more for each step in it."""
+
+    def __init__(self) -> None:
+        self._weight = self._n = self._s = self._nn = self._ns = 0.0
+
+    def ran(self, steps: int, seconds: float) -> None:
+        keep = 1 - _NEWEST
+        self._weight = keep * self._weight + _NEWEST
+        self._n = keep * self._n + _NEWEST * steps
+        self._s = keep * self._s + _NEWEST * seconds
+        self._nn = keep * self._nn + _NEWEST * steps * steps
+        self._ns = keep * self._ns + _NEWEST * steps * seconds
+
+    def of(self, steps: int) -> float:
+        """Seconds of a call with so many steps (a line through those that ran: least squares)."""
+        if not self._weight:
+            return 0.0
+        n, s = self._n / self._weight, self._s / self._weight
+        spread = self._nn / self._weight - n * n
+        slope = (self._ns / self._weight - n * s) / spread if spread > 1e-2 else 0.0
+        # More steps take no less time, and no more than if each had its own call.
+        slope = min(max(slope, 0.0), s / n)
+        return s + slope * (steps - n)
+
+
+class BatchWindow:
+    """Learns when steps come, and says how long the next call should wait for them."""
+
+    def __init__(self) -> None:
+        self._rhythms: dict[Hashable, _Rhythm] = {}
+        self._call = _CallTime()
+
+    def came(self, task: Task, now: float) -> None:
+        """A step has arrived."""
+        if task.kind is Kind.STEP and task.group is not None:
+            self._rhythms.setdefault(task.session, _Rhythm(now)).came(now)
+
+    def ran(self, tasks: Iterable[Task], seconds: float, now: float) -> None:
+        """A call for steps has just run."""
+        count = 0
+        for task in tasks:
+            count += 1
+            if (rhythm := self._rhythms.get(task.session)) is not None:
+                rhythm.answered = rhythm.seen = now
+        self._call.ran(count, seconds)
+        gone = [
+            session
+            for session, rhythm in self._rhythms.items()
+            if rhythm.seen < now - FORGET_SECONDS
+        ]
+        for session in gone:
+            del self._rhythms[session]
+
+    def patience(self, waiting: int, now: float) -> float:
+        """Seconds to wait for more than the ``waiting`` steps that could share a call."""
+        if not waiting:
+            return 0.0
+        found = (rhythm.expected(now) for rhythm in self._rhythms.values())
+        coming = sorted(seconds for seconds in found if seconds is not None)
+        best, patience = _WORTH * waiting / max(self._call.of(waiting), 1e-9), 0.0
+        for count, seconds in enumerate(coming, waiting + 1):
+            if seconds > GATHER_SECONDS:
+                break
+            rate = count / max(seconds + self._call.of(count), 1e-9)
+            if rate > best:
+                # At least a moment: who is expected right now is not here yet.
+                best, patience = rate, max(seconds, _MOMENT)
+        return patience

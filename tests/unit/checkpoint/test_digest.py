@@ -1,0 +1,63 @@
+"""Which checkpoints are told apart."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny import build, tiny_model
+
+from swarm_notebook.checkpoint.digest import digest, matches
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.checkpoint.weights import INDEX_FILE
+from swarm_notebook.errors import ModelNotFound
+
+
+def of(folder: Path) -> str:
+    return digest(resolve(folder))
+
+
+def test_a_checkpoint_and_its_copies_have_one_digest(tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path)
+    copy, sharded, part = tmp_path / "copy", tmp_path / "sharded", tmp_path / "part"
+    shutil.copytree(folder, copy)
+    build("llama").save_pretrained(sharded, max_shard_size="50KB")
+    assert (sharded / INDEX_FILE).exists()
+    assert of(folder) == of(copy) == of(sharded)
+    shutil.copytree(sharded, part)
+    next(part.glob("model-*.safetensors")).unlink()
+    assert of(part) != of(folder)
+    assert matches(of(part), of(folder))
+
+
+def test_other_weights_and_other_configs_are_told_apart(tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path / "one")
+    other_seed = tiny_model("llama", tmp_path / "seed", seed=1)
+    other_config = tiny_model("llama", tmp_path / "config", rms_norm_eps=1e-3)
+    edited, changed = tmp_path / "edited", build("llama")
+    with torch.no_grad():
+        changed.model.layers[3].mlp.down_proj.weight += 1e-3  # one matrix of one block
+    changed.save_pretrained(edited)
+    half = tmp_path / "half"
+    build("llama").to(torch.bfloat16).save_pretrained(half)
+    others = [of(each) for each in (other_seed, other_config, edited, half)]
+    assert len({of(folder), *others}) == 5
+    assert not any(matches(of(folder), other) for other in others)
+
+
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    build("llama").save_pretrained(folder, max_shard_size="50KB")
+    next(folder.glob("model-*.safetensors")).write_bytes(b"\xff" * 20)
+    with pytest.raises(ModelNotFound, match="not a readable safetensors file"):
+        of(folder)
+
+
+def test_what_is_compared() -> None:
+    assert matches("a-b", "a-b")
+    assert matches("a", "a-b")
+    assert not matches("a-b", "a-c")
+    assert not matches("a-b", "b")
+    assert not matches("a-b", "rubbish - of a - stranger")
