@@ -6,12 +6,11 @@ float32, is recognised when reading by the length of the buffer.
 
 `layout` believes nothing: an unknown dtype, a shape that does not match the bytes, or a compression
 that we do not read is a `BadRequest` before any memory beyond the received bytes is taken. Who
-expects a shape compares it with the layout before `unpack` takes memory for it. hivemind's 8-bit
-compressions are not read: 1.1.12 cannot decode them with numpy >= 2.4. Ours is `INT8`: values as
-int8, every 16 neighbours of the last dimension scaled by the largest of them, and behind all values
-the scales as bfloat16. (A few channels of hidden states are a
-hundred times larger than the rest: a scale for the whole row would spoil all others.) Only peers
-that announce our protocol are sent it.
+expects a shape compares it with the layout before `unpack` takes memory for it. hivemind's lossy
+compressions are in `codecs`. Ours is `INT8`: values as int8, every 16 neighbours of the last
+dimension scaled by the largest of them, and behind all values the scales as bfloat16. (A few
+channels of hidden states are a hundred times larger than the rest: a scale for the whole row would
+spoil all others.) Only peers that announce our protocol are sent it.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
+from swarm_notebook.net import codecs
 
 NONE = runtime_pb2.CompressionType.NONE
 FLOAT16 = runtime_pb2.CompressionType.FLOAT16
@@ -65,7 +65,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def pack(tensor: torch.Tensor, compression: int = NONE) -> runtime_pb2.Tensor:
-    """`tensor` as a protobuf; ``compression`` is `NONE`, `FLOAT16` or `INT8`."""
+    """`tensor` as a protobuf; ``compression`` is `NONE`, `FLOAT16`, `INT8` or of `codecs`."""
+    if compression in codecs.CODECS:
+        packed = codecs.pack(tensor, compression)
+        return pack(tensor) if packed is None else packed
     # Once per token on every server: what the common case does not need is left out.
     raw = tensor.detach() if tensor.requires_grad else tensor
     if compression == FLOAT16:
@@ -112,7 +115,7 @@ class Layout:
     """What a tensor in a protobuf will be when it is unpacked.
 
     Attributes:
-        stored: the dtype of the bytes in the buffer; int8 for `INT8`.
+        stored: the dtype of the bytes in the buffer; int8 for `INT8`, uint8 for `codecs`.
     """
 
     dtype: torch.dtype
@@ -137,6 +140,9 @@ def layout(message: runtime_pb2.Tensor) -> Layout:
     if message.compression == INT8:
         _check_int8(message.buffer, shape, dtype)
         return Layout(dtype, shape, torch.int8)
+    if message.compression in codecs.CODECS:
+        codecs.check(message, shape, dtype)
+        return Layout(dtype, shape, torch.uint8)
     return Layout(dtype, shape, _stored_dtype(message, dtype, math.prod(shape)))
 
 
@@ -159,6 +165,8 @@ def unpack(message: runtime_pb2.Tensor) -> torch.Tensor:
         return torch.empty(found.shape, dtype=found.dtype)
     if found.stored is torch.int8:
         return _from_int8(message.buffer, found.shape, found.dtype)
+    if message.compression in codecs.CODECS:
+        return codecs.unpack(message, found.shape, found.dtype)
     buffer = bytearray(message.buffer)
     tensor = torch.frombuffer(buffer, dtype=found.stored).reshape(found.shape)
     return tensor if found.stored == found.dtype else tensor.to(found.dtype)

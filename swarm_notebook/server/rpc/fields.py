@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net import codecs, protocol, tensors
 
 # Ids have 36 characters and names a few more; nobody reads 1,024 modules at once; a chain has at
 # most a server per block; nobody waits for a day.
@@ -146,7 +146,7 @@ def compression(value: Any) -> int:
     """The first of Petals' tuple of compressions of the outputs (backward: one or two)."""
     if value is None:
         return tensors.NONE
-    known = (tensors.NONE, tensors.FLOAT16, tensors.INT8)
+    known = (tensors.NONE, tensors.FLOAT16, tensors.INT8, *sorted(codecs.CODECS))
     if not isinstance(value, (list, tuple)) or len(value) not in (1, 2) or value[0] not in known:
         raise BadRequest(
             f"output_compression: {str(value)[:MAX_TEXT]}, expected one of {list(known)}"
