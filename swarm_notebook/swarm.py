@@ -114,21 +114,28 @@ class Swarm:
         """
         return self.connection.info(peer_id)
 
-    def preview(self, *, prompt_tokens: int, max_new_tokens: int, batch: int = 1) -> Preview:
+    def preview(
+        self, *, prompt_tokens: int, max_new_tokens: int, batch: int = 1, own: Blocks = ()
+    ) -> Preview:
         """What a generation will take on the present route; asks the network nothing.
 
         Args:
             prompt_tokens: tokens of each prompt, padding included.
             max_new_tokens: tokens to generate, one pass each.
             batch: sequences that are generated together.
+            own: blocks as for `own`, as if they had come home, too.
 
         Raises:
+            BlocksOutOfRange: the model has no such block.
             ValueError: a number is below 1.
             MissingBlocks: no server holds some of the blocks.
         """
         directory = self.connection.directory
         config: Any = self.model.config.get_text_config()
-        chain = directory.route()
+        blocks = self._runner.blocks
+        wanted = [] if own == () else home.which(own, len(blocks))
+        at_home = directory.home | frozenset(wanted)
+        chain = directory.route(at_home)
         return expect(
             self.name,
             chain,
@@ -138,6 +145,7 @@ class Swarm:
             prompt_tokens=prompt_tokens,
             max_new_tokens=max_new_tokens,
             batch=batch,
+            home={index: home.weight_bytes(blocks[index]) for index in at_home},
         )
 
     def bill(self) -> Bill:

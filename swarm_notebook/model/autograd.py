@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -26,6 +26,7 @@ from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.client.passes.forward import Trail
 from swarm_notebook.client.request import Request
+from swarm_notebook.errors import Unsupported
 
 Weights = Mapping[int, Mapping[str, torch.nn.Parameter]]
 
@@ -159,3 +160,25 @@ class _Piece(torch.autograd.Function):
             for name, device in zip(stretch.names, ctx.devices[1:], strict=True)
         ]
         return None, None, hidden, prompts, *weights
+
+
+def without_gradient(output: torch.Tensor, name: str) -> torch.Tensor:
+    """The output of a module inside a remote block; asking for gradients through it raises.
+
+    On a local model they would reach the weights and the block's input.
+    """
+    return _Ungraded.apply(output, torch.ones((), requires_grad=True), name)
+
+
+class _Ungraded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, _anchor: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _grad: torch.Tensor) -> NoReturn:
+        raise Unsupported(
+            f"gradients through the output of {ctx.name}: of modules inside a remote block only "
+            "values are sent; detach it, or bring the block home: swarm.own(block)"
+        )

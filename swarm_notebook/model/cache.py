@@ -12,6 +12,7 @@ only if the handle is used to continue are the servers' caches built, from the h
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from typing import Any
 
@@ -298,3 +299,25 @@ class RemoteCache(Cache):
     @property
     def batch_size(self) -> int:
         return self.rows
+
+
+def adopted(cache: Any, connection: Connection) -> Any:
+    """A cache that the user made, as a handle to one on the servers if there is nothing in it yet.
+
+    The object stays: whoever holds it goes on with it. What is no cache, or is filled, is given
+    back as it is.
+    """
+    if not isinstance(cache, Cache) or isinstance(cache, RemoteCache) or cache.get_seq_length():
+        return cache
+    kind = type(cache).__name__
+    longest = cache.get_max_length() if cache.layers else -1
+    changed: Any = cache
+    changed.__dict__.clear()
+    changed.__class__ = RemoteCache
+    changed.__init__(connection, max_length=longest if longest > 0 else None)
+    warnings.warn(
+        f"past_key_values: remote blocks keep their keys and values on their servers, so this "
+        f"{kind} became a RemoteCache",
+        stacklevel=2,
+    )
+    return changed

@@ -20,7 +20,6 @@ from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.errors import BlocksOutOfRange, Unsupported
 from swarm_notebook.model.base_modules import base_of
 from swarm_notebook.model.blocks import become
-from swarm_notebook.model.hooks import NO_ATTENTION
 from swarm_notebook.model.placeholders import (
     Origin,
     is_placeholder,
@@ -107,7 +106,7 @@ def bring_home(model: Any, source: ModelSource, blocks: Sequence[int]) -> None:
                 _put(owner, name, tensor)
         for block in run:
             become(runner.blocks[block], own=True)
-    _changed(model)
+    model._runner.home_changed()
 
 
 def send_away(model: Any, blocks: Iterable[int]) -> None:
@@ -122,7 +121,12 @@ def send_away(model: Any, blocks: Iterable[int]) -> None:
             else:
                 make_remote(tensor, origin)
         become(block, own=False)
-    _changed(model)
+    model._runner.home_changed()
+
+
+def weight_bytes(block: nn.Module) -> int:
+    """The memory that a block's own weights take at home."""
+    return sum(tensor.numel() * tensor.itemsize for *_, tensor in _tensors(block))
 
 
 def empty(model: Any, block: nn.Module, index: int) -> None:
@@ -133,13 +137,6 @@ def empty(model: Any, block: nn.Module, index: int) -> None:
             owner._buffers[name] = remote_buffer(tensor, origin)
         else:
             owner._parameters[name] = remote_parameter(tensor, origin)
-
-
-def _changed(model: Any) -> None:
-    model._runner.home_changed()
-    if model._runner.home and model.config._attn_implementation == NO_ATTENTION:
-        # transformers then makes the masks that these blocks need.
-        model.config._attn_implementation = model._local_attention
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[list[int]]:

@@ -7,7 +7,7 @@ captures; they cannot write, because the block runs elsewhere as a whole.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -29,7 +29,29 @@ _NO_WRITES = (
 
 # An attention implementation without a mask function: transformers then makes no masks here,
 # where nobody would look at them.
-NO_ATTENTION = "swarm"
+_NO_ATTENTION = "swarm"
+
+
+class Masks:
+    """Lets a decoder make no masks while all its blocks are remote.
+
+    In between its config reads as transformers knows it.
+    """
+
+    def __init__(self, decoder: Any):
+        self._config: Any = decoder.config
+        self.attention: str = self._config._attn_implementation
+
+    def leave_out(self) -> None:
+        """From now on, until `restore`."""
+        if self._config._attn_implementation != _NO_ATTENTION:
+            self.attention = self._config._attn_implementation
+            self._config._attn_implementation = _NO_ATTENTION
+
+    def restore(self) -> None:
+        """Let the config say what it did."""
+        if self._config._attn_implementation == _NO_ATTENTION:
+            self._config._attn_implementation = self.attention
 
 
 def observed_boundaries(blocks: Sequence[nn.Module], everywhere: bool) -> set[int]:
@@ -56,6 +78,18 @@ def _is_read(module: nn.Module) -> bool:
     )
 
 
+# Hooks of these packages read, or are known.
+_KNOWN_HOOKS = ("swarm_notebook.", "transformers.", "peft.", "nnsight.", "accelerate.")
+
+
+def foreign_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward hooks of the user's own."""
+    return any(
+        not (getattr(hook, "__module__", None) or "").startswith(_KNOWN_HOOKS)
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
 def modules_inside(blocks: Mapping[int, nn.Module]) -> list[tuple[int, str, nn.Module]]:
     """All modules inside of blocks, with their block and dotted name."""
     return [
@@ -67,29 +101,60 @@ def modules_inside(blocks: Mapping[int, nn.Module]) -> list[tuple[int, str, nn.M
 
 
 def observed_inside(
-    modules: Sequence[tuple[int, str, nn.Module]],
+    modules: Sequence[tuple[int, str, nn.Module]], recorded: Container[tuple[int, str]]
 ) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Those of `modules_inside` with forward hooks, by block."""
+    """Those of `modules_inside` with forward hooks, or ``recorded``, by block."""
     found: dict[int, list[tuple[str, nn.Module]]] = {}
     for index, name, module in modules:
-        if module._forward_hooks and _is_read(module):
+        if (module._forward_hooks and _is_read(module)) or (index, name) in recorded:
             found.setdefault(index, []).append((name, module))
     return found
 
 
-class TupleKinds:
-    """Modules that return more than a tensor, as far as transformers says so itself.
+class Recorded:
+    """What transformers itself records of modules inside of blocks.
 
-    A decoder's ``_can_record_outputs`` names the classes whose output has attention weights behind
-    the attention's own output, and those of routers. Servers send the first tensor.
+    A decoder's ``_can_record_outputs`` names classes of modules and, for each, which part of their
+    output is recorded: attention weights, a router's logits. Servers send the first tensor.
     """
 
-    def __init__(self, decoder: nn.Module):
-        recorded: Any = getattr(decoder, "_can_record_outputs", None) or {}
-        self._config: Any = getattr(decoder, "config", None)
-        self._local = getattr(self._config, "_attn_implementation", None)
-        self._attentions = _classes(recorded.get("attentions"))
-        self._routers = _classes(recorded.get("router_logits"))
+    def __init__(self, decoder: nn.Module, masks: Masks):
+        self._config: Any = decoder.config
+        self._masks = masks
+        entries: Any = getattr(decoder, "_can_record_outputs", None) or {}
+        self._specs: dict[str, list[Any]] = {
+            key: list(specs) if isinstance(specs, (list, tuple)) else [specs]
+            for key, specs in entries.items()
+            if key != "hidden_states"
+        }
+        self._attentions = self._classes("attentions")
+        self._others = tuple(
+            kind for key in self._specs if key != "attentions" for kind in self._classes(key)
+        )
+
+    def _classes(self, key: str) -> tuple[type, ...]:
+        found = (getattr(spec, "target_class", spec) for spec in self._specs.get(key, ()))
+        return tuple(kind for kind in found if isinstance(kind, type))
+
+    def asked(
+        self, kwargs: Mapping[str, Any], modules: Sequence[tuple[int, str, nn.Module]]
+    ) -> set[tuple[int, str]]:
+        """Which of the modules of remote blocks a call of the decoder asks to have recorded.
+
+        Raises:
+            Unsupported: of one of them another part than the first is recorded.
+        """
+        found: set[tuple[int, str]] = set()
+        for key, specs in self._specs.items():
+            option = f"output_{key}"
+            if key == "attentions" or not kwargs.get(option, getattr(self._config, option, False)):
+                continue
+            for spec in specs:
+                matching = {(block, name) for block, name, module in modules if _is(spec, module)}
+                if matching and getattr(spec, "index", 1) != 0:
+                    raise Unsupported(f"{option}: {_NOT_SENT}")
+                found |= matching
+        return found
 
     def shaped(self, name: str, module: nn.Module, output: torch.Tensor) -> Any:
         """What the module returns on a local model.
@@ -98,19 +163,17 @@ class TupleKinds:
             Unsupported: there is more in it than was sent.
         """
         if isinstance(module, self._attentions):
-            chosen = self._config._attn_implementation
-            if (self._local if chosen == NO_ATTENTION else chosen) == "eager":
+            if self._masks.attention == "eager":
                 raise Unsupported(f"{name} returns attention weights, too; {_NOT_SENT}")
             return (output, None)
-        if isinstance(module, self._routers):
+        if isinstance(module, self._others):
             raise Unsupported(f"{name} returns several tensors; {_NOT_SENT}")
         return output
 
 
-def _classes(entries: Any) -> tuple[type, ...]:
-    listed = entries if isinstance(entries, (list, tuple)) else [entries]
-    kinds = [getattr(entry, "target_class", entry) for entry in listed]
-    return tuple(kind for kind in kinds if isinstance(kind, type))
+def _is(spec: Any, module: nn.Module) -> bool:
+    kind = getattr(spec, "target_class", spec)
+    return isinstance(kind, type) and isinstance(module, kind)
 
 
 _NOT_SENT = (
@@ -139,16 +202,24 @@ class _NoNamedArguments(dict):
     get = keys = values = items = _refuse_reading
 
 
-def deliver(name: str, module: nn.Module, output: torch.Tensor, kinds: TupleKinds) -> None:
+def deliver(
+    name: str, module: nn.Module, output: torch.Tensor, recorded: Recorded, *, record: bool
+) -> None:
     """Call a module's forward hooks with the output that its server captured.
+
+    Args:
+        record: also those by which transformers records it.
 
     Raises:
         Unsupported: a hook wants to change it, or to read what was not sent.
     """
-    version, shaped = output._version, kinds.shaped(name, module, output)
+    version = output._version
     for key, hook in list(module._forward_hooks.items()):
         if getattr(hook, "__module__", "") == _RECORDING_HOOKS:
+            if record:
+                hook(module, _NoArguments(), (output,))
             continue
+        shaped = recorded.shaped(name, module, output)
         if key in module._forward_hooks_with_kwargs:
             changed: Any = hook(module, _NoArguments(), _NoNamedArguments(), shaped)
         else:

@@ -32,8 +32,9 @@ def check_cache(cache: object, connection: Connection, rows: int) -> None:
         return
     if not isinstance(cache, RemoteCache):
         raise Unsupported(
-            f"past_key_values is a {type(cache).__name__}; remote blocks keep their keys and "
-            "values on the servers. Pass None, or what an earlier call of this model returned"
+            f"past_key_values is a {type(cache).__name__} that another model has filled; remote "
+            "blocks keep their keys and values on the servers. Pass None, an empty cache, or what "
+            "an earlier call of this model returned"
         )
     if cache.connection is not connection:
         raise ValueError("past_key_values belongs to another connection; start without it")

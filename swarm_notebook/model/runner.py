@@ -35,13 +35,14 @@ from swarm_notebook.errors import Unsupported
 from swarm_notebook.model import hooks, inputs
 from swarm_notebook.model.adapters import Adapters
 from swarm_notebook.model.alone import request_alone
-from swarm_notebook.model.autograd import SameTensor, Segment
+from swarm_notebook.model.autograd import SameTensor, Segment, without_gradient
 from swarm_notebook.model.blanks import blank, is_blank
 from swarm_notebook.model.blocks import OwnBlock
-from swarm_notebook.model.cache import RemoteCache
+from swarm_notebook.model.cache import RemoteCache, adopted
 from swarm_notebook.model.intact import Plan, refuse_export
 from swarm_notebook.model.layout import Layout, plan
 from swarm_notebook.model.rotary import Rotations
+from swarm_notebook.model.tracing import BlockTrace
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Call:
         end: the block before which the present request ended.
         begun: whether the session knows of this pass.
         blank: the latest block handed out a blank.
+        inside: modules inside of remote blocks whose outputs are wanted, by block.
+        recorded: those of them that transformers records.
         last: the largest position of the call, plus one.
         packs: transformers would take positions that begin again for sequences packed in one row.
     """
@@ -68,6 +71,7 @@ class Call:
     seed: int | None
     states: set[int]
     inside: dict[int, list[tuple[str, nn.Module]]]
+    recorded: set[tuple[int, str]]
     last: int
     packs: bool
     outputs: Outputs = field(default_factory=lambda: Outputs({}, {}))
@@ -134,7 +138,8 @@ class Runner:
         twin.blocks = copy.deepcopy(self.blocks, memo)
         twin.adapters = copy.deepcopy(self.adapters, memo)
         twin._plans = copy.deepcopy(self._plans, memo)
-        twin._kinds = copy.deepcopy(self._kinds, memo)
+        twin._masks = copy.deepcopy(self._masks, memo)
+        twin._recorded = copy.deepcopy(self._recorded, memo)
         twin._rotations = copy.deepcopy(self._rotations, memo)
         twin._inside, twin._local = (-1, []), threading.local()
         return twin
@@ -165,7 +170,8 @@ class Runner:
     def install(self, decoder: nn.Module, layers_name: str) -> None:
         """Follow the calls of the module that owns the blocks, in a list of this name."""
         self._layers_name = layers_name
-        self._kinds = hooks.TupleKinds(decoder)
+        self._masks = hooks.Masks(decoder)
+        self._recorded = hooks.Recorded(decoder, self._masks)
         self._rotations = Rotations(decoder, self.blocks)
         self._signature = inspect.signature(decoder.forward)
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -190,6 +196,8 @@ class Runner:
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = RemoteCache(self.connection, lazy=use_cache is None)
             kwargs["past_key_values"] = cache
+        elif cache is not None:
+            cache = adopted(cache, self.connection)
         inputs.check_cache(cache, self.connection, rows)
         position = 0 if cache is None else cache.length
         if cache is not None:
@@ -203,6 +211,7 @@ class Runner:
         if cache is not None and layout.home and kwargs.get("attention_mask") is None:
             # The servers remember what was masked; blocks at home see what they are given.
             kwargs["attention_mask"] = cache.whole_mask(new)
+        recorded = self._recorded.asked(kwargs, self._modules())
         self._local.call = Call(
             cache,
             layout,
@@ -214,10 +223,13 @@ class Runner:
             self.adapters.current(self.blocks, thorough=position == 0),
             self.adapters.dropout_seed(self.blocks),
             hooks.observed_boundaries(self.blocks, bool(states)),
-            hooks.observed_inside(self._modules()),
+            hooks.observed_inside(self._modules(), recorded),
+            recorded,
             position + new if ids is None else int(ids.max()) + 1,
             packs,
         )
+        if not layout.home:
+            self._masks.leave_out()
         return (), kwargs
 
     def _check_intact(self, layout: Layout, *, thorough: bool) -> None:
@@ -247,6 +259,7 @@ class Runner:
     def _end(self, _decoder: object = None, _args: object = None, output: Any = None) -> None:
         call: Call | None = getattr(self._local, "call", None)
         self._local.call = None
+        self._masks.restore()
         if call is None or output is None or not call.place:
             return
         if call.blank:
@@ -274,10 +287,32 @@ class Runner:
             _refuse_blank(index, hidden)
             self._fetch(call, index, hidden, before, place)
         for name, module in call.inside.get(index, ()):
-            hooks.deliver(
-                f"block {index}.{name}", module, call.outputs.inner[index, name], self._kinds
-            )
+            inner = self._inner(call, index, name)
+            record = (index, name) in call.recorded
+            hooks.deliver(f"block {index}.{name}", module, inner, self._recorded, record=record)
+        self._serve_trace(call, index, hidden, place)
         return self._hand_out(call, index, hidden)
+
+    def _inner(self, call: Call, index: int, name: str) -> torch.Tensor:
+        """The output of a module inside of a block, as it came."""
+        inner = call.outputs.inner[index, name]
+        if call.segment is None:
+            return inner
+        return without_gradient(inner, f"block {index}.{name}")
+
+    def _serve_trace(self, call: Call, index: int, hidden: torch.Tensor, place: int | None) -> None:
+        """Give a trace of nnsight what it waits for inside of a block, one trip for each wish."""
+        trace = BlockTrace.of(self.blocks[index])
+        if trace is None:
+            return
+        while wanted := trace.asked():
+            if any((index, name) not in call.outputs.inner for name, _ in wanted):
+                call.inside[index] = [*call.inside.get(index, ()), *wanted]
+                self._fetch(call, index, hidden, call.place, place)
+            for name, module in wanted:
+                inner = self._inner(call, index, name)
+                trace.serve(name, self._recorded.shaped(f"block {index}.{name}", module, inner))
+        trace.pass_by()
 
     def run_own(self, index: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """What block ``index``, which is at home, makes of its arguments by ``forward``."""

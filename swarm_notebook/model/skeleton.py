@@ -22,15 +22,20 @@ from swarm_notebook.errors import Unsupported
 from swarm_notebook.model import drafting
 from swarm_notebook.model.adapters import Adapters
 from swarm_notebook.model.blocks import remote_class
-from swarm_notebook.model.cache import RemoteCache
+from swarm_notebook.model.cache import RemoteCache, adopted
 from swarm_notebook.model.home import empty
-from swarm_notebook.model.hooks import NO_ATTENTION
 from swarm_notebook.model.runner import Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from swarm_notebook.client.connection import Connection
+
+
+_UNCOMPILED = (
+    "torch.compile(fullgraph=True): blocks run on servers and cannot be part of a graph; leave "
+    "fullgraph out"
+)
 
 
 class RemoteModel:
@@ -41,6 +46,8 @@ class RemoteModel:
     # An interrupt ends here without the frames in between: they say nothing to the user, would keep
     # the cache alive, and a notebook takes seconds to show them.
 
+    # Torch compiles around it, and gives the reason where it may not (`fullgraph=True`).
+    @torch.compiler.disable(reason=_UNCOMPILED)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -132,7 +139,7 @@ class RemoteGenerator(RemoteModel):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        given = model_kwargs.get("past_key_values")
+        given = adopted(model_kwargs.get("past_key_values"), self._runner.connection)
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise Unsupported(
@@ -202,6 +209,4 @@ def build(
         block.attach(runner, index)
     runner.install(info.decoder, info.layers_name)
     model._runner = runner
-    model._local_attention = model.config._attn_implementation
-    model.config._attn_implementation = NO_ATTENTION
     return loaded

@@ -10,6 +10,7 @@ the shard that was being made.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
-from swarm_notebook.probing.store import Key, ShardFolder, Shards, digest
+from swarm_notebook.probing.identity import hooked, sample
+from swarm_notebook.probing.store import Key, Shards, digest, folder_for
 from swarm_notebook.probing.subject import Subject, Target
 from swarm_notebook.probing.view import HiddenStates
 from swarm_notebook.progress import Waiting
@@ -26,6 +28,8 @@ from swarm_notebook.tuning.manifest import describe_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Pool: TypeAlias = Literal["last", "mean"]
 
@@ -56,7 +60,10 @@ def hidden_states(
         texts: any number of them, or their token ids; taken one after another.
         blocks: whose output; None is all, negative numbers count from the end.
         batch_size: texts per pass.
-        store: a folder to keep the states in and to resume from; None keeps them in memory.
+        store: a folder to keep the states in and to resume from; None keeps them in memory. A
+            model whose states have changed (other weights, steering, deep prompts, …) gets a
+            folder of its own in it; one with forward hooks of your own is not stored without
+            ``tag``.
         pool: one vector per text, its last token's or the mean of all; None keeps every token.
         dtype: to keep them in; None is the model's.
         max_length: cut texts to so many tokens.
@@ -89,7 +96,18 @@ def hidden_states(
         max_length,
         tag,
     )
-    shards = Shards(key) if store is None else ShardFolder(store, key)
+    shards = Shards(key)
+    if store is not None:
+        where = None if tag else hooked(subject)
+        if where is None:
+            shards = folder_for(store, key, sample(subject))
+        else:
+            logger.warning(
+                "%s has a forward hook, on which the states may depend: they are neither read from "
+                "%s nor kept there; name what it does with tag=…",
+                where,
+                store,
+            )
     work = _Work(subject, shards, chosen, batch_size, pool, dtype, max_length, shard_texts)
     order = work.through(texts)
     return HiddenStates(shards, order, chosen)

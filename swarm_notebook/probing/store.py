@@ -5,8 +5,11 @@ a folder of shards and a small ``index.json``:
 
     states/SmolLM2-135M-Instruct-1f0c2d3e/
         index.json                  the key, and which shards are finished
+        sample.safetensors          what the model makes of some fixed tokens (see `identity`)
         swarm_run.json              how the latest shards were made
         shard-00000.safetensors     "block.7": [rows, hidden], "lengths": rows per text, "texts"
+
+A model that makes something else of these tokens gets another folder, `…-1f0c2d3e-1`.
 
 Within a key, states are found by block and by the hash of their text; neither the order of the
 texts nor how they were split into shards matters. A shard is finished when the index lists it:
@@ -32,14 +35,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from swarm_notebook.probing.identity import alike
 from swarm_notebook.report.formatting import model_title
 from swarm_notebook.tuning.manifest import MANIFEST_FILE
 
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.json"
+SAMPLE_FILE = "sample.safetensors"
 DIGEST_BYTES = 16
 
 
@@ -139,11 +144,16 @@ class Shards:
 
 
 class ShardFolder(Shards):
-    """Shards on disk; those that are there already are known from the beginning."""
+    """Shards on disk; those that are there already are known from the beginning.
 
-    def __init__(self, store: str | os.PathLike[str], key: Key):
+    Args:
+        path: the folder of shards.
+        sample: what the model makes of some fixed tokens; None for a reader.
+    """
+
+    def __init__(self, path: Path, key: Key, sample: torch.Tensor | None = None):
         super().__init__(key)
-        self._path = Path(store) / key.folder
+        self._path, self._sample = path, sample
         self._entries: list[dict[str, Any]] = []
         if (self._path / INDEX_FILE).exists():
             self._read()
@@ -179,6 +189,10 @@ class ShardFolder(Shards):
             BlockingIOError: another process writes here.
         """
         self._path.mkdir(parents=True, exist_ok=True)
+        file = self._path / SAMPLE_FILE
+        if self._sample is not None and not file.exists():
+            made = {"sample": self._sample}
+            _write(file, lambda path: save_file(made, path))
         with (self._path / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -201,6 +215,22 @@ class ShardFolder(Shards):
         manifest = self._path / MANIFEST_FILE
         if manifest.exists():
             self.manifest = json.loads(manifest.read_text(encoding="utf-8"))
+
+
+def folder_for(store: str | os.PathLike[str], key: Key, sample: torch.Tensor) -> ShardFolder:
+    """The shards of a key that were made by a model with this sample; empty if there are none."""
+    exact = key.precision in ("float32", "float64")
+    for number in itertools.count():
+        path = Path(store) / (f"{key.folder}-{number}" if number else key.folder)
+        try:
+            found = load_file(path / SAMPLE_FILE)["sample"]
+        except FileNotFoundError:
+            if (path / INDEX_FILE).exists():
+                continue  # nobody knows which model these are of
+            return ShardFolder(path, key, sample)
+        if alike(found, sample, exact=exact):
+            return ShardFolder(path, key)
+    raise AssertionError("an endless count")
 
 
 def _open_shard(path: Path) -> Shard:

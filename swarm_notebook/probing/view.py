@@ -90,19 +90,25 @@ def load_states(
         FileNotFoundError: nothing is there that fits.
         ValueError: more than one thing fits.
     """
-    keys = [
-        Key(**json.loads(path.read_text(encoding="utf-8"))["key"])
+    keys = {
+        path.parent: Key(**json.loads(path.read_text(encoding="utf-8"))["key"])
         for path in sorted(Path(store).glob(f"*/{INDEX_FILE}"))
-    ]
+    }
     fitting = [
-        key for key in keys if all(getattr(key, name) == value for name, value in wanted.items())
+        (folder, key)
+        for folder, key in keys.items()
+        if all(getattr(key, name) == value for name, value in wanted.items())
     ]
     if not fitting:
-        listed = "; ".join(map(str, keys)) or "nothing"
+        listed = "; ".join(map(str, keys.values())) or "nothing"
         raise FileNotFoundError(f"{store} has no states with {wanted}; it has {listed}")
     if len(fitting) > 1:
-        listed = "; ".join(map(str, fitting))
-        raise ValueError(f"{store} has several that fit: {listed}. Name model=…, dtype=… or pool=…")
-    shards = ShardFolder(store, fitting[0])
+        listed = "; ".join(f"{folder.name}: {key}" for folder, key in fitting)
+        raise ValueError(
+            f"{store} has several that fit: {listed}. Name model=…, dtype=… or pool=…; states of "
+            "one key by different models (other weights, steering, …) are read with "
+            "hidden_states, by the model"
+        )
+    shards = ShardFolder(*fitting[0])
     digests = shards.texts if texts is None else [digest(text) for text in texts]
     return HiddenStates(shards, digests, shards.blocks)

@@ -16,12 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.client.servers.routing import (
     Links,
+    block_slices,
     network_seconds,
     prompt_seconds,
     token_seconds,
 )
 from swarm_notebook.client.session.pipeline import part_count
-from swarm_notebook.report.formatting import clean, duration, model_title, number, size, text_table
+from swarm_notebook.report.formatting import (
+    clean,
+    duration,
+    model_title,
+    number,
+    size,
+    text_table,
+)
 from swarm_notebook.report.html import head, view
 
 if TYPE_CHECKING:
@@ -48,6 +56,8 @@ class Preview:
         first_token_seconds: until the prompt has passed.
         seconds: until the end.
         measured: the speed is that of earlier tokens on this route, not what the servers announce.
+        home: blocks that run in the notebook.
+        home_bytes: of their weights.
     """
 
     model: str
@@ -61,6 +71,8 @@ class Preview:
     first_token_seconds: float
     seconds: float
     measured: bool
+    home: tuple[int, ...] = ()
+    home_bytes: int = 0
 
     @property
     def line(self) -> str:
@@ -79,13 +91,18 @@ class Preview:
 
     def __str__(self) -> str:
         basis = "measured on this route" if self.measured else "as the servers announce their speed"
-        return "\n".join(
-            [
-                f"{model_title(self.model)}: {self.line}",
-                f"  first token after about {duration(self.first_token_seconds)} ({basis})",
-                f"  seen by {', '.join(map(clean, self.servers))}",
-            ]
-        )
+        lines = [
+            f"{model_title(self.model)}: {self.line}",
+            f"  first token after about {duration(self.first_token_seconds)} ({basis})",
+            f"  seen by {', '.join(map(clean, self.servers))}",
+        ]
+        if self.home:
+            lines.append(f"  at home {self._at_home}")
+        return "\n".join(lines)
+
+    @property
+    def _at_home(self) -> str:
+        return f"blocks {block_slices(self.home)}, {size(self.home_bytes)} of weights"
 
     def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
         basis = "measured on this route" if self.measured else "by the announced speed"
@@ -97,6 +114,8 @@ class Preview:
             ("all", f"about {duration(self.seconds)} ({basis})"),
             ("seen by", ", ".join(self.servers)),
         ]
+        if self.home:
+            rows.append(("at home", self._at_home))
         if self.batch != 1:
             rows.insert(1, ("sequences", number(self.batch)))
         body = "".join(
@@ -224,6 +243,7 @@ def expect(
     prompt_tokens: int,
     max_new_tokens: int,
     batch: int,
+    home: Mapping[int, int] | None = None,
 ) -> Preview:
     """The preview of a generation over a chain of servers.
 
@@ -232,6 +252,7 @@ def expect(
         usage: what earlier tokens took, by peer.
         loads: bytes of one token's hidden state to and from each server of the chain; zero where
             it comes from the server before.
+        home: bytes of the weights of blocks that run in the notebook.
     """
     given = {"prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens, "batch": batch}
     for name, count in given.items():
@@ -263,6 +284,8 @@ def expect(
         first,
         first + (max_new_tokens - 1) * sum(each),
         all(measured is not None for measured in known),
+        tuple(sorted(home or ())),
+        sum((home or {}).values()),
     )
 
 

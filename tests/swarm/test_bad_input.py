@@ -87,6 +87,10 @@ def _cached(stage: Scene, rows: int = 1) -> Any:
     return stage.remote(stage.ids(rows, 6), use_cache=True).past_key_values
 
 
+def _filled(stage: Scene, length: int = 6) -> DynamicCache:
+    return stage.reference(stage.ids(1, length), past_key_values=DynamicCache()).past_key_values
+
+
 def _masked(stage: Scene, model: Any, ids: torch.Tensor) -> object:
     mask = torch.ones(1, 6 + ids.shape[1], dtype=torch.long)
     mask[0, 2] = 0
@@ -105,14 +109,14 @@ ATTEMPTS: dict[str, tuple[Attempt, type[Exception], str]] = {
         rf"{CONTEXT + 1} tokens",
     ),
     "a foreign cache": (
-        lambda stage, model, ids: model(ids, past_key_values=DynamicCache()),
+        lambda stage, model, ids: model(ids, past_key_values=_filled(stage)),
         Unsupported,
-        "past_key_values is a DynamicCache; .* Pass None",
+        "past_key_values is a DynamicCache that another model has filled; .* Pass None",
     ),
     "a foreign cache in generate": (
-        lambda stage, model, ids: generate(model, ids, past_key_values=DynamicCache()),
+        lambda stage, model, ids: generate(model, ids, past_key_values=_filled(stage, length=2)),
         Unsupported,
-        "past_key_values is a DynamicCache",
+        "past_key_values is a DynamicCache that another model has filled",
     ),
     "a static cache": (
         lambda stage, model, ids: generate(model, ids, cache_implementation="static"),

@@ -258,9 +258,9 @@ class Directory:
         except MissingBlocks as error:
             raise MissingBlocks(f"{error} of {self.prefix}{self._who_had(start, end)}") from None
 
-    def route(self) -> list[routing.RouteSegment]:
-        """The best chain over all blocks that are not at home."""
-        stretches = routing.stretches(self.num_blocks, self.home)
+    def route(self, home: frozenset[int] | None = None) -> list[routing.RouteSegment]:
+        """The best chain over all blocks that are not at ``home``; None for those that are now."""
+        stretches = routing.stretches(self.num_blocks, self.home if home is None else home)
         return [segment for start, end in stretches for segment in self.chain(start, end)]
 
     async def await_chain(

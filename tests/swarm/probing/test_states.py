@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from support.processes import lasting_swarms
 import swarm_notebook as sn
 from swarm_notebook import probing
 from swarm_notebook.probing import states as states_module
+from swarm_notebook.tuning import DeepPrompts
 
 BLOCKS = 5
 TEXTS = [f"{'the quick brown fox'[: 4 + n % 13]} {n}" for n in range(20)]
@@ -94,6 +96,67 @@ def test_a_store_grows_by_what_is_missing(pair: Pair, tmp_path: Path) -> None:
     assert shard_files(tmp_path) == files
     half = probing.hidden_states(pair.swarm, order, dtype=torch.float16, tag="half", **options)
     assert half[1].dtype == torch.float16
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.works("Probing: `hidden_states(store=…)` of a model that has changed")
+def test_a_model_that_has_changed_gets_no_old_states(pair: Pair, tmp_path: Path) -> None:
+    """Steering, deep prompts, weights of a block at home: each finds its own states again."""
+    swarm, home = pair.swarm, tmp_path / "store"
+    options: dict[str, Any] = {"pool": "last", "blocks": [2, -1]}
+
+    @contextmanager
+    def prompted() -> Iterator[None]:
+        torch.manual_seed(0)
+        prompts = DeepPrompts(swarm.model, 3, std=0.5)
+        yield
+        prompts.remove()
+
+    @contextmanager
+    def edited() -> Iterator[None]:
+        swarm.own(1)
+        weight = swarm.model.get_parameter("model.layers.1.mlp.down_proj.weight")
+        with torch.no_grad():
+            weight.mul_(1.5)
+        yield
+        swarm.release(1)
+
+    def steered() -> Any:
+        return probing.steer(swarm, 1, torch.ones(48), scale=0.5)
+
+    seen = []
+    for changed in (nullcontext, steered, prompted, edited):
+        for _ in range(2):
+            with changed():
+                stored = probing.hidden_states(swarm, TEXTS[:4], store=home, **options)
+                expected = probing.hidden_states(swarm, TEXTS[:4], **options)
+            for block in stored.blocks:
+                same(stored[block], expected[block])
+        seen.append(stored[4])
+    assert all(not torch.allclose(one, seen[0], atol=1e-2) for one in seen[1:])
+    assert len(shard_files(home)) == 1  # one of this name in each folder
+    assert len(list(home.iterdir())) == len(seen)
+    with pytest.raises(ValueError, match="by different models"):
+        probing.load_states(home)
+
+
+@pytest.mark.refused(
+    "Probing: a store for states under hooks of your own", "name what they do: `tag=…`"
+)
+def test_states_under_a_hook_are_not_stored(
+    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"pool": "last", "blocks": [-1], "store": tmp_path}
+    before = probing.hidden_states(pair.swarm, TEXTS[:3], **options)[4]
+    layer = pair.swarm.model.get_submodule("model.layers.2")
+    hook = layer.register_forward_hook(lambda _module, _inputs, output: output * 2)
+    under = probing.hidden_states(pair.swarm, TEXTS[:3], **options)[4]
+    tagged = probing.hidden_states(pair.swarm, TEXTS[:3], tag="doubled", **options)[4]
+    hook.remove()
+    assert "model.layers.2 has a forward hook" in caplog.text
+    same(under, tagged)
+    assert not torch.allclose(under, before, atol=1e-2)
+    same(probing.hidden_states(pair.swarm, TEXTS[:3], **options)[4], before)
     assert len(list(tmp_path.iterdir())) == 2
 
 

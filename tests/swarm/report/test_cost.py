@@ -29,6 +29,24 @@ def test_a_real_run_costs_what_the_preview_says(tiny_scene: Scene) -> None:
     assert all(server.seconds > 0 for server in taken.servers)
 
 
+def test_a_preview_says_what_blocks_at_home_take(tiny_scene: Scene) -> None:
+    swarm = tiny_scene.swarm
+    asked = {"prompt_tokens": TOKENS, "max_new_tokens": NEW}
+    weights = tiny_scene.reference.model.layers[3].parameters()
+    before = swarm.preview(**asked, own=3)
+    assert before.home == (3,)
+    assert before.home_bytes == sum(weight.nbytes for weight in weights)
+    assert before.requests == 3 * NEW  # one more stretch
+    assert "at home blocks 3:4" in str(before)
+    assert not swarm.owned
+    swarm.own(3)
+    try:
+        assert swarm.preview(**asked) == before
+    finally:
+        swarm.release()
+    assert swarm.preview(**asked).home_bytes == 0
+
+
 def test_training_is_on_the_bill_as_well(tiny_scene: Scene) -> None:
     swarm, ids = tiny_scene.swarm, tiny_scene.ids(1, 8)
     before = swarm.bill()
