@@ -68,7 +68,7 @@ def load(
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-    with _construction, _no_progress_bars():
+    with _construction, _no_progress_bars(), _naming_packages(source):
         model, report = partial_class.from_pretrained(
             None,
             config=config,
@@ -95,6 +95,18 @@ def load(
     model.__class__ = model_class
     model.name_or_path = model.config.name_or_path = source.name
     return model
+
+
+@contextmanager
+def _naming_packages(source: ModelSource) -> Iterator[None]:
+    """Quantised weights whose package is not installed: transformers' words in one line."""
+    try:
+        yield
+    except ImportError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise Unsupported(
+            f"{source.name} cannot be loaded without another package: {lines[0]}"
+        ) from error
 
 
 def _in_base(name: str, model: PreTrainedModel) -> bool:

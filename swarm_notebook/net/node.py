@@ -87,18 +87,22 @@ def parse_peers(addresses: Sequence[str]) -> list[Multiaddr]:
         addresses = [addresses]
     parsed = []
     for address in addresses:
-        try:
-            multiaddr = Multiaddr(str(address))
-            named = any(protocol.name == "p2p" for protocol in multiaddr.protocols())
-        except Exception as error:  # hivemind's parser raises a different type per malformation
-            raise AddressError(
-                f"initial_peers: {address!r} is not a peer's address ({error}); "
-                "expected the form /ip4/<address>/tcp/<port>/p2p/<peer id>"
-            ) from None
-        if not named:
+        multiaddr = _parsed("initial_peers", address, "/ip4/<address>/tcp/<port>/p2p/<peer id>")
+        if not any(protocol.name == "p2p" for protocol in multiaddr.protocols()):
             raise AddressError(f"initial_peers: {address!r} lacks the peer id (/p2p/…)")
         parsed.append(multiaddr)
     return parsed
+
+
+def _parsed(name: str, address: str, form: str) -> Multiaddr:
+    try:
+        multiaddr = Multiaddr(str(address))
+        multiaddr.protocols()
+    except Exception as error:  # hivemind's parser raises a different type per malformation
+        raise AddressError(
+            f"{name}: {address!r} is not an address ({error}); expected the form {form}"
+        ) from None
+    return multiaddr
 
 
 class Node:
@@ -137,6 +141,8 @@ class Node:
             ClocksDiffer: this machine's clock and an initial peer's differ by more than a minute.
         """
         peers = parse_peers(initial_peers)
+        for address in host_maddrs:
+            _parsed("host_maddrs", address, "/ip4/<address>/tcp/<port>")
         try:
             with _identity_file(identity) as (key, path, lasting):
                 p2p = await P2P.create(
@@ -153,7 +159,7 @@ class Node:
                     nat_port_map=False,
                 )
         except P2PDaemonError as error:
-            if not peers:
+            if not peers or "listen" in str(error):
                 raise
             raise _unreachable(initial_peers, error) from None
         mend_calls(p2p)

@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from hivemind.p2p import P2PDaemonError
 
 from swarm_notebook import __version__
 from swarm_notebook.checkpoint.anatomy import context_length
 from swarm_notebook.checkpoint.digest import digest
 from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks
 from swarm_notebook.checkpoint.source import ModelSource, resolve
-from swarm_notebook.errors import ServerFailed
+from swarm_notebook.errors import ConnectionFailed, ServerFailed
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState, to_petals_tokens
@@ -106,7 +107,13 @@ async def serve(options: ServeOptions) -> None:
         # What takes longer ends with the process.
         await asyncio.wait([starting], timeout=GOODBYE_SECONDS)
         return
-    starting.result()
+    try:
+        starting.result()
+    except P2PDaemonError as error:
+        raise ConnectionFailed(
+            f"the network daemon cannot listen on {', '.join(options.host_maddrs)}; is the port "
+            f"taken? Choose another one with --host-maddrs ({error})"
+        ) from None
     heap.freeze()
     trimming = asyncio.create_task(server.trim())
     ended = asyncio.create_task(server.daemon_ended())

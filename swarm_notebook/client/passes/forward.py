@@ -41,6 +41,8 @@ T = TypeVar("T")
 
 # While a server computes one group, the next is under way to it; more would only make them smaller.
 GROUPS_PER_SERVER = 2
+# Half of what a server lets one peer's passes wait (`server.engine.scheduler`).
+MAX_AT_ONCE = 32
 
 
 @dataclass
@@ -70,7 +72,8 @@ async def forward(
         BadRequest: two servers, or the only one, found the request invalid.
     """
     chain = _cut(await directory.await_chain(request.start, request.end), request)
-    groups = row_groups(request.hidden.shape[0], len(chain))
+    rows, length = request.hidden.shape[:2]
+    groups = row_groups(rows, len(chain), _most_rows(chain, length))
     results = await together(
         [_forward_rows(directory, take_rows(request, rows), chain, keep) for rows in groups]
     )
@@ -83,9 +86,25 @@ def _cut(chain: Sequence[RouteSegment], request: Request) -> list[RouteSegment]:
     return [part for segment in chain for part in segment.cut(request.boundaries)]
 
 
-def row_groups(rows: int, servers: int) -> list[slice]:
-    """Rows split for a pipeline of ``servers``: enough groups to keep all busy, none empty."""
+def _most_rows(chain: Sequence[RouteSegment], length: int) -> int | None:
+    """How many rows of ``length`` all servers of a chain take in one request, if they say so.
+
+    One row in any case: whatever is too long for a server is for it to refuse.
+    """
+    announced = (segment.span.info.cache_tokens_total for segment in chain)
+    limits = [tokens for tokens in announced if tokens is not None]
+    return max(1, min(limits) // max(length, 1)) if limits else None
+
+
+def row_groups(rows: int, servers: int, most: int | None = None) -> list[slice]:
+    """Rows split for a pipeline of ``servers``: enough groups to keep all busy, none empty.
+
+    Args:
+        most: rows of a group.
+    """
     count = 1 if servers < 2 else min(rows, servers * GROUPS_PER_SERVER)
+    if most is not None:
+        count = max(count, -(-rows // most))
     bounds = [rows * number // count for number in range(count + 1)]
     return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
@@ -103,10 +122,19 @@ def take_rows(request: Request, rows: slice) -> Request:
 
 
 async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; the first failure cancels the rest and is raised as it is."""
+    """All results in order; the first failure cancels the rest and is raised as it is.
+
+    No more than `MAX_AT_ONCE` run at a time.
+    """
     if len(work) == 1:
         return [await work[0]]
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    room = asyncio.Semaphore(MAX_AT_ONCE)
+
+    async def wait_and_run(coroutine: Coroutine[Any, Any, T]) -> T:
+        async with room:
+            return await coroutine
+
+    tasks = [asyncio.ensure_future(wait_and_run(coroutine)) for coroutine in work]
     try:
         return list(await asyncio.gather(*tasks))
     finally:

@@ -90,6 +90,19 @@ class Forward:
     def length(self) -> int:
         return self.hidden.shape[1]
 
+    def turning_length(self, position: int = 0) -> int:
+        """What each piece of the request gets as ``rotary_length``: told, or that of the whole.
+
+        Args:
+            position: where the request begins in its session.
+        """
+        if self.rotary_length is not None:
+            return self.rotary_length
+        ids = self.position_ids
+        if ids is None or not ids.numel():
+            return position + self.length
+        return max(int(ids.max()) + 1, 1)
+
     def extras(self) -> dict[str, Any]:
         """What `Span.compute` is told only if it is asked for."""
         extras: dict[str, Any] = {"inner": self.inner} if self.inner else {}

@@ -6,8 +6,9 @@ each block in chunks of positions with a cache of this block alone: that is how 
 long prompt, and as exact. Memory is that of two hidden states and one block's keys and values,
 however long the pass, and no mask is ever larger than a chunk's.
 
-Two kinds of pass are cut between blocks only: with modules captured inside of blocks, whose outputs
-may have any form, and with dropout in an adapter, which draws once for all rows of a block.
+Three kinds of pass are cut between blocks only: with modules captured inside of blocks, whose
+outputs may have any form; with dropout in an adapter, which draws once for all rows of a block; and
+with positions of their own but no mask, which may be several sequences in one row.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def work_of(request: Forward) -> int:
 
 def by_blocks_only(request: Forward) -> bool:
     """Whether a pass may be cut between blocks only; see the module."""
-    return bool(request.inner) or request.seed is not None
+    # Without a mask transformers looks for sequences packed in one row, in all of its positions.
+    packed = request.position_ids is not None and request.attention_mask is None
+    return bool(request.inner) or request.seed is not None or packed
 
 
 def rows_of(request: F, begin: int, end: int) -> F:
@@ -194,4 +197,5 @@ def chunk_options(request: Forward, block: int, begin: int, end: int) -> dict[st
         # They belong to the first positions.
         "prompts": None if prompts is None else prompts[first : first + 1, :, begin:end],
         **({} if request.seed is None else {"seed": request.seed}),
+        "rotary_length": request.turning_length(),
     }

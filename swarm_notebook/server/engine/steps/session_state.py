@@ -119,7 +119,7 @@ class SessionState:
             position_ids=None if ids is None else ids[:, begin:end],
             prompts=prompts,
             states=step.states,
-            **step.extras(),
+            **{**step.extras(), "rotary_length": step.turning_length(position)},
         )
 
     def _check_rows(self, step: Step) -> None:
