@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,26 @@ def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["serve", str(tmp_path)]) == 1
     error = capsys.readouterr().err.strip()
     assert re.fullmatch(r"swarm-notebook: error: [^\n]*config\.json[^\n]*", error)
+
+
+@pytest.mark.parametrize(
+    ("maddr", "words"),
+    [
+        ("/ip4/127.0.0.1/tcp/{port}", r"cannot listen on /ip4/127[^\n]*Choose another"),
+        ("127.0.0.1:{port}", r"host_maddrs: '127[^\n]*expected the form /ip4/"),
+    ],
+    ids=["taken", "malformed"],
+)
+def test_an_address_that_cannot_be_had_is_one_line(
+    maddr: str, words: str, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = maddr.format(port=taken.getsockname()[1])
+        assert cli.main(["serve", str(tiny_llama), "--host-maddrs", address]) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert re.search(words, error)
 
 
 def test_serve_until_interrupted(tiny_llama: Path, tmp_path: Path) -> None:

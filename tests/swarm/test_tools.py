@@ -22,6 +22,7 @@ from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swarm_notebook as sn
+from swarm_notebook.errors import Unsupported
 
 BLOCKS = 5
 TARGET = 40
@@ -67,6 +68,7 @@ CONFIGS: dict[str, peft.PeftConfig] = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.works("Tools: transformers' Trainer")
 def test_trainer(pair: Pair, kind: str, tmp_path: Path) -> None:
     """The losses, gradient norms and evaluation of a run; its checkpoint loads locally."""
     texts = [f"{number} plus {number} is {2 * number}" for number in range(16)]
@@ -118,6 +120,7 @@ def test_trainer(pair: Pair, kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(*logits, atol=1e-3, rtol=0)
 
 
+@pytest.mark.works("Tools: transformers' pipelines")
 def test_pipeline(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     def use(model: Any) -> list[torch.Tensor]:
         generator: Any = transformers.pipeline(
@@ -134,6 +137,7 @@ def test_pipeline(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     assert "not supported" not in caplog.text
 
 
+@pytest.mark.works("Tools: nnsight, on blocks")
 def test_nnsight_reads_and_writes(pair: Pair) -> None:
     def use(model: Any) -> list[torch.Tensor]:
         traced = nnsight.NNsight(model)
@@ -150,6 +154,67 @@ def test_nnsight_reads_and_writes(pair: Pair) -> None:
     assert before[:, 1].any()
 
 
+@pytest.mark.works("Tools: nnsight, outputs of modules inside remote blocks")
+def test_nnsight_reads_inside_of_blocks(pair: Pair) -> None:
+    def once(model: Any) -> list[torch.Tensor]:
+        traced = nnsight.NNsight(model)
+        with traced.trace(pair.ids):
+            attention = traced.model.layers[1].self_attn.output[0].save()
+            mlp = traced.model.layers[1].mlp.output.save()
+            after = traced.model.layers[1].output.clone().save()
+            traced.model.layers[2].output[:, 1] = 0
+            projected = traced.model.layers[3].mlp.down_proj.output.save()
+            logits = traced.output.logits.save()
+        return [attention, mlp, after, projected, logits]
+
+    def steps(model: Any) -> list[torch.Tensor]:
+        traced = nnsight.NNsight(model)
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        with traced.trace(pair.ids, fn=model.generate, **options) as run:
+            states = nnsight.save([])
+            for _ in run.iter[1:3]:
+                states.append(traced.model.layers[2].mlp.output.clone())
+        return states
+
+    def blocks(model: Any) -> list[torch.Tensor]:
+        traced = nnsight.NNsight(model)
+        with traced.trace(pair.ids) as run:
+            kept = run.cache(modules=[traced.model.layers[1], traced.model.layers[3]]).save()
+        return [kept[f"model.model.layers.{block}"].output for block in (1, 3)]
+
+    for use in (once, steps, blocks):
+        pair.same(use)
+
+
+@pytest.mark.refused(
+    "Tools: nnsight, all else inside remote blocks (inputs, writes, `tracer.cache` of everything)",
+    "name blocks, or `swarm.own(block)`",
+)
+def test_nnsight_is_refused_what_is_not_there(pair: Pair) -> None:
+    traced: Any = nnsight.NNsight(pair.remote)
+
+    def read_an_input() -> None:
+        with traced.trace(pair.ids):
+            traced.model.layers[1].mlp.input.save()
+
+    def write() -> None:
+        with traced.trace(pair.ids):
+            traced.model.layers[1].mlp.output = traced.model.layers[1].mlp.output * 2
+
+    def keep_everything() -> None:
+        with traced.trace(pair.ids) as run:
+            run.cache()
+
+    for use, words in (
+        (read_an_input, r"asks for .*1\.mlp\.input.* swarm\.own"),
+        (write, r"writes to .*1\.mlp\.output.* swarm\.own"),
+        (keep_everything, r"tracer\.cache asks for .* swarm\.own"),
+    ):
+        with pytest.raises(Unsupported, match=words):
+            use()
+    pair.same(lambda model: [model(pair.ids).logits.detach()])
+
+
 def test_nnsight_skips_a_block(pair: Pair) -> None:
     def use(model: Any) -> list[torch.Tensor]:
         traced = nnsight.NNsight(model)
@@ -161,6 +226,7 @@ def test_nnsight_skips_a_block(pair: Pair) -> None:
     pair.same(use)
 
 
+@pytest.mark.works("Tools: nnsight, gradients")
 def test_nnsight_gradients(pair: Pair) -> None:
     def use(model: Any) -> list[torch.Tensor]:
         traced = nnsight.NNsight(model)
@@ -221,6 +287,7 @@ def test_captum_on_embeddings(pair: Pair) -> None:
     assert found.abs().max() > 1e-3
 
 
+@pytest.mark.works("Tools: captum, on embeddings and blocks")
 def test_captum_on_blocks(pair: Pair) -> None:
     from captum.attr import LayerActivation, LayerGradientXActivation, LayerIntegratedGradients
 
@@ -248,6 +315,7 @@ def test_captum_on_blocks(pair: Pair) -> None:
         assert found.abs().max() > 1e-3
 
 
+@pytest.mark.works("Tools: captum for language models")
 def test_captum_for_language_models(pair: Pair) -> None:
     from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
 
@@ -264,6 +332,7 @@ def test_captum_for_language_models(pair: Pair) -> None:
 
 @pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
 @pytest.mark.parametrize("method", ["saliency", "layer_gradient_x_activation"])
+@pytest.mark.works("Tools: inseq")
 def test_inseq(pair: Pair, method: str) -> None:
     import inseq
 
@@ -295,6 +364,7 @@ metric_list:
 """
 
 
+@pytest.mark.works("Tools: lm-evaluation-harness")
 def test_lm_eval(pair: Pair, tmp_path: Path) -> None:
     """The harness's own model class around ours, on a task that it finds in a folder."""
     import lm_eval

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import compatibility
 
 import swarm_notebook
 from swarm_notebook import errors
@@ -126,6 +127,12 @@ def test_an_error_says_where_it_is_explained() -> None:
     error = errors.MissingBlocks("no server holds block 3")
     shown = "".join(traceback.format_exception(error))
     assert shown.endswith("no server holds block 3\n[SN-missing-blocks]\n")
+
+
+def test_the_table_of_what_works_is_what_the_tests_say() -> None:
+    assert (ROOT / "docs" / "compatibility.md").read_text() == compatibility.table(), (
+        "make it again: python tests/support/compatibility.py > docs/compatibility.md"
+    )
 
 
 def test_the_readme_is_short() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from hivemind.proto.runtime_pb2 import ExpertUID
+from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
+from hivemind.proto.runtime_pb2 import CompressionType, ExpertUID
 from hivemind.utils import MSGPackSerializer
 from support.hosting import HostedServer, HostedSwarm
 from support.letter_tokenizer import lettered_model
@@ -33,6 +34,7 @@ from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
 from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.net import tensors
 
 HIDDEN, BLOCKS = 48, 5
 ROOM = 1 << 17  # tokens in the cache of our server
@@ -108,6 +110,23 @@ def test_forward_and_backward(caller: Caller) -> None:
     expected.backward(grad)
     close(unpacked(forward)[0], expected.detach())
     close(unpacked(backward)[0], given.grad)
+
+
+@pytest.mark.parametrize("kind", ["MEANSTD_16BIT", "UNIFORM_8BIT", "QUANTILE_8BIT"])
+@pytest.mark.works("Petals' clients: `MEANSTD_16BIT`, `UNIFORM_8BIT`, `QUANTILE_8BIT`")
+def test_compressions_of_hivemind(caller: Caller, kind: str) -> None:
+    """The input comes in it, and the output is asked for in it."""
+    compression = CompressionType.Value(kind)
+    hidden = states(2, 7)
+    asked = message(caller.uid, hidden, nothing(), output_compression=(compression,))
+    asked.tensors[0].CopyFrom(serialize_torch_tensor(hidden, compression))
+    answer = caller.run(caller.stub.rpc_forward(asked))
+    assert answer.tensors[0].compression == compression
+    got, expected = tensors.unpack(answer.tensors[0]), caller.local(hidden)
+    error = (got - expected).norm() / expected.norm()
+    assert float(error) < (0.01 if kind == "MEANSTD_16BIT" else 0.3)
+    if kind == "MEANSTD_16BIT":  # the others hivemind cannot read with today's numpy
+        torch.testing.assert_close(deserialize_torch_tensor(answer.tensors[0]), got)
 
 
 @pytest.mark.parametrize("rows", [1, 400])
@@ -194,6 +213,7 @@ def test_room_in_a_cache_is_read_in_tokens(models: tuple[Any, Any]) -> None:
     assert [span.cache_left for span in spans] == [CACHE_TOKENS] * 2
 
 
+@pytest.mark.works("Petals' servers: generation")
 def test_a_notebook_generates(models: tuple[Any, Any], petals: Any) -> None:
     remote, local = models
     ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -205,6 +225,7 @@ def test_a_notebook_generates(models: tuple[Any, Any], petals: Any) -> None:
     assert {"rpc_inference"} <= set(petals[1][0].seen) & set(petals[1][1].seen)
 
 
+@pytest.mark.works("Petals' servers: logits and gradients")
 def test_a_notebook_gets_logits_and_gradients(models: tuple[Any, Any], petals: Any) -> None:
     found = []
     for model in models:
@@ -218,6 +239,7 @@ def test_a_notebook_gets_logits_and_gradients(models: tuple[Any, Any], petals: A
     assert {"rpc_forward_stream", "rpc_backward_stream"} <= set(petals[1][1].seen)
 
 
+@pytest.mark.works("Petals' servers: `output_hidden_states`")
 def test_a_notebook_sees_all_states(models: tuple[Any, Any]) -> None:
     ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -259,6 +281,7 @@ def writing(model: Any, read: int, written: int) -> Iterator[list[torch.Tensor]]
             handle.remove()
 
 
+@pytest.mark.works("Petals' servers: hooks on blocks")
 def test_hooks_read_and_write_while_it_generates(models: tuple[Any, Any]) -> None:
     """First without hooks, then with them over the same cache, then without again."""
     ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -297,6 +320,9 @@ def test_gradients_reach_observed_states(models: tuple[Any, Any]) -> None:
         torch.testing.assert_close(mine, local, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.refused(
+    "Petals' servers: hooks on modules inside of blocks", "hook whole blocks, or `swarm.own(block)`"
+)
 def test_modules_inside_are_refused(models: tuple[Any, Any]) -> None:
     remote, _ = models
     handle = remote.model.layers[1].mlp.register_forward_hook(lambda *_: None)
@@ -315,6 +341,7 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
+@pytest.mark.works("Petals' servers: padded batches without a cache")
 def test_padded_batches_without_a_cache(models: tuple[Any, Any]) -> None:
     """Left and right padding, rows with the same, and one without; also what is observed."""
     ids, mask = padded()
@@ -369,6 +396,7 @@ def test_deep_prompts_in_padded_batches(models: tuple[Any, Any]) -> None:
     torch.testing.assert_close(prompts.prompts.grad, wanted.grad, atol=1e-7, rtol=1e-3)
 
 
+@pytest.mark.refused("Petals' servers: padding between tokens", "servers of `swarm-notebook serve`")
 def test_padding_between_tokens_is_refused(models: tuple[Any, Any]) -> None:
     mask = torch.tensor([[1, 1, 0, 1]])
     with pytest.raises(sn.errors.Unsupported, match="row 0 has some"):

@@ -62,6 +62,7 @@ def test_the_head_alone_is_trained(
         torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.works("Training: a classifier's head and LoRA")
 def test_head_and_lora_are_trained_and_move_to_the_local_model(
     pair: tuple[Any, Any], batch: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_is_the_models_own_class(pair: Pair) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.works("Calls: logits, `output_hidden_states`")
 def test_logits_and_hidden_states(pair: Pair) -> None:
     ids = pair.ids(2, 11)
     ours = pair.remote(ids, output_hidden_states=True)
@@ -81,6 +82,7 @@ def test_logits_and_hidden_states(pair: Pair) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.works("Calls: left-padded batches")
 def test_padded_logits(pair: Pair) -> None:
     batch = padded(pair)
     ours, theirs = pair.remote(**batch).logits, pair.local(**batch).logits
@@ -98,6 +100,7 @@ def test_padded_logits(pair: Pair) -> None:
     ],
     ids=["greedy", "beams", "prompt lookup", "no cache"],
 )
+@pytest.mark.works("Generation: greedy, beams, prompt lookup, without a cache")
 def test_generate(pair: Pair, options: dict[str, Any]) -> None:
     ids = pair.ids(1, 9).repeat(1, 2)
     options = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, **options}
@@ -105,6 +108,7 @@ def test_generate(pair: Pair, options: dict[str, Any]) -> None:
     assert ours.tolist() == theirs.tolist()
 
 
+@pytest.mark.works("Generation: left-padded batches, with scores and hidden states")
 def test_generate_padded_batch_with_scores(pair: Pair) -> None:
     options: dict[str, Any] = {
         "max_new_tokens": 12,
@@ -124,6 +128,7 @@ def test_generate_padded_batch_with_scores(pair: Pair) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.works("Caches: decode in any pieces, rollback (`crop`)")
 def test_cached_decode_in_any_pieces(pair: Pair) -> None:
     """Lazily made caches, caches asked for, rollback: logits as from one uncached pass."""
     ids = pair.ids(2, 20)
@@ -138,6 +143,7 @@ def test_cached_decode_in_any_pieces(pair: Pair) -> None:
         close(pair.remote(ids[:, 13:], past_key_values=cache).logits, whole[:, 13:])
 
 
+@pytest.mark.works("Generation: several turns over one cache")
 def test_a_second_turn_continues_the_cache(pair: Pair) -> None:
     options: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
     ids = pair.ids(1, 7)
@@ -151,6 +157,7 @@ def test_a_second_turn_continues_the_cache(pair: Pair) -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.works("Generation: sampling draws the same tokens")
 def test_sampling_draws_the_same_tokens(pair: Pair) -> None:
     options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": True, "top_k": 20}
     results = []

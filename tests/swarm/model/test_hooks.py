@@ -157,6 +157,7 @@ def same_states(ours: Seen, theirs: Seen) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("action", ACTIONS)
 @torch.no_grad()
+@pytest.mark.works("Hooks: read and write hidden states around blocks")
 def test_forward(pair: Pair, action: Any, place: int) -> None:
     results = []
     for model in (pair.remote, pair.local):
@@ -194,6 +195,7 @@ def test_generate(pair: Pair, action: Any, place: int) -> None:
     same_states(results[0][1], results[1][1])
 
 
+@pytest.mark.works("Gradients: at hidden states in between (`retain_grad`, tensor hooks)")
 def test_gradients_at_intermediate_states(pair: Pair) -> None:
     """Auxiliary losses, retain_grad, tensor hooks, a second backward through the same graph."""
     results = []
@@ -223,6 +225,10 @@ def test_gradients_at_intermediate_states(pair: Pair) -> None:
         same(ours, theirs)
 
 
+@pytest.mark.refused(
+    "Gradients: of gradients (`create_graph=True`)",
+    "bring the blocks home: `swarm.own(slice(None))`",
+)
 def test_gradients_of_gradients_raise(pair: Pair) -> None:
     embeds = pair.remote.get_input_embeddings()(ids()).detach().requires_grad_()
     loss = pair.remote(inputs_embeds=embeds).logits.square().mean()
@@ -277,6 +283,7 @@ def test_generate_with_reading_hooks_sends_one_request_per_server_and_token(
 
 
 @torch.no_grad()
+@pytest.mark.works("Hooks: read outputs of modules inside remote blocks")
 def test_modules_inside_blocks_can_be_read(pair: Pair, requests: list[str]) -> None:
     names = ["self_attn.o_proj", "mlp", "mlp.gate_proj", "input_layernorm"]
     results = []
@@ -321,6 +328,10 @@ def test_attention_modules_return_what_they_return_locally(pair: Pair) -> None:
         lambda _m, _args, kwargs, _o: kwargs.get("hidden_states"),
     ],
 )
+@pytest.mark.refused(
+    "Hooks: read inputs of modules inside remote blocks",
+    "hook the module before it, or `swarm.own(block)`",
+)
 def test_inputs_inside_blocks_are_not_read_as_empty(
     pair: Pair, read_inputs: Callable[..., Any]
 ) -> None:
@@ -333,6 +344,7 @@ def test_inputs_inside_blocks_are_not_read_as_empty(
         handle.remove()
 
 
+@pytest.mark.refused("Hooks: write inside remote blocks", "hook the block, or `swarm.own(block)`")
 def test_writes_inside_blocks_are_refused(pair: Pair) -> None:
     inner = pair.remote.model.layers[1].mlp
     for method in ("register_forward_pre_hook", "register_full_backward_hook"):

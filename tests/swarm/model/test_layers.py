@@ -84,6 +84,7 @@ def same_passes(models: Models) -> None:
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [0, 1, 3, 4], [2, 3], [1, 4]], ids=str)
+@pytest.mark.works("The list of blocks: blocks dropped")
 def test_a_list_with_fewer_blocks(models: Models, order: list[int]) -> None:
     for model in models:
         model.model.layers = nn.ModuleList([model.model.layers[index] for index in order])
@@ -92,6 +93,7 @@ def test_a_list_with_fewer_blocks(models: Models, order: list[int]) -> None:
     same_text(models, first_runs=order[0] == 0, num_beams=2)
 
 
+@pytest.mark.works("The list of blocks: cut (`layers = layers[:n]`), with a cache, too")
 def test_a_cut_list(models: Models) -> None:
     for model in models:
         model.model.layers = model.model.layers[:3]
@@ -100,6 +102,7 @@ def test_a_cut_list(models: Models) -> None:
 
 
 @pytest.mark.parametrize("order", [[0, 1, 1, 2, 3, 4], [0, 2, 1, 3, 4]], ids=str)
+@pytest.mark.works("The list of blocks: repeated or exchanged, with `use_cache=False`")
 def test_a_list_in_another_order(models: Models, order: list[int]) -> None:
     """It works without a cache, in which each block has one place."""
     for model in models:
@@ -136,6 +139,7 @@ class Mine(nn.Module):
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 4])
+@pytest.mark.works("The list of blocks: wrapped (`layers[i] = Wrapper(layers[i])`)")
 def test_a_wrapped_block(models: Models, place: int) -> None:
     for model in models:
         model.model.layers[place] = Doubled(model.model.layers[place])
@@ -152,6 +156,7 @@ def test_a_module_in_the_place_of_a_block(models: Models, place: int, kind: type
     same_text(models, first_runs=place > 0)
 
 
+@pytest.mark.works("Generation: early exit (`assistant_early_exit`)")
 def test_leaving_early_to_guess(models: Models) -> None:
     options = {"max_new_tokens": 8, "do_sample": False, "assistant_early_exit": 3}
     ours, theirs = (model.generate(tokens(1), **options) for model in models)
@@ -167,6 +172,10 @@ def test_a_smaller_number_of_blocks_in_the_config(models: Models) -> None:
         close(models[0](tokens()).logits, models[1](tokens()).logits)
 
 
+@pytest.mark.refused(
+    "The list of blocks: a forward of your own that stops early",
+    "cut the list: `layers = layers[:n]`",
+)
 def test_a_model_that_stops_by_itself(connected: tuple[Swarm, Any]) -> None:
     """That it will is not known before: refused, and no blank comes out."""
     connected[0].release()
@@ -184,6 +193,7 @@ def test_a_model_that_stops_by_itself(connected: tuple[Swarm, Any]) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.works("Gradients: `gradient_checkpointing_enable`")
 def test_checkpointing_by_transformers(models: Models, reentrant: bool) -> None:
     found = []
     for model in models:
@@ -196,6 +206,10 @@ def test_checkpointing_by_transformers(models: Models, reentrant: bool) -> None:
     close(*found)
 
 
+@pytest.mark.refused(
+    "Gradients: re-entrant checkpoints around a remote block",
+    "`use_reentrant=False`, or `swarm.own(block)`",
+)
 def test_checkpointing_by_hand_says_what_to_do(connected: tuple[Swarm, Any]) -> None:
     connected[0].release()
     model: Any = copy.deepcopy(connected[0].model)
@@ -210,6 +224,7 @@ def test_checkpointing_by_hand_says_what_to_do(connected: tuple[Swarm, Any]) -> 
     assert embedded.grad.isfinite().all()
 
 
+@pytest.mark.works("Caches: `len`, `layers`, `get_seq_length`, `is_initialized`")
 def test_a_cache_reads_as_transformers_does(models: Models) -> None:
     with torch.no_grad():
         ours, theirs = (model(tokens()).past_key_values for model in models)
@@ -228,6 +243,7 @@ def test_a_cache_reads_as_transformers_does(models: Models) -> None:
             _ = ours.layers[0].keys
 
 
+@pytest.mark.works("Caches: `copy.deepcopy`")
 def test_a_copied_cache_goes_its_own_way(models: Models) -> None:
     ids, more = tokens(), tokens(2, 3)
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from support.scene import TOLERANCE, Scene, generate
 
@@ -41,6 +42,7 @@ def test_moving_to_another_dtype_takes_no_memory_for_blocks(tiny_scene: Scene) -
 
 
 @torch.no_grad()
+@pytest.mark.works("The model: `copy.deepcopy` (another view on the same servers)")
 def test_a_copy_is_another_view_on_the_same_servers(tiny_scene: Scene) -> None:
     """Its hooks and local weights are its own."""
     ids = tiny_scene.ids(2, 9)

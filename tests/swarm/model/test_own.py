@@ -260,6 +260,9 @@ CHANGES: list[Callable[[Any], None]] = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda one: one.__name__)
+@pytest.mark.works(
+    "Blocks at home: hooks that write, replaced modules, edited weights, patched heads"
+)
 def test_what_is_done_to_it_takes_effect(pair: Pair, change: Callable[[Any], None]) -> None:
     plain = pair.local(tokens()).logits
     pair.swarm.own(3)
@@ -269,6 +272,7 @@ def test_what_is_done_to_it_takes_effect(pair: Pair, change: Callable[[Any], Non
     same(pair)
 
 
+@pytest.mark.works("Blocks at home: gradients at inner modules")
 def test_gradients_at_inner_modules(pair: Pair) -> None:
     pair.swarm.own([1, 3])
     found = []
@@ -294,6 +298,7 @@ def test_gradients_at_inner_modules(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("place", [[0], [3], [2, 3], [0, 4]], ids=str)
+@pytest.mark.works("Blocks at home: full fine-tuning")
 def test_full_fine_tuning(pair: Pair, place: list[int]) -> None:
     pair.swarm.own(place)
     losses: list[list[float]] = []
@@ -392,6 +397,7 @@ def test_deep_prompts(pair: Pair, place: list[int]) -> None:
     prompts.remove()
 
 
+@pytest.mark.works("Blocks at home: attention weights")
 def test_attention_weights(pair: Pair) -> None:
     batch = padded()
     pair.swarm.own(3)
@@ -489,6 +495,7 @@ def test_a_cache_belongs_to_the_blocks_that_filled_it(pair: Pair) -> None:
     close(pair.remote(ids, past_key_values=cache).logits, pair.local(ids).logits)
 
 
+@pytest.mark.refused("Gradients: through cached keys and values", "call without `past_key_values`")
 def test_gradients_through_cached_keys_are_refused(pair: Pair) -> None:
     pair.swarm.own(4)
     pair.remote.model.layers[4].requires_grad_(True)
@@ -613,6 +620,7 @@ def test_adapters_in_it_and_around_it(pair: Pair, own_first: bool) -> None:
             same(pair)
 
 
+@pytest.mark.works("Tools: nnsight's `.source`, in a block at home")
 def test_nnsight_reads_the_source(pair: Pair) -> None:
     from nnsight import NNsight
 
@@ -629,6 +637,7 @@ def test_nnsight_reads_the_source(pair: Pair) -> None:
     close(found[0][1], found[1][1])
 
 
+@pytest.mark.works("Blocks at home: `torch.export`, with all of them")
 def test_export(pair: Pair) -> None:
     pair.remote.config.use_cache = False
     with pytest.raises(Unsupported, match=r"torch.export.*swarm.own"):

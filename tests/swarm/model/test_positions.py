@@ -73,6 +73,9 @@ def pair(
 
 
 @torch.no_grad()
+@pytest.mark.works(
+    "Positions: rotary embeddings that depend on the length (`dynamic`, `longrope`), YaRN beyond it"
+)
 def test_lengths_around_the_original_one(pair: Pair) -> None:
     """Each call leaves behind what the next one begins with, as on the local model."""
     ids = pair.ids(3, 3 * ORIGINAL)
@@ -152,6 +155,7 @@ def _logits(stage: Scene, ids: torch.Tensor, **options: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("ids", [PACKED, JUMPING], ids=["packed", "jumping"])
+@pytest.mark.works("Positions: `position_ids` that jump, packed sequences")
 def test_positions_that_jump_or_begin_again(tiny_scene: Scene, ids: torch.Tensor) -> None:
     """Sequences in one row are told apart without a cache and a mask only, as transformers does."""
     ones = torch.ones(2, ids.shape[1], dtype=torch.long)
@@ -185,6 +189,7 @@ def test_gradients_of_packed_sequences(tiny_scene: Scene) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.works("Positions: a block called by itself with `position_embeddings`")
 def test_a_block_by_itself_is_where_its_embeddings_say(tiny_scene: Scene) -> None:
     hidden = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
     where = torch.tensor([[1, 6, 2, 3, 9]])

@@ -91,6 +91,7 @@ def test_a_draft_that_is_none_of_these(demo_swarm: HostedSwarm) -> None:
         swarm.generate("Hello", draft="fast")
 
 
+@pytest.mark.works('Generation: `draft="auto"`')
 def test_a_text_that_repeats_itself(demo_swarm: HostedSwarm) -> None:
     """Copying a list out: the same text in a third of the passes."""
     text = "\n".join(f"{name} = {name.upper()}_{size}" for size, name in enumerate(NAMES))

@@ -91,6 +91,7 @@ READS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+@pytest.mark.works("Weights: read inside remote blocks")
 def test_values_are_read(pair: Pair, read: Callable[[Any], Any]) -> None:
     remote, local = pair.weights()
     assert torch.equal(read(remote), read(local))
@@ -172,6 +173,7 @@ WRITES: list[Callable[[Any], Any]] = [
 
 
 @pytest.mark.parametrize("write", WRITES)
+@pytest.mark.refused("Weights: written inside remote blocks", "`swarm.own(block)`")
 def test_writes_are_refused(pair: Pair, write: Callable[[Any], Any]) -> None:
     weight, local = pair.weights()
     with pytest.raises(Unsupported, match=r"mlp\.down_proj\.weight of block 3.*swarm\.own\(3\)"):
@@ -227,6 +229,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda one: one.__name__)
+@pytest.mark.refused("Weights: modules exchanged inside remote blocks", "`swarm.own(block)`")
 def test_what_is_exchanged_is_refused(pair: Pair, change: Callable[[Any], None]) -> None:
     twin = copy.deepcopy(pair.remote)
     change(twin)
@@ -244,6 +247,10 @@ def test_a_change_in_the_middle_of_a_text_is_refused(pair: Pair) -> None:
             pair.remote(tokens()[:, :1], past_key_values=cache)
 
 
+@pytest.mark.refused(
+    "Weights: `load_state_dict` with weights of remote blocks",
+    "leave them out, or `swarm.own(block)`",
+)
 def test_a_state_dict_with_blocks_is_refused(pair: Pair) -> None:
     state = pair.local.state_dict()
     with pytest.raises(Unsupported, match=r"model\.layers\.0\..*swarm\.own\(0\)"):

@@ -150,6 +150,7 @@ def test_patch(pair: Pair) -> None:
     assert remote.scores[2, 1].item() == pytest.approx(by_hand.item(), abs=1e-3)
 
 
+@pytest.mark.works("Probing: `steer`, `patch`, linear probes, the logit lens")
 def test_steer(pair: Pair) -> None:
     vector = torch.randn(48, generator=torch.Generator().manual_seed(2))
     ids = pair.tokenizer("once", return_tensors="pt").input_ids

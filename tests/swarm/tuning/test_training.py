@@ -107,6 +107,7 @@ def test_gradients_of_inputs(pair: Pair, batch: dict[str, torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("kind", ["lora", "prompt", "dora", "ia3"])
+@pytest.mark.works("Training: PEFT's adapters")
 def test_adapters_train_as_they_do_locally(
     pair: Pair, batch: dict[str, torch.Tensor], kind: str
 ) -> None:
@@ -205,6 +206,7 @@ def test_an_adapter_moves_between_remote_and_local(
         again.unload()
 
 
+@pytest.mark.works("Training: deep prompts")
 def test_deep_prompts(pair: Pair, batch: dict[str, torch.Tensor]) -> None:
     torch.manual_seed(2)
     deep = DeepPrompts(pair.remote, length=3, std=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,21 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
     BertLMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(Unsupported, match="neither an embedding nor a norm nor a projection"):
         load_blocks(resolve(tmp_path), 0, 1, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    ],
+    ids=lambda fields: fields["quant_method"],
+)
+def test_weights_whose_package_is_not_there(quantised: dict[str, Any], tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = quantised
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Unsupported, match="cannot be loaded without another package") as refused:
+        load_blocks(resolve(folder), 0, 1, dtype=torch.float32)
+    assert "\n" not in str(refused.value)
