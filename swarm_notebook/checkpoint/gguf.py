@@ -11,7 +11,9 @@ processors are used, so that this file knows none.
 
 from __future__ import annotations
 
+import math
 import mmap
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -88,7 +90,14 @@ class GgufFile:
             with path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self.metadata, self.tensors, self._start = self._parse()
-        except (ValueError, KeyError, struct.error, MemoryError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            ArithmeticError,
+            struct.error,
+            MemoryError,
+        ) as error:
             raise ModelNotFound(
                 f"{path} is not a readable GGUF file ({error}); it may be cut off: fetch it again"
             ) from error
@@ -114,14 +123,8 @@ class GgufFile:
         return metadata, tensors, -(-cursor.position // alignment) * alignment
 
     def nbytes(self, name: str) -> int:
-        from gguf.quants import quant_shape_to_byte_shape
-
-        entry = self.tensors[name]
-        *rows, width = quant_shape_to_byte_shape(entry.shape, self._kind(name))
-        count = width
-        for size in rows:
-            count *= size
-        return count
+        """How many bytes a tensor takes in the file."""
+        return math.prod(self._byte_shape(name))
 
     def sample(self, name: str) -> Sample:
         """Some of one tensor as it is stored."""
@@ -130,19 +133,40 @@ class GgufFile:
         found = self._data[begin : begin + min(SAMPLE_BYTES, count)]
         return name, str(entry.kind), tuple(entry.shape), found
 
-    def values(self, name: str) -> np.ndarray:
-        """One tensor, dequantised to float32."""
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of one tensor: its shape, with those of a row in the place of columns."""
         import numpy as np
-        from gguf.quants import dequantize, quant_shape_to_byte_shape
 
-        entry, kind = self.tensors[name], self._kind(name)
-        begin, count = self._start + entry.offset, self.nbytes(name)
+        shape, count = self._byte_shape(name), self.nbytes(name)
+        begin = self._start + self.tensors[name].offset
         if begin + count > len(self._data):
             raise ModelNotFound(f"{self.path} ends before its tensor {name}; fetch it again")
-        raw = np.frombuffer(self._data, np.uint8, count, begin)
-        return dequantize(raw.reshape(quant_shape_to_byte_shape(entry.shape, kind)), kind)
+        return np.frombuffer(self._data, np.uint8, count, begin).reshape(shape)
 
-    def _kind(self, name: str) -> Any:
+    def values(self, name: str) -> np.ndarray:
+        """One tensor, dequantised to float32."""
+        from gguf.quants import dequantize
+
+        try:
+            return dequantize(self.raw(name), self.kind(name))
+        except NotImplementedError as error:
+            raise Unsupported(
+                f"{self.path}: tensor {name} is of the type {self.kind(name).name}, which the "
+                "`gguf` package cannot read; take a file with another quantisation"
+            ) from error
+
+    def _byte_shape(self, name: str) -> tuple[int, ...]:
+        from gguf.quants import quant_shape_to_byte_shape
+
+        try:
+            return quant_shape_to_byte_shape(self.tensors[name].shape, self.kind(name))
+        except (ValueError, IndexError) as error:
+            raise ModelNotFound(
+                f"{self.path}: tensor {name} has a shape that its type cannot have: {error}"
+            ) from error
+
+    def kind(self, name: str) -> Any:
+        """The tensor's `gguf.GGMLQuantizationType`."""
         from gguf import GGMLQuantizationType
 
         try:
@@ -160,11 +184,8 @@ class GgufWeights:
     def __init__(self, path: Path, config: PreTrainedConfig) -> None:
         self._file = GgufFile(path)
         self._config = config
-        if self._file.metadata.get("split.count", 1) > 1:
-            raise Unsupported(
-                f"{path} is one of several parts of a split GGUF file; join them first with "
-                "`llama-gguf-split --merge`"
-            )
+        files = [self._file, *_further_parts(path, self._file.metadata.get("split.count", 1))]
+        self._files = {name: file for file in files for name in file.tensors}
 
     @cached_property
     def _processor(self) -> Any:
@@ -213,7 +234,7 @@ class GgufWeights:
     def _parts(self) -> dict[str, list[str]]:
         """The GGUF tensors that make up each of transformers' tensors: usually one."""
         parts: dict[str, list[str]] = {}
-        for name in self._file.tensors:
+        for name in self._files:
             # Stacked experts are mapped without their suffix.
             hf_name = self._hf_names.get(name) or self._hf_names.get(name.removesuffix(".weight"))
             if hf_name is not None:
@@ -227,10 +248,10 @@ class GgufWeights:
         return {name: self._lazy(name) for name in names}
 
     def samples(self) -> list[Sample]:
-        return [self._file.sample(name) for name in self._file.tensors]
+        return [file.sample(name) for name, file in self._files.items()]
 
     def _lazy(self, name: str) -> LazyTensor:
-        nbytes = sum(self._file.nbytes(part) for part in self._parts[name])
+        nbytes = sum(self._files[part].nbytes(part) for part in self._parts[name])
         return LazyTensor(lambda: self._read(name), nbytes)
 
     def _read(self, name: str) -> torch.Tensor:
@@ -240,7 +261,7 @@ class GgufWeights:
         read: dict[str, torch.Tensor] = {}
         for part in self._parts[name]:
             result = self._processor.process(
-                weights=self._file.values(part),
+                weights=self._files[part].values(part),
                 name=part,
                 tensor_key_mapping=self._hf_names,
                 parsed_parameters={"tensors": read},
@@ -248,3 +269,52 @@ class GgufWeights:
             if result.name is not None:  # None: the processor has filed the tensor itself
                 read[self._hf_names[result.name]] = torch.from_numpy(np.array(result.weights))
         return read[name]
+
+    def rows(self, name: str) -> tuple[Any, np.ndarray] | None:
+        """A tensor's type and bytes, ``[rows, bytes of a row]``, in transformers' order of rows.
+
+        None if it is stored in several tensors or in float32, or not row by row.
+        """
+        import numpy as np
+
+        if len(self._parts[name]) != 1:
+            return None
+        (part,) = self._parts[name]
+        file = self._files[part]
+        shape, kind = file.tensors[part].shape, file.kind(part)
+        if len(shape) < 2 or kind.name == "F32":
+            return None
+        raw = file.raw(part).reshape(-1, file.raw(part).shape[-1])
+        # Where the rows go shows in what becomes of their numbers; float32 holds them exactly.
+        if len(raw) > 1 << 24:
+            return None
+        numbers = np.repeat(np.arange(len(raw), dtype=np.float32), shape[-1]).reshape(shape)
+        result = self._processor.process(
+            weights=numbers,
+            name=part,
+            tensor_key_mapping=self._hf_names,
+            parsed_parameters={"tensors": {}},
+        )
+        if result.name is None or result.weights.shape[-1] != shape[-1]:
+            return None
+        moved = result.weights.reshape(-1, shape[-1])
+        if not (moved == moved[:, :1]).all():
+            return None
+        return kind, raw[moved[:, 0].astype(np.int64)]
+
+
+def _further_parts(path: Path, count: int) -> list[GgufFile]:
+    """The other files of a model that is split into ``count``, of which `path` is the first."""
+    if count <= 1:
+        return []
+    found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if not found or int(found[3]) != count or int(found[2]) != 1:
+        raise ModelNotFound(
+            f"{path} is one of {count} parts of a split GGUF file; give the first of them, "
+            f"NAME-00001-of-{count:05}.gguf, with the others beside it"
+        )
+    others = [path.with_name(f"{found[1]}-{n:05}-of-{count:05}.gguf") for n in range(2, count + 1)]
+    missing = [other.name for other in others if not other.is_file()]
+    if missing:
+        raise ModelNotFound(f"{path.parent} lacks {missing[0]} ({len(missing)} of {count} parts)")
+    return [GgufFile(other) for other in others]

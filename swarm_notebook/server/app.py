@@ -30,7 +30,7 @@ from hivemind.p2p import P2PDaemonError
 from swarm_notebook import __version__
 from swarm_notebook.checkpoint.anatomy import context_length
 from swarm_notebook.checkpoint.digest import digest
-from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks
+from swarm_notebook.checkpoint.partial import LoadedBlocks
 from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.errors import ConnectionFailed, ServerFailed
 from swarm_notebook.net import protocol, tensors
@@ -43,10 +43,9 @@ from swarm_notebook.server.engine import packed_products, products, throughput
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.quantising.loading import (
-    MAX_BITS,
     Quantised,
     check_bits,
-    load_quantised,
+    load_within,
 )
 from swarm_notebook.server.engine.requests import Limits
 from swarm_notebook.server.engine.span import Span
@@ -333,10 +332,7 @@ class Server:
         blocks = options.blocks or (0, source.config().num_hidden_layers)
         dtype = tensors.dtype_from_name(options.dtype)
         reading: dict[str, Any] = {"dtype": dtype, "device": options.device, "progress": progress}
-        if options.bits is None or options.bits >= MAX_BITS:
-            loaded = load_blocks(source, *blocks, **reading)
-        else:
-            loaded, self._quantised = load_quantised(source, *blocks, bits=options.bits, **reading)
+        loaded, self._quantised = load_within(source, *blocks, bits=options.bits, **reading)
         logger.info("loaded blocks %d:%d in %.1f s", *blocks, time.monotonic() - started)
         return loaded
 

@@ -12,8 +12,16 @@ import torch
 from support.tiny import build
 
 from swarm_notebook.checkpoint.gguf import GgufFile, GgufWeights
-from swarm_notebook.checkpoint.partial import load_blocks, load_edges
+from swarm_notebook.checkpoint.gguf_packed import PackedGguf, keep_packed
+from swarm_notebook.checkpoint.packed import PackedWeight
+from swarm_notebook.checkpoint.partial import (
+    LoadedBlocks,
+    load_blocks,
+    load_edges,
+    load_one_by_one,
+)
 from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.checkpoint.weights import block_index
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
 
@@ -25,10 +33,10 @@ def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def _write(path: Path, model: Any, architecture: str) -> None:
-    """Write `model` as llama.cpp's converter does, in float32."""
+def _write(path: Path, model: Any, architecture: str, *, kind: Any = None, **options: Any) -> None:
+    """Write `model` as llama.cpp's converter does, in float32 or with matrices of another type."""
     config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, **options)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -46,14 +54,28 @@ def _write(path: Path, model: Any, architecture: str) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
     writer.add_token_merges(["a b"])
-    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    table = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    known = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(known, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
-        _add(writer, table, name, tensor.numpy(), config, architecture)
+        _add(_Quantising(writer, kind), table, name, tensor.numpy(), config, architecture)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+class _Quantising:
+    """A writer that stores matrices in a type."""
+
+    def __init__(self, writer: Any, kind: Any):
+        self._writer, self._kind = writer, kind
+
+    def add_tensor(self, name: str, value: np.ndarray) -> None:
+        if self._kind is None or value.ndim < 2:
+            self._writer.add_tensor(name, value)
+            return
+        stored = gguf.quants.quantize(value, self._kind)
+        self._writer.add_tensor(name, stored, raw_dtype=self._kind)
 
 
 def _add(
@@ -169,13 +191,124 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
         GgufWeights(path, build("llama").config).names()
 
 
-def test_one_part_of_a_split_file(tmp_path: Path) -> None:
-    path = tmp_path / "part.gguf"
+def test_a_split_file_is_read_as_one(tmp_path: Path) -> None:
+    model, path = build("llama"), tmp_path / "tiny.gguf"
+    _write(path, model, "llama", split_max_tensors=20)
+    parts = sorted(tmp_path.glob("tiny-*.gguf"))
+    assert len(parts) > 1
+    weights = GgufWeights(parts[0], model.config)
+    for name, lazy in weights.lazy(weights.names()).items():
+        assert torch.equal(lazy[...], model.state_dict()[name]), name
+    with pytest.raises(ModelNotFound, match=r"give the first of them"):
+        GgufWeights(parts[1].rename(tmp_path / "other.gguf"), model.config)
+    with pytest.raises(ModelNotFound, match=f"lacks {parts[1].name}"):
+        GgufWeights(parts[0], model.config)
+
+
+def _wide(tmp_path: Path, kind: Any) -> Path:
+    """A model whose matrices are stored in a type that has groups of 32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=64,
+        max_position_embeddings=64,
+    )
+    path = tmp_path / "wide.gguf"
+    _write(path, LlamaForCausalLM(config), "llama", kind=kind)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "F16"])
+def test_matrices_stay_packed(kind: str, tmp_path: Path) -> None:
+    source = resolve(_wide(tmp_path, gguf.GGMLQuantizationType[kind]))
+    weights = source.weights()
+    assert isinstance(weights, GgufWeights)
+    whole = load_blocks(source, 1, 3, dtype=torch.float32)
+    taken = count = 0
+
+    def change(one: LoadedBlocks) -> None:
+        nonlocal taken, count
+        nbytes, numbers = keep_packed(weights, one)
+        taken, count = taken + nbytes, count + numbers
+
+    packed = load_one_by_one(source, 1, 3, change, dtype=torch.float32)
+    names = [name for name in weights.names() if block_index(name) in (1, 2)]
+    share = sum(lazy.nbytes for lazy in weights.lazy(names).values())
+    assert taken <= 1.15 * share
+    for ours, theirs in zip(packed.layers, whole.layers, strict=True):
+        for name, parameter in ours.named_parameters():
+            expected = dict(theirs.named_parameters())[name]
+            if expected.ndim > 1:
+                assert isinstance(parameter, PackedWeight), name
+                parameter = parameter.unpack()
+            assert torch.equal(parameter, expected), name
+    states = torch.randn(1, 5, 256)
+    outputs = [
+        one.model(inputs_embeds=states, use_cache=False).last_hidden_state
+        for one in (packed, whole)
+    ]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "IQ4_NL",
+        "IQ4_XS",
+        "F16",
+        "BF16",
+    ],
+)
+def test_any_bytes_unpack_as_the_package_unpacks_them(kind: str) -> None:
+    from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+    known = gguf.GGMLQuantizationType[kind]
+    shape = quant_shape_to_byte_shape((3, 512), known)
+    raw = np.random.default_rng(0).integers(0, 60, shape, dtype=np.uint8)  # no infinite scales
+    packed = PackedGguf(known, torch.Size([3, 512]), torch.from_numpy(raw))
+    assert np.array_equal(packed.unpack(torch.float32).numpy(), dequantize(raw, known))
+    assert packed.nbytes == raw.size
+
+
+@pytest.mark.parametrize("alignment", [0, "thirty"])
+def test_an_alignment_that_is_none(alignment: Any, tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_uint16("split.count", 3)
+    writer.add_key_value(
+        "general.alignment",
+        alignment,
+        gguf.GGUFValueType.STRING if alignment else gguf.GGUFValueType.UINT32,
+    )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(Unsupported, match="llama-gguf-split --merge"):
-        GgufWeights(path, build("llama").config)
+    with pytest.raises(ModelNotFound, match="not a readable GGUF file"):
+        GgufFile(path)
+
+
+def test_a_shape_that_its_type_cannot_have(tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    entry = np.array([1], "<u8").tobytes() + b"a" + np.array([1], "<u4").tobytes()
+    entry += np.array([33], "<u8").tobytes() + np.array([8], "<u4").tobytes() + bytes(8)
+    header = b"GGUF" + np.array([3], "<u4").tobytes() + np.array([1, 0], "<u8").tobytes()
+    path.write_bytes(header + entry + bytes(64))
+    with pytest.raises(ModelNotFound, match="a shape that its type cannot have"):
+        GgufFile(path).nbytes("a")

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from swarm_notebook.checkpoint.gguf import GgufWeights
+from swarm_notebook.checkpoint.gguf_packed import keep_packed
 from swarm_notebook.checkpoint.packed import Grid, matrices, pack, replace
 from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks, load_one_by_one
 from swarm_notebook.checkpoint.weights import block_index
@@ -53,11 +55,12 @@ class Quantised:
     Attributes:
         bits: per weight of their matrices, with scales and offsets.
         error: of their output, relative to its size: the mean square of the difference from the
-            output of the weights as they are, by the mean square of that output.
+            output of the weights as they are, by the mean square of that output. None where the
+            weights are as they were published.
     """
 
     bits: float
-    error: float
+    error: float | None
 
 
 def check_bits(bits: float) -> float:
@@ -72,6 +75,34 @@ def check_bits(bits: float) -> float:
             "included (4.5 is a good choice; 8.5 can hardly be told from 16)"
         )
     return bits
+
+
+def load_within(
+    source: ModelSource, start: int, end: int, *, bits: float | None, **reading: Any
+) -> tuple[LoadedBlocks, Quantised | None]:
+    """Load blocks as they are, at ``bits`` per weight, or packed as their GGUF file has them.
+
+    Args:
+        bits: None leaves the weights as they are stored; 16 or more unpacks those of a GGUF file.
+        reading: as for `load_blocks`.
+
+    Raises: as `load_quantised`.
+    """
+    if bits is not None and bits < MAX_BITS:
+        return load_quantised(source, start, end, bits=bits, **reading)
+    weights = source.weights()
+    if bits is not None or not isinstance(weights, GgufWeights):
+        return load_blocks(source, start, end, **reading), None
+    nbytes = count = 0
+
+    def change(one: LoadedBlocks) -> None:
+        nonlocal nbytes, count
+        taken, numbers = keep_packed(weights, one)
+        nbytes, count = nbytes + taken, count + numbers
+
+    loaded = load_one_by_one(source, start, end, change, **reading)
+    stored = 8 * nbytes / count
+    return loaded, Quantised(stored, None) if stored < MAX_BITS else None
 
 
 def load_quantised(

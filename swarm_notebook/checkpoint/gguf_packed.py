@@ -1,0 +1,124 @@
+"""Matrices of a GGUF file as they are stored there, unpacked for each operation.
+
+Q4_0, Q4_1 and Q8_0, which small files have, are unpacked by torch; all others by the `gguf`
+package. Both give what the package gives, bit by bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from swarm_notebook.checkpoint.gguf import GgufWeights
+from swarm_notebook.checkpoint.packed import matrices, replace
+from swarm_notebook.checkpoint.partial import LoadedBlocks
+
+logger = logging.getLogger(__name__)
+
+# Weights that share a scale, in the types that are unpacked here.
+_GROUP = 32
+
+
+@dataclass(frozen=True)
+class PackedGguf:
+    """A matrix in one of GGUF's types.
+
+    Attributes:
+        kind: `gguf.GGMLQuantizationType`.
+        raw: ``[rows, bytes of a row]``.
+    """
+
+    kind: Any
+    shape: torch.Size
+    raw: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.raw.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.raw.numel()
+
+    def parts(self) -> Sequence[torch.Tensor]:
+        return [self.raw]
+
+    def unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        reader = _READERS.get(self.kind.name)
+        if reader is None:
+            from gguf.quants import dequantize
+
+            values = torch.from_numpy(dequantize(self.raw.cpu().numpy(), self.kind)).to(self.device)
+        else:
+            values = reader(self.raw)
+        return values.reshape(self.shape).to(dtype)
+
+
+def _halves(blocks: torch.Tensor) -> torch.Tensor:
+    """Two bytes of each group as a float16, in float32."""
+    return blocks.contiguous().view(torch.float16).to(torch.float32)
+
+
+def _nibbles(blocks: torch.Tensor) -> torch.Tensor:
+    return torch.cat([blocks & 15, blocks >> 4], dim=-1)
+
+
+def _q4_0(raw: torch.Tensor) -> torch.Tensor:
+    groups = raw.view(raw.shape[0], -1, 2 + _GROUP // 2)
+    return (_nibbles(groups[..., 2:]).to(torch.float32) - 8) * _halves(groups[..., :2])
+
+
+def _q4_1(raw: torch.Tensor) -> torch.Tensor:
+    groups = raw.view(raw.shape[0], -1, 4 + _GROUP // 2)
+    scales, offsets = _halves(groups[..., :2]), _halves(groups[..., 2:4])
+    return _nibbles(groups[..., 4:]).to(torch.float32) * scales + offsets
+
+
+def _q8_0(raw: torch.Tensor) -> torch.Tensor:
+    groups = raw.view(raw.shape[0], -1, 2 + _GROUP)
+    return groups[..., 2:].view(torch.int8).to(torch.float32) * _halves(groups[..., :2])
+
+
+_READERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q8_0": _q8_0,
+}
+
+
+def keep_packed(weights: GgufWeights, one: LoadedBlocks) -> tuple[int, int]:
+    """Put the bytes of the file in the place of a block's matrices.
+
+    Only where they unpack to exactly what was loaded: what is put together of several tensors, or
+    stored in another order than by rows, stays as it was loaded.
+
+    Returns:
+        bytes and numbers of the block's matrices.
+    """
+    (layer,) = one.layers
+    nbytes = count = 0
+    for name, module, attribute, loaded in list(matrices(layer)):
+        packed = _stored(weights, f".{one.start}.{name}", loaded)
+        count += loaded.numel()
+        if packed is None:
+            nbytes += loaded.numel() * loaded.itemsize
+            logger.info("block %d: %s is not packed in memory", one.start, name)
+            continue
+        nbytes += packed.nbytes
+        replace(module, attribute, packed, loaded.dtype)
+    return nbytes, count
+
+
+def _stored(weights: GgufWeights, ending: str, loaded: torch.Tensor) -> PackedGguf | None:
+    named = [name for name in weights.names() if name.endswith(ending)]
+    found = weights.rows(named[0]) if len(named) == 1 else None
+    if found is None:
+        return None
+    kind, raw = found
+    packed = PackedGguf(kind, loaded.shape, torch.from_numpy(raw).to(loaded.device))
+    same = torch.equal(packed.unpack(loaded.dtype), loaded)
+    return packed if same else None
