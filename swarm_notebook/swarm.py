@@ -157,7 +157,7 @@ class Swarm:
 
     def trace(self) -> Trace:
         """Where the time of the last generation went: notebook, network, each server."""
-        return from_timeline(self.name, self.connection.directory.telemetry.latest)
+        return from_timeline(self.name, self.connection.directory.telemetry.latest, self.owned)
 
     def events(self, size: int = MAX_EVENTS) -> Subscription:
         """Tokens that pass and servers that are lost, from now on, to be read in any thread.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from swarm_notebook.client.servers.routing import block_slices
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.report.formatting import clean, data_frame, model_title, text_table
 from swarm_notebook.report.html import head, view
@@ -91,11 +92,13 @@ class Trace:
 
     Attributes:
         failovers: servers that were lost meanwhile, and why.
+        home: blocks that run in the notebook, whose time is a part of its own.
     """
 
     model: str
     passes: tuple[PassTimes, ...]
     failovers: tuple[str, ...] = ()
+    home: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:
@@ -142,6 +145,7 @@ class Trace:
             f"{self.tokens} token{'' if self.tokens == 1 else 's'} "
             f"in {passes} pass{'' if passes == 1 else 'es'}"
             + (f", {lost} server{'' if lost == 1 else 's'} lost on the way" if lost else "")
+            + (f", blocks {block_slices(self.home)} in the notebook" if self.home else "")
         )
 
     def to_pandas(self) -> pd.DataFrame:
@@ -181,15 +185,16 @@ class Trace:
         return {"text/plain": repr(self), "text/html": self.as_html()}
 
 
-def from_timeline(model: str, timeline: Timeline | None) -> Trace:
+def from_timeline(model: str, timeline: Timeline | None, home: tuple[int, ...] = ()) -> Trace:
     """The trace of what was recorded."""
     if timeline is None:
-        return Trace(model, ())
+        return Trace(model, (), home=home)
     passes, before = [], timeline.began
     for step in list(timeline.steps):
         passes.append(_pass(step, before))
         before = step.ended
-    return Trace(model, tuple(passes), tuple(lost.reason for lost in list(timeline.failovers)))
+    reasons = tuple(lost.reason for lost in list(timeline.failovers))
+    return Trace(model, tuple(passes), reasons, home)
 
 
 def _pass(step: StepRecord, before: float) -> PassTimes:

@@ -63,3 +63,9 @@ def test_nothing_was_generated() -> None:
     trace = Trace("m", ())
     assert "nothing was generated yet" in str(trace)
     assert "nothing was generated yet" in trace._repr_mimebundle_()["text/html"]
+
+
+def test_blocks_at_home_are_named() -> None:
+    trace = from_timeline("m", timeline(4), home=(3, 4))
+    assert "blocks 3:5 in the notebook" in repr(trace)
+    assert "blocks 3:5 in the notebook" in trace.as_html()
