@@ -127,6 +127,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="memory for activations that training notebooks ask to keep (default: %(default)s)",
     )
     serve.add_argument(
+        "--traffic-bytes",
+        type=_size,
+        metavar="SIZE",
+        help="memory for requests that arrive and answers that leave (default: 512MiB, or what the "
+        "largest requests of two notebooks take)",
+    )
+    serve.add_argument(
         "--adapter-bytes",
         type=_size,
         default="256MiB",

@@ -16,7 +16,7 @@ from hivemind.proto import runtime_pb2
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from swarm_notebook.client.passes.call import call, server_name
+from swarm_notebook.client.passes.call import ANSWER_SLACK, call, server_name
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.errors import AdapterMissing, BadRequest, ServerFailed, Unsupported
@@ -115,7 +115,15 @@ async def upload(
         **({"derive": derive} if derive else {}),
     }
     file = torch.frombuffer(bytearray(save(sent)), dtype=torch.uint8)
-    answer = await call(directory, whole, protocol.RPC_ADAPTER, [file], metadata, always=1)
+    answer = await call(
+        directory,
+        whole,
+        protocol.RPC_ADAPTER,
+        [file],
+        metadata,
+        always=1,
+        most=ANSWER_SLACK + 8 * sum(part[name].numel() for name in derive),
+    )
     directory.uploaded[segment.peer, adapter.id] = (adapter.version, span.start, span.end)
     if not derive:
         return {}

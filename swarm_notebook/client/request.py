@@ -6,14 +6,16 @@ goes beyond Petals' protocol is refused for servers that do not speak our additi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.adapters import Adapter
+from swarm_notebook.client.passes.call import ANSWER_SLACK
 from swarm_notebook.errors import BadRequest, ServerFailed, Unsupported
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.records import ServerSpan
@@ -21,6 +23,15 @@ from swarm_notebook.texts import clean
 
 # A server's words in our messages and logs: a few lines.
 MAX_REASON = 500
+# As large as the outputs of modules inside of blocks are on any server (`server.engine.captures`).
+MAX_INNER_BYTES = 512 << 20
+# Bytes of a value: nobody answers in more than the notebook computes in, or float32.
+_WIDEST = torch.float32.itemsize
+# Up to here reading takes less than going to a thread (measured, see `server.rpc.codec`).
+INLINE_BYTES = 128 << 10
+
+T = TypeVar("T")
+
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -143,6 +154,20 @@ class Outputs:
     inner: dict[tuple[int, str], torch.Tensor]
 
 
+def answer_bytes(request: Request) -> int:
+    """The most bytes that an answer with what a request asks for may have."""
+    hidden = request.hidden
+    states = (1 + len(request.states)) * hidden.numel() * max(hidden.itemsize, _WIDEST)
+    return states + (MAX_INNER_BYTES if request.inner else 0) + ANSWER_SLACK
+
+
+async def beside_loop(packed: Sequence[runtime_pb2.Tensor], read: Callable[[], T]) -> T:
+    """What ``read`` makes of tensors; in another thread if they are large."""
+    if sum(tensor.ByteSize() for tensor in packed) <= INLINE_BYTES:
+        return read()
+    return await asyncio.to_thread(read)
+
+
 def read_outputs(packed: Sequence[runtime_pb2.Tensor], request: Request, server: str) -> Outputs:
     """The outputs in a server's answer, in the dtype of the request.
 
@@ -238,7 +263,7 @@ def check_layout(
             f"{server} sent a tensor of shape {list(layout.shape)}, expected {list(shape)}"
         )
     # Nobody computes in more than the notebook, or float32, if it is not a way to take its memory.
-    widest = max(dtype.itemsize, torch.float32.itemsize)
+    widest = max(dtype.itemsize, _WIDEST)
     if not layout.dtype.is_floating_point or layout.dtype.itemsize > widest:
         raise ServerFailed(f"{server} sent a {layout.dtype} tensor, expected {dtype}")
 

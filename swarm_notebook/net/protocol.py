@@ -91,9 +91,10 @@ def parse_uid_chain(text: str, prefix: str) -> tuple[int, int]:
     Raises:
         BadRequest: another model's prefix, no integer index, or blocks that are not contiguous.
     """
+    count = 1 + text.count(CHAIN_DELIMITER)
+    if count > MAX_BLOCKS:
+        raise BadRequest(f"a request names {count} blocks, at most {MAX_BLOCKS} are read")
     uids = text.split(CHAIN_DELIMITER)
-    if len(uids) > MAX_BLOCKS:
-        raise BadRequest(f"a request names {len(uids)} blocks, at most {MAX_BLOCKS} are read")
     indices = []
     for uid in uids:
         found, delimiter, index = uid.rpartition(UID_DELIMITER)

@@ -7,6 +7,9 @@ of the stream (end of file), and never sends an empty error frame, which hivemin
 for a failure. We frame by ourselves over hivemind's binary streams, instead of its
 async-generator handlers, because a decode step is one message each way: no task and no queue per
 message, a bound on the length that a peer may declare, and typed errors.
+
+A frame that has begun must come to its end in time, and so must whoever reads it. On a server its
+bytes are taken from `traffic` first.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,7 +29,9 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto.p2pd_pb2 import RPCError
 
-from swarm_notebook.errors import BadRequest, RemoteError, from_wire, to_wire
+from swarm_notebook.errors import BadRequest, RemoteError, ServerBusy, from_wire, to_wire
+from swarm_notebook.net.traffic import COPIES, Account, Traffic
+from swarm_notebook.net.wire_format import check_fields
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +43,16 @@ UNHEARD_SECONDS = 20.0
 LINGER_SECONDS = 10.0
 # Many times what an answer that is on its way takes from one daemon to the other.
 END_SECONDS = 0.25
-MAX_LINGERING = 64
+# Beyond it, who has lingered longest goes: it has had most time to read its error.
+MAX_LINGERING = 256
+# A frame that has begun, and an answer, must get on: so many seconds, and more if they are large,
+# at the rate of the slowest links on which a notebook is of any use.
+STALLED_SECONDS = 20.0
+SLOWEST_BYTES = 64 << 10  # per second
+# What a stream takes by itself: a task or two, its buffers, its answers to rubbish.
+STREAM_BYTES = 64 << 10
+# Where nobody counts: on a notebook's side, whose servers may answer what they were asked for.
+UNLIMITED = 1 << 60
 _HEADER_BYTES = 9
 _MESSAGE, _ERROR = 0, 1
 # Below this a frame is written as one piece: one system call instead of two.
@@ -71,6 +87,11 @@ class Stream:
 
     Args:
         answers: what comes in are answers, which end with the file.
+        account: where what comes in is counted; its owner gives back what has gone.
+
+    Attributes:
+        max_frame: how long a frame may be; of an answer, as long as what was asked for.
+        arriving: bytes that ``account`` holds for the frame that is being read.
     """
 
     def __init__(
@@ -82,9 +103,12 @@ class Stream:
         meter: ByteMeter | None = None,
         *,
         answers: bool = False,
+        account: Account | None = None,
     ):
         self._reader, self._writer = reader, writer
         self.peer, self.max_frame = peer, max_frame
+        self.account = account or Traffic(UNLIMITED, UNLIMITED).open(peer)
+        self.arriving = 0
         self._meter = meter or ByteMeter()
         self._answers, self._answered = answers, False
 
@@ -92,6 +116,24 @@ class Stream:
         """Write one message and wait until the buffer has room again."""
         self._write(_MESSAGE, message.SerializeToString())
         await self._drain()
+
+    async def answer(self, message: Message, seconds: float) -> None:
+        """`send` to a peer that has so many seconds to read, and more if there is much.
+
+        Raises:
+            StreamClosed: it did not, or others needed the memory.
+        """
+        size = message.ByteSize()
+        try:
+            if size < _JOIN_BYTES:
+                async with asyncio.timeout(seconds):
+                    await self.send(message)
+            else:
+                async with self.account.waiting_for_peer(seconds + size / SLOWEST_BYTES):
+                    await self.send(message)
+        except (TimeoutError, ServerBusy):
+            self.abort()
+            raise StreamClosed(f"peer {self.peer} does not read its answers") from None
 
     async def send_end(self) -> None:
         """Tell who answers that nothing more is asked."""
@@ -126,7 +168,8 @@ class Stream:
 
         Raises:
             StreamClosed: the other side is gone.
-            BadFrame: the bytes are no frame or no message, or are too many.
+            BadFrame: the bytes are no frame or no message, are too many, or do not get on.
+            ServerBusy: there is no memory for them.
             RemoteError: the other side sent an error frame.
         """
         try:
@@ -136,7 +179,7 @@ class Stream:
                 raise BadFrame(f"a frame begins with byte {marker}, expected 0 or 1")
             if length > self.max_frame:
                 raise BadFrame(f"a frame of {length} bytes, at most {self.max_frame} are read")
-            data = await self._reader.readexactly(length)
+            data = await self._body(length)
             self._meter.received += _HEADER_BYTES + length
         except asyncio.IncompleteReadError as error:
             if self._answered and not error.partial and not self._writer.is_closing():
@@ -144,6 +187,7 @@ class Stream:
             raise StreamClosed(f"peer {self.peer} closed the stream") from error
         except ConnectionError as error:
             raise StreamClosed(f"peer {self.peer} closed the stream") from error
+        self.arriving = 0
         if marker == _MESSAGE:
             self._answered = self._answers
             return _parse(kind, data)
@@ -151,6 +195,19 @@ class Stream:
         if not failure.message:
             return None
         raise from_wire(failure.message, self.peer)
+
+    async def _body(self, length: int) -> bytes:
+        """The bytes of a frame, which are counted before they are read."""
+        self.arriving = await self.account.take(COPIES * length)
+        try:
+            if length < _JOIN_BYTES:
+                async with asyncio.timeout(STALLED_SECONDS):
+                    return await self._reader.readexactly(length)
+            seconds = STALLED_SECONDS + length / SLOWEST_BYTES
+            async with self.account.waiting_for_peer(seconds):
+                return await self._reader.readexactly(length)
+        except TimeoutError:
+            raise BadFrame(f"a frame of {length} bytes did not come to its end in time") from None
 
     def close(self) -> None:
         """End this direction after what is still in the buffer."""
@@ -188,13 +245,20 @@ class Stream:
 
 def _parse(kind: type[M], data: bytes) -> M:
     try:
+        check_fields(data)
         return kind.FromString(data)
+    except BadRequest as error:
+        raise BadFrame(str(error)) from None
     except DecodeError as error:
         raise BadFrame(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
 
 
 async def open_stream(
-    p2p: P2P, peer: PeerID, handler: str, meter: ByteMeter | None = None
+    p2p: P2P,
+    peer: PeerID,
+    handler: str,
+    meter: ByteMeter | None = None,
+    max_frame: int = MAX_FRAME_BYTES,
 ) -> Stream:
     """A new stream to `handler` of `peer`; P2PDaemonError when the peer cannot be reached."""
     opening = asyncio.ensure_future(p2p.call_binary_stream_handler(peer, handler))
@@ -203,7 +267,7 @@ async def open_stream(
     except asyncio.CancelledError:
         opening.add_done_callback(_abandon)
         raise
-    return Stream(reader, writer, peer.to_base58(), meter=meter, answers=True)
+    return Stream(reader, writer, peer.to_base58(), max_frame, meter, answers=True)
 
 
 def _abandon(opening: asyncio.Future) -> None:
@@ -217,6 +281,7 @@ async def add_stream_handler(
     name: str,
     handler: Callable[[Stream, PeerID], Awaitable[None]],
     max_frame: int = MAX_FRAME_BYTES,
+    traffic: Traffic | None = None,
 ) -> None:
     """Serve `name`: `handler` runs once per stream; what it raises travels as an error frame.
 
@@ -224,34 +289,56 @@ async def add_stream_handler(
     closes both halves at once, would reset the stream: a reset overtakes what has not been read
     yet, the error. So the stream stays until the peer has closed it, for a while and for so many
     peers.
+
+    Args:
+        traffic: what all streams may hold together; each has an account, closed in the end.
     """
-    lingering = 0
+    traffic = traffic or Traffic(UNLIMITED, UNLIMITED)
+    price = stream_price(traffic.total)
+    lingering: deque[Stream] = deque()
 
     async def on_stream(
         info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        nonlocal lingering
         # Held, because uvloop holds neither a task that waits for its stream nor the stream: both
         # would be freed as a circle that nobody knows.
         if (task := asyncio.current_task()) is not None:
             _serving.add(task)
             task.add_done_callback(_serving.discard)
-        stream = Stream(reader, writer, info.peer_id.to_base58(), max_frame)
+        peer = info.peer_id.to_base58()
+        base, account = traffic.open(peer), traffic.open(peer)
+        stream = Stream(reader, writer, peer, max_frame, account=account)
         try:
-            if await _guarded(stream, handler(stream, info.peer_id)):
+            if not base.try_take(price):
+                await _tell(stream, ServerBusy("too many streams are open here; close some"))
+            elif await _guarded(stream, handler(stream, info.peer_id)):
                 await stream.end_answers()
-            if lingering < MAX_LINGERING:
-                lingering += 1
-                try:
-                    await stream.linger()
-                finally:
-                    lingering -= 1
+            account.close()
+            base.close()
+            if len(lingering) >= MAX_LINGERING:
+                lingering.popleft().close()
+            lingering.append(stream)
+            try:
+                await stream.linger()
+            finally:
+                with contextlib.suppress(ValueError):
+                    lingering.remove(stream)
         except StreamClosed:
             logger.debug("%s: peer %s left", name, stream.peer)
         finally:
+            account.close()
+            base.close()
             stream.close()
 
     await p2p.add_binary_stream_handler(name, on_stream)
+
+
+def stream_price(total: int) -> int:
+    """What each stream takes of ``total`` bytes, so that they leave half of the descriptors."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors <= 0 or total >= UNLIMITED:
+        return STREAM_BYTES
+    return max(STREAM_BYTES, 2 * total // descriptors)
 
 
 async def _guarded(stream: Stream, work: Awaitable[None]) -> bool:

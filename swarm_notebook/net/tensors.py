@@ -131,9 +131,10 @@ def layout(message: runtime_pb2.Tensor) -> Layout:
             match the shape.
     """
     dtype = dtype_from_name(message.dtype)
+    dimensions = len(message.size)
+    if dimensions > MAX_DIMENSIONS:
+        raise BadRequest(f"a tensor has {dimensions} dimensions, at most {MAX_DIMENSIONS} are read")
     shape = tuple(message.size)
-    if len(shape) > MAX_DIMENSIONS:
-        raise BadRequest(f"a tensor has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are read")
     # Without elements no bytes tell, but torch multiplies the other sizes.
     if 0 in shape and math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
         raise BadRequest(f"no tensor that is read here has the shape {list(shape)}")

@@ -36,6 +36,7 @@ from swarm_notebook.errors import ConnectionFailed, ServerFailed
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState, to_petals_tokens
+from swarm_notebook.net.traffic import Traffic
 from swarm_notebook.server import heap, lifetime
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.announce import Announcer
@@ -53,6 +54,7 @@ from swarm_notebook.server.engine.steps.batching import Batching
 from swarm_notebook.server.engine.worker import ComputeThread, Job
 from swarm_notebook.server.options import CACHE_TOKENS, ServeOptions
 from swarm_notebook.server.pings import NeighbourPings
+from swarm_notebook.server.rpc.answers import traffic_for
 from swarm_notebook.server.rpc.handler import Handler
 
 logger = logging.getLogger(__name__)
@@ -250,7 +252,16 @@ class Server:
         pool = CachePool(limits.tokens)
         accepted = AdapterLimits(rank=options.adapter_max_rank, bytes=options.adapter_bytes)
         engine = Engine(span, options.activation_bytes, accepted, batching)
-        handler = Handler(span, limits, pool, compute, engine, announced=lambda: announcer.latest)
+        traffic = Traffic(options.traffic_bytes or traffic_for(limits))
+        handler = Handler(
+            span,
+            limits,
+            pool,
+            compute,
+            engine,
+            traffic=traffic,
+            announced=lambda: announcer.latest,
+        )
         self._stack.push_async_callback(handler.close)
         expiring = asyncio.create_task(_keep_expiring(handler))
         self._stack.push_async_callback(_end_task, expiring)

@@ -37,6 +37,8 @@ class ServeOptions:
         cache_tokens: budget of the key-value memory (rows x positions); None is `CACHE_TOKENS`.
         activation_bytes: budget for activations that are kept for a backward pass.
         adapter_bytes: the size of the adapters of one notebook.
+        traffic_bytes: budget for what arrives and what waits to leave; None is what the largest
+            requests of two peers take, and at least 512 MiB.
         adapter_max_rank: the largest rank of an adapter.
         threads: CPU threads of torch; None leaves it to torch.
         update_period: seconds between announcements.
@@ -55,6 +57,7 @@ class ServeOptions:
     cache_tokens: int | None = None
     activation_bytes: int = BUDGET_BYTES
     adapter_bytes: int = AdapterLimits.bytes
+    traffic_bytes: int | None = None
     adapter_max_rank: int = AdapterLimits.rank
     name: str | None = None
     threads: int | None = None

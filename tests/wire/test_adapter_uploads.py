@@ -14,8 +14,8 @@ from safetensors.torch import save
 from support.bench import Bench, relative
 from support.peft_adapters import Tuned, key, random
 
-from swarm_notebook.errors import AdapterMissing, BadRequest, CacheFull
-from swarm_notebook.net import protocol, tensors
+from swarm_notebook.errors import AdapterMissing, BadRequest, ServerBusy
+from swarm_notebook.net import protocol, tensors, traffic
 from swarm_notebook.net.streams import Stream, StreamClosed, open_stream
 
 
@@ -124,8 +124,11 @@ def test_many_adapters_stay_within_the_budget(llama: Bench) -> None:
     assert sizes[-1] == sizes[8]
 
 
-def test_uploads_at_once_are_bounded_together(llama: Bench) -> None:
+def test_uploads_at_once_are_bounded_together(
+    llama: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bytes count when they arrive, not when they are understood."""
+    monkeypatch.setattr(traffic, "WAIT_SECONDS", 1.0)
 
     async def work() -> list[BaseException | None]:
         streams = [
@@ -146,7 +149,7 @@ def test_uploads_at_once_are_bounded_together(llama: Bench) -> None:
             stream.close()
 
     found = llama.client.run(work())
-    assert all(isinstance(error, (BadRequest, CacheFull, StreamClosed)) for error in found)
+    assert all(isinstance(error, (BadRequest, ServerBusy, StreamClosed)) for error in found)
     assert not all(isinstance(error, BadRequest) for error in found)
     # What was counted is given back.
     assert Tuned(llama, "LoraConfig", r=4).upload("after")[1]["ok"]

@@ -12,7 +12,8 @@ from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol, streams, tensors
 
 # What travels of a tensor is two copies at the most: as it came, and as a message or joined.
-MEBIBYTES, COPIES = 48, 3.5
+MEBIBYTES, COPIES = 15, 3.5
+ONCE = 16 << 20  # what a server's allocator takes when it first does something
 VALUES = MEBIBYTES * 2**20 // 3  # each with a scale of two bytes
 NARROW = runtime_pb2.Tensor(
     buffer=bytes(3 * VALUES), size=[VALUES, 1], dtype="float64", compression=tensors.INT8
@@ -51,4 +52,4 @@ def test_a_strange_shape_is_refused_before_it_is_unpacked(llama_process: Bench) 
         with pytest.raises(BadRequest, match=expected):
             client.run(ask(rpc, message))
         print(f"{name}: {peak.bytes >> 20} MiB")
-        assert peak.bytes < COPIES * NARROW.ByteSize(), name
+        assert peak.bytes < COPIES * NARROW.ByteSize() + ONCE, name

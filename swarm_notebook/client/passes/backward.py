@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -20,6 +21,8 @@ from swarm_notebook.client.passes.forward import Trail, forward, give_up, take_r
 from swarm_notebook.client.passes.padding import is_plain, put_back, without_padding
 from swarm_notebook.client.request import (
     Request,
+    answer_bytes,
+    beside_loop,
     check_finite,
     check_layout,
     read_tensor,
@@ -179,9 +182,27 @@ async def _backward_once(
         directory,
         segment,
         part.adapter,
-        lambda: call(directory, segment, protocol.RPC_BACKWARD_STREAM, slots, metadata, always=3),
+        lambda: call(
+            directory,
+            segment,
+            protocol.RPC_BACKWARD_STREAM,
+            slots,
+            metadata,
+            always=3,
+            most=_most(part),
+        ),
     )
-    return _read(answer, part, server)
+    return await beside_loop(answer.tensors, partial(_read, answer, part, server))
+
+
+def _most(part: Request) -> int:
+    """The most bytes that the gradients of a part may have."""
+    prompts = 0
+    if part.prompts is not None:
+        prompts = part.prompts[:, :1].numel() * part.hidden.shape[0]
+    adapter = {} if part.adapter is None else part.adapter.part(part.start, part.end)
+    values = prompts + sum(weights.numel() for weights in adapter.values())
+    return answer_bytes(part) + values * max(part.hidden.itemsize, torch.float32.itemsize)
 
 
 def _read(answer: CallAnswer, part: Request, server: str) -> PassGradients:

@@ -24,6 +24,10 @@ from swarm_notebook.net import protocol, streams, tensors
 
 # A dial takes a few round trips, the longest about 0.3 s; the rest is for busy machines.
 OPEN_TIMEOUT = 5.0
+# Metadata, and what surrounds tensors in messages.
+ANSWER_SLACK = 2 << 20
+# What each message of an answer counts besides its bytes.
+MESSAGE_BYTES = 64
 
 
 @dataclass
@@ -52,6 +56,7 @@ async def call(
     metadata: Mapping[str, Any],
     *,
     always: int,
+    most: int,
     compression: int = tensors.NONE,
 ) -> CallAnswer:
     """Ask the server of a segment once.
@@ -60,6 +65,7 @@ async def call(
         rpc: one of protocol's streaming RPCs.
         slots: the tensors by position; None becomes a dummy.
         always: how many slots travel in any case (see `protocol.pack_slots`).
+        most: how many bytes the answer may have.
         compression: of the first slot.
 
     Raises:
@@ -86,7 +92,7 @@ async def call(
                         runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed)
                     )
             await stream.send_end()
-            parts, answered = await _receive(stream)
+            parts, answered = await _receive(stream, most)
         usage.answered(segment, _tokens(slots), time.perf_counter() - began)
     except streams.TRANSPORT_ERRORS as error:
         verdict = watch.verdict if watch else ""
@@ -106,7 +112,7 @@ def _tokens(slots: Sequence[torch.Tensor | None]) -> int:
     return 0 if hidden is None or hidden.ndim != 3 else hidden.shape[0] * hidden.shape[1]
 
 
-async def _receive(stream: streams.Stream) -> tuple[list[runtime_pb2.Tensor], bytes]:
+async def _receive(stream: streams.Stream, most: int) -> tuple[list[runtime_pb2.Tensor], bytes]:
     """The tensor parts of an answer, and the metadata of its first message.
 
     An answer of ours says how many tensors it has; others end with the stream.
@@ -115,8 +121,11 @@ async def _receive(stream: streams.Stream) -> tuple[list[runtime_pb2.Tensor], by
     metadata: bytes | None = None
     count: int | None = None
     begun = missing = 0
+    stream.max_frame = most
     try:
         while (message := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
+            # Every message counts, or one without anything could come for ever.
+            stream.max_frame = max(0, stream.max_frame - message.ByteSize() - MESSAGE_BYTES)
             if metadata is None:
                 metadata = message.metadata
                 count = _tensor_count(metadata)

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,8 @@ from swarm_notebook.client.passes.padding import is_plain, put_back, without_pad
 from swarm_notebook.client.request import (
     Outputs,
     Request,
+    answer_bytes,
+    beside_loop,
     read_outputs,
     refuse_extensions,
     travelling,
@@ -212,10 +215,12 @@ async def _forward_once(
             slots,
             metadata,
             always=2,
+            most=answer_bytes(part),
             compression=compression,
         ),
     )
-    return read_outputs(answer.tensors, part, server)
+    packed = answer.tensors
+    return await beside_loop(packed, partial(read_outputs, packed, part, server))
 
 
 class Refusals:

@@ -24,6 +24,7 @@ import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
@@ -34,6 +35,8 @@ from swarm_notebook.client.request import (
     Outputs,
     Request,
     ServerReport,
+    answer_bytes,
+    beside_loop,
     read_outputs,
     read_report,
     refuse_extensions,
@@ -296,13 +299,15 @@ class Hop:
             answer = await self._next_answer(stream)
         received = time.perf_counter()
         since, self._answered = self._answered, received
-        outputs = read_outputs(answer.tensors, request, str(self))
+        packed = answer.tensors
+        outputs = await beside_loop(packed, partial(read_outputs, packed, request, str(self)))
         self.position = request.position + request.hidden.shape[1]
         self._directory.succeeded(self.segment.peer)
         self._directory.telemetry.usage.received(self.segment)
         return HopAnswer(outputs, read_report(answer.metadata), received, since)
 
     async def _next_answer(self, stream: streams.Stream) -> runtime_pb2.ExpertResponse:
+        stream.max_frame = answer_bytes(self._owed[0][0])
         answer = await stream.receive(runtime_pb2.ExpertResponse)
         if answer is None:
             raise ServerFailed(f"{self} ended the session")

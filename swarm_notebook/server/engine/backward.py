@@ -273,11 +273,9 @@ def _extend(graph: AutogradPass, start: int, end: int) -> dict[tuple[int, str], 
     request, span = graph.request, graph.span
     first, blocks = request.blocks[0], range(start, end)
     wanted = [key for key in request.inner if key[0] in blocks]
-    options = request.extras()
+    options = request.extras_of_all_blocks()
     if wanted:
-        options["inner"] = wanted
-    else:
-        options.pop("inner", None)
+        options.update(inner=wanted, inner_bytes=request.inner_bytes)
     prompts = graph.prompts
     _, *found = span.compute(
         start,

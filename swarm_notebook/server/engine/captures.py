@@ -22,10 +22,21 @@ MAX_BYTES = 512 << 20
 
 
 class Captures:
-    """Hooks on modules named by block and dotted name; they live as long as the context."""
+    """Hooks on modules named by block and dotted name; they live as long as the context.
 
-    def __init__(self, layers: Sequence[nn.Module], start: int, wanted: Sequence[tuple[int, str]]):
+    Args:
+        most: how many bytes all outputs may have; None for `MAX_BYTES`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        start: int,
+        wanted: Sequence[tuple[int, str]],
+        most: int | None = None,
+    ):
         self._wanted = wanted
+        self._most = MAX_BYTES if most is None else min(most, MAX_BYTES)
         self._modules = [_find(layers[index - start], index, name) for index, name in wanted]
         self._found: dict[tuple[int, str], torch.Tensor] = {}
         self._size = 0
@@ -65,9 +76,9 @@ class Captures:
             if key in self._found:
                 raise BadRequest(f"inner: {name} of block {index} runs several times in a pass")
             self._size += tensor.numel() * tensor.itemsize
-            if self._size > MAX_BYTES:
+            if self._size > self._most:
                 raise BadRequest(
-                    f"inner: outputs of more than {MAX_BYTES} bytes; name fewer modules or send "
+                    f"inner: outputs of more than {self._most} bytes; name fewer modules or send "
                     "fewer rows at a time"
                 )
             # A copy: what comes after the module may write into its output.

@@ -66,6 +66,7 @@ class Forward:
         inner: modules inside of blocks whose outputs are wanted as well.
         adapter: id and version of the peer's adapter to run the blocks with.
         seed: of the dropout in the adapter; None for none.
+        inner_bytes: how many bytes the outputs of ``inner`` may have; None for as many as any may.
         keep: the id under which to keep the activations for a backward.
         rotary_length: see `Span.compute`.
     """
@@ -81,6 +82,7 @@ class Forward:
     seed: int | None = None
     keep: str | None = None
     rotary_length: int | None = None
+    inner_bytes: int | None = None
 
     @property
     def rows(self) -> int:
@@ -105,7 +107,14 @@ class Forward:
 
     def extras(self) -> dict[str, Any]:
         """What `Span.compute` is told only if it is asked for."""
-        extras: dict[str, Any] = {"inner": self.inner} if self.inner else {}
+        extras = self.extras_of_all_blocks()
+        if self.inner:
+            extras.update(inner=self.inner, inner_bytes=self.inner_bytes)
+        return extras
+
+    def extras_of_all_blocks(self) -> dict[str, Any]:
+        """`extras` that hold for any part of the blocks alike."""
+        extras: dict[str, Any] = {}
         if self.rotary_length is not None:
             extras["rotary_length"] = self.rotary_length
         return extras if self.seed is None else {**extras, "seed": self.seed}

@@ -131,6 +131,7 @@ class Span:
         prompts: torch.Tensor | None = None,
         states: Sequence[int] = (),
         inner: Sequence[tuple[int, str]] = (),
+        inner_bytes: int | None = None,
         rotary_length: int | None = None,
     ) -> list[torch.Tensor]:
         """The output of blocks ``[start, end)`` for ``hidden``, then the states and ``inner``.
@@ -144,6 +145,7 @@ class Span:
                 each block's input.
             states: indices of the blocks whose outputs come back as well.
             inner: modules inside of blocks whose outputs come back as well, without gradients.
+            inner_bytes: how many bytes those may have.
             rotary_length: what rotary embeddings that depend on a length go by (see `rotary`);
                 None: the positions of this call.
 
@@ -163,7 +165,7 @@ class Span:
         captured: dict[int, torch.Tensor] = {}
         # The last block's output is the result itself (the final norm is a no-op).
         ahead = {index for index in states if index != end - 1}
-        modules = Captures(self.layers, self.start, inner)
+        modules = Captures(self.layers, self.start, inner, inner_bytes)
         rotating = turning_by(self._stretching, rotary_length)
         with self._hooked(start, ahead, captured, prompts), modules, rotating:
             output = view(past_key_values=cache, use_cache=cache is not None, **arguments)

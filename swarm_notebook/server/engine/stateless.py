@@ -113,7 +113,6 @@ class BlockByBlock:
 
     Attributes:
         inputs, caches: of every block by index, if kept; a block that was not cut has no cache.
-        output: of the last block, when all is done.
     """
 
     span: Span
@@ -157,6 +156,12 @@ class BlockByBlock:
         states = [self._states[block] for block in (last, *self.request.states)]
         return [*states, *(self._inner[key] for key in self.request.inner)]
 
+    def _inner_left(self) -> int | None:
+        if self.request.inner_bytes is None:
+            return None
+        had = sum(output.numel() * output.itemsize for output in self._inner.values())
+        return self.request.inner_bytes - had
+
     def _chunk(self, room: int, left: int) -> int:
         if by_blocks_only(self.request):
             return left
@@ -179,7 +184,7 @@ class BlockByBlock:
             hidden[:, begin:end],
             cache=None if whole else cache,
             **chunk_options(self.request, block, begin, end),
-            **({"inner": inner} if inner else {}),
+            **({"inner": inner, "inner_bytes": self._inner_left()} if inner else {}),
         )
         with torch.no_grad():
             out[:, begin:end] = found[0]
@@ -196,6 +201,6 @@ def chunk_options(request: Forward, block: int, begin: int, end: int) -> dict[st
         "position_ids": None if ids is None else ids[:, begin:end],
         # They belong to the first positions.
         "prompts": None if prompts is None else prompts[first : first + 1, :, begin:end],
-        **({} if request.seed is None else {"seed": request.seed}),
+        **request.extras_of_all_blocks(),
         "rotary_length": request.turning_length(),
     }

@@ -9,9 +9,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +16,10 @@ from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 from safetensors.torch import save
 
-from swarm_notebook.errors import BadRequest, CacheFull
+from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import Stream
+from swarm_notebook.net.traffic import COPIES, Traffic
 from swarm_notebook.server.adapters.config import parse_configs
 from swarm_notebook.server.adapters.file import MAX_HEADER_BYTES, MAX_TENSORS, parse_safetensors
 from swarm_notebook.server.adapters.upload import Recipe, Upload
@@ -48,47 +46,23 @@ class AdapterUploads:
         self._codec = codec
         self._accepted = engine.adapters.limits
         self._largest = self._accepted.bytes + MAX_HEADER_BYTES + _EXTRA_BYTES
-        self._arriving: Counter[str] = Counter()
+        # Of its own: a file may be larger than anything else that comes.
+        self.traffic = Traffic(4 * COPIES * self._largest, COPIES * self._largest)
 
     async def handle(self, stream: Stream, peer: PeerID) -> None:
         """Receive an adapter, let the torch thread check and load it, say what it takes."""
         name = peer.to_base58()
-        with self._counted(name) as arrived:
-            message = await messages.receive(stream, self._largest, arrived)
-            # Neither thread may wait for this: the loop and torch's have other sessions to serve.
-            upload = await asyncio.to_thread(
-                parse_upload, message, self._limits, self._accepted.rank
-            )
-            del message
-            await asyncio.to_thread(importlib.import_module, "peft")
-            task = Task(Kind.STATELESS, name)
-            job = self._compute.submit(self._engine.load_adapter, name, upload, task=task)
-            size, derived = await messages.result(job, stream)
+        message = await messages.receive(stream, self._largest)
+        # Neither thread may wait for this: the loop and torch's have other sessions to serve.
+        upload = await asyncio.to_thread(parse_upload, message, self._limits, self._accepted.rank)
+        del message
+        await asyncio.to_thread(importlib.import_module, "peft")
+        task = Task(Kind.STATELESS, name)
+        job = self._compute.submit(self._engine.load_adapter, name, upload, task=task)
+        size, derived = await messages.result(job, stream)
         taken = sum(tensor.numel() * tensor.itemsize for tensor in derived.values())
         packed = await self._codec.run(taken, _packed_file, derived) if upload.derive else []
         await messages.send(stream, packed, {"ok": True, "bytes": size})
-
-    @contextmanager
-    def _counted(self, peer: str) -> Iterator[Callable[[int], None]]:
-        mine = 0
-
-        def arrived(size: int) -> None:
-            nonlocal mine
-            mine += size
-            self._arriving[peer] += size
-            of_all = sum(self._arriving.values())
-            if self._arriving[peer] > self._largest or of_all > 4 * self._largest:
-                raise CacheFull(
-                    f"too many adapters are arriving at once ({self._arriving[peer]} bytes from "
-                    f"this peer, {of_all} in all); send them one after the other"
-                )
-
-        try:
-            yield arrived
-        finally:
-            self._arriving[peer] -= mine
-            if not self._arriving[peer]:
-                del self._arriving[peer]
 
 
 def _packed_file(derived: dict[str, torch.Tensor]) -> list[runtime_pb2.Tensor]:

@@ -24,6 +24,8 @@ from swarm_notebook.errors import BadRequest, ServerBusy, ShuttingDown, to_wire
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.records import to_petals_tokens
 from swarm_notebook.net.streams import Stream, add_stream_handler
+from swarm_notebook.net.traffic import COPIES, Account, Traffic
+from swarm_notebook.net.wire_format import check_fields
 from swarm_notebook.server.engine.backward import SpanGradients
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
@@ -34,6 +36,7 @@ from swarm_notebook.server.engine.steps.session_state import SessionState
 from swarm_notebook.server.engine.worker import ComputeThread
 from swarm_notebook.server.rpc import messages
 from swarm_notebook.server.rpc.adapter_upload import AdapterUploads
+from swarm_notebook.server.rpc.answers import allow_pass
 from swarm_notebook.server.rpc.codec import Codec, packed_bytes
 from swarm_notebook.server.rpc.counters import Counters
 from swarm_notebook.server.rpc.messages import Received
@@ -44,7 +47,9 @@ from swarm_notebook.server.rpc.session import ServerSession
 logger = logging.getLogger(__name__)
 
 # Frames up to here are read on any server, however few tokens it takes, and then refused in words.
-MIN_FRAME_BYTES = 64 << 20
+MIN_FRAME_BYTES = 16 << 20
+# A unary call that is answered takes so much besides its bytes: a task and a dozen objects.
+UNARY_BYTES = 16 << 10
 # The time that p2pd gets to pass the last answers on.
 LINGER_SECONDS = 0.5
 # The batch that Petals' own servers name in their schemas.
@@ -79,6 +84,7 @@ class Handler:
         engine: Engine,
         *,
         announced: Callable[[], dict[str, Any]],
+        traffic: Traffic,
     ):
         self._span, self._limits, self._engine = span, limits, engine
         self._pool, self._compute, self._announced = pool, compute, announced
@@ -86,13 +92,15 @@ class Handler:
         self._running: set[asyncio.Task[Any]] = set()
         self._codec = Codec()
         self._uploads = AdapterUploads(engine, compute, limits, self._codec)
-        self._pushes = PushChannel()
+        self._traffic = traffic
+        self._pushes = PushChannel(traffic)
         self._leaving = False
         self._counters = Counters()
 
     async def register(self, p2p: P2P) -> None:
         """Offer the RPCs to the swarm."""
-        frame = max(MIN_FRAME_BYTES, self._limits.tokens * self._limits.hidden_size * 8)
+        largest = self._limits.tokens * self._limits.hidden_size * 8
+        frame = min(max(MIN_FRAME_BYTES, largest), self._traffic.share // COPIES)
         streams = {
             protocol.RPC_INFERENCE: self._inference,
             protocol.RPC_FORWARD_STREAM: self._forward_stream,
@@ -101,18 +109,21 @@ class Handler:
         }
         self._pushes.start(p2p)
         for name, stream_handler in streams.items():
-            await add_stream_handler(p2p, name, self._tracked(stream_handler), frame)
+            traffic = self._uploads.traffic if name == protocol.RPC_ADAPTER else self._traffic
+            await add_stream_handler(p2p, name, self._tracked(stream_handler), frame, traffic)
         # Not tracked: such a stream is no request, and stays open while the server leaves.
-        await add_stream_handler(p2p, protocol.RPC_PUSH_STREAM, self._pushes.handle, frame)
+        await add_stream_handler(
+            p2p, protocol.RPC_PUSH_STREAM, self._pushes.handle, frame, self._traffic
+        )
         unary = {
             protocol.RPC_INFO: (self._info, runtime_pb2.ExpertUID),
             protocol.RPC_FORWARD: (self._forward, runtime_pb2.ExpertRequest),
             protocol.RPC_BACKWARD: (self._backward, runtime_pb2.ExpertRequest),
-            protocol.RPC_PUSH: (self._pushes.handle_unary, runtime_pb2.ExpertRequest),
+            protocol.RPC_PUSH: (self._push, runtime_pb2.ExpertRequest),
         }
         for name, (handler, kind) in unary.items():
             # Below P2P.add_protobuf_handler, which would parse the bytes outside our reach.
-            await p2p._client.add_unary_handler(name, self._tracked(_unary(handler, kind)))
+            await p2p._client.add_unary_handler(name, self._tracked(self._unary(handler, kind)))
 
     @property
     def requests_served(self) -> int:
@@ -173,7 +184,9 @@ class Handler:
         finally:
             self._sessions.discard(session)
 
-    async def _info(self, request: runtime_pb2.ExpertUID, _peer: PeerID) -> runtime_pb2.ExpertInfo:
+    async def _info(
+        self, request: runtime_pb2.ExpertUID, _account: Account
+    ) -> runtime_pb2.ExpertInfo:
         blocks = self._limits.end - self._limits.start
         info: dict[str, Any] = {
             "version": __version__,
@@ -186,6 +199,8 @@ class Handler:
             "sessions": self._pool.sessions,
             "sessions_served": self._counters.sessions,
             "requests_served": self._counters.requests,
+            "traffic_bytes": self._traffic.total,
+            "traffic_bytes_held": self._traffic.held,
             "tokens_served": self._counters.tokens,
             **self._announced(),
             **self._engine.facts(),
@@ -198,26 +213,35 @@ class Handler:
         return runtime_pb2.ExpertInfo(serialized_info=protocol.pack_metadata(info))
 
     async def _forward(
-        self, message: runtime_pb2.ExpertRequest, peer: PeerID
+        self, message: runtime_pb2.ExpertRequest, account: Account
     ) -> runtime_pb2.ExpertResponse:
-        return _unary_answer(await self._run_forward(message, peer), "rpc_forward_stream")
+        return _unary_answer(await self._run_forward(message, account), "rpc_forward_stream")
 
     async def _backward(
-        self, message: runtime_pb2.ExpertRequest, peer: PeerID
+        self, message: runtime_pb2.ExpertRequest, account: Account
     ) -> runtime_pb2.ExpertResponse:
-        packed, metadata = await self._run_backward(message, peer)
+        packed, metadata = await self._run_backward(message, account)
         return _unary_answer(packed, "rpc_backward_stream", metadata)
 
-    async def _forward_stream(self, stream: Stream, peer: PeerID) -> None:
+    async def _push(
+        self, message: runtime_pb2.ExpertRequest, _account: Account
+    ) -> runtime_pb2.ExpertResponse:
+        return self._pushes.take_petals(message)
+
+    async def _forward_stream(self, stream: Stream, _peer: PeerID) -> None:
         self._check_open()
         message = await messages.receive(stream, stream.max_frame)
-        await messages.send(stream, await self._run_forward(message, peer, stream))
+        answer = self._run_forward(message, stream.account, stream)
+        del message
+        await messages.send(stream, await answer)
 
-    async def _backward_stream(self, stream: Stream, peer: PeerID) -> None:
+    async def _backward_stream(self, stream: Stream, _peer: PeerID) -> None:
         self._check_open()
         # Two tensors of the size of one in a forward request.
         message = await messages.receive(stream, 2 * stream.max_frame)
-        await messages.send(stream, *await self._run_backward(message, peer, stream))
+        answer = self._run_backward(message, stream.account, stream)
+        del message
+        await messages.send(stream, *await answer)
 
     async def _adapter(self, stream: Stream, peer: PeerID) -> None:
         self._check_open()
@@ -226,11 +250,13 @@ class Handler:
     async def _run_forward(
         self,
         message: Received | runtime_pb2.ExpertRequest,
-        peer: PeerID,
+        account: Account,
         stream: Stream | None = None,
     ) -> list[runtime_pb2.Tensor]:
         request, compression = await self._parse(parse_forward, message)
-        task = _pass_of(peer, request)
+        del message
+        await allow_pass(account, request)
+        task = _pass_of(account.peer, request)
         job = self._compute.submit(self._engine.forward, task.client, request, task=task)
         outputs = await messages.result(job, stream)
         self._counters.count(request)
@@ -239,11 +265,13 @@ class Handler:
     async def _run_backward(
         self,
         message: Received | runtime_pb2.ExpertRequest,
-        peer: PeerID,
+        account: Account,
         stream: Stream | None = None,
     ) -> tuple[list[runtime_pb2.Tensor], dict[str, Any]]:
         request, compression = await self._parse(parse_backward, message)
-        task = _pass_of(peer, request, BACKWARD_COST)
+        del message
+        await allow_pass(account, request)
+        task = _pass_of(account.peer, request, BACKWARD_COST)
         job = self._compute.submit(self._engine.backward, task.client, request, task=task)
         gradients: SpanGradients = await messages.result(job, stream)
         self._counters.count(request)
@@ -262,6 +290,30 @@ class Handler:
         parts = message.parts if isinstance(message, Received) else message.tensors
         return await self._codec.run(packed_bytes(parts), parsed)
 
+    def _unary(
+        self, handler: Callable[[Any, Account], Awaitable[Message]], kind: type[Message]
+    ) -> Callable[[bytes, PeerID], Awaitable[bytes]]:
+        """A handler of bytes, as hivemind's control connection wants it."""
+
+        async def call(data: bytes, peer: PeerID) -> bytes:
+            account = self._traffic.open(peer.to_base58())
+            try:
+                if not account.try_take(COPIES * len(data) + UNARY_BYTES):
+                    raise ServerBusy("too much of this peer, or of all, waits here; try again")
+                try:
+                    check_fields(data)
+                    request = kind.FromString(data)
+                except DecodeError as error:
+                    raise BadRequest(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
+                return (await handler(request, account)).SerializeToString()
+            except Exception as error:
+                logger.info("a request of %s failed: %s", peer, error, exc_info=not _typed(error))
+                raise _WireError(error) from error
+            finally:
+                account.close()
+
+        return call
+
     def _check_open(self) -> None:
         if self._leaving:
             raise ShuttingDown("the server is leaving the swarm, use another one")
@@ -279,30 +331,11 @@ class Handler:
         return call
 
 
-def _unary(
-    handler: Callable[[Any, PeerID], Awaitable[Message]], kind: type[Message]
-) -> Callable[[bytes, PeerID], Awaitable[bytes]]:
-    """A handler of bytes, as hivemind's control connection wants it."""
-
-    async def call(data: bytes, peer: PeerID) -> bytes:
-        try:
-            try:
-                request = kind.FromString(data)
-            except DecodeError as error:
-                raise BadRequest(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
-            return (await handler(request, peer)).SerializeToString()
-        except Exception as error:
-            logger.info("a request of %s failed: %s", peer, error, exc_info=not _typed(error))
-            raise _WireError(error) from error
-
-    return call
-
-
-def _pass_of(peer: PeerID, request: Forward, cost: int = 1) -> Task:
+def _pass_of(peer: str, request: Forward, cost: int = 1) -> Task:
     blocks = request.blocks[1] - request.blocks[0]
     tokens = request.rows * request.length
     work = cost * tokens * blocks
-    return Task(Kind.STATELESS, peer.to_base58(), tokens, blocks=blocks, work=work)
+    return Task(Kind.STATELESS, peer, tokens, blocks=blocks, work=work)
 
 
 def _typed(error: Exception) -> bool:

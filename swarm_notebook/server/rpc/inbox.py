@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import protocol
+from swarm_notebook.net import protocol, tensors
 from swarm_notebook.server.rpc import fields
-from swarm_notebook.server.rpc.codec import packed_bytes
 from swarm_notebook.server.rpc.push import Arrived, PushChannel
 
 # Steps of one session that may wait. Ours has as many in flight as its chain has servers.
@@ -42,20 +42,25 @@ class _Announced:
         self.tensor: runtime_pb2.Tensor | None = None
         self.filled = False
 
+    @property
+    def bytes(self) -> int:
+        return self.message.ByteSize() + (0 if self.tensor is None else self.tensor.ByteSize())
+
 
 class Inbox:
     """The steps of one session, in order; belongs to the loop.
 
     Args:
         pushes: where those of other servers arrive.
-        limit: how many bytes of hidden states may wait, in whole steps and for announced ones.
+        limit: how many bytes may wait, in whole steps and for announced ones.
+        may_hold: whether so many more bytes that come from other servers may be held.
 
     Attributes:
         filled: the step that was taken out last had to be filled in by its client.
     """
 
-    def __init__(self, pushes: PushChannel, limit: int):
-        self._pushes, self._limit = pushes, limit
+    def __init__(self, pushes: PushChannel, limit: int, may_hold: Callable[[int], bool]):
+        self._pushes, self._limit, self._may_hold = pushes, limit, may_hold
         self._held = 0
         self.filled = False
         self._session_id: str | None = None
@@ -67,6 +72,11 @@ class Inbox:
         self._plain = False
         self._whole = self._whole_bytes = 0
         self._changed = asyncio.Event()
+
+    @property
+    def bytes(self) -> int:
+        """All that waits here."""
+        return self._held + self._whole_bytes
 
     async def put(self, message: runtime_pb2.ExpertRequest) -> None:
         """Take a message of the client; waits while too much is waiting already.
@@ -80,7 +90,7 @@ class Inbox:
             return
         if (self._announced or self._known) and self._fill(message):
             return
-        size = packed_bytes(message.tensors)
+        size = message.ByteSize()
         while self._whole and (self._whole >= MAX_WHOLE or self._whole_bytes + size > self._limit):
             await self._wait()
         self._append(message, size)
@@ -95,8 +105,9 @@ class Inbox:
 
     def offer(self, message: runtime_pb2.ExpertRequest) -> None:
         """Take a step that a Petals server pushes, if there is room; its client sends it, too."""
-        if not self._whole and _step_id(message) not in self._known:
-            self._append(message, packed_bytes(message.tensors))
+        size = message.ByteSize()
+        if not self._whole and _step_id(message) not in self._known and self._may_hold(size):
+            self._append(message, size)
 
     async def get(self) -> runtime_pb2.ExpertRequest:
         """The next step, whole."""
@@ -105,7 +116,7 @@ class Inbox:
                 first = self._steps[0]
                 if isinstance(first, runtime_pb2.ExpertRequest):
                     self._whole -= 1
-                    self._whole_bytes -= packed_bytes(first.tensors)
+                    self._whole_bytes -= first.ByteSize()
                     break
                 if first.tensor is not None:
                     break
@@ -118,8 +129,8 @@ class Inbox:
         self.filled = first.filled
         del self._announced[first.step_id]
         self._known.append(first.step_id)
+        self._held -= first.bytes
         if first.tensor is not None:
-            self._held -= len(first.tensor.buffer)
             first.message.tensors[0].CopyFrom(first.tensor)
         return first.message
 
@@ -156,10 +167,13 @@ class Inbox:
 
         def arrived(tensor: runtime_pb2.Tensor) -> None:
             # What does not fit is left out: the client sends it when the step is next.
-            if announced.tensor is None and self._held + len(tensor.buffer) <= self._limit:
+            size = tensor.ByteSize()
+            fits = announced.tensor is None and self._held + size <= self._limit
+            if fits and self._may_hold(size):
                 self._hold(announced, tensor)
 
         announced.arrived = arrived
+        self._held += announced.bytes
         self._pushes.expect(peer, session_id, step_id, arrived)
         self._announced[step_id] = session_id, announced
         self._steps.append(announced)
@@ -173,28 +187,33 @@ class Inbox:
         if found is None:
             return step_id in self._known  # the push was faster
         session_id, announced = found
-        given_up = bool(message.tensors) and 0 in message.tensors[0].size
+        given_up = bool(message.tensors) and _has_no_elements(message.tensors[0])
         if given_up and announced.tensor is not None:
-            self._held -= len(announced.tensor.buffer)
+            self._held -= announced.tensor.ByteSize()
             announced.tensor = None
         if announced.tensor is None and message.tensors:
             self._pushes.forget(session_id, announced.step_id, announced.arrived)
-            if self._held + len(message.tensors[0].buffer) > self._limit:
+            if self._held + message.ByteSize() > self._limit:
                 raise BadRequest(f"more than {self._limit} bytes wait for announced steps")
             announced.filled = True
             if given_up:
+                self._held += message.ByteSize() - announced.message.ByteSize()
                 announced.message = message  # its mask has no positions, either
             self._hold(announced, message.tensors[0])
         return True
 
     def _hold(self, announced: _Announced, tensor: runtime_pb2.Tensor) -> None:
         announced.tensor = tensor
-        self._held += len(tensor.buffer)
+        self._held += tensor.ByteSize()
         self._changed.set()
 
     async def _wait(self) -> None:
         self._changed.clear()
         await self._changed.wait()
+
+
+def _has_no_elements(tensor: runtime_pb2.Tensor) -> bool:
+    return len(tensor.size) <= tensors.MAX_DIMENSIONS and 0 in tensor.size
 
 
 def _step_id(message: runtime_pb2.ExpertRequest) -> str:

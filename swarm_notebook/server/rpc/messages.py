@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from hivemind.proto import runtime_pb2
 
-from swarm_notebook.errors import BadRequest, RemoteError
+from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol, tensors
-from swarm_notebook.net.streams import Stream
+from swarm_notebook.net.streams import SLOWEST_BYTES, Stream
+from swarm_notebook.net.traffic import COPIES
 from swarm_notebook.server.engine.worker import Job
 
 # Between two parts of one message: the largest part takes 34 s at 1 Mbit/s.
+# For every part of a request, and for all of it, which gets more time as it grows.
 STALLED_SECONDS = 60.0
+# For every message of an answer, which has up to `protocol.PART_BYTES`.
+UNREAD_SECONDS = 20.0
 
 
 @dataclass
@@ -31,41 +35,36 @@ class Received:
     @cached_property
     def tensors(self) -> list[runtime_pb2.Tensor]:
         """The tensors, joined from their parts: a copy of all that came (see `codec`)."""
-        return tensors.join(self.parts)
+        parts, self.parts = self.parts, []
+        return tensors.join(parts)
 
 
-async def receive(
-    stream: Stream, limit: int, arrived: Callable[[int], None] = lambda _: None
-) -> Received:
-    """A whole request of at most ``limit`` bytes.
-
-    Args:
-        arrived: told the size of every message; may raise to end the request.
-    """
+async def receive(stream: Stream, limit: int) -> Received:
+    """A whole request of at most ``limit`` bytes, which the stream's account holds."""
     parts: list[runtime_pb2.Tensor] = []
     received, first = 0, None
-    while (message := await _next(stream)) is not None:
+    began = asyncio.get_running_loop().time()
+    while (message := await _next(stream, began + received / SLOWEST_BYTES)) is not None:
         first = first or message
         parts.extend(message.tensors)
         received += message.ByteSize()
-        try:
-            if received > limit:
-                raise BadRequest(f"more than {limit} bytes; send less in one request")
-            arrived(message.ByteSize())
-        except RemoteError:
+        if received > limit:
             parts.clear()
-            raise
+            raise BadRequest(f"more than {limit} bytes; send less in one request")
+        stream.account.resize(COPIES * received)
     if first is None:
         raise BadRequest("the stream ended before a request")
     return Received(first.uid, first.metadata, parts)
 
 
-async def _next(stream: Stream) -> runtime_pb2.ExpertRequest | None:
+async def _next(stream: Stream, since: float) -> runtime_pb2.ExpertRequest | None:
     try:
-        async with asyncio.timeout(STALLED_SECONDS):
+        async with asyncio.timeout_at(since + STALLED_SECONDS):
             return await stream.receive(runtime_pb2.ExpertRequest)
     except TimeoutError:
-        raise BadRequest(f"no part of the request came for {STALLED_SECONDS:.0f} s") from None
+        raise BadRequest(
+            f"the request did not get on for {STALLED_SECONDS:.0f} s; send it in one go"
+        ) from None
 
 
 async def send(
@@ -75,7 +74,8 @@ async def send(
     packed = list(packed)
     serialized = protocol.pack_metadata({**(metadata or {}), protocol.TENSORS: len(packed)})
     for group in _grouped(packed):
-        await stream.send(runtime_pb2.ExpertResponse(tensors=group, metadata=serialized))
+        message = runtime_pb2.ExpertResponse(tensors=group, metadata=serialized)
+        await stream.answer(message, UNREAD_SECONDS)
         serialized = b""
 
 
@@ -113,8 +113,9 @@ async def result(job: Job, stream: Stream | None = None) -> Any:
 
 async def _left(stream: Stream) -> None:
     """Wait until the peer has said its last or is gone."""
+    held = stream.account.held
     while await stream.receive(runtime_pb2.ExpertRequest) is not None:
-        pass
+        stream.account.resize(held)
 
 
 def _grouped(packed: Iterable[runtime_pb2.Tensor]) -> Iterator[list[runtime_pb2.Tensor]]:

@@ -194,7 +194,7 @@ def _slots(packed: Sequence[runtime_pb2.Tensor]) -> list[_Slot | None]:
         raise BadRequest(f"a request has {len(packed)} tensors, expected 1 to {MAX_TENSORS}")
     found: list[_Slot | None] = []
     for message in packed:
-        if 0 in message.size and len(message.size) < 3:
+        if len(message.size) < 3 and 0 in message.size:
             found.append(None)  # a dummy (`protocol.is_dummy`)
         else:
             found.append(_Slot(message, tensors.layout(message)))

@@ -31,6 +31,7 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net import protocol
 from swarm_notebook.net.streams import TRANSPORT_ERRORS, Stream, open_stream
+from swarm_notebook.net.traffic import COPIES, Account, Traffic
 from swarm_notebook.server.rpc import fields
 from swarm_notebook.server.rpc.petals_push import PetalsPush
 
@@ -46,6 +47,10 @@ EARLY_SECONDS = 10.0
 # Two prompts of 1,024 tokens at hidden size 4,096 in float32; and those of four such peers.
 EARLY_BYTES_PER_PEER = 32 << 20
 EARLY_BYTES = 128 << 20
+# What one takes besides its bytes.
+EARLY_ENTRY_BYTES = 4096
+# All that a server which is pushed to may say is why it ends the stream.
+MAX_REPLY_BYTES = 64 << 10
 
 Arrived = Callable[[runtime_pb2.Tensor], None]
 
@@ -55,15 +60,16 @@ class _Early:
     """A push that nobody has announced yet."""
 
     tensor: runtime_pb2.Tensor
-    size: int
+    account: Account
     when: float
 
 
 class PushChannel:
     """Pushes of one server, out and in; belongs to the loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, traffic: Traffic) -> None:
         self._p2p: P2P | None = None
+        self._traffic = traffic
         self._streams: OrderedDict[str, asyncio.Future[Stream]] = OrderedDict()
         self._listening: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[None]] = set()
@@ -86,7 +92,8 @@ class PushChannel:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._early.clear()
+        for key in list(self._early):
+            self._pop_early(key)
 
     async def push(
         self, peer: str, target: str | PetalsPush, step_id: str, tensor: runtime_pb2.Tensor
@@ -121,7 +128,11 @@ class PushChannel:
         avoided = self._avoided.get(peer, 0.0) > time.monotonic()
         if too_large or avoided or len(self._calls) >= MAX_CALLS:
             return
+        account = self._traffic.open(peer)
+        if not account.try_take(COPIES * message.ByteSize()):
+            return
         call = asyncio.create_task(self._call(peer, message))
+        call.add_done_callback(lambda _: account.close())
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
 
@@ -145,9 +156,9 @@ class PushChannel:
         key = session_id, step_id
         if key in self._expected:
             raise BadRequest(f"step_id: {step_id[:80]!r} of this session is announced already")
-        early = self._early.pop((peer, *key), None)
+        early = self._pop_early((peer, *key))
         if early is not None:
-            arrived(early.tensor)
+            arrived(early)
         else:
             self._expected[key] = peer, arrived
 
@@ -164,7 +175,14 @@ class PushChannel:
             oldest = next(iter(self._early))
             if self._early[oldest].when > since:
                 break
-            del self._early[oldest]
+            self._pop_early(oldest)
+
+    def _pop_early(self, key: tuple[str, str, str]) -> runtime_pb2.Tensor | None:
+        early = self._early.pop(key, None)
+        if early is None:
+            return None
+        early.account.close()
+        return early.tensor
 
     def admit(self, session_id: str, put: Callable[[runtime_pb2.ExpertRequest], None]) -> None:
         """A Petals client's session takes steps that are pushed to it."""
@@ -184,10 +202,10 @@ class PushChannel:
             except BadRequest as error:
                 # Other sessions share the stream, and the one that misses it says so.
                 logger.debug("a push of %s was dropped: %s", sender, error)
+            # What is kept has an account of its own, or that of its session.
+            stream.account.resize(0)
 
-    async def handle_unary(
-        self, message: runtime_pb2.ExpertRequest, peer: PeerID
-    ) -> runtime_pb2.ExpertResponse:
+    def take_petals(self, message: runtime_pb2.ExpertRequest) -> runtime_pb2.ExpertResponse:
         """Petals' ``rpc_push``."""
         metadata = protocol.unpack_metadata(message.metadata)
         if not fields.text(metadata, "step_id"):
@@ -219,12 +237,15 @@ class PushChannel:
         """Hold a push until it is announced, if there is room."""
         self.expire()
         size = message.ByteSize()
-        mine = sum(early.size for (peer, *_), early in self._early.items() if peer == key[0])
-        everybody = sum(early.size for early in self._early.values())
-        if mine + size > min(EARLY_BYTES_PER_PEER, limit) or everybody + size > EARLY_BYTES:
+        mine = sum(early.account.held for (who, *_), early in self._early.items() if who == key[0])
+        everybody = sum(early.account.held for early in self._early.values())
+        fits = mine + size <= min(EARLY_BYTES_PER_PEER, limit) and everybody + size <= EARLY_BYTES
+        account = self._traffic.open(key[0])
+        self._pop_early(key)
+        if not fits or not account.try_take(size + EARLY_ENTRY_BYTES):
             logger.info("a push of %s that nobody announced was dropped", key[0])
             return
-        self._early[key] = _Early(message.tensors[0], size, time.monotonic())
+        self._early[key] = _Early(message.tensors[0], account, time.monotonic())
 
     def _avoid(self, peer: str) -> None:
         now = time.monotonic()
@@ -251,7 +272,12 @@ class PushChannel:
         return self._p2p
 
     async def _open(self, peer: str) -> Stream:
-        stream = await open_stream(self._connected(), _peer_id(peer), protocol.RPC_PUSH_STREAM)
+        stream = await open_stream(
+            self._connected(),
+            _peer_id(peer),
+            protocol.RPC_PUSH_STREAM,
+            max_frame=MAX_REPLY_BYTES,
+        )
         opening = asyncio.current_task()
         listening = asyncio.create_task(self._listen(peer, stream, opening))
         self._listening.add(listening)

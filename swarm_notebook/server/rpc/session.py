@@ -24,7 +24,8 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
 from swarm_notebook.net import protocol
-from swarm_notebook.net.streams import Stream, StreamClosed
+from swarm_notebook.net.streams import Stream
+from swarm_notebook.net.traffic import COPIES
 from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.requests import Limits, Step, StepTimes
 from swarm_notebook.server.engine.scheduler import Kind, Task
@@ -32,6 +33,7 @@ from swarm_notebook.server.engine.steps.batching import SHORT_TOKENS, Batching
 from swarm_notebook.server.engine.steps.prefill import ChunkedPrefill
 from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 from swarm_notebook.server.engine.worker import ComputeThread, Job
+from swarm_notebook.server.rpc.answers import allow_answer
 from swarm_notebook.server.rpc.codec import Codec, packed_bytes
 from swarm_notebook.server.rpc.counters import Counters
 from swarm_notebook.server.rpc.inbox import Inbox
@@ -64,7 +66,10 @@ class ServerSession:
         self._pool, self._compute, self._codec = pool, compute, codec
         self._state: SessionState | None = state
         self._reservation = pool.open(self._drop, stream.peer)
-        self._inbox = Inbox(pushes, stream.max_frame)
+        self._inbox = Inbox(pushes, stream.max_frame, self._may_hold)
+        # Bytes of messages that are neither in the inbox nor done: just read, and being worked on.
+        self._read_bytes = self._step_bytes = 0
+        self._answer_bytes = 0
         self._ended: asyncio.Future[SwarmError] = asyncio.get_running_loop().create_future()
         self._blocks: tuple[int, int] | None = None
         self._step_id: str | None = None
@@ -112,6 +117,16 @@ class ServerSession:
         if not self._reservation.busy:
             self._end(ShuttingDown("the server is leaving the swarm, go on with another one"))
 
+    def _may_hold(self, size: int) -> bool:
+        """Take room for what other servers push."""
+        return self._stream.account.try_take(COPIES * size)
+
+    def _settle(self) -> None:
+        """Count what is here now."""
+        messages = self._inbox.bytes + self._read_bytes + self._step_bytes
+        held = COPIES * messages + self._answer_bytes + self._stream.arriving
+        self._stream.account.resize(held)
+
     def _drop(self) -> None:
         """The pool takes the memory; no step is in flight."""
         if self._state is not None:
@@ -130,18 +145,25 @@ class ServerSession:
             message = await self._stream.receive(runtime_pb2.ExpertRequest)
             if message is None or not (message.uid or message.tensors):
                 return
+            self._read_bytes = message.ByteSize()
             await self._inbox.put(message)
+            self._read_bytes = 0
+            self._settle()
 
     async def _work(self) -> None:
         while True:
             message = await self._inbox.get()
+            self._step_bytes = message.ByteSize()
             self._pool.begin(self._reservation)
             try:
                 answer = await self._step(message)
             finally:
                 self._pool.end(self._reservation)
             if answer is not None:
-                await self._send(answer)
+                await self._stream.answer(answer, UNREAD_SECONDS)
+            del message, answer
+            self._step_bytes = self._answer_bytes = 0
+            self._settle()
             if self._leaving:
                 self.leave()
 
@@ -157,6 +179,7 @@ class ServerSession:
         if state is None:
             return None  # the session has just been dropped, `run` says so
         position = state.check(step)
+        self._answer_bytes = await allow_answer(self._stream.account, step)
         needed = state.needs(step, position)
         if needed is not None:
             wait = ALLOC_TIMEOUT if parsed.alloc_timeout is None else parsed.alloc_timeout
@@ -211,14 +234,6 @@ class ServerSession:
         # It knows the session's memory, which others may get before the next step comes.
         self._job = None
         return result
-
-    async def _send(self, answer: runtime_pb2.ExpertResponse) -> None:
-        try:
-            async with asyncio.timeout(UNREAD_SECONDS):
-                await self._stream.send(answer)
-        except TimeoutError:
-            self._stream.abort()
-            raise StreamClosed(f"peer {self._stream.peer} does not read its answers") from None
 
     def _release(self) -> None:
         """Give the memory back once the torch thread no longer writes to it."""

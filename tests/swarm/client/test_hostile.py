@@ -53,7 +53,7 @@ async def claim_much(stream: Stream, _request: runtime_pb2.ExpertRequest) -> Non
 
 async def claim_narrow_rows(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
     """8-bit values in rows of one, which take a whole group each while they are multiplied out."""
-    count = 4 << 20
+    count = 200_000
     tensor = runtime_pb2.Tensor(
         buffer=bytes(3 * count), size=[count, 1], dtype="float64", compression=tensors.INT8
     )

@@ -1,0 +1,357 @@
+"""What a stranger may try against a server, byte by byte; each attack is a coroutine.
+
+An attack opens what it needs, holds it for a while and lets go. It returns the errors that the
+server sent, so that a test can see how it was refused. `make hostile` runs them all on real
+processes, tests in `tests/wire` run some in small.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from hivemind.p2p import PeerID
+from hivemind.proto import runtime_pb2
+
+from swarm_notebook.errors import SwarmError
+from swarm_notebook.net import protocol, streams, tensors
+from swarm_notebook.net.node import Node
+from swarm_notebook.net.records import ServerInfo, ServerState
+
+Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse
+RPCS = (
+    protocol.RPC_INFERENCE,
+    protocol.RPC_PUSH_STREAM,
+    protocol.RPC_FORWARD_STREAM,
+    protocol.RPC_BACKWARD_STREAM,
+)
+# What is closed without a reason, or refused by p2pd itself.
+BARE = (*streams.TRANSPORT_ERRORS, streams.StreamClosed)
+
+
+@dataclass
+class Target:
+    """A server, as seen by a stranger.
+
+    Attributes:
+        seconds: how long an attack goes on, or holds what it has.
+        frame: bytes of the largest frame that the server reads, about.
+        tokens: the longest pass that it takes.
+    """
+
+    node: Node
+    peer: PeerID
+    prefix: str
+    blocks: tuple[int, int]
+    hidden: int
+    seconds: float = 10.0
+    frame: int = 10 << 20
+    tokens: int = 16384
+    random: random.Random = field(default_factory=lambda: random.Random(0))
+
+    @property
+    def uid(self) -> str:
+        return protocol.uid_chain(self.prefix, *self.blocks)
+
+    async def open(self, rpc: str) -> streams.Stream:
+        return await streams.open_stream(self.node.p2p, self.peer, rpc)
+
+    def request(self, *slots: torch.Tensor | None, **metadata: object) -> Request:
+        return Request(
+            uid=self.uid,
+            tensors=protocol.pack_slots(list(slots)),
+            metadata=protocol.pack_metadata(metadata),
+        )
+
+
+Errors = list[Exception]
+Attack = Callable[[Target], Awaitable[Errors]]
+
+
+async def _many(count: int, work: Callable[[int], Awaitable[None]], at_once: int = 50) -> Errors:
+    """What goes wrong in each of many; some of them begin at once."""
+    gate, errors = asyncio.Semaphore(at_once), Errors()
+
+    async def one(number: int) -> None:
+        try:
+            async with gate:
+                await work(number)
+        except (SwarmError, *BARE) as error:
+            errors.append(error)
+
+    await asyncio.gather(*map(one, range(count)))
+    return errors
+
+
+async def _hold(target: Target, opened: Sequence[streams.Stream]) -> Errors:
+    """Keep streams open for the rest of the attack, and listen to what the server says."""
+    errors = Errors()
+
+    async def listen(stream: streams.Stream) -> None:
+        try:
+            await stream.receive(Response)
+        except (SwarmError, *BARE) as error:
+            errors.append(error)
+
+    listening = [asyncio.create_task(listen(stream)) for stream in opened]
+    if listening:
+        await asyncio.wait(listening, timeout=target.seconds)
+    for task, stream in zip(listening, opened, strict=True):
+        task.cancel()
+        stream.abort()
+    await asyncio.gather(*listening, return_exceptions=True)
+    return errors
+
+
+async def _open_many(target: Target, count: int, rpc: str, first: bytes) -> Errors:
+    opened: list[streams.Stream] = []
+
+    async def one(_: int) -> None:
+        stream = await target.open(rpc)
+        opened.append(stream)
+        stream._writer.write(first)
+
+    return await _many(count, one) + await _hold(target, opened)
+
+
+async def slowloris(target: Target, count: int = 2000) -> Errors:
+    """Streams that begin a frame and never go on."""
+    return await _open_many(
+        target, count, protocol.RPC_FORWARD_STREAM, b"\x00" + bytes(7) + b"\xff"
+    )
+
+
+async def push_streams(target: Target, count: int = 1300) -> Errors:
+    """More streams than a process may have open files."""
+    return await _open_many(target, count, protocol.RPC_PUSH_STREAM, b"")
+
+
+async def sessions_of_one_id(target: Target, count: int = 1000) -> Errors:
+    opened: list[streams.Stream] = []
+    hidden = torch.zeros(1, 1, target.hidden)
+
+    async def one(_: int) -> None:
+        stream = await target.open(protocol.RPC_INFERENCE)
+        opened.append(stream)
+        await stream.send(target.request(hidden, session_id="the same", max_length=8))
+        await stream.receive(Response)
+
+    return await _many(count, one) + await _hold(target, opened)
+
+
+async def malformed(target: Target, count: int = 35) -> Errors:
+    """Requests in which something is wrong, over and over."""
+    hidden, deadline, errors = torch.zeros(1, 2, target.hidden), _deadline(target), Errors()
+    wrong = [
+        dict.fromkeys(("states", "inner", "adapter", "push_to"), value)
+        for value in (-1, "x", [[]], {"a": b"\xff"}, 1e400)
+    ]
+    while not errors or time.monotonic() < deadline:
+
+        async def one(number: int) -> None:
+            stream = await target.open(target.random.choice(RPCS[2:]))
+            slot = target.random.choice([hidden, hidden[..., 1:], hidden.to(torch.int64), None])
+            metadata = target.random.choice(wrong)
+            try:
+                await stream.send(target.request(slot, None, slot, **metadata))
+                await stream.send_end()
+                await stream.receive(Response)
+            finally:
+                stream.abort()
+
+        errors += await _many(count, one, at_once=8)
+    return errors
+
+
+async def unannounced_pushes(target: Target, count: int = 21200) -> Errors:
+    opened = [await target.open(protocol.RPC_PUSH_STREAM) for _ in range(4)]
+    tensor = tensors.pack(torch.zeros(1, 32, target.hidden))
+    with contextlib.suppress(*BARE):
+        for number in range(count):
+            metadata = protocol.pack_metadata({"session_id": "none", "step_id": str(number)})
+            await opened[number % 4].send(Request(tensors=[tensor], metadata=metadata))
+    return await _hold(target, opened)
+
+
+async def made_up_peers(target: Target, count: int = 200) -> Errors:
+    """Records of servers that do not exist and are faster than any that does."""
+    boast = ServerInfo(
+        state=ServerState.ONLINE,
+        throughput=1e9,
+        inference_rps=1e9,
+        start_block=target.blocks[0],
+        end_block=target.blocks[1],
+        swarm_notebook=protocol.PROTOCOL_VERSION,
+    ).to_record()
+    keys = [protocol.block_uid(target.prefix, index) for index in range(*target.blocks)]
+    for _ in range(count):
+        peer = PeerID(b"\x12\x20" + target.random.randbytes(32)).to_base58()
+        await target.node.dht.store_many(
+            keys, [boast] * len(keys), time.time() + 120, subkeys=[peer] * len(keys)
+        )
+    await asyncio.sleep(target.seconds)
+    return []
+
+
+async def narrow_rows(target: Target, count: int = 16) -> Errors:
+    """8-bit values in rows of one: forty times their bytes if they were unpacked."""
+    values = (48 << 20) // 3
+    tensor = runtime_pb2.Tensor(
+        buffer=bytes(3 * values), size=[values, 1], dtype="float64", compression=tensors.INT8
+    )
+    small = (target.frame - 4096) // 3
+    fits = runtime_pb2.Tensor(
+        buffer=bytes(3 * small), size=[small, 1], dtype="float64", compression=tensors.INT8
+    )
+    return await _ask(target, [tensor if number % 4 == 0 else fits for number in range(count)])
+
+
+async def _ask(target: Target, slots: Sequence[runtime_pb2.Tensor]) -> Errors:
+    async def one(number: int) -> None:
+        stream = await target.open(RPCS[number % 2 * 2])
+        try:
+            with contextlib.suppress(streams.StreamClosed):
+                await stream.send(Request(uid=target.uid, tensors=[slots[number]]))
+                if number % 2:  # a session that is ended is owed no answer
+                    await stream.send_end()
+            await stream.receive(Response)
+        finally:
+            stream.abort()
+
+    return await _many(len(slots), one, at_once=8)
+
+
+async def empty_tensors(target: Target, count: int = 8) -> Errors:
+    """Two bytes each, and over seventy when they are parsed."""
+    data = b"\x12\x00" * ((target.frame - 9) // 2)
+    frame = b"\x00" + len(data).to_bytes(8, "big") + data
+    opened = [await target.open(RPCS[number % 4]) for number in range(count)]
+    for stream in opened:
+        stream._writer.write(frame)
+    return await _hold(target, opened)
+
+
+async def unfinished(target: Target, count: int = 8) -> Errors:
+    """Every kind of request, all but its last byte."""
+    opened = [await target.open(RPCS[number % 4]) for number in range(count)]
+    header = b"\x00" + target.frame.to_bytes(8, "big")
+    for stream in opened:
+        stream._writer.write(header + bytes(target.frame - 1))
+    return await _hold(target, opened)
+
+
+async def unread_answers(target: Target, count: int = 16) -> Errors:
+    """Large answers to small requests, of which nothing is read."""
+    hidden = torch.zeros(1, target.tokens, target.hidden)
+    opened = [await target.open(protocol.RPC_FORWARD_STREAM) for _ in range(count)]
+    packed = tensors.pack(hidden, tensors.INT8)
+    states = list(range(*target.blocks))
+    message = Request(
+        uid=target.uid, tensors=[packed], metadata=protocol.pack_metadata({"states": states})
+    )
+    for stream in opened:
+        stream._reader._transport.pause_reading()
+        with contextlib.suppress(*BARE):
+            await stream.send(message)
+            await stream.send_end()
+    await asyncio.sleep(target.seconds)
+    for stream in opened:
+        stream.abort()
+    return []
+
+
+async def long_passes(target: Target, at_once: int = 2) -> Errors:
+    """The longest passes forward and back that the server takes, two at a time."""
+    hidden, deadline = torch.randn(1, target.tokens, target.hidden), _deadline(target)
+    kinds = [(protocol.RPC_FORWARD_STREAM, [hidden]), (protocol.RPC_BACKWARD_STREAM, [hidden] * 2)]
+
+    async def one(number: int) -> None:
+        rpc, slots = kinds[number % 2]
+        while time.monotonic() < deadline:
+            stream = await target.open(rpc)
+            try:
+                for slot in slots:
+                    await stream.send(target.request(slot))
+                await stream.send_end()
+                async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
+                    while await stream.receive(Response) is not None:
+                        pass
+            finally:
+                stream.abort()
+
+    return await _many(at_once, one)
+
+
+async def inner_modules(target: Target, at_once: int = 8) -> Errors:
+    """Outputs of all modules inside of the blocks, of a pass that is as long as can be."""
+    names = ["mlp", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj", "self_attn"]
+    inner = [[block, name] for block in range(*target.blocks) for name in names]
+    rows = target.tokens // 256
+    hidden = torch.zeros(rows, 256, target.hidden)
+
+    async def one(_: int) -> None:
+        stream = await target.open(protocol.RPC_FORWARD_STREAM)
+        try:
+            await stream.send(target.request(hidden, inner=inner))
+            await stream.send_end()
+            async with asyncio.timeout(target.seconds):
+                await stream.receive(Response)
+            await asyncio.sleep(target.seconds)
+        finally:
+            stream.abort()
+
+    return await _many(at_once, one)
+
+
+async def push_to_a_drip(target: Target, address: str) -> Errors:
+    """Steps that the server pushes to a peer of the attacker's, which sends half a frame back."""
+    evil = await Node.start([address], client=False)
+
+    async def drip(stream: streams.Stream, _peer: PeerID) -> None:
+        stream._writer.write(b"\x00" + (1 << 29).to_bytes(8, "big"))
+        with contextlib.suppress(*BARE):
+            while True:
+                stream._writer.write(bytes(1 << 20))
+                await stream._writer.drain()
+
+    await streams.add_stream_handler(evil.p2p, protocol.RPC_PUSH_STREAM, drip)
+    try:
+        stream = await target.open(protocol.RPC_INFERENCE)
+        hidden = torch.zeros(1, 1, target.hidden)
+        for number in range(3):
+            to = [evil.peer_id.to_base58(), "any"]
+            message = target.request(
+                hidden, session_id="mine", step_id=str(number), max_length=8, push_to=to
+            )
+            await stream.send(message)
+            await stream.receive(Response)
+        await asyncio.sleep(target.seconds)
+        stream.abort()
+    finally:
+        await evil.stop()
+    return []
+
+
+def _deadline(target: Target) -> float:
+    return time.monotonic() + target.seconds
+
+
+ATTACKS: dict[str, Attack] = {
+    "slowloris, 2,000 streams": slowloris,
+    "1,300 push streams, 1,024 files": push_streams,
+    "1,000 sessions of one id": sessions_of_one_id,
+    "35 malformed requests, again and again": malformed,
+    "21,200 unannounced pushes": unannounced_pushes,
+    "200 made-up fast peers": made_up_peers,
+    "48 MiB of int8 as [N, 1]": narrow_rows,
+    "frames of empty tensors": empty_tensors,
+    "8 unfinished requests": unfinished,
+    "16 unread answers": unread_answers,
+    "passes of 16,384 tokens": long_passes,
+    "outputs of all inner modules": inner_modules,
+}

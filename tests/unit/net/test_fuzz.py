@@ -1,0 +1,163 @@
+"""Whatever comes from the network is read, or refused by an error of ours; it takes little memory.
+
+Seeded, so that a run is like the one before; by hand for longer with
+``HYPOTHESIS_EXAMPLES=100000 pytest tests/unit/net/test_fuzz.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hivemind.proto import runtime_pb2
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from swarm_notebook.errors import RemoteError, from_wire
+from swarm_notebook.net import protocol, streams, tensors
+from swarm_notebook.net.records import parse_model_record, parse_record
+from swarm_notebook.net.wire_format import SMALL_BYTES, check_fields
+from swarm_notebook.server.adapters.config import parse_configs
+from swarm_notebook.server.adapters.file import parse_safetensors
+from swarm_notebook.server.engine.requests import Limits
+from swarm_notebook.server.rpc.parse import parse_backward, parse_forward, parse_step
+
+fuzz = settings(
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "150")),
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+LIMITS = Limits("tiny", 1, 4, hidden_size=8, context=64, tokens=256)
+Request = runtime_pb2.ExpertRequest
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**40), 2**40)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.binary(max_size=20)
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=12,
+)
+FIELDS = [
+    "states", "inner", "adapter", "active_adapter", "train", "seed", "keep", "kept", "release",
+    "output_compression", "start_from_position", "step_id", "session_id", "alloc_timeout",
+    "max_length", "push_to", "push_from", "next_servers", "rotary_length",
+]  # fmt: skip
+metadata = st.dictionaries(st.sampled_from(FIELDS), values, max_size=5)
+dtypes = st.sampled_from([*tensors._DTYPES, "", "complex64", "qint8"])
+sizes = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 2**31 - 1, 2**32 - 1]), max_size=8)
+
+
+@st.composite
+def fitting(draw: st.DrawFn) -> runtime_pb2.Tensor:
+    """A tensor as it should be, of some shape and dtype; its values are anything."""
+    shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 8]), min_size=1, max_size=4))
+    dtype = draw(st.sampled_from([torch.float32, torch.int64, torch.uint8, torch.bfloat16]))
+    value = draw(st.sampled_from([0.0, 1.0, -1.0, 1e9]))
+    packed = tensors.pack(torch.full(shape, int(value) % 256, dtype=dtype))
+    packed.compression = draw(st.sampled_from([0, 0, 0, tensors.FLOAT16, tensors.INT8, 3]))
+    return packed
+
+
+any_tensor = fitting() | st.builds(
+    runtime_pb2.Tensor,
+    buffer=st.binary(max_size=64),
+    size=sizes,
+    dtype=dtypes,
+    compression=st.sampled_from([0, 1, 2, 3, 4, 5, tensors.INT8]),
+    chunks=st.integers(-2, 5),
+)
+
+
+def read(work: Callable[[], Any]) -> None:
+    """What is refused is refused by an error that may travel, whose text is bounded."""
+    try:
+        work()
+    except RemoteError as error:
+        text = str(error)
+    else:
+        return
+    assert len(text) < 2000
+
+
+@fuzz
+@given(st.binary(max_size=200))
+def test_bytes(data: bytes) -> None:
+    for kind in (Request, runtime_pb2.ExpertResponse, runtime_pb2.ExpertUID):
+        read(lambda kind=kind: streams._parse(kind, data))
+    read(lambda: protocol.unpack_metadata(data))
+    read(lambda: parse_safetensors(torch.frombuffer(bytearray(data + b"."), dtype=torch.uint8)))
+    from_wire(data.decode("latin-1"), "a peer")
+
+
+@fuzz
+@given(any_tensor)
+def test_a_tensor(packed: runtime_pb2.Tensor) -> None:
+    read(lambda: tensors.unpack(packed))
+    read(lambda: tensors.is_file(packed))
+
+
+@fuzz
+@given(st.lists(any_tensor, max_size=5))
+def test_parts_of_tensors(parts: list[runtime_pb2.Tensor]) -> None:
+    read(lambda: tensors.join(parts))
+
+
+@fuzz
+@given(st.lists(any_tensor, max_size=9), metadata, st.text(max_size=30) | st.just("tiny.1 tiny.2"))
+def test_requests(packed: list[runtime_pb2.Tensor], named: dict[str, Any], uid: str) -> None:
+    hidden = tensors.pack(torch.zeros(2, 3, 8))
+    for slots in (packed, [hidden, *packed]):
+        for parse in (parse_forward, parse_backward):
+            read(lambda parse=parse, slots=slots: parse(uid, slots, named, LIMITS))
+        message = Request(uid=uid, tensors=slots, metadata=protocol.pack_metadata(named))
+        read(lambda message=message: parse_step(message, (1, 4), LIMITS))
+
+
+@fuzz
+@given(values, values)
+def test_records_and_configs(found: Any, more: Any) -> None:
+    for record in (found, (2, 1.0, found), (2, 1.0, {"public_name": found, "next_pings": more})):
+        parse_record(record)
+        parse_model_record(record)
+    for configs in (found, {"default": found}, {"default": '{"peft_type": "LORA", "r": 1e400}'}):
+        read(lambda configs=configs: parse_configs(configs, 8))
+
+
+SMALL_PARTS = {
+    "empty tensors": (b"\x12\x00" * (1 << 20), "more than 8192 fields"),
+    "sizes": (
+        Request(tensors=[runtime_pb2.Tensor(size=[7] * (1 << 20))]).SerializeToString(),
+        "more sizes or fields",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_PARTS)
+def test_small_parts_do_not_take_large_memory(name: str) -> None:
+    """Without a look at them, 2 MiB of empty tensors take over a hundred."""
+    data, what = SMALL_PARTS[name]
+    tracemalloc.start()
+    with pytest.raises(streams.BadFrame, match=what):
+        streams._parse(Request, data)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 1 << 20
+
+
+@fuzz
+@given(st.lists(fitting(), max_size=6), st.binary(max_size=3 * SMALL_BYTES))
+def test_what_is_let_through_is_what_parses(packed: list[Any], more: bytes) -> None:
+    message = Request(uid="tiny.1", tensors=packed, metadata=bytes(SMALL_BYTES) + more)
+    check_fields(message.SerializeToString())

@@ -1,0 +1,84 @@
+"""The attacks of `make hostile` in small: how they are refused, and that memory is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import attacks
+from support.attacks import BARE, Attack, Target
+from support.memory import Peak
+from support.patience import wait_until
+from support.raw_wire import RawClient, ServerProcess
+from support.tiny import tiny_model
+
+from swarm_notebook.errors import BadRequest, ServerBusy
+
+BUDGET, BEYOND = 64 << 20, 64 << 20
+SECONDS = 2.0
+
+Setting = tuple[Target, RawClient, ServerProcess]
+
+
+@pytest.fixture(scope="module")
+def target(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Target, RawClient, ServerProcess]]:
+    folder: Path = tiny_model("llama", tmp_path_factory.mktemp("models"))
+    options = ["--blocks", "0:5", "--traffic-bytes", str(BUDGET)]
+    server = ServerProcess(folder, folder.parent / "server.log", *options)
+    try:
+        server.wait_ready()
+        client = RawClient(server.facts["maddrs"])
+        try:
+            made = Target(client.node, server.peer, folder.name, (0, 5), 48, SECONDS, tokens=256)
+            yield made, client, server
+        finally:
+            client.close()
+    finally:
+        server.kill()
+
+
+def run(target: Setting, attack: Attack) -> list[Exception]:
+    """What the server says to an attack; afterwards it holds nothing."""
+    made, client, server = target
+    peak = Peak(server.facts["pid"])
+    errors: list[Exception] = client.run(attack(made))
+    assert peak.bytes < BUDGET + BEYOND
+    wait_until(lambda: client.run(client.info(made.peer))["traffic_bytes_held"] < 1 << 20)
+    return errors
+
+
+def test_unfinished_requests(target: Setting) -> None:
+    """Those beyond its share wait; all end, and nothing stays."""
+    run(target, attacks.unfinished)
+
+
+def test_frames_that_would_grow(target: Setting) -> None:
+    for attack in (attacks.empty_tensors, attacks.narrow_rows):
+        errors = run(target, attack)
+        assert {type(error) for error in errors} <= {BadRequest, ServerBusy}
+        assert any(isinstance(error, BadRequest) for error in errors)
+
+
+def test_answers_that_nobody_reads(target: Setting) -> None:
+    run(target, attacks.unread_answers)
+
+
+def test_outputs_of_modules_inside_of_blocks(target: Setting) -> None:
+    run(target, attacks.inner_modules)
+
+
+def test_a_peer_that_is_pushed_to_and_answers_without_end(target: Setting) -> None:
+    address = target[2].facts["maddrs"][0]
+    run(target, lambda made: attacks.push_to_a_drip(made, address))
+
+
+def test_a_flood_of_streams_is_refused_in_words(target: Setting) -> None:
+    """Every stream beyond what a peer may have is told so, none is closed without a reason."""
+    count = (BUDGET // 2 // attacks.streams.STREAM_BYTES) + 200
+    errors = run(target, lambda made: attacks.push_streams(made, count))
+    assert not [error for error in errors if isinstance(error, BARE)]
+    assert len(errors) >= 200
+    assert {type(error) for error in errors} == {ServerBusy}
