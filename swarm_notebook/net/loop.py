@@ -6,8 +6,8 @@ from typing import Any
 
 import uvloop
 
-# Streams that p2pd may hand over before the loop comes to take them. With asyncio's hundred, a flood
-# of a second is cut off without a word: p2pd resets what it cannot hand over.
+# Streams that p2pd may hand over before the loop comes to take them. With asyncio's hundred, a
+# flood of a second is cut off without a word: p2pd resets what it cannot hand over.
 BACKLOG = 4096
 
 

@@ -48,6 +48,8 @@ def rows_of(request: F, begin: int, end: int) -> F:
         prompts=prompts if prompts is None or prompts.shape[1] == 1 else prompts[:, begin:end],
         attention_mask=None if mask is None else mask[begin:end],
         position_ids=ids if ids is None or ids.shape[0] == 1 else ids[begin:end],
+        # The longest row may be another one.
+        rotary_length=request.turning_length(),
     )
 
 
