@@ -101,7 +101,8 @@ def test_fewer_bits_where_the_model_does_not_fit_otherwise() -> None:
     assert found.commands("org/name") == ["swarm-notebook serve org/name --blocks 0:40 --bits 8.5"]
     few = plan_shape(model(40), [one], Demand(1024, 1), LAN, bits=3)
     assert few.shares[0].bits == 3
-    assert few.tokens_per_second > found.tokens_per_second
+    assert few.parts != found.parts
+    assert few.shares[0].weights < found.shares[0].weights / 2
     assert few.cache_per_session == 40 * 1024 * 2048 * 2
 
 
