@@ -17,6 +17,8 @@ from swarm_notebook.server.engine.scheduler import Kind, Task
 
 # No call waits longer: beyond it nothing was gained by what was measured, whatever is predicted.
 GATHER_SECONDS = 0.02
+# A call that took so many times longer than expected counts as so many times.
+_OUTLIER = 1.5
 # A session that has sent nothing for so long is forgotten.
 FORGET_SECONDS = 2.0
 # A thread that waits shorter does nothing but look at the clock.
@@ -72,6 +74,9 @@ class _CallTime:
         self._weight = self._n = self._s = self._nn = self._ns = 0.0
 
     def ran(self, steps: int, seconds: float) -> None:
+        if self._weight:
+            # One that waited for something else, such as a graph to be captured, says little.
+            seconds = min(seconds, _OUTLIER * self.of(steps))
         keep = 1 - _NEWEST
         self._weight = keep * self._weight + _NEWEST
         self._n = keep * self._n + _NEWEST * steps

@@ -7,8 +7,8 @@ its blocks compiled. As far as possible it stays the model's own code:
 - `StepCache.update` files the new keys and values and gathers those that a row sees.
 - The mask function, registered as `NAME`, evaluates the model's own rule (causal, windows, chunks)
   at the positions of the rows.
-- The attention function of the same name is plain arithmetic. It honours what models pass:
-  ``scaling``, ``softcap``, ``s_aux`` (sinks of attention, one per head), grouped heads.
+- The attention function of the same name is plain arithmetic, or `kernel`. It honours what models
+  pass: ``scaling``, ``softcap``, ``s_aux`` (sinks of attention, one per head), grouped heads.
 
 Whether a model is right with it is tried, not looked up by name: see `steps.decode`.
 """
@@ -37,6 +37,7 @@ class StepCache(Cache):
         new: ``[rows]``, the lines of the new ones.
         positions: ``[rows, 1]``, how many precede them.
         padding: ``[rows, length]``, False for padding; None if there is none.
+        table: ``[rows, pages]``, for `kernel`: then nothing is gathered; None: plain arithmetic.
     """
 
     is_compileable = True
@@ -48,13 +49,17 @@ class StepCache(Cache):
         new: torch.Tensor,
         positions: torch.Tensor,
         padding: torch.Tensor | None = None,
+        *,
+        table: torch.Tensor | None = None,
     ):
         super().__init__(layers=[])
-        self.pool, self.positions = pool, positions
+        self.pool, self.positions, self.table, self.new = pool, positions, table, new
         self._columns = torch.arange(lines.shape[1], device=lines.device)
         self.visible = self._columns <= positions
         if padding is not None:
             self.visible = self.visible & padding
+        if table is not None:
+            return
         lines = lines.where(self.visible, NOTHING)
         # The store of a block as rows of one head each: torch copies whole rows fast.
         self._places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -74,6 +79,11 @@ class StepCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.table is not None:
+            index = layer_idx - self.pool.start
+            keys, values = self.pool.keys[index], self.pool.values[index]
+            _kernel().file(key_states, value_states, keys, values, self.new)
+            return keys[None], values[None]
         return self.of_block(layer_idx).update(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -121,6 +131,13 @@ class BlockStep:
         return seen.transpose(0, 1)
 
 
+def _kernel() -> Any:
+    # Triton comes with torch for GPUs only.
+    from swarm_notebook.server.engine.attention import kernel
+
+    return kernel
+
+
 _running = threading.local()
 
 
@@ -154,6 +171,19 @@ def _attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """``[rows, 1, heads, head size]``."""
+    cache: StepCache | None = getattr(_running, "cache", None)
+    if cache is not None and cache.table is not None:
+        output = _kernel().attend(
+            query,
+            key[0],
+            value[0],
+            cache.table,
+            attention_mask[:, 0, 0],
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        return output[:, None], None
     rows, heads, _length, size = query.shape
     groups = heads // key.shape[1]
     # By heads first, as the keys were gathered: their product needs no other copy.
