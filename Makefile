@@ -6,6 +6,7 @@
 # make docs   the site, in build/site/
 # make release   wheel and sdist in dist/, checked, and tried in an environment of their own
 # make soak   ten minutes (SECONDS=600, SEED=0) of joins, leaves, kills and interrupts
+# make chaos  ten minutes of faults while a notebook generates and trains, and a table of pauses
 #
 # The environment is .venv/ in this folder; a second run installs nothing. Where Node is, `test` and
 # `lint` take the widgets' scripts in js/ along; nothing else needs it.
@@ -22,7 +23,7 @@ BY_FILE := -n 2 --dist loadfile
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab docs release test unit soak lint format outputs screenshots clean
+.PHONY: demo lab docs release test unit soak chaos lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -57,6 +58,9 @@ release: $(READY)
 
 soak: $(READY)
 	$(OFFLINE) $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
+
+chaos: $(READY)
+	$(OFFLINE) $(BIN)/python tests/chaos.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
 
 lint: $(READY) $(NODE)
 	$(BIN)/ruff check .

@@ -8,18 +8,33 @@ input ends then. What stays is the log of a server that failed, for whoever look
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 import weakref
 from pathlib import Path
 
+from swarm_notebook.errors import ServerStartError
+
 PREFIX = "swarm-notebook-"
+# The log of a start and a key take a few kB.
+LEAST_BYTES = 64 << 10
 
 
 class ServerFolder:
-    """A new temporary folder that only this user can read."""
+    """A new temporary folder that only this user can read.
+
+    Raises:
+        ServerStartError: it cannot be made.
+    """
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        except OSError as error:
+            raise ServerStartError(
+                f"no temporary folder for servers can be made: {error}; free some room, or set "
+                "TMPDIR to a folder where there is some"
+            ) from None
         self._kept: set[str] = set()
         self._end = weakref.finalize(self, _remove, self.path, self._kept)
 
@@ -28,6 +43,16 @@ class ServerFolder:
         if not self._end.alive:
             self.path.mkdir(mode=0o700, exist_ok=True)
             self._end = weakref.finalize(self, _remove, self.path, self._kept)
+
+    def full(self) -> str:
+        """What to say if there is no room left where it lies; else nothing."""
+        free = shutil.disk_usage(self.path).free
+        if free >= LEAST_BYTES:
+            return ""
+        return (
+            f" The disk with {self.path} is full ({free} bytes are free): free some room, or set "
+            "TMPDIR to a folder where there is some."
+        )
 
     def keep(self, log: Path) -> None:
         """Let a log stay when the rest is removed."""

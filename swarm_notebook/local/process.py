@@ -123,7 +123,11 @@ class LocalServer:
         return list(self._facts.get("maddrs", ()))
 
     def launch(self) -> None:
-        """Start the process, which loads its code and then waits for `join`."""
+        """Start the process, which loads its code and then waits for `join`.
+
+        Raises:
+            ServerStartError: its log or its key cannot be written.
+        """
         on_loopback = self._listen == ANY_PORT
         if on_loopback and self.addresses and (known := LOOPBACK_PORT.match(self.addresses[0])):
             self._listen = known[0]
@@ -133,9 +137,12 @@ class LocalServer:
         command += ["--identity", str(self._identity), "--host-maddrs", self._listen]
         command += ["--initial-peers", "-", "--scratch", str(self._folder.path)]
         self._facts, self._asked_to_end = {}, False
-        self._folder.make()
-        self._write_key()
-        log = self.log_path.open("a", encoding="utf-8")
+        try:
+            self._folder.make()
+            self._write_key()
+            log = self.log_path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self.start_error(f"could not be started ({error})") from None
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -180,8 +187,9 @@ class LocalServer:
         start, end = self.blocks
         self._folder.keep(self.log_path)
         return ServerStartError(
-            f"server {self.name} (blocks {start}:{end}) {what} before it was ready. "
-            f"The end of its log, {self.log_path}:\n{self.log_tail()}"
+            f"server {self.name} (blocks {start}:{end}) {what} before it was ready."
+            f"{self._folder.full()} The end of its log, {self.log_path}:\n"
+            f"{self.log_tail() or '(empty)'}"
         )
 
     def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
