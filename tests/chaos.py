@@ -399,37 +399,43 @@ class Training:
 
         self.failed = {"lost": 1, "steps": 1}
         self.noise = torch.Generator().manual_seed(seed)
-        self.models, self.optimizers = [], []
+        self.models = []
         for model in (copy.deepcopy(swarm.model), local_model(folder)):
             torch.manual_seed(seed)
             config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-            adapted = peft.get_peft_model(model, config)
-            trained = [each for each in adapted.parameters() if each.requires_grad]
-            self.models.append(adapted)
-            self.optimizers.append(torch.optim.SGD(trained, lr=0.1))
+            self.models.append(peft.get_peft_model(model, config))
+        self.optimizer = torch.optim.SGD(self._trained()[1], lr=0.1)
 
     def once(self) -> None:
         ids = torch.randint(3, 128, (2, 16), generator=self.noise)
         losses = []
-        for model, optimizer in zip(self.models, self.optimizers, strict=True):
-            optimizer.zero_grad()
+        for model in self.models:
+            model.zero_grad()
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
             losses.append(loss.item())
         lost = int(abs(losses[0] - losses[1]) > TOLERANCE or not self._same_gradients())
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.optimizer.step()
+        # Each step begins with the same weights here and there: rounding would grow otherwise.
+        ours, theirs = self._trained()
+        with torch.no_grad():
+            for mine, other in zip(ours, theirs, strict=True):
+                mine.copy_(other)
         tell(beat="step", at=time.monotonic(), counts={"steps": 1, "lost": lost})
 
     def _same_gradients(self) -> bool:
-        ours, theirs = (
-            [each.grad for each in model.parameters() if each.requires_grad]
-            for model in self.models
-        )
+        ours, theirs = self._trained()
         return all(
-            torch.allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE * other.abs().max().item())
+            (mine.grad - other.grad).abs().max() <= TOLERANCE * (other.grad.abs().max() + TOLERANCE)
             for mine, other in zip(ours, theirs, strict=True)
         )
+
+    def _trained(self) -> tuple[list[Any], list[Any]]:
+        """The trained parameters of the remote and of the local model."""
+        ours, theirs = (
+            [each for each in model.parameters() if each.requires_grad] for model in self.models
+        )
+        return ours, theirs
 
 
 @contextlib.contextmanager
