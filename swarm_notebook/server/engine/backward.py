@@ -26,12 +26,13 @@ from swarm_notebook.checkpoint.packed import storages
 from swarm_notebook.server.engine.kv.cache import SessionCache
 from swarm_notebook.server.engine.pieces import Pieces
 from swarm_notebook.server.engine.requests import Backward, Forward
-from swarm_notebook.server.engine.scheduler import BACKWARD_COST
+from swarm_notebook.server.engine.scheduler import BACKWARD_COST, MAX_CHUNK
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.stateless import (
     BlockByBlock,
     by_blocks_only,
     chunk_options,
+    fits,
     group_size,
     rows_of,
     work_of,
@@ -212,7 +213,7 @@ def record(
 def recompute(span: Span, request: Backward) -> Pieces[SpanGradients]:
     """The gradients that a request wants, by way of a forward pass of its own."""
     room = (yield 0) // BACKWARD_COST
-    if work_of(request) <= room:
+    if fits(request, room):
         return _at_once(span, request)
     if by_blocks_only(request):
         gradients, _ = yield from _block_by_block(span, request, room)
@@ -348,7 +349,7 @@ class _BlockBackward:
     def chunk(self, room: int) -> int:
         """Go back through the next positions, and say how many they were."""
         end, rows = self.left, self._request.rows
-        size = end if self.cache is None else min(max(1, room // rows), end)
+        size = end if self.cache is None else min(max(1, room // rows), end, MAX_CHUNK)
         begin = self.left = end - size
         options = chunk_options(self._request, self._block, begin, end)
         prompt = self._leaf_prompt(options)

@@ -22,7 +22,12 @@ import torch
 from swarm_notebook.server.engine.kv.cache import SessionCache
 from swarm_notebook.server.engine.pieces import Pieces
 from swarm_notebook.server.engine.requests import Forward
+from swarm_notebook.server.engine.scheduler import MAX_CHUNK
 from swarm_notebook.server.engine.span import Span
+
+# Positions of a row that go through all blocks at once, however much room there is: attention grows
+# with their square, which the room of a pass does not know of.
+MAX_AT_ONCE = 1024
 
 F = TypeVar("F", bound=Forward)
 
@@ -30,6 +35,12 @@ F = TypeVar("F", bound=Forward)
 def work_of(request: Forward) -> int:
     """How much a forward pass has, in the unit of `Task.work`."""
     return request.rows * request.length * (request.blocks[1] - request.blocks[0])
+
+
+def fits(request: Forward, room: int) -> bool:
+    """Whether a pass may be one piece."""
+    short = request.length <= MAX_AT_ONCE or by_blocks_only(request)
+    return work_of(request) <= room and short
 
 
 def by_blocks_only(request: Forward) -> bool:
@@ -56,7 +67,7 @@ def rows_of(request: F, begin: int, end: int) -> F:
 def forward(span: Span, request: Forward) -> Pieces[list[torch.Tensor]]:
     """The outputs of a pass, on the CPU: as `Span.compute` gives them for the whole."""
     room = yield 0
-    if work_of(request) <= room:
+    if fits(request, room):
         return [output.cpu() for output in _at_once(request, span.run)]
     if by_blocks_only(request):
         run = BlockByBlock(span, request, span.run)
@@ -87,7 +98,7 @@ def forward(span: Span, request: Forward) -> Pieces[list[torch.Tensor]]:
 def group_size(request: Forward, room: int, left: int) -> tuple[int, bool]:
     """How many of the rows that are left to take next, and whether through all blocks at once."""
     of_row = work_of(request) // request.rows
-    through_all = of_row <= room
+    through_all = of_row <= room and request.length <= MAX_AT_ONCE
     return min(max(1, room // (of_row if through_all else request.length)), left), through_all
 
 
@@ -167,7 +178,7 @@ class BlockByBlock:
     def _chunk(self, room: int, left: int) -> int:
         if by_blocks_only(self.request):
             return left
-        return min(max(1, room // self.request.rows), left)
+        return min(max(1, room // self.request.rows), left, MAX_CHUNK)
 
     def _run_chunk(
         self,
