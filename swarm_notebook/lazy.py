@@ -25,4 +25,8 @@ def lazy_names(
         setattr(sys.modules[package], name, value)
         return value
 
-    return get, lambda: sorted({*vars(sys.modules[package]), *homes})
+    def names() -> list[str]:
+        # Without what the package's file imports for itself, which Tab would offer, too.
+        return sorted({*homes, *(name for name in vars(sys.modules[package]) if name[:2] == "__")})
+
+    return get, names

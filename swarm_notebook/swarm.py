@@ -186,7 +186,7 @@ class Swarm:
                 number guesses as many by looking up how the text went on before, ``"auto"``
                 chooses the number as it goes, a small model of the same vocabulary guesses
                 itself. None guesses nothing, and so do modes without drafts (beams).
-            generate_kwargs: as for ``model.generate``.
+            generate_kwargs: as for ``model.generate``; ``temperature=0`` is greedy.
 
         Returns:
             The new text, without the prompt and without special tokens.
@@ -199,6 +199,9 @@ class Swarm:
         tokenizer: Any = self.tokenizer
         if stream is not None:
             generate_kwargs["streamer"] = callback_streamer(tokenizer, stream)
+        if generate_kwargs.get("temperature") == 0:
+            del generate_kwargs["temperature"]
+            generate_kwargs["do_sample"] = False
         inputs = encode(tokenizer, prompt, chat=chat).to(self.model.device)
         model: Any = self.model
         with drafting.drafts(draft, generate_kwargs):

@@ -96,7 +96,7 @@ describe("the swarm map", () => {
     expect(view.byId("headline").className).toBe("sn-dim");
     model.update({
       missing: [8, 9],
-      headline: "1 server online, MISSING blocks 8:10",
+      headline: "1 server online, MISSING blocks 8:10: no server",
       coverage: [[0, 8, 1], [8, 10, 0]],
     });
     expect(view.byId("headline").className).toBe("sn-alarm");

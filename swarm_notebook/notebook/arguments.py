@@ -8,10 +8,14 @@ where argparse would end the process.
 from __future__ import annotations
 
 import argparse
-import shlex
+import difflib
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from IPython.core.error import UsageError
+
+from swarm_notebook.notebook.typed import split
 
 DTYPES = ("float32", "bfloat16", "float16")
 COMPRESSIONS = ("float16", "int8")
@@ -86,11 +90,19 @@ class CommandLine:
             UsageError: the arguments are wrong; one line says how.
             HelpShown: help was asked for and printed.
         """
-        try:
-            words = shlex.split(line)
-        except ValueError as error:
-            self.top.error(f"{error}; put the text in double quotes")
-        return self.top.parse_args(words or ["help"])
+        if asked := re.fullmatch(r"\s*(\w*)\s*\?+\s*", line):
+            self.show_help(asked[1] if asked[1] in self.commands else None)
+            raise HelpShown
+        words: Sequence[str] = split(line) or ["help"]
+        if words[0] not in self.commands and not words[0].startswith("-"):
+            meant = _did_you_mean(words[0], self.commands)
+            self.top.error(f"{words[0]!r} is not a command{meant}")
+        arguments, unknown = self.top.parse_known_args(words)
+        if unknown:
+            parser = self.commands[arguments.command]
+            meant = _did_you_mean(unknown[0].replace("_", "-"), parser.values_by_option)
+            parser.error(f"unrecognized argument {unknown[0]}{meant}")
+        return arguments
 
     def show_help(self, command: str | None = None) -> None:
         """Print the help of one command, or of all."""
@@ -123,16 +135,25 @@ class CommandLine:
         connect.add_argument(
             "peers",
             nargs="*",
+            type=_address,
             metavar="ADDRESS",
             help="servers of the swarm, as /ip4/…/tcp/…/p2p/… (default: begin a swarm of two "
             "server processes on this machine)",
         )
-        connect.add_argument("--model", metavar="MODEL", help="Hub id, folder or GGUF file")
-        connect.add_argument("--dtype", choices=DTYPES, help="of the parts that run here")
+        connect.add_argument(
+            "--model",
+            metavar="MODEL",
+            help="Hub id, folder or GGUF file (default: the one that the swarm serves)",
+        )
+        connect.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            help="of the parts that run here (default: what the servers compute in)",
+        )
         connect.add_argument(
             "--compression",
             choices=COMPRESSIONS,
-            help="of hidden states on their way; shifts the results a little",
+            help="of hidden states on their way; shifts the results a little (default: none)",
         )
         connect.add_argument(
             "--own",
@@ -142,7 +163,7 @@ class CommandLine:
             help=f"bring these blocks home: {SOME_BLOCKS}",
         )
         connect.add_argument(
-            "--timeout", type=_seconds, metavar="S", help="give up after S seconds"
+            "--timeout", type=_seconds, metavar="S", help="give up after S seconds (default: 30)"
         )
         _add_output(connect, "the Swarm object")
 
@@ -200,14 +221,23 @@ class CommandLine:
             metavar="ADDRESS",
             help="servers of the swarm to join (default: the attached swarm, else a new one)",
         )
-        serve.add_argument("--dtype", choices=DTYPES, help="what to compute in")
-        serve.add_argument("--device", metavar="DEVICE", help="where, such as cuda")
+        serve.add_argument("--dtype", choices=DTYPES, help="compute in this (default: float32)")
+        serve.add_argument("--device", metavar="DEVICE", help="such as cuda (default: cpu)")
         serve.add_argument(
             "--bits", type=float, metavar="B", help="per weight, 2.5 to 16 (default: as they are)"
         )
-        serve.add_argument("--threads", type=_count, metavar="N", help="CPU threads to use")
-        serve.add_argument("--name", metavar="NAME", help="what others see in their status")
-        serve.add_argument("--listen", metavar="ADDRESS", help="where, such as /ip4/0.0.0.0/tcp/0")
+        serve.add_argument(
+            "--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)"
+        )
+        serve.add_argument(
+            "--name", metavar="NAME", help="what others see in their status (default: notebook)"
+        )
+        serve.add_argument(
+            "--listen",
+            metavar="ADDRESS",
+            help="such as /ip4/0.0.0.0/tcp/0, which others can reach (default: this machine alone "
+            "where all known servers are, else all interfaces)",
+        )
         _add_output(serve, "the ServePanel, instead of showing it,")
 
     def _plan(self) -> None:
@@ -266,12 +296,39 @@ class CommandLine:
         )
 
 
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def _add_sampling(parser: Arguments) -> None:
-    parser.add_argument("-n", "--max-new-tokens", type=_count, default=256, metavar="N")
-    parser.add_argument("--sample", action="store_true", help="sample instead of greedy")
-    parser.add_argument("--temperature", type=float, metavar="T", help="implies --sample")
-    parser.add_argument("--top-p", type=float, metavar="P", help="implies --sample")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")
+    parser.add_argument(
+        "-n",
+        "--max-new-tokens",
+        type=_count,
+        default=256,
+        metavar="N",
+        help="write at most so many tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sample", action="store_true", help="draw tokens (default: greedy, the most probable)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        metavar="T",
+        help="draw at this temperature; 0 is greedy (default: the model's own, else 1)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=_share,
+        metavar="P",
+        help="draw from the most probable tokens of this probability together (default: the "
+        "model's own, else 1)",
+    )
+    parser.add_argument(
+        "--seed", type=_seed, metavar="N", help="of the drawing (default: another each time)"
+    )
 
 
 def _add_output(parser: Arguments, what: str) -> None:
@@ -307,15 +364,48 @@ def _name(text: str) -> str:
 
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def _temperature(text: str) -> float:
+    value = _float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be 0 (greedy) or a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and at most 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be 0 or a positive integer")
+    return int(text)
+
+
+def _address(text: str) -> str:
+    """An address; what looks like a model is refused with the option that takes it."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+|(~|\.\.?)?/?[^/].*\.gguf", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is a model, not an address; did you mean --model {text}?"
+        )
+    return text
+
+
+def _float(text: str) -> float:
     try:
-        seconds = float(text)
+        return float(text)
     except ValueError:
-        seconds = 0.0
+        return float("nan")
+
+
+def _seconds(text: str) -> float:
+    seconds = _float(text)
     if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive number of seconds")
     return seconds

@@ -9,14 +9,17 @@ disconnected.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from IPython.core.completer import SimpleCompletion, context_matcher
 from IPython.core.error import UsageError
 
 from swarm_notebook.errors import SwarmError
 from swarm_notebook.notebook.arguments import CommandLine, HelpShown
+from swarm_notebook.notebook.typed import keep_lines, text_of
 from swarm_notebook.notebook.warmup import Warmup
 
 if TYPE_CHECKING:
@@ -51,20 +54,21 @@ class SwarmMagics:
         self._line, self._cell = CommandLine("%swarm"), CommandLine("%%swarm")
         self._warmup = Warmup()
         self._before: dict[str, Callable[..., Any] | None] = {}
+        self._matcher = self._make_matcher()
 
     def register(self) -> None:
         manager = self.shell.magics_manager
         for kind, function in (("line", self.line_magic), ("cell", self.cell_magic)):
             self._before[kind] = manager.magics[kind].get(NAME)
             manager.register_function(function, magic_kind=kind, magic_name=NAME)
-        self.shell.set_hook("complete_command", self._complete_line, str_key="%swarm")
-        self.shell.set_hook("complete_command", self._complete_cell, str_key="%%swarm")
+        self.shell.Completer.custom_matchers.append(self._matcher)
+        self.shell.input_transformers_cleanup.append(keep_lines)
         self._warmup.plan(self.shell)
 
     def unregister(self) -> None:
         self._warmup.cancel()
-        for key in ("%swarm", "%%swarm"):
-            self.shell.strdispatchers["complete_command"].strs.pop(key, None)
+        self.shell.Completer.custom_matchers.remove(self._matcher)
+        self.shell.input_transformers_cleanup.remove(keep_lines)
         for kind, before in self._before.items():
             table = self.shell.magics_manager.magics[kind]
             if before is None:
@@ -80,11 +84,22 @@ class SwarmMagics:
         """Let the swarm's model answer the cell's text: %%swarm generate."""
         return self._run(self._cell, line, cell)
 
-    def _complete_line(self, _shell: object, event: Any) -> list[str]:
-        return self._line.complete(event.text_until_cursor)
+    def _make_matcher(self) -> Callable[[Any], Any]:
+        """What Tab offers in our lines, instead of the names of Python."""
 
-    def _complete_cell(self, _shell: object, event: Any) -> list[str]:
-        return self._cell.complete(event.text_until_cursor)
+        @context_matcher(identifier="swarm_notebook")  # type: ignore[untyped-decorator]
+        def match(context: Any) -> dict[str, Any]:
+            line = context.line_with_cursor[: context.cursor_position]
+            found = re.match(r"\s*(?:[^\W\d][\w.]*\s*=\s*)?(%%?swarm\s.*)", line)
+            if found is None:
+                return {"completions": [], "suppress": False}
+            commands = self._cell if found[1].startswith("%%") else self._line
+            fragment = re.split(r"\s", found[1])[-1]
+            fitting = [word for word in commands.complete(found[1]) if word.startswith(fragment)]
+            completions = [SimpleCompletion(word, type="swarm") for word in fitting]
+            return {"completions": completions, "matched_fragment": fragment, "suppress": True}
+
+        return match
 
     def _run(self, commands: CommandLine, line: str, cell: str | None) -> Any:
         try:
@@ -94,9 +109,11 @@ class SwarmMagics:
         if arguments.command == "help":
             return commands.show_help(arguments.about)
         if arguments.command == "generate":
-            arguments.prompt = " ".join(arguments.prompt) if cell is None else cell.strip("\n")
+            arguments.prompt = text_of(arguments.prompt, line) if cell is None else cell.strip("\n")
             if not arguments.prompt and not arguments.widget:
                 commands.commands["generate"].error("the following arguments are required: TEXT")
+        if arguments.command == "lens":
+            arguments.text = text_of(arguments.text, line)
         try:
             return getattr(self, f"_{arguments.command}")(arguments)
         except SwarmError as error:
@@ -149,8 +166,7 @@ class SwarmMagics:
     def _lens(self, arguments: argparse.Namespace) -> Any:
         from swarm_notebook.widgets import LensWidget
 
-        text = " ".join(arguments.text)
-        lens = self._made(LensWidget, self._need(), text, token=arguments.token)
+        lens = self._made(LensWidget, self._need(), arguments.text, token=arguments.token)
         return self._store(arguments.output, lens)
 
     def _monitor(self, arguments: argparse.Namespace) -> Any:
@@ -271,6 +287,8 @@ class SwarmMagics:
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of transformers' ``generate`` that were asked for."""
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens}
+    if arguments.temperature == 0:
+        return options | {"do_sample": False}
     chosen = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     options |= {key: value for key, value in chosen.items() if value is not None}
     if arguments.sample or len(options) > 1:

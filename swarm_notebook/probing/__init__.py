@@ -8,31 +8,36 @@ model no extra round trip; what writes costs one, from the written block on.
     probe = linear_probe(states, labels)                                 # one classifier per block
     logit_lens(swarm, "The capital of France is")
     patch(swarm, clean, corrupted, metric)
-    with steer(swarm, 14, vector): swarm.model.generate(...)
+    vector = steering_vector(swarm, happy, sad, block=14)
+    with vector.steer(swarm, scale=4): swarm.model.generate(...)
 
 *Block k's state* means its output: the residual stream after block k.
 """
 
 from swarm_notebook.probing.lens import Lens, decode_states, logit_lens, token_ranks
-from swarm_notebook.probing.linear import LinearProbe, Probes, linear_probe, load_probes
+from swarm_notebook.probing.linear import Confusion, LinearProbe, Probes, linear_probe, load_probes
 from swarm_notebook.probing.patching import Patching, patch
 from swarm_notebook.probing.states import hidden_states
-from swarm_notebook.probing.steering import steer
+from swarm_notebook.probing.steering import SteeringVector, load_vector, steer, steering_vector
 from swarm_notebook.probing.view import HiddenStates, load_states
 
 __all__ = [
+    "Confusion",
     "HiddenStates",
     "Lens",
     "LinearProbe",
     "Patching",
     "Probes",
+    "SteeringVector",
     "decode_states",
     "hidden_states",
     "linear_probe",
     "load_probes",
     "load_states",
+    "load_vector",
     "logit_lens",
     "patch",
     "steer",
+    "steering_vector",
     "token_ranks",
 ]

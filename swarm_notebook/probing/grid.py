@@ -1,29 +1,48 @@
-"""A table of blocks by positions, as text and as HTML with colours that follow the theme.
+"""A table of cells by row and column, as text and as HTML with colours that follow the theme.
 
-The first row is the last block, as papers draw it: the text enters below and leaves on top. A
-cell's colour says how strong it is, from 0 (none) to 1; values beyond are cut.
+For a table of blocks the first row is the last block, as papers draw it: the text enters below and
+leaves on top. A cell's colour says how strong it is, from -1 to 1; values beyond are cut. One blue
+that grows darker tells strengths apart without any sense of colour, and what is below 0 is orange,
+which no form of colour blindness takes for blue. The legend says what the ends mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from swarm_notebook.report.formatting import text_table
 
+# Its classes are its own: several pictures and widgets stand on one page.
 _STYLE = """<style>
-.sn-grid { overflow-x: auto; color: var(--jp-ui-font-color1, inherit); }
-.sn-grid table { border-collapse: collapse; font: 12px var(--jp-code-font-family, monospace); }
-.sn-grid th, .sn-grid td {
-  padding: 2px 7px; text-align: center; white-space: pre; border: 0; color: inherit;
-  background: none; max-width: 12em; overflow: hidden; text-overflow: ellipsis;
+.sn-heat {
+  --snh-plus: #2b7bd6; --snh-minus: #d9730d;
+  overflow-x: auto; color: var(--jp-ui-font-color1, inherit);
+  font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif);
 }
-.sn-grid th { color: var(--jp-ui-font-color2, inherit); font-weight: 500; }
-.sn-grid td {
-  background: color-mix(
-    in srgb, var(--jp-brand-color1, #2196f3) calc(var(--sn-strength) * 70%), transparent);
+.sn-heat .snh-title { font-weight: 600; font-size: 14px; }
+.sn-heat table {
+  border-collapse: separate; border-spacing: 1px; margin: 4px 0; width: auto; table-layout: auto;
+  font: 12px/1.5 var(--jp-code-font-family, monospace);
 }
+.sn-heat th, .sn-heat td {
+  padding: 1px 7px; text-align: center; white-space: pre; border: 0; border-radius: 2px;
+  color: inherit; background: none; max-width: 12em; overflow: hidden; text-overflow: ellipsis;
+}
+.sn-heat th { color: var(--jp-ui-font-color2, inherit); font-weight: 500; }
+/* The notebook's own stripes would shine through and be taken for values. */
+.sn-heat tbody tr:nth-child(n), .sn-heat tbody tr:hover { background: none; }
+.sn-heat tbody td {
+  background: color-mix(in srgb, var(--snh-hue) calc(var(--snh-strength) * 62%), transparent);
+}
+.sn-heat .snh-legend {
+  display: flex; gap: 6px; align-items: center; font-size: 12px;
+  color: var(--jp-ui-font-color2, inherit);
+}
+.sn-heat .snh-scale { width: 7em; height: 10px; border-radius: 2px; background: linear-gradient(
+  to right, var(--snh-low), transparent var(--snh-zero),
+  color-mix(in srgb, var(--snh-plus) 62%, transparent)); }
 </style>"""
 
 
@@ -36,21 +55,59 @@ class Cell:
     hint: str = ""
 
 
-def as_html(title: str, head: Sequence[str], rows: Mapping[int, Sequence[Cell]]) -> str:
+@dataclass(frozen=True)
+class Legend:
+    """What the colours mean: the weakest, the strongest, and what is below 0 if there is such."""
+
+    low: str
+    high: str
+    below: str = ""
+
+    def html(self) -> str:
+        """A scale between its ends."""
+        minus = "color-mix(in srgb, var(--snh-minus) 62%, transparent)"
+        style = (
+            f"--snh-low:{minus};--snh-zero:50%"
+            if self.below
+            else ("--snh-low:transparent;--snh-zero:0%")
+        )
+        ends = (self.below, self.high) if self.below else (self.low, self.high)
+        middle = f"<span>(none: {escape(self.low)})</span>" if self.below else ""
+        return (
+            f'<div class="snh-legend"><span>{escape(ends[0])}</span>'
+            f'<span class="snh-scale" style="{style}"></span><span>{escape(ends[1])}</span>'
+            f"{middle}</div>"
+        )
+
+
+def as_html(
+    title: str,
+    head: Sequence[str],
+    rows: Iterable[tuple[object, Sequence[Cell]]],
+    *,
+    corner: str = "block",
+    legend: Legend | None = None,
+) -> str:
     """The grid as one fragment; all text is escaped."""
-    heads = "".join(f"<th>{escape(visible(word))}</th>" for word in head)
+    heads = "".join(f'<th scope="col">{escape(word)}</th>' for word in head)
     lines = "".join(
-        f"<tr><th>{block}</th>{''.join(_cell(cell) for cell in rows[block])}</tr>"
-        for block in sorted(rows, reverse=True)
+        f'<tr><th scope="row">{escape(str(name))}</th>{"".join(map(_cell, cells))}</tr>'
+        for name, cells in rows
     )
     return (
-        f'{_STYLE}<div class="sn-grid"><div>{escape(title)}</div>'
-        f"<table><thead><tr><th>block</th>{heads}</tr></thead><tbody>{lines}</tbody></table></div>"
+        f'{_STYLE}<div class="sn-heat"><div class="snh-title">{escape(title)}</div>'
+        f'<table><thead><tr><th scope="col">{escape(corner)}</th>{heads}</tr></thead>'
+        f"<tbody>{lines}</tbody></table>{legend.html() if legend else ''}</div>"
     )
+
+
+def by_block(rows: Mapping[int, Sequence[Cell]]) -> list[tuple[object, Sequence[Cell]]]:
+    """Rows in the order in which blocks are drawn."""
+    return [(block, rows[block]) for block in sorted(rows, reverse=True)]
 
 
 def as_text(title: str, head: Sequence[str], rows: Mapping[int, Sequence[str]]) -> str:
-    """The grid with aligned columns."""
+    """The grid of blocks with aligned columns."""
     lines = [
         [str(block), *(visible(text) for text in rows[block])]
         for block in sorted(rows, reverse=True)
@@ -64,6 +121,8 @@ def visible(word: str) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    strength = min(max(cell.strength, 0.0), 1.0)
+    strength = min(abs(cell.strength), 1.0)
+    hue = "minus" if cell.strength < 0 else "plus"
     hint = f' title="{escape(cell.hint)}"' if cell.hint else ""
-    return f'<td style="--sn-strength: {strength:.2f}"{hint}>{escape(visible(cell.text))}</td>'
+    style = f"--snh-strength:{strength:.2f};--snh-hue:var(--snh-{hue})"
+    return f'<td style="{style}"{hint}>{escape(cell.text)}</td>'

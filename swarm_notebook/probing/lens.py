@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swarm_notebook.probing.grid import Cell, as_html, as_text
+from swarm_notebook.model.home import Blocks
+from swarm_notebook.probing.grid import Cell, Legend, as_html, as_text, by_block, visible
 from swarm_notebook.probing.subject import Subject, Target, Text
 from swarm_notebook.progress import Waiting
 from swarm_notebook.report.formatting import model_title
@@ -72,16 +73,18 @@ class Lens:
     def _repr_html_(self) -> str:
         rows = {
             block: [
-                Cell(words[0], chance[0], _hint(words, chance))
+                Cell(visible(words[0]), chance[0], _hint(words, chance))
                 for words, chance in zip(row, chances.tolist(), strict=True)
             ]
             for block, row, chances in self._rows()
         }
-        return as_html(self._title, self.words, rows)
+        head = [visible(word) for word in self.words]
+        legend = Legend("0%", "100% probability of the token shown")
+        return as_html(self._title, head, by_block(rows), legend=legend)
 
     @property
     def _title(self) -> str:
-        return f"{self.model}: the next token, as each block would have it"
+        return f"{self.model}: next-token prediction per block"
 
     def _rows(self) -> Iterable[tuple[int, list[list[str]], torch.Tensor]]:
         return zip(self.blocks, self.predictions, self.probabilities, strict=True)
@@ -91,7 +94,7 @@ def logit_lens(
     target: Target,
     text: Text,
     *,
-    blocks: Iterable[int] | None = None,
+    blocks: Blocks | None = None,
     top: int = 5,
     last: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -101,7 +104,7 @@ def logit_lens(
     Args:
         target: a swarm or a model.
         text: one text, or its token ids.
-        blocks: None is all.
+        blocks: a block, a list, a range or a slice; None is all.
         top: how many tokens per cell are kept.
         last: decode this many tokens at the end of the text; None is all.
         tokenizer: for a model alone; a swarm has its own.

@@ -13,15 +13,23 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from swarm_notebook.probing.grid import Cell, as_html
+from swarm_notebook.model.home import Blocks, which
+from swarm_notebook.probing.grid import Cell, Legend, as_html
+from swarm_notebook.probing.states import hidden_states
+from swarm_notebook.probing.subject import Subject, Target
 from swarm_notebook.probing.view import HiddenStates
-from swarm_notebook.report.formatting import text_table
+from swarm_notebook.progress import Waiting
+from swarm_notebook.report.formatting import count, data_frame, text_table
+from swarm_notebook.report.plot import Line, LineChart
 from swarm_notebook.tuning.manifest import MANIFEST_FILE
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WEIGHTS_FILE = "probes.safetensors"
 REPORT_FILE = "probes.json"
@@ -39,6 +47,8 @@ class LinearProbe:
         bias: ``[classes]``.
         accuracy: mean over the folds of the cross-validation.
         spread: standard deviation over the folds.
+        confusion: how often each label (row) was given each label (column) by probes that had not
+            seen the text, ``[classes, classes]`` whole numbers.
     """
 
     block: int
@@ -47,6 +57,7 @@ class LinearProbe:
     bias: torch.Tensor
     accuracy: float
     spread: float
+    confusion: torch.Tensor
 
     def predict(self, states: torch.Tensor) -> list[Label]:
         """The label of each state ``[count, hidden]``."""
@@ -54,13 +65,68 @@ class LinearProbe:
         return [self.labels[best] for best in scores.argmax(-1).tolist()]
 
 
+@dataclass(frozen=True)
+class Confusion:
+    """How often each label was given each label.
+
+    Attributes:
+        block: whose probe.
+        labels: the classes.
+        counts: ``[classes, classes]``; a row is what a text is, a column what it was taken for.
+    """
+
+    block: int
+    labels: list[Label]
+    counts: torch.Tensor
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The counts, rows and columns named by the labels."""
+        import pandas as pd
+
+        return pd.DataFrame(self.counts.tolist(), index=self.labels, columns=self.labels)
+
+    def __repr__(self) -> str:
+        names = [str(label) for label in self.labels]
+        rows = [
+            [name, *map(str, row)] for name, row in zip(names, self.counts.tolist(), strict=True)
+        ]
+        return "\n".join([self._title, *text_table(["is \\ taken for", *names], rows)])
+
+    def _repr_html_(self) -> str:
+        shares = self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
+        rows = [
+            (
+                label,
+                [
+                    Cell(str(count), share, f"{100 * share:.0f}% of {label}")
+                    for count, share in zip(counts, row, strict=True)
+                ],
+            )
+            for label, counts, row in zip(
+                self.labels, self.counts.tolist(), shares.tolist(), strict=True
+            )
+        ]
+        return as_html(
+            self._title,
+            [str(label) for label in self.labels],
+            rows,
+            corner="is \\ taken for",
+            legend=Legend("0%", "100% of the row"),
+        )
+
+    @property
+    def _title(self) -> str:
+        return f"Confusion of the probe of block {self.block}, cross-validated"
+
+
 class Probes(Mapping[int, LinearProbe]):
     """One probe per block.
 
     Attributes:
-        chance: the accuracy of always saying the most frequent label.
+        chance: the accuracy of always saying the most frequent label: the majority baseline.
         count: how many texts they were fitted on.
         manifest: the record of the run that made the states, if a swarm did.
+        states: what they were fitted on, if that was collected from texts in this kernel.
     """
 
     def __init__(
@@ -69,9 +135,11 @@ class Probes(Mapping[int, LinearProbe]):
         chance: float,
         count: int,
         manifest: dict[str, Any] | None,
+        states: HiddenStates | None = None,
     ):
         self._probes = {probe.block: probe for probe in probes}
         self.chance, self.count, self.manifest = chance, count, manifest
+        self.states = states
 
     def __getitem__(self, block: int) -> LinearProbe:
         return self._probes[block]
@@ -95,19 +163,78 @@ class Probes(Mapping[int, LinearProbe]):
         return "\n".join([self._title, *text_table(["block", "accuracy", "+-"], rows)])
 
     def _repr_html_(self) -> str:
-        span = max(1 - self.chance, 1e-9)
-        rows = {
-            probe.block: [
-                Cell(f"{probe.accuracy:.3f}", (probe.accuracy - self.chance) / span),
-                Cell(f"±{probe.spread:.3f}", 0),
-            ]
+        return self.plot()._repr_html_()
+
+    def plot(self) -> LineChart:
+        """Accuracy by block with its spread over the folds, and the majority baseline."""
+        probes = sorted(self.values(), key=lambda probe: probe.block)
+        line = Line(
+            "accuracy",
+            [probe.block for probe in probes],
+            [probe.accuracy for probe in probes],
+            [probe.spread for probe in probes],
+        )
+        baseline = (f"majority baseline {self.chance:.2f}", self.chance)
+        title = f"Probe accuracy by block, {count(self.count, 'text')}"
+        return LineChart(title, "block", [line], [baseline])
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per block: accuracy, its spread, and how far it is above the baseline."""
+        rows = [
+            {
+                "block": probe.block,
+                "accuracy": probe.accuracy,
+                "spread": probe.spread,
+                "above_baseline": probe.accuracy - self.chance,
+            }
             for probe in self.values()
-        }
-        return as_html(self._title, ["accuracy", ""], rows)
+        ]
+        return data_frame(rows, ["block", "accuracy", "spread", "above_baseline"])
+
+    def predict(
+        self, texts: Sequence[str], *, block: int | None = None, target: Target | None = None
+    ) -> list[Label]:
+        """The label of each text.
+
+        Args:
+            texts: any number of them; their states are collected as those of the fit were.
+            block: whose probe; None is the best one's.
+            target: a swarm or a model; None takes the one that the states came from.
+
+        Raises:
+            ValueError: how the states were pooled is not known, or no model is: the probes were
+                read from disk, or fitted on matrices.
+        """
+        probe = self.best if block is None else self[block]
+        known = self.states
+        if known is None:
+            raise ValueError(
+                "these probes do not know how their states were collected; collect them with "
+                "hidden_states and use probes[block].predict(states[block])"
+            )
+        subject = Subject.of(target) if target is not None else known.subject
+        if subject is None:
+            raise ValueError("target: these states were read from a store; give the swarm or model")
+        collected = hidden_states(
+            subject.swarm or subject.model,
+            texts,
+            blocks=probe.block,
+            pool=known.key.pool,  # type: ignore[arg-type]
+            max_length=known.key.max_length,
+            tag=known.key.tag,
+            tokenizer=subject.tokenizer,
+        )
+        return probe.predict(collected[probe.block])
+
+    def confusion(self, block: int | None = None) -> Confusion:
+        """What was taken for what, by probes that had not seen the text; None is the best block."""
+        probe = self.best if block is None else self[block]
+        return Confusion(probe.block, probe.labels, probe.confusion)
 
     @property
     def _title(self) -> str:
-        return f"linear probes on {self.count} texts; the most frequent label has {self.chance:.2f}"
+        texts = count(self.count, "text")
+        return f"linear probes on {texts}; majority baseline {self.chance:.2f}"
 
     def save(self, folder: str | Path) -> Path:
         """Write the probes, their accuracies and the run's manifest into a folder."""
@@ -123,7 +250,12 @@ class Probes(Mapping[int, LinearProbe]):
             "chance": self.chance,
             "count": self.count,
             "blocks": {
-                block: {"labels": p.labels, "accuracy": p.accuracy, "spread": p.spread}
+                block: {
+                    "labels": p.labels,
+                    "accuracy": p.accuracy,
+                    "spread": p.spread,
+                    "confusion": p.confusion.tolist(),
+                }
                 for block, p in self.items()
             },
         }
@@ -146,6 +278,7 @@ def load_probes(folder: str | Path) -> Probes:
             tensors[f"{block}.bias"],
             known["accuracy"],
             known["spread"],
+            torch.tensor(known["confusion"]),
         )
         for block, known in report["blocks"].items()
     ]
@@ -158,7 +291,7 @@ def linear_probe(
     states: HiddenStates | Mapping[int, torch.Tensor],
     labels: Sequence[Label],
     *,
-    blocks: Iterable[int] | None = None,
+    blocks: Blocks | None = None,
     folds: int = 5,
     strength: float = 1.0,
     seed: int = 0,
@@ -168,7 +301,7 @@ def linear_probe(
     Args:
         states: pooled states, or a matrix ``[texts, hidden]`` per block.
         labels: one per text, in the same order.
-        blocks: None is all.
+        blocks: a block, a list, a range or a slice of those collected; None is all.
         folds: of the cross-validation; each keeps the shares of the labels.
         strength: scikit-learn's ``C``; less means simpler probes.
         seed: of the folds.
@@ -177,6 +310,10 @@ def linear_probe(
         ValueError: the number of labels differs from the number of texts, or a label is too rare.
         ModuleNotFoundError: scikit-learn is not installed.
     """
+    known = states.blocks if isinstance(states, HiddenStates) else list(states)
+    texts = len(states) if isinstance(states, HiddenStates) else len(states[known[0]])
+    if len(labels) != texts:
+        raise ValueError(f"labels: got {count(len(labels), 'label')} for {count(texts, 'text')}")
     names = sorted(set(labels))
     numbers = [names.index(label) for label in labels]
     rarest = min((numbers.count(number) for number in range(len(names))), default=0)
@@ -185,12 +322,14 @@ def linear_probe(
             f"labels: {len(names)} classes, the rarest with {rarest} texts; at least 2 classes "
             f"with {folds} texts each are needed (folds={folds})"
         )
-    known = states.blocks if isinstance(states, HiddenStates) else list(states)
+    chosen = known if blocks is None else which(blocks, max(known) + 1)
     fit = _Fit(numbers, names, folds, strength, seed)
-    probes = [fit.probe(block, states[block]) for block in (known if blocks is None else blocks)]
+    probes: list[LinearProbe] = []
+    with Waiting("Fitting probes", total=len(chosen), unit="blocks", count=lambda: len(probes)):
+        probes.extend(fit.probe(block, states[block]) for block in chosen)
     chance = max(numbers.count(number) for number in range(len(names))) / len(numbers)
-    manifest = states.manifest if isinstance(states, HiddenStates) else None
-    return Probes(probes, chance, len(numbers), manifest)
+    source = states if isinstance(states, HiddenStates) else None
+    return Probes(probes, chance, texts, source.manifest if source else None, source)
 
 
 @dataclass(frozen=True)
@@ -205,14 +344,20 @@ class _Fit:
 
     def probe(self, block: int, states: torch.Tensor) -> LinearProbe:
         linear, pipeline, preprocessing, selection = _sklearn()
-        if len(states) != len(self.numbers):
-            raise ValueError(f"labels: {len(self.numbers)} of them for {len(states)} texts")
         values = states.float().cpu().numpy()
         scaler = preprocessing.StandardScaler()
         classifier = linear.LogisticRegression(C=self.strength, max_iter=2000)
         model = pipeline.make_pipeline(scaler, classifier)
         split = selection.StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
-        scores = selection.cross_val_score(model, values, self.numbers, cv=split)
+        numbers = torch.tensor(self.numbers)
+        guesses, right = torch.empty_like(numbers), []
+        for seen, unseen in split.split(values, self.numbers):
+            model.fit(values[seen], numbers[seen])
+            guesses[unseen] = torch.from_numpy(model.predict(values[unseen]))
+            right.append((guesses[unseen] == numbers[unseen]).double().mean())
+        scores = torch.stack(right)
+        classes = len(self.names)
+        confusion = torch.bincount(numbers * classes + guesses, minlength=classes**2)
         model.fit(values, self.numbers)
         weight = torch.from_numpy(classifier.coef_ / scaler.scale_)
         bias = torch.from_numpy(classifier.intercept_) - weight @ torch.from_numpy(scaler.mean_)
@@ -225,7 +370,8 @@ class _Fit:
             weight.float(),
             bias.float(),
             float(scores.mean()),
-            float(scores.std()),
+            float(scores.std(correction=0)),
+            confusion.reshape(classes, classes),
         )
 
 

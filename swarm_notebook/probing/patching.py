@@ -5,6 +5,8 @@ one is run again and again, each time with the state of one block at one positio
 clean run, and a metric says how much of the clean behaviour came back: 0 as corrupted, 1 as clean.
 
 All positions of one block are the rows of one batch, so a remote model is asked twice per block.
+Before the first token that differs nothing can be restored: in a causal model both runs have the
+same states there, and these positions are left out unless they are asked for.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from swarm_notebook.probing.grid import Cell, as_html, as_text
+from swarm_notebook.model.home import Blocks
+from swarm_notebook.probing.grid import Cell, Legend, as_html, as_text, by_block, visible
 from swarm_notebook.probing.subject import Subject, Target, Text
-from swarm_notebook.report.formatting import model_title
+from swarm_notebook.progress import Waiting
+from swarm_notebook.report.formatting import data_frame, model_title
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
 Metric: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
@@ -58,14 +63,36 @@ class Patching:
 
     def _repr_html_(self) -> str:
         rows = {
-            block: [Cell(f"{value:.2f}", value) for value in row]
+            block: [
+                # Cells in which nothing happens stay empty: what does is seen at once.
+                Cell(f"{value:.2f}" if abs(value) >= 0.05 else "", value, f"{word!r} {value:.4f}")
+                for word, value in zip(self.words, row, strict=True)
+            ]
             for block, row in zip(self.blocks, self.restored.tolist(), strict=True)
         }
-        return as_html(self._title, self.words, rows)
+        head = [visible(word) for word in self.words]
+        legend = Legend("0, as corrupted", "1, as clean", "-1, away from clean")
+        return as_html(self._title, head, by_block(rows), legend=legend)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per block and position: the token, the metric, and how much was restored."""
+        restored = self.restored
+        rows = [
+            {
+                "block": block,
+                "position": position,
+                "token": self.words[at],
+                "score": float(self.scores[row, at]),
+                "restored": float(restored[row, at]),
+            }
+            for row, block in enumerate(self.blocks)
+            for at, position in enumerate(self.positions)
+        ]
+        return data_frame(rows, ["block", "position", "token", "score", "restored"])
 
     @property
     def _title(self) -> str:
-        return f"{self.model}: how much of the clean run a patch restores"
+        return f"{self.model}: share of the clean run restored by each patch"
 
 
 def patch(
@@ -74,7 +101,7 @@ def patch(
     corrupted: Text,
     metric: Metric,
     *,
-    blocks: Iterable[int] | None = None,
+    blocks: Blocks | None = None,
     positions: Iterable[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Patching:
@@ -86,8 +113,8 @@ def patch(
         corrupted: another one of as many tokens.
         metric: gets the logits of the last position, ``[rows, vocabulary]``, and returns a number
             for each row, such as the difference of two tokens' logits.
-        blocks: None is all.
-        positions: None is all; negative ones count from the end.
+        blocks: a block, a list, a range or a slice; None is all.
+        positions: None is all from the first token that differs; negative ones count from the end.
         tokenizer: for a model alone; a swarm has its own.
 
     Raises:
@@ -109,10 +136,11 @@ def patch(
             )
         rows = bad.expand(len(places), -1)
         from_end = [place - len(bad) for place in places]
-        scores = []
-        for block in chosen:
-            with subject.editing(block, _restoring(states[block], from_end)):
-                scores.append(_score(subject, rows, metric))
+        scores: list[list[float]] = []
+        with Waiting("Patching", total=len(chosen), unit="blocks", count=lambda: len(scores)):
+            for block in chosen:
+                with subject.editing(block, _restoring(states[block], from_end)):
+                    scores.append(_score(subject, rows, metric))
     return Patching(
         model_title(subject.name),
         subject.words(bad[places]),
@@ -133,7 +161,10 @@ def _places(
             f"clean has {len(clean)} tokens {subject.words(clean)}, corrupted has {length} "
             f"{subject.words(corrupted)}; patching needs texts of equal length"
         )
-    places = list(range(length) if positions is None else positions)
+    if positions is None:
+        differ = (clean != corrupted).nonzero().flatten().tolist()
+        positions = range(differ[0] if differ else 0, length)
+    places = list(positions)
     for place in places:
         if not -length <= place < length:
             raise ValueError(f"positions: {place} is outside of a text of {length} tokens")

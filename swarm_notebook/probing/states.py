@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
+from swarm_notebook.model.home import Blocks
 from swarm_notebook.probing.identity import hooked, sample
 from swarm_notebook.probing.store import Key, Shards, digest, folder_for
 from swarm_notebook.probing.subject import Subject, Target
@@ -43,7 +44,7 @@ def hidden_states(
     target: Target,
     texts: Iterable[str | Sequence[int]],
     *,
-    blocks: Iterable[int] | None = None,
+    blocks: Blocks | None = None,
     batch_size: int = 16,
     store: str | os.PathLike[str] | None = None,
     pool: Pool | None = None,
@@ -53,12 +54,13 @@ def hidden_states(
     shard_texts: int = SHARD_TEXTS,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> HiddenStates:
-    """Collect what the blocks of a model make of texts.
+    """Collect hidden states for texts.
 
     Args:
         target: a swarm or a model.
         texts: any number of them, or their token ids; taken one after another.
-        blocks: whose output; None is all, negative numbers count from the end.
+        blocks: whose output: a block, a list, a range or a slice; None is all, negative numbers
+            count from the end.
         batch_size: texts per pass.
         store: a folder to keep the states in and to resume from; None keeps them in memory. A
             model whose states have changed (other weights, steering, deep prompts, …) gets a
@@ -110,7 +112,7 @@ def hidden_states(
             )
     work = _Work(subject, shards, chosen, batch_size, pool, dtype, max_length, shard_texts)
     order = work.through(texts)
-    return HiddenStates(shards, order, chosen)
+    return HiddenStates(shards, order, chosen, subject)
 
 
 @dataclass

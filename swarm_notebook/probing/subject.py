@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from swarm_notebook.checkpoint.anatomy import find_trunk
-from swarm_notebook.errors import BlocksOutOfRange
+from swarm_notebook.model.home import Blocks, which
 from swarm_notebook.swarm import Swarm
 
 if TYPE_CHECKING:
@@ -70,22 +70,15 @@ class Subject:
         announced = {row.precision for row in rows if row.precision}
         return "+".join(sorted(announced)) or str(self.model.dtype).removeprefix("torch.")
 
-    def chosen(self, blocks: Iterable[int] | None) -> list[int]:
+    def chosen(self, blocks: Blocks | None) -> list[int]:
         """Block numbers in order, without doubles; None is all, negative ones count from the end.
 
         Raises:
             BlocksOutOfRange: the model does not have a block.
+            TypeError: it is no block, slice, range or list of blocks.
         """
         total = len(self.blocks)
-        if blocks is None:
-            return list(range(total))
-        wanted = list(blocks)
-        for block in wanted:
-            if not -total <= block < total:
-                raise BlocksOutOfRange(
-                    f"blocks: {block} is not in the model, which has blocks 0:{total}"
-                )
-        return sorted({block % total for block in wanted})
+        return list(range(total)) if blocks is None else which(blocks, total)
 
     def ids(self, text: Text) -> torch.Tensor:
         """The token ids of one text, ``[tokens]``; ids pass through.
@@ -102,7 +95,11 @@ class Subject:
         ids = torch.as_tensor(text, dtype=torch.long).cpu()
         ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
         if ids.dim() != 1 or not len(ids):
-            raise ValueError(f"one text with tokens is needed, not ids of shape {list(ids.shape)}")
+            raise ValueError(
+                "the text is empty"
+                if ids.dim() == 1
+                else f"one text is needed, not ids of shape {list(ids.shape)}"
+            )
         return ids
 
     def words(self, ids: Iterable[int]) -> list[str]:

@@ -6,13 +6,16 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swarm_notebook.client.servers.routing import block_slices
+from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.probing.store import INDEX_FILE, Key, ShardFolder, Shards, digest
-from swarm_notebook.report.formatting import model_title
+from swarm_notebook.report.formatting import count, model_title
+
+if TYPE_CHECKING:
+    from swarm_notebook.probing.subject import Subject
 
 
 class HiddenStates:
@@ -25,11 +28,18 @@ class HiddenStates:
         blocks: what was read.
         key: the model, the dtype and what else they depend on.
         manifest: the record of the run, if they came from a swarm.
+        subject: the model that they were collected from, unless they were read back from a store.
     """
 
-    def __init__(self, shards: Shards, texts: Sequence[bytes], blocks: Sequence[int]):
+    def __init__(
+        self,
+        shards: Shards,
+        texts: Sequence[bytes],
+        blocks: Sequence[int],
+        subject: Subject | None = None,
+    ):
         self._shards, self._texts, self.blocks = shards, texts, list(blocks)
-        self.key, self.manifest = shards.key, shards.manifest
+        self.key, self.manifest, self.subject = shards.key, shards.manifest, subject
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -37,8 +47,8 @@ class HiddenStates:
     def __repr__(self) -> str:
         kept = f"{self.key.pool} of tokens" if self.key.pool == "mean" else f"{self.key.pool} token"
         return (
-            f"<HiddenStates of {model_title(self.key.model)}: {len(self)} texts, "
-            f"blocks {block_slices(self.blocks)}, {kept if self.key.pool else 'all tokens'}, "
+            f"<HiddenStates of {model_title(self.key.model)}: {count(len(self), 'text')}, "
+            f"{describe_blocks(self.blocks)}, {kept if self.key.pool else 'all tokens'}, "
             f"{self.key.dtype}>"
         )
 
@@ -65,8 +75,8 @@ class HiddenStates:
         place = self._shards.place(self._texts[index], block)
         if place is None:
             raise LookupError(
-                f"block {block} of text {index} is not here; there are blocks "
-                f"{block_slices(self.blocks)}"
+                f"block {block} of text {index} was not collected; there is "
+                f"{describe_blocks(self.blocks)}"
             )
         shard, first, rows = place
         if id(shard) not in loaded:

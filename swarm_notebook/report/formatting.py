@@ -36,6 +36,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
 
 
+def count(amount: int, unit: str) -> str:
+    """A counted thing: ``1 text``, ``2 texts``."""
+    return f"{amount:,} {unit}{'' if amount == 1 else 's'}"
+
+
 def duration(seconds: float | None) -> str:
     """A duration for people: ``1.2 ms``, ``0.5 s``, ``10 min``."""
     if seconds is None:

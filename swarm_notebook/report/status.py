@@ -19,7 +19,7 @@ from functools import cached_property
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.client.servers.routing import block_slices
+from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.net.records import ServerSpan, ServerState
 from swarm_notebook.net.tensors import COMPRESSIONS
 from swarm_notebook.report.formatting import (
@@ -151,11 +151,11 @@ class SwarmStatus:
         count = sum(row.state == "online" for row in self.servers)
         servers = f"{count} server{'' if count == 1 else 's'} online"
         if self.missing:
-            return f"{servers}, MISSING blocks {block_slices(self.missing)}: nobody serves them"
+            return f"{servers}, MISSING {describe_blocks(self.missing)}: no server"
         packed = f", hidden states travel as {self.compression}" if self.compression else ""
         if self.home:
-            blocks = block_slices(self.home)
-            return f"{servers}, blocks {blocks} in {HERE}, the others served{packed}"
+            blocks = describe_blocks(self.home)
+            return f"{servers}, {blocks} in {HERE}, the others served{packed}"
         return f"{servers}, all {self.num_blocks} blocks served{packed}"
 
     def to_pandas(self) -> pd.DataFrame:

@@ -14,12 +14,12 @@ The numbers travel as bytes, row by row (last block last), in the machine order 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import traitlets
 
+from swarm_notebook.model.home import Blocks
 from swarm_notebook.probing.grid import visible
 from swarm_notebook.probing.lens import Lens, logit_lens, token_ranks
 from swarm_notebook.probing.subject import Subject, Target, Text
@@ -73,7 +73,7 @@ class LensWidget(Widget, module="lens"):
         target: Target,
         text: Text,
         *,
-        blocks: Iterable[int] | None = None,
+        blocks: Blocks | None = None,
         token: str | int | None = None,
         last: int = LAST,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -190,7 +190,7 @@ def _one_token(subject: Subject, token: str | int) -> int:
         if len(ids) == 1:
             return int(ids[0])
     parts = " ".join(visible(part) for part in subject.words(exact[:10]))
-    raise ValueError(f"token: {token!r} is {len(exact)} tokens ({parts}); a rank is of one")
+    raise ValueError(f"token: ranking needs a single token; {token!r} is {len(exact)} ({parts})")
 
 
 def _bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:

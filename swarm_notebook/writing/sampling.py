@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ class Sampling:
     Attributes:
         do_sample: draw the next token instead of taking the most probable one. The next three
             count only then.
-        temperature: above 0; 1 leaves the model's distribution as it is.
+        temperature: 0 or more; 1 leaves the model's distribution as it is, 0 is greedy.
         top_p: draw from the most probable tokens that together have this probability; 1 is all.
         top_k: draw from so many tokens; 0 is all.
         max_new_tokens: how many to write at most.
@@ -37,13 +38,14 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, self.temperature > 0, "a number above 0")
+        warm = 0 <= self.temperature < math.inf
+        _check("temperature", self.temperature, warm, "0 (greedy) or a positive number")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or a positive integer")
         whole = 1 <= self.max_new_tokens <= MOST_TOKENS
-        _check("max_new_tokens", self.max_new_tokens, whole, f"1 to {MOST_TOKENS:,}")
+        _check("max_new_tokens", self.max_new_tokens, whole, f"from 1 to {MOST_TOKENS:,}")
         seed = self.seed is None or 0 <= self.seed < 1 << 63
-        _check("seed", self.seed, seed, "None, or a whole number from 0 on")
+        _check("seed", self.seed, seed, "None, 0 or a positive integer")
 
     @classmethod
     def of(cls, model: Any, **chosen: Any) -> Sampling:
@@ -62,7 +64,8 @@ class Sampling:
         """For ``generate``; the seed is not among them, see `OwnRandomness`."""
         options = asdict(self)
         del options["seed"]
-        if not self.do_sample:
+        if not self.do_sample or self.temperature == 0:
+            options["do_sample"] = False
             options = {key: options[key] for key in ("do_sample", "max_new_tokens")}
         return options
 
@@ -94,4 +97,4 @@ class OwnRandomness(TorchFunctionMode):
 
 def _check(name: str, value: object, holds: bool, wanted: str) -> None:
     if not holds:
-        raise ValueError(f"{name}: {value!r} is not {wanted}")
+        raise ValueError(f"{name} must be {wanted}, not {value!r}")

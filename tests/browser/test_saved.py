@@ -116,7 +116,7 @@ def test_nbconvert_shows_the_pictures_of_all(
     page = converted(browser, notebook, tmp_path / "pictures.html")
     expect(page.get_by_text("finished at step 3").last).to_be_visible()
     expect(page.locator(".sn-curves polyline").last).to_be_visible()
-    expect(page.locator(".sn-grid td").last).to_be_visible()
+    expect(page.locator(".sn-heat td").last).to_be_visible()
     expect(page.locator(".sn-view").last).to_contain_text("local-0")
     page.context.close()
 

@@ -218,14 +218,14 @@ def uncovered(spans: Sequence[ServerSpan], start: int, end: int) -> list[int]:
 
 
 def block_slices(blocks: Iterable[int]) -> str:
-    """Block numbers as slices: ``0:15, 20:22``."""
+    """Block numbers, runs of them as slices: ``0:15, 20, 22``."""
     runs: list[list[int]] = []
     for block in sorted(blocks):
         if runs and runs[-1][1] == block:
             runs[-1][1] = block + 1
         else:
             runs.append([block, block + 1])
-    return ", ".join(f"{first}:{last}" for first, last in runs)
+    return ", ".join(f"{first}" if last == first + 1 else f"{first}:{last}" for first, last in runs)
 
 
 def describe_blocks(blocks: Sequence[int]) -> str:

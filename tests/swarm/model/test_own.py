@@ -162,7 +162,7 @@ def test_it_needs_no_server(folder: Path) -> None:
         status, route = swarm.status(), swarm.route()
         assert status.home == (2,)
         assert not status.missing
-        assert "2 servers online, blocks 2:3 in this notebook, the others served" in repr(status)
+        assert "2 servers online, block 2 in this notebook, the others served" in repr(status)
         assert [hop.blocks for hop in route.hops] == ["0:2", "2:3", "3:5"]
         assert "-> this notebook [2:3] ->" in repr(route)
         assert swarm.preview(prompt_tokens=5, max_new_tokens=3).requests == 6

@@ -96,14 +96,28 @@ def test_linear_probe(pair: Pair, tmp_path: Path) -> None:
     assert probes[0].accuracy > 0.9
     assert probes.best.accuracy == max(probe.accuracy for probe in probes.values())
     assert probes[0].predict(states[0]) == kinds
+    assert probes.predict(texts[:5], block=0) == kinds[:5]
+    found = probes.confusion(0)
+    assert found.counts.sum(1).tolist() == [20, 20, 20]
+    assert found.counts.diagonal().sum() / 60 == pytest.approx(probes[0].accuracy)
+    assert found.to_pandas().loc["x", "x"] == found.counts[0, 0]
+    assert "taken for" in repr(found)
+    assert list(probes.to_pandas()["accuracy"]) == [probes[0].accuracy, probes[2].accuracy]
+    picture = probes.plot().save(tmp_path / "accuracy.svg").read_text()
+    assert "majority baseline 0.33" in picture
+    assert picture.count("<circle") == 2
     noise = [kinds[n] for n in torch.randperm(60, generator=torch.Generator().manual_seed(0))]
     assert probing.linear_probe(states, noise, blocks=[2])[2].accuracy < 0.6
     again = probing.load_probes(probes.save(tmp_path))
     assert repr(again) == repr(probes)
+    assert torch.equal(again.confusion(0).counts, found.counts)
+    with pytest.raises(ValueError, match="do not know how their states were collected"):
+        again.predict(texts)
     assert again[2].predict(states[2]) == probes[2].predict(states[2])
     assert json.loads((tmp_path / MANIFEST_FILE).read_text())["model"] == pair.swarm.name
     assert "0.33" in repr(probes)
-    assert "<table>" in probes._repr_html_()
+    assert "<svg" in probes._repr_html_()
+    assert "<table>" in found._repr_html_()
 
 
 def test_a_probe_of_two_classes_predicts_as_scikit_learn_does() -> None:
@@ -136,6 +150,11 @@ def test_patch(pair: Pair) -> None:
     assert remote.restored[-1].tolist() == pytest.approx([0, 0, 1], abs=1e-3)
     assert repr(remote).splitlines()[1].split() == ["block", "c", "a", "n"]
     assert "<table>" in remote._repr_html_()
+    # Without positions, from the first token that differs.
+    whole = probing.patch(pair.swarm, clean, corrupted, metric, blocks=2)
+    assert (whole.blocks, whole.positions) == ([2], [7, 8, 9, 10, 11])
+    assert list(whole.to_pandas()["position"]) == whole.positions
+    same(whole.scores[0, [0, 3, 4]], remote.scores[2])
     # One of them by hand.
     ids = [pair.tokenizer(text, return_tensors="pt").input_ids for text in (clean, corrupted)]
     with torch.no_grad():
@@ -164,6 +183,23 @@ def test_steer(pair: Pair) -> None:
         assert model.generate(ids, **options).tolist() == plain
         told.append(steered)
     assert told[0] == told[1]
+
+
+def test_a_steering_vector_from_contrast_pairs(pair: Pair, tmp_path: Path) -> None:
+    texts = ["so good", "fine", "so bad", "poor"]
+    made = probing.steering_vector(pair.swarm, texts[:2], texts[2:], block=-3)
+    states = probing.hidden_states(pair.swarm, texts, blocks=2, pool="last")[2]
+    same(made.vector, states[:2].mean(0) - states[2:].mean(0))
+    again = probing.load_vector(made.save(tmp_path / "good.safetensors"))
+    assert (again.block, again.model, repr(again)) == (2, pair.swarm.name, repr(made))
+    ids = pair.tokenizer("once", return_tensors="pt").input_ids
+    with torch.no_grad():
+        with again.steer(pair.swarm, 3):
+            ours = pair.swarm.model(ids).logits
+        with probing.steer(pair.local, 2, made.vector, scale=3):
+            same(ours, pair.local(ids).logits)
+    with pytest.raises(ValueError, match="at least one text"):
+        probing.steering_vector(pair.swarm, [], texts, block=2)
 
 
 def test_a_steering_vector_can_be_trained(pair: Pair) -> None:
@@ -217,5 +253,11 @@ def test_bad_arguments(pair: Pair) -> None:
         pass
     with pytest.raises(ValueError, match=r"clean has 2 tokens.*corrupted has 3"):
         probing.patch(swarm, "ab", "abc", lambda logits: logits[:, 0])
+    states = probing.hidden_states(swarm, ["one"], blocks=2, pool="last")
+    assert "1 text, block 2," in repr(states)
+    with pytest.raises(ValueError, match="the text is empty"):
+        probing.hidden_states(swarm, [""])
+    with pytest.raises(ValueError, match="got 2 labels for 1 text"):
+        probing.linear_probe(states, ["x", "y"])
     with pytest.raises(ValueError, match="rarest"):
         probing.linear_probe({0: torch.zeros(3, 4)}, ["x", "y", "y"])

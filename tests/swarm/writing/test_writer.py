@@ -296,7 +296,7 @@ def test_an_error_is_kept_with_the_text(tiny_scene: Scene, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": 0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}, {"seed": -3}],
+    [{"temperature": -1}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}, {"seed": -3}],
 )
 def test_wrong_sampling_names_the_argument(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -42,7 +42,7 @@ def torn() -> SwarmStatus:
 def test_coverage_counts_only_servers_that_answer(torn: SwarmStatus) -> None:
     assert torn.servers_per_block == [1, 1, 1, 1, 2, 2, 1, 1, 0, 0]
     assert torn.missing == [8, 9]
-    assert torn.headline == "2 servers online, MISSING blocks 8:10: nobody serves them"
+    assert torn.headline == "2 servers online, MISSING blocks 8:10: no server"
 
 
 def test_a_server_that_claims_too_much_breaks_nothing() -> None:
@@ -53,7 +53,7 @@ def test_a_server_that_claims_too_much_breaks_nothing() -> None:
 
 def test_plain_text_has_nothing_that_varies_between_runs(torn: SwarmStatus) -> None:
     assert repr(torn).splitlines() == [
-        "tiny: 2 servers online, MISSING blocks 8:10: nobody serves them",
+        "tiny: 2 servers online, MISSING blocks 8:10: no server",
         "  server         blocks  state    dtype",
         "  left           0:6     online   float32",
         "  <b>right</b>?  4:8     online   bfloat16 (nf4)",
@@ -91,7 +91,7 @@ def test_data_frames(torn: SwarmStatus) -> None:
 
 def test_a_model_read_from_a_folder_goes_by_the_folders_name() -> None:
     status = SwarmStatus("/home/somebody/models/tiny", 1, ())
-    assert repr(status).startswith("tiny: 0 servers online, MISSING blocks 0:1")
+    assert repr(status).startswith("tiny: 0 servers online, MISSING block 0")
     assert "somebody" not in status._repr_mimebundle_()["text/html"]
     assert SwarmStatus("org/tiny", 1, ()).title == "org/tiny"
 
