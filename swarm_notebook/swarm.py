@@ -284,7 +284,7 @@ class Swarm:
 
 
 def connect(
-    initial_peers: Sequence[str] | str | None = None,
+    initial_peers: Sequence[str] | str | LocalSwarm | None = None,
     *,
     model: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
@@ -296,8 +296,8 @@ def connect(
     """Attach to a swarm and build the remote model.
 
     Args:
-        initial_peers: multiaddrs of one or more peers. None starts an embedded swarm: two server
-            processes on this machine.
+        initial_peers: multiaddrs of one or more peers, or a `LocalSwarm`. None starts an embedded
+            swarm: two server processes on this machine.
         model: a Hub id, a folder or a GGUF file, as the servers were given it; its embeddings,
             norm and head are loaded here. None takes the demo model for an embedded swarm, else
             the one model that the swarm serves.
@@ -329,7 +329,12 @@ def connect(
             local = LocalSwarm(model)
             initial_peers = local.initial_peers
             model = local.model
+        if isinstance(initial_peers, LocalSwarm):
+            model = initial_peers.model if model is None else model
+            initial_peers = initial_peers.initial_peers
         peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
+        if model is None:
+            model = LocalSwarm.model_at(peers)  # its folder or file, which no record tells
         with Waiting("Joining the swarm") as waiting:
             source = resolve(model if model is not None else only_model(peers))
             config = source.config()

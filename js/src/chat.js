@@ -51,7 +51,7 @@ function build({ model, root }) {
     h("header", {}, h("span", { class: "sn-role" }, NAMES.assistant)),
     live,
   );
-  const empty = h("p", { class: "sn-dim" }, "Nothing was said yet.");
+  const empty = h("p", { class: "sn-dim" }, "No messages yet.");
 
   /** @param {{ turn: Turn, at: number, edited: boolean }} item */
   function article({ turn, at, edited }) {

@@ -4,20 +4,20 @@ import { act, duration, fill, follow, h, number, setText } from "./dom.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 
-// Name, step and bounds of the numbers; as transformers has them.
-const NUMBERS = /** @type {Array<[string, string, string, string]>} */ ([
-  ["temperature", "0.1", "0", ""],
-  ["top_p", "0.05", "0", "1"],
-  ["top_k", "1", "0", ""],
-  ["max_new_tokens", "1", "1", ""],
-  ["seed", "1", "0", ""],
+// Name, step and bounds of the numbers, as transformers has them; and what a refused one must be.
+const NUMBERS = /** @type {Array<[string, string, string, string, string]>} */ ([
+  ["temperature", "0.1", "0", "", "0 (greedy) or a positive number"],
+  ["top_p", "0.05", "0.000001", "1", "above 0 and at most 1"],
+  ["top_k", "1", "0", "", "0 (all tokens) or a positive integer"],
+  ["max_new_tokens", "1", "1", "", "a positive integer"],
+  ["seed", "1", "0", "", "empty, 0 or a positive integer"],
 ]);
 const ONLY_SAMPLING = ["temperature", "top_p", "top_k", "seed"];
 
 const STATES = /** @type {Record<string, string>} */ ({
-  reading: "reading the prompt",
-  writing: "writing",
-  stopping: "stopping after this token; Stop again stops at once",
+  reading: "Processing prompt…",
+  writing: "Generating…",
+  stopping: "Stopping after this token; press Stop again to stop at once",
 });
 
 /**
@@ -89,7 +89,13 @@ export function samplingControls(model) {
   });
   /** @type {Record<string, HTMLInputElement>} */
   const inputs = {};
-  for (const [name, step, min, max] of NUMBERS) {
+  const refused = h("span", { class: "sn-refused", role: "alert", "data-testid": "refused" });
+  /** @param {HTMLInputElement} input */
+  const refuse = (input, message = "") => {
+    input.setAttribute("aria-invalid", String(Boolean(message)));
+    setText(refused, message);
+  };
+  for (const [name, step, min, max, wanted] of NUMBERS) {
     const input = h("input", {
       type: "number",
       step,
@@ -98,9 +104,10 @@ export function samplingControls(model) {
       placeholder: name === "seed" ? "any" : null,
       "data-testid": name,
       onchange: () => {
-        if (input.value === "" && name === "seed") set(model, name, null);
-        else if (fits(input, step === "1")) set(model, name, Number(input.value));
-        else input.value = String(model.get(name) ?? "");
+        const empty = input.value === "" && !input.validity.badInput && name === "seed";
+        if (!empty && !fits(input, step === "1")) return refuse(input, `${name} must be ${wanted}`);
+        refuse(input);
+        set(model, name, empty ? null : Number(input.value));
       },
     });
     ownKeys(input);
@@ -111,12 +118,13 @@ export function samplingControls(model) {
     { class: "sn-controls", role: "group", "aria-label": "Sampling" },
     h("label", {}, sample, "do_sample"),
     ...NUMBERS.map(([name]) => h("label", {}, name, inputs[name])),
+    refused,
   );
   const end = follow(model, ["do_sample", ...NUMBERS.map(([name]) => name)], () => {
     sample.checked = model.get("do_sample");
     for (const [name, input] of Object.entries(inputs)) {
       const text = String(model.get(name) ?? "");
-      if (input.value !== text) input.value = text;
+      if (input.value !== text && input.getAttribute("aria-invalid") !== "true") input.value = text;
       input.disabled = ONLY_SAMPLING.includes(name) && !sample.checked;
     }
   });
@@ -141,7 +149,7 @@ function sentence(stats) {
   const parts = [`${number(stats.tokens)} token${stats.tokens === 1 ? "" : "s"}`];
   parts.push(`first after ${duration(stats.first)}`);
   if (stats.rate) parts.push(`${number(stats.rate)} tokens/s`);
-  parts.push(`${number(stats.computed)} of the prompt read`);
+  parts.push(`${number(stats.computed)} prompt tokens processed`);
   if (stats.lost) parts.push(`${stats.lost} server${stats.lost === 1 ? "" : "s"} lost and replaced`);
   return parts.join(" · ");
 }
@@ -192,7 +200,7 @@ export function runFacts(model) {
     follow(model, ["state", "note", "progress"], () => {
       const [read, total] = model.get("progress");
       const working = STATES[model.get("state")] ?? model.get("note");
-      setText(status, total ? `${working}: ${number(read)} of ${number(total)} tokens` : working);
+      setText(status, total ? `${working.replace(/…$/, "")}: ${number(read)} of ${number(total)} tokens` : working);
       status.className = isRunning(model) ? "sn-busy" : "";
     }),
     follow(model, ["stats"], () => {

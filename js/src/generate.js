@@ -54,9 +54,9 @@ function build({ model, root }) {
   const legend = h(
     "span",
     { class: "sn-legend sn-dim", "aria-hidden": "true" },
-    "sure",
+    "confident",
     h("span", { class: "sn-scale" }),
-    "unsure",
+    "uncertain",
   );
   fill(
     root,

@@ -1,5 +1,6 @@
 // The logit lens: a grid of blocks by tokens, coloured by probability, entropy or a token's rank.
-// A long text is shown a page of tokens at a time, so that the page's elements stay few.
+// A long text is shown a page of tokens at a time, so that the page's elements stay few; pages are
+// counted from its end, where the predictions are that one mostly looks for.
 
 import { act, fill, follow, h, keepItems, setText, widget } from "./dom.js";
 
@@ -154,7 +155,8 @@ function build({ model, root }) {
   /** @param {number} to */
   function turn(to) {
     page = Math.max(0, Math.min(to, pages - 1));
-    const [from, until] = [page * PAGE, Math.min((page + 1) * PAGE, words.length)];
+    const until = words.length - (pages - 1 - page) * PAGE;
+    const from = Math.max(0, until - PAGE);
     setText(range, `tokens ${first + from + 1}–${first + until} of ${first + words.length}`);
     earlier.disabled = page === 0;
     later.disabled = page === pages - 1;
@@ -300,7 +302,8 @@ function build({ model, root }) {
       Math.max(0, Math.min(up, blocks.length - 1)),
       Math.max(0, Math.min(right, words.length - 1)),
     ];
-    if (Math.floor(newAt / PAGE) !== page) turn(Math.floor(newAt / PAGE));
+    const newPage = pages - 1 - Math.floor((words.length - 1 - newAt) / PAGE);
+    if (newPage !== page) turn(newPage);
     focus(newRow * words.length + newAt);
     return true;
   }

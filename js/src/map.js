@@ -152,7 +152,7 @@ function details(model, facts) {
         : `${number(facts.cacheLeft)} of ${number(facts.cacheTotal)} tokens free`,
     ],
     ["version", facts.version ?? "not announced"],
-    ["these facts", `announced ${ago(facts.announced)}; last answered ${ago(facts.heard)}`],
+    ["last update", `announced ${ago(facts.announced)}; last answered ${ago(facts.heard)}`],
     [
       "if it leaves",
       breaks
@@ -178,12 +178,12 @@ function lossItem([when, , name, start, end, reason, taken, seconds]) {
   const time = new Date(1000 * when).toLocaleTimeString();
   const blocks = `blocks ${start}:${end}`;
   const then = taken.length
-    ? `continued on ${taken.join(", ")}${seconds === null ? " …" : ` after ${duration(seconds)}`}`
-    : "nobody has them yet";
+    ? `${blocks} continued on ${taken.join(", ")}${seconds === null ? " …" : ` after ${duration(seconds)}`}`
+    : `no replacement for ${blocks} yet`;
   return h(
     "li",
     { "data-testid": "failover", class: seconds === null ? null : "sn-mended", title: reason },
-    `${time} ${name} lost, ${blocks} ${then}`,
+    `${time} ${name} lost, ${then}`,
   );
 }
 
@@ -347,7 +347,7 @@ function build({ model, root }) {
     facts.show(details(model, server(list)));
   };
   const showAge = () => {
-    const known = model.get("connected") ? `read ${ago(model.get("read"))}` : "disconnected";
+    const known = model.get("connected") ? `updated ${ago(model.get("read"))}` : "disconnected";
     setText(age, known);
     age.className = model.get("connected") ? "sn-dim" : "sn-loud";
   };
@@ -381,8 +381,8 @@ function build({ model, root }) {
       const seen = Object.values(model.get("seen"));
       const names = seen.slice(0, 4).map((one) => one[0]).join(", ");
       const more = seen.length > 4 ? ` and ${seen.length - 4} more` : "";
-      const who = seen.length ? `${names}${more}` : "nobody";
-      setText(privacy, `activations of this notebook were seen by ${who}`);
+      const who = seen.length ? `${names}${more}` : "none";
+      setText(privacy, `Servers that saw your activations: ${who}`);
     }),
     follow(model, ["bill"], () => setText(bill, model.get("bill"))),
     follow(model, ["selected", "servers", "seen"], showDetail),

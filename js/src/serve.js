@@ -72,12 +72,28 @@ function build({ model, root }) {
   const progress = h("progress", { max: 1, "aria-label": "weights read" });
   const countList = factList({ class: "sn-counts", "data-testid": "counts" });
   const dl = countList.element;
-  const command = h("code", { tabindex: 0 });
+  const command = h("code", { tabindex: 0, "data-testid": "command" });
+  const copied = "Copied";
+  const copy = h(
+    "button",
+    {
+      type: "button",
+      "data-testid": "copy",
+      onclick: async () => {
+        await navigator.clipboard.writeText(command.textContent ?? "");
+        setText(copy, copied);
+      },
+    },
+    "Copy",
+  );
+  const reach = h("div", { class: "sn-dim", "data-testid": "reach" });
+  const refused = h("span", { class: "sn-refused", role: "alert", "data-testid": "refused" });
   const share = h(
     "div",
     { class: "sn-share" },
-    h("span", { class: "sn-dim" }, "others attach with"),
+    h("div", { class: "sn-line" }, h("span", { class: "sn-dim" }, "Others connect with"), copy),
     command,
+    reach,
   );
   const pre = h("pre", { tabindex: 0, "aria-label": "log" });
   const log = h("details", { "data-testid": "log" }, h("summary", {}, "Log"), pre);
@@ -96,6 +112,7 @@ function build({ model, root }) {
       h("label", {}, ":", end),
       begin,
       stop,
+      refused,
     ),
     track,
     state,
@@ -120,6 +137,7 @@ function build({ model, root }) {
       end.value = String(last);
       start.disabled = end.disabled = !idle;
       begin.disabled = !idle || !(first < last);
+      setText(refused, first < last ? "" : `${first}:${last} holds no block: the first must be below the end`);
       stop.disabled = idle || model.get("state") === "stopping";
       span.style.left = `${(100 * first) / blocks}%`;
       span.style.width = `${(100 * Math.max(last - first, 0)) / blocks}%`;
@@ -144,10 +162,16 @@ function build({ model, root }) {
       const addresses = model.get("addresses");
       const address = addresses.find((one) => !one.startsWith("/ip4/127.")) ?? addresses[0];
       share.hidden = !address || model.get("state") !== "serving";
-      // A folder's or file's place is another one on each machine.
       const title = model.get("title");
-      const name = title.includes("/") ? title : `…/${title}`;
-      setText(command, `%swarm connect ${address} --model ${name}`);
+      setText(command, `%swarm connect ${address} --model ${title}`);
+      setText(copy, "Copy");
+      const notes = [];
+      // A folder's or file's place is another one on each machine.
+      if (!title.includes("/")) notes.push(`${title} stands for the model's folder or file on their machine.`);
+      if (address?.startsWith("/ip4/127.")) {
+        notes.push("Only this machine can reach it: --listen /ip4/0.0.0.0/tcp/0 lets others in.");
+      }
+      setText(reach, notes.join(" "));
     }),
     follow(model, ["log"], () => {
       log.hidden = !model.get("log");

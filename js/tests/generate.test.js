@@ -115,7 +115,17 @@ describe("running", () => {
     change("seed", "5");
     change("top_k", "2.5");
     expect(fake.saved).toEqual({ do_sample: true, temperature: 0.75, seed: 5 });
-    expect(input("top_k").value).toBe("50");
+    // What is refused stays, and the field says why.
+    expect(input("top_k").value).toBe("2.5");
+    expect(input("top_k").getAttribute("aria-invalid")).toBe("true");
+    const refused = () => view.byId("refused").textContent;
+    expect(refused()).toBe("top_k must be 0 (all tokens) or a positive integer");
+    change("temperature", "-1");
+    expect(refused()).toBe("temperature must be 0 (greedy) or a positive number");
+    expect(fake.get("temperature")).toBe(0.75);
+    change("temperature", "0");
+    expect(refused()).toBe("");
+    expect(fake.get("temperature")).toBe(0);
     change("seed", "");
     expect(fake.saved.seed).toBe(null);
   });
@@ -123,11 +133,11 @@ describe("running", () => {
   test("facts of the run", () => {
     const fake = model({ state: "reading", progress: [256, 1000] });
     const view = show(generate, fake);
-    expect(view.byId("status").textContent).toBe("reading the prompt: 256 of 1,000 tokens");
+    expect(view.byId("status").textContent).toBe("Processing prompt: 256 of 1,000 tokens");
     const stats = { tokens: 3, computed: 9, first: 0.2, rate: 12.34, shares: [["a", 0.5]], lost: 1 };
     fake.update({ state: "idle", progress: [], note: "finished", stats, bill: "6 requests" });
     expect(view.byId("stats").textContent).toBe(
-      "3 tokens · first after 200 ms · 12.3 tokens/s · 9 of the prompt read · 1 server lost and replaced",
+      "3 tokens · first after 200 ms · 12.3 tokens/s · 9 prompt tokens processed · 1 server lost and replaced",
     );
     expect(view.byId("shares").textContent).toBe("a 50 %notebook 50 %");
     expect(view.byId("cost").textContent).toBe("It took 6 requests. ");

@@ -82,6 +82,14 @@ test("a long text is shown a page at a time, and arrows turn it", () => {
   expect(document.activeElement?.getAttribute("data-cell")).toBe(String(20_000 + 19_967));
 });
 
+test("a text of one token more than a page opens on its last 32", () => {
+  const shown = show(lens, model(33));
+  expect(cells(shown).length).toBe(2 * 32);
+  expect(shown.byId("range").textContent).toBe("tokens 2–33 of 33");
+  press(cells(shown)[0], "ArrowLeft");
+  expect(shown.byId("range").textContent).toBe("tokens 1–1 of 33");
+});
+
 test("ranks are asked for by word or by a shown token, and shown when they come", () => {
   const fake = model(2);
   const shown = show(lens, fake);

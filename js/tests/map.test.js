@@ -63,7 +63,7 @@ describe("the swarm map", () => {
     expect(view.all(".sn-way.sn-planned").length).toBe(2);
     expect(view.byId("route").textContent).toBe("ab");
     expect(view.byId("pace").textContent).toBe("no tokens yet");
-    expect(view.byId("privacy").textContent).toContain("seen by nobody");
+    expect(view.byId("privacy").textContent).toContain("activations: none");
   });
 
   test("keeps its rows when facts change, and shows traffic and who has seen it", () => {
@@ -84,7 +84,7 @@ describe("the swarm map", () => {
     expect(view.all(".sn-planned").length).toBe(0);
     expect(view.byId("pace").textContent).toBe("12.5 tokens/s, 80 ms per pass; 120 tokens so far");
     expect(view.find("table").classList.contains("sn-busy")).toBe(true);
-    expect(view.byId("privacy").textContent).toContain("seen by a");
+    expect(view.byId("privacy").textContent).toContain("activations: a");
     model.update({ servers: [server("c", 6, 10)] });
     expect(view.all('[data-testid="server"]').length).toBe(1);
     expect(view.byId("route").textContent).toBe("a server that has leftc");
@@ -168,16 +168,16 @@ describe("the swarm map", () => {
     const view = show(map, model);
     const lost = [NOW, "peer-b", "b", 6, 10, "is gone", [], null];
     model.update({ failovers: [lost] });
-    expect(view.byId("failover").textContent).toMatch(/b lost, blocks 6:10 nobody has them yet$/);
+    expect(view.byId("failover").textContent).toMatch(/b lost, no replacement for blocks 6:10 yet$/);
     model.update({ failovers: [[...lost.slice(0, 6), ["c"], 0.42]] });
     expect(view.byId("failover").textContent).toMatch(/continued on c after 420 ms$/);
   });
 
   test("says how old it is, also when nobody sends anything any more", () => {
     const view = show(map, swarm());
-    expect(view.byId("age").textContent).toBe("read just now");
+    expect(view.byId("age").textContent).toBe("updated just now");
     vi.advanceTimersByTime(75_000);
-    expect(view.byId("age").textContent).toBe("read 75 s ago");
+    expect(view.byId("age").textContent).toBe("updated 75 s ago");
     view.close();
     expect(vi.getTimerCount()).toBe(0);
   });

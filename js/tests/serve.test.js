@@ -80,13 +80,31 @@ describe("the serve panel", () => {
       expect(text).toContain(part);
     }
     expect(view.find("code").textContent).toBe(
-      "%swarm connect /ip4/127.0.0.1/tcp/1/p2p/Qm --model …/tiny",
+      "%swarm connect /ip4/127.0.0.1/tcp/1/p2p/Qm --model tiny",
     );
+    expect(view.byId("reach").textContent).toMatch(/^tiny stands for .* Only this machine can reach it/);
     expect(view.find("progress").hidden).toBe(true);
     view.byId("stop").click();
     expect(model.sent).toEqual([{ action: "stop", with: {} }]);
     view.close();
     expect(vi.getTimerCount()).toBe(0);
+  });
+
+  test("says why a range cannot be served, and copies the line for others", async () => {
+    const model = panel({ start: 20, end: 10 });
+    const view = show(serve, model);
+    expect(view.byId("begin")).toHaveProperty("disabled", true);
+    expect(view.byId("refused").textContent).toContain("20:10 holds no block");
+    model.update({ start: 5 });
+    expect(view.byId("refused").textContent).toBe("");
+    const writeText = vi.fn(async () => {});
+    vi.stubGlobal("navigator", { clipboard: { writeText } });
+    model.update({ state: "serving", addresses: ["/ip4/192.168.1.2/tcp/1/p2p/Qm"] });
+    view.byId("copy").click();
+    await vi.waitFor(() => expect(view.byId("copy").textContent).toBe("Copied"));
+    expect(writeText).toHaveBeenCalledWith("%swarm connect /ip4/192.168.1.2/tcp/1/p2p/Qm --model tiny");
+    expect(view.byId("reach").textContent).not.toContain("Only this machine");
+    vi.unstubAllGlobals();
   });
 
   test("opens the log of a server that has failed", () => {

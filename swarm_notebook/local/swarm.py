@@ -14,6 +14,7 @@ import atexit
 import itertools
 import os
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -99,6 +100,7 @@ class LocalSwarm:
             for index, span in enumerate(spans)
         ]
         atexit.register(self.close)
+        _swarms.add(self)
         try:
             limit = START_SECONDS if bits is None else MEASURE_SECONDS
             name = source.path.name if source.path else source.name
@@ -113,6 +115,11 @@ class LocalSwarm:
         return [
             address for server in self.servers if server.running for address in server.addresses
         ]
+
+    @staticmethod
+    def model_at(peers: Sequence[str]) -> str | None:
+        """The model of the swarm of this process that listens at one of these addresses."""
+        return next((one.model for one in _swarms if {*one.initial_peers} & {*peers}), None)
 
     def close(self) -> None:
         """End all servers, wait until they are gone and remove their logs.
@@ -178,6 +185,9 @@ class LocalSwarm:
                 late = next(server for server in self.servers if not server.ready)
                 raise late.start_error(f"took more than {timeout:.0f} s")
             time.sleep(POLL_SECONDS)
+
+
+_swarms: weakref.WeakSet[LocalSwarm] = weakref.WeakSet()
 
 
 def plan_spans(num_blocks: int, servers: int | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -1,10 +1,11 @@
 """How peers have behaved, and who is avoided for it.
 
 A failed peer is avoided at once and for a time that doubles with each failure in a row; an answered
-request forgives, and so does an answered ping after the first few failures: the server has come
-back. Where nobody else has the blocks, it is tried once as soon as it answers, however often it has
-failed, as a ban may be longer than patience. A peer that does not answer a ping is avoided until it
-answers one. Two that fail to hand hidden states from one to the other are kept apart for a while.
+request forgives, and so does an answered ping after the first few failures, or after one that was
+not answered: the server has come back. Where nobody else has the blocks, it is tried once as soon
+as it answers, however often it has failed, as a ban may be longer than patience. A peer that does
+not answer a ping is avoided until it answers one. Two that fail to hand hidden states from one to
+the other are kept apart for a while.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class PeerHealth:
 
     def answered(self, peer: str) -> None:
         """The peer has answered a ping."""
-        self._silent.discard(peer)
+        if peer in self._silent:  # it was away and is back: its failures were those of its absence
+            self._silent.discard(peer)
+            self._failing.pop(peer, None)
         health = self._failing.get(peer)
         if health is not None and health.failures <= FORGIVABLE_FAILURES:
             health.until = 0.0

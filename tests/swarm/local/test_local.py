@@ -39,6 +39,8 @@ def test_servers_come_up_are_killed_and_come_back(tiny_swarm: Callable[..., Loca
     assert first.peer_id in local.initial_peers[0]
     assert "ready" in repr(first)
 
+    assert LocalSwarm.model_at(first.addresses) == local.model
+    assert LocalSwarm.model_at(["/ip4/127.0.0.1/tcp/1/p2p/Qm"]) is None
     address = first.addresses
     daemons = psutil.Process(first.pid).children()
     first.kill()

@@ -208,7 +208,9 @@ def test_two_writers_and_bad_arguments(pair: Pair, tmp_path: Path) -> None:
     assert len(probing.hidden_states(swarm, texts(), store=tmp_path)) == 2
     with pytest.raises(ValueError, match=r"texts\[1\].*empty"):
         probing.hidden_states(swarm, ["a", ""])
-    with pytest.raises(sn.errors.BlocksOutOfRange, match=r"blocks: 5; the model has 5 blocks, 0 to 4"):
+    with pytest.raises(
+        sn.errors.BlocksOutOfRange, match=r"blocks: 5; the model has 5 blocks, 0 to 4"
+    ):
         probing.hidden_states(swarm, ["a"], blocks=[5])
     with pytest.raises(ValueError, match="tokenizer"):
         probing.hidden_states(pair.local, ["a"])
