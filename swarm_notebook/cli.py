@@ -105,7 +105,8 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=float,
         metavar="B",
         help="bits per weight, scales included, from 2.5 to 16: each matrix gets as many as it "
-        "needs within this mean (default: as they are)",
+        "needs within this mean (default: as they are; those of a GGUF file packed where memory "
+        "is short)",
     )
     serve.add_argument(
         "--dummy-weights",

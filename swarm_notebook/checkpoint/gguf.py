@@ -247,6 +247,11 @@ class GgufWeights:
     def lazy(self, names: Iterable[str]) -> dict[str, LazyTensor]:
         return {name: self._lazy(name) for name in names}
 
+    def count(self, names: Iterable[str]) -> int:
+        """How many numbers tensors have, by transformers' names."""
+        parts = [part for name in names for part in self._parts[name]]
+        return sum(math.prod(self._files[part].tensors[part].shape) for part in parts)
+
     def samples(self) -> list[Sample]:
         return [file.sample(name) for name, file in self._files.items()]
 

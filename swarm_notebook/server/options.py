@@ -31,8 +31,8 @@ class ServeOptions:
         identity: file of the private key behind the peer id; written if there is none.
         dtype: what to compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
         device: a torch device; "auto" is a GPU where there is one.
-        bits: per weight of the blocks' matrices, scales included; None leaves them as they are
-            stored, 16 unpacks those of a GGUF file.
+        bits: per weight of the blocks' matrices, scales included; None leaves them as they are,
+            those of a GGUF file packed where memory is short; 16 unpacks them in any case.
         dummy_weights: random ones of the model's shape, announced under another name.
         cache_tokens: budget of the key-value memory (rows x positions); None is `CACHE_TOKENS`.
         activation_bytes: budget for activations that are kept for a backward pass.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import numpy as np
+import psutil
 import pytest
 import torch
 from support.tiny import build
@@ -23,6 +25,7 @@ from swarm_notebook.checkpoint.partial import (
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.checkpoint.weights import block_index
 from swarm_notebook.errors import ModelNotFound, Unsupported
+from swarm_notebook.server.engine.quantising.loading import load_within
 
 
 def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -223,6 +226,20 @@ def _wide(tmp_path: Path, kind: Any) -> Path:
     path = tmp_path / "wide.gguf"
     _write(path, LlamaForCausalLM(config), "llama", kind=kind)
     return path
+
+
+@pytest.mark.parametrize(
+    ("bits", "free", "packed"), [(None, 1 << 40, 0), (None, 1, 14), (16, 1, 0)]
+)
+def test_matrices_are_unpacked_where_there_is_room(
+    bits: float | None, free: int, packed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve(_wide(tmp_path, gguf.GGMLQuantizationType.Q4_1))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    loaded, told = load_within(source, 1, 3, bits=bits, dtype=torch.float32)
+    kinds = [type(parameter) for layer in loaded.layers for parameter in layer.parameters()]
+    assert kinds.count(PackedWeight) == packed
+    assert (told is not None) == bool(packed)
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "F16"])
