@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Container, Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
@@ -54,9 +56,14 @@ class Masks:
             self._config._attn_implementation = self.attention
 
 
+def hooks_everywhere() -> bool:
+    """Whether there are hooks that torch calls for every module."""
+    return torch_module._has_any_global_hook()
+
+
 def observed_boundaries(blocks: Sequence[nn.Module], everywhere: bool) -> set[int]:
     """Blocks whose outputs somebody will look at: those around observed blocks."""
-    everywhere = everywhere or torch_module._has_any_global_hook()
+    everywhere = everywhere or hooks_everywhere()
     wanted: set[int] = set()
     for index, block in enumerate(blocks):
         if everywhere or _is_observed(block):
@@ -88,6 +95,37 @@ def foreign_hooks(module: nn.Module) -> bool:
         not (getattr(hook, "__module__", None) or "").startswith(_KNOWN_HOOKS)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
+
+
+class Watch:
+    """Tells, as fast as Python can, whether anything about modules has changed since it was made.
+
+    Sees modules that were added, removed or exchanged, hooks, and a ``forward`` that was planted.
+    """
+
+    def __init__(self, roots: Sequence[nn.Module]):
+        # Attribute tables, which stay what they are as long as their modules.
+        self._tables = [module.__dict__ for root in roots for module in root.modules()]
+        self._planted = any("forward" in table for table in self._tables)
+        self._seen = self._look()
+
+    @property
+    def unchanged(self) -> bool:
+        return not self._planted and self._look() == self._seen
+
+    def _look(self) -> list[list[int]]:
+        # No loop of Python's own: this is done for every token.
+        tables = self._tables
+        children = chain.from_iterable(map(dict.values, map(_CHILDREN, tables)))
+        hooks = [list(map(len, map(hooks_of, tables))) for hooks_of in _HOOKS]
+        return [list(map(len, tables)), list(map(id, children)), *hooks]
+
+
+_CHILDREN = itemgetter("_modules")
+_HOOKS = [
+    itemgetter(name)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+]
 
 
 def modules_inside(blocks: Mapping[int, nn.Module]) -> list[tuple[int, str, nn.Module]]:

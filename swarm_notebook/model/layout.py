@@ -38,6 +38,11 @@ class Layout:
         """Whether each block comes at most once, and after those before it."""
         return all(one < two for one, two in zip(self.order, self.order[1:], strict=False))
 
+    @property
+    def one_stretch(self) -> bool:
+        """Whether all calls are one stretch of remote blocks."""
+        return bool(self.order) and not self.home and len(self.cuts) == 2
+
     def absent(self, num_blocks: int) -> frozenset[int]:
         """Blocks that no server computes."""
         return self.home | (frozenset(range(num_blocks)) - frozenset(self.order))

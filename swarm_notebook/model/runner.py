@@ -22,7 +22,8 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from types import CodeType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,6 +38,7 @@ from swarm_notebook.model.adapters import Adapters
 from swarm_notebook.model.alone import request_alone
 from swarm_notebook.model.autograd import SameTensor, Segment, without_gradient
 from swarm_notebook.model.blanks import blank, is_blank
+from swarm_notebook.model.blocklist import watched
 from swarm_notebook.model.blocks import OwnBlock
 from swarm_notebook.model.cache import RemoteCache, adopted
 from swarm_notebook.model.intact import Plan, refuse_export
@@ -79,6 +81,8 @@ class Call:
     end: int = 0
     begun: bool = False
     blank: bool = False
+    whole: bool = False
+    shortened: bool = False
     # The block to come, and the input that it gets if nobody changes anything.
     following: int = 0
     expected: SameTensor | None = None
@@ -105,6 +109,13 @@ def _without_values(hidden: torch.Tensor) -> bool:
     return hidden.is_meta or type(hidden).__name__ == "FakeTensor"
 
 
+class _Observed(NamedTuple):
+    """Blocks whose outputs are looked at, and modules inside of blocks, by block."""
+
+    boundaries: set[int]
+    inside: dict[int, list[tuple[str, nn.Module]]]
+
+
 class Runner:
     """Runs the remote blocks of one model. Calls of different threads do not mix.
 
@@ -129,6 +140,7 @@ class Runner:
         self.home: frozenset[int] = frozenset()
         self._plans = [Plan(block) for block in blocks]
         self._inside: tuple[int, list[tuple[int, str, nn.Module]]] = (-1, [])
+        self._looked: tuple[Any, hooks.Watch, _Observed] | None = None
         self._local = threading.local()
 
     def __deepcopy__(self, memo: dict) -> Runner:
@@ -141,7 +153,7 @@ class Runner:
         twin._masks = copy.deepcopy(self._masks, memo)
         twin._recorded = copy.deepcopy(self._recorded, memo)
         twin._rotations = copy.deepcopy(self._rotations, memo)
-        twin._inside, twin._local = (-1, []), threading.local()
+        twin._inside, twin._looked, twin._local = (-1, []), None, threading.local()
         return twin
 
     def __reduce__(self) -> Any:
@@ -174,6 +186,8 @@ class Runner:
         self._recorded = hooks.Recorded(decoder, self._masks)
         self._rotations = Rotations(decoder, self.blocks)
         self._signature = inspect.signature(decoder.forward)
+        self._forward_code = inspect.unwrap(type(decoder).forward).__code__
+        watched(getattr(decoder, layers_name), self._shown)
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         decoder.register_forward_hook(self._end, always_call=True)
 
@@ -189,9 +203,10 @@ class Runner:
         config: Any = decoder.config
         layers = list(getattr(decoder, self._layers_name))
         # Many decoders stop at this number: so transformers leaves early to guess tokens.
-        layout = plan(layers[: config.num_hidden_layers], self.blocks, self.home)
+        layers = layers[: config.num_hidden_layers]
+        layout = plan(layers, self.blocks, self.home)
         inputs.refuse_unknown(kwargs, config, layout)
-        self._check_intact(layout, thorough=not _continued(kwargs.get("past_key_values")))
+        observed = self._observed(layout, continued=_continued(kwargs.get("past_key_values")))
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = RemoteCache(self.connection, lazy=use_cache is None)
@@ -222,20 +237,49 @@ class Runner:
             ids,
             self.adapters.current(self.blocks, thorough=position == 0),
             self.adapters.dropout_seed(self.blocks),
-            hooks.observed_boundaries(self.blocks, bool(states)),
-            hooks.observed_inside(self._modules(), recorded),
+            observed.boundaries if not states else hooks.observed_boundaries(self.blocks, True),
+            hooks.observed_inside(self._modules(), recorded) if recorded else dict(observed.inside),
             recorded,
             position + new if ids is None else int(ids.max()) + 1,
             packs,
         )
+        own = layers == [self.blocks[index] for index in layout.order]
+        self._local.call.whole = own and not self._local.call.states and layout.one_stretch
         if not layout.home:
             self._masks.leave_out()
         return (), kwargs
 
+    def _shown(self, asking: CodeType) -> list[nn.Module] | None:
+        """What the decoder's forward sees of its blocks: the first one, if it stands for all."""
+        call: Call | None = getattr(self._local, "call", None)
+        if call is None or not call.whole or call.inside or asking is not self._forward_code:
+            return None
+        call.shortened = True
+        return [self.blocks[call.layout.order[0]]]
+
+    def _observed(self, layout: Layout, *, continued: bool) -> _Observed:
+        """What of the blocks somebody looks at.
+
+        Raises:
+            Unsupported: something was exchanged inside of remote blocks.
+        """
+        key = layout, self.adapters.injections, hooks.hooks_everywhere()
+        if continued and self._looked is not None and self._looked[0] == key:
+            _, watch, found = self._looked
+            if watch.unchanged:
+                return found
+        # Before all is looked at: what changes meanwhile is seen the next time.
+        watch = hooks.Watch(self.blocks)
+        self._check_intact(layout, thorough=not continued)
+        boundaries = hooks.observed_boundaries(self.blocks, False)
+        found = _Observed(boundaries, hooks.observed_inside(self._modules(), ()))
+        self._looked = key, watch, found
+        return found
+
     def _check_intact(self, layout: Layout, *, thorough: bool) -> None:
         """Refuse what was exchanged inside of remote blocks."""
+        refuse_export(layout.order[0] if layout.order else 0)
         for index in sorted(set(layout.order) - layout.home):
-            refuse_export(index)
             self._plans[index].check(index, self.blocks[index], thorough=thorough)
 
     def _check_order(self, cache: RemoteCache, layout: Layout) -> None:
@@ -342,6 +386,8 @@ class Runner:
 
     def _hand_out(self, call: Call, index: int, like: torch.Tensor) -> torch.Tensor:
         """The output of block ``index``, or a blank if it is not observed."""
+        if call.shortened:
+            index = call.end - 1  # all the others come with this one
         output = call.outputs.states.pop(index, None)
         call.blank = output is None
         if output is None:

@@ -156,6 +156,20 @@ def test_a_module_in_the_place_of_a_block(models: Models, place: int, kind: type
     same_text(models, first_runs=place > 0)
 
 
+def test_the_list_is_whole_for_all_but_the_decoder(models: Models) -> None:
+    """The decoder may see one block that stands for all; a hook that looks meanwhile may not."""
+    seen = []
+    for model in models:
+        blocks = model.model.layers
+
+        def look(*_: Any, blocks: Any = blocks) -> None:
+            seen.append((len(list(blocks)), len(blocks[1:]), len(blocks), blocks[-1] is blocks[3]))
+
+        model.model.embed_tokens.register_forward_hook(look)
+    same_text(models)
+    assert len(set(seen)) == 1
+
+
 @pytest.mark.works("Generation: early exit (`assistant_early_exit`)")
 def test_leaving_early_to_guess(models: Models) -> None:
     options = {"max_new_tokens": 8, "do_sample": False, "assistant_early_exit": 3}
