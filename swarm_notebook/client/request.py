@@ -51,6 +51,7 @@ class Request:
         seed: of the dropout in adapters; None for none.
         rotary_length: the length that rotary embeddings which depend on one go by; None where
             that makes no difference.
+        dtype: wire name of what a forward pass is to be computed in; None: as the server computes.
     """
 
     start: int
@@ -67,6 +68,7 @@ class Request:
     seed: int | None = None
     rows_version: int = 0
     rotary_length: int | None = None
+    dtype: str | None = None
 
     @property
     def boundaries(self) -> list[int]:
@@ -112,6 +114,8 @@ class Request:
                 options.update(train=True, seed=self.seed)
         if self.rotary_length is not None:
             options["rotary_length"] = self.rotary_length
+        if self.dtype is not None:
+            options[protocol.COMPUTE_DTYPE] = self.dtype
         return options
 
 

@@ -14,7 +14,9 @@ only servers which announce ``swarm_notebook`` in their record are sent:
   not). ``push_from`` names the peer that will push the input; slot 0 is then a dummy. The client
   may send the input after all, under the same ``step_id``; if it was used, the answer says
   ``filled``. An input without positions gives the step up, if it has not begun: nothing is
-  computed, the answer has no positions either, and the session goes on.
+  computed, the answer has no positions either, and the session goes on;
+- ``compute_dtype`` in a forward request's metadata names the dtype to compute it in, whatever the
+  server's own: for comparisons of what two servers answer.
 
 A slot that is not used holds a dummy, an empty tensor, as in Petals. Metadata is msgpack in
 hivemind's dialect; it is read under a size bound and yields a plain dict.
@@ -32,14 +34,15 @@ from swarm_notebook.net.hivemind_fixes import bound_nesting
 
 bound_nesting()
 
-# 1: masks, states, adapters; 2: pushes from server to server, 8-bit values
-PROTOCOL_VERSION = 2
+# 1: masks, states, adapters; 2: pushes from server to server, 8-bit values; 3: `compute_dtype`
+PROTOCOL_VERSION = 3
 EXTENSION_KEY = "swarm_notebook"
 TIMES_KEY = "times"
 PUSH_TO, PUSH_FROM = "push_to", "push_from"
 PUSH_FAILED, FILLED = "push_failed", "filled"
 # In the first message of a streamed answer: how many tensors it has in all.
 TENSORS = "tensors"
+COMPUTE_DTYPE = "compute_dtype"
 NEXT_SERVERS = "next_servers"  # Petals' pushes, see `server.rpc.petals_push`
 
 _SERVICER = "TransformerConnectionHandler"

@@ -37,6 +37,8 @@ MAX_SECONDS = 600.0
 MAX_SUBKEYS, MAX_RECORD_BYTES = 1024, 8 << 10
 # From which version of our protocol on servers push to each other (`protocol.PROTOCOL_VERSION`).
 PUSH_VERSION = 2
+# From which version on they compute a pass in the dtype that is asked for.
+DTYPE_VERSION = 3
 
 # The record stands under every block, so what we announce is to stay small. Petals' servers ping
 # five neighbours per announcement and announce all that they pinged within five minutes.
@@ -248,6 +250,11 @@ class ServerSpan:
     def pushes(self) -> bool:
         """Whether it hands its output to the next server, takes such input, and 8-bit values."""
         return (self.info.swarm_notebook or 0) >= PUSH_VERSION
+
+    @property
+    def casts(self) -> bool:
+        """Whether it computes a forward pass in whatever dtype it is asked for."""
+        return (self.info.swarm_notebook or 0) >= DTYPE_VERSION
 
 
 def spans_of(blocks: Mapping[int, Mapping[str, ServerInfo]]) -> list[ServerSpan]:

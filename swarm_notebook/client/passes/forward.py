@@ -158,7 +158,7 @@ async def _forward_rows(
         kept = str(uuid.uuid4()) if keep and segment.span.extended else None
         part = request.part(segment.start, segment.end, hidden)
         try:
-            got = await _forward_segment(directory, segment, part, kept)
+            got = await forward_segment(directory, segment, part, kept)
         except BadRequest as error:
             refusals.add(segment, error)
             remaining = []
@@ -178,9 +178,17 @@ async def _forward_rows(
     return outputs, asked_of
 
 
-async def _forward_segment(
-    directory: Directory, segment: RouteSegment, part: Request, kept: str | None
+async def forward_segment(
+    directory: Directory, segment: RouteSegment, part: Request, kept: str | None = None
 ) -> Outputs:
+    """What one server makes of its part of a pass, whatever becomes of it.
+
+    Args:
+        kept: the name under which the server is to keep the activations.
+
+    Raises:
+        RemoteError: what the server says, or what is wrong with it.
+    """
     if segment.span.extended or is_plain(part):
         return await _forward_once(directory, segment, part, kept)
     groups = without_padding(part, server_name(segment))
@@ -198,11 +206,12 @@ async def _forward_once(
     server = server_name(segment)
     refuse_extensions(segment.span, server, part)
     metadata = part.options() | ({"keep": kept} if kept else {})
-    # Where a backward follows, nothing but the true activations will do.
-    compression = tensors.NONE if kept else directory.compression_for(segment.span)
+    # Where a backward follows, or a comparison, nothing but the true activations will do.
+    true = bool(kept or part.dtype)
+    compression = tensors.NONE if true else directory.compression_for(segment.span)
     if compression:
         metadata["output_compression"] = (compression,)
-    hidden = part.hidden if kept else travelling(part.hidden, segment.span)
+    hidden = part.hidden if true else travelling(part.hidden, segment.span)
     slots = [hidden, part.prompts, part.mask, part.position_ids]
     answer = await with_adapter(
         directory,

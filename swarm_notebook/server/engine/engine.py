@@ -17,7 +17,7 @@ from swarm_notebook.errors import AdapterMissing
 from swarm_notebook.server.adapters.injection import AdaptedSpan
 from swarm_notebook.server.adapters.store import AdapterLimits, AdapterStore
 from swarm_notebook.server.adapters.upload import Upload
-from swarm_notebook.server.engine import backward, stateless
+from swarm_notebook.server.engine import backward, cast, stateless
 from swarm_notebook.server.engine.activation_store import ActivationStore
 from swarm_notebook.server.engine.backward import AutogradPass, NoRoom, SpanGradients
 from swarm_notebook.server.engine.pieces import Pieces
@@ -86,6 +86,8 @@ class Engine:
             BadRequest: an inner module is not there, or has no single tensor as its output.
         """
         span = self.span_for(peer, request)
+        if request.dtype is not None and request.dtype != span.dtype:
+            return (yield from cast.forward(span, request, request.dtype))
         found = yield from self._kept_forward(span, peer, request)
         if found is None:
             found = yield from stateless.forward(span, request)

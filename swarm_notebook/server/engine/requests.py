@@ -69,6 +69,7 @@ class Forward:
         inner_bytes: how many bytes the outputs of ``inner`` may have; None for as many as any may.
         keep: the id under which to keep the activations for a backward.
         rotary_length: see `Span.compute`.
+        dtype: to compute in, if not in the server's own (`cast`); without gradients.
     """
 
     blocks: tuple[int, int]
@@ -83,6 +84,7 @@ class Forward:
     keep: str | None = None
     rotary_length: int | None = None
     inner_bytes: int | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def rows(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import codecs, protocol, tensors
 
@@ -41,6 +43,17 @@ def text(metadata: dict[str, Any], name: str) -> str | None:
     if not isinstance(value, str) or len(value) > MAX_TEXT:
         raise BadRequest(f"{name}: expected a text of at most {MAX_TEXT} characters")
     return value
+
+
+def dtype(metadata: dict[str, Any], name: str) -> torch.dtype | None:
+    """A floating point dtype by its wire name."""
+    value = text(metadata, name)
+    if value is None:
+        return None
+    found = tensors.dtype_from_name(value)
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise BadRequest(f"{name}: {value!r}, expected float32, bfloat16 or float16")
+    return found
 
 
 def target(metadata: dict[str, Any], name: str) -> tuple[str, str]:

@@ -98,6 +98,12 @@ def parse_forward(
     request.prompts = _read_prompts(found[1], request, limits, request.length)
     _read_common(request, found[2], found[3], metadata, limits)
     request.keep = fields.text(metadata, "keep")
+    request.dtype = fields.dtype(metadata, protocol.COMPUTE_DTYPE)
+    if request.dtype is not None and (request.inner or request.keep or request.seed is not None):
+        raise BadRequest(
+            f"{protocol.COMPUTE_DTYPE}: a pass in another dtype gives no inner modules, keeps "
+            "nothing and drops nothing out"
+        )
     return request, fields.compression(metadata.get("output_compression"))
 
 
