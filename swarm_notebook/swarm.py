@@ -24,8 +24,11 @@ from swarm_notebook.local.swarm import LocalSwarm
 from swarm_notebook.model import drafting, home, skeleton
 from swarm_notebook.model.drafting import Draft
 from swarm_notebook.model.home import Blocks
+from swarm_notebook.model.judge import HomeJudge
+from swarm_notebook.net.node import is_public
 from swarm_notebook.net.tensors import COMPRESSIONS, NONE
 from swarm_notebook.progress import Waiting
+from swarm_notebook.report.audit import AuditTable
 from swarm_notebook.report.cost import Bill, Preview, bill_of, expect
 from swarm_notebook.report.route import RouteTable, route_of
 from swarm_notebook.report.status import SwarmStatus, status_of
@@ -41,6 +44,11 @@ logger = logging.getLogger(__name__)
 
 # Weights of fewer bits than these were made coarser by their server.
 WHOLE_BITS = 16
+
+
+# Of what is computed anyway: a fiftieth is lost among the differences between two runs, and who
+# always answers wrong is found after 50 requests on average, a new server sooner (`choice`).
+SPOT_RATE = 0.02
 
 
 class Swarm:
@@ -158,6 +166,19 @@ class Swarm:
     def trace(self) -> Trace:
         """Where the time of the last generation went: notebook, network, each server."""
         return from_timeline(self.name, self.connection.directory.telemetry.latest, self.owned)
+
+    def audit(self, wait: float = 0.0) -> AuditTable:
+        """What was audited of what servers answered: who agreed, who was found wrong.
+
+        Args:
+            wait: seconds to wait at most for audits that are under way.
+        """
+        if wait:
+            self.connection.await_audits(wait)
+        auditor = self.connection.auditor
+        if auditor is None:
+            return AuditTable(self.name, 0.0, ())
+        return AuditTable(self.name, auditor.rate, auditor.verdicts.all())
 
     def events(self, size: int = MAX_EVENTS) -> Subscription:
         """Tokens that pass and servers that are lost, from now on, to be read in any thread.
@@ -292,6 +313,8 @@ def connect(
     compression: str | None = None,
     own: Blocks = (),
     min_bits: float | None = None,
+    verify: str | float | None = None,
+    verify_here: bool = False,
 ) -> Swarm:
     """Attach to a swarm and build the remote model.
 
@@ -311,13 +334,20 @@ def connect(
         own: blocks to bring home at once, see `Swarm.own`; no server needs to hold them.
         min_bits: servers whose weights have fewer bits each are not used, also not when others are
             lost: 16 takes whole weights only. None takes all, and says so once.
+        verify: how much of what servers answer is audited: replayed on other servers in the
+            background, see `Swarm.audit`. ``"spot"`` computes `SPOT_RATE` more for it, ``"off"``
+            nothing, a number such a share. None is ``"spot"`` for peers with public addresses,
+            else ``"off"``. It keeps one more hidden state per token of a text.
+        verify_here: load blocks for a moment, one by one, to decide here what servers disagree on
+            or what no other server can replay.
 
     Raises:
         AddressError, ConnectionFailed: the peers cannot be reached.
         ModelNotFound, ModelNotServed: the model does not exist, or nobody serves it.
         OtherCheckpoint: it is served with other weights, or another config.
-        ValueError: ``compression`` is none of these.
+        ValueError: ``compression`` or ``verify`` is none of these.
     """
+    rate = _audit_rate(verify, initial_peers)
     if compression is not None and compression not in COMPRESSIONS:
         raise ValueError(
             f"compression: {compression!r}, expected {' or '.join(map(repr, COMPRESSIONS))} or None"
@@ -350,6 +380,8 @@ def connect(
             waiting.say("Loading what runs here: embeddings, norm and head")
             built = skeleton.build(source, connection, choose_dtype(dtype, spans))
         home.bring_home(built, source, owned)
+        if rate:
+            connection.audit(rate, HomeJudge(source) if verify_here else None)
         return Swarm(source, built, connection, local)
     except BaseException:
         if connection is not None:
@@ -373,6 +405,22 @@ def _tell_coarse(spans: Sequence[ServerSpan]) -> None:
             least,
             least,
         )
+
+
+def _audit_rate(verify: str | float | None, peers: Sequence[str] | str | None) -> float:
+    """Which share of the work is audited.
+
+    Raises:
+        ValueError: ``verify`` says nothing of the kind.
+    """
+    if verify is None:
+        listed = [peers] if isinstance(peers, str) else peers or []
+        verify = "spot" if any(is_public(str(peer)) for peer in listed) else "off"
+    if isinstance(verify, str) and verify in ("spot", "off"):
+        return SPOT_RATE if verify == "spot" else 0.0
+    if isinstance(verify, (int, float)) and not isinstance(verify, bool) and 0 <= verify <= 1:
+        return float(verify)
+    raise ValueError(f"verify: {verify!r}, expected 'spot', 'off' or a share from 0 to 1")
 
 
 def look(

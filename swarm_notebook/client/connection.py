@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from swarm_notebook.client.adapters import Adapter, upload
+from swarm_notebook.client.audit.auditor import Auditor, Judge
 from swarm_notebook.client.loop import LoopThread, at_exit, forget_at_exit, network_thread
 from swarm_notebook.client.passes import forward as stateless
 from swarm_notebook.client.passes.backward import PassGradients, backward
@@ -76,6 +77,7 @@ class Connection:
         self._open = True
         shared = _acquire(self._peers, self.network)
         self.directory = Directory(shared.node, prefix, num_blocks, patience, digest=digest)
+        self.auditor: Auditor | None = None
         try:
             self.network.run(self.directory.start())
         except BaseException:
@@ -91,6 +93,21 @@ class Connection:
     def is_open(self) -> bool:
         """Whether `close` has not been called yet."""
         return self._open
+
+    def audit(self, rate: float, judge: Judge | None = None) -> None:
+        """From now on, audit what servers answer, see `Auditor`."""
+        self.auditor = self.directory.audits = Auditor(self.directory, rate, judge)
+
+    def await_audits(self, seconds: float) -> None:
+        """Wait for audits that are under way, for so long at most."""
+
+        async def wait(auditor: Auditor) -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await auditor.settled()
+
+        if self.auditor is not None:
+            self.run(wait(self.auditor))
 
     def session(self, max_length: int | None = None) -> InferenceSession:
         """A new session without servers yet; its first step chooses them."""
@@ -194,6 +211,8 @@ class Connection:
         """Leave the swarm, unless another model of it is still attached."""
         if self._open:
             self._open = False
+            if self.auditor is not None:
+                self.network.loop.call_soon_threadsafe(self.auditor.stop)
             self.network.run(self.directory.stop())
             _release(self._peers, self.network)
 

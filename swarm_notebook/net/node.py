@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import re
@@ -75,6 +76,17 @@ def smoothed_rtt(known: float | None, seconds: float) -> float:
         return seconds
     # The first call dials the peer: a lower later value is the truth, not noise.
     return min(seconds, known + PING_SMOOTHING * (seconds - known))
+
+
+def is_public(address: str) -> bool:
+    """Whether a multiaddr leads out of this machine and its own network."""
+    parts = address.split("/")
+    if len(parts) < 3 or parts[1] not in ("ip4", "ip6"):
+        return True  # a name in the DNS, or what will be refused soon
+    try:
+        return ipaddress.ip_address(parts[2]).is_global
+    except ValueError:
+        return True
 
 
 def parse_peers(addresses: Sequence[str]) -> list[Multiaddr]:

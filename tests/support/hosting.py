@@ -66,6 +66,12 @@ class HostedServer:
         return self.facts["maddrs"]
 
     @property
+    def layers(self) -> list[Any]:
+        """The modules of its blocks, for those who change what it computes."""
+        up: Any = self._server._up
+        return list(up.handler._span.layers)
+
+    @property
     def ready(self) -> bool:
         return self.facts.get("ready", False)
 

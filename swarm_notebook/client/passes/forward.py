@@ -169,6 +169,9 @@ async def _forward_rows(
             continue
         refusals.taken()
         directory.succeeded(segment.peer)
+        if directory.audits is not None:
+            answer = got.states[segment.end - 1]
+            directory.audits.forwarded(segment, part, answer, kept is not None)
         outputs.states.update(got.states)
         outputs.inner.update(got.inner)
         asked_of.append((segment, hidden, kept))

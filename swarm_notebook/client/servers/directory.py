@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
@@ -70,6 +71,18 @@ class _LastSeen:
     blocks: set[int] = field(default_factory=set)
 
 
+class Audits(Protocol):
+    """Takes note of finished work, to audit some of it in the background (`client.audit`)."""
+
+    def step(self, history: Any) -> None:
+        """A step of the session with this history has come back."""
+
+    def forwarded(
+        self, segment: routing.RouteSegment, request: Any, answer: torch.Tensor, kept: bool
+    ) -> None:
+        """A server has answered its part of a forward pass without a cache."""
+
+
 @dataclass
 class Directory:
     """Servers of the model `prefix` with `num_blocks` blocks, as seen by `node`.
@@ -88,6 +101,7 @@ class Directory:
         home: blocks that the notebook runs itself, and needs no server for.
         digest: of the notebook's own checkpoint; servers that announce another one are avoided.
         min_bits: servers with fewer bits per weight are not used.
+        audits: takes note of finished work; None: nothing is audited.
     """
 
     node: Node
@@ -107,6 +121,7 @@ class Directory:
     digest: str | None = None
     _warned: set[str] = field(default_factory=set)
     min_bits: float = 0.0
+    audits: Audits | None = None
     _announced: Announced = field(init=False)
     _asked: dict[str, float] = field(default_factory=dict)
     _bits: dict[int, float] = field(default_factory=dict)

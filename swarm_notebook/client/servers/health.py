@@ -38,12 +38,17 @@ class _Health:
 
 
 class PeerHealth:
-    """How all peers that one notebook knows have behaved."""
+    """How all peers that one notebook knows have behaved.
+
+    Attributes:
+        wrong: peers whose answers were found wrong, and why; nothing makes that good.
+    """
 
     def __init__(self) -> None:
         self._failing: dict[str, _Health] = {}
         self._silent: set[str] = set()
         self._apart: dict[tuple[str, str], float] = {}
+        self.wrong: dict[str, str] = {}
 
     def failed(self, peer: str, reason: str) -> None:
         """A request to the peer failed."""
@@ -75,7 +80,7 @@ class PeerHealth:
             whether it is avoided no longer.
         """
         health = self._failing.get(peer)
-        if health is None or health.tried or peer in self._silent:
+        if health is None or health.tried or peer in self._silent or peer in self.wrong:
             return False
         health.until, health.tried = 0.0, True
         return True
@@ -88,14 +93,16 @@ class PeerHealth:
 
     def avoided(self, peer: str) -> str:
         """Why a peer is avoided just now; an empty text if it is not."""
+        if peer in self.wrong:
+            return self.wrong[peer]
         health = self._failing.get(peer)
         if health is not None and health.until > time.monotonic():
             return health.reason
         return "it does not answer" if peer in self._silent else ""
 
-    def keep_apart(self, sender: str, receiver: str) -> None:
+    def keep_apart(self, sender: str, receiver: str, seconds: float = APART_SECONDS) -> None:
         """For a while, let no hidden states go from one of these servers to the other."""
-        self._apart[sender, receiver] = time.monotonic() + APART_SECONDS
+        self._apart[sender, receiver] = time.monotonic() + seconds
 
     def kept_apart(self, sender: str, receiver: str) -> bool:
         """Whether they are kept apart just now."""

@@ -16,6 +16,27 @@ import torch
 
 from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.request import Request
+from swarm_notebook.client.servers.routing import RouteSegment
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Who has computed a pass up to some block, from the input of block ``start`` on.
+
+    Attributes:
+        handed: the peer whose server gave the input, if it was not the notebook.
+        adapter: id and version of what it was run with.
+    """
+
+    segment: RouteSegment
+    start: int
+    handed: str | None
+    adapter: tuple[str, int] | None
+
+    def same_work(self, other: Computed) -> bool:
+        """Whether it is one server's work on the same blocks with the same adapter."""
+        mine = (self.segment.peer, self.start, self.adapter)
+        return mine == (other.segment.peer, other.start, other.adapter)
 
 
 @dataclass
@@ -28,6 +49,8 @@ class Pass:
         mask: attention mask of these tokens, ``[batch, length]`` uint8, or None for ones.
         position_ids: ``[batch or 1, length]`` int64, or None for the model's own count.
         rotary_length: as in `Request`.
+        computed: who has computed the input of a block, by block, where it is an input of `inputs`
+            that a server has sent for this very pass.
     """
 
     position: int
@@ -37,6 +60,7 @@ class Pass:
     mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     rotary_length: int | None = None
+    computed: dict[int, Computed] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
@@ -107,7 +131,12 @@ class History:
         """The same passes, to be continued in another way; tensors are shared."""
         twin = History()
         twin._events = [
-            replace(event, edits=dict(event.edits), inputs=dict(event.inputs))
+            replace(
+                event,
+                edits=dict(event.edits),
+                inputs=dict(event.inputs),
+                computed=dict(event.computed),
+            )
             if isinstance(event, Pass)
             else event
             for event in self._events
@@ -205,6 +234,32 @@ class History:
             if isinstance(event, Pass) and position <= event.position and event.end <= end:
                 low = event.position - position
                 event.inputs[block] = tensor[:, low : low + event.length]
+                event.computed.pop(block, None)
+
+    def passes(self) -> list[Pass]:
+        """All passes in order; their rows are the present ones after `settle`."""
+        return [event for event in self._events if isinstance(event, Pass)]
+
+    def distrust(self, peers: Collection[str]) -> tuple[int, int] | None:
+        """Forget whatever was derived from what these peers have computed.
+
+        Returns:
+            the first block and the first position that they computed; None if they did nothing.
+        """
+        touched = [
+            (computed.start, part.position)
+            for part in self.passes()
+            for computed in part.computed.values()
+            if computed.segment.peer in peers
+        ]
+        if not touched:
+            return None
+        first = min(start for start, _ in touched)
+        for part in self.passes():
+            for known in (part.inputs, part.computed):
+                for block in [block for block in known if block > first]:
+                    del known[block]
+        return first, min(position for _, position in touched)
 
     def request(
         self,

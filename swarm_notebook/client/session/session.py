@@ -11,6 +11,7 @@ from block k when a hook changed the input of k.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Collection
 
@@ -25,6 +26,8 @@ from swarm_notebook.client.session.history import History, Pass
 from swarm_notebook.client.session.hop import Hop
 from swarm_notebook.client.session.step import StepRun
 from swarm_notebook.client.telemetry import StepRecord, Timeline
+
+logger = logging.getLogger(__name__)
 
 # The most that a Petals server reserves by default for models without grouped queries.
 DEFAULT_MAX_LENGTH = 2048
@@ -43,7 +46,8 @@ class InferenceSession:
 
     def __init__(self, directory: Directory, max_length: int | None = None):
         self.history = History()
-        self._telemetry = directory.telemetry
+        self._directory, self._telemetry = directory, directory.telemetry
+        self._known_wrong = 0
         self._chain = Chain(directory, max_length or DEFAULT_MAX_LENGTH)
         self._absent: frozenset[int] = frozenset()
         # The generation under way and its present step.
@@ -128,6 +132,7 @@ class InferenceSession:
             if self._chain.absent != self._absent:
                 self._chain.close()
                 self._chain.absent = self._absent
+            self._leave_liars()
             began = time.perf_counter()
             timeline = self._timeline or self._telemetry.begin(began)
             self._timeline = timeline
@@ -143,7 +148,31 @@ class InferenceSession:
             rows, hops = outputs.states[stop - 1].shape[0], tuple(run.times)
             step = StepRecord(current.position, current.length, rows, began, now, hops)
             self._telemetry.passed(timeline, step)
+            if self._directory.audits is not None:
+                self._directory.audits.step(self.history)
             return outputs
+
+    def _leave_liars(self) -> None:
+        """Rebuild elsewhere what servers have had a part in that were found wrong since."""
+        wrong = self._directory.health.wrong
+        # What has come of the present pass is in the user's hands: the next one begins anew.
+        if len(wrong) == self._known_wrong or self.history.current.inputs:
+            return
+        self._known_wrong = len(wrong)
+        found = self.history.distrust(wrong.keys())
+        if found is None:
+            return
+        block, position = found
+        for hop in self._chain.hops:
+            if hop.segment.peer in wrong:
+                self._chain.drop(hop)
+            elif hop.start >= block:
+                hop.reset()
+        logger.warning(
+            "a server of this text was found wrong: from token %d on it may be wrong; what "
+            "follows is computed elsewhere",
+            position + 1,
+        )
 
     def close(self) -> None:
         """Leave all servers; the history stays, so that a later step can resume."""

@@ -15,7 +15,7 @@ from typing import Any
 from swarm_notebook.client.request import Outputs
 from swarm_notebook.client.session.chain import Chain
 from swarm_notebook.client.session.failover import FailoverPolicy
-from swarm_notebook.client.session.history import History, Pass
+from swarm_notebook.client.session.history import Computed, History, Pass
 from swarm_notebook.client.session.pipeline import HopLost, Stage, join, run_pipeline, split
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.errors import RemoteError
@@ -102,9 +102,21 @@ class StepRun:
             whole = join(found)
             outputs.states.update(whole.states)
             outputs.inner.update(whole.inner)
-            if stage.end < self._directory.num_blocks:
+            audited = self._directory.audits is not None
+            if stage.end < self._directory.num_blocks or audited:
                 self._current.inputs[stage.end] = whole.states[stage.end - 1]
+            if audited:
+                self._current.computed[stage.end] = self._computed(stage)
         return stages[-1].end, lost
+
+    def _computed(self, stage: Stage) -> Computed:
+        source, adapter = stage.source, self._history.adapter
+        return Computed(
+            stage.hop.segment,
+            stage.start,
+            None if source is None else source.segment.peer,
+            None if adapter is None else (adapter.id, adapter.version),
+        )
 
     async def _ready(self, stages: Sequence[Stage]) -> None:
         """Bring the servers of a chain to where the current pass begins."""

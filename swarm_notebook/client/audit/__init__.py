@@ -1,0 +1,1 @@
+"""Audits of what servers answer: drawn at random, replayed elsewhere, compared, decided."""

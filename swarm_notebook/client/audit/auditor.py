@@ -1,0 +1,337 @@
+"""Replays finished work elsewhere, in the background, and leaves servers that answered wrong.
+
+Nothing waits for an audit: session and passes hand over what they have finished, `Choice` draws
+some of it, and one task of the network thread works it off. The *witness* that replays is drawn
+among the other servers of the same blocks, so that two friends cannot count on vouching for each
+other. When it disagrees, a second one decides, or the notebook itself where its user allows that.
+
+The server in question is never asked again. So it cannot tell audited work from other work; it can
+only be right or wrong when it answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from swarm_notebook.client.audit import limits, piece
+from swarm_notebook.client.audit.choice import Choice
+from swarm_notebook.client.audit.comparison import Errors, compare
+from swarm_notebook.client.audit.piece import Piece
+from swarm_notebook.client.audit.verdicts import AGREED, HERE, OPEN, WRONG, Verdict, Verdicts
+from swarm_notebook.client.passes.forward import forward_segment
+from swarm_notebook.client.request import Request
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
+from swarm_notebook.client.session.history import History
+from swarm_notebook.client.telemetry import Failover
+from swarm_notebook.errors import MissingBlocks, ModelNotFound, RemoteError, Unsupported
+from swarm_notebook.net import tensors
+from swarm_notebook.net.records import ServerState
+
+logger = logging.getLogger(__name__)
+
+# Pieces that wait; each holds its input and answer. More than a few wait only where witnesses are
+# slower than the work itself: then the newest are not audited.
+MAX_WAITING = 8
+
+Judge = Callable[[Request, torch.dtype], torch.Tensor]
+"""Computes a request in the notebook, in a dtype; called in a thread of its own."""
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """What somebody else made of a piece's input: in float32, and in the server's own dtype."""
+
+    by: tuple[str, ...]
+    peers: frozenset[str]
+    reference: torch.Tensor
+    twin: torch.Tensor | None
+
+
+class Auditor:
+    """Audits the work of one model's servers; an `Audits` of the directory.
+
+    Args:
+        directory: who serves the model.
+        rate: how much is computed for audits, as a share of what is computed anyway.
+        judge: computes here what is disputed, if the user allows it.
+        source: of randomness; None for one that nobody can predict.
+
+    Attributes:
+        verdicts: what was found.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        rate: float,
+        judge: Judge | None = None,
+        source: random.Random | None = None,
+    ):
+        self._directory, self._judge, self.rate = directory, judge, rate
+        self._source = source or random.SystemRandom()
+        self._choice = Choice(rate, self._source)
+        self._tried: set[str] = set()
+        self._waiting: list[Piece] = []
+        self._working: asyncio.Task | None = None
+        self.verdicts = Verdicts()
+
+    def step(self, history: History) -> None:
+        """A step of a session has come back."""
+        current = history.current
+        for end, computed in list(current.computed.items()):
+            segment = replace(computed.segment, start=computed.start, end=end)
+            rows = next(iter(current.edits.values())).shape[0]
+            tokens = rows * current.end
+            if tokens >= limits.MIN_TOKENS and self._drawn(segment, rows * current.length, tokens):
+                compression = self._directory.compression_for(segment.span)
+                self._take(piece.of_session(history, computed, end, compression))
+
+    def forwarded(
+        self, segment: RouteSegment, request: Request, answer: torch.Tensor, kept: bool
+    ) -> None:
+        """A server has answered its part of a forward pass without a cache."""
+        tokens = answer.shape[0] * answer.shape[1]
+        if tokens >= limits.MIN_TOKENS and self._drawn(segment, tokens, tokens):
+            compression = self._directory.compression_for(segment.span)
+            found = piece.of_pass(segment, request, answer, compression, kept=kept)
+            if found is not None and found.request.prompts is not None:
+                # They may be trained before the audit.
+                found.request.prompts = found.request.prompts.clone()
+            self._take(found)
+
+    def _drawn(self, segment: RouteSegment, tokens: int, total: int) -> bool:
+        blocks, dtype = segment.end - segment.start, piece.dtype_of(segment)
+        if dtype is None or segment.peer in self._directory.health.wrong:
+            return False
+        replays = 1 if dtype == torch.float32 else 2
+        stranger = segment.peer not in self._tried
+        done, cost = tokens * blocks, total * blocks * replays
+        return self._choice.draw(tokens, done, cost, stranger=stranger)
+
+    def _take(self, found: Piece | None) -> None:
+        if found is None or found.tokens < limits.MIN_TOKENS or len(self._waiting) >= MAX_WAITING:
+            return
+        self._tried.add(found.segment.peer)
+        self._waiting.append(found)
+        if self._working is None or self._working.done():
+            self._working = asyncio.create_task(self._work())
+
+    async def _work(self) -> None:
+        while self._waiting:
+            try:
+                verdict = await self.audit(self._waiting[0])
+                self.verdicts.add(verdict)
+            except Exception:
+                logger.exception("an audit failed")
+            finally:
+                self._waiting.pop(0)
+
+    async def settled(self) -> None:
+        """Wait for the audits that are under way."""
+        while self._working is not None and not self._working.done():
+            await asyncio.wait([self._working])
+
+    def stop(self) -> None:
+        """Give up what is under way."""
+        if self._working is not None:
+            self._working.cancel()
+
+    async def audit(self, found: Piece) -> Verdict:
+        """Replay a piece, and decide; a server whose answer is wrong is left."""
+        segment = found.segment
+        first = await self._replay(found, {segment.peer})
+        by_home = first is None
+        if first is None:
+            first = await self._at_home(found)
+        if first is None:
+            return _verdict(found, OPEN, why="no other server has these blocks and can replay them")
+        errors, why = await self._compare(found, first)
+        if not why:
+            return _verdict(found, AGREED, by=first.by, errors=errors)
+        second = None
+        if not by_home:
+            second = await self._at_home(found)
+            if second is None:
+                second = await self._replay(found, {segment.peer, *first.peers})
+            if second is None:
+                said = f"{', '.join(first.by)} disagrees, and nobody else can decide: {why}"
+                logger.warning("audit of %s: %s", _name(segment), said)
+                return _verdict(found, OPEN, by=first.by, why=said, errors=errors)
+            errors, again = await self._compare(found, second)
+            if not again:
+                self._condemn_witness(found, first, second)
+                return _verdict(found, AGREED, by=second.by, errors=errors)
+            if await self._differ(found, first, second):
+                said = f"{', '.join((*first.by, *second.by))} and this server all disagree"
+                return _verdict(found, OPEN, by=(*first.by, *second.by), why=said, errors=errors)
+            why = again
+        by = (*first.by, *(second.by if second else ()))
+        return self._disputed(found, by, why, errors)
+
+    def _disputed(self, found: Piece, by: tuple[str, ...], why: str, errors: Errors) -> Verdict:
+        """The answer does not follow from the input that the notebook knows of."""
+        segment, health = found.segment, self._directory.health
+        if found.handed is not None:
+            # Either of two may have lied: who answered, or who handed over something else than it
+            # told. From now on the notebook itself hands over, and the next audit names one.
+            health.keep_apart(found.handed, segment.peer, float("inf"))
+            said = (
+                f"{why}; or …{found.handed[-6:]} has handed over other states than it told. From "
+                "now on they go over the notebook"
+            )
+            logger.warning("audit of %s: %s", _name(segment), said)
+            # Whoever was audited first is still unknown.
+            self._tried.discard(segment.peer)
+            return _verdict(found, OPEN, by=by, why=said, errors=errors)
+        self._condemn(segment, f"found wrong by {', '.join(by)}: {why}")
+        return _verdict(found, WRONG, by=by, why=why, errors=errors, proof=found)
+
+    def _condemn(self, segment: RouteSegment, reason: str) -> None:
+        self._directory.health.wrong[segment.peer] = reason
+        logger.warning("%s was left for good: %s", _name(segment), reason)
+        report = Failover(
+            segment.peer, segment.span.name, segment.start, segment.end, reason, time.perf_counter()
+        )
+        self._directory.telemetry.lost(self._directory.telemetry.latest, report)
+
+    def _condemn_witness(self, found: Piece, first: _Replay, second: _Replay) -> None:
+        """The server was right, and so whoever spoke against it is not."""
+        if len(first.peers) != 1:
+            return
+        (peer,) = first.peers
+        for span in self._directory.snapshot.spans:
+            if span.peer == peer and span.start <= found.segment.start < span.end:
+                segment = RouteSegment(span, found.segment.start, found.segment.end)
+                why = f"as a witness, contradicted by {found.segment.span.name} and {second.by[0]}"
+                self._condemn(segment, why)
+                verdict = _verdict(found, WRONG, by=second.by, why=why)
+                self.verdicts.add(replace(verdict, peer=peer, name=span.name))
+                return
+
+    async def _compare(self, found: Piece, other: _Replay) -> tuple[Errors, str]:
+        errors = await asyncio.to_thread(
+            compare, found.answer, other.reference, other.twin, found.counted
+        )
+        return errors, limits.what_is_wrong(errors, self._rounding(found))
+
+    async def _differ(self, found: Piece, first: _Replay, second: _Replay) -> bool:
+        """Whether two replays in float32 are not the same either."""
+        errors = await asyncio.to_thread(
+            compare, first.reference, second.reference, None, found.counted
+        )
+        # Each may have weights of its own dtype: then they differ by less than that rounds.
+        return errors.mean > limits.MAX_ERROR[torch.bfloat16] * limits.MAX_TOKEN
+
+    def _rounding(self, found: Piece) -> torch.dtype:
+        """What the values of an answer were rounded to on their way to the record."""
+        if self._directory.compression_for(found.segment.span) == tensors.FLOAT16:
+            return torch.float16
+        return found.answer.dtype
+
+    async def _at_home(self, found: Piece) -> _Replay | None:
+        if self._judge is None:
+            return None
+        dtype, twin = piece.dtype_of(found.segment), None
+        try:
+            reference = await asyncio.to_thread(self._judge, found.request, torch.float32)
+            if dtype not in (None, torch.float32):
+                twin = await asyncio.to_thread(self._judge, found.request, dtype)
+        except (Unsupported, ModelNotFound) as error:
+            logger.info("an audit cannot be decided here: %s", error)
+            return None
+        return _Replay((HERE,), frozenset(), reference, twin)
+
+    async def _replay(self, found: Piece, exclude: Collection[str]) -> _Replay | None:
+        """What another server, drawn at random, or a chain of them, makes of the input."""
+        excluded = set(exclude)
+        while True:
+            chain = self._witnesses(found, excluded)
+            if chain is None:
+                return None
+            dtype = piece.dtype_of(found.segment)
+            try:
+                reference = await self._run(found.request, chain, torch.float32)
+                half = dtype not in (None, torch.float32)
+                twin = await self._run(found.request, chain, dtype) if half and dtype else None
+            except RemoteError as error:
+                logger.info("an audit goes elsewhere: %s", error)
+                excluded |= {part.peer for part in chain}
+                continue
+            names = tuple(part.span.name for part in chain)
+            return _Replay(names, frozenset(part.peer for part in chain), reference, twin)
+
+    def _witnesses(self, found: Piece, exclude: set[str]) -> list[RouteSegment] | None:
+        """Servers to replay a piece: one that has all its blocks, or else the best chain."""
+        start, end, dtype = found.segment.start, found.segment.end, piece.dtype_of(found.segment)
+
+        def able(segment: RouteSegment) -> bool:
+            theirs = piece.dtype_of(segment)
+            # Weights that were rounded to a half cannot say what others give.
+            exact = theirs in (torch.float32, dtype)
+            return segment.span.casts and exact and segment.peer not in exclude
+
+        online = [
+            RouteSegment(span, start, end)
+            for span in self._directory.usable()
+            if span.info.state == ServerState.ONLINE and span.start <= start and end <= span.end
+        ]
+        single = [segment for segment in online if able(segment)]
+        if single:
+            return [self._source.choice(single)]
+        unable = {
+            span.peer
+            for span in self._directory.snapshot.spans
+            if not able(RouteSegment(span, span.start, span.end))
+        }
+        try:
+            return self._directory.chain(start, end, unable)
+        except MissingBlocks:
+            return None
+
+    async def _run(
+        self, request: Request, chain: Collection[RouteSegment], dtype: torch.dtype
+    ) -> torch.Tensor:
+        hidden = request.hidden
+        for segment in chain:
+            part: Any = request.part(segment.start, segment.end, hidden)
+            part.dtype = tensors.dtype_name(dtype)
+            outputs = await forward_segment(self._directory, segment, part)
+            hidden = outputs.states[segment.end - 1]
+        return hidden
+
+
+def _name(segment: RouteSegment) -> str:
+    return f"server {segment.span.name} ({describe_blocks(range(segment.start, segment.end))})"
+
+
+def _verdict(
+    found: Piece,
+    outcome: str,
+    *,
+    by: tuple[str, ...] = (),
+    why: str = "",
+    errors: Errors | None = None,
+    proof: Piece | None = None,
+) -> Verdict:
+    segment = found.segment
+    return Verdict(
+        segment.peer,
+        segment.span.name,
+        segment.start,
+        segment.end,
+        found.tokens,
+        outcome,
+        by,
+        why,
+        errors,
+        proof=proof,
+    )

@@ -1,0 +1,121 @@
+"""A finished piece of work as it is replayed: input, answer, and what is known of both. Pure code.
+
+Of a session it is everything from the first token on, as the history has it: one pass without a
+cache gives what the steps gave. Only what the server in question has answered itself is compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from swarm_notebook.client.request import Request, travelling
+from swarm_notebook.client.servers.routing import RouteSegment
+from swarm_notebook.client.session.history import Computed, History
+from swarm_notebook.net import tensors
+
+# Of a weight that is not quantised.
+WHOLE_BITS = 16
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a server was asked, and what it answered.
+
+    Attributes:
+        segment: the server and its blocks.
+        request: ``hidden`` is float32 ``[rows, positions, hidden size]``, as the server got it.
+        answer: of the same shape, as the notebook got it.
+        counted: bool ``[rows, positions]``: what of it this server has answered.
+        handed: the peer that gave it its input, if that was not the notebook: the notebook knows
+            only what that peer says it was.
+        first: position of the first token that this server computed; 0 without a session.
+    """
+
+    segment: RouteSegment
+    request: Request
+    answer: torch.Tensor
+    counted: torch.Tensor
+    handed: str | None = None
+    first: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are compared."""
+        return int(self.counted.sum())
+
+    @property
+    def cost(self) -> int:
+        """Tokens times blocks of one replay."""
+        rows, length = self.counted.shape
+        return rows * length * (self.segment.end - self.segment.start)
+
+
+def dtype_of(segment: RouteSegment) -> torch.dtype | None:
+    """What a server says it computes in; None if audits cannot tell what that gives."""
+    info = segment.span.info
+    whole = info.quant_type in (None, "none") and segment.span.weight_bits >= WHOLE_BITS
+    return _DTYPES.get(info.torch_dtype or "") if whole else None
+
+
+def of_pass(
+    segment: RouteSegment, request: Request, answer: torch.Tensor, compression: int, *, kept: bool
+) -> Piece | None:
+    """A pass without a cache; None if a replay would give something else.
+
+    Args:
+        request: what the server was asked.
+        compression: of the hidden states on their way.
+        kept: they were not rounded on their way.
+    """
+    if request.seed is not None or (compression and compression != tensors.FLOAT16 and not kept):
+        return None
+    hidden = request.hidden if kept else travelling(request.hidden, segment.span)
+    if compression == tensors.FLOAT16 and not kept:
+        hidden = hidden.half()
+    plain = replace(request, hidden=hidden.float(), states=(), inner=())
+    known = torch.ones(answer.shape[:2], dtype=torch.bool)
+    counted = known if request.mask is None else request.mask.bool()
+    return Piece(segment, plain, answer, counted)
+
+
+def of_session(history: History, computed: Computed, end: int, compression: int) -> Piece | None:
+    """What a session's server has answered so far; None if it cannot be replayed as one pass.
+
+    Args:
+        computed: by whom the present pass was computed, up to block ``end``.
+    """
+    segment = computed.segment
+    merged = list(history.replay(computed.start, end, history.current.end))
+    if len(merged) != 1 or history.prompts is not None:
+        # Deep prompts may be trained between the passes.
+        return None
+    if merged[0].input_of(computed.start) is None:
+        return None
+    answers, counted, handed = [], [], None
+    first: int | None = None
+    for part in history.passes():
+        answer, by = part.inputs.get(end), part.computed.get(end)
+        own = by is not None and by.same_work(computed) and answer is not None
+        if by is not None and own:
+            handed = handed or by.handed
+            first = part.position if first is None else first
+        like = part.input_of(computed.start)
+        if like is None:
+            return None
+        answers.append(answer if answer is not None and own else torch.zeros_like(like))
+        counted.append(torch.full(like.shape[:2], own))
+    request = history.request(computed.start, end, merged[0])
+    of_end = replace(segment, start=computed.start, end=end)
+    request = replace(request, position=0, rows_version=0)
+    found = of_pass(of_end, request, torch.cat(answers, dim=1), compression, kept=False)
+    if found is None:
+        return None
+    return replace(
+        found,
+        counted=found.counted & torch.cat(counted, dim=1),
+        handed=handed,
+        first=first or 0,
+    )

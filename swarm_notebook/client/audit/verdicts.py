@@ -1,0 +1,69 @@
+"""What audits have found. Pure code."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from swarm_notebook.client.audit.comparison import Errors
+from swarm_notebook.client.audit.piece import Piece
+
+AGREED, WRONG, OPEN = "agreed", "wrong", "open"
+HERE = "this notebook"
+# Verdicts that are kept, the latest; those of wrong answers are kept apart, with what they are of.
+MAX_VERDICTS, MAX_PROOFS = 1024, 64
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One audit.
+
+    Attributes:
+        peer, name: the server that was audited.
+        start, end: its blocks ``[start, end)`` that were.
+        tokens: how many were compared.
+        outcome: `AGREED`, `WRONG` (its answer), or `OPEN`: nobody could decide.
+        by: whoever replayed it.
+        why: what is wrong, or why it is open.
+        errors: of the answer against the last replay; None if there was none.
+        when: in seconds of Unix time.
+        proof: the piece, if its answer is wrong.
+    """
+
+    peer: str
+    name: str
+    start: int
+    end: int
+    tokens: int
+    outcome: str
+    by: tuple[str, ...] = ()
+    why: str = ""
+    errors: Errors | None = None
+    when: float = field(default_factory=time.time)
+    proof: Piece | None = None
+
+
+class Verdicts:
+    """The latest verdicts, and the evidence on each server."""
+
+    def __init__(self) -> None:
+        self._all: list[Verdict] = []
+        self.proofs: list[Verdict] = []
+        self._checked: dict[str, int] = {}
+
+    def add(self, verdict: Verdict) -> None:
+        """Keep a verdict."""
+        self._all.append(verdict)
+        del self._all[:-MAX_VERDICTS]
+        if verdict.proof is not None and len(self.proofs) < MAX_PROOFS:
+            self.proofs.append(verdict)
+        if verdict.outcome != OPEN:
+            self._checked[verdict.peer] = self._checked.get(verdict.peer, 0) + 1
+
+    def times_checked(self, peer: str) -> int:
+        """How many audits of a server came to an end."""
+        return self._checked.get(peer, 0)
+
+    def all(self) -> tuple[Verdict, ...]:
+        """The latest verdicts, the oldest first; may be called from any thread."""
+        return tuple(self._all)

@@ -1,0 +1,123 @@
+"""What audits have found, as a table; it shows itself as `status` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from swarm_notebook.client.audit.verdicts import AGREED, OPEN, WRONG, Verdict
+from swarm_notebook.report.formatting import clean, data_frame, model_title, text_table
+from swarm_notebook.report.html import head, number_cell, peer_cell, table, view
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_COLUMNS = ["when", "name", "peer_id", "blocks", "tokens", "outcome", "by", "error", "why"]
+_DOTS = {AGREED: "sn-online", OPEN: "sn-joining", WRONG: "sn-avoided"}
+
+
+@dataclass(frozen=True)
+class AuditTable:
+    """The latest audits, the oldest first.
+
+    Attributes:
+        rate: how much is computed for audits, as a share of what is computed anyway; 0 for none.
+    """
+
+    model: str
+    rate: float
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def title(self) -> str:
+        """The model's name, without the folder that it was read from."""
+        return model_title(self.model)
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """The peer ids of servers whose answers were found wrong."""
+        return tuple({one.peer: None for one in self.verdicts if one.outcome == WRONG})
+
+    @property
+    def headline(self) -> str:
+        """One sentence: is what came back right, as far as was looked?"""
+        if not self.rate:
+            return "nothing is audited; connect(..., verify='spot') does"
+        counts = dict.fromkeys((AGREED, WRONG, OPEN), 0)
+        for verdict in self.verdicts:
+            counts[verdict.outcome] += 1
+        parts = [f"{counts[AGREED]} agreed"]
+        parts += [f"{counts[kind]} {kind.upper()}" for kind in (WRONG, OPEN) if counts[kind]]
+        return f"{len(self.verdicts)} audits, {', '.join(parts)}"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The audits as a data frame, one row each."""
+        rows = [
+            {
+                "when": datetime.fromtimestamp(one.when, UTC),
+                "name": one.name,
+                "peer_id": one.peer,
+                "blocks": f"{one.start}:{one.end}",
+                "tokens": one.tokens,
+                "outcome": one.outcome,
+                "by": ", ".join(one.by),
+                "error": None if one.errors is None else one.errors.mean,
+                "why": one.why,
+            }
+            for one in self.verdicts
+        ]
+        return data_frame(rows, _COLUMNS)
+
+    def __repr__(self) -> str:
+        titles = ["server", "blocks", "tokens", "outcome", "replayed by"]
+        rows = [
+            [clean(one.name), f"{one.start}:{one.end}", str(one.tokens), one.outcome, _by(one)]
+            for one in self.verdicts
+        ]
+        listed = text_table(titles, rows) if rows else []
+        return "\n".join([f"{self.title}: {self.headline}", *listed])
+
+    def __str__(self) -> str:
+        titles = ["server", "peer", "blocks", "tokens", "outcome", "replayed by", "error", "why"]
+        rows = [
+            [
+                clean(one.name),
+                one.peer,
+                f"{one.start}:{one.end}",
+                str(one.tokens),
+                one.outcome,
+                _by(one),
+                _error(one),
+                clean(one.why) or None,
+            ]
+            for one in self.verdicts
+        ]
+        listed = text_table(titles, rows) if rows else []
+        return "\n".join([f"{self.title}: {self.headline}", *listed])
+
+    def as_html(self) -> str:
+        """The headline and the audits, as one static fragment."""
+        kind = "sn-alarm" if self.wrong else "sn-dim"
+        first = head(self.title, f'<span class="{kind}">{escape(self.headline)}</span>')
+        rows = "".join(
+            f"<tr><td>{escape(one.name)}</td>{peer_cell(one.peer)}<td>{one.start}:{one.end}</td>"
+            f'<td><span class="sn-dot {_DOTS[one.outcome]}"></span>{one.outcome}</td>'
+            f"{number_cell(str(one.tokens))}{number_cell(_error(one))}"
+            f"<td>{escape(_by(one))}</td><td>{escape(one.why)}</td></tr>"
+            for one in self.verdicts
+        )
+        titles = ["server", "peer", "blocks", "outcome"]
+        return view(first + table(titles, ["tokens", "error"], ["replayed by", "why"], rows))
+
+    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
+        return {"text/plain": repr(self), "text/html": self.as_html()}
+
+
+def _by(verdict: Verdict) -> str:
+    return clean(", ".join(verdict.by)) or "nobody"
+
+
+def _error(verdict: Verdict) -> str:
+    return "" if verdict.errors is None else f"{verdict.errors.mean:.1e}"

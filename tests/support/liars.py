@@ -1,0 +1,105 @@
+"""Servers that answer wrong on purpose: real ones, whose blocks were changed after they started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from support.hosting import HostedServer
+from torch import nn
+
+Lie = Callable[[list[nn.Module]], list[Any]]
+
+
+def outputs(change: Callable[[torch.Tensor], torch.Tensor]) -> Lie:
+    """Whatever leaves the last block is changed."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    return lambda layers: [layers[-1].register_forward_hook(hook)]
+
+
+def stale() -> Lie:
+    """Every token gets what the one before should have."""
+    return outputs(lambda out: out.roll(1, dims=1) if out.shape[1] > 1 else out.flip(-1))
+
+
+def edited(every: int) -> Lie:
+    """One token in so many is moved by a tenth of its length."""
+
+    def change(out: torch.Tensor) -> torch.Tensor:
+        out = out.clone()
+        out[:, ::every] += 0.1 * out[:, ::every].flip(-1)
+        return out
+
+    return outputs(change)
+
+
+def skipped(index: int) -> Lie:
+    """A block does nothing."""
+
+    def hook(_module: nn.Module, inputs: Any, output: Any) -> Any:
+        return (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0]
+
+    return lambda layers: [layers[index].register_forward_hook(hook)]
+
+
+def rounded(bits: int) -> Lie:
+    """All weights with so many bits, and a scale per output."""
+
+    def change(weight: torch.Tensor) -> torch.Tensor:
+        scale = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        return (weight / scale).round() * scale
+
+    return weights(change)
+
+
+def weights(change: Callable[[torch.Tensor], torch.Tensor]) -> Lie:
+    """The weights of all products are changed."""
+
+    def lie(layers: list[nn.Module]) -> list[Any]:
+        for layer in layers:
+            for module in layer.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.data.copy_(change(module.weight.data))
+        return []
+
+    return lie
+
+
+LIES: dict[str, Lie] = {
+    "2 % too long": outputs(lambda out: out * 1.02),
+    "zeros": outputs(torch.zeros_like),
+    "noise of 1 %": outputs(lambda out: out + 0.01 * out.norm(dim=-1, keepdim=True) * _noise(out)),
+    "stale": stale(),
+    "a skipped block": skipped(1),
+    "other weights": weights(lambda weight: weight.roll(1, dims=0)),
+    "int8 weights": rounded(8),
+    "int4 weights": rounded(4),
+    "an edited token": edited(16),
+}
+
+
+def _noise(like: torch.Tensor) -> torch.Tensor:
+    return torch.randn_like(like) / like.shape[-1] ** 0.5
+
+
+@contextmanager
+def lying(server: HostedServer, lie: Lie) -> Iterator[None]:
+    """Within it, the server answers with changed blocks."""
+    layers = server.layers
+    before = [[parameter.detach().clone() for parameter in one.parameters()] for one in layers]
+    handles = lie(layers)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, values in zip(layers, before, strict=True):
+            for parameter, value in zip(layer.parameters(), values, strict=True):
+                parameter.data.copy_(value)

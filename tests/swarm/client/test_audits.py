@@ -1,0 +1,145 @@
+"""Servers that lie are found, named and left; honest ones are not blamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from support import liars
+from support.hosting import HostedServer, HostedSwarm
+from support.patience import PATIENCE
+from transformers import AutoModelForCausalLM
+
+import swarm_notebook as sn
+from swarm_notebook.report.audit import AuditTable
+from swarm_notebook.swarm import Swarm
+
+TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def trio(tiny_llama: Path) -> Iterator[HostedSwarm]:
+    """Three servers of all blocks."""
+    with HostedSwarm(tiny_llama, [(0, 5)] * 3) as swarm:
+        yield swarm
+
+
+@contextmanager
+def connected(local: HostedSwarm, **options: object) -> Iterator[Swarm]:
+    with sn.connect(local.initial_peers, model=local.model, **options) as swarm:  # type: ignore[arg-type]
+        yield swarm
+
+
+def next_server(local: HostedSwarm, swarm: Swarm) -> HostedServer:
+    """The server that the next request takes."""
+    first = swarm.route().hops[0].peer_id
+    return next(server for server in local.servers if server.peer_id == first)
+
+
+def ids(seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 128, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
+
+
+def found(swarm: Swarm) -> AuditTable:
+    return swarm.audit(wait=PATIENCE)
+
+
+@pytest.mark.parametrize("lie", liars.LIES)
+def test_a_liar_is_found_by_its_first_audit(trio: HostedSwarm, lie: str) -> None:
+    with connected(trio, verify=1.0) as swarm:
+        liar = next_server(trio, swarm)
+        with liars.lying(liar, liars.LIES[lie]):
+            swarm.model(ids(), use_cache=False)
+            table = found(swarm)
+        assert table.wrong == (liar.peer_id,)
+        assert [one.outcome for one in table.verdicts] == ["wrong"]
+        assert len(table.verdicts[0].by) == 2
+        assert swarm.route().hops[0].peer_id != liar.peer_id
+        row = next(row for row in swarm.status().servers if row.peer_id == liar.peer_id)
+        assert row.state == "avoided"
+        assert "found wrong" in row.note
+
+
+def test_honest_servers_agree(trio: HostedSwarm) -> None:
+    with connected(trio, verify=1.0) as swarm:
+        for seed in range(4):
+            swarm.model(ids(seed), use_cache=False)
+            swarm.model.generate(ids(seed), max_new_tokens=8, do_sample=False)
+        table = found(swarm)
+        assert {one.outcome for one in table.verdicts} == {"agreed"}
+        assert not table.wrong
+
+
+def test_a_witness_that_lies_is_the_one_that_is_left(trio: HostedSwarm) -> None:
+    with connected(trio, verify=1.0) as swarm:
+        first = next_server(trio, swarm)
+        liar, honest = (server for server in trio.servers if server is not first)
+        with liars.lying(liar, liars.LIES["zeros"]):
+            # Witnesses are drawn: until it was the liar's turn.
+            for seed in range(50):
+                swarm.model(ids(seed), use_cache=False)
+                if found(swarm).wrong:
+                    break
+        assert found(swarm).wrong == (liar.peer_id,)
+        assert swarm.route().hops[0].peer_id in {first.peer_id, honest.peer_id}
+
+
+def test_what_a_liar_computed_is_rebuilt_elsewhere(
+    trio: HostedSwarm, tiny_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    local = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    with connected(trio, verify=1.0) as swarm:
+        prompt = ids(7)
+        with liars.lying(next_server(trio, swarm), liars.LIES["a skipped block"]):
+            wrong = swarm.model(prompt, use_cache=True)
+            assert found(swarm).wrong
+        following = torch.tensor([[5, 6]])
+        right = swarm.model(following, past_key_values=wrong.past_key_values).logits
+        with torch.no_grad():
+            expected = local(torch.cat([prompt, following], dim=1)).logits[:, -2:]
+        torch.testing.assert_close(right, expected, atol=1e-4, rtol=0)
+        assert "from token 1 on it may be wrong" in caplog.text
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_the_notebook_decides_where_there_is_no_third(tiny_llama: Path, here: bool) -> None:
+    with (
+        HostedSwarm(tiny_llama, [(0, 5)] * 2) as local,
+        connected(local, verify=1.0, verify_here=here) as swarm,
+    ):
+        liar = next_server(local, swarm)
+        with liars.lying(liar, liars.LIES["int8 weights"]):
+            swarm.model(ids(), use_cache=False)
+            table = found(swarm)
+        assert [one.outcome for one in table.verdicts] == ["wrong" if here else "open"]
+        assert table.wrong == ((liar.peer_id,) if here else ())
+
+
+def test_a_pushed_input_is_blamed_on_nobody_but_comes_from_the_notebook_then(
+    tiny_llama: Path,
+) -> None:
+    with (
+        HostedSwarm(tiny_llama, [(0, 3), (3, 5), (3, 5), (3, 5)]) as local,
+        connected(local, verify=1.0) as swarm,
+    ):
+        liar_id = swarm.route().hops[1].peer_id
+        liar = next(server for server in local.servers if server.peer_id == liar_id)
+        with liars.lying(liar, liars.LIES["stale"]):
+            swarm.model(ids(), use_cache=True)
+            table = found(swarm)
+            assert not table.wrong
+            assert [one.outcome for one in table.verdicts if one.start == 3] == ["open"]
+            swarm.model(ids(1), use_cache=True)
+            assert found(swarm).wrong == (liar_id,)
+
+
+def test_nothing_is_audited_unless_it_is_asked_for(trio: HostedSwarm) -> None:
+    with connected(trio) as swarm:
+        swarm.model(ids(), use_cache=False)
+        assert not found(swarm).verdicts
+        assert "nothing is audited" in repr(swarm.audit())
+    with pytest.raises(ValueError, match="verify: 'always'"):
+        sn.connect(trio.initial_peers, model=trio.model, verify="always")

@@ -1,0 +1,109 @@
+"""Errors of answers, what is honest, and what is drawn."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.client.audit import limits
+from swarm_notebook.client.audit.choice import Choice
+from swarm_notebook.client.audit.comparison import Errors, compare
+from swarm_notebook.client.request import Request
+from swarm_notebook.model.judge import HomeJudge
+from swarm_notebook.net.node import is_public
+
+
+@pytest.fixture(scope="module")
+def judged(tiny_llama: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An input, and what three blocks make of it in float32 and in bfloat16."""
+    judge = HomeJudge(resolve(tiny_llama))
+    hidden = torch.randn(2, 24, 48, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    request = Request(1, 4, hidden, 0)
+    return hidden, judge(request, torch.float32), judge(request, torch.bfloat16)
+
+
+def wrong(answer: torch.Tensor, reference: torch.Tensor, twin: torch.Tensor | None) -> str:
+    return limits.what_is_wrong(compare(answer, reference, twin), torch.float32)
+
+
+def test_an_honest_half_in_another_form_passes(
+    judged: tuple[torch.Tensor, torch.Tensor, torch.Tensor], tiny_llama: Path
+) -> None:
+    hidden, reference, twin = judged
+    blocks = load_blocks(resolve(tiny_llama), 1, 4, dtype=torch.bfloat16).model
+    with torch.no_grad():
+        answer = torch.cat(
+            [
+                blocks(inputs_embeds=row[None].bfloat16(), use_cache=False).last_hidden_state
+                for row in hidden
+            ]
+        )
+    assert not wrong(answer, reference, twin)
+    assert not wrong(reference, reference, None)
+
+
+@pytest.mark.parametrize("factor", [0.98, 1.02])
+def test_states_of_another_length_are_found_in_every_dtype(
+    judged: tuple[torch.Tensor, torch.Tensor, torch.Tensor], factor: float
+) -> None:
+    _, reference, twin = judged
+    assert wrong(twin.float() * factor, reference, twin)
+    assert "mean error" in wrong(reference * factor, reference, None)
+
+
+def test_one_token_that_was_edited_is_found(
+    judged: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    _, reference, _ = judged
+    answer = reference.clone()
+    answer[0, 5] *= 1.00125
+    assert "error of a token" in wrong(answer, reference, None)
+
+
+def test_positions_that_do_not_count_do_not_count() -> None:
+    reference = torch.randn(1, 4, 8)
+    answer = reference.clone()
+    answer[0, 0] = 0
+    mask = torch.tensor([[0, 1, 1, 1]])
+    assert compare(answer, reference, mask=mask) == Errors(3)
+    assert compare(answer, reference, mask=mask * 0) == Errors()
+
+
+def test_audits_cost_no_more_than_the_rate() -> None:
+    choice, spent, done = Choice(0.02, random.Random(0)), 0.0, 0.0
+    for number in range(200_000):
+        length = number % 1000 + 1
+        done += 10
+        if choice.draw(1, 10, 10 * length, stranger=False):
+            spent += 10 * length
+    assert 0.015 * done < spent < 0.02 * done + 10 * 1000
+
+
+def test_a_stranger_is_audited_early_and_nobody_without_a_rate() -> None:
+    waits = []
+    for seed in range(200):
+        choice = Choice(0.001, random.Random(seed))
+        waits.append(
+            next(n for n in range(10_000) if choice.draw(1, 10, 10 * (n + 1), stranger=True))
+        )
+    assert 90 < sum(waits) / len(waits) < 170
+    assert not Choice(0.0).draw(10_000, 10, 10, stranger=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("/ip4/127.0.0.1/tcp/1/p2p/Q", False),
+        ("/ip4/192.168.1.7/tcp/1/p2p/Q", False),
+        ("/ip6/::1/tcp/1/p2p/Q", False),
+        ("/ip4/8.8.8.8/tcp/1/p2p/Q", True),
+        ("/dns/example.org/tcp/1/p2p/Q", True),
+    ],
+)
+def test_which_addresses_are_public(address: str, public: bool) -> None:
+    assert is_public(address) is public
