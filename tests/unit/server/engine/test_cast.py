@@ -32,6 +32,7 @@ def test_blocks_compute_in_the_dtype_that_is_asked_for(
     folder = tiny_model(family, tmp_path)
     exact, half = span_of(folder, torch.float32), span_of(folder, torch.bfloat16)
     products.install(exact.layers, lambda call: call())
+    torch.manual_seed(0)
     request = Forward((1, 4), torch.randn(2, 9, exact.config.hidden_size), states=(2,))
     request.attention_mask = torch.ones(2, 9, dtype=torch.int64)
     request.attention_mask[0, :3] = 0
@@ -41,7 +42,9 @@ def test_blocks_compute_in_the_dtype_that_is_asked_for(
     found = run_whole(Engine(exact, 0, AdapterLimits(), Batching()).forward("me", request), room)
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.dtype == torch.bfloat16
-        torch.testing.assert_close(mine[:, 3:], theirs[:, 3:], atol=0.05, rtol=0.05)
+        # Of a token as a whole: a single value near zero says nothing in bfloat16.
+        difference = (mine[:, 3:].float() - theirs[:, 3:].float()).norm(dim=-1)
+        assert bool((difference < 0.02 * theirs[:, 3:].float().norm(dim=-1)).all())
     assert {weight.dtype for layer in exact.layers for weight in layer.parameters()} == {
         torch.float32
     }
