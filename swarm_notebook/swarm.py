@@ -407,14 +407,17 @@ def _tell_coarse(spans: Sequence[ServerSpan]) -> None:
         )
 
 
-def _audit_rate(verify: str | float | None, peers: Sequence[str] | str | None) -> float:
+def _audit_rate(
+    verify: str | float | None, peers: Sequence[str] | str | LocalSwarm | None
+) -> float:
     """Which share of the work is audited.
 
     Raises:
         ValueError: ``verify`` says nothing of the kind.
     """
     if verify is None:
-        listed = [peers] if isinstance(peers, str) else peers or []
+        given = None if isinstance(peers, LocalSwarm) else peers
+        listed = [given] if isinstance(given, str) else given or []
         verify = "spot" if any(is_public(str(peer)) for peer in listed) else "off"
     if isinstance(verify, str) and verify in ("spot", "off"):
         return SPOT_RATE if verify == "spot" else 0.0
