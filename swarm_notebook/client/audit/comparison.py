@@ -25,7 +25,7 @@ import torch
 
 @dataclass(frozen=True)
 class Errors:
-    """What was found over some tokens; added up with ``+``.
+    """What was found over some tokens.
 
     Attributes:
         tokens: how many were compared.
@@ -39,15 +39,6 @@ class Errors:
     twin: float = 0.0
     gain: float = 0.0
     largest: float = 0.0
-
-    def __add__(self, other: Errors) -> Errors:
-        return Errors(
-            self.tokens + other.tokens,
-            self.error + other.error,
-            self.twin + other.twin,
-            self.gain + other.gain,
-            max(self.largest, other.largest),
-        )
 
     @property
     def mean(self) -> float:
