@@ -5,6 +5,7 @@
 #             which is a mark: .venv/bin/pytest -m wire (or swarm, notebook, browser, gpu)
 # make docs   the site, in build/site/
 # make release   wheel and sdist in dist/, checked, and tried in an environment of their own
+# make foreign  PEFT's own tests of decoder models, on remote ones (K=llama)
 # make soak   ten minutes (SECONDS=600, SEED=0) of joins, leaves, kills and interrupts
 # make chaos  ten minutes of faults while a notebook generates and trains, and a table of pauses
 # make hostile  attacks on a server process beside an honest notebook, and a table of them
@@ -24,7 +25,7 @@ BY_FILE := -n 2 --dist loadfile
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab docs release test unit soak chaos hostile lint format outputs screenshots clean
+.PHONY: demo lab docs release test unit foreign soak chaos hostile lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -59,6 +60,18 @@ release: $(READY)
 
 hostile: $(READY)
 	$(OFFLINE) $(BIN)/python tests/hostile.py --seconds $(or $(SECONDS),10) --seed $(or $(SEED),0)
+
+# PEFT's own tests, of the version that is installed, on remote models: downloaded, never kept.
+# K="llama and training" runs some of them.
+foreign: $(READY)
+	rm -rf .venv/foreign && mkdir .venv/foreign
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: -c constraints.txt \
+	  --dest .venv/foreign peft
+	tar xzf .venv/foreign/peft-*.tar.gz -C .venv/foreign --strip-components 1
+	touch .venv/foreign/tests/__init__.py
+	cd .venv/foreign && $(OFFLINE) PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(CURDIR)/$(BIN)/python -m pytest \
+	  -q -p no:cacheprovider -p foreign.peft_on_remote -W ignore --rootdir . -c /dev/null --tb=line \
+	  -k "$(or $(K),llama)" tests/test_decoder_models.py
 
 soak: $(READY)
 	$(OFFLINE) $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)

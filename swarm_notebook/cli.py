@@ -141,13 +141,6 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SIZE",
         help="memory for the adapters of one notebook (default: %(default)s)",
     )
-    serve.add_argument(
-        "--adapter-max-rank",
-        type=_positive,
-        default=256,
-        metavar="R",
-        help="the largest rank of an adapter (default: %(default)s)",
-    )
     serve.add_argument("--threads", type=_positive, metavar="N", help="CPU threads for torch")
     serve.add_argument("--name", metavar="NAME", help="what others see in their status")
     serve.add_argument(

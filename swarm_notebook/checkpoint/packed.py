@@ -234,7 +234,11 @@ class PackedWeight(torch.Tensor):
 
 def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     """Where a tensor's bytes are."""
-    parts = tensor.packed.parts() if isinstance(tensor, PackedWeight) else [tensor]
+    parts = [tensor]
+    if isinstance(tensor, PackedWeight):
+        parts = list(tensor.packed.parts())
+    elif tensor.layout == torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
     return (part.untyped_storage() for part in parts)
 
 

@@ -1,28 +1,43 @@
 """Getting a notebook's adapter weights to the servers that need them, when they have changed.
 
-An adapter travels as PEFT's own config and one safetensors file per server with the parameters of
-the blocks that this server computes. A server that lost it (or never had it) says so, and gets it
-again; otherwise a version is sent once.
+An adapter travels as a description of PEFT's layers and one safetensors file per server with the
+tensors of the blocks that this server hosts. A server that lost it (or never had it) says so, and
+gets it again; otherwise a version is sent once.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
-from hivemind.proto import runtime_pb2
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from swarm_notebook.client.passes.call import ANSWER_SLACK, call, server_name
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
-from swarm_notebook.errors import AdapterMissing, BadRequest, ServerFailed, Unsupported
-from swarm_notebook.net import protocol, tensors
+from swarm_notebook.errors import AdapterMissing, Unsupported
+from swarm_notebook.net import protocol
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class AdaptedBlock:
+    """What PEFT has put into one block (`model.tuner_layers`).
+
+    Attributes:
+        text: a description as JSON, in which tensors have names.
+        tensors: their values by name. One that several blocks share is one object.
+        trained: the names of those that want gradients.
+    """
+
+    text: str
+    tensors: Mapping[str, torch.Tensor]
+    trained: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -30,32 +45,53 @@ class Adapter:
     """One state of the adapters that are active in a model's remote blocks.
 
     Attributes:
-        id: stays the same while the configs do; the server keeps one state per id.
+        id: stays the same while the layers do; the server keeps one state per id.
         version: grows whenever a weight changed.
-        configs: PEFT's config of each active adapter, as JSON, by adapter name.
-        prefix: name of the model's list of blocks, such as ``model.layers``.
-        weights: parameters by block and by name in the model.
-        derived: names of parameters that the server computes from the real base weights.
+        peft: the version of PEFT that has made the layers.
+        blocks: what is in each block.
+        by_row: what PEFT tells its layers for one call, one value for each row of a batch.
     """
 
     id: str
     version: int
-    configs: Mapping[str, str]
-    prefix: str
-    weights: Mapping[int, Mapping[str, torch.Tensor]]
-    derived: frozenset[str] = frozenset()
+    peft: str
+    blocks: Mapping[int, AdaptedBlock]
+    by_row: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def key(self) -> dict[str, str | int]:
         """How a request names this state."""
         return {"id": self.id, "version": self.version}
 
-    def part(self, start: int, end: int) -> dict[str, torch.Tensor]:
-        """The parameters of blocks ``[start, end)`` by name."""
+    def for_rows(self, rows: slice) -> Adapter:
+        """The same for some rows of the batch."""
+        by_row = {name: values[rows] for name, values in self.by_row.items()}
+        return replace(self, by_row=by_row) if by_row else self
+
+    def trained(self, start: int, end: int) -> dict[str, torch.Tensor]:
+        """What wants gradients in blocks ``[start, end)``, by block and name."""
         return {
-            name: tensor
-            for block in range(start, end)
-            for name, tensor in self.weights.get(block, {}).items()
+            f"{index}.{name}": block.tensors[name]
+            for index, block in self.blocks.items()
+            if start <= index < end
+            for name in sorted(block.trained)
         }
+
+    def packed(self, start: int, end: int) -> tuple[bytes, bytes]:
+        """A safetensors file for blocks ``[start, end)``, and what is in it."""
+        names: dict[int, str] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        parts = []
+        for index, block in self.blocks.items():
+            if not start <= index < end:
+                continue
+            sources = {}
+            for name, tensor in block.tensors.items():
+                source = sources[name] = names.setdefault(id(tensor), f"{index}.{name}")
+                tensors[source] = tensor
+            told = {"tensors": sources, "trained": sorted(block.trained)}
+            parts.append(f'"{index}":{{"layers":{block.text},{json.dumps(told)[1:]}')
+        text = f'{{"peft":{json.dumps(self.peft)},"blocks":{{{",".join(parts)}}}}}'
+        return save(tensors), text.encode()
 
 
 async def ensure_uploaded(
@@ -94,51 +130,12 @@ async def with_adapter(
         return await work()
 
 
-async def upload(
-    directory: Directory, segment: RouteSegment, adapter: Adapter
-) -> dict[str, torch.Tensor]:
-    """Send a server what it needs to run this adapter in all blocks that it hosts.
-
-    Returns:
-        the parameters that the server derived from its weights, by name.
-    """
+async def upload(directory: Directory, segment: RouteSegment, adapter: Adapter) -> None:
+    """Send a server what it needs to run this adapter in all blocks that it hosts."""
     span = segment.span
     whole = RouteSegment(span, span.start, span.end)
-    part = adapter.part(span.start, span.end)
-    derive = sorted(adapter.derived & part.keys())
-    sent = {name: tensor.contiguous() for name, tensor in part.items() if name not in derive}
-    metadata = {
-        "adapter": adapter.id,
-        "version": adapter.version,
-        "configs": dict(adapter.configs),
-        "prefix": adapter.prefix,
-        **({"derive": derive} if derive else {}),
-    }
-    file = torch.frombuffer(bytearray(save(sent)), dtype=torch.uint8)
-    answer = await call(
-        directory,
-        whole,
-        protocol.RPC_ADAPTER,
-        [file],
-        metadata,
-        always=1,
-        most=ANSWER_SLACK + 8 * sum(part[name].numel() for name in derive),
-    )
+    metadata = {"adapter": adapter.id, "version": adapter.version}
+    packed = await asyncio.to_thread(adapter.packed, span.start, span.end)
+    sent = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in packed]
+    await call(directory, whole, protocol.RPC_ADAPTER, sent, metadata, always=2, most=ANSWER_SLACK)
     directory.uploaded[segment.peer, adapter.id] = (adapter.version, span.start, span.end)
-    if not derive:
-        return {}
-    if len(answer.tensors) != 1:
-        raise ServerFailed(f"{server_name(segment)} sent no initial values for {derive[0]}")
-    derived = _read_derived(answer.tensors[0], server_name(segment))
-    if sorted(derived) != derive:
-        raise ServerFailed(f"{server_name(segment)} sent other initial values than asked for")
-    return derived
-
-
-def _read_derived(packed: runtime_pb2.Tensor, server: str) -> dict[str, torch.Tensor]:
-    try:
-        if not tensors.is_file(packed):
-            raise ServerFailed(f"{server} sent initial values that are no file")
-        return load(packed.buffer)
-    except (BadRequest, SafetensorError) as error:
-        raise ServerFailed(f"{server} sent no readable initial values: {error}") from None

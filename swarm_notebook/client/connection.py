@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from swarm_notebook.client.adapters import Adapter, upload
 from swarm_notebook.client.audit.auditor import Auditor, Judge
 from swarm_notebook.client.loop import LoopThread, at_exit, forget_at_exit, network_thread
 from swarm_notebook.client.passes import forward as stateless
@@ -22,7 +21,6 @@ from swarm_notebook.client.passes.forward import Trail
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.servers.catalogue import served
 from swarm_notebook.client.servers.directory import PATIENCE, Directory
-from swarm_notebook.client.servers.routing import stretches
 from swarm_notebook.client.session.session import InferenceSession
 from swarm_notebook.errors import ConnectionFailed, ServerFailed
 from swarm_notebook.net.node import Node, is_peer_id
@@ -148,23 +146,6 @@ class Connection:
     ) -> PassGradients:
         """`backward.backward`, waited for."""
         return self.run(backward(self.directory, request, trails, grad, states))
-
-    def derive(self, adapter: Adapter) -> dict[str, torch.Tensor]:
-        """What the servers derive from their weights for a new adapter, by parameter name."""
-
-        async def collect() -> dict[str, torch.Tensor]:
-            ranges = stretches(self.num_blocks, self.directory.home)
-            segments = [
-                segment
-                for start, end in ranges
-                for segment in await self.directory.await_chain(start, end)
-            ]
-            parts = await stateless.together(
-                [upload(self.directory, segment, adapter) for segment in segments]
-            )
-            return {name: tensor for part in parts for name, tensor in part.items()}
-
-        return self.run(collect())
 
     def info(self, peer: str) -> dict[str, Any]:
         """What a server says of itself when it is asked (its base58 id).

@@ -110,6 +110,8 @@ class Request:
             options["inner"] = [list(named) for named in self.inner]
         if self.adapter is not None:
             options["adapter"] = self.adapter.key()
+            if self.adapter.by_row:
+                options["by_row"] = dict(self.adapter.by_row)
             if self.seed is not None:
                 options.update(train=True, seed=self.seed)
         if self.rotary_length is not None:

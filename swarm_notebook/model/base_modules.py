@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -18,3 +19,12 @@ def base_of(module: nn.Module) -> nn.Module:
     while is_tuner(module):
         module = module.base_layer  # type: ignore[assignment]
     return module
+
+
+def own_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules inside of one, by name, without those of adapters."""
+    for name, child in module._modules.items():
+        if child is not None:
+            inside, own = f"{path}.{name}" if path else name, base_of(child)
+            yield inside, own
+            yield from own_modules(own, inside)

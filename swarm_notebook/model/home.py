@@ -9,6 +9,7 @@ it and begins again behind it, so every stretch of blocks at home costs one more
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -115,7 +116,7 @@ def send_away(model: Any, blocks: Iterable[int]) -> None:
     for index in set(blocks) & runner.home:
         block = runner.blocks[index]
         for owner, name, path, tensor in _tensors(block):
-            origin = Origin(index, path, model._tensors.read)
+            origin = Origin(index, path, model._tensors.read, weakref.ref(block))
             if name in owner._buffers:
                 owner._buffers[name] = remote_buffer(tensor, origin)
             else:
@@ -132,7 +133,7 @@ def weight_bytes(block: nn.Module) -> int:
 def empty(model: Any, block: nn.Module, index: int) -> None:
     """Let the tensors of a block that was just built be read from the checkpoint when asked for."""
     for owner, name, path, tensor in _tensors(block):
-        origin = Origin(index, path, model._tensors.read)
+        origin = Origin(index, path, model._tensors.read, weakref.ref(block))
         if name in owner._buffers:
             owner._buffers[name] = remote_buffer(tensor, origin)
         else:

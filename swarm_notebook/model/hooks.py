@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from swarm_notebook.errors import Unsupported
+from swarm_notebook.model.base_modules import own_modules
 
 # Once asked for hidden states, transformers leaves its recording hooks on every layer for good;
 # they are idle in calls that do not ask.
@@ -281,10 +282,10 @@ def allow_writes(block: nn.Module) -> None:
 
 def refuse_writes(index: int, block: nn.Module) -> None:
     """Make the hooks that cannot work inside a remote block raise when they are registered."""
-    for name, module in block.named_modules():
-        if name:
-            for method in _NO_WRITES:
-                setattr(module, method, functools.partial(_refuse, f"block {index}.{name}", method))
+    # PEFT hooks layers of its own to tell them something: see `tuner_layers`.
+    for name, module in own_modules(block):
+        for method in _NO_WRITES:
+            setattr(module, method, functools.partial(_refuse, f"block {index}.{name}", method))
 
 
 def _refuse(name: str, method: str, *_: Any, **__: Any) -> NoReturn:

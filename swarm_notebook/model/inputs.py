@@ -34,7 +34,7 @@ def check_cache(cache: object, connection: Connection, rows: int) -> None:
         raise Unsupported(
             f"past_key_values is a {type(cache).__name__} that another model has filled; remote "
             "blocks keep their keys and values on the servers. Pass None, an empty cache, or what "
-            "an earlier call of this model returned"
+            "an earlier call of this model returned; for prefix tuning: tuning.DeepPrompts"
         )
     if cache.connection is not connection:
         raise ValueError("past_key_values belongs to another connection; start without it")

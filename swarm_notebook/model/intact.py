@@ -121,14 +121,8 @@ def _check_calls(index: int, name: str, module: nn.Module) -> None:
     forward = module.__dict__.get("forward")
     if forward is not None and not type(forward).__module__.startswith(_LISTENERS):
         _refuse(index, f"{name}.forward", "was replaced")
-    if module._forward_pre_hooks:
-        hook = next(iter(module._forward_pre_hooks.values()))
-        if "peft" in (getattr(getattr(hook, "func", hook), "__module__", "") or ""):
-            raise Unsupported(
-                "adapter_names: rows of one batch with different adapters cannot run in remote "
-                "blocks; run the rows of each adapter by themselves after set_adapter, or bring "
-                "the blocks home: swarm.own(slice(None))"
-            )
+    # What PEFT tells its own layers for a call travels, or is refused: see `tuner_layers`.
+    if module._forward_pre_hooks and not is_tuner(module):
         _refuse(index, name, "has a forward pre-hook")
 
 

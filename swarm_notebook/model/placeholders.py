@@ -9,8 +9,9 @@ is refused: the weights that count are on the servers.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -28,11 +29,13 @@ class Origin:
         block: the block that it is in.
         name: its name in the block.
         read: reads it, given block and name.
+        owner: the module that is the block.
     """
 
     block: int
     name: str
     read: Callable[[int, str], torch.Tensor]
+    owner: weakref.ref[nn.Module]
 
 
 class RemoteTensor(torch.Tensor):
@@ -69,14 +72,23 @@ class RemoteTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*tree_map(_real, args), **tree_map(_real, kwargs))
 
-    def __deepcopy__(self, memo: dict) -> RemoteTensor:
+    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+        owner = self._origin.owner()
+        if id(owner) not in memo:
+            # A part of a block that is copied by itself (PEFT trains such copies) has values.
+            values = _real(self).detach().clone()
+            copied = nn.Parameter(values) if isinstance(self, nn.Parameter) else values
+            memo[id(self)] = copied
+            return copied
+        origin = replace(self._origin, owner=weakref.ref(memo[id(owner)]))
         with torch._C.DisableTorchFunctionSubclass():
-            twin = _wrap(type(self), _bare(self).clone(), self.shape, self._origin)
+            twin = _wrap(type(self), _bare(self).clone(), self.shape, origin)
         memo[id(self)] = twin
         return twin
 
     def __copy__(self) -> RemoteTensor:
-        return self.__deepcopy__({})
+        with torch._C.DisableTorchFunctionSubclass():
+            return _wrap(type(self), _bare(self).clone(), self.shape, self._origin)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _real(self).__reduce_ex__(protocol)

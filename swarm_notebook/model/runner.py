@@ -426,6 +426,8 @@ class Runner:
         stateless = cache is None or (call.position == 0 and (cache.lazy or gradients))
         if not stateless:
             _refuse_detours(call.layout, index, before, place)
+            if call.adapter is not None and "alora_offsets" in call.adapter.by_row:
+                raise Unsupported(_ALORA)
         call.end = index + 1 if place is None else call.layout.stretch_end(place)
         request = self._request(call, index, hidden)
         if stateless and not call.packs and request.position_ids is not None:
@@ -511,6 +513,10 @@ class Runner:
         return segment.node(index, index + 1, hidden, None, output)
 
 
+_ALORA = (
+    "aLoRA with cached keys and values: servers take a prompt in pieces, and it counts tokens from "
+    "the end; pass use_cache=False, or bring the blocks home: swarm.own(slice(None))"
+)
 _NO_CACHED_GRADIENTS = (
     "gradients through cached keys and values: call the model without past_key_values, or under "
     "torch.no_grad()"

@@ -195,11 +195,10 @@ def build(
     model.__class__ = _remote_model_class(type(loaded))  # type: ignore[arg-type]
     model._tensors = BlockTensors(source, loaded)
     blocks: list[Any] = list(info.layers)
-    prefix = next(name for name, module in loaded.named_modules() if module is info.layers)
     runner = Runner(
         connection,
         blocks,
-        Adapters(connection, loaded, prefix),
+        Adapters(loaded),
         returns_tuple=info.returns_tuple,
         context_length=context_length(model.config),
     )

@@ -250,7 +250,7 @@ class Server:
             tokens=tokens,
         )
         pool = CachePool(limits.tokens)
-        accepted = AdapterLimits(rank=options.adapter_max_rank, bytes=options.adapter_bytes)
+        accepted = AdapterLimits(bytes=options.adapter_bytes)
         engine = Engine(span, options.activation_bytes, accepted, batching)
         traffic = Traffic(options.traffic_bytes or traffic_for(limits))
         handler = Handler(

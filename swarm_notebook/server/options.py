@@ -39,7 +39,6 @@ class ServeOptions:
         adapter_bytes: the size of the adapters of one notebook.
         traffic_bytes: budget for what arrives and what waits to leave; None is what the largest
             requests of two peers take, and at least 512 MiB.
-        adapter_max_rank: the largest rank of an adapter.
         threads: CPU threads of torch; None leaves it to torch.
         update_period: seconds between announcements.
         exit_with_stdin: leave when standard input ends.
@@ -58,7 +57,6 @@ class ServeOptions:
     activation_bytes: int = BUDGET_BYTES
     adapter_bytes: int = AdapterLimits.bytes
     traffic_bytes: int | None = None
-    adapter_max_rank: int = AdapterLimits.rank
     name: str | None = None
     threads: int | None = None
     update_period: float = UPDATE_PERIOD

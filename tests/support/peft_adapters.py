@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+import peft
 import torch
-from safetensors.torch import save
 from support.bench import Bench, LocalModel, layers_of, run_blocks
 from support.raw_wire import RawClient
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from swarm_notebook.client.adapters import AdaptedBlock, Adapter
+from swarm_notebook.model.tuner_layers import describe
 from swarm_notebook.net import protocol
-from swarm_notebook.server.adapters.config import parse_configs
-from swarm_notebook.server.adapters.upload import Recipe, Upload
+from swarm_notebook.server.adapters.file import parse_safetensors
+from swarm_notebook.server.adapters.layers import parse_description
+from swarm_notebook.server.adapters.upload import Upload, recipe_of
 
 TARGETS = {
     "bloom": ("query_key_value", "dense_4h_to_h"),
@@ -28,9 +31,6 @@ class Tuned:
     """A copy of a local model with an adapter, and the adapter as it is uploaded."""
 
     def __init__(self, bench: LocalModel, kind: str, seed: int = 0, **options: Any):
-        import peft
-        from transformers import AutoModelForCausalLM
-
         torch.manual_seed(seed)
         whole = AutoModelForCausalLM.from_pretrained(bench.folder, dtype=torch.float32)
         targets = options.pop("target_modules", TARGETS[bench.family])
@@ -39,42 +39,46 @@ class Tuned:
         config = getattr(peft, kind)(target_modules=list(targets), **options)
         self.bench = bench
         self.model: nn.Module = peft.get_peft_model(whole, config).eval().base_model.model
-        layers = layers_of(self.model)
-        self.prefix = next(name for name, module in self.model.named_modules() if module is layers)
-        self.configs = {"default": json.dumps(config.to_dict(), default=plain)}
-        self.parameters = {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-            and int(name[len(self.prefix) :].split(".")[1]) in range(1, 4)
-        }
         with torch.no_grad():
             for parameter in self.parameters.values():
                 parameter += 0.2 * torch.randn(parameter.shape)
 
+    @property
+    def adapter(self) -> Adapter:
+        """Its present state."""
+        names: Any = self.model.peft_config
+        blocks = {}
+        for index in range(1, 4):
+            found = describe(layers_of(self.model)[index], index, set(names), set(names))
+            if found is not None:
+                blocks[index] = AdaptedBlock(found.text, found.tensors, found.trained)
+        return Adapter("mine", 1, peft.__version__, blocks)
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """What is trained in blocks 1 to 3, by the names that gradients have."""
+        return self.adapter.trained(1, 4)
+
     def upload(
-        self, name: str = "mine", version: int = 1, client: RawClient | None = None, **changes: Any
+        self,
+        name: str = "mine",
+        version: int = 1,
+        client: RawClient | None = None,
+        packed: tuple[bytes, bytes] | None = None,
+        **changes: Any,
     ) -> tuple[list[torch.Tensor], dict[str, Any]]:
-        tensors = changes.pop("tensors", self.parameters)
-        file = changes.pop("file", None)
-        if file is None:
-            file = save({key: value.detach().contiguous() for key, value in tensors.items()})
-        metadata = {
-            "adapter": name,
-            "version": version,
-            "configs": self.configs,
-            "prefix": self.prefix,
-            **changes,
-        }
-        packed = torch.frombuffer(bytearray(file), dtype=torch.uint8)
+        parts = packed or self.adapter.packed(*changes.get("blocks", (1, 4)))
+        sent = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]
+        metadata = {"adapter": name, "version": version, **changes}
         assert isinstance(self.bench, Bench), "there is no server"
-        return self.bench.call(protocol.RPC_ADAPTER, packed, client=client, **metadata)
+        return self.bench.call(protocol.RPC_ADAPTER, *sent, client=client, **metadata)
 
     def as_upload(self) -> Upload:
         """What a server makes of `upload`."""
-        recipe = Recipe((1, 4), self.prefix, parse_configs(self.configs, max_rank=64))
-        values = {name: value.detach() for name, value in self.parameters.items()}
-        return Upload("mine", 1, recipe, values, frozenset())
+        file, text = self.adapter.packed(1, 4)
+        tensors = parse_safetensors(torch.frombuffer(bytearray(file), dtype=torch.uint8))
+        layers = parse_description(text, (1, 4), tensors, peft.__version__)
+        return Upload("mine", 1, recipe_of((1, 4), text, tensors), layers, tensors)
 
     def gradients(
         self, hidden: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None = None
@@ -88,10 +92,6 @@ class Tuned:
     @torch.no_grad()
     def output(self, hidden: torch.Tensor) -> torch.Tensor:
         return run_blocks(self.model, 1, 4, hidden)[-1]
-
-
-def plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def key(name: str = "mine", version: int = 1) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from swarm_notebook.server.options import ServeOptions
 
 FAMILIES = ("bloom", "gemma3_text", "gpt2", "llama", "qwen3_moe")
 # Small enough for a test to fill.
-ACTIVATION_BYTES, ADAPTER_BYTES, MAX_RANK = 8 << 20, 4 << 20, 32
+ACTIVATION_BYTES, ADAPTER_BYTES = 8 << 20, 4 << 20
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,6 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Benches]:
                 (1, 4),
                 activation_bytes=ACTIVATION_BYTES,
                 adapter_bytes=ADAPTER_BYTES,
-                adapter_max_rank=MAX_RANK,
             )
             server = stack.enter_context(HostedServer(options))
             return stack.enter_context(bench_of(folder, 1, 4, server))
@@ -53,7 +52,7 @@ def llama(benches: Benches) -> Bench:
 def llama_process(tmp_path: Path) -> Iterator[Bench]:
     """As `llama`, in a process of its own, whose memory is the server's alone."""
     options = ["--blocks", "1:4", "--activation-bytes", str(ACTIVATION_BYTES)]
-    options += ["--adapter-bytes", str(ADAPTER_BYTES), "--adapter-max-rank", str(MAX_RANK)]
+    options += ["--adapter-bytes", str(ADAPTER_BYTES)]
     folder = tiny_model("llama", tmp_path)
     server = ServerProcess(folder, tmp_path / "server.log", *options)
     try:

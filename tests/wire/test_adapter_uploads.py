@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from typing import Any
 
@@ -10,7 +11,7 @@ import psutil
 import pytest
 import torch
 from hivemind.proto import runtime_pb2
-from safetensors.torch import save
+from safetensors.torch import load, save
 from support.bench import Bench, relative
 from support.peft_adapters import Tuned, key, random
 
@@ -19,65 +20,61 @@ from swarm_notebook.net import protocol, tensors, traffic
 from swarm_notebook.net.streams import Stream, StreamClosed, open_stream
 
 
-def lora_config(tuned: Tuned, **fields: Any) -> dict[str, str]:
-    return {"default": json.dumps({**json.loads(tuned.configs["default"]), **fields})}
-
-
 def hostile(tuned: Tuned) -> dict[str, tuple[dict[str, Any], type[Exception]]]:
     """Uploads that pass for ones of ``tuned`` at first sight."""
-    good = {name: value.detach() for name, value in tuned.parameters.items()}
+    file, text = tuned.adapter.packed(1, 4)
+    good, said = load(file), json.loads(text)
     first = min(good)
-    without = {name: value for name, value in good.items() if name != first}
-    nan = {**good, first: torch.full_like(good[first], torch.nan)}
-    wide = {
-        name: torch.zeros(*(64 if size == 4 else size for size in value.shape))
-        for name, value in good.items()
-    }
+    site = "self_attn.q_proj"
+
+    def described(*path: str, value: Any) -> dict[str, Any]:
+        changed = copy.deepcopy(said)
+        place = changed["blocks"]
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = value
+        return {"packed": (file, json.dumps(changed).encode())}
+
+    def attribute(name: str, value: Any) -> dict[str, Any]:
+        return described("1", "layers", site, "attributes", name, value=value)
+
+    def tensors(changed: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {"packed": (save(changed), text)}
+
     large = {f"{first}{index}": torch.zeros(1 << 18) for index in range(5)}
-    unknown = {**good, first.replace("down_proj", "x_proj"): good[first].clone()}
-    return {
-        "rank beyond the limit": (
-            {"tensors": wide, "configs": lora_config(tuned, r=64)},
-            BadRequest,
-        ),
-        "rank other than the config's": ({"tensors": wide}, BadRequest),
-        "one shape": ({"tensors": {**good, first: good[first].T}}, BadRequest),
-        "a parameter missing": ({"tensors": without}, BadRequest),
-        "a base parameter": (
-            {
-                "tensors": {
-                    **good,
-                    "model.layers.1.self_attn.q_proj.base_layer.weight": torch.eye(2),
-                }
-            },
-            BadRequest,
-        ),
-        "another block": (
-            {
-                "tensors": {
-                    name.replace("layers.1.", "layers.0."): value for name, value in good.items()
-                }
-            },
-            BadRequest,
-        ),
-        "an unknown module": ({"tensors": unknown}, BadRequest),
-        "NaN": ({"tensors": nan}, BadRequest),
-        "truncated": ({"file": save(good)[:-5]}, BadRequest),
-        "larger than one may be": ({"tensors": large}, BadRequest),
-        "larger than is received": ({"file": bytes(90 << 20)}, BadRequest),
-        "another prefix": ({"prefix": "transformer.h"}, BadRequest),
-        "a prefix of no name": ({"prefix": "a..b"}, BadRequest),
-        "blocks that are not here": ({"blocks": (0, 4)}, BadRequest),
-        "derived from nothing": ({"tensors": without, "derive": [first]}, BadRequest),
-        "derived and uploaded": ({"derive": [first]}, BadRequest),
-        "derive of no names": ({"derive": [3]}, BadRequest),
-        "another config": ({"configs": lora_config(tuned, peft_type="VERA")}, BadRequest),
-        "a hidden module": (
-            {"tensors": {**good, "model.layers.1.lora_A.default.weight": torch.ones(4)}},
-            BadRequest,
-        ),
-        "no version": ({"version": None}, BadRequest),
+    layer = ("1", "layers", site)
+    cases = {
+        "one shape": tensors({**good, first: torch.zeros(2, 3)}),
+        "a tensor missing": tensors({name: good[name] for name in good if name != first}),
+        "NaN": tensors({**good, first: torch.full_like(good[first], torch.nan)}),
+        "truncated": {"packed": (file[:-5], text)},
+        "larger than one may be": tensors({**good, **large}),
+        "larger than is received": {"packed": (bytes(90 << 20), text)},
+        "no description": {"packed": (file, b"[]")},
+        "another PEFT": {"packed": (file, json.dumps({**said, "peft": "0.3.0"}).encode())},
+        "another block": described("0", value=said["blocks"]["1"]),
+        "an unknown module": described("1", "layers", value={"self_attn.x_proj": "base"}),
+        "the block itself": described("1", "layers", value={"": "base"}),
+        "no layer at all": described(*layer, value="base"),
+        "a class of anybody": described(*layer, "class", value="subprocess.Popen"),
+        "a class that is imported": described(*layer, "class", value="peft.tuners.lora.layer.math"),
+        "a whole tuner": described(*layer, "class", value="peft.tuners.lora.model.LoraModel"),
+        "a plain module": described(*layer, "class", value="torch.nn.modules.linear.Identity"),
+        "a forward": attribute("forward", "x"),
+        "a table of torch": attribute("_modules", {"dict": []}),
+        "hooks": attribute("_forward_hooks", {"dict": []}),
+        "merged": attribute("merged_adapters", ["default"]),
+        "switched off": attribute("_disable_adapters", True),
+        "a huge number": attribute("r", 1 << 40),
+        "an object": attribute("r", {"object": "builtins.object"}),
+        "a tensor of nobody": attribute("r", {"tensor": "x"}),
+        "deep values": attribute("r", json.loads("[" * 40 + "]" * 40)),
+        "a tag of nobody": attribute("r", {"eval": "1"}),
+        "training a buffer that is not": described("1", "trained", value=["x"]),
+        "blocks that are not here": {"blocks": (0, 4)},
+        "no version": {"version": None},
     }
+    return {name: (changes, BadRequest) for name, changes in cases.items()}
 
 
 def test_hostile_uploads_leave_the_server_as_it_was(llama_process: Bench) -> None:

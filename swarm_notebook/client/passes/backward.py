@@ -200,14 +200,14 @@ def _most(part: Request) -> int:
     prompts = 0
     if part.prompts is not None:
         prompts = part.prompts[:, :1].numel() * part.hidden.shape[0]
-    adapter = {} if part.adapter is None else part.adapter.part(part.start, part.end)
+    adapter = {} if part.adapter is None else part.adapter.trained(part.start, part.end)
     values = prompts + sum(weights.numel() for weights in adapter.values())
     return answer_bytes(part) + values * max(part.hidden.itemsize, torch.float32.itemsize)
 
 
 def _read(answer: CallAnswer, part: Request, server: str) -> PassGradients:
     """The gradients in an answer: input, prompts, states, adapter weights, in this order."""
-    expected = {} if part.adapter is None else part.adapter.part(part.start, part.end)
+    expected = {} if part.adapter is None else part.adapter.trained(part.start, part.end)
     names = answer.metadata.get("adapter_grads", []) if expected else []
     if not isinstance(names, (list, tuple)) or not set(names) <= expected.keys():
         raise ServerFailed(f"{server} sent gradients of parameters that this adapter has not")

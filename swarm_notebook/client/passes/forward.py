@@ -118,6 +118,7 @@ def take_rows(request: Request, rows: slice) -> Request:
     return replace(
         request,
         hidden=request.hidden[rows],
+        adapter=None if request.adapter is None else request.adapter.for_rows(rows),
         mask=None if request.mask is None else request.mask[rows],
         position_ids=ids if ids is None or ids.shape[0] == 1 else ids[rows],
         prompts=prompts if prompts is None or prompts.shape[1] == 1 else prompts[:, rows],

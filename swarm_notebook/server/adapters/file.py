@@ -20,7 +20,14 @@ MAX_HEADER_BYTES = 4 << 20
 MAX_TENSORS = 1 << 14
 MAX_DIMENSIONS = 4
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
 _LENGTH_BYTES = 8
 _SHOWN = 120
 
@@ -29,7 +36,7 @@ def parse_safetensors(file: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors in a file, by name, as views of it.
 
     Raises:
-        BadRequest: it is no safetensors file, or has other than floating point numbers in it.
+        BadRequest: it is no safetensors file, or a number in it is NaN or infinite.
     """
     if file.dtype != torch.uint8 or file.dim() != 1 or len(file) < _LENGTH_BYTES:
         raise BadRequest("adapter file: expected one uint8 tensor, the bytes of a safetensors file")
@@ -97,6 +104,6 @@ def _tensor(name: str, entry: dict[str, Any], data: torch.Tensor, position: int)
         piece = piece.clone()  # tensors begin at multiples of their element's size
     tensor = piece.view(dtype).reshape(shape)
     # The largest magnitude is NaN or infinite if any value is.
-    if tensor.numel() and not math.isfinite(float(tensor.abs().max())):
+    if dtype.is_floating_point and tensor.numel() and not math.isfinite(float(tensor.abs().max())):
         raise BadRequest(f"{name[:_SHOWN]}: a value is NaN or infinite")
     return tensor

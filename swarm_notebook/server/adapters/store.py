@@ -25,13 +25,11 @@ class AdapterLimits:
     """What a server accepts.
 
     Attributes:
-        rank: the largest rank.
         bytes: the size of one adapter, and of one peer's together.
         number: how many one peer may have.
         total: the size of all.
     """
 
-    rank: int = 256
     bytes: int = 256 << 20
     number: int = 8
 

@@ -86,7 +86,8 @@ class AutogradPass:
             and wanted.blocks[1] <= made.blocks[1]
             and made.hidden.shape == wanted.hidden.shape
             and _lengths(made) == _lengths(wanted)
-            and (made.adapter, made.seed) == (wanted.adapter, wanted.seed)
+            and (made.adapter, made.seed, made.by_row)
+            == (wanted.adapter, wanted.seed, wanted.by_row)
         )
 
     def gradients(self, wanted: Backward, *, keep: bool = False) -> Pieces[SpanGradients]:

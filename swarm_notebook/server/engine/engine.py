@@ -129,27 +129,21 @@ class Engine:
             found = yield from graph.gradients(request, keep=not request.release)
         return SpanGradients([gradient.cpu() for gradient in found.tensors], found.weights)
 
-    def load_adapter(self, peer: str, upload: Upload) -> tuple[int, dict[str, torch.Tensor]]:
-        """Take over an adapter's new state; its size and the parameters that were derived."""
+    def load_adapter(self, peer: str, upload: Upload) -> int:
+        """Take over an adapter's new state; the bytes that it takes."""
         key = peer, upload.id
         held = self.adapters.get(key)
-        if (
-            held is not None
-            and held.span.recipe == upload.recipe
-            and held.span.names == upload.names
-        ):
+        if held is not None and held.span.recipe == upload.recipe:
             span = held.span
-            span.check(upload)
         else:
+            self.adapters.make_room(key, upload.size)
             span = AdaptedSpan(self._span, upload, self.batching.token_wise)
-            span.check(upload)
-            self.adapters.make_room(key, span.size)
-        derived = span.load(upload)
-        self.adapters.put(key, _Adapter(span, upload.version), span.size)
+        span.load(upload)
+        self.adapters.put(key, _Adapter(span, upload.version), upload.size)
         # What was computed with other weights, or with modules that are gone, is of no use.
         live = [self._span, *(adapter.span for adapter in self.adapters.values())]
         self._activations.remove_if(lambda _, graph: graph.span is span or graph.span not in live)
-        return span.size, derived
+        return upload.size
 
     def _can_keep(self, span: Span, request: Forward) -> bool:
         """Whether the activations of a pass may fit; False if such a pass was found not to."""
@@ -174,7 +168,6 @@ class Engine:
             "engine": self.batching.engine,
             "activation_bytes": self._activations.total,
             "activation_bytes_held": self._activations.held,
-            "adapter_max_rank": self.adapters.limits.rank,
             "adapter_bytes": self.adapters.limits.bytes,
             "adapter_bytes_held": self.adapters.held,
             "adapters": len(self.adapters),

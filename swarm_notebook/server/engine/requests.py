@@ -67,6 +67,7 @@ class Forward:
         adapter: id and version of the peer's adapter to run the blocks with.
         seed: of the dropout in the adapter; None for none.
         inner_bytes: how many bytes the outputs of ``inner`` may have; None for as many as any may.
+        by_row: what PEFT tells the adapter's layers for this call, one value for each row.
         keep: the id under which to keep the activations for a backward.
         rotary_length: see `Span.compute`.
         dtype: to compute in, if not in the server's own (`cast`); without gradients.
@@ -81,6 +82,7 @@ class Forward:
     inner: tuple[tuple[int, str], ...] = ()
     adapter: tuple[str, int] | None = None
     seed: int | None = None
+    by_row: dict[str, list[Any]] | None = None
     keep: str | None = None
     rotary_length: int | None = None
     inner_bytes: int | None = None
@@ -119,7 +121,9 @@ class Forward:
         extras: dict[str, Any] = {}
         if self.rotary_length is not None:
             extras["rotary_length"] = self.rotary_length
-        return extras if self.seed is None else {**extras, "seed": self.seed}
+        if self.seed is not None:
+            extras["seed"] = self.seed
+        return extras if self.by_row is None else {**extras, "by_row": self.by_row}
 
 
 @dataclass(slots=True)

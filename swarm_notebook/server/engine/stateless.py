@@ -6,9 +6,10 @@ each block in chunks of positions with a cache of this block alone: that is how 
 long prompt, and as exact. Memory is that of two hidden states and one block's keys and values,
 however long the pass, and no mask is ever larger than a chunk's.
 
-Three kinds of pass are cut between blocks only: with modules captured inside of blocks, whose
-outputs may have any form; with dropout in an adapter, which draws once for all rows of a block; and
-with positions of their own but no mask, which may be several sequences in one row.
+Four kinds of pass are cut between blocks only: with modules captured inside of blocks, whose
+outputs may have any form; with dropout in an adapter, which draws once for all rows of a block;
+with an adapter whose layers are told something row by row; and with positions of their own but no
+mask, which may be several sequences in one row.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def by_blocks_only(request: Forward) -> bool:
     """Whether a pass may be cut between blocks only; see the module."""
     # Without a mask transformers looks for sequences packed in one row, in all of its positions.
     packed = request.position_ids is not None and request.attention_mask is None
-    return bool(request.inner) or request.seed is not None or packed
+    whole = request.seed is not None or request.by_row is not None
+    return bool(request.inner) or whole or packed
 
 
 def rows_of(request: F, begin: int, end: int) -> F:

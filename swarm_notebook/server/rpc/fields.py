@@ -126,6 +126,23 @@ def adapter(value: Any) -> tuple[str, int]:
     return name, version
 
 
+def by_row(value: Any, rows: int) -> dict[str, list[Any]] | None:
+    """What PEFT tells an adapter's layers for this call, one value for each row."""
+    if value is None:
+        return None
+    kinds: dict[str, Any] = {"adapter_names": str, "alora_offsets": int}
+    if not isinstance(value, dict) or not value.keys() <= kinds.keys():
+        raise BadRequest(f"by_row: {str(value)[:MAX_TEXT]}, expected lists for {', '.join(kinds)}")
+    for name, told in value.items():
+        if (
+            not isinstance(told, (list, tuple))
+            or len(told) != rows
+            or not all(one is None or type(one) is kinds[name] for one in told)
+        ):
+            raise BadRequest(f"{name}: {str(told)[:MAX_TEXT]}, expected one value for each row")
+    return {name: list(told) for name, told in value.items()}
+
+
 def inner(value: Any, blocks: tuple[int, int]) -> tuple[tuple[int, str], ...]:
     """Modules inside of blocks, as pairs of a block and a dotted name."""
     if value is None:

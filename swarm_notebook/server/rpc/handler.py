@@ -91,7 +91,7 @@ class Handler:
         self._sessions: set[ServerSession] = set()
         self._running: set[asyncio.Task[Any]] = set()
         self._codec = Codec()
-        self._uploads = AdapterUploads(engine, compute, limits, self._codec)
+        self._uploads = AdapterUploads(engine, compute, limits)
         self._traffic = traffic
         self._pushes = PushChannel(traffic)
         self._leaving = False

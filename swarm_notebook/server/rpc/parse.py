@@ -185,6 +185,7 @@ def _read_common(
     request.rotary_length = fields.integer(metadata, "rotary_length") or None
     if metadata.get("adapter") is not None:
         request.adapter = fields.adapter(metadata["adapter"])
+        request.by_row = fields.by_row(metadata.get("by_row"), request.rows)
         if fields.flag(metadata, "train"):
             request.seed = fields.integer(metadata, "seed") or 0
     if adapter := metadata.get("active_adapter"):

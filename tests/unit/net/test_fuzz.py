@@ -6,23 +6,26 @@ Seeded, so that a run is like the one before; by hand for longer with
 
 from __future__ import annotations
 
+import json
 import os
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
+import peft.tuners  # noqa: F401 (what is not imported is no class)
 import pytest
 import torch
 from hivemind.proto import runtime_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from swarm_notebook.errors import RemoteError, from_wire
 from swarm_notebook.net import protocol, streams, tensors
 from swarm_notebook.net.records import parse_model_record, parse_record
 from swarm_notebook.net.wire_format import SMALL_BYTES, check_fields
-from swarm_notebook.server.adapters.config import parse_configs
 from swarm_notebook.server.adapters.file import parse_safetensors
+from swarm_notebook.server.adapters.layers import Builder, parse_description
 from swarm_notebook.server.engine.requests import Limits
 from swarm_notebook.server.rpc.parse import parse_backward, parse_forward, parse_step
 
@@ -127,12 +130,31 @@ def test_requests(packed: list[runtime_pb2.Tensor], named: dict[str, Any], uid: 
 
 @fuzz
 @given(values, values)
-def test_records_and_configs(found: Any, more: Any) -> None:
+def test_records(found: Any, more: Any) -> None:
     for record in (found, (2, 1.0, found), (2, 1.0, {"public_name": found, "next_pings": more})):
         parse_record(record)
         parse_model_record(record)
-    for configs in (found, {"default": found}, {"default": '{"peft_type": "LORA", "r": 1e400}'}):
-        read(lambda configs=configs: parse_configs(configs, 8))
+
+
+LAYER = "peft.tuners.lora.layer.Linear"
+
+
+@fuzz
+@given(values, values)
+def test_descriptions_of_adapters(found: Any, more: Any) -> None:
+    one = {"layers": found, "tensors": more, "trained": found}
+    for described in (found, {"blocks": found}, {"peft": "1.0", "blocks": {"1": one}}):
+        text = json.dumps(described, default=str, skipkeys=True).encode("utf-8", "replace")
+        read(lambda text=text: parse_description(text, (1, 4), {}, "1.0"))
+    named = json.loads(json.dumps([found, more], default=str, skipkeys=True))
+    for layer in (
+        named[0],
+        {"class": LAYER, "attributes": named[0], "modules": named[1]},
+        {"class": LAYER, "attributes": {"r": named[0]}, "buffers": named[1]},
+    ):
+        block = nn.Sequential(nn.Linear(2, 2))
+        builder = Builder(block, "block 1", {}, frozenset())
+        read(lambda builder=builder, layer=layer: builder.build({"0": layer}))
 
 
 SMALL_PARTS = {

@@ -63,7 +63,7 @@ def test_activations_are_replaced_and_dropped_by_what_they_are() -> None:
     assert (kept.held, kept.get("a"), kept.get("c")) == (20, None, "C")
 
 
-LIMITS = AdapterLimits(rank=8, bytes=100, number=3)
+LIMITS = AdapterLimits(bytes=100, number=3)
 
 
 def adapters() -> tuple[AdapterStore[str], Clock]:

@@ -2,7 +2,7 @@
 
 `Batching.group` names the steps that can run as one: through the same blocks, whatever their
 adapters. A step runs alone if something in it concerns the whole call: prompts that are added to
-its positions, outputs of modules inside of blocks, dropout.
+its positions, outputs of modules inside of blocks, dropout, rows with adapters of their own.
 
 `Batching.run` computes a batch in one call, and one more for each adapter that cannot be mixed in
 (`mixing`). A session whose step turns out to be wrong gets its error alone; if the call itself
@@ -105,6 +105,7 @@ class Batching:
             or prompted
             or step.inner
             or step.seed is not None
+            or step.by_row is not None
         ):
             return None
         return step.blocks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +72,3 @@ def test_a_kind_of_pass_that_is_too_large_is_tried_once(span: Span) -> None:
     assert kept_bytes(small, "bob", a_pass()) == kept
     assert kept_bytes(small, "bob", a_pass(rows=ROWS + 1)) == kept
     assert kept_bytes(small, "bob", a_pass(rows=ROWS + 2)) == kept
-
-
-def test_taking_an_adapter_leaves_the_filters_of_warnings_alone(
-    span: Span, model: LocalModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are the process's: another thread would see them, and could lose its own."""
-    import peft
-
-    upload, here = Tuned(model, "LoraConfig", r=4).as_upload(), engine(span, 0)
-    seen: list[bool] = []
-    before = warnings.filters
-    injected = peft.inject_adapter_in_model
-
-    def inject(*arguments: Any, **options: Any) -> Any:
-        seen.append(warnings.filters is before)
-        return injected(*arguments, **options)
-
-    monkeypatch.setattr(peft, "inject_adapter_in_model", inject)
-    here.load_adapter("alice", upload)
-    assert seen == [True]
