@@ -262,6 +262,11 @@ class RemoteCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.length + query_length, 0
 
+    @property
+    def max_cache_len(self) -> int:
+        """No limit of its own; PEFT asks before it hands over the keys of prefix tuning."""
+        return -1
+
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 

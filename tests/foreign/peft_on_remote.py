@@ -39,7 +39,7 @@ FAMILIES = {
 # PEFT's tests import it for models of pictures alone, which these are not.
 _pictures: Any = types.ModuleType("diffusers")
 _pictures.__spec__ = ModuleSpec("diffusers", None)
-_pictures.StableDiffusionPipeline = object
+_pictures.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
 sys.modules.setdefault("diffusers", _pictures)
 
 _running = ExitStack()
