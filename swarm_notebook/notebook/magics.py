@@ -159,20 +159,23 @@ class SwarmMagics:
         print(f"At home: blocks {blocks}" if blocks else "At home: no blocks")
 
     def _map(self, arguments: argparse.Namespace) -> Any:
+        swarm = self._need()
         from swarm_notebook.widgets import SwarmMap
 
-        return self._store(arguments.output, SwarmMap(self._need()))
+        return self._store(arguments.output, SwarmMap(swarm))
 
     def _lens(self, arguments: argparse.Namespace) -> Any:
+        swarm = self._need()
         from swarm_notebook.widgets import LensWidget
 
-        lens = self._made(LensWidget, self._need(), arguments.text, token=arguments.token)
+        lens = self._made(LensWidget, swarm, arguments.text, token=arguments.token)
         return self._store(arguments.output, lens)
 
     def _monitor(self, arguments: argparse.Namespace) -> Any:
+        swarm = self._need()
         from swarm_notebook.widgets import TrainingMonitor
 
-        monitor = TrainingMonitor(self._need(), total=arguments.total)
+        monitor = TrainingMonitor(swarm, total=arguments.total)
         self.shell.push({"monitor": monitor})
         return self._store(arguments.output, monitor)
 
@@ -204,16 +207,18 @@ class SwarmMagics:
         return self._store(arguments.output, plan(arguments.model, machines, **options))
 
     def _chat(self, arguments: argparse.Namespace) -> Any:
+        swarm = self._need()
         from swarm_notebook.widgets import ChatWidget
 
         options = _sampling(arguments) | {"seed": arguments.seed}
-        chat = self._made(ChatWidget, self._need(), system=arguments.system, **options)
+        chat = self._made(ChatWidget, swarm, system=arguments.system, **options)
         self.shell.push({"chat": chat})
         return self._store(arguments.output, chat)
 
     def _generate(self, arguments: argparse.Namespace) -> Any:
         if arguments.widget:
             return self._generate_widget(arguments)
+        swarm = self._need()
         if arguments.seed is not None:
             from transformers import set_seed
 
@@ -225,7 +230,7 @@ class SwarmMagics:
             print(piece, end="", flush=True)
 
         try:
-            self._need().generate(
+            swarm.generate(
                 arguments.prompt, chat=not arguments.raw, stream=show, **_sampling(arguments)
             )
         except KeyboardInterrupt:
@@ -238,9 +243,9 @@ class SwarmMagics:
         return None
 
     def _generate_widget(self, arguments: argparse.Namespace) -> Any:
+        swarm = self._need()
         from swarm_notebook.widgets import GenerateWidget
 
-        swarm = self._need()
         options = _sampling(arguments) | {"seed": arguments.seed}
         template = getattr(swarm.tokenizer, "chat_template", None)
         chat = bool(template) and not arguments.raw

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.client.servers.routing import (
     Links,
-    block_slices,
+    describe_blocks,
     network_seconds,
     prompt_seconds,
     token_seconds,
@@ -102,7 +102,7 @@ class Preview:
 
     @property
     def _at_home(self) -> str:
-        return f"blocks {block_slices(self.home)}, {size(self.home_bytes)} of weights"
+        return f"{describe_blocks(self.home)}, {size(self.home_bytes)} of weights"
 
     def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
         basis = "measured on this route" if self.measured else "by the announced speed"

@@ -70,7 +70,7 @@ def test_a_lens_takes_a_selection_and_ranks_a_token(kernel: FrontEnd) -> None:
     kernel.act(lens, "rank", token="o")
     kernel.until(lambda: kernel.states[lens]["token"] == "o")
     kernel.act(lens, "rank", token="no")
-    kernel.until(lambda: "is 2 tokens" in kernel.states[lens]["error"])
+    kernel.until(lambda: "needs a single token; 'no' is 2" in kernel.states[lens]["error"])
 
 
 @contextmanager

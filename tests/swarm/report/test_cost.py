@@ -37,7 +37,7 @@ def test_a_preview_says_what_blocks_at_home_take(tiny_scene: Scene) -> None:
     assert before.home == (3,)
     assert before.home_bytes == sum(weight.nbytes for weight in weights)
     assert before.requests == 3 * NEW  # one more stretch
-    assert "at home blocks 3:4" in str(before)
+    assert "at home block 3, " in str(before)
     assert not swarm.owned
     swarm.own(3)
     try:

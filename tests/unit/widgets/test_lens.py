@@ -84,7 +84,9 @@ def test_ranks_of_a_word_and_of_a_shown_token(lens: LensWidget, lettered: Any) -
 
 def test_what_cannot_be_ranked_is_said(lens: LensWidget, lettered: Any) -> None:
     act(lens, "rank", token="you")
-    assert lens.error.startswith("ValueError: token: 'you' is 3 tokens (y o u)")
+    assert lens.error.startswith(
+        "ValueError: token: ranking needs a single token; 'you' is 3 (y o u)"
+    )
     assert not lens.ranks
     act(lens, "dismiss")
     act(lens, "rank_number", number=10_000)
@@ -111,4 +113,4 @@ def test_a_twin_leaves_the_model_alone(lettered: Any) -> None:
 
 def test_shown_without_a_script(lens: LensWidget) -> None:
     assert repr(lens) == f"<LensWidget: {lens.title}, 5 blocks x 13 tokens>"
-    assert "<th>&lt;</th><th>b</th>" in lens.picture()
+    assert '<th scope="col">&lt;</th><th scope="col">b</th>' in lens.picture()
