@@ -62,7 +62,7 @@ def test_ranks_of_a_token_typed_in(notebook: Notebook, lens: Locator) -> None:
     expect(lens.get_by_label("Colour")).to_have_value("rank")
     box.fill("two words")
     box.press("Enter")
-    expect(lens.get_by_test_id("error")).to_contain_text("is 2 tokens")
+    expect(lens.get_by_test_id("error")).to_contain_text("ranking needs a single token")
     lens.get_by_role("button", name="Dismiss").click()
     expect(lens.get_by_test_id("error")).to_be_hidden()
 
