@@ -21,8 +21,9 @@ from swarm_notebook.client.discovery import await_spans, choose_dtype, only_mode
 from swarm_notebook.client.servers.directory import PATIENCE
 from swarm_notebook.client.telemetry import MAX_EVENTS, Subscription
 from swarm_notebook.local.swarm import LocalSwarm
-from swarm_notebook.model import drafting, home, skeleton
-from swarm_notebook.model.drafting import Draft
+from swarm_notebook.model import home, skeleton
+from swarm_notebook.model.generation import drafting
+from swarm_notebook.model.generation.drafting import Draft
 from swarm_notebook.model.home import Blocks
 from swarm_notebook.model.judge import HomeJudge
 from swarm_notebook.net.node import is_public

@@ -19,9 +19,8 @@ from torch import nn
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.errors import BlocksOutOfRange, Unsupported
-from swarm_notebook.model.base_modules import base_of
-from swarm_notebook.model.blocks import become
-from swarm_notebook.model.placeholders import (
+from swarm_notebook.model.blocks.base_modules import base_of
+from swarm_notebook.model.blocks.placeholders import (
     Origin,
     is_placeholder,
     make_real,
@@ -29,6 +28,7 @@ from swarm_notebook.model.placeholders import (
     remote_buffer,
     remote_parameter,
 )
+from swarm_notebook.model.blocks.remote import become
 from swarm_notebook.progress import Waiting
 
 

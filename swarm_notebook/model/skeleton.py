@@ -19,12 +19,12 @@ from swarm_notebook.checkpoint.single import BlockTensors
 from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.checkpoint.weights import SINGLE_FILE
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model import drafting
-from swarm_notebook.model.adapters import Adapters
-from swarm_notebook.model.blocks import remote_class
-from swarm_notebook.model.cache import RemoteCache, adopted
+from swarm_notebook.model.adapters.injected import Adapters
+from swarm_notebook.model.blocks.remote import remote_class
+from swarm_notebook.model.calls.runner import Runner
+from swarm_notebook.model.generation import drafting
+from swarm_notebook.model.generation.cache import RemoteCache, adopted
 from swarm_notebook.model.home import empty
-from swarm_notebook.model.runner import Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from swarm_notebook.model.hooks import foreign_hooks
+from swarm_notebook.model.blocks.hooks import foreign_hooks
 from swarm_notebook.probing.subject import Subject
 
 TOKENS = 16

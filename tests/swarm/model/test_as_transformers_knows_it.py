@@ -16,7 +16,7 @@ from support.tiny import tiny_model
 from transformers import DynamicCache, StaticCache
 
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model.cache import RemoteCache
+from swarm_notebook.model.generation.cache import RemoteCache
 
 
 @pytest.mark.works("The model: `config._attn_implementation`, `set_attn_implementation`")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.scene import TOLERANCE, Scene, generate
 
-from swarm_notebook.model.placeholders import is_placeholder
+from swarm_notebook.model.blocks.placeholders import is_placeholder
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

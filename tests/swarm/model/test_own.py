@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
 from swarm_notebook.errors import BlocksOutOfRange, MissingBlocks, Unsupported
-from swarm_notebook.model.placeholders import is_placeholder
+from swarm_notebook.model.blocks.placeholders import is_placeholder
 from swarm_notebook.swarm import Swarm
 from swarm_notebook.tuning import DeepPrompts
 

@@ -13,7 +13,7 @@ from support.scene import Scene, generate
 from transformers import PreTrainedModel
 
 import swarm_notebook as sn
-from swarm_notebook.model import drafting
+from swarm_notebook.model.generation import drafting
 
 NEW = 40
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import swarm_notebook as sn
 from swarm_notebook.checkpoint import single
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model.placeholders import RemoteParameter
+from swarm_notebook.model.blocks.placeholders import RemoteParameter
 from swarm_notebook.swarm import Swarm
 
 

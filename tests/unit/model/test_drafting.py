@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swarm_notebook.model.drafting import MAX_GUESSES, DraftLength
+from swarm_notebook.model.generation.drafting import MAX_GUESSES, DraftLength
 
 
 def test_auto_guesses_more_where_passes_are_dear_and_guesses_right() -> None:

@@ -23,8 +23,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model.base_modules import base_of, is_tuner
-from swarm_notebook.model.placeholders import is_placeholder
+from swarm_notebook.model.blocks.base_modules import base_of, is_tuner
+from swarm_notebook.model.blocks.placeholders import is_placeholder
+
+# The parameters of a block's adapters, by block and name.
+Weights = Mapping[int, Mapping[str, nn.Parameter]]
 
 _TORCH_STATE = frozenset(vars(nn.Module()))
 # What PEFT builds a layer with and does not compute with; and by whose hooks gradients change here.

@@ -9,9 +9,9 @@ from transformers.cache_utils import Cache
 
 from swarm_notebook.client.request import Request
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model.blanks import is_blank
-from swarm_notebook.model.inputs import unusual_positions
-from swarm_notebook.model.rotary import Rotations
+from swarm_notebook.model.blocks.blanks import is_blank
+from swarm_notebook.model.calls.inputs import unusual_positions
+from swarm_notebook.model.calls.rotary import Rotations
 
 
 def request_alone(

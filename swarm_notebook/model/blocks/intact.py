@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model.base_modules import base_of, is_tuner
-from swarm_notebook.model.placeholders import is_placeholder
+from swarm_notebook.model.blocks.base_modules import base_of, is_tuner
+from swarm_notebook.model.blocks.placeholders import is_placeholder
 
 # nnsight plants these for good on every module that it wraps; they only listen.
 _LISTENERS = "nnsight."

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from swarm_notebook.model.blocks import SwarmBlock
+from swarm_notebook.model.blocks.remote import SwarmBlock
 
 
 @dataclass(frozen=True)

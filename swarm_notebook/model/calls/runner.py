@@ -21,99 +21,34 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.session.history import Pass
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model import hooks, inputs
-from swarm_notebook.model.adapters import Adapters
-from swarm_notebook.model.alone import request_alone
-from swarm_notebook.model.autograd import SameTensor, Segment, without_gradient
-from swarm_notebook.model.blanks import blank, is_blank
-from swarm_notebook.model.blocklist import watched
-from swarm_notebook.model.blocks import OwnBlock
-from swarm_notebook.model.cache import RemoteCache, adopted
-from swarm_notebook.model.intact import Plan, refuse_export
-from swarm_notebook.model.layout import Layout, plan
-from swarm_notebook.model.rotary import Rotations
-from swarm_notebook.model.tracing import BlockTrace
-
-
-@dataclass
-class Call:
-    """One run of the model's decoder, from its first block to its last.
-
-    Attributes:
-        place: how many of the calls that the layout plans have come.
-        end: the block before which the present request ended.
-        begun: whether the session knows of this pass.
-        blank: the latest block handed out a blank.
-        inside: modules inside of remote blocks whose outputs are wanted, by block.
-        recorded: those of them that transformers records.
-        last: the largest position of the call, plus one.
-        packs: transformers would take positions that begin again for sequences packed in one row.
-    """
-
-    cache: RemoteCache | None
-    layout: Layout
-    rows: int
-    new: int
-    position: int
-    mask: torch.Tensor | None
-    position_ids: torch.Tensor | None
-    adapter: Adapter | None
-    seed: int | None
-    states: set[int]
-    inside: dict[int, list[tuple[str, nn.Module]]]
-    recorded: set[tuple[int, str]]
-    last: int
-    packs: bool
-    outputs: Outputs = field(default_factory=lambda: Outputs({}, {}))
-    place: int = 0
-    end: int = 0
-    begun: bool = False
-    blank: bool = False
-    whole: bool = False
-    shortened: bool = False
-    # The block to come, and the input that it gets if nobody changes anything.
-    following: int = 0
-    expected: SameTensor | None = None
-    # Where gradients flow: the open piece of the segment, and its input.
-    segment: Segment | None = None
-    piece: int = 0
-    piece_input: torch.Tensor | None = None
-
-    def continues(self, index: int, hidden: torch.Tensor) -> bool:
-        """Whether block ``index`` is called with what was handed out for it."""
-        expected = self.expected
-        known = index == self.following and index < self.end
-        return known and expected is not None and expected.matches(hidden)
-
-    def arrive(self, index: int) -> int | None:
-        """Count a call of block ``index``; its place in the layout, if it was planned."""
-        place = self.layout.find(index, self.place)
-        if place is not None:
-            self.place = place + 1
-        return place
+from swarm_notebook.model.adapters.injected import Adapters
+from swarm_notebook.model.blocks import hooks
+from swarm_notebook.model.blocks.blanks import blank, is_blank
+from swarm_notebook.model.blocks.blocklist import watched
+from swarm_notebook.model.blocks.layout import Layout, plan
+from swarm_notebook.model.blocks.observer import Observer
+from swarm_notebook.model.blocks.remote import OwnBlock
+from swarm_notebook.model.calls import inputs
+from swarm_notebook.model.calls.alone import request_alone
+from swarm_notebook.model.calls.autograd import SameTensor, Segment, without_gradient
+from swarm_notebook.model.calls.call import Call
+from swarm_notebook.model.calls.rotary import Rotations
+from swarm_notebook.model.calls.tracing import BlockTrace
+from swarm_notebook.model.generation.cache import RemoteCache, adopted
 
 
 def _without_values(hidden: torch.Tensor) -> bool:
     return hidden.is_meta or type(hidden).__name__ == "FakeTensor"
-
-
-class _Observed(NamedTuple):
-    """Blocks whose outputs are looked at, and modules inside of blocks, by block."""
-
-    boundaries: set[int]
-    inside: dict[int, list[tuple[str, nn.Module]]]
 
 
 class Runner:
@@ -138,9 +73,7 @@ class Runner:
         self.returns_tuple, self.context_length = returns_tuple, context_length
         self.deep_prompts: torch.Tensor | None = None
         self.home: frozenset[int] = frozenset()
-        self._plans = [Plan(block) for block in blocks]
-        self._inside: tuple[int, list[tuple[int, str, nn.Module]]] = (-1, [])
-        self._looked: tuple[Any, hooks.Watch, _Observed] | None = None
+        self._observer = Observer(blocks)
         self._local = threading.local()
 
     def __deepcopy__(self, memo: dict) -> Runner:
@@ -149,11 +82,11 @@ class Runner:
         twin.__dict__.update(self.__dict__)
         twin.blocks = copy.deepcopy(self.blocks, memo)
         twin.adapters = copy.deepcopy(self.adapters, memo)
-        twin._plans = copy.deepcopy(self._plans, memo)
+        twin._observer = copy.deepcopy(self._observer, memo)
         twin._masks = copy.deepcopy(self._masks, memo)
         twin._recorded = copy.deepcopy(self._recorded, memo)
         twin._rotations = copy.deepcopy(self._rotations, memo)
-        twin._inside, twin._looked, twin._local = (-1, []), None, threading.local()
+        twin._local = threading.local()
         return twin
 
     def __reduce__(self) -> Any:
@@ -206,7 +139,9 @@ class Runner:
         layers = layers[: config.num_hidden_layers]
         layout = plan(layers, self.blocks, self.home)
         inputs.refuse_unknown(kwargs, config, layout)
-        observed = self._observed(layout, continued=_continued(kwargs.get("past_key_values")))
+        injections, continued = self.adapters.injections, _continued(kwargs.get("past_key_values"))
+        observed = self._observer.observed(layout, injections, continued=continued)
+        modules = self._observer.modules(layout, injections)
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = RemoteCache(self.connection, lazy=use_cache is None)
@@ -226,7 +161,7 @@ class Runner:
         if cache is not None and layout.home and kwargs.get("attention_mask") is None:
             # The servers remember what was masked; blocks at home see what they are given.
             kwargs["attention_mask"] = cache.whole_mask(new)
-        recorded = self._recorded.asked(kwargs, self._modules())
+        recorded = self._recorded.asked(kwargs, modules)
         self._local.call = Call(
             cache,
             layout,
@@ -238,7 +173,7 @@ class Runner:
             self.adapters.current(self.blocks, thorough=position == 0),
             self.adapters.dropout_seed(self.blocks),
             observed.boundaries if not states else hooks.observed_boundaries(self.blocks, True),
-            hooks.observed_inside(self._modules(), recorded) if recorded else dict(observed.inside),
+            hooks.observed_inside(modules, recorded) if recorded else dict(observed.inside),
             recorded,
             position + new if ids is None else int(ids.max()) + 1,
             packs,
@@ -257,31 +192,6 @@ class Runner:
         call.shortened = True
         return [self.blocks[call.layout.order[0]]]
 
-    def _observed(self, layout: Layout, *, continued: bool) -> _Observed:
-        """What of the blocks somebody looks at.
-
-        Raises:
-            Unsupported: something was exchanged inside of remote blocks.
-        """
-        key = layout, self.adapters.injections, hooks.hooks_everywhere()
-        if continued and self._looked is not None and self._looked[0] == key:
-            _, watch, found = self._looked
-            if watch.unchanged:
-                return found
-        # Before all is looked at: what changes meanwhile is seen the next time.
-        watch = hooks.Watch(self.blocks)
-        self._check_intact(layout, thorough=not continued)
-        boundaries = hooks.observed_boundaries(self.blocks, False)
-        found = _Observed(boundaries, hooks.observed_inside(self._modules(), ()))
-        self._looked = key, watch, found
-        return found
-
-    def _check_intact(self, layout: Layout, *, thorough: bool) -> None:
-        """Refuse what was exchanged inside of remote blocks."""
-        refuse_export(layout.order[0] if layout.order else 0)
-        for index in sorted(set(layout.order) - layout.home):
-            self._plans[index].check(index, self.blocks[index], thorough=thorough)
-
     def _check_order(self, cache: RemoteCache, layout: Layout) -> None:
         """Refuse a cache that an unusual order of blocks cannot fill."""
         if not layout.ascending and (cache.length or not cache.lazy):
@@ -290,15 +200,6 @@ class Runner:
                 "which has one place in a cache; pass use_cache=False"
             )
         cache.continue_with(layout)
-
-    def _modules(self) -> list[tuple[int, str, nn.Module]]:
-        """All modules inside of blocks; PEFT changes them when it injects adapters."""
-        if self._inside[0] != self.adapters.injections:
-            remote = {
-                index: block for index, block in enumerate(self.blocks) if index not in self.home
-            }
-            self._inside = (self.adapters.injections, hooks.modules_inside(remote))
-        return self._inside[1]
 
     def _end(self, _decoder: object = None, _args: object = None, output: Any = None) -> None:
         call: Call | None = getattr(self._local, "call", None)
@@ -500,7 +401,8 @@ class Runner:
 
     def _run_alone(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """A block that is called by itself, outside of the model's own forward."""
-        self._check_intact(Layout((index,), self.home, frozenset({0, 1})), thorough=True)
+        alone = Layout((index,), self.home, frozenset({0, 1}))
+        self._observer.check_intact(alone, thorough=True)
         request = request_alone(index, hidden, kwargs, self._rotations)
         request.adapter = self.adapters.current(self.blocks, thorough=True)
         gradients = self._wants_gradients(hidden)

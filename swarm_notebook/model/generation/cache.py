@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model.layout import Layout
+from swarm_notebook.model.blocks.layout import Layout
 
 
 class RemoteLayer(DynamicLayer):

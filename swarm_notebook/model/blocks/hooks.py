@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model.base_modules import own_modules
+from swarm_notebook.model.blocks.base_modules import own_modules
 
 # Once asked for hidden states, transformers leaves its recording hooks on every layer for good;
 # they are idle in calls that do not ask.

@@ -15,7 +15,7 @@ Gradients of gradients are not supported and raise, instead of being silently wr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -27,8 +27,7 @@ from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.client.passes.forward import Trail
 from swarm_notebook.client.request import Request
 from swarm_notebook.errors import Unsupported
-
-Weights = Mapping[int, Mapping[str, torch.nn.Parameter]]
+from swarm_notebook.model.adapters.tuner_layers import Weights
 
 
 class SameTensor:

@@ -22,9 +22,14 @@ from torch import nn
 
 from swarm_notebook.client.adapters import AdaptedBlock, Adapter
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model.autograd import Weights
-from swarm_notebook.model.blocks import RemoteBlock
-from swarm_notebook.model.tuner_layers import BlockLayers, describe, row_options, tuners_in
+from swarm_notebook.model.adapters.tuner_layers import (
+    BlockLayers,
+    Weights,
+    describe,
+    row_options,
+    tuners_in,
+)
+from swarm_notebook.model.blocks.remote import RemoteBlock
 
 # Adapters that are used in turns are remembered, so that each is uploaded once; a server keeps so
 # many of one notebook.

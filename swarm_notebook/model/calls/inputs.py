@@ -9,8 +9,8 @@ import torch
 
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.errors import ContextTooLong, Unsupported
-from swarm_notebook.model.cache import RemoteCache
-from swarm_notebook.model.layout import Layout
+from swarm_notebook.model.blocks.layout import Layout
+from swarm_notebook.model.generation.cache import RemoteCache
 
 
 def refuse_unknown(kwargs: Mapping[str, Any], config: Any, layout: Layout) -> None:

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model.hooks import allow_writes, refuse_writes
-from swarm_notebook.model.intact import refuse_export
-from swarm_notebook.model.placeholders import is_placeholder
+from swarm_notebook.model.blocks.hooks import allow_writes, refuse_writes
+from swarm_notebook.model.blocks.intact import refuse_export
+from swarm_notebook.model.blocks.placeholders import is_placeholder
 
 
 class BlockRunner(Protocol):

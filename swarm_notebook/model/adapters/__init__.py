@@ -1,0 +1,1 @@
+"""What PEFT put into the blocks, described for those who hold the blocks."""

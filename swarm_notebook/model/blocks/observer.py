@@ -1,0 +1,82 @@
+"""What of the blocks somebody looks at, and whether they are still what the servers hold.
+
+Both are asked at every call, and looking at every module of a model takes longer than the rest of
+a decode step: within one text, all is looked at again only if something about the modules changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from swarm_notebook.model.blocks import hooks
+from swarm_notebook.model.blocks.intact import Plan, refuse_export
+from swarm_notebook.model.blocks.layout import Layout
+
+
+class Observed(NamedTuple):
+    """Blocks whose outputs are looked at, and modules inside of blocks, by block."""
+
+    boundaries: set[int]
+    inside: dict[int, list[tuple[str, nn.Module]]]
+
+
+class Observer:
+    """Looks at the blocks of one model.
+
+    PEFT changes the modules inside of blocks when it injects adapters: ``injections`` counts them.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]):
+        self._blocks = blocks
+        self._plans = [Plan(block) for block in blocks]
+        self._inside: tuple[int, list[tuple[int, str, nn.Module]]] = (-1, [])
+        self._looked: tuple[Any, hooks.Watch, Observed] | None = None
+
+    def __deepcopy__(self, memo: dict) -> Observer:
+        twin = object.__new__(Observer)
+        twin._blocks = copy.deepcopy(self._blocks, memo)
+        twin._plans = copy.deepcopy(self._plans, memo)
+        twin._inside, twin._looked = (-1, []), None
+        return twin
+
+    def observed(self, layout: Layout, injections: int, *, continued: bool) -> Observed:
+        """What of the blocks somebody looks at.
+
+        Raises:
+            Unsupported: something was exchanged inside of remote blocks.
+        """
+        key = layout, injections, hooks.hooks_everywhere()
+        if continued and self._looked is not None and self._looked[0] == key:
+            _, watch, found = self._looked
+            if watch.unchanged:
+                return found
+        # Before all is looked at: what changes meanwhile is seen the next time.
+        watch = hooks.Watch(self._blocks)
+        self.check_intact(layout, thorough=not continued)
+        boundaries = hooks.observed_boundaries(self._blocks, False)
+        modules = self.modules(layout, injections)
+        found = Observed(boundaries, hooks.observed_inside(modules, ()))
+        self._looked = key, watch, found
+        return found
+
+    def check_intact(self, layout: Layout, *, thorough: bool) -> None:
+        """Refuse what was exchanged inside of remote blocks.
+
+        Raises:
+            Unsupported: names the module, and the way out.
+        """
+        refuse_export(layout.order[0] if layout.order else 0)
+        for index in sorted(set(layout.order) - layout.home):
+            self._plans[index].check(index, self._blocks[index], thorough=thorough)
+
+    def modules(self, layout: Layout, injections: int) -> list[tuple[int, str, nn.Module]]:
+        """All modules inside of remote blocks, with their block and dotted name."""
+        if self._inside[0] != injections:
+            blocks = enumerate(self._blocks)
+            remote = {index: block for index, block in blocks if index not in layout.home}
+            self._inside = (injections, hooks.modules_inside(remote))
+        return self._inside[1]

@@ -1,0 +1,1 @@
+"""One run of the model: what is asked of the swarm, what is handed out, gradients."""

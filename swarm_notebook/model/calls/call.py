@@ -1,0 +1,72 @@
+"""One run of the model's decoder: what was asked of it, and how far it has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from swarm_notebook.client.adapters import Adapter
+from swarm_notebook.client.request import Outputs
+from swarm_notebook.model.blocks.layout import Layout
+from swarm_notebook.model.calls.autograd import SameTensor, Segment
+from swarm_notebook.model.generation.cache import RemoteCache
+
+
+@dataclass
+class Call:
+    """One run of the model's decoder, from its first block to its last.
+
+    Attributes:
+        place: how many of the calls that the layout plans have come.
+        end: the block before which the present request ended.
+        begun: whether the session knows of this pass.
+        blank: the latest block handed out a blank.
+        inside: modules inside of remote blocks whose outputs are wanted, by block.
+        recorded: those of them that transformers records.
+        last: the largest position of the call, plus one.
+        packs: transformers would take positions that begin again for sequences packed in one row.
+    """
+
+    cache: RemoteCache | None
+    layout: Layout
+    rows: int
+    new: int
+    position: int
+    mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    adapter: Adapter | None
+    seed: int | None
+    states: set[int]
+    inside: dict[int, list[tuple[str, nn.Module]]]
+    recorded: set[tuple[int, str]]
+    last: int
+    packs: bool
+    outputs: Outputs = field(default_factory=lambda: Outputs({}, {}))
+    place: int = 0
+    end: int = 0
+    begun: bool = False
+    blank: bool = False
+    whole: bool = False
+    shortened: bool = False
+    # The block to come, and the input that it gets if nobody changes anything.
+    following: int = 0
+    expected: SameTensor | None = None
+    # Where gradients flow: the open piece of the segment, and its input.
+    segment: Segment | None = None
+    piece: int = 0
+    piece_input: torch.Tensor | None = None
+
+    def continues(self, index: int, hidden: torch.Tensor) -> bool:
+        """Whether block ``index`` is called with what was handed out for it."""
+        expected = self.expected
+        known = index == self.following and index < self.end
+        return known and expected is not None and expected.matches(hidden)
+
+    def arrive(self, index: int) -> int | None:
+        """Count a call of block ``index``; its place in the layout, if it was planned."""
+        place = self.layout.find(index, self.place)
+        if place is not None:
+            self.place = place + 1
+        return place
