@@ -28,9 +28,11 @@ from swarm_notebook.model.home import Blocks
 from swarm_notebook.model.judge import HomeJudge
 from swarm_notebook.net.node import is_public
 from swarm_notebook.net.tensors import COMPRESSIONS, NONE
+from swarm_notebook.privacy import examine
 from swarm_notebook.progress import Waiting
 from swarm_notebook.report.audit import AuditTable
 from swarm_notebook.report.cost import Bill, Preview, bill_of, expect
+from swarm_notebook.report.privacy import Privacy
 from swarm_notebook.report.route import RouteTable, route_of
 from swarm_notebook.report.status import SwarmStatus, status_of
 from swarm_notebook.report.trace import Trace, from_timeline
@@ -180,6 +182,45 @@ class Swarm:
         if auditor is None:
             return AuditTable(self.name, 0.0, ())
         return AuditTable(self.name, auditor.rate, auditor.verdicts.all())
+
+    def privacy(
+        self,
+        text: str | Sequence[int],
+        *,
+        tokens: int = 32,
+        boundaries: Sequence[int] | None = None,
+        candidates: int = 1024,
+    ) -> Privacy:
+        """What the servers of the present route can read of a text, found out by trying.
+
+        The text is run once. Then its states at each block boundary are attacked as a server
+        could: the nearest entries of the vocabulary, and at some boundaries greedy inversion,
+        which loads the blocks before them (see `model.inversion`). The attack knows the public
+        weights only. What hooks of yours change in the states makes it find less than a server
+        that knows them could.
+
+        Args:
+            text: or its token ids.
+            tokens: how many of its first tokens are attacked.
+            boundaries: where greedy inversion is tried, by how many blocks the states have been
+                through; None is 1, 2 and 4, and the first states that a server sees.
+            candidates: guesses that are tested for each token at most.
+
+        Raises:
+            ValueError: the text is empty, or a number is out of range.
+            MissingBlocks: no server holds some of the blocks.
+            Unsupported: an adapter or deep prompts are active: switch them off for it.
+        """
+        return examine(
+            self.model,
+            self._source,
+            self.tokenizer,
+            self.connection.directory,
+            text,
+            tokens=tokens,
+            boundaries=boundaries,
+            candidates=candidates,
+        )
 
     def events(self, size: int = MAX_EVENTS) -> Subscription:
         """Tokens that pass and servers that are lost, from now on, to be read in any thread.

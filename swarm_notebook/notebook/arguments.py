@@ -74,6 +74,7 @@ class CommandLine:
             self._home()
             self._map()
             self._lens()
+            self._privacy()
             self._monitor()
             self._serve()
             self._plan()
@@ -197,6 +198,18 @@ class CommandLine:
         lens.add_argument("text", nargs="+", metavar="TEXT", help="what to read")
         lens.add_argument("--token", metavar="WORD", help="colour by the rank of this token")
         _add_output(lens, "the LensWidget, instead of showing it,")
+
+    def _privacy(self) -> None:
+        privacy = self._add("privacy", "see what servers can read of a text")
+        privacy.add_argument("text", nargs="+", metavar="TEXT", help="what to attack")
+        privacy.add_argument(
+            "--tokens",
+            type=_count,
+            default=32,
+            metavar="N",
+            help="attack its first N tokens (default: %(default)s)",
+        )
+        _add_output(privacy, "the Privacy report, instead of showing it,")
 
     def _monitor(self) -> None:
         monitor = self._add("monitor", "follow a training run; defines monitor in the notebook")

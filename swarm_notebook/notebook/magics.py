@@ -112,7 +112,7 @@ class SwarmMagics:
             arguments.prompt = text_of(arguments.prompt, line) if cell is None else cell.strip("\n")
             if not arguments.prompt and not arguments.widget:
                 commands.commands["generate"].error("the following arguments are required: TEXT")
-        if arguments.command == "lens":
+        if arguments.command in ("lens", "privacy"):
             arguments.text = text_of(arguments.text, line)
         try:
             return getattr(self, f"_{arguments.command}")(arguments)
@@ -170,6 +170,10 @@ class SwarmMagics:
 
         lens = self._made(LensWidget, swarm, arguments.text, token=arguments.token)
         return self._store(arguments.output, lens)
+
+    def _privacy(self, arguments: argparse.Namespace) -> Any:
+        found = self._need().privacy(arguments.text, tokens=arguments.tokens)
+        return self._store(arguments.output, found)
 
     def _monitor(self, arguments: argparse.Namespace) -> Any:
         swarm = self._need()

@@ -1,0 +1,115 @@
+"""Finds out by trying what the servers of a route can read of a text; `Swarm.privacy` calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from swarm_notebook.checkpoint.source import ModelSource
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.routing import RouteSegment
+from swarm_notebook.errors import Unsupported
+from swarm_notebook.model import inversion
+from swarm_notebook.report.formatting import model_title
+from swarm_notebook.report.privacy import Boundary, Privacy
+
+# Where greedy inversion is tried unless it is said: deeper costs more and shows the same.
+_DEFAULT = (1, 2, 4)
+# The coarsest first: what rounds most decides when a guess fits.
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def examine(
+    model: Any,
+    source: ModelSource,
+    tokenizer: Any,
+    directory: Directory,
+    text: str | Sequence[int],
+    *,
+    tokens: int,
+    boundaries: Sequence[int] | None,
+    candidates: int,
+) -> Privacy:
+    """See `Swarm.privacy`."""
+    blocks = len(model._runner.blocks)
+    if tokens < 1 or candidates < 1:
+        raise ValueError(f"tokens: {tokens}, candidates: {candidates}; give at least 1 of each")
+    wrong = [one for one in boundaries or () if not 1 <= one <= blocks]
+    if wrong:
+        raise ValueError(f"boundaries: {wrong[0]}; give 1 to {blocks}: so many blocks before it")
+    _refuse_what_weights_do_not_know(model)
+    ids = _ids(tokenizer, text)[:tokens]
+    route = directory.route()
+    seen = [_seen_by(route, boundary) for boundary in range(blocks + 1)]
+    if boundaries is None:
+        first = next((one for one in range(1, blocks + 1) if seen[one]), 1)
+        boundaries = [one for one in (*_DEFAULT, first) if one <= blocks]
+    observed = inversion.observe(model, ids)
+    inverted = inversion.invert(
+        model,
+        source,
+        observed,
+        sorted(set(boundaries)),
+        candidates=candidates,
+        dtype=_coarsest(route, model.dtype),
+    )
+    found = []
+    for boundary, state in enumerate(observed.states):
+        nearest = inversion.nearest_entries(model, state).tolist()
+        best, tested = inverted.get(boundary, (nearest, 0))
+        found.append(
+            Boundary(
+                boundary,
+                seen[boundary],
+                _share(nearest, ids),
+                _share(best, ids) if boundary in inverted else None,
+                tested,
+                _text(tokenizer, best),
+            )
+        )
+    said, home = _text(tokenizer, ids.tolist()), tuple(sorted(directory.home))
+    return Privacy(model_title(source.name), said, len(ids), tuple(found), home)
+
+
+def _refuse_what_weights_do_not_know(model: Any) -> None:
+    runner = model._runner
+    if runner.deep_prompts is not None:
+        raise Unsupported(
+            "deep prompts are active, which the attack does not know: remove() them first"
+        )
+    if runner.adapters.current(runner.blocks, thorough=True) is not None:
+        raise Unsupported(
+            "an adapter is active, which the attack does not know: call it within "
+            "model.disable_adapter()"
+        )
+
+
+def _ids(tokenizer: Any, text: str | Sequence[int]) -> torch.Tensor:
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise ValueError("the model comes without a tokenizer: give token ids")
+        text = tokenizer(text)["input_ids"]
+    ids = torch.as_tensor(text, dtype=torch.long).cpu()
+    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
+    if ids.dim() != 1 or not len(ids):
+        raise ValueError("text: give one text, or the ids of its tokens")
+    return ids
+
+
+def _seen_by(route: Sequence[RouteSegment], boundary: int) -> tuple[str, ...]:
+    return tuple(part.span.name for part in route if part.start <= boundary <= part.end)
+
+
+def _coarsest(route: Sequence[RouteSegment], own: torch.dtype) -> torch.dtype:
+    named = {part.span.info.torch_dtype for part in route} | {str(own).removeprefix("torch.")}
+    return next((dtype for name, dtype in _DTYPES.items() if name in named), torch.float32)
+
+
+def _share(guesses: Sequence[int], ids: torch.Tensor) -> float:
+    return sum(map(int.__eq__, guesses, ids.tolist())) / len(ids)
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(list(ids)) if tokenizer is None else str(tokenizer.decode(list(ids)))
