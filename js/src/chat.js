@@ -1,17 +1,46 @@
 // Chat: turns, a place to type, and an answer that grows. The HTML of answers comes from Python,
 // which has made it harmless (widgets/parts/markdown.py); everything else is text.
 
-import { OWN_KEYS, act, endInSight, fill, follow, h, keepItems, setHtml, widget } from "./dom.js";
-import { button, isRunning, ownKeys, runFacts, samplingControls, stopButton } from "./controls.js";
+import { OWN_KEYS, act, endInSight, fill, follow, h, keepItems, setHtml, setText, widget } from "./dom.js";
+import {
+  button,
+  isRunning,
+  ownKeys,
+  runFacts,
+  samplingControls,
+  stepper,
+  stopButton,
+} from "./controls.js";
+import { copyButton, downloadButton } from "./export.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
-/** @typedef {{ role: string, text: string, html?: string }} Turn */
+/**
+ * @typedef {{ role: string, text: string, html?: string, edited?: boolean, branch: number[],
+ *   beside?: Turn & { branch: number } }} Turn
+ */
 
 const NAMES = /** @type {Record<string, string>} */ ({
   user: "You",
   assistant: "Model",
   system: "Instructions",
 });
+
+/** @param {number} count */
+const messages = (count) => `${count} message${count === 1 ? "" : "s"}`;
+
+/**
+ * What was said, of a turn or of the branch beside it.
+ * @param {Turn} turn
+ */
+function words(turn) {
+  const said = h("div", { class: "sn-said", dir: "auto" });
+  if (turn.html === undefined) said.textContent = turn.text;
+  else said.innerHTML = turn.html;
+  return said;
+}
+
+/** @param {Turn} turn */
+const nameOf = (turn) => `${NAMES[turn.role] ?? turn.role}${turn.edited ? " (edited)" : ""}`;
 
 /**
  * A text area in which Enter sends and Shift+Enter begins a line.
@@ -55,7 +84,7 @@ function build({ model, root }) {
 
   /** @param {{ turn: Turn, at: number, edited: boolean }} item */
   function article({ turn, at, edited }) {
-    const said = h("div", { class: "sn-said", dir: "auto" });
+    let said = words(turn);
     if (edited) {
       const area = entry(
         { "aria-label": "Edit this turn", "data-testid": "edit-text" },
@@ -63,29 +92,47 @@ function build({ model, root }) {
         () => edit(-1),
       );
       area.value = turn.text;
+      const label = turn.role === "user" ? "Send" : "Save";
       fill(
         said,
         area,
         h(
           "div",
           { class: "sn-bar" },
-          button("Save", "edit-save", () => change(at, area.value), "sn-primary"),
+          button(label, "edit-save", () => change(at, area.value), "sn-primary"),
           button("Cancel", "edit-cancel", () => edit(-1)),
+          h("span", { class: "sn-dim", "data-testid": "edit-what" }, whatEditDoes(at)),
         ),
       );
-    } else if (turn.html === undefined) said.textContent = turn.text;
-    else said.innerHTML = turn.html;
+    } else if (turn.beside) {
+      const { beside } = turn;
+      const column = (/** @type {Turn} */ one, /** @type {number} */ which) =>
+        h("div", {}, h("div", { class: "sn-dim" }, `${which + 1}/${turn.branch[1]}`), words(one));
+      said = h(
+        "div",
+        { class: "sn-beside", "data-testid": "beside" },
+        column(turn, turn.branch[0]),
+        column(beside, beside.branch),
+      );
+    }
     return h(
       "article",
       { class: `sn-turn sn-${turn.role}`, "data-testid": "turn", "data-role": turn.role },
       h(
         "header",
         {},
-        h("span", { class: "sn-role" }, NAMES[turn.role] ?? turn.role),
+        h("span", { class: "sn-role" }, nameOf(turn)),
         h("span", { class: "sn-tools" }),
       ),
       said,
     );
+  }
+
+  /** @param {number} at */
+  function whatEditDoes(at) {
+    const later = model.get("turns").length - at - 1;
+    const kept = later ? `this message and the ${messages(later)} after it stay` : "this one stays";
+    return `Begins a new branch; ${kept} as branch ‹${model.get("turns")[at].branch[0] + 1}›`;
   }
 
   /**
@@ -96,22 +143,45 @@ function build({ model, root }) {
    */
   function tools(turn, at, last) {
     const idle = !isRunning(model);
-    const found = idle && editing !== at ? ["edit"] : [];
-    if (idle && last && turn.role === "assistant") found.push("retry");
-    return found.map((name) => ({ name, at }));
+    const [which, count] = turn.branch;
+    /** @type {Array<{ name: string, at: number, say?: any }>} */
+    const found = [];
+    if (count > 1) found.push({ name: "step", at, say: [which, count, idle] });
+    if (idle && editing !== at) found.push({ name: "edit", at, say: whatEditDoes(at) });
+    if (idle && last && turn.role !== "system") found.push({ name: "retry", at, say: turn.role });
+    if (count > 1) found.push({ name: "compare", at, say: [which, count, Boolean(turn.beside)] });
+    return [...found, { name: "copy", at }];
   }
 
-  /** @param {{ name: string, at: number }} item */
-  function tool({ name, at }) {
-    return name === "edit"
-      ? button("Edit", name, () => edit(at))
-      : button("Retry", name, () => act(model, "retry"));
+  /** @param {{ name: string, at: number, say?: any }} item */
+  function tool({ name, at, say }) {
+    if (name === "copy") return copyButton(name, "Copy this message", () => model.get("turns")[at].text);
+    if (name === "step") {
+      const steps = stepper("branch", (branch) => act(model, "choose", { turn: at, branch }));
+      steps.show(say[0], say[1], say[2]);
+      return steps.element;
+    }
+    if (name === "compare") {
+      const [which, , open] = say;
+      const branch = open ? null : which ? which - 1 : which + 1;
+      const made = button(open ? "One" : "Compare", name, () => act(model, name, { turn: at, branch }));
+      made.title = open ? "Show this branch alone" : `Show branch ${Number(branch) + 1} beside this one`;
+      return made;
+    }
+    const made =
+      name === "edit"
+        ? button("Edit", name, () => edit(at))
+        : button("Retry", name, () => act(model, "retry"));
+    made.title =
+      name === "edit" ? say : say === "user" ? "Ask again" : "Another answer, as a new branch; this one stays";
+    return made;
   }
 
   function show() {
     const turns = /** @type {Turn[]} */ (model.get("turns"));
     const running = isRunning(model);
     const items = turns.map((turn, at) => ({ turn, at, edited: editing === at }));
+    const focus = focused();
     sight.during(() => {
       keepItems(past, items, article);
       turns.forEach((turn, at) => {
@@ -127,6 +197,17 @@ function build({ model, root }) {
       if (running || turns.length) empty.remove();
       else log.append(empty);
     });
+    if (focus) past.children[focus.at]?.querySelectorAll("button").forEach((one) => {
+      if (one.dataset.testid === focus.id) one.focus();
+    });
+  }
+
+  /** Which button of which turn has the focus: a turn that changes is made anew. */
+  function focused() {
+    const active = /** @type {Document} */ (root.getRootNode()).activeElement;
+    const at = [...past.children].findIndex((one) => one.contains(active));
+    const id = active instanceof HTMLButtonElement && active.dataset.testid;
+    return at >= 0 && id ? { at, id } : null;
   }
 
   /** @param {number} at */
@@ -170,7 +251,13 @@ function build({ model, root }) {
   start.title = "Enter; Shift+Enter begins a new line";
   const stop = stopButton(model);
   const resume = button("Continue", "continue", () => act(model, "resume"));
-  const clear = button("Clear", "clear", () => act(model, "clear"));
+  resume.title = "Let the model go on with its last answer";
+  const clear = button("Clear", "clear", () => act(model, restorable() ? "restore" : "clear"));
+  const restorable = () => model.get("can_restore");
+  const said = () => /** @type {Turn[]} */ (model.get("turns"));
+  const markdown = () => said().map((turn) => `**${nameOf(turn)}**\n\n${turn.text}\n`).join("\n");
+  const json = () =>
+    JSON.stringify(said().map(({ role, text }) => ({ role, content: text })), null, 2);
   const controls = samplingControls(model);
   const facts = runFacts(model);
   fill(
@@ -178,7 +265,21 @@ function build({ model, root }) {
     h("div", { class: "sn-dim sn-title" }, model.get("title")),
     log,
     message,
-    h("div", { class: "sn-bar" }, start, stop, resume, clear),
+    h(
+      "div",
+      { class: "sn-bar" },
+      start,
+      stop,
+      resume,
+      clear,
+      h(
+        "span",
+        { class: "sn-export" },
+        copyButton("copy-all", "Copy this branch as Markdown", markdown),
+        downloadButton("Markdown", "markdown", "chat.md", markdown),
+        downloadButton("JSON", "json", "chat.json", json),
+      ),
+    ),
     h("details", {}, h("summary", { class: "sn-dim" }, "Sampling"), controls.element),
     facts.element,
   );
@@ -186,13 +287,18 @@ function build({ model, root }) {
     controls.end,
     sight.end,
     ...facts.ends,
-    follow(model, ["turns", "state"], () => {
+    follow(model, ["turns", "state", "can_restore"], () => {
       const turns = /** @type {Turn[]} */ (model.get("turns"));
       const running = isRunning(model);
       start.disabled = running;
       stop.disabled = !running;
-      resume.disabled = running || turns[turns.length - 1]?.role !== "assistant";
-      clear.disabled = running || !turns.length;
+      const last = turns[turns.length - 1];
+      resume.disabled = running || last?.role !== "assistant" || Boolean(last.edited);
+      clear.disabled = running || !(turns.length || restorable());
+      setText(clear, restorable() ? "Undo clear" : "Clear");
+      clear.title = restorable()
+        ? "Bring back what was said before"
+        : "Begin anew; what was said is kept and can be brought back";
       if (running) editing = -1;
       show();
     }),

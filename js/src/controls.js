@@ -140,6 +140,38 @@ export function samplingControls(model) {
 export const button = (label, id, press, kind = "") =>
   h("button", { type: "button", class: kind || null, "data-testid": id, onclick: press }, label);
 
+/**
+ * ‹ 1/2 ›: which of several is shown.
+ * @param {string} what one of them
+ * @param {(to: number) => void} choose
+ */
+export function stepper(what, choose) {
+  let [at, count] = [0, 1];
+  const back = button("‹", "previous", () => choose(at - 1));
+  const next = button("›", "next", () => choose(at + 1));
+  const place = h("span", { class: "sn-place", "data-testid": "place" });
+  const element = h("span", { class: "sn-stepper", role: "group" }, back, place, next);
+  back.title = `Previous ${what}; nothing is lost`;
+  next.title = `Next ${what}; nothing is lost`;
+  back.setAttribute("aria-label", `Previous ${what}`);
+  next.setAttribute("aria-label", `Next ${what}`);
+  return {
+    element,
+    /**
+     * @param {number} which from 0
+     * @param {number} of
+     * @param {boolean} enabled
+     */
+    show(which, of, enabled) {
+      [at, count] = [which, of];
+      setText(place, `${at + 1}/${count}`);
+      element.setAttribute("aria-label", `${what} ${at + 1} of ${count}`);
+      back.disabled = !enabled || at <= 0;
+      next.disabled = !enabled || at >= count - 1;
+    },
+  };
+}
+
 /** @param {Model} model */
 export const stopButton = (model) => button("Stop", "stop", () => act(model, "stop"));
 

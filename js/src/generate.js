@@ -1,6 +1,6 @@
 // Generate: a prompt, Run, Stop, Continue, and the text with its alternatives.
 
-import { act, fill, follow, h, widget } from "./dom.js";
+import { act, fill, follow, h, setText, widget } from "./dom.js";
 import {
   button,
   isRunning,
@@ -8,10 +8,12 @@ import {
   runFacts,
   samplingControls,
   set,
+  stepper,
   stopButton,
   textArea,
 } from "./controls.js";
-import { tokenView } from "./tokens.js";
+import { copyButton, csv, downloadButton } from "./export.js";
+import { plainView, tokenView } from "./tokens.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 
@@ -45,10 +47,42 @@ function build({ model, root }) {
     onchange: () => set(model, "chat", chat.checked),
   });
   const start = button("Run", "run", run, "sn-primary");
-  start.title = "Ctrl+Enter in the prompt";
+  start.title = "Write a new text (Ctrl+Enter in the prompt); those that are there stay";
   const stop = stopButton(model);
   const resume = button("Continue", "continue", () => act(model, "resume"));
+  resume.title = "Go on where this text ends";
   const controls = samplingControls(model);
+  const steps = stepper("text", (text) => act(model, "choose", { text }));
+  const origin = h("span", { class: "sn-dim sn-origin", "data-testid": "origin" });
+  const compare = button("Compare", "compare", () => {
+    const [shown, beside] = [model.get("shown"), model.get("beside")];
+    act(model, "compare", { text: beside !== null ? null : shown ? shown - 1 : 1 });
+  });
+  const aside = plainView();
+  const written = () => cells(model).map(([text, , special]) => (special ? "" : text)).join("");
+  const table = () =>
+    csv([
+      ["position", "text", "probability", "alternatives"],
+      ...cells(model).map(([text, probability, , alternatives], at) => [
+        at,
+        text,
+        probability,
+        alternatives.map((/** @type {[number, string, number]} */ [, word, part]) => `${JSON.stringify(word)} ${part}`).join(" "),
+      ]),
+    ]);
+  const history = h(
+    "div",
+    { class: "sn-bar sn-history" },
+    steps.element,
+    origin,
+    compare,
+    h(
+      "span",
+      { class: "sn-export" },
+      copyButton("copy", "Copy this text", written),
+      downloadButton("CSV", "csv", "tokens.csv", table),
+    ),
+  );
   const tokens = tokenView((position, token) => act(model, "branch", { position, token }));
   const facts = runFacts(model);
   const legend = h(
@@ -72,7 +106,8 @@ function build({ model, root }) {
       legend,
     ),
     controls.element,
-    tokens.element,
+    history,
+    h("div", { class: "sn-texts" }, tokens.element, aside.element),
     facts.element,
   );
   return [
@@ -84,14 +119,27 @@ function build({ model, root }) {
       chat.checked = model.get("chat");
     }),
     follow(model, ["pages", "tail"], () => tokens.show(cells(model))),
-    follow(model, ["state", "pages", "tail"], () => {
+    follow(model, ["beside", "aside"], () => {
+      const beside = model.get("beside");
+      aside.show(beside === null ? null : `text ${beside + 1}`, model.get("aside"), cells(model));
+    }),
+    follow(model, ["texts", "shown", "origin", "beside", "state"], () => {
+      const [count, shown, beside] = ["texts", "shown", "beside"].map((name) => model.get(name));
+      steps.show(shown, count, !isRunning(model));
+      setText(origin, model.get("origin"));
+      compare.disabled = count < 2 || isRunning(model);
+      setText(compare, beside === null ? "Compare" : "One");
+      compare.title =
+        beside === null ? "Show another text beside this one" : "Show this text alone";
+    }),
+    follow(model, ["state", "pages", "tail", "texts"], () => {
       const running = isRunning(model);
       const written = model.get("pages") + model.get("tail").length > 0;
       start.disabled = running;
       stop.disabled = !running;
       resume.disabled = running || !written;
       tokens.enable(!running);
-      tokens.element.hidden = !written;
+      tokens.element.hidden = history.hidden = !written && !model.get("texts");
       legend.hidden = !written;
     }),
   ];

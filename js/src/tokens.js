@@ -43,6 +43,35 @@ export function percent(part) {
 }
 
 /**
+ * A text to be read beside another; what is different in it is marked.
+ */
+export function plainView() {
+  const text = h("div", { class: "sn-text", dir: "auto", tabindex: 0 });
+  const element = h("div", { class: "sn-aside", "data-testid": "aside", hidden: true }, text);
+  return {
+    element,
+    /**
+     * @param {string | null} name
+     * @param {Cell[]} cells
+     * @param {Cell[]} other
+     */
+    show(name, cells, other) {
+      element.hidden = name === null;
+      text.setAttribute("aria-label", name ?? "");
+      text.setAttribute("role", "group");
+      const words = (/** @type {Cell[]} */ some) => some.map(([piece, , special]) => (special ? "" : piece));
+      let same = 0;
+      while (same < cells.length && cells[same][0] === other[same]?.[0]) same++;
+      fill(
+        text,
+        h("span", {}, harmless(words(cells.slice(0, same)).join(""))),
+        h("mark", {}, harmless(words(cells.slice(same)).join(""))),
+      );
+    },
+  };
+}
+
+/**
  * @param {(position: number, token: number | string) => void} branch what a choice does
  */
 export function tokenView(branch) {
@@ -159,6 +188,7 @@ export function tokenView(branch) {
             disabled: !enabled,
             tabindex: index ? -1 : 0,
             "data-testid": "alternative",
+            title: "Write on from here as a new text; this one stays",
             "aria-label": `Branch with ${visible(word)}, ${percent(part)}`,
             onclick: () => choose(at, id),
           },
@@ -171,6 +201,7 @@ export function tokenView(branch) {
     const other = h("input", {
       type: "text",
       placeholder: "other text, Enter",
+      title: "Write on with other words as a new text; this one stays",
       disabled: !enabled,
       "aria-label": "Other text to branch with",
       "data-testid": "other",

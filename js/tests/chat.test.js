@@ -3,8 +3,14 @@ import chat from "../src/chat.js";
 import { FakeModel, show } from "./fake_model.js";
 
 const TURNS = [
-  { role: "user", text: "<b>hi</b>" },
-  { role: "assistant", text: "**yes**", html: "<p><strong>yes</strong></p>" },
+  { role: "user", text: "<b>hi</b>", branch: [0, 1] },
+  {
+    role: "assistant",
+    text: "**yes**",
+    html: "<p><strong>yes</strong></p>",
+    edited: false,
+    branch: [0, 1],
+  },
 ];
 
 /** @param {Record<string, any>} [more] */
@@ -26,6 +32,7 @@ const model = (more = {}) =>
     bill: "",
     turns: TURNS,
     live: "",
+    can_restore: false,
     ...more,
   });
 
@@ -77,7 +84,7 @@ describe("turns", () => {
     const fake = model();
     const view = show(chat, fake);
     const before = view.all("[data-testid=turn]");
-    fake.update({ state: "writing", turns: [...TURNS, { role: "user", text: "and?" }] });
+    fake.update({ state: "writing", turns: [...TURNS, { role: "user", text: "and?", branch: [0, 1] }] });
     fake.update({ state: "idle" });
     expect(view.all("[data-testid=turn]").slice(0, 2)).toEqual(before);
     expect(view.all("[data-testid=edit]").length).toBe(3);
@@ -110,6 +117,71 @@ describe("turns", () => {
     expect(/** @type {HTMLButtonElement} */ (view.byId("send")).disabled).toBe(true);
     view.byId("stop").click();
     expect(fake.sent).toEqual([{ action: "stop", with: {} }]);
+  });
+});
+
+describe("branches", () => {
+  const TWO = [TURNS[0], { ...TURNS[1], branch: [1, 2] }];
+
+  test("‹1/2› steps, says where it is, and keeps the focus", () => {
+    const fake = model({ turns: TWO });
+    const view = show(chat, fake);
+    const steps = () => view.find(".sn-stepper");
+    expect(steps().getAttribute("aria-label")).toBe("branch 2 of 2");
+    expect(view.byId("place").textContent).toBe("2/2");
+    expect(/** @type {HTMLButtonElement} */ (view.byId("next")).disabled).toBe(true);
+    view.byId("previous").focus();
+    view.byId("previous").click();
+    expect(fake.sent).toEqual([{ action: "choose", with: { turn: 1, branch: 0 } }]);
+    fake.update({ turns: [TURNS[0], { ...TURNS[1], text: "no", html: "<p>no</p>", branch: [0, 3] }] });
+    expect(view.byId("place").textContent).toBe("1/3");
+    fake.update({ turns: [TURNS[0], { ...TURNS[1], branch: [1, 3] }] });
+    view.byId("next").focus();
+    fake.update({ turns: [TURNS[0], { ...TURNS[1], text: "x", html: "x", branch: [1, 3] }] });
+    expect(document.activeElement).toBe(view.byId("next"));
+    fake.update({ state: "writing" });
+    expect(/** @type {HTMLButtonElement} */ (view.byId("previous")).disabled).toBe(true);
+  });
+
+  test("what a click does is said before", () => {
+    const fake = model({ turns: [{ ...TURNS[0], branch: [2, 3] }, TURNS[1]] });
+    const view = show(chat, fake);
+    const kept = "this message and the 1 message after it stay as branch ‹3›";
+    expect(view.all("[data-testid=edit]")[0].title).toBe(`Begins a new branch; ${kept}`);
+    expect(view.byId("retry").title).toBe("Another answer, as a new branch; this one stays");
+    view.all("[data-testid=edit]")[0].click();
+    expect(view.byId("edit-what").textContent).toContain(kept);
+    view.byId("clear").click();
+    expect(view.byId("clear").title).toContain("can be brought back");
+    fake.update({ turns: [], can_restore: true });
+    expect(view.byId("clear").textContent).toBe("Undo clear");
+    view.byId("clear").click();
+    expect(fake.sent.map((message) => message.action)).toEqual(["clear", "restore"]);
+  });
+
+  test("two branches lie side by side", () => {
+    const fake = model({ turns: TWO });
+    const view = show(chat, fake);
+    view.byId("compare").click();
+    expect(fake.sent).toEqual([{ action: "compare", with: { turn: 1, branch: 0 } }]);
+    const beside = { role: "assistant", text: "no", html: "<p>no</p>", edited: true, branch: 0 };
+    fake.update({ turns: [TURNS[0], { ...TWO[1], beside }] });
+    expect(view.byId("beside").textContent).toBe("2/2yes1/2no");
+    view.byId("compare").click();
+    expect(fake.sent[1]).toEqual({ action: "compare", with: { turn: 1, branch: null } });
+  });
+
+  test("a question without an answer is asked again; messages are copied", async () => {
+    const fake = model({ turns: [TURNS[0]] });
+    const view = show(chat, fake);
+    const copied = vi.fn();
+    vi.stubGlobal("navigator", { clipboard: { writeText: copied } });
+    view.byId("copy").click();
+    view.byId("copy-all").click();
+    vi.unstubAllGlobals();
+    expect(copied.mock.calls).toEqual([["<b>hi</b>"], ["**You**\n\n<b>hi</b>\n"]]);
+    view.byId("retry").click();
+    expect(fake.sent).toEqual([{ action: "retry", with: {} }]);
   });
 });
 

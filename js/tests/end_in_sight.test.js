@@ -108,12 +108,20 @@ test.each([
   {
     kind: "text",
     widget: generate,
-    traits: { pages: 0, tail: Array.from({ length: 40 }, () => [" word", 0.5, false, []]) },
+    traits: {
+      pages: 0,
+      tail: Array.from({ length: 40 }, () => [" word", 0.5, false, []]),
+      beside: null,
+      aside: [],
+    },
   },
   {
     kind: "log",
     widget: chat,
-    traits: { turns: Array.from({ length: 40 }, () => ({ role: "user", text: "hi" })), live: "" },
+    traits: {
+      turns: Array.from({ length: 40 }, () => ({ role: "user", text: "hi", branch: [0, 1] })),
+      live: "",
+    },
   },
 ])("a view that is opened on a long $kind begins at its end", ({ kind, widget, traits }) => {
   const fake = new FakeModel({ ...RUN, ...traits });

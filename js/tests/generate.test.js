@@ -1,5 +1,6 @@
 import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
 import generate from "../src/generate.js";
+import { csv } from "../src/export.js";
 import { harmless, percent, visible } from "../src/tokens.js";
 import { FakeModel, show } from "./fake_model.js";
 
@@ -36,6 +37,11 @@ const model = (more = {}) =>
     bill: "",
     pages: 0,
     tail: [],
+    texts: 0,
+    shown: 0,
+    origin: "",
+    beside: null,
+    aside: [],
     ...more,
   });
 
@@ -199,6 +205,36 @@ describe("the text", () => {
       "sn-token sn-special",
       "sn-token sn-edited",
     ]);
+  });
+});
+
+describe("texts", () => {
+  test("all are kept: ‹1/2› goes from one to the other, two lie side by side", () => {
+    const fake = model({ texts: 2, shown: 1, origin: "after “Hello”", tail: [cell("a"), cell(" b")] });
+    const view = show(generate, fake);
+    expect(view.byId("place").textContent).toBe("2/2");
+    expect(view.byId("origin").textContent).toBe("after “Hello”");
+    view.byId("previous").click();
+    view.byId("compare").click();
+    expect(fake.sent).toEqual([
+      { action: "choose", with: { text: 0 } },
+      { action: "compare", with: { text: 0 } },
+    ]);
+    fake.update({ beside: 0, aside: [cell("a"), cell(" <b>"), cell("</s>", 0.5, true)] });
+    expect(view.byId("aside").hidden).toBe(false);
+    expect(view.byId("aside").textContent).toBe("a <b>");
+    expect(view.find("mark").textContent).toBe(" <b>");
+    view.byId("compare").click();
+    expect(fake.sent[2]).toEqual({ action: "compare", with: { text: null } });
+    fake.update({ beside: null, aside: [], state: "reading", tail: [] });
+    expect(view.byId("aside").hidden).toBe(true);
+    expect(/** @type {HTMLButtonElement} */ (view.byId("previous")).disabled).toBe(true);
+  });
+
+  test("tokens as a table", () => {
+    expect(csv([["a", 'say "x"', null], [1, "two\nlines", 0.5]])).toBe(
+      'a,"say ""x""",\n1,"two\nlines",0.5\n',
+    );
   });
 });
 

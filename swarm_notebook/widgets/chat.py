@@ -3,32 +3,37 @@
     chat = ChatWidget(swarm)               # or %swarm chat
     chat.messages                          # [{"role": "user", "content": …}, …]
 
-It works in the background: the cell returns at once. Any earlier turn can be edited, which drops
-what came after it. The model is asked with its chat template each time, but reads only what it has
-not read before: the conversation's keys and values are kept, and cut back as far as needed.
+It works in the background: the cell returns at once. Nothing that was said is lost: an edited
+turn, another answer, a conversation that is begun anew are branches beside what was, and `choose`
+(or ‹1/2› in the view) goes from one to the other. The model is asked with its chat template each
+time, but reads only what it has not read before: the conversation's keys and values are kept, and
+cut back as far as needed.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import traitlets
 
 from swarm_notebook.errors import Busy
 from swarm_notebook.widgets.parts import markdown
 from swarm_notebook.widgets.parts.base import action
+from swarm_notebook.widgets.parts.conversation import Conversation, Message, Turn
 from swarm_notebook.widgets.parts.static_html import facts, shell
-from swarm_notebook.widgets.writing import WritingWidget
+from swarm_notebook.widgets.writing import TOKEN_COLUMNS, WritingWidget, token_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROLES = ("system", "user", "assistant")
 # A long answer takes longer to render: it may take this part of the time.
 _RENDERING = 0.15
-
-Message = dict[str, str]
+NAMES = {"system": "Instructions", "user": "You", "assistant": "Model"}
 
 
 class ChatWidget(WritingWidget, module="chat"):
@@ -43,8 +48,11 @@ class ChatWidget(WritingWidget, module="chat"):
             ``top_k``, ``max_new_tokens``, ``seed``.
 
     Attributes:
-        turns: what is shown: ``role``, ``text`` and, for the model's, ``html``.
+        turns: what is shown: ``role``, ``text``, for the model's ``html`` and whether it was
+            ``edited``, ``branch`` (which of how many, from 0), and ``beside`` if another branch
+            is shown next to it.
         live: the HTML of the answer that is being written.
+        can_restore: whether `restore` brings something back.
 
     Raises:
         ValueError: the tokenizer has no chat template, or a message has another form.
@@ -53,6 +61,7 @@ class ChatWidget(WritingWidget, module="chat"):
 
     turns: traitlets.List[dict[str, Any]] = traitlets.List().tag(sync=True)
     live = traitlets.Unicode().tag(sync=True)
+    can_restore = traitlets.Bool().tag(sync=True)
 
     def __init__(
         self,
@@ -66,9 +75,12 @@ class ChatWidget(WritingWidget, module="chat"):
         self._talking = threading.RLock()
         self._answering = False
         first = [{"role": "system", "content": system}] if system else []
-        self._messages = [_message(one) for one in [*first, *messages]]
-        self._shown = self._messages  # the list that the views know; each change makes a new one
-        super().__init__(target, turns=[_turn(one) for one in self._messages], **options)
+        self._talk = Conversation()
+        for one in [*first, *messages]:
+            self._talk.add(_message(one))
+        self._beside: tuple[Turn, Turn] | None = None
+        self._shown = self._talk.version  # what the views know
+        super().__init__(target, turns=self._turns(), **options)
         if not self.has_template:
             self.close()
             raise ValueError(
@@ -78,9 +90,9 @@ class ChatWidget(WritingWidget, module="chat"):
 
     @property
     def messages(self) -> list[Message]:
-        """What has been said so far, as chat templates take it; a copy."""
+        """What has been said so far in this branch, as chat templates take it; a copy."""
         with self._talking:
-            return [dict(one) for one in self._messages]
+            return [dict(turn.message) for turn in self._talk.path]
 
     @action
     def send(self, text: str) -> None:
@@ -92,11 +104,12 @@ class ChatWidget(WritingWidget, module="chat"):
         """
         if not text.strip():
             raise ValueError("text: there is nothing to send")
-        self._say([*self.messages, {"role": "user", "content": text}])
+        said = {"role": "user", "content": text}
+        self._say([*self.messages, said], lambda: self._talk.add(said))
 
     @action
     def retry(self) -> None:
-        """Drop the last answer and let the model give another.
+        """Let the model give another answer to what was asked last; the one that is there stays.
 
         Raises:
             Busy: it is still answering.
@@ -105,11 +118,12 @@ class ChatWidget(WritingWidget, module="chat"):
         messages = self.messages
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
-        self._say(messages)
+        length = len(messages)
+        self._say(messages, lambda: self._talk.cut(length))
 
     @action
     def edit(self, turn: int, text: str) -> None:
-        """Replace what was said in a turn and drop what came after; the model answers to it.
+        """Say something else in a turn, as a branch beside it; the model answers to it.
 
         An answer of the model can be edited too; then it is your turn.
 
@@ -120,11 +134,44 @@ class ChatWidget(WritingWidget, module="chat"):
         messages = self.messages
         if not 0 <= turn < len(messages):
             raise IndexError(f"turn: {turn} is not in the conversation of {len(messages)} turns")
-        messages = [*messages[:turn], {**messages[turn], "content": text}]
-        if messages[-1]["role"] == "user":
-            self._say(messages)
-        else:
-            self._replace(messages)
+        said = {**messages[turn], "content": text}
+
+        def change() -> None:
+            self._talk.cut(turn)
+            self._talk.add(said)
+
+        if said["role"] == "user":
+            self._say([*messages[:turn], said], change)
+        elif said != messages[turn]:
+            self._change(change)
+
+    @action
+    def choose(self, turn: int, branch: int) -> None:
+        """Go on with another branch: what was said in the place of a turn, from 0, as it was left.
+
+        Raises:
+            Busy: the model is still answering.
+            IndexError: there is no such turn or branch.
+        """
+        self._change(lambda: self._talk.choose(turn, branch))
+
+    @action
+    def compare(self, turn: int, branch: int | None) -> None:
+        """Show another branch of a turn beside it, or none.
+
+        Raises:
+            IndexError: there is no such turn or branch.
+        """
+        with self._updating:
+            with self._talking:
+                siblings = self._talk.siblings(turn)
+                if branch is None:
+                    self._beside = None
+                elif not 0 <= branch < len(siblings):
+                    raise IndexError(f"branch: {branch} is not one of {len(siblings)}")
+                else:
+                    self._beside = self._talk.path[turn], siblings[branch]
+            self.update(turns=self._turns())
 
     @action
     def resume(self) -> None:
@@ -137,25 +184,57 @@ class ChatWidget(WritingWidget, module="chat"):
         sampling = self.sampling
         with self._talking:
             self._refuse_if_answering()
-            last = self._messages[-1] if self._messages else {}
-            if last.get("role") != "assistant" or last["content"] != self._written():
+            draft = self._talk.end.draft
+            if draft is None:
                 raise ValueError("there is no answer of the model to go on with")
+            self.writer.open(draft)
             self._start(lambda: self.writer.resume(sampling))
-            self._messages = self._messages[:-1]
+            self._talk.cut(len(self._talk.path) - 1)
             self._answering = True
         self._views.ask()
 
     @action
     def clear(self) -> None:
-        """Forget what was said, but for the instructions that it began with.
+        """Begin anew, after the instructions; `restore` or `choose` bring back what was said.
 
         Raises:
             Busy: it is still answering.
         """
-        self._replace([one for one in self.messages[:1] if one["role"] == "system"])
+        self._change(lambda: self._talk.cut(int(self._begins_with_instructions())))
+
+    @action
+    def restore(self) -> None:
+        """Undo `clear`.
+
+        Raises:
+            Busy: it is still answering.
+        """
+        self._change(self._talk.restore)
+
+    def to_markdown(self) -> str:
+        """What was said in this branch."""
+        parts = [f"**{NAMES[one['role']]}**\n\n{one['content']}" for one in self.messages]
+        return "\n\n".join(parts) + "\n" if parts else ""
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The tokens of the model's answers in this branch, with their probabilities.
+
+        Columns: ``turn``, and those of `GenerateWidget.to_pandas`.
+        """
+        from swarm_notebook.report.formatting import data_frame
+
+        with self._talking:
+            drafts = [(at, turn.draft) for at, turn in enumerate(self._talk.path)]
+        rows = [
+            {"turn": at, **row}
+            for at, draft in drafts
+            if draft is not None
+            for row in token_rows(self._vocabulary, draft)
+        ]
+        return data_frame(rows, ["turn", *TOKEN_COLUMNS])
 
     def summary(self) -> str:
-        count = len(self._messages)
+        count = len(self.messages)
         return f"{self.title}, {count} message{'' if count == 1 else 's'}"
 
     def picture(self) -> str:
@@ -170,8 +249,8 @@ class ChatWidget(WritingWidget, module="chat"):
         last = f'<div class="snw-dim">{escape(facts(self.note, self.stats))}</div>'
         return shell(f'<div class="snw-dim">{escape(self.title)}</div>{shown}{last}')
 
-    def _say(self, messages: list[Message]) -> None:
-        """Let the model answer to these."""
+    def _say(self, messages: list[Message], change: Callable[[], None]) -> None:
+        """Let the model answer to these, which `change` makes the path."""
         if not messages or messages[-1]["role"] != "user":
             raise ValueError("nothing was asked yet; send a message first")
         sampling = self.sampling
@@ -179,18 +258,36 @@ class ChatWidget(WritingWidget, module="chat"):
         with self._talking:
             self._refuse_if_answering()
             self._start(lambda: self.writer.write(ids, sampling))
-            self._messages, self._answering = messages, True
+            change()
+            self._answering = True
         self._views.ask()
 
-    def _replace(self, messages: list[Message]) -> None:
+    def _change(self, change: Callable[[], None]) -> None:
         # The thread that shows an answer holds `_updating` until its turns are in the view: they
         # cannot come after these. Whoever needs both locks takes `_updating` first.
         with self._updating:
             with self._talking:
                 self._refuse_if_answering()
-                self._messages = self._shown = messages
-            self.update(turns=[_turn(one) for one in messages], note="")
+                change()
+                self._shown = self._talk.version
+            self.update(turns=self._turns(), can_restore=self._talk.can_restore, note="")
         self._views.ask()
+
+    def _begins_with_instructions(self) -> bool:
+        return [one["role"] for one in self.messages[:1]] == ["system"]
+
+    def _turns(self) -> list[dict[str, Any]]:
+        """The path for the views."""
+        turns = []
+        for at, turn in enumerate(self._talk.path):
+            siblings = self._talk.siblings(at)
+            shown = _shown(turn)
+            shown["branch"] = [siblings.index(turn), len(siblings)]
+            if self._beside is not None and self._beside[0] is turn:
+                other = self._beside[1]
+                shown["beside"] = {**_shown(other), "branch": siblings.index(other)}
+            turns.append(shown)
+        return turns
 
     def _refuse_if_answering(self) -> None:
         if self._answering or self.writer.running:
@@ -208,13 +305,16 @@ class ChatWidget(WritingWidget, module="chat"):
             if ended:
                 self._answering = False
                 if text:
-                    self._messages = [*self._messages, {"role": "assistant", "content": text}]
+                    self._talk.answer(text, self.writer.draft)
+                else:
+                    self._talk.restore()  # another answer was asked for, and none has come
                 values["live"] = ""
             else:
                 values["live"] = markdown.render(text)
-            if self._shown is not self._messages:
-                values["turns"] = [_turn(one) for one in self._messages]
-                self._shown = self._messages
+            if self._shown != self._talk.version:
+                values["turns"] = self._turns()
+                values["can_restore"] = self._talk.can_restore and not self._answering
+                self._shown = self._talk.version
         return (time.monotonic() - began) / _RENDERING
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
@@ -241,8 +341,9 @@ def _message(given: Mapping[str, str]) -> Message:
     return {"role": role, "content": content}
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    turn: dict[str, Any] = {"role": message["role"], "text": message["content"]}
+def _shown(turn: Turn) -> dict[str, Any]:
+    message = turn.message
+    shown: dict[str, Any] = {"role": message["role"], "text": message["content"]}
     if message["role"] == "assistant":
-        turn["html"] = markdown.render(message["content"])
-    return turn
+        shown |= {"html": markdown.render(message["content"]), "edited": turn.draft is None}
+    return shown

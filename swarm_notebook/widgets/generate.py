@@ -4,24 +4,41 @@
 
 It works in the background: the cell returns at once. The colour of a token says how sure the
 model was; its alternatives can be seen and chosen, and the text goes on from there with nothing
-computed twice. The same can be done from Python: `run`, `stop`, `resume`, `branch`.
+computed twice. Every run and every branch is a text of its own; all are kept, and ‹1/2› goes from
+one to the other. The same can be done from Python: `run`, `stop`, `resume`, `branch`, `choose`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import traitlets
 
+from swarm_notebook.errors import Busy
 from swarm_notebook.widgets.parts.base import action
 from swarm_notebook.widgets.parts.static_html import facts, shell
 from swarm_notebook.widgets.parts.token_cells import Cell, Cells
-from swarm_notebook.widgets.writing import WritingWidget
+from swarm_notebook.widgets.writing import TOKEN_COLUMNS, WritingWidget, token_rows
 
 if TYPE_CHECKING:
-    from swarm_notebook.writing import Token
+    import pandas as pd
+
+    from swarm_notebook.writing import Draft, Token
+
+_TITLE = 40  # letters of a prompt that name a text
+
+
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """One of the texts that were written: its tokens, the prompt, and where it comes from."""
+
+    draft: Draft
+    prompt: str
+    origin: str
 
 
 class GenerateWidget(WritingWidget, module="generate"):
@@ -39,6 +56,11 @@ class GenerateWidget(WritingWidget, module="generate"):
         pages: how many pages of the text there are, see `token_cells`. They are part of the
             widget's state, beside its traits: ``page0``, ``page1``, …
         tail: the cells after them.
+        texts: how many texts there are.
+        shown: which of them is shown, from 0.
+        origin: where it comes from, in a few words.
+        beside: which other one is shown next to it, or None.
+        aside: the cells of that.
 
     Raises:
         ValueError: there is no tokenizer, or an option is out of range.
@@ -49,9 +71,16 @@ class GenerateWidget(WritingWidget, module="generate"):
     chat = traitlets.Bool().tag(sync=True)
     pages = traitlets.Int().tag(sync=True)
     tail: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
+    texts = traitlets.Int().tag(sync=True)
+    shown = traitlets.Int().tag(sync=True)
+    origin = traitlets.Unicode().tag(sync=True)
+    beside = traitlets.Int(None, allow_none=True).tag(sync=True)
+    aside: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
 
     def __init__(self, target: Any, prompt: str = "", **options: Any) -> None:
         self._cells: Cells | None = None
+        self._texts: list[_Text] = []
+        self._before_run: _Text | None = None
         super().__init__(target, prompt=prompt, **options)
 
     @property
@@ -74,14 +103,18 @@ class GenerateWidget(WritingWidget, module="generate"):
 
     @action
     def run(self) -> None:
-        """Begin anew with the prompt.
+        """Write a new text after the prompt; those that are there stay.
 
         Raises:
             Busy: a run is going on.
             ValueError: the prompt is empty, or a control is out of range.
         """
         sampling, ids = self.sampling, self._prompt_ids()
-        self._start(lambda: self.writer.write(ids, sampling))
+        prompt = self.prompt
+        title = prompt if len(prompt) <= _TITLE else f"{prompt[: _TITLE - 1]}…"
+        with self._updating:
+            self._start(lambda: self.writer.write(ids, sampling))
+            self._keep(prompt, f"after “{title}”")
 
     @action
     def resume(self) -> None:
@@ -96,7 +129,7 @@ class GenerateWidget(WritingWidget, module="generate"):
 
     @action
     def branch(self, position: int, token: int | str) -> None:
-        """Put something else in the place of a token and of what follows it, and go on from there.
+        """Write a new text: this one up to a token, something else in its place, and on from there.
 
         Args:
             position: of the written tokens, from 0.
@@ -108,12 +141,60 @@ class GenerateWidget(WritingWidget, module="generate"):
             ValueError: the token is not in the vocabulary, or the text is empty.
         """
         sampling, ids = self.sampling, self._ids_of(token)
-        self._start(lambda: self.writer.branch(position, ids, sampling))
+        with self._updating:
+            self._start(lambda: self.writer.branch(position, ids, sampling))
+            self._keep_branch(position)
 
     @action
     def edit(self, position: int, token: int | str) -> None:
         """As `branch`, but write nothing yet; see `resume`."""
-        self.writer.edit(position, self._ids_of(token))
+        ids = self._ids_of(token)
+        with self._updating:
+            self.writer.edit(position, ids)
+            self._keep_branch(position)
+
+    @action
+    def choose(self, text: int) -> None:
+        """Turn to one of the texts, from 0; Continue and branches go on with that one.
+
+        Raises:
+            Busy: a run is going on.
+            IndexError: there is no such text.
+        """
+        with self._updating:
+            self.writer.open(self._text(text).draft)
+            self._turn_to(text)
+
+    @action
+    def compare(self, text: int | None) -> None:
+        """Show another of the texts beside this one, or none.
+
+        Raises:
+            IndexError: there is no such text.
+        """
+        aside: list[Cell] = []
+        if text is not None:
+            draft, cells = self._text(text).draft, Cells(self._vocabulary)
+            cells.cut(draft.prompt, draft.tokens)
+            cells.grow(list(draft.tokens))
+            aside = [cell for page in [*cells.pages, cells.tail] for cell in page]
+        self.update(beside=text, aside=aside)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The written tokens, one a row.
+
+        Columns: ``position``, ``id``, ``text``, ``probability`` (None for what a person put
+        there) and ``alternatives`` (pairs of text and probability, best first).
+        """
+        from swarm_notebook.report.formatting import data_frame
+
+        return data_frame(token_rows(self._vocabulary, self.writer.draft), TOKEN_COLUMNS)
+
+    def to_markdown(self) -> str:
+        """The prompt as a quotation, and the text."""
+        prompt = self._shown_prompt()
+        quoted = "\n".join(f"> {line}".rstrip() for line in prompt.splitlines())
+        return f"{quoted}\n\n{self.text}\n"
 
     def summary(self) -> str:
         written = len(self.writer.draft.tokens)
@@ -129,7 +210,7 @@ class GenerateWidget(WritingWidget, module="generate"):
         )
         return shell(
             f'<div class="snw-dim">{escape(self.title)}</div>'
-            f'<div class="snw-prompt">{escape(self.prompt)}</div>'
+            f'<div class="snw-prompt">{escape(self._shown_prompt())}</div>'
             f'<div class="snw-text" dir="auto">{body}</div>'
             f'<div class="snw-dim">{escape(facts(self.note, self.stats))}</div>'
         )
@@ -140,7 +221,44 @@ class GenerateWidget(WritingWidget, module="generate"):
             state: dict[str, Any] = super().get_state(key, drop_defaults)
             return state if key is not None else state | self._named(range(self.pages))
 
+    def _shown_prompt(self) -> str:
+        return self._texts[self.shown].prompt if self._texts else self.prompt
+
+    def _text(self, number: int) -> _Text:
+        if not 0 <= number < len(self._texts):
+            raise IndexError(f"text: {number} is not one of {len(self._texts)} texts")
+        return self._texts[number]
+
+    def _keep(self, prompt: str, origin: str) -> None:
+        """The writer has begun another text; one without any token is not worth a number."""
+        self._before_run = self._texts[self.shown] if self._texts else None
+        self._texts = [one for one in self._texts if one.draft.tokens]
+        self._texts.append(_Text(self.writer.draft, prompt, origin))
+        self._turn_to(len(self._texts) - 1)
+
+    def _keep_branch(self, position: int) -> None:
+        number = self.shown + 1
+        self._keep(self._shown_prompt(), f"a branch of text {number} at token {position + 1}")
+
+    def _turn_to(self, number: int) -> None:
+        one = self._texts[number]
+        self.update(texts=len(self._texts), shown=number, origin=one.origin)
+        if self.beside is not None and (self.beside == number or self.beside >= self.texts):
+            self.update(beside=None, aside=[])
+
+    def _back_to_text(self) -> None:
+        """A run has ended without a token: what was there before is shown again."""
+        before = self._before_run
+        if self.writer.draft.tokens or before is None or not before.draft.tokens:
+            return
+        with suppress(Busy):  # another run has begun meanwhile
+            self.writer.open(before.draft)
+            self._texts = [one for one in self._texts if one.draft.tokens]
+            self._turn_to(self._texts.index(before))
+
     def _show_text(self, values: dict[str, Any], *, ended: bool) -> float | None:
+        if ended:
+            self._back_to_text()
         if self._cells is None:
             self._cells = Cells(self._vocabulary)
         cells, draft = self._cells, self.writer.draft

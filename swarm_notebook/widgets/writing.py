@@ -24,8 +24,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from swarm_notebook.report.cost import Bill
+    from swarm_notebook.writing import Draft
 
+TOKEN_COLUMNS = ["position", "id", "text", "probability", "alternatives"]
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+
+
+def token_rows(vocabulary: Vocabulary, draft: Draft) -> list[dict[str, Any]]:
+    """The written tokens of a text as rows of `TOKEN_COLUMNS`."""
+    return [
+        {
+            "position": position,
+            "id": token.id,
+            "text": vocabulary.show(token.id),
+            "probability": token.probability,
+            "alternatives": [(vocabulary.show(one), part) for one, part in token.alternatives],
+        }
+        for position, token in enumerate(list(draft.tokens))
+    ]
 
 
 class WritingWidget(Widget):

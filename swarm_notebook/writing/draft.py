@@ -42,10 +42,11 @@ class Draft:
         """What came after the prompt."""
         return [token.id for token in self.tokens]
 
-    def replace(self, position: int, ids: Sequence[int]) -> None:
-        """Put ``ids`` in the place of a token and of all that follow it.
+    def branch(self, position: int, ids: Sequence[int]) -> Draft:
+        """Another text: this one up to a token, and ``ids`` in the place of it and what follows.
 
-        The first keeps the alternatives of the place, with its own probability if it is one.
+        The first keeps the alternatives of the place, with its own probability if it is one. This
+        text stays as it is.
 
         Raises:
             IndexError: there is no such token, and it is not the place after the last one.
@@ -56,12 +57,10 @@ class Draft:
             )
         before = self.tokens[position] if position < len(self.tokens) else Token(-1)
         known = dict(before.alternatives) | {before.id: before.probability}
-        del self.tokens[position:]
-        for index, token in enumerate(ids):
-            if index == 0:
-                self.tokens.append(Token(token, known.get(token), before.alternatives))
-            else:
-                self.tokens.append(Token(token))
+        new = [Token(token) for token in ids]
+        if ids:
+            new[0] = Token(ids[0], known.get(ids[0]), before.alternatives)
+        return Draft(self.prompt, [*self.tokens[:position], *new])
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -47,7 +47,8 @@ class Writer:
         alternatives: how many of the most probable tokens to note at each place.
 
     Attributes:
-        draft: the text. Read it at any time; it changes only through the methods here.
+        draft: the text. Read it at any time; it grows while a run goes on, and a new text or a
+            branch is another draft.
         state: ``idle``, ``reading`` the prompt, ``writing``, or ``stopping``.
         read: tokens of the prompt that the model has read, while ``reading``.
         error: what ended the last run, if it did not end as it should. The text is kept.
@@ -106,13 +107,13 @@ class Writer:
         self._begin(lambda: None, sampling, anew=False)
 
     def branch(self, position: int, ids: Sequence[int], sampling: Sampling) -> None:
-        """Put other tokens in a place, forget what follows it, and go on from there.
+        """Put other tokens in a place, in another text, and go on there; this one stays.
 
         Raises:
             Busy: a run is going on.
             IndexError: there is no such place.
         """
-        self._begin(lambda: self.draft.replace(position, ids), sampling, anew=True)
+        self._begin(lambda: self._replace(position, ids), sampling, anew=True)
 
     def edit(self, position: int, ids: Sequence[int]) -> None:
         """As `branch`, but write nothing yet.
@@ -123,7 +124,18 @@ class Writer:
         """
         with self._lock:
             self._refuse_if_running()
-            self.draft.replace(position, ids)
+            self._replace(position, ids)
+        self._on_change()
+
+    def open(self, draft: Draft) -> None:
+        """Turn to another text of this model, such as one that was written before.
+
+        Raises:
+            Busy: a run is going on.
+        """
+        with self._lock:
+            self._refuse_if_running()
+            self.draft = draft
         self._on_change()
 
     def stop(self) -> None:
@@ -160,6 +172,9 @@ class Writer:
     def _refuse_if_running(self) -> None:
         if self.state != "idle":
             raise Busy("this text is still being written; stop it first, or wait for it to end")
+
+    def _replace(self, position: int, ids: Sequence[int]) -> None:
+        self.draft = self.draft.branch(position, ids)
 
     def _begin(self, change: Callable[[], object], sampling: Sampling, *, anew: bool) -> None:
         with self._lock:

@@ -34,7 +34,7 @@ def test_a_question_is_answered(notebook: Notebook, chat: Locator) -> None:
     assert notebook.value("[m['role'] for m in chat.messages]") == "['user', 'assistant']"
 
 
-def test_an_edited_turn_replaces_what_followed(notebook: Notebook, chat: Locator) -> None:
+def test_an_edited_turn_is_a_branch(notebook: Notebook, chat: Locator) -> None:
     turns(chat).first.get_by_test_id("edit").click()
     edit = chat.get_by_test_id("edit-text")
     edit.fill("What is the capital of <b>France</b>?")
@@ -43,6 +43,28 @@ def test_an_edited_turn_replaces_what_followed(notebook: Notebook, chat: Locator
     idle(chat)
     expect(turns(chat)).to_have_count(2)
     expect(turns(chat).first.locator("b")).to_have_count(0)
+    # Back, forth and back with the keyboard; the buttons keep the focus.
+    place = turns(chat).first.get_by_test_id("place")
+    expect(place).to_have_text("2/2")
+    turns(chat).first.get_by_test_id("previous").focus()
+    notebook.page.keyboard.press("Enter")
+    expect(place).to_have_text("1/2")
+    expect(turns(chat).nth(1)).to_contain_text("Berlin")
+    turns(chat).first.get_by_role("button", name="Next branch").click()
+    expect(turns(chat).nth(1)).to_contain_text("Paris")
+    turns(chat).first.get_by_test_id("compare").click()
+    expect(turns(chat).first.get_by_test_id("beside")).to_contain_text("Germany")
+    turns(chat).first.get_by_test_id("compare").click()
+
+
+def test_clear_can_be_undone(chat: Locator) -> None:
+    clear = chat.get_by_test_id("clear")
+    clear.click()
+    expect(turns(chat)).to_have_count(0)
+    expect(clear).to_have_text("Undo clear")
+    clear.click()
+    expect(turns(chat)).to_have_count(2)
+    expect(clear).to_have_text("Clear")
 
 
 def test_stop_and_retry(chat: Locator) -> None:

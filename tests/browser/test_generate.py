@@ -84,6 +84,25 @@ def test_a_click_on_an_alternative_branches(notebook: Notebook, writer: Locator)
     expect(tokens(writer).nth(2)).to_have_text(word[1].replace("·", " "))
 
 
+def test_the_text_before_a_branch_is_still_there(notebook: Notebook, writer: Locator) -> None:
+    place = writer.get_by_test_id("place")
+    expect(place).to_have_text("2/2")
+    expect(writer.get_by_test_id("origin")).to_have_text("a branch of text 1 at token 3")
+    branched = tokens(writer).nth(2).inner_text()
+    writer.get_by_role("button", name="Previous text").click()
+    expect(place).to_have_text("1/2")
+    expect(tokens(writer).nth(2)).not_to_have_text(branched)
+    writer.get_by_test_id("compare").click()
+    expect(writer.get_by_test_id("aside").locator("mark")).to_contain_text(branched)
+    writer.get_by_test_id("compare").click()
+    writer.get_by_role("button", name="Next text").focus()
+    notebook.page.keyboard.press("Enter")
+    expect(tokens(writer).nth(2)).to_have_text(branched)
+    with notebook.page.expect_download() as download:
+        writer.get_by_test_id("csv").click()
+    assert download.value.path().read_text().startswith("position,text,probability,alternatives")
+
+
 def test_tokens_by_keyboard(notebook: Notebook, writer: Locator) -> None:
     tokens(writer).first.focus()
     notebook.page.keyboard.press("ArrowRight")

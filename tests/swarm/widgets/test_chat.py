@@ -167,6 +167,44 @@ def test_turns_can_be_edited_and_exported(chat: ChatWidget) -> None:
     assert "nothing was asked yet" in chat.error
 
 
+def test_nothing_that_was_said_is_lost(chat: ChatWidget) -> None:
+    pytest.importorskip("pandas")
+    chat.send("one")
+    first = answered(chat)
+    chat.send("two")
+    answered(chat)
+    whole = chat.messages
+    act(chat, "edit", turn=0, text="uno")
+    answered(chat)
+    assert [turn["branch"] for turn in chat.turns] == [[1, 2], [0, 1]]
+    act(chat, "choose", turn=0, branch=0)
+    assert chat.messages == whole
+    act(chat, "clear")
+    assert (chat.messages, chat.can_restore) == ([], True)
+    act(chat, "restore")
+    assert (chat.messages, chat.can_restore) == (whole, False)
+
+    # Another answer to "two"; then back to the first one, which can be continued.
+    chat.do_sample, chat.seed = True, 7
+    act(chat, "retry")
+    other = answered(chat)
+    assert chat.turns[3]["branch"] == [1, 2]
+    act(chat, "compare", turn=3, branch=0)
+    assert chat.turns[3]["beside"]["text"] == whole[3]["content"]
+    act(chat, "choose", turn=3, branch=0)
+    act(chat, "resume")
+    assert answered(chat).startswith(whole[3]["content"])
+    assert len(answered(chat)) > len(whole[3]["content"])
+    assert chat.turns[3]["branch"] == [0, 2]
+    act(chat, "choose", turn=3, branch=1)
+    assert chat.messages[3]["content"] == other
+    table = chat.to_pandas()
+    assert list(table.turn) == [1] * 8 + [3] * 8
+    assert (table.probability <= 1).all()
+    assert chat.to_markdown().startswith(f"**You**\n\none\n\n**Model**\n\n{first}\n\n**You**")
+    assert not chat.error
+
+
 def test_messages_and_instructions_to_begin_with(lettered: Any) -> None:
     tokenizer = copy.deepcopy(lettered.tokenizer)
     with pytest.raises(ValueError, match="no chat template"):
@@ -201,8 +239,15 @@ def test_an_error_ends_the_turn_and_the_conversation_goes_on(
     assert [message["role"] for message in chat.messages] == ["user"]
     act(chat, "dismiss")
     act(chat, "retry")
-    assert answered(chat)
+    answer = answered(chat)
     assert len(chat.writer.draft.tokens) == 8
+    handle = lettered.model.register_forward_pre_hook(fail)
+    try:
+        act(chat, "retry")
+        assert chat.wait(PATIENCE)
+    finally:
+        handle.remove()
+    assert chat.messages[-1]["content"] == answer  # it is there as before
 
 
 def test_an_answer_that_comes_late_does_not_bring_back_what_was_cleared(chat: ChatWidget) -> None:

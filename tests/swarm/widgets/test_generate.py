@@ -201,6 +201,45 @@ def test_an_error_stands_in_the_panel_and_the_text_stays(
     assert len(widget.tokens) == 43
 
 
+def test_every_run_and_branch_is_a_text_and_all_are_kept(make: Any, lettered: Any) -> None:
+    pytest.importorskip("pandas")
+    widget = make()
+    widget.run()
+    assert widget.wait(PATIENCE)
+    first = widget.text
+    act(widget, "branch", position=3, token="x")
+    assert widget.wait(PATIENCE)
+    branched = widget.text
+    assert (widget.texts, widget.shown) == (2, 1)
+    assert widget.origin == "a branch of text 1 at token 4"
+    act(widget, "compare", text=0)
+    assert "".join(cell[0] for cell in widget.aside) == first
+    act(widget, "choose", text=0)
+    until(lambda: "".join(cell[0] for cell in widget.cells) == first)
+    assert (widget.text, widget.beside) == (first, None)
+    act(widget, "resume")
+    assert widget.wait(PATIENCE)
+    assert widget.text.startswith(first)
+    assert len(widget.to_pandas()) == 24
+    assert widget.to_markdown() == f"> Hello\n\n{widget.text}\n"
+    act(widget, "choose", text=1)
+    assert widget.text == branched
+
+    # A run that fails before its first token leaves everything as it was.
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no server")
+
+    handle = lettered.model.register_forward_pre_hook(fail)
+    try:
+        act(widget, "run")
+        assert widget.wait(PATIENCE)
+    finally:
+        handle.remove()
+    assert (widget.texts, widget.shown, widget.text) == (2, 1, branched)
+    act(widget, "choose", text=2)
+    assert "IndexError: text: 2" in widget.error
+
+
 def test_hostile_text_is_escaped_in_the_picture(make: Any) -> None:
     widget = make("<script>alert(1)</script>")
     widget.run()
@@ -233,7 +272,7 @@ def test_cells_of_a_long_text_are_pages_that_never_change(lettered: Any) -> None
             first = json.dumps(shown.pages)
     assert json.dumps(shown.pages[:1]) == first
     for position in (9 * PAGE + 5, 7 * PAGE, 6 * PAGE - 1, 20, 0):
-        draft.replace(position, [50])
+        draft = draft.branch(position, [50])
         assert follow()
     assert not shown.cut(draft.prompt, draft.tokens)
 

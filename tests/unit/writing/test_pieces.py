@@ -77,13 +77,15 @@ def test_single_tokens(vocabulary: Vocabulary) -> None:
 
 def test_a_replaced_token_keeps_what_is_known_of_its_place() -> None:
     draft = Draft([1, 2], [Token(5, 0.6, ((5, 0.6), (7, 0.3))), Token(6, 0.9)])
-    draft.replace(0, [7, 8])
-    assert draft.tokens == [Token(7, 0.3, ((5, 0.6), (7, 0.3))), Token(8)]
-    draft.replace(2, [9])
-    assert draft.ids == [1, 2, 7, 8, 9]
-    for position in (-1, 4):
+    other = draft.branch(0, [7, 8])
+    assert other.tokens == [Token(7, 0.3, ((5, 0.6), (7, 0.3))), Token(8)]
+    longer = other.branch(2, [9])
+    assert longer.ids == [1, 2, 7, 8, 9]
+    assert draft.ids == [1, 2, 5, 6]
+    assert other.ids == [1, 2, 7, 8]
+    for position in (-1, 3):
         with pytest.raises(IndexError):
-            draft.replace(position, [1])
+            draft.branch(position, [1])
 
 
 def test_common_prefix() -> None:

@@ -1,0 +1,70 @@
+// Taking a text out of a view: to the clipboard, or as a file. Neither needs a kernel.
+
+import { h, setText } from "./dom.js";
+
+const SAID_FOR = 1500; // ms that a button says what it has done
+
+/**
+ * @param {string} text
+ * @returns {Promise<void>}
+ */
+async function toClipboard(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // Pages that did not come over https or from this machine have no clipboard of their own.
+    const area = h("textarea", { style: "position: fixed; opacity: 0" });
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+}
+
+/**
+ * @param {string} id
+ * @param {string} title what is copied
+ * @param {() => string} text
+ */
+export function copyButton(id, title, text) {
+  const copy = h(
+    "button",
+    { type: "button", "data-testid": id, title, onclick: press },
+    "Copy",
+  );
+  async function press() {
+    await toClipboard(text());
+    setText(copy, "Copied");
+    setTimeout(() => setText(copy, "Copy"), SAID_FOR);
+  }
+  return copy;
+}
+
+/**
+ * @param {string} label
+ * @param {string} id
+ * @param {string} name of the file
+ * @param {() => string} text
+ */
+export function downloadButton(label, id, name, text) {
+  const press = () => {
+    const url = URL.createObjectURL(new Blob([text()], { type: "text/plain;charset=utf-8" }));
+    h("a", { href: url, download: name }).click();
+    URL.revokeObjectURL(url);
+  };
+  const title = `Download ${name}`;
+  return h("button", { type: "button", "data-testid": id, title, onclick: press }, label);
+}
+
+/**
+ * Rows as comma-separated values.
+ * @param {Array<Array<string | number | null>>} rows
+ */
+export function csv(rows) {
+  const cell = (/** @type {string | number | null} */ value) => {
+    const text = String(value ?? "");
+    return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  return rows.map((row) => `${row.map(cell).join(",")}\n`).join("");
+}
