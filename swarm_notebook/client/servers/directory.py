@@ -303,9 +303,12 @@ class Directory:
                     announced = True
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
-                    await self.node.redial(self.heard)
-                    await self.refresh()
-                    self._try_avoided(start, end, exclude)
+                    # A known server that is back says so at once; a search of the DHT may be held
+                    # up by many that are gone.
+                    if not await self._try_avoided(start, end, exclude):
+                        await self.node.redial(self.heard)
+                        await self.refresh()
+                        await self._try_avoided(start, end, exclude)
                     await asyncio.sleep(WAIT_PERIOD)
 
     def _tell_bits(self, chain: Sequence[routing.RouteSegment]) -> None:
@@ -331,13 +334,25 @@ class Directory:
                     segment.span.name,
                 )
 
-    def _try_avoided(self, start: int, end: int, exclude: Collection[str]) -> None:
-        """Use servers again that have failed, for blocks that nobody else has, if they answer."""
+    async def _try_avoided(self, start: int, end: int, exclude: Collection[str]) -> bool:
+        """Use servers again that have failed, for blocks that nobody else has, if they answer.
+
+        Returns:
+            whether all of the blocks have a server now.
+        """
         missing = self._missing(start, end, exclude)
-        for span in self.snapshot.spans:
-            hosts = any(span.start <= block < span.end for block in missing)
-            if hosts and span.peer not in exclude and self.health.give_chance(span.peer):
+        avoided = [
+            span
+            for span in self.snapshot.spans
+            if span.peer not in exclude
+            and self.avoided(span.peer)
+            and any(span.start <= block < span.end for block in missing)
+        ]
+        await asyncio.gather(*(self.ping(span.peer) for span in avoided))
+        for span in avoided:
+            if self.avoided(span.peer) and self.health.give_chance(span.peer):
                 logger.info("trying %s again, as nobody else has its blocks", span.name)
+        return not self._missing(start, end, exclude)
 
     def _who_had(self, start: int, end: int) -> str:
         missing = self._missing(start, end)

@@ -132,8 +132,12 @@ def test_a_pushed_input_is_blamed_on_nobody_but_comes_from_the_notebook_then(
             table = found(swarm)
             assert not table.wrong
             assert [one.outcome for one in table.verdicts if one.start == 3] == ["open"]
-            swarm.model(ids(1), use_cache=True)
-            assert found(swarm).wrong == (liar_id,)
+            # Three equal servers: a later session comes to the liar when it is the nearest again.
+            for seed in range(1, 50):
+                swarm.model(ids(seed), use_cache=True)
+                if found(swarm).wrong:
+                    break
+        assert found(swarm).wrong == (liar_id,)
 
 
 def test_nothing_is_audited_unless_it_is_asked_for(trio: HostedSwarm) -> None:
