@@ -321,16 +321,22 @@ class Swarm:
         with PEFT's ``task_type="SEQ_CLS"``. Embeddings are shared with `model`; the blocks that
         are at home are loaded once more.
 
+        With one label it gives one number for each text, ``[batch, 1]``: a regression, or the
+        reward of a reward model.
+
         Args:
-            labels: the names of the classes, at least two.
+            labels: the names of the classes, or one name of what the number stands for.
 
         Raises:
-            ValueError: fewer than two labels, or one twice.
+            ValueError: no label, or one twice.
             Unsupported: transformers has no sequence classifier for this family.
         """
         labels = list(labels)
-        if len(labels) < 2 or len(set(labels)) < len(labels):
-            raise ValueError(f"labels: {labels!r}; give at least two different names of classes")
+        if not labels or len(set(labels)) < len(labels):
+            raise ValueError(
+                f"labels: {labels!r}; give different names of classes, or one name for a number "
+                "(regression, rewards)"
+            )
         dtype = self.model.dtype
         model: Any = skeleton.build(self._source, self.connection, dtype, labels)
         home.bring_home(model, self._source, self.owned)

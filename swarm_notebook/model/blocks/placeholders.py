@@ -4,16 +4,19 @@ A `RemoteParameter` is a zero-stride view of one zero on a real device (so that 
 adapter weights beside it), which torch asks about every operation. What needs no values (shape,
 dtype, device, new tensors like it) works on the view. A conversion gives another of its kind. What
 reads values gets the real ones, read from the checkpoint for this one operation. What would write
-is refused: the weights that count are on the servers.
+is refused, also by way of a row or another view that was read: the weights that count are on the
+servers.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -65,12 +68,8 @@ class RemoteTensor(torch.Tensor):
                 _refuse(first, "requires_grad")
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        written = kwargs.get("out", first if _writes(func) else None)
-        for target in written if isinstance(written, (list, tuple)) else (written,):
-            if isinstance(target, RemoteTensor):
-                _refuse(target, getattr(func, "__name__", "a write"))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*tree_map(_real, args), **tree_map(_real, kwargs))
+        _refuse_write(func, first, kwargs)
+        return _read(func, args, kwargs)
 
     def __deepcopy__(self, memo: dict) -> torch.Tensor:
         owner = self._origin.owner()
@@ -96,6 +95,30 @@ class RemoteTensor(torch.Tensor):
 
 class RemoteParameter(RemoteTensor, nn.Parameter):
     """A parameter of a remote block."""
+
+
+class ReadView(torch.Tensor):
+    """A view of values that were read: what is written to it would reach no server."""
+
+    _origin: Origin
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _COSTLESS or func in _SWITCHES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        _refuse_write(func, args[0] if args else next(iter(kwargs.values()), None), kwargs)
+        return _read(func, args, kwargs)
+
+    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+        memo[id(self)] = copied = copy.deepcopy(_real(self), memo)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _real(self).__reduce_ex__(protocol)
 
 
 def remote_parameter(tensor: torch.Tensor, origin: Origin) -> RemoteParameter:
@@ -142,7 +165,46 @@ def _bare(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().as_strided((), ())
 
 
+def _refuse_write(func: Any, first: Any, kwargs: dict[str, Any]) -> None:
+    written = kwargs.get("out", first if _writes(func) else None)
+    for target in written if isinstance(written, (list, tuple)) else (written,):
+        if isinstance(target, (RemoteTensor, ReadView)):
+            _refuse(target, getattr(func, "__name__", "a write"))
+
+
+def _read(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a function makes of the real values."""
+    origins: dict[int, Origin] = {}
+
+    def real(value: Any) -> Any:
+        found = _real(value)
+        if found is not value:
+            origins[found.untyped_storage().data_ptr()] = value._origin
+        return found
+
+    def guarded(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value.flags.writeable = False
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            return value
+        origin = origins.get(value.untyped_storage().data_ptr())
+        if origin is None or value.is_meta:
+            return value
+        view: Any = value.as_subclass(ReadView)
+        view._origin = origin
+        return view
+
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*tree_map(real, args), **tree_map(real, kwargs))
+        if func is _TENSOR.__iter__:
+            return iter([guarded(row) for row in result])
+        return tree_map(guarded, result)
+
+
 def _real(value: Any) -> Any:
+    if isinstance(value, ReadView):
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.as_subclass(torch.Tensor)
     if not isinstance(value, RemoteTensor):
         return value
     origin = value._origin
@@ -178,8 +240,8 @@ def _refuse(tensor: Any, what: str) -> NoReturn:
     what = {"__set__": "setting it", "requires_grad": "requires_grad=True"}.get(what, what)
     raise Unsupported(
         f"{what}: {origin.name} of block {origin.block} is on the servers and cannot be changed or "
-        "trained from here; train the block with a PEFT adapter, or bring it home: "
-        f"swarm.own({origin.block})"
+        "trained from here; train the block with a PEFT adapter, change a clone() for yourself, or "
+        f"bring the block home: swarm.own({origin.block})"
     )
 
 

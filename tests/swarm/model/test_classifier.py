@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from support.scene import Scene
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from swarm_notebook.errors import Unsupported
 
@@ -20,9 +20,13 @@ LABELS = ["dull", "bright", "odd"]
 @pytest.fixture
 def pair(tiny_scene: Scene, tiny_llama: Path) -> tuple[Any, Any]:
     """The remote classifier and a local one with the same new head."""
-    ours: Any = tiny_scene.swarm.classifier(LABELS)
+    return classifiers(tiny_scene, tiny_llama, LABELS)
+
+
+def classifiers(scene: Scene, folder: Path, labels: list[str]) -> tuple[Any, Any]:
+    ours: Any = scene.swarm.classifier(labels)
     theirs: Any = AutoModelForSequenceClassification.from_pretrained(
-        tiny_llama, num_labels=len(LABELS), dtype=torch.float32
+        folder, num_labels=len(labels), dtype=torch.float32
     ).eval()
     theirs.requires_grad_(False)
     theirs.score.requires_grad_(True)
@@ -82,9 +86,71 @@ def test_head_and_lora_are_trained_and_move_to_the_local_model(
         )
 
 
-@pytest.mark.parametrize("labels", [[], ["one"], ["same", "same"]])
+@pytest.mark.works("Training: one label (regression)")
+def test_one_label_is_a_number(tiny_scene: Scene, tiny_llama: Path) -> None:
+    ours, theirs = classifiers(tiny_scene, tiny_llama, ["length"])
+    batch = {**tiny_scene.padded(), "labels": torch.tensor([0.3, -1.0, 2.0])}
+    losses = train(ours, batch)
+    assert losses == pytest.approx(train(theirs, batch), rel=1e-4)
+    assert ours(**batch).logits.shape == (3, 1)
+
+
+@pytest.mark.works("Training: reward models (losses of pairs, with adapters)")
+def test_rewards_of_pairs(tiny_scene: Scene, tiny_llama: Path) -> None:
+    """As TRL's reward trainer does it: both texts of a pair in one batch."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+    batch, losses = tiny_scene.padded(), []
+    batch = {name: torch.cat([one, one.flip(0)[:1]]) for name, one in batch.items()}
+    for model in classifiers(tiny_scene, tiny_llama, ["reward"]):
+        torch.manual_seed(3)
+        tuned: Any = peft.get_peft_model(model, copy.deepcopy(config))
+        optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.05)
+        losses.append([])
+        for _ in range(3):
+            chosen, rejected = tuned(**batch).logits.squeeze(-1).chunk(2)
+            loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.works("Training: a classifier's checkpoints in `Trainer`, and going on from one")
+def test_checkpoints_of_a_trainer(tiny_scene: Scene, tiny_llama: Path, tmp_path: Path) -> None:
+    """The whole way at once, and in two parts with what was learned forgotten between."""
+    ours, theirs = classifiers(tiny_scene, tiny_llama, ["length"])
+    new = copy.deepcopy(ours.score.state_dict())
+    texts = torch.randint(3, 128, (4, 6), generator=torch.Generator().manual_seed(2)).tolist()
+    data: Any = [{"input_ids": text, "labels": float(i % 3)} for i, text in enumerate(texts)]
+
+    def learned(model: Any, part: str, steps: int, going_on: bool = False) -> torch.Tensor:
+        model.score.load_state_dict(new)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / part),
+            per_device_train_batch_size=2,
+            max_steps=steps,
+            lr_scheduler_type="constant",
+            learning_rate=1e-2,
+            save_steps=2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=data)
+        trainer.train(resume_from_checkpoint=going_on)
+        return model.score.weight.detach().clone()
+
+    whole, half = learned(ours, "whole", 4), learned(ours, "parts", 2)
+    assert (whole - half).abs().max() > 1e-3
+    for found in (whole, learned(ours, "parts", 4, going_on=True)):
+        torch.testing.assert_close(found, learned(theirs, "local", 4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("labels", [[], ["same", "same"]])
 def test_labels_that_make_no_classifier(tiny_scene: Scene, labels: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"labels: .* at least two"):
+    with pytest.raises(ValueError, match=r"labels: .* different names"):
         tiny_scene.swarm.classifier(labels)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.scene import TOLERANCE, Scene, generate
 
+from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.placeholders import is_placeholder
 
 
@@ -28,6 +30,16 @@ def test_the_state_dict_holds_what_is_here(tiny_scene: Scene) -> None:
     assert sorted(state) == sorted(name for name in whole if ".layers." not in name)
     for name, tensor in state.items():
         torch.testing.assert_close(tensor, whole[name])
+
+
+@pytest.mark.refused(
+    "The model: `save_pretrained` of a model in which nothing was trained",
+    "the checkpoint itself, or the PEFT model's `save_pretrained`",
+)
+def test_there_is_nothing_to_save(tiny_scene: Scene, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=r"PEFT adapter works.*swarm\.own\(block\)"):
+        tiny_scene.remote.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_moving_to_another_dtype_takes_no_memory_for_blocks(tiny_scene: Scene) -> None:

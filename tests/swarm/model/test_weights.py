@@ -65,7 +65,7 @@ def tokens() -> torch.Tensor:
 READS: dict[str, Callable[[Any], Any]] = {
     "norm": lambda weight: weight.norm(),
     "linalg": torch.linalg.svdvals,
-    "numpy": lambda weight: torch.from_numpy(weight.numpy()),
+    "numpy": lambda weight: torch.from_numpy(weight.numpy().copy()),
     "asarray": lambda weight: torch.from_numpy(np.asarray(weight).copy()),
     "data": lambda weight: weight.data.clone(),
     "detach": lambda weight: weight.detach()[0],
@@ -86,7 +86,26 @@ READS: dict[str, Callable[[Any], Any]] = {
     "flat": lambda weight: weight.cpu().contiguous().view(-1)[5:9],
     "parameter": lambda weight: nn.Parameter(weight.clone(), requires_grad=False).data,
     "like": torch.zeros_like,
+    "row": lambda weight: weight[3].square().cumsum(0),
+    "changed copy": lambda weight: weight[3].clone().mul_(2),
+    "row in place": lambda weight: torch.zeros(80).add_(weight[3]),
+    "pickled row": lambda weight: pickle.loads(pickle.dumps(weight[3:5])),
+    "deepcopied row": lambda weight: copy.deepcopy(weight[3]).zero_(),
+    "text of a row": lambda weight: torch.tensor(list(str(weight[3]).encode())),
+    "gradient": lambda weight: gradient(weight[3]),
 }
+
+
+def gradient(row: Any) -> Any:
+    row.requires_grad_()
+    row.square().sum().backward()
+    return row.grad
+
+
+def test_an_array_of_values_is_read_only(pair: Pair) -> None:
+    array = pair.weights()[0].numpy()
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 0
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
@@ -156,7 +175,24 @@ def require_grad(weight: Any) -> None:
     weight.requires_grad = True
 
 
+def a_row_of_data(weight: Any) -> None:
+    weight.data[0] *= 0
+
+
+def each_row(weight: Any) -> None:
+    for row in weight:
+        row.zero_()
+
+
 WRITES: list[Callable[[Any], Any]] = [
+    a_row_of_data,
+    each_row,
+    lambda weight: weight[3].copy_(torch.zeros(80)),
+    lambda weight: weight.data.reshape(-1).scatter_add_(0, torch.tensor([2]), torch.ones(1)),
+    lambda weight: weight.T[2:].view_as(weight.T[2:]).detach().mul_(2),
+    lambda weight: weight.chunk(2)[1].fill_(0),
+    lambda weight: nn.init.zeros_(weight[:4]),
+    lambda weight: torch.neg(weight[0], out=weight[0]),
     set_data,
     set_item,
     add_in_place,
