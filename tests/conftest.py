@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from support import forkserver
 from support.processes import mark_this_run, marked_processes, wait_gone
 
 from swarm_notebook import LocalSwarm
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on what the Hub has today
 mark_this_run()
+forkserver.install()
 
 
 def _fail_on(left: dict[int, str], when: str) -> None:

@@ -12,6 +12,7 @@ import time
 import uuid
 
 import psutil
+from support import forkserver
 
 from swarm_notebook import LocalSwarm
 
@@ -32,7 +33,10 @@ def marked_processes() -> dict[int, str]:
     found = {}
     for process in psutil.process_iter(["cmdline"]):
         try:
-            if process.pid == os.getpid() or process.environ().get(MARK) != os.environ[MARK]:
+            if (
+                process.pid in {os.getpid(), forkserver.pid()}
+                or process.environ().get(MARK) != os.environ[MARK]
+            ):
                 continue
             command = " ".join(process.info["cmdline"] or ())
             if process.status() != psutil.STATUS_ZOMBIE and _ours(command):
@@ -54,7 +58,8 @@ def wait_gone(known: dict[int, str], seconds: float = GRACE_SECONDS) -> dict[int
 
 
 def _ours(command: str) -> bool:
-    return any(name in command for name in ("swarm_notebook.cli", "swarm-notebook", "p2pd"))
+    names = ("swarm_notebook.cli", "swarm-notebook", "p2pd", forkserver.MARK)
+    return any(name in command for name in names)
 
 
 def _of_lasting_swarms() -> set[int]:

@@ -1,0 +1,142 @@
+"""Server processes that begin with their packages imported.
+
+``swarm-notebook serve`` computes for five seconds to import torch, transformers and hivemind before
+it does anything of its own. A test run starts about a hundred such processes, and is for the most
+part that. So one process imports the packages and does nothing else; it has one thread. Each server
+that a test starts is forked off it: a process of its own, in a session of its own, with the
+arguments, the environment and the streams that it was to get, and a child of the test's process, as
+if that had started it. The servers of kernels, notebooks and command lines are started as always.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from ctypes import CDLL
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+SERVE = [sys.executable, "-m", "swarm_notebook.cli", "serve"]
+MARK = "support.forkserver"  # in the command line of every process here
+MESSAGE_BYTES = 1 << 17  # an environment, mostly
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+
+
+class Popen(subprocess.Popen):
+    """`subprocess.Popen`, which forks a server instead of starting it."""
+
+    def _execute_child(self, *arguments: Any) -> None:
+        # A private method of the library, so by the names of its arguments, not by their places.
+        told = inspect.signature(super()._execute_child).bind(*arguments).arguments
+        command = list(map(os.fspath, told["args"])) if isinstance(told["args"], list) else []
+        streams = [told[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        if command[: len(SERVE)] != SERVE or -1 in streams or not told["start_new_session"]:
+            super()._execute_child(*arguments)
+            return
+        self.pid = _forkserver().fork(command[3:], told["env"] or dict(os.environ), streams)
+        self._child_created = True
+        ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(told[name] for name in ends))
+
+
+def install() -> None:
+    """Fork the servers that this process starts from now on, where the system can."""
+    if sys.platform == "linux":
+        subprocess.Popen = Popen  # type: ignore[misc]
+
+
+@cache
+def _forkserver() -> _Forkserver:
+    return _Forkserver()
+
+
+def pid() -> int | None:
+    """The process that forks servers, if there is one."""
+    return _forkserver().pid if _forkserver.cache_info().currsize else None
+
+
+class _Forkserver:
+    """It ends with this process, whose end of the socket is then closed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asks, asked = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with asked:
+            command = [sys.executable, "-m", MARK, str(asked.fileno())]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=[asked.fileno()],
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    def fork(self, arguments: list[str], environment: dict[str, str], streams: list[int]) -> int:
+        message = json.dumps([arguments, environment, str(Path.cwd())]).encode()
+        with self._lock:
+            # A process whose parent ends becomes a child of the nearest ancestor that wants it.
+            prctl = CDLL(None, use_errno=True).prctl
+            prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            try:
+                socket.send_fds(self._asks, [message], streams)
+                return int(self._asks.recv(MESSAGE_BYTES))
+            finally:
+                prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def _await_orders(asked: socket.socket) -> list[str] | None:
+    """The arguments of a server, in a process that is to be one; None at the end of the run."""
+    while True:
+        message, streams, *_ = socket.recv_fds(asked, MESSAGE_BYTES, 3)
+        if not message:
+            return None
+        reads, writes = os.pipe()
+        if first := os.fork():
+            os.close(writes)
+            for stream in streams:
+                os.close(stream)
+            os.waitpid(first, 0)  # from here on the server is a child of whoever asked
+            with os.fdopen(reads, "rb") as pid:
+                asked.send(pid.read())
+            continue
+        if second := os.fork():
+            os.write(writes, str(second).encode())
+            os._exit(0)
+        for number in (reads, writes, asked.detach()):
+            os.close(number)
+        arguments, environment, folder = json.loads(message)
+        os.setsid()
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        for place, stream in enumerate(streams):
+            os.dup2(stream, place)
+            os.close(stream)
+        sys.argv[1:] = arguments
+        return arguments
+
+
+def _main() -> None:
+    import numpy as np
+
+    from swarm_notebook import cli
+    from swarm_notebook.server import app  # noqa: F401 - what takes so long
+
+    gc.freeze()  # what was imported stays in memory that all share
+    arguments = _await_orders(socket.socket(fileno=int(sys.argv[1])))
+    if arguments is not None:
+        np.random.seed()  # noqa: NPY002 - the one that libraries use; Python's own does it itself
+        sys.exit(cli.main(arguments))
+
+
+if __name__ == "__main__":
+    _main()
