@@ -101,12 +101,18 @@ def lettered(tmp_path_factory: pytest.TempPathFactory) -> Lettered:
     return lettered_model(tmp_path_factory.mktemp("lettered"))
 
 
-FOLDERS = ("unit", "wire", "swarm", "notebook", "browser", "gpu")
+# In the order in which they run: where several processes share a run file by file, long files come
+# first, and short ones are left for whoever is done.
+FOLDERS = ("swarm", "wire", "notebook", "browser", "gpu", "unit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test carries the name of its folder as a mark."""
+    """A test carries the name of its folder as a mark, and runs in the order of the folders."""
     for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        if folder in FOLDERS:
-            item.add_marker(folder)
+        if _folder(item) in FOLDERS:
+            item.add_marker(_folder(item))
+    items.sort(key=lambda item: FOLDERS.index(_folder(item)) if _folder(item) in FOLDERS else -1)
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).parts[0]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
+from support.patience import PATIENCE
 
 if TYPE_CHECKING:
     from support.scene import Scene
@@ -68,12 +70,13 @@ def page(
             yield opened
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(PATIENCE)
 
 
 def _address(server: subprocess.Popen[bytes], log: Path) -> str:
     """What marimo prints when it listens."""
-    for _ in range(300):
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         if found := re.search(r"http://[\w.:]+", log.read_text(errors="replace")):
             return found[0]
         try:

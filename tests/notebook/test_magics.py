@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from support.hosting import HostedSwarm
 from support.kernel import Kernel
+from support.patience import PATIENCE
 
 ANSWER = "The capital of Germany is Berlin."
 
@@ -130,10 +131,10 @@ def test_generate_in_the_background_and_chat(connected: Kernel) -> None:
     assert "GenerateWidget: " in shown.plain
     assert "application/vnd.jupyter.widget-view+json" in shown.displayed[-1]
     connected.run(f"{line} -o writer")
-    assert connected.value("(writer.wait(60), writer.text)") == f"(True, {ANSWER!r})"
+    assert connected.value(f"(writer.wait({PATIENCE}), writer.text)") == f"(True, {ANSWER!r})"
     assert "ChatWidget: " in connected.run("%swarm chat --system 'Be brief.' -n 20").plain
     connected.run("chat.send('What is the capital of Germany?')")
-    assert connected.value("(chat.wait(60), len(chat.messages))") == "(True, 3)"
+    assert connected.value(f"(chat.wait({PATIENCE}), len(chat.messages))") == "(True, 3)"
     wrong = connected.finish(connected.start("%swarm chat --temperature -1"))
     assert "'-1' must be 0 (greedy) or a positive number" in wrong.stderr
 

@@ -10,8 +10,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from support.kernel import Kernel
+from support.patience import PATIENCE
 
-SLOW = """
+SLOW = f"""
+PATIENCE = {PATIENCE}
 import threading
 from swarm_notebook.progress import Waiting
 seen, go_on = threading.Event(), threading.Event()
@@ -20,7 +22,7 @@ def count():
     return 3
 with Waiting("Reading", total=9, unit="blocks", count=count, after=AFTER):
     if not AFTER:
-        assert seen.wait(60)
+        assert seen.wait(PATIENCE)
         time.sleep(1)  # some refreshes
 2 + 2
 """
@@ -32,7 +34,7 @@ def test_in_a_cell_it_is_seen_and_goes_away_again() -> None:
         message = kernel.start(SLOW.replace("AFTER", "0.0"))
         shown, state = [], ""
         while state != "idle":
-            found = kernel.client.get_iopub_msg(timeout=60)
+            found = kernel.client.get_iopub_msg(timeout=PATIENCE)
             content = found["content"]
             if found["parent_header"].get("msg_id") != message:
                 continue
@@ -56,7 +58,7 @@ def test_a_notebook_compares_equal_whether_there_was_time_to_show_it(
         nbformat.v4.new_code_cell("import time"),
         nbformat.v4.new_code_cell(SLOW.replace("AFTER", stored)),
     ]
-    NotebookClient(book, kernel_name="python3", timeout=120).execute()
+    NotebookClient(book, kernel_name="python3", timeout=int(PATIENCE)).execute()
     text = nbformat.writes(book).replace(f"after={stored}", f"after={fresh}")
     text = text.replace(f"if not {stored}", f"if not {fresh}")
     assert "Reading:" not in text  # nothing of it is saved

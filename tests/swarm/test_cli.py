@@ -92,7 +92,7 @@ def test_serve_until_interrupted(tiny_llama: Path, tmp_path: Path) -> None:
         assert ready["blocks"] == [1, 3]
         assert ready["peer_id"] in ready["maddrs"][0]
         server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 0
+        assert server.wait(PATIENCE) == 0
 
 
 def test_status_of_a_swarm(demo_swarm: HostedSwarm) -> None:

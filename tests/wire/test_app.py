@@ -17,6 +17,7 @@ import pytest
 import torch
 from hivemind.p2p import P2P, P2PDaemonError
 from hivemind.proto import runtime_pb2
+from support.patience import PATIENCE
 from support.raw_wire import RawSession, request
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +30,6 @@ from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.swarm import Swarm
 
 HIDDEN, NAME = 48, "tiny-llama"
-GENEROUS = 120.0
 
 
 class Loop:
@@ -43,7 +43,7 @@ class Loop:
         self._before = self._left()
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(GENEROUS)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
 
     def _left(self) -> dict[str, set[Any]]:
         return {
@@ -63,7 +63,7 @@ class Loop:
 
     def assert_clean(self) -> None:
         """Nothing more is there than in the beginning, at the latest in a while."""
-        deadline = time.monotonic() + GENEROUS / 4
+        deadline = time.monotonic() + PATIENCE
         while (left := self._left()) != self._before and time.monotonic() < deadline:
             time.sleep(0.1)
         assert left == self._before

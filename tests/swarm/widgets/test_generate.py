@@ -173,7 +173,7 @@ def test_an_impossible_branch_is_told_and_harms_nothing(
     act(widget, "branch", position=position, token=token)
     assert ("IndexError" if position else "ValueError") in widget.error
     assert widget.text == text
-    assert widget.wait(1)
+    assert widget.wait(PATIENCE)
 
 
 def test_an_error_stands_in_the_panel_and_the_text_stays(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from support.patience import wait_until
+from support.patience import PATIENCE, wait_until
 
 import swarm_notebook as sn
 from swarm_notebook.errors import BlocksOutOfRange, ServerStartError
@@ -104,18 +104,18 @@ def test_a_look_that_takes_long_does_not_undo_a_button(
 
     def facts() -> None:
         looking.set()
-        assert looked.wait(90)
+        assert looked.wait(PATIENCE)
 
     def stop() -> None:
         stopping.set()
-        assert stopped.wait(90)
+        assert stopped.wait(PATIENCE)
 
     monkeypatch.setattr(panel.lending, "facts", facts)
     monkeypatch.setattr(panel.lending, "stop", stop)
-    assert looking.wait(90)
+    assert looking.wait(PATIENCE)
     panel.stop()
     looked.set()
-    assert stopping.wait(90)  # so that look is over
+    assert stopping.wait(PATIENCE)  # so that look is over
     assert panel.state == "stopping"
     stopped.set()
     wait_until(lambda: panel.state == "stopped")

@@ -208,6 +208,6 @@ def test_a_trainer_is_stopped_and_saves(trainer: Callable[..., Any], tmp_path: P
         act(monitor, "stop") if state.global_step == 3 else None
     )
     monitor.run(ready.train)
-    monitor.wait(60)
+    monitor.wait(PATIENCE)
     assert (monitor.state, monitor.step, ready.state.global_step) == ("stopped", 4, 4)
     assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").exists()
