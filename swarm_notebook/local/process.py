@@ -26,6 +26,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
+import psutil
+
 from swarm_notebook.errors import ServerStartError
 from swarm_notebook.local.folder import ServerFolder
 
@@ -99,8 +101,10 @@ class LocalServer:
         if self._process is None or self._process.returncode is not None:
             return False
         # The process is looked at, not reaped: until `kill` its id belongs to nobody else.
-        peek = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return os.waitid(os.P_PID, self._process.pid, peek) is None
+        try:
+            return psutil.Process(self._process.pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:  # somebody else has waited for it
+            return False
 
     @property
     def ready(self) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
+import psutil
 from hivemind.dht.node import DHTID, DHTNode
 from hivemind.dht.protocol import ValidationError
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
@@ -268,8 +269,8 @@ class Node:
                 os.kill(pid, signal.SIGKILL)
             await _within(STOP_SECONDS, lambda: _has_exited(pid))
         # Usually its loop sees to what is left of it.
-        await _within(REAP_SECONDS, lambda: not _is_left(pid, os.WNOWAIT))
-        _is_left(pid)
+        if not await _within(REAP_SECONDS, lambda: not _is_left(pid)):
+            _reap(pid)
 
 
 @contextlib.contextmanager
@@ -298,22 +299,21 @@ async def _within(seconds: float, done: Callable[[], bool]) -> bool:
 
 
 def _has_exited(pid: int) -> bool:
-    try:
-        return _waited(pid, os.WNOWAIT)
-    except ChildProcessError:
-        return True  # somebody has waited for it already
+    return not psutil.pid_exists(pid) or _is_left(pid)
 
 
-def _is_left(pid: int, options: int = 0) -> bool:
-    """Whether a child that has exited was still to be waited for; without options it is no more."""
+def _is_left(pid: int) -> bool:
+    """Whether a child has exited and is still to be waited for."""
+    # Not `os.waitid`, which Python has on macOS since 3.13 only.
     try:
-        return _waited(pid, options)
-    except ChildProcessError:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
-def _waited(pid: int, options: int) -> bool:
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | options) is not None
+def _reap(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
 
 
 def _unreachable(initial_peers: Sequence[str], error: Exception) -> ConnectionFailed:

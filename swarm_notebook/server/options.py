@@ -21,6 +21,13 @@ CACHE_TOKENS = 16384
 UPDATE_PERIOD = 60.0
 
 
+def best_device() -> str:
+    """What "auto" means: an NVIDIA or AMD card, else an Apple GPU, else the processor."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """What to serve and how; see ``swarm-notebook serve --help``.
@@ -67,7 +74,7 @@ class ServeOptions:
         device, dtype = self.device, self.dtype
         halves: dict[Any, str] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = best_device()
         if dtype == "auto":
             stored = source.config().dtype if torch.device(device).type != "cpu" else None
             dtype = halves.get(stored, "float32")
