@@ -29,6 +29,7 @@ from swarm_notebook.model.adapters.tuner_layers import (
     row_options,
     tuners_in,
 )
+from swarm_notebook.model.adapters.trial import try_out
 from swarm_notebook.model.blocks.remote import RemoteBlock
 
 # Adapters that are used in turns are remembered, so that each is uploaded once; a server keeps so
@@ -53,6 +54,7 @@ class Adapters:
         self._injected: list[int] | None = None
         self._tuners: list[nn.Module] = []
         self._switches: list[Any] = []
+        self._tried: set[tuple[Any, ...]] = set()
         self._layers: dict[int, BlockLayers] = {}
         self._parameters: Weights = {}
         self._key = ""
@@ -134,6 +136,7 @@ class Adapters:
                     "servers; unmerge them, or bring the blocks home: swarm.own(slice(None))"
                 )
             wanted.update(tuner.active_adapters)
+        self._try_out(blocks)
         adapters = {*known, *wanted}
         found = {index: describe(block, index, adapters, wanted) for index, block in blocks.items()}
         self._layers = {index: layers for index, layers in found.items() if layers is not None}
@@ -144,6 +147,16 @@ class Adapters:
         }
         told = [(index, one.text, sorted(one.trained)) for index, one in self._layers.items()]
         self._key, self._tensors = json.dumps(told), _distinct(self._layers)
+
+    def _try_out(self, blocks: Mapping[int, nn.Module]) -> None:
+        """Judge what was not judged yet; one block stands for all others with the same layers."""
+        for index, block in blocks.items():
+            tuner: Any
+            for path, tuner in tuners_in(block):
+                key = type(tuner), path, tuple(tuner.active_adapters), tuner.base_layer.__class__
+                if key not in self._tried and not tuner.disable_adapters:
+                    try_out(tuner, index, path)
+                    self._tried.add(key)
 
     def _state(self, thorough: bool) -> Adapter:
         """The present weights, copied if they have changed."""

@@ -17,7 +17,7 @@ from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
-from swarm_notebook.errors import BadRequest, Unsupported
+from swarm_notebook.errors import Unsupported
 from swarm_notebook.swarm import Swarm
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -120,6 +120,9 @@ def same_generation(models: list[Any], **options: Any) -> None:
 KINDS: dict[str, Any] = {
     "adalora": peft.AdaLoraConfig(total_step=1, target_modules=TARGETS),
     "boft": peft.BOFTConfig(target_modules=TARGETS),
+    "delora": peft.DeloraConfig(target_modules=TARGETS),
+    "hira": peft.HiraConfig(target_modules=TARGETS),
+    "supertuning": peft.SupertuningConfig(target_modules=TARGETS),
     "c3a": peft.C3AConfig(block_size=1, target_modules=TARGETS),
     "fourierft": peft.FourierFTConfig(n_frequency=10, target_modules=TARGETS),
     "frod": peft.FrodConfig(target_modules=TARGETS),
@@ -294,19 +297,22 @@ REFUSED: dict[str, Any] = {
     "a module in a block": lora(modules_to_save=["input_layernorm"]),
     "adaption prompts": peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2),
     "poly": peft.PolyConfig(target_modules=TARGETS),
+    "trainable tokens": peft.TrainableTokensConfig(target_modules=["q_proj"], token_indices=[1]),
+    "prefix tuning": peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
     "lily": peft.LilyConfig(target_modules=TARGETS),
     "replicated": lora(layer_replication=[[0, 3], [1, 5]]),
 }
 
 
 @pytest.mark.refused(
-    "PEFT: `modules_to_save` in blocks, `AdaptionPromptConfig`, Poly, Lily, `layer_replication`",
-    "another adapter type, or `swarm.own(slice(None))`",
+    "PEFT: `modules_to_save` in blocks, `AdaptionPromptConfig`, Poly, Lily, prefix tuning, "
+    "`layer_replication`",
+    "another adapter type, `tuning.DeepPrompts`, or `swarm.own(slice(None))`",
 )
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_with_the_way_out(pair: Pair, kind: str) -> None:
     model = peft.get_peft_model(pair.models()[0], copy.deepcopy(REFUSED[kind]))
-    with pytest.raises((Unsupported, BadRequest), match=OWN):
+    with pytest.raises(Unsupported, match=rf"{OWN}|DeepPrompts"):
         model(tokens())
 
 
