@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -62,9 +62,13 @@ class Adapter:
         """How a request names this state."""
         return {"id": self.id, "version": self.version}
 
-    def for_rows(self, rows: slice) -> Adapter:
+    def for_rows(self, rows: slice | Sequence[int]) -> Adapter:
         """The same for some rows of the batch."""
-        by_row = {name: values[rows] for name, values in self.by_row.items()}
+
+        def some(values: list[Any]) -> list[Any]:
+            return values[rows] if isinstance(rows, slice) else [values[row] for row in rows]
+
+        by_row = {name: some(values) for name, values in self.by_row.items()}
         return replace(self, by_row=by_row) if by_row else self
 
     def trained(self, start: int, end: int) -> dict[str, torch.Tensor]:

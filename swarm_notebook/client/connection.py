@@ -22,6 +22,7 @@ from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.servers.catalogue import served
 from swarm_notebook.client.servers.directory import PATIENCE, Directory
 from swarm_notebook.client.session.session import InferenceSession
+from swarm_notebook.client.session.unpadded import UnpaddedSession
 from swarm_notebook.errors import ConnectionFailed, ServerFailed
 from swarm_notebook.net.node import Node, is_peer_id
 from swarm_notebook.net.records import ModelRecord
@@ -109,7 +110,7 @@ class Connection:
 
     def session(self, max_length: int | None = None) -> InferenceSession:
         """A new session without servers yet; its first step chooses them."""
-        return InferenceSession(self.directory, max_length)
+        return UnpaddedSession(self.directory, max_length)
 
     def step(
         self,
@@ -120,7 +121,7 @@ class Connection:
         inner: Collection[tuple[int, str]] = (),
     ) -> Outputs:
         """`InferenceSession.step` of blocks ``[block, stop)``; shows how far a long one is."""
-        length = session.history.current.length
+        length = session.length
         work = session.step(block, stop, states, inner)
         if length < LONG_PASS:
             return self.run(work)

@@ -131,8 +131,8 @@ def refuse_extensions(span: ServerSpan, server: str, request: Request) -> None:
     """Against a plain Petals server, say what cannot work there (contract C6)."""
     without_cache = "pass use_cache=False"
     wanted = {
-        "padded batches in a cache (an attention mask)": (request.mask is not None, without_cache),
-        "explicit position ids in a cache": (request.position_ids is not None, without_cache),
+        "padding between or behind tokens in a cache": (request.mask is not None, without_cache),
+        "positions that jump in a cache": (request.position_ids is not None, without_cache),
         "hooks on modules inside of blocks": (bool(request.inner), "hook whole blocks"),
         "rotary embeddings beyond the length that the model was made for": (
             request.rotary_length is not None,

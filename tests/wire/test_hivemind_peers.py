@@ -129,6 +129,18 @@ def test_compressions_of_hivemind(caller: Caller, kind: str) -> None:
         torch.testing.assert_close(deserialize_torch_tensor(answer.tensors[0]), got)
 
 
+@pytest.mark.refused("Petals' clients: `BLOCKWISE_8BIT`", "another compression, or `NONE`")
+def test_a_compression_that_is_not_read(caller: Caller) -> None:
+    for field in ("tensor", "output_compression"):
+        kind = CompressionType.BLOCKWISE_8BIT
+        options = {"output_compression": (kind,)} if field == "output_compression" else {}
+        asked = message(caller.uid, states(2, 7), nothing(), **options)
+        if field == "tensor":
+            asked.tensors[0].compression = kind
+        with pytest.raises(Exception, match=rf"compression.*{kind}.*(NONE|one of)"):
+            caller.run(caller.stub.rpc_forward(asked))
+
+
 @pytest.mark.parametrize("rows", [1, 400])
 def test_streams_of_forward_and_backward(caller: Caller, rows: int) -> None:
     hidden, grad = states(rows, 8), states(rows, 8, seed=1)
@@ -352,6 +364,54 @@ def test_padded_batches_without_a_cache(models: tuple[Any, Any]) -> None:
         found.append([state[mask.bool()] for state in (out.logits, *out.hidden_states)])
     for mine, local in zip(*found, strict=True):
         close(mine, local)
+
+
+@pytest.mark.works("Petals' servers: generation from left-padded batches")
+def test_a_padded_batch_generates(models: tuple[Any, Any]) -> None:
+    """Rows with the same padding together; greedy, with beams, with states, over several turns."""
+    ids, _ = padded()
+    ids, mask = ids[:4], torch.ones_like(ids[:4])
+    mask[1, :3] = mask[2, :6] = mask[3, :3] = 0
+    fixed = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    shown = {"return_dict_in_generate": True, "output_logits": True}
+    for more in ({"output_hidden_states": True}, {"num_beams": 3}):
+        ours, theirs = (
+            model.generate(ids, attention_mask=mask, **fixed, **shown, **more) for model in models
+        )
+        assert ours.sequences.tolist() == theirs.sequences.tolist()
+        for mine, other in zip(ours.logits, theirs.logits, strict=True):
+            close(mine, other)
+        for mine, other in zip(ours.hidden_states or (), theirs.hidden_states or (), strict=True):
+            if "num_beams" not in more and mine[0].shape[1] == 1:
+                close(torch.stack(mine), torch.stack(other))
+    found = []
+    for model in models:
+        texts, seen, cache = ids, mask, None
+        for _ in range(2):
+            options = {"past_key_values": cache, "attention_mask": seen, **fixed, **shown}
+            answer = model.generate(texts, **options)
+            cache = answer.past_key_values
+            texts = torch.cat([answer.sequences, ids[:, :2]], dim=1)
+            seen = torch.cat([mask, mask.new_ones(4, texts.shape[1] - mask.shape[1])], dim=1)
+        found.append(texts.tolist())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("wrong", ["mask", "positions"])
+def test_padding_in_the_middle_of_a_cache_is_refused(models: Any, wrong: str) -> None:
+    remote, (ids, mask) = models[0], padded()
+    ids, mask = ids[:4], mask[:4]
+    with torch.no_grad():
+        options = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0), "use_cache": True}
+        cache = remote(ids, attention_mask=mask, **options).past_key_values
+        longer = torch.cat([mask, mask[:, -2:]], dim=1)
+        if wrong == "mask":
+            longer[2, -2] = 0
+        ids_behind = (longer.cumsum(-1) - 1)[:, -2:] + (wrong == "positions")
+        with pytest.raises(sn.errors.Unsupported, match=r"use_cache=False"):
+            remote(
+                ids[:, :2], attention_mask=longer, position_ids=ids_behind, past_key_values=cache
+            )
 
 
 def test_gradients_of_padded_batches(models: tuple[Any, Any]) -> None:

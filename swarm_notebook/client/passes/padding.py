@@ -53,14 +53,29 @@ def is_plain(request: Request) -> bool:
 
 
 def without_padding(request: Request, server: str) -> list[UnpaddedRows]:
+    """`groups_of_rows` of a request."""
+    shape = request.hidden.shape[:2]
+    return groups_of_rows(shape, request.mask, request.position_ids, server)
+
+
+def groups_of_rows(
+    shape: Sequence[int],
+    mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    server: str,
+) -> list[UnpaddedRows]:
     """The rows of a batch by their padding; rows of nothing else are left out.
+
+    Args:
+        shape: rows and positions.
+        mask, position_ids: as in `Request`.
 
     Raises:
         Unsupported: a row has padding, or a jump of its positions, between its tokens.
     """
-    batch, length = request.hidden.shape[:2]
-    mask = torch.ones(batch, length) if request.mask is None else request.mask
-    ids = torch.arange(length)[None] if request.position_ids is None else request.position_ids
+    batch, length = shape
+    mask = torch.ones(batch, length) if mask is None else mask
+    ids = torch.arange(length)[None] if position_ids is None else position_ids
     steps = ids.expand(batch, -1).diff(dim=1)
     found: dict[tuple[int, int], list[int]] = defaultdict(list)
     for row in range(batch):

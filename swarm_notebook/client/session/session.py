@@ -42,6 +42,7 @@ class InferenceSession:
 
     Attributes:
         history: what went in so far.
+        timeline: the generation under way, if any.
     """
 
     def __init__(self, directory: Directory, max_length: int | None = None):
@@ -50,8 +51,7 @@ class InferenceSession:
         self._known_wrong = 0
         self._chain = Chain(directory, max_length or DEFAULT_MAX_LENGTH)
         self._absent: frozenset[int] = frozenset()
-        # The generation under way and its present step.
-        self._timeline: Timeline | None = None
+        self.timeline: Timeline | None = None
         self._run: StepRun | None = None
         # A step that is interrupted may end later than the next one is asked for.
         self._stepping = asyncio.Lock()
@@ -72,9 +72,14 @@ class InferenceSession:
         return self._run.passed if self._run is not None else 0
 
     @property
+    def length(self) -> int:
+        """Tokens of the present pass."""
+        return self.history.current.length
+
+    @property
     def latest(self) -> StepRecord | None:
         """The step that last came back, if any."""
-        steps = self._timeline.steps if self._timeline is not None else ()
+        steps = self.timeline.steps if self.timeline is not None else ()
         return steps[-1] if steps else None
 
     def select(self, rows: torch.Tensor) -> None:
@@ -83,7 +88,7 @@ class InferenceSession:
 
     def begin_generation(self) -> None:
         """What follows is one generation, for those who watch (see `telemetry`)."""
-        self._timeline = self._telemetry.begin(time.perf_counter())
+        self.timeline = self._telemetry.begin(time.perf_counter())
 
     def begin(
         self,
@@ -134,8 +139,8 @@ class InferenceSession:
                 self._chain.absent = self._absent
             self._leave_liars()
             began = time.perf_counter()
-            timeline = self._timeline or self._telemetry.begin(began)
-            self._timeline = timeline
+            timeline = self.timeline or self._telemetry.begin(began)
+            self.timeline = timeline
             failover = FailoverPolicy(self._chain, timeline, self.history.adapter)
             self._run = run = StepRun(self._chain, self.history, failover, states, inner)
             try:
