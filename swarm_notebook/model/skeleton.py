@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -71,6 +71,12 @@ class RemoteModel:
         twin = object.__new__(type(self))
         twin.__dict__.update(state)
         return twin
+
+    def train(self, mode: bool = True) -> Any:
+        """As of every module; dropout inside of remote blocks stays off, which is said once."""
+        if mode:
+            self._runner.warn_of_dropout()
+        return super().train(mode)  # type: ignore[misc]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         # What an adapter takes from the base weights comes from the servers; here it is zeros yet.
@@ -158,6 +164,17 @@ class RemoteGenerator(RemoteModel):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """What ``generate_batch`` begins with: it would page keys and values that are not here.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported(
+            "continuous batching (generate_batch): the servers batch sessions themselves; call "
+            "generate with a padded batch, or from several threads"
+        )
+
     def _get_candidate_generator(
         self, generation_config: Any, *, logits_processor: Any, **options: Any
     ) -> Any:
@@ -178,6 +195,8 @@ def _remote_model_class(model_class: type) -> type:
             "__module__": model_class.__module__,
             "__qualname__": f"Remote{model_class.__qualname__}",
             "__doc__": model_class.__doc__,
+            # Whoever makes another one of it (`type(model).from_pretrained(…)`) gets a local model.
+            "__new__": lambda _cls, *args, **kwargs: model_class(*args, **kwargs),
         },
     )
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from swarm_notebook.client.adapters import AdaptedBlock, Adapter
 from swarm_notebook.errors import Unsupported
+from swarm_notebook.model.adapters.trial import try_out
 from swarm_notebook.model.adapters.tuner_layers import (
     BlockLayers,
     Weights,
@@ -29,7 +30,6 @@ from swarm_notebook.model.adapters.tuner_layers import (
     row_options,
     tuners_in,
 )
-from swarm_notebook.model.adapters.trial import try_out
 from swarm_notebook.model.blocks.remote import RemoteBlock
 
 # Adapters that are used in turns are remembered, so that each is uploaded once; a server keeps so

@@ -8,14 +8,14 @@ is refused at the next use, with the way out. Adapters of PEFT are no such chang
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.model.blocks.base_modules import base_of, is_tuner
+from swarm_notebook.model.blocks.base_modules import base_of, is_tuner, own_modules
 from swarm_notebook.model.blocks.placeholders import is_placeholder
 
 # nnsight plants these for good on every module that it wraps; they only listen.
@@ -34,6 +34,31 @@ def refuse_export(block: int) -> None:
             f"torch.export: block {block} runs on servers and cannot be part of a program; export "
             "the local model, or bring all blocks home: swarm.own(slice(None))"
         )
+
+
+def refuse_transforms(block: int) -> None:
+    """Refuse to become a part of a function that is transformed.
+
+    Raises:
+        Unsupported: the call is inside of `torch.func`, or of forward-mode differentiation.
+    """
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if forward_mode or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise Unsupported(
+            f"torch.func (vmap, grad, jvp, …) and forward-mode derivatives: block {block} runs on "
+            "servers, which know batches and backward passes; pass a batch, use "
+            "torch.autograd.grad, or bring all blocks home: swarm.own(slice(None))"
+        )
+
+
+def dropouts(block: nn.Module) -> Iterator[str]:
+    """The names of what in a block drops something in training; an adapter's dropout travels."""
+    for name, module in own_modules(block):
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            yield name
+        for own, value in vars(module).items():
+            if "dropout" in own and isinstance(value, float) and value > 0:
+                yield f"{name}.{own}"
 
 
 class Plan:
@@ -117,9 +142,14 @@ def _tuners(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _check_calls(index: int, name: str, module: nn.Module) -> None:
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether somebody has put a ``forward`` of their own on a module."""
     forward = module.__dict__.get("forward")
-    if forward is not None and not type(forward).__module__.startswith(_LISTENERS):
+    return forward is not None and not type(forward).__module__.startswith(_LISTENERS)
+
+
+def _check_calls(index: int, name: str, module: nn.Module) -> None:
+    if has_other_forward(module):
         _refuse(index, f"{name}.forward", "was replaced")
     # What PEFT tells its own layers for a call travels, or is refused: see `tuner_layers`.
     if module._forward_pre_hooks and not is_tuner(module):

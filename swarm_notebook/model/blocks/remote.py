@@ -20,7 +20,7 @@ from torch import nn
 
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.hooks import allow_writes, refuse_writes
-from swarm_notebook.model.blocks.intact import refuse_export
+from swarm_notebook.model.blocks.intact import refuse_export, refuse_transforms
 from swarm_notebook.model.blocks.placeholders import is_placeholder
 
 
@@ -28,6 +28,8 @@ class BlockRunner(Protocol):
     """What a block asks for its output (`runner.Runner`)."""
 
     returns_tuple: bool
+
+    def given(self, named: dict[str, Any]) -> None: ...
 
     def run(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor: ...
 
@@ -59,14 +61,24 @@ class SwarmBlock(nn.Module):
 class RemoteBlock(SwarmBlock):
     """Mixed into a decoder layer's class, in front of it: the block runs on servers."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own call."""
+        if self._forward_pre_hooks:
+            self._runner.given(self._named(args[1:], kwargs))
+        return super().__call__(*args, **kwargs)
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The block's output for ``hidden_states`` ``[batch, length, hidden]``."""
         refuse_export(self._index)
-        if args:
-            names = _argument_names(self.layer_class)
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        output = self._runner.run(self._index, hidden_states, kwargs)
+        refuse_transforms(self._index)
+        output = self._runner.run(self._index, hidden_states, self._named(args, kwargs))
         return (output,) if self._runner.returns_tuple else output
+
+    def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All that it is called with behind the hidden states, by name."""
+        if not args:
+            return kwargs
+        return {**dict(zip(_argument_names(self.layer_class), args, strict=False)), **kwargs}
 
     @property
     def gradient_checkpointing(self) -> bool:

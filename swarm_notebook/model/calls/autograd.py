@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.passes.backward import PassGradients
@@ -143,9 +142,13 @@ class _Piece(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         stretch: _Stretch = ctx.stretch
+        # At once: a gradient that asks for another path only would pass a later refusal by.
+        if torch.is_grad_enabled():
+            raise Unsupported(_ONCE)
+        if _is_batched(grad):
+            raise Unsupported(_BATCHED)
         start, end = stretch.start, stretch.end
         fetched = stretch.segment.gradients(start, end, grad)
         hidden = stretch.segment.input_gradient(start, fetched).to(ctx.devices[0], grad.dtype)
@@ -159,6 +162,22 @@ class _Piece(torch.autograd.Function):
             for name, device in zip(stretch.names, ctx.devices[1:], strict=True)
         ]
         return None, None, hidden, prompts, *weights
+
+
+_ONCE = (
+    "gradients of gradients (create_graph=True): servers give first derivatives only; leave "
+    "create_graph out, or bring the blocks home: swarm.own(slice(None))"
+)
+_BATCHED = (
+    "several gradients in one backward pass (is_grads_batched, vectorize=True): ask for one after "
+    "the other with retain_graph=True, or bring the blocks home: swarm.own(slice(None))"
+)
+
+
+def _is_batched(grad: torch.Tensor) -> bool:
+    return torch._C._functorch.is_batchedtensor(
+        grad
+    ) or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def without_gradient(output: torch.Tensor, name: str) -> torch.Tensor:

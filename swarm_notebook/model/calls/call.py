@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ class Call:
         inside: modules inside of remote blocks whose outputs are wanted, by block.
         recorded: those of them that transformers records.
         last: the largest position of the call, plus one.
+        asked: how often the rotary modules had been asked before.
+        unmasked: the decoder gave its first block no mask; None before that.
+        embeddings: rotary embeddings that blocks were given and servers have, too.
         packs: transformers would take positions that begin again for sequences packed in one row.
     """
 
@@ -43,6 +47,9 @@ class Call:
     recorded: set[tuple[int, str]]
     last: int
     packs: bool
+    asked: int
+    unmasked: bool | None = None
+    embeddings: list[Any] = field(default_factory=list)
     outputs: Outputs = field(default_factory=lambda: Outputs({}, {}))
     place: int = 0
     end: int = 0

@@ -5,19 +5,25 @@ They run in every call, just as on a local model. Servers have theirs, and need 
 - by which length those that depend on one go (``dynamic``, ``longrope``): a server sees a part of
   the tokens, and the calls of others; ``dynamic`` ones remember the longest call before;
 - at which positions a block is that somebody calls by itself, with cosines and sines instead.
+
+And they must be what the servers' are: one that was changed or exchanged here would have no effect.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from swarm_notebook.errors import Unsupported
+from swarm_notebook.model.blocks.intact import has_other_forward
+
+# A model that was converted to bfloat16 has its frequencies rounded to 8 bits.
+_ROUNDED = 2**-7
 
 
 class Rotations:
@@ -25,28 +31,55 @@ class Rotations:
 
     def __init__(self, decoder: nn.Module, blocks: Collection[nn.Module]):
         inside = {id(module) for block in blocks for module in block.modules()}
-        self._modules: list[Any] = [
-            module
-            for module in decoder.modules()
+        self._owners: list[tuple[nn.Module, str, Any]] = [
+            (owner, name, module)
+            for owner in decoder.modules()
+            for name, module in owner._modules.items()
             if hasattr(module, "rope_type") and id(module) not in inside
         ]
+        self._modules = [module for _, _, module in self._owners]
+        self._plans = [_plan(module) for module in self._modules]
+        self._count = 0
         self._asked = WeakTensorKeyDictionary()  # positions and version by cosines, by sines
         for module in self._modules:
             module.register_forward_hook(self._note, with_kwargs=True)
 
     def __deepcopy__(self, memo: dict) -> Rotations:
         memo[id(self)] = twin = object.__new__(Rotations)
-        twin._modules = copy.deepcopy(self._modules, memo)
+        twin._owners = copy.deepcopy(self._owners, memo)
+        twin._modules = [module for _, _, module in twin._owners]
+        twin._plans, twin._count = self._plans, 0
         twin._asked = WeakTensorKeyDictionary()
         return twin
 
     def _note(self, _module: nn.Module, inputs: tuple, named: dict, output: Any) -> None:
+        self._count += 1
         ids = inputs[1] if len(inputs) > 1 else named.get("position_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or torch.compiler.is_compiling():
             return
         ids = ids.detach().to("cpu", torch.int64, copy=True)
         for tensor in _tensors(output):
             self._asked[tensor] = ids, _version(tensor)
+
+    @property
+    def count(self) -> int:
+        """How often they were asked."""
+        return self._count
+
+    def asked_since(self, count: int) -> bool:
+        """Whether they were asked since `count` was ``count``: compiled ones are not seen."""
+        return self._count > count
+
+    def check(self) -> None:
+        """Compare the modules with what they were.
+
+        Raises:
+            Unsupported: one was exchanged, or turns otherwise.
+        """
+        for (owner, name, module), plan in zip(self._owners, self._plans, strict=True):
+            exchanged = owner._modules.get(name) is not module
+            if exchanged or has_other_forward(module) or not _alike(_plan(module), plan):
+                _refuse(name)
 
     def positions(self, embeddings: Any) -> torch.Tensor | None:
         """The position ids ``[batch or 1, length]`` for which these embeddings were made here.
@@ -84,6 +117,36 @@ class Rotations:
                 "blocks home: swarm.own(slice(None))"
             )
         return next(iter(found), None)
+
+
+def _plan(module: Any) -> dict[str, Any]:
+    """The frequencies and factors of a module; those that depend on a length change by themselves.
+
+    In float32, whatever the model was converted to.
+    """
+    if any("dynamic" in kind or kind == "longrope" for _, kind in _kinds(module)):
+        return {}
+    values: dict[str, Any] = {
+        name: tensor.detach().to("cpu", torch.float32, copy=True)
+        for name, tensor in module._buffers.items()
+        if tensor is not None and not tensor.is_meta
+    }
+    factors = {name: value for name, value in vars(module).items() if type(value) is float}
+    return values | factors
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.allclose(torch.as_tensor(one[name]), torch.as_tensor(other[name]), rtol=_ROUNDED)
+        for name in one
+    )
+
+
+def _refuse(name: str) -> NoReturn:
+    raise Unsupported(
+        f"{name} was changed or replaced, but servers turn keys and queries by their own; put it "
+        "back, or bring the blocks home: swarm.own(slice(None))"
+    )
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from types import CodeType
@@ -35,6 +36,7 @@ from swarm_notebook.model.adapters.injected import Adapters
 from swarm_notebook.model.blocks import hooks
 from swarm_notebook.model.blocks.blanks import blank, is_blank
 from swarm_notebook.model.blocks.blocklist import watched
+from swarm_notebook.model.blocks.intact import dropouts, refuse_transforms
 from swarm_notebook.model.blocks.layout import Layout, plan
 from swarm_notebook.model.blocks.observer import Observer
 from swarm_notebook.model.blocks.remote import OwnBlock
@@ -42,6 +44,7 @@ from swarm_notebook.model.calls import inputs
 from swarm_notebook.model.calls.alone import request_alone
 from swarm_notebook.model.calls.autograd import SameTensor, Segment, without_gradient
 from swarm_notebook.model.calls.call import Call
+from swarm_notebook.model.calls.given import refuse_changed, refuse_others
 from swarm_notebook.model.calls.rotary import Rotations
 from swarm_notebook.model.calls.tracing import BlockTrace
 from swarm_notebook.model.generation.cache import RemoteCache, adopted
@@ -73,6 +76,7 @@ class Runner:
         self.returns_tuple, self.context_length = returns_tuple, context_length
         self.deep_prompts: torch.Tensor | None = None
         self.home: frozenset[int] = frozenset()
+        self._told = False
         self._observer = Observer(blocks)
         self._local = threading.local()
 
@@ -104,6 +108,20 @@ class Runner:
     @generating.setter
     def generating(self, cache: RemoteCache) -> None:
         self._local.generating = weakref.ref(cache)
+
+    def warn_of_dropout(self) -> None:
+        """Say once that the remote blocks drop nothing, where those of a local model would."""
+        remote = (block for index, block in enumerate(self.blocks) if index not in self.home)
+        found = next((name for block in remote for name in dropouts(block)), None)
+        if found is None or self._told:
+            return
+        self._told = True
+        warnings.warn(
+            f"dropout inside of remote blocks ({found}) is not applied in training: servers keep "
+            "their blocks as for evaluation. Use an adapter's own dropout, or bring the blocks "
+            "home: swarm.own(slice(None))",
+            stacklevel=3,
+        )
 
     def home_changed(self) -> None:
         """Look again at which blocks are at home."""
@@ -139,6 +157,9 @@ class Runner:
         layers = layers[: config.num_hidden_layers]
         layout = plan(layers, self.blocks, self.home)
         inputs.refuse_unknown(kwargs, config, layout)
+        remote = [index for index in layout.order if index not in layout.home]
+        if remote:
+            refuse_transforms(remote[0])
         injections, continued = self.adapters.injections, _continued(kwargs.get("past_key_values"))
         observed = self._observer.observed(layout, injections, continued=continued)
         modules = self._observer.modules(layout, injections)
@@ -150,6 +171,8 @@ class Runner:
             cache = adopted(cache, self.connection)
         inputs.check_cache(cache, self.connection, rows)
         position = 0 if cache is None else cache.length
+        if remote and position == 0:
+            self._rotations.check()
         if cache is not None:
             self._check_order(cache, layout)
         inputs.check_length(position, new, self.context_length)
@@ -162,6 +185,7 @@ class Runner:
             # The servers remember what was masked; blocks at home see what they are given.
             kwargs["attention_mask"] = cache.whole_mask(new)
         recorded = self._recorded.asked(kwargs, modules)
+        self._local.given = None  # of a call that did not come to its end
         self._local.call = Call(
             cache,
             layout,
@@ -177,6 +201,7 @@ class Runner:
             recorded,
             position + new if ids is None else int(ids.max()) + 1,
             packs,
+            self._rotations.count,
         )
         own = layers == [self.blocks[index] for index in layout.order]
         self._local.call.whole = own and not self._local.call.states and layout.one_stretch
@@ -215,6 +240,10 @@ class Runner:
         if call.cache is not None:
             call.cache.advance(call.rows, call.new, call.mask)
 
+    def given(self, named: dict[str, Any]) -> None:
+        """What a block is called with, before its hooks see it."""
+        self._local.given = named
+
     def run(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """The output of block ``index``; the network is asked only when it must be."""
         if _without_values(hidden):
@@ -222,6 +251,10 @@ class Runner:
         call: Call | None = getattr(self._local, "call", None)
         if call is None:
             return self._run_alone(index, hidden, kwargs)
+        given, self._local.given = getattr(self._local, "given", None), None
+        if given is not None:
+            refuse_changed(index, given, kwargs)
+        refuse_others(index, call, kwargs, self._rotations)
         before = call.place
         place = call.arrive(index)
         if call.continues(index, hidden):
