@@ -7,9 +7,14 @@ here.
 
 from __future__ import annotations
 
+import contextvars
+import gc
 import logging
 import os
+import threading
+import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -52,6 +57,9 @@ WHOLE_BITS = 16
 # Of what is computed anyway: a fiftieth is lost among the differences between two runs, and who
 # always answers wrong is found after 50 requests on average, a new server sooner (`choice`).
 SPOT_RATE = 0.02
+
+
+_SOON = 1.0  # seconds in which the cell that connects has put the new swarm into its variable
 
 
 class Swarm:
@@ -430,6 +438,7 @@ def connect(
         home.bring_home(built, source, owned)
         if rate:
             connection.audit(rate, HomeJudge(source) if verify_here else None)
+        _hold(connection, local)
         return Swarm(source, built, connection, local)
     except BaseException:
         if connection is not None:
@@ -437,6 +446,37 @@ def connect(
         if local is not None:
             local.close()
         raise
+
+
+# Embedded swarms, by the connection that keeps them: a `Swarm` and its model both hold it.
+_embedded: weakref.WeakKeyDictionary[Connection, LocalSwarm] = weakref.WeakKeyDictionary()
+
+
+def _hold(connection: Connection, local: LocalSwarm | None) -> None:
+    """Let an embedded swarm end with the last that uses it, and tell which of before still run."""
+    if local is None:
+        return
+    connection.end_with_me(local.close)
+    _embedded[connection] = local
+    run = contextvars.copy_context().run  # the words belong to the cell that connects
+    timer = threading.Timer(_SOON, run, [_tell_others])
+    timer.daemon = True
+    timer.start()
+
+
+def _tell_others() -> None:
+    gc.collect()  # models are full of circles; what nobody holds ends here
+    running = [local for connection, local in _embedded.items() if connection.is_open]
+    others = len(running) - 1
+    if others > 0:
+        logger.warning(
+            "%s of before still %s, with server processes of %s: something holds %s model. "
+            "disconnect() on the earlier Swarm ends it",
+            "an embedded swarm" if others == 1 else f"{others} embedded swarms",
+            "runs" if others == 1 else "run",
+            ", ".join(sorted({Path(local.model).name for local in running})),
+            "its" if others == 1 else "their",
+        )
 
 
 def _tell_coarse(spans: Sequence[ServerSpan]) -> None:

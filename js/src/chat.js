@@ -1,7 +1,9 @@
 // Chat: turns, a place to type, and an answer that grows. The HTML of answers comes from Python,
 // which has made it harmless (widgets/parts/markdown.py); everything else is text.
 
-import { OWN_KEYS, act, endInSight, fill, follow, h, keepItems, setHtml, setText, widget } from "./dom.js";
+import {
+  OWN_KEYS, act, endInSight, fill, follow, h, isAlive, keepItems, setHtml, setText, widget,
+} from "./dom.js";
 import {
   button,
   isRunning,
@@ -222,7 +224,7 @@ function build({ model, root }) {
    * @param {string} text
    */
   function change(turn, text) {
-    if (isRunning(model) || !text.trim()) return false;
+    if (isRunning(model) || !text.trim() || !isAlive(model)) return false;
     act(model, "edit", { turn, text });
     edit(-1);
     return true;
@@ -230,7 +232,7 @@ function build({ model, root }) {
 
   /** @param {string} text */
   function send(text) {
-    if (isRunning(model) || !text.trim()) return false;
+    if (isRunning(model) || !text.trim() || !isAlive(model)) return false;
     act(model, "send", { text });
     return true;
   }

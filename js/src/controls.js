@@ -217,23 +217,36 @@ function shareBar(shares) {
  */
 export function runFacts(model) {
   const status = h("span", { role: "status", "data-testid": "status" });
+  const clock = h("span", { class: "sn-dim", "aria-hidden": "true", "data-testid": "waited" });
   const stats = h("span", { class: "sn-dim", "data-testid": "stats" });
   const shares = h("div", { "data-testid": "shares" });
   const cost = h("div", { class: "sn-dim sn-cost", "data-testid": "cost" });
   const element = h(
     "div",
     { class: "sn-facts" },
-    h("div", { class: "sn-line" }, status, stats),
+    h("div", { class: "sn-line" }, status, clock, stats),
     shares,
     cost,
   );
   let drawn = "";
+  const tick = () => {
+    const { since, limit } = model.get("waiting");
+    const seconds = Math.max(0, Math.round(Date.now() / 1000 - since));
+    setText(clock, since ? `${Math.min(seconds, limit)} of ${number(limit)} s` : "");
+  };
+  const ticking = setInterval(tick, 1000);
   const ends = [
-    follow(model, ["state", "note", "progress"], () => {
+    () => clearInterval(ticking),
+    follow(model, ["state", "note", "progress", "waiting"], () => {
       const [read, total] = model.get("progress");
       const working = STATES[model.get("state")] ?? model.get("note");
-      setText(status, total ? `${working.replace(/…$/, "")}: ${number(read)} of ${number(total)} tokens` : working);
+      const missing = model.get("waiting").text;
+      const known = total
+        ? `${working.replace(/…$/, "")}: ${number(read)} of ${number(total)} tokens`
+        : working;
+      setText(status, missing && isRunning(model) ? missing : known);
       status.className = isRunning(model) ? "sn-busy" : "";
+      tick();
     }),
     follow(model, ["stats"], () => {
       const found = model.get("stats");
@@ -242,9 +255,11 @@ export function runFacts(model) {
       if (now !== drawn) fill(shares, ...shareBar(found.shares ?? []));
       drawn = now;
     }),
-    follow(model, ["preview", "bill", "state"], () => {
+    follow(model, ["preview", "obstacle", "bill", "state"], () => {
       const bill = model.get("bill") && `It took ${model.get("bill")}. `;
-      const next = model.get("preview") && `Next run: up to ${model.get("preview")}.`;
+      const next = model.get("obstacle")
+        ? `The next run waits for servers: ${model.get("obstacle")}.`
+        : model.get("preview") && `Next run: up to ${model.get("preview")}.`;
       setText(cost, isRunning(model) ? "" : `${bill}${next}`);
     }),
   ];

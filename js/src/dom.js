@@ -8,6 +8,8 @@
 // cell.
 export const OWN_KEYS = { "data-lm-suppress-shortcuts": "true" };
 
+const SILENCE = 12_000; // ms without a sign of life after which nobody is there
+
 /** What `keepItems` has made each child of. @type {WeakMap<Element, string>} */
 const shownItems = new WeakMap();
 
@@ -127,6 +129,53 @@ export function keepItems(parent, items, make) {
   });
 }
 
+/** Models whose views have said that nobody is there. @type {WeakSet<Model>} */
+const dead = new WeakSet();
+
+/**
+ * Whether somebody is there to answer.
+ * @param {Model} model
+ */
+export const isAlive = (model) => !dead.has(model) && !model.get("gone");
+
+/**
+ * Say in place that the kernel has ended, or that the swarm was left, and grey the view out. Python
+ * sends a sign of life every three seconds (widgets/parts/heart.py).
+ * @param {Model} model
+ * @param {HTMLElement} frame
+ */
+function followLife(model, frame) {
+  const note = h("div", { class: "sn-gone", role: "status", "data-testid": "gone", hidden: true });
+  frame.prepend(note);
+  let heard = Date.now();
+  let ever = false;
+  const show = () => {
+    // The class is JupyterLab's, on a view whose kernel was restarted or is none.
+    const cut = frame.closest(".jupyter-widgets-disconnected") !== null;
+    if (cut || Date.now() - heard > SILENCE) dead.add(model);
+    else dead.delete(model);
+    const silent = ever ? "The kernel has ended or was restarted" : "There is no kernel behind this";
+    const why = dead.has(model) ? `${silent}: this is the last state.` : (model.get("gone") ?? "");
+    note.hidden = !why;
+    setText(note, why);
+    frame.classList.toggle("sn-over", Boolean(why));
+  };
+  const hear = (/** @type {any} */ message) => {
+    if (!message?.alive) return;
+    heard = Date.now();
+    ever = true;
+    show();
+  };
+  model.on("msg:custom", hear);
+  const looking = setInterval(show, 1000);
+  const end = follow(model, ["gone"], show);
+  return () => {
+    end();
+    clearInterval(looking);
+    model.off("msg:custom", hear);
+  };
+}
+
 /**
  * Ask the Python side to run one of the widget's actions.
  * @param {Model} model
@@ -190,6 +239,7 @@ export function widget(label, kind, build) {
     };
     const ends = [
       followTheme(frame),
+      followLife(model, frame),
       follow(model, ["error"], () => showError(model.get("error") ?? "")),
     ];
     try {

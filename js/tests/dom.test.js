@@ -1,6 +1,6 @@
-import { afterEach, describe, expect, test } from "vitest";
+import { afterEach, describe, expect, test, vi } from "vitest";
 import {
-  act, bytes, duration, follow, h, isDark, keepItems, number, roving, setHtml, setText, widget,
+  act, bytes, duration, follow, h, isAlive, isDark, keepItems, number, roving, setHtml, setText, widget,
 } from "../src/dom.js";
 import { FakeModel, show } from "./fake_model.js";
 
@@ -68,6 +68,27 @@ describe("the frame of a widget", () => {
     expect(model.sent).toEqual([{ action: "dismiss", with: {} }]);
     model.update({ error: "" });
     expect(view.byId("error").hidden).toBe(true);
+  });
+
+  test("without a sign of life it says so, in place and in grey, until there is one", () => {
+    vi.useFakeTimers();
+    const model = new FakeModel({ count: 1 });
+    const view = show(counter, model);
+    const note = () => (view.byId("gone").hidden ? "" : view.byId("gone").textContent);
+    model.emit("msg:custom", { alive: true });
+    vi.advanceTimersByTime(11_000);
+    expect([note(), isAlive(asModel(model))]).toEqual(["", true]);
+    vi.advanceTimersByTime(3000);
+    expect(note()).toBe("The kernel has ended or was restarted: this is the last state.");
+    expect(view.byId("counter").classList.contains("sn-over")).toBe(true);
+    expect(isAlive(asModel(model))).toBe(false);
+    model.emit("msg:custom", { alive: true });
+    expect([note(), isAlive(asModel(model))]).toEqual(["", true]);
+    model.update({ gone: "The notebook has left this swarm." });
+    expect(note()).toBe("The notebook has left this swarm.");
+    view.close();
+    expect(model.listening).toBe(0);
+    vi.useRealTimers();
   });
 
   test("a view that fails says so in the same panel", () => {

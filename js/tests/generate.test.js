@@ -34,7 +34,9 @@ const model = (more = {}) =>
     note: "",
     stats: {},
     preview: "",
+    obstacle: "",
     bill: "",
+    waiting: {},
     pages: 0,
     tail: [],
     texts: 0,
@@ -134,6 +136,24 @@ describe("running", () => {
     expect(fake.get("temperature")).toBe(0);
     change("seed", "");
     expect(fake.saved.seed).toBe(null);
+  });
+
+  test("a missing server is one sentence, with how long it is waited for", () => {
+    const text = "No server holds blocks 0:15 (a had them until now); asking the swarm every second";
+    const fake = model({ state: "reading" });
+    const view = show(generate, fake);
+    fake.update({ waiting: { text, since: Date.now() / 1000 - 12, limit: 30 } });
+    expect(view.byId("status").textContent).toBe(text);
+    expect(view.byId("waited").textContent).toBe("12 of 30 s");
+    vi.advanceTimersByTime(2000);
+    expect(view.byId("waited").textContent).toBe("14 of 30 s");
+    fake.update({ waiting: {}, state: "idle", note: "stopped", obstacle: "no server holds blocks 0:15" });
+    expect(view.byId("status").textContent).toBe("stopped");
+    expect(view.byId("waited").textContent).toBe("");
+    expect(view.byId("cost").textContent).toBe(
+      "The next run waits for servers: no server holds blocks 0:15.",
+    );
+    view.close();
   });
 
   test("facts of the run", () => {

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Collection, Coroutine, Sequence
+import weakref
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -77,11 +78,19 @@ class Connection:
         shared = _acquire(self._peers, self.network)
         self.directory = Directory(shared.node, prefix, num_blocks, patience, digest=digest)
         self.auditor: Auditor | None = None
+        self._when_forgotten: weakref.finalize[Any, Any] | None = None
         try:
             self.network.run(self.directory.start())
         except BaseException:
             self.close()
             raise
+
+    def end_with_me(self, end: Callable[[], object]) -> None:
+        """Once nobody holds this connection any more, leave the swarm and call ``end``."""
+        self._when_forgotten = weakref.finalize(
+            self, _forgotten, self._peers, self.network, self.directory, end
+        )
+        self._when_forgotten.atexit = False
 
     @property
     def initial_peers(self) -> list[str]:
@@ -193,6 +202,8 @@ class Connection:
         """Leave the swarm, unless another model of it is still attached."""
         if self._open:
             self._open = False
+            if self._when_forgotten is not None:
+                self._when_forgotten.detach()
             if self.auditor is not None:
                 self.network.loop.call_soon_threadsafe(self.auditor.stop)
             self.network.run(self.directory.stop())
@@ -258,6 +269,19 @@ def _acquire(peers: frozenset[str], network: LoopThread) -> _SharedNode:
             shared = _nodes[peers] = _SharedNode(node)
         shared.users += 1
         return shared
+
+
+def _forgotten(
+    peers: frozenset[str], network: LoopThread, directory: Directory, end: Callable[[], object]
+) -> None:
+    """A connection was garbage, in whichever thread: what follows may take its time elsewhere."""
+
+    def leave() -> None:
+        network.run(directory.stop())
+        _release(peers, network)
+        end()
+
+    threading.Thread(target=leave, name="swarm_notebook-leave", daemon=True).start()
 
 
 def _release(peers: frozenset[str], network: LoopThread) -> None:

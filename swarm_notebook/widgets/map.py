@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import traitlets
@@ -112,8 +113,7 @@ class SwarmMap(Widget, module="map"):
         }
         if events:
             changed |= {
-                "route": [list(part) for part in self._traffic.route],
-                "planned": not self._traffic.route,
+                **self._route(),
                 "failovers": self._traffic.failovers(),
             }
         self.update(**changed)
@@ -143,18 +143,25 @@ class SwarmMap(Widget, module="map"):
                     "servers": [compact(row, status) for row in status.servers],
                     "read": float(round(status.read or 0)),
                 }
-                if not self._traffic.route:
-                    changed["route"] = self._plan()
+                changed |= self._route()
             self.update(**changed)
 
-    def _plan(self) -> list[list[Any]]:
-        """The route that a new request would take; empty if there is none."""
+    def _route(self) -> dict[str, Any]:
+        """The way of the latest tokens; once a server of it is gone, that of a new request."""
+        latest = self._traffic.route
+        if latest and all_online(latest, self._status):
+            return {"route": [list(part) for part in latest], "planned": False}
         try:
-            return [
-                [hop.peer_id, hop.start, hop.end] for hop in self._swarm.route().hops if hop.peer_id
-            ]
+            hops = [hop for hop in self._swarm.route().hops if hop.peer_id]
         except MissingBlocks:
-            return []
+            hops = []
+        return {"route": [[hop.peer_id, hop.start, hop.end] for hop in hops], "planned": True}
+
+
+def all_online(route: Iterable[tuple[str, int, int]], status: SwarmStatus) -> bool:
+    """Whether every server of a route still answers."""
+    online = {row.peer_id for row in status.servers if row.state == "online"}
+    return all(peer in online for peer, _, _ in route)
 
 
 def compact(row: ServerRow, status: SwarmStatus) -> list[Any]:

@@ -17,6 +17,7 @@ from swarm_notebook.errors import SwarmError
 from swarm_notebook.report.formatting import model_title
 from swarm_notebook.swarm import Swarm
 from swarm_notebook.widgets.parts.base import Widget, action
+from swarm_notebook.widgets.parts.pulse import start_pulse
 from swarm_notebook.widgets.parts.throttle import Throttle
 from swarm_notebook.writing import Sampling, Vocabulary, Writer
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from swarm_notebook.writing import Draft
 
 TOKEN_COLUMNS = ["position", "id", "text", "probability", "alternatives"]
+_WATCH_PERIOD = 0.25  # seconds: what Python knows is on the screen before anybody wonders
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
 
 
@@ -61,7 +63,10 @@ class WritingWidget(Widget):
             read), ``first`` (seconds to the first token), ``rate`` (tokens per second), ``shares``
             (pairs of a server's name and its part of the time) and ``lost`` (servers).
         preview: what the next run will take, for a swarm.
+        obstacle: why the next run cannot begin at once, if that is known.
         bill: what the last one took.
+        waiting: for which servers the run waits, if it does: ``text``, ``since`` (Unix time) and
+            ``limit`` (seconds).
 
     Raises:
         ValueError: there is no tokenizer, or a sampling argument is out of range.
@@ -81,7 +86,9 @@ class WritingWidget(Widget):
     note = traitlets.Unicode().tag(sync=True)
     stats: traitlets.Dict[str, Any] = traitlets.Dict().tag(sync=True)
     preview = traitlets.Unicode().tag(sync=True)
+    obstacle = traitlets.Unicode().tag(sync=True)
     bill = traitlets.Unicode().tag(sync=True)
+    waiting: traitlets.Dict[str, Any] = traitlets.Dict().tag(sync=True)
 
     def __init__(
         self,
@@ -155,6 +162,25 @@ class WritingWidget(Widget):
             begin()
             self._before = before
             self._runs += 1
+        if self._swarm is not None:
+            start_pulse(self._watch, _WATCH_PERIOD)
+
+    def _watch(self) -> bool:
+        """Tell the views what a run waits for; until it has ended."""
+        running = self.writer.running
+        waiting = self._shortage() if running else {}
+        if waiting != self.waiting:
+            self.update(waiting=waiting)
+        return running
+
+    def _shortage(self) -> dict[str, Any]:
+        shortages = list(self._swarm.connection.directory.shortages) if self._swarm else []
+        if not shortages:
+            return {}
+        one = shortages[0]
+        had = f" ({', '.join(one.had)} had them until now)" if one.had else ""
+        text = f"No server holds {one.blocks}{had}; asking the swarm every second"
+        return {"text": text, "since": one.since, "limit": one.limit}
 
     def _changed(self) -> None:
         """The writer's state or text has changed; called in its thread as well."""
@@ -182,9 +208,9 @@ class WritingWidget(Widget):
                 pause = self._show_text(values, ended=ended)
                 self.update(state=state, **values)
             if state == "idle":
-                self.update(preview=self._estimate())
+                self._estimate()
         if ended:
-            self.update(state="idle")  # also if showing the text has failed
+            self.update(state="idle", waiting={})  # also if showing the text has failed
             self._tell(runs)
         return pause
 
@@ -246,18 +272,21 @@ class WritingWidget(Widget):
         """The ids of what would be written after, with what the widget holds now."""
         raise NotImplementedError
 
-    def _estimate(self) -> str:
-        """What a run will take, or nothing if that cannot be told."""
+    def _estimate(self) -> None:
+        """Tell the views what a run will take, or nothing if that cannot be told."""
         if self._swarm is None or not self._swarm.connected:
-            return ""
+            return self.update(preview="", obstacle="")
         inputs = (*(getattr(self, name) for name in self._estimate_traits()), self.bill)
         if inputs == self._estimated:
-            return self.preview
-        self._estimated = inputs
-        count = len(self._prompt_ids())
-        if not count or self.max_new_tokens < 1:
-            return ""
+            return None
+        count, preview, obstacle = len(self._prompt_ids()), "", ""
         try:
-            return self._swarm.preview(prompt_tokens=count, max_new_tokens=self.max_new_tokens).line
+            if count and self.max_new_tokens >= 1:
+                expected = self._swarm.preview(
+                    prompt_tokens=count, max_new_tokens=self.max_new_tokens
+                )
+                preview = expected.line
+            self._estimated = inputs
         except SwarmError as error:
-            return str(error)
+            obstacle = str(error)
+        return self.update(preview=preview, obstacle=obstacle)

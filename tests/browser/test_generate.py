@@ -145,6 +145,19 @@ def test_pictures(writer: Locator, picture: Callable[[Locator, str], None]) -> N
     picture(writer, "generate")
 
 
+def test_a_missing_server_is_told_at_once(notebook: Notebook) -> None:
+    notebook.run("far = sn.connect(local.initial_peers, model=local.model, timeout=4)")
+    notebook.run("far.connection.directory.min_bits = 99")  # now no server will do
+    view = notebook.run("sn.widgets.GenerateWidget(far, 'Hello')").get_by_test_id("generate")
+    view.get_by_test_id("run").click()
+    expect(view.get_by_test_id("status")).to_contain_text("No server holds blocks 0:30")
+    expect(view.get_by_test_id("waited")).to_have_text(re.compile(r"^\d of 4 s$"))
+    expect(view.get_by_test_id("error")).to_contain_text("MissingBlocks: no server holds")
+    expect(view.get_by_test_id("cost")).to_contain_text("The next run waits for servers: no server")
+    notebook.run("far.disconnect()")
+    expect(view.get_by_test_id("gone")).to_have_text("The notebook has left this swarm.")
+
+
 def test_a_hostile_prompt_is_text(notebook: Notebook, writer: Locator) -> None:
     title = notebook.page.title()
     prompt = writer.get_by_test_id("prompt")

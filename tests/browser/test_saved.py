@@ -66,6 +66,8 @@ def test_a_reopened_notebook_shows_the_last_state(
     (lab.folder / "copy.ipynb").write_text(json.dumps(saved), encoding="utf-8")
     copy = open_notebook("copy.ipynb")
     check(copy.page)
+    gone = copy.page.get_by_test_id("lens").last.get_by_test_id("gone")
+    expect(gone).to_have_text("There is no kernel behind this: this is the last state.")
     # Views of widgets whose kernel is gone can still be looked around in.
     copy.page.get_by_test_id("lens").last.get_by_role("gridcell").first.hover()
     expect(copy.page.get_by_test_id("lens").last.get_by_test_id("details")).to_contain_text("bits")
@@ -84,8 +86,10 @@ def test_a_restarted_kernel_leaves_the_view_and_can_make_new_ones(
     expect(first).to_contain_text("4.5")
     fresh.restart()
     expect(first).to_contain_text("4.5")
+    expect(first.get_by_test_id("gone")).to_have_text(re.compile("kernel has ended|no kernel"))
     second = fresh.run(code.format(2.5)).get_by_test_id("monitor")
     expect(second).to_contain_text("2.5")
+    expect(second.get_by_test_id("gone")).to_be_hidden()
     assert not fresh.errors
 
 

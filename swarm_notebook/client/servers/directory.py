@@ -62,6 +62,23 @@ class Snapshot:
     others: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Shortage:
+    """Blocks that a call waits for, because no server holds them.
+
+    Attributes:
+        blocks: which, in words.
+        had: names of those that held them until now.
+        since: when the call began to wait, in seconds of Unix time.
+        limit: seconds after which it gives up.
+    """
+
+    blocks: str
+    had: tuple[str, ...]
+    since: float
+    limit: float
+
+
 @dataclass
 class _LastSeen:
     """When a peer was announced last, by `time.monotonic`; its name, and the blocks it had."""
@@ -102,6 +119,7 @@ class Directory:
         digest: of the notebook's own checkpoint; servers that announce another one are avoided.
         min_bits: servers with fewer bits per weight are not used.
         audits: takes note of finished work; None: nothing is audited.
+        shortages: what calls wait for just now.
     """
 
     node: Node
@@ -122,6 +140,7 @@ class Directory:
     _warned: set[str] = field(default_factory=set)
     min_bits: float = 0.0
     audits: Audits | None = None
+    shortages: list[Shortage] = field(default_factory=list)
     _announced: Announced = field(init=False)
     _asked: dict[str, float] = field(default_factory=dict)
     _bits: dict[int, float] = field(default_factory=dict)
@@ -283,33 +302,43 @@ class Directory:
     ) -> list[routing.RouteSegment]:
         """`chain`, waited for up to `patience` when some blocks have no server just now."""
         deadline = time.monotonic() + self.patience
-        announced = False
-        while True:
-            try:
-                chain = self.chain(start, end, exclude)
-                self._tell_bits(chain)
-                return chain
-            except MissingBlocks as error:
-                left = deadline - time.monotonic()
-                if left <= 0:
+        shortage: Shortage | None = None
+        try:
+            while True:
+                try:
+                    chain = self.chain(start, end, exclude)
+                    self._tell_bits(chain)
+                    return chain
+                except MissingBlocks as error:
+                    left = deadline - time.monotonic()
                     missing = self._missing(start, end, exclude) or [start, end - 1]
-                    raise MissingBlocks(
-                        f"{error}. Waited {self.patience:.0f} s for a server; start one with "
-                        f"`swarm-notebook serve … --blocks {missing[0]}:{missing[-1] + 1}` and "
-                        "call again"
-                    ) from None
-                if not announced:
-                    logger.warning("%s; waiting up to %.0f s", error, self.patience)
-                    announced = True
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    # A known server that is back says so at once; a search of the DHT may be held
-                    # up by many that are gone.
-                    if not await self._try_avoided(start, end, exclude):
-                        await self.node.redial(self.heard)
-                        await self.refresh()
-                        await self._try_avoided(start, end, exclude)
-                    await asyncio.sleep(WAIT_PERIOD)
+                    if left <= 0:
+                        raise MissingBlocks(
+                            f"{error}. Waited {self.patience:.0f} s for a server; start one with "
+                            f"`swarm-notebook serve … --blocks {missing[0]}:{missing[-1] + 1}` and "
+                            "call again"
+                        ) from None
+                    if shortage is None:
+                        logger.warning("%s; waiting up to %.0f s", error, self.patience)
+                        shortage = Shortage(
+                            routing.describe_blocks(missing),
+                            self._holders(missing),
+                            time.time(),
+                            self.patience,
+                        )
+                        self.shortages.append(shortage)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        # A known server that is back says so at once; a search of the DHT may be
+                        # held up by many that are gone.
+                        if not await self._try_avoided(start, end, exclude):
+                            await self.node.redial(self.heard)
+                            await self.refresh()
+                            await self._try_avoided(start, end, exclude)
+                        await asyncio.sleep(WAIT_PERIOD)
+        finally:
+            if shortage is not None:
+                self.shortages.remove(shortage)
 
     def _tell_bits(self, chain: Sequence[routing.RouteSegment]) -> None:
         """Say once when blocks are computed with other weights than before."""
@@ -354,11 +383,13 @@ class Directory:
                 logger.info("trying %s again, as nobody else has its blocks", span.name)
         return not self._missing(start, end, exclude)
 
+    def _holders(self, blocks: Collection[int]) -> tuple[str, ...]:
+        """Names of those that had some of these blocks within `FORGET_SECONDS`."""
+        seen = [one for one in self._last_seen.values() if one.blocks.intersection(blocks)]
+        return tuple(sorted({one.name for one in seen}))
+
     def _who_had(self, start: int, end: int) -> str:
-        missing = self._missing(start, end)
-        names = sorted(
-            {seen.name for seen in self._last_seen.values() if seen.blocks.intersection(missing)}
-        )
+        names = self._holders(self._missing(start, end))
         had = f"; until now {', '.join(names)} had them" if names else ""
         coarse = "".join(
             f"; {span.name} has {span.weight_bits:.3g} bits, but min_bits is {self.min_bits:g}"

@@ -13,6 +13,8 @@
   saved notebook must not ask again when it is opened.
 - **Errors** of actions, and of whatever runs inside `Widget.showing_errors`, are logged and stand
   in a red panel above the widget until the user closes it.
+- **Signs of life**: a view whose kernel is gone, or whose swarm the notebook has left (`gone`),
+  says so and greys out, see `heart`.
 - **Display**: the widget for front ends that can, else its last picture as HTML without scripts
   (GitHub, nbconvert), else one line of text that is the same in every run.
 """
@@ -24,12 +26,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import anywidget
 import traitlets
 
 from swarm_notebook.widgets.parts import assets
+from swarm_notebook.widgets.parts.heart import keep_alive
+
+if TYPE_CHECKING:
+    from swarm_notebook.swarm import Swarm
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +52,9 @@ class Widget(anywidget.AnyWidget):
     """Base class of the widgets; unknown keywords are a TypeError."""
 
     error = traitlets.Unicode(help="What went wrong last; empty if nothing.").tag(sync=True)
+    NEEDS_SWARM: ClassVar[bool] = True  # whether a view is over when the notebook leaves its swarm
+
+    gone = traitlets.Unicode(help="Why this cannot go on; empty if it can.").tag(sync=True)
 
     def __init_subclass__(cls, *, module: str | None = None, **options: Any) -> None:
         if module is not None:
@@ -58,6 +67,14 @@ class Widget(anywidget.AnyWidget):
         self._updating = threading.RLock()
         super().__init__(**options)
         self.on_msg(self._act)
+        keep_alive(self)
+
+    def beat(self) -> None:
+        """Tell the views that Python is there, and whether the swarm still is."""
+        swarm: Swarm | None = getattr(self, "_swarm", None) if self.NEEDS_SWARM else None
+        if swarm is not None and not swarm.connected and not self.gone:
+            self.update(gone="The notebook has left this swarm.")
+        self.send({"alive": True})
 
     def summary(self) -> str:
         """One line on what this is, the same in every run: no timings, no addresses."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import threading
@@ -78,6 +79,43 @@ def test_an_answer_of_the_swarm(swarm: sn.Swarm) -> None:
         assert repr(widget).endswith(f"{len(widget.tokens)} tokens written>")
     finally:
         widget.close()
+
+
+def test_a_missing_server_is_told_while_it_is_waited_for(demo_swarm: HostedSwarm) -> None:
+    with sn.connect(demo_swarm.initial_peers, model=demo_swarm.model, timeout=2) as swarm:
+        widget = GenerateWidget(swarm, QUESTION, max_new_tokens=3)
+        seen: list[dict[str, Any]] = []
+        widget.observe(lambda change: seen.append(change["new"]), "waiting")
+        try:
+            swarm.connection.directory.min_bits = 99  # now no server will do
+            widget.run()
+            assert widget.wait(PATIENCE)
+            assert seen[0]["text"].startswith("No server holds blocks 0:30 (local-0, local-1 had")
+            assert seen[0]["limit"] == 2
+            assert widget.waiting == {}
+            assert widget.error.startswith("MissingBlocks: ")
+            assert widget.preview == ""
+            assert "no server holds blocks 0:30" in widget.obstacle
+            swarm.connection.directory.min_bits = 0
+            widget.run()
+            assert widget.wait(PATIENCE)
+            assert widget.tokens
+            assert widget.obstacle == ""
+        finally:
+            widget.close()
+
+
+def test_what_nobody_holds_ends(demo_swarm: HostedSwarm) -> None:
+    ended = threading.Event()
+    swarm = sn.connect(demo_swarm.initial_peers, model=demo_swarm.model)
+    swarm.connection.end_with_me(ended.set)
+    held: Any = swarm.model
+    del swarm
+    gc.collect()
+    assert not ended.wait(0.1)  # its model is still held
+    del held
+    gc.collect()
+    assert ended.wait(PATIENCE)
 
 
 def test_a_branch_goes_on_from_there_and_sends_only_what_is_new(

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import traitlets
 from support.patience import PATIENCE, wait_until
 
 from swarm_notebook import widgets
-from swarm_notebook.widgets.parts import assets
+from swarm_notebook.widgets.parts import assets, heart
 from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.pulse import start_pulse
 
@@ -51,6 +53,26 @@ def sent_by(widget: Widget) -> list[dict[str, Any]]:
     sent: list[dict[str, Any]] = []
     widget._send = lambda message, buffers=None: sent.append(message["state"])
     return sent
+
+
+def test_a_widget_says_that_python_is_there_and_that_its_swarm_is_not(
+    gauge: Gauge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(heart, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(gauge, "send", said.append)
+    heart.keep_alive(gauge)
+    wait_until(lambda: len(said) > 2)
+    assert said[0] == {"alive": True}
+    assert gauge.gone == ""
+    gauge._swarm = SimpleNamespace(connected=False)  # type: ignore[attr-defined]
+    gauge.beat()
+    assert gauge.gone == "The notebook has left this swarm."
+    gauge.close()
+    time.sleep(0.05)
+    said.clear()
+    time.sleep(0.05)
+    assert said == []
 
 
 def test_an_unknown_argument_is_a_type_error() -> None:

@@ -7,6 +7,8 @@ import time
 import pytest
 
 from swarm_notebook.client.telemetry import Failover, HopTimes, StepRecord
+from swarm_notebook.report.status import ServerRow, SwarmStatus
+from swarm_notebook.widgets.map import all_online
 from swarm_notebook.widgets.traffic import Traffic, route_of_hops
 
 
@@ -21,6 +23,14 @@ def step(ended: float, *hops: HopTimes, tokens: int = 1) -> StepRecord:
 def test_the_way_of_a_step_joins_what_one_server_did() -> None:
     hops = [hop("a", 0, 2), hop("a", 2, 3), hop("b", 3, 5), hop("c", 4, 5)]
     assert route_of_hops(hops) == [("peer-a", 0, 3), ("peer-b", 3, 4), ("peer-c", 4, 5)]
+
+
+def test_a_route_through_a_server_that_is_gone_is_none() -> None:
+    rows = [ServerRow("a", "peer-a", 0, 3, "online"), ServerRow("b", "peer-b", 3, 5, "avoided")]
+    status = SwarmStatus("m", 5, tuple(rows))
+    assert all_online([("peer-a", 0, 3)], status)
+    assert not all_online([("peer-a", 0, 3), ("peer-b", 3, 5)], status)
+    assert not all_online([("peer-c", 0, 3)], status)
 
 
 def test_pace_is_that_of_the_last_seconds() -> None:
