@@ -5,8 +5,8 @@ import { act, duration, fill, follow, h, keepItems, number, setText, widget } fr
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 /** @typedef {Array<number | null>} Point */
 
-const WIDTH = 240;
-const HEIGHT = 90;
+const WIDTH = 400;
+const HEIGHT = 140;
 const PATIENCE = 2000; // ms until an unanswered click is explained
 
 const LABELS = /** @type {Record<string, string>} */ ({
@@ -20,7 +20,7 @@ const LABELS = /** @type {Record<string, string>} */ ({
  * An SVG element.
  * @param {string} tag
  * @param {Record<string, string | number>} attributes
- * @returns {SVGElement}
+ * @returns {SVGElement & { dataset: DOMStringMap }}
  */
 function s(tag, attributes = {}) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -39,71 +39,141 @@ export function short(value) {
 }
 
 /**
- * The curve's points on the chart, a list per stretch without a gap.
- * @param {Point[]} points
- * @param {number} place of the curve's value in a point
+ * Round values that enclose two others.
+ * @param {number} low
+ * @param {number} high
+ * @param {number} count about how many
  */
-export function layout(points, place) {
-  const known = points.filter((point) => typeof point[place] === "number");
-  const values = known.map((point) => /** @type {number} */ (point[place]));
-  const low = values.reduce((a, b) => Math.min(a, b), Infinity);
-  const high = values.reduce((a, b) => Math.max(a, b), -Infinity);
-  const first = points.length ? Number(points[0][0]) : 0;
-  const last = points.length ? Number(points[points.length - 1][0]) : 0;
-  const placed = known.map((point) => ({
-    step: Number(point[0]),
-    value: /** @type {number} */ (point[place]),
-    x: last === first ? WIDTH / 2 : (WIDTH * (Number(point[0]) - first)) / (last - first),
-    y: high === low ? HEIGHT / 2 : 4 + ((HEIGHT - 8) * (high - Number(point[place]))) / (high - low),
-  }));
-  return { low, high, placed };
+export function ticks(low, high, count) {
+  if (!(high > low)) [low, high] = [low - (Math.abs(low) || 1) / 2, low + (Math.abs(low) || 1) / 2];
+  const rough = (high - low) / count;
+  const size = 10 ** Math.floor(Math.log10(rough));
+  const step = size * ([1, 2, 5, 10].find((factor) => factor * size >= rough * 0.999) ?? 10);
+  const first = Math.floor(low / step + 1e-9);
+  const last = Math.ceil(high / step - 1e-9);
+  return Array.from({ length: last - first + 1 }, (_, at) => (first + at) * step);
 }
 
 /**
- * One curve with a mark that follows the pointer or the arrow keys.
+ * Means of what came before, weighted by how long ago it was; the first values count in full.
+ * @param {number[]} values
+ * @param {number} weight
+ */
+export function smooth(values, weight) {
+  let [mean, part] = [0, 0];
+  return values.map((value) => {
+    mean = weight * mean + (1 - weight) * value;
+    part = weight * part + (1 - weight);
+    return mean / part;
+  });
+}
+
+/** @typedef {{ name: string, points: Point[], place: number }} Series values are at `place` of a point */
+
+/**
+ * The points of some series on one chart.
+ * @param {Series[]} series
+ * @param {number} weight of smoothing
+ */
+export function layout(series, weight = 0) {
+  const lines = series.map(({ name, points, place }) => {
+    const known = points.filter((point) => place > 0 && typeof point[place] === "number");
+    const values = known.map((point) => /** @type {number} */ (point[place]));
+    const means = smooth(values, weight);
+    return { name, known: known.map((point, at) => ({ step: Number(point[0]), value: values[at], mean: means[at] })) };
+  });
+  const all = lines.flatMap(({ known }) => known);
+  const extreme = (/** @type {(a: number, b: number) => number} */ pick, /** @type {number[]} */ of) =>
+    of.reduce((a, b) => pick(a, b), of[0] ?? 0);
+  const [values, steps] = [all.map(({ value }) => value), all.map(({ step }) => step)];
+  const [low, high] = [extreme(Math.min, values), extreme(Math.max, values)];
+  const [first, last] = [extreme(Math.min, steps), extreme(Math.max, steps)];
+  const [up, across] = [ticks(low, high, 4), ticks(first, last, 6)];
+  const x = (/** @type {number} */ step) =>
+    last === first ? WIDTH / 2 : (WIDTH * (step - first)) / (last - first);
+  const y = (/** @type {number} */ value) =>
+    (HEIGHT * (up[up.length - 1] - value)) / (up[up.length - 1] - up[0]);
+  return {
+    low,
+    high,
+    ups: up.map((value) => ({ value, y: y(value) })),
+    acrosses: across
+      .filter((step) => step >= first && step <= last && Number.isInteger(step))
+      .map((step) => ({ step, x: x(step) })),
+    lines: lines.map(({ name, known }) => ({
+      name,
+      placed: known.map((one) => ({ ...one, x: x(one.step), y: y(one.value), smooth: y(one.mean) })),
+    })),
+  };
+}
+
+/** @typedef {ReturnType<typeof layout>["lines"][number]["placed"][number]} Placed */
+
+/**
+ * The point nearest to a place.
+ * @param {Placed[]} placed
+ * @param {number} x
+ */
+const nearest = (placed, x) =>
+  placed.reduce((best, one, at) => (best < 0 || Math.abs(one.x - x) < Math.abs(placed[best].x - x) ? at : best), -1);
+
+/**
+ * The curves of one name, of this run and those before, with a mark that follows the pointer or the
+ * arrow keys.
  * @param {string} name
  */
 function chart(name) {
   const label = LABELS[name] ?? name;
   const value = h("span", { class: "sn-value" });
-  const range = h("span", { class: "sn-dim" });
-  const line = s("polyline", { class: "sn-line" });
   const mark = h("i", { class: "sn-mark", hidden: true });
   const svg = s("svg", {
     viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
     preserveAspectRatio: "none",
     "aria-hidden": "true",
   });
-  svg.append(line);
   const plot = h("div", { class: "sn-plot", tabindex: 0, role: "img" });
-  plot.append(svg, mark);
+  const axis = h("div", { class: "sn-axis", "aria-hidden": "true" });
+  plot.append(svg, axis, mark);
+  const runs = h("div", { class: "sn-runs", "data-testid": "runs" });
   const figure = h(
     "figure",
     { "data-testid": `curve-${name}` },
     h("figcaption", {}, h("span", { class: "sn-name" }, label), value),
     plot,
-    range,
+    runs,
   );
-  let shape = layout([], 1);
-  let at = -1; // the marked point; -1 is the last one, unmarked
+  let shape = layout([]);
+  let smoothed = false;
+  let at = -1; // the marked point of this run; -1 is the last one, unmarked
+  const placed = () => shape.lines[shape.lines.length - 1]?.placed ?? [];
 
   function show() {
-    const point = shape.placed[at] ?? shape.placed[shape.placed.length - 1];
-    mark.hidden = !shape.placed[at];
+    const points = placed();
+    const point = points[at] ?? points[points.length - 1];
+    mark.hidden = !points[at];
+    const near = point && points[at] ? point.x : WIDTH;
+    const several = shape.lines.length > 1;
+    fill(
+      runs,
+      ...(several ? shape.lines : []).map(({ name: run, placed: its }, number) => {
+        const one = its[nearest(its, near)];
+        const swatch = h("i", { class: "sn-swatch" });
+        swatch.dataset.run = String(shape.lines.length - 1 - number);
+        return h("span", {}, swatch, `${run}${one ? ` ${short(one.value)}` : ""}`);
+      }),
+    );
     if (!point) return;
     mark.style.left = `${(100 * point.x) / WIDTH}%`;
     mark.style.top = `${(100 * point.y) / HEIGHT}%`;
-    setText(value, short(point.value) + (shape.placed[at] ? ` at step ${point.step}` : ""));
+    const mean = smoothed ? ` (mean ${short(point.mean)})` : "";
+    setText(value, short(point.value) + mean + (points[at] ? ` at step ${point.step}` : ""));
     const reach = `from ${short(shape.low)} to ${short(shape.high)}`;
-    setText(range, reach);
     plot.setAttribute("aria-label", `${label}: ${short(point.value)} at step ${point.step}, ${reach}`);
   }
 
   plot.addEventListener("pointermove", (event) => {
     const box = plot.getBoundingClientRect();
-    const x = (WIDTH * (event.clientX - box.left)) / box.width;
-    const near = (/** @type {number} */ place) => Math.abs(shape.placed[place].x - x);
-    at = shape.placed.reduce((best, _, place) => (best < 0 || near(place) < near(best) ? place : best), -1);
+    at = nearest(placed(), (WIDTH * (event.clientX - box.left)) / box.width);
     show();
   });
   const leave = () => {
@@ -113,7 +183,7 @@ function chart(name) {
   plot.addEventListener("pointerleave", leave);
   plot.addEventListener("blur", leave);
   plot.addEventListener("keydown", (event) => {
-    const last = shape.placed.length - 1;
+    const last = placed().length - 1;
     const here = at < 0 ? last : at;
     const steps = /** @type {Record<string, number>} */ ({
       ArrowLeft: here - 1,
@@ -127,17 +197,39 @@ function chart(name) {
     at = Math.max(0, Math.min(steps[event.key], last));
     show();
   });
+  const line = (/** @type {Placed[]} */ points, /** @type {"y" | "smooth"} */ which, kind = "") =>
+    s("polyline", {
+      class: `sn-line ${kind}`,
+      points: points.map((one) => `${one.x.toFixed(1)},${one[which].toFixed(1)}`).join(" "),
+    });
   return {
     figure,
     /**
-     * @param {Point[]} points
-     * @param {number} place
+     * @param {Series[]} series the last one is this run
+     * @param {number} weight
      */
-    draw(points, place) {
-      const followed = at >= 0 ? shape.placed[at]?.step : undefined;
-      shape = layout(points, place);
-      if (followed !== undefined) at = shape.placed.findIndex((point) => point.step >= followed);
-      line.setAttribute("points", shape.placed.map(({ x, y }) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" "));
+    draw(series, weight) {
+      const followed = at >= 0 ? placed()[at]?.step : undefined;
+      shape = layout(series, weight);
+      smoothed = weight > 0;
+      if (followed !== undefined) at = placed().findIndex((point) => point.step >= followed);
+      const grid = shape.ups.map(({ y }) => s("line", { class: "sn-grid", x1: 0, x2: WIDTH, y1: y, y2: y }));
+      const lines = shape.lines.flatMap(({ placed: points }, number) => {
+        const made = [line(points, "y", smoothed ? "sn-faint" : "")];
+        if (smoothed) made.push(line(points, "smooth"));
+        for (const one of made) one.dataset.run = String(shape.lines.length - 1 - number);
+        return made;
+      });
+      svg.replaceChildren(...grid, ...lines);
+      fill(
+        axis,
+        ...shape.ups.map(({ value: of, y }) =>
+          h("span", { class: "sn-up", style: `top: ${(100 * y) / HEIGHT}%` }, short(of)),
+        ),
+        ...shape.acrosses.map(({ step, x }) =>
+          h("span", { class: "sn-across", style: `left: ${(100 * x) / WIDTH}%` }, number(step)),
+        ),
+      );
       show();
     },
   };
@@ -152,13 +244,28 @@ function build({ model, root }) {
   const stop = h("button", { type: "button", onclick: () => ask("stop") });
   const alarm = h("div", { class: "sn-alarm", role: "alert" });
   const hint = h("div", { class: "sn-hint", role: "status", hidden: true });
+  const outcome = h("div", { role: "status", "data-testid": "outcome" });
   const charts = h("div", { class: "sn-charts" });
+  const slider = h("input", {
+    type: "range",
+    min: 0,
+    max: 0.99,
+    step: 0.01,
+    "data-testid": "smoothing",
+    oninput: () => {
+      model.set("smoothing", Number(slider.value));
+      model.save_changes();
+    },
+  });
+  const smoothing = h("label", { class: "sn-dim sn-smoothing" }, "smoothing", slider);
   const told = h("ul", { class: "sn-told", "aria-label": "Failovers", "data-testid": "told" });
   fill(
     root,
     h("div", { class: "sn-bar" }, state, progress, facts, h("span", { class: "sn-buttons" }, pause, stop)),
     hint,
+    outcome,
     alarm,
+    smoothing,
     charts,
     told,
   );
@@ -221,29 +328,38 @@ function build({ model, root }) {
   }
 
   function draw() {
-    const names = /** @type {string[]} */ (model.get("names"));
-    const points = /** @type {Point[]} */ (model.get("points"));
+    const now = { name: model.get("run_name"), names: model.get("names"), points: model.get("points") };
+    const runs = /** @type {Array<{ name: string, names: string[], points: Point[] }>} */ ([
+      ...model.get("runs"),
+      now,
+    ]);
+    const names = [...new Set(runs.flatMap((run) => run.names))];
+    const weight = model.get("smoothing");
+    if (slider.value !== String(weight)) slider.value = String(weight);
+    smoothing.hidden = !names.length;
     for (const name of known.keys()) {
       if (!names.includes(name)) {
         known.get(name)?.figure.remove();
         known.delete(name);
       }
     }
-    names.forEach((name, place) => {
+    names.forEach((name) => {
       let one = known.get(name);
       if (!one) {
         one = chart(name);
         known.set(name, one);
         charts.append(one.figure);
       }
-      one.draw(points, place + 1);
+      const series = runs.map((run) => ({ ...run, place: run.names.indexOf(name) + 1 }));
+      one.draw(series.filter((run) => run.place > 0 || run.points === now.points), weight);
     });
   }
 
   return [
     follow(model, ["state", "saves", "total"], answered),
     follow(model, ["step", "total", "elapsed", "tokens", "speed", "retries", "failovers", "state"], count),
-    follow(model, ["names", "points"], draw),
+    follow(model, ["names", "points", "runs", "run_name", "smoothing"], draw),
+    follow(model, ["outcome"], () => setText(outcome, model.get("outcome"))),
     follow(model, ["alarm"], () => {
       setText(alarm, model.get("alarm"));
       alarm.hidden = !model.get("alarm");

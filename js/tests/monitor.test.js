@@ -1,5 +1,5 @@
 import { afterEach, expect, test, vi } from "vitest";
-import monitor, { layout, short } from "../src/monitor.js";
+import monitor, { layout, short, smooth, ticks } from "../src/monitor.js";
 import { FakeModel, show } from "./fake_model.js";
 
 const START = {
@@ -15,6 +15,10 @@ const START = {
   retries: 0,
   failovers: 0,
   told: [],
+  runs: [],
+  run_name: "run 1",
+  smoothing: 0,
+  outcome: "",
   saves: true,
   background: true,
 };
@@ -34,7 +38,9 @@ test("facts, curves, and new curves as they come", () => {
   expect(shown.byId("facts").textContent).toBe(
     "step 2 of 10 · 6 s · about 24 s left · 300 tokens · 50 tokens/s · 0 retries, 0 failovers",
   );
-  expect(shown.byId("curve-loss").textContent).toContain("3from 3 to 4");
+  expect(shown.find(".sn-value").textContent).toBe("3");
+  expect(shown.all(".sn-up").map((tick) => tick.textContent)).toEqual(["3", "3.5", "4"]);
+  expect(shown.all(".sn-across").map((tick) => tick.textContent)).toEqual(["1", "2"]);
   fake.update({ names: ["loss", "<i>"], points: [[1, 4, null], [2, 3, null], [3, null, 7]], step: 3 });
   expect(shown.byId("curve-<i>").textContent).toContain("<i>7");
   expect(shown.all("i:not(.sn-mark)").length).toBe(0);
@@ -79,10 +85,41 @@ test("arrow keys walk along a curve", () => {
   expect(shown.find(".sn-value").textContent).toBe("3");
 });
 
+test("runs before lie under the present one, each with its value where the pointer is", () => {
+  const before = { name: "run 1", names: ["loss"], points: [[1, 5], [4, 2]] };
+  const shown = show(monitor, new FakeModel({ ...START, runs: [before], run_name: "run 2" }));
+  expect(shown.all("polyline").map((line) => line.getAttribute("data-run"))).toEqual(["1", "0"]);
+  expect(shown.byId("runs").textContent).toBe("run 1 2run 2 3");
+  const plot = shown.find(".sn-plot");
+  plot.dispatchEvent(new KeyboardEvent("keydown", { key: "Home", bubbles: true }));
+  expect(shown.byId("runs").textContent).toBe("run 1 5run 2 4");
+});
+
+test("smoothing is a trait and draws the mean over the values", () => {
+  const fake = new FakeModel(START);
+  const shown = show(monitor, fake);
+  const slider = /** @type {HTMLInputElement} */ (shown.byId("smoothing"));
+  slider.value = "0.5";
+  slider.dispatchEvent(new Event("input"));
+  expect(fake.saved).toEqual({ smoothing: 0.5 });
+  expect(shown.all("polyline").length).toBe(2);
+  expect(shown.find(".sn-value").textContent).toBe("3 (mean 3.333)");
+});
+
+test("what became of a stopped run is said", () => {
+  const fake = new FakeModel(START);
+  const shown = show(monitor, fake);
+  fake.update({ state: "stopped", outcome: "saved to my-adapter" });
+  expect(shown.byId("outcome").textContent).toBe("saved to my-adapter");
+});
+
 test("places on a chart", () => {
-  expect(layout([], 1).placed).toEqual([]);
-  const one = layout([[5, 2], [6, null], [9, 1]], 1);
-  expect([one.low, one.high, one.placed.map(({ x }) => x)]).toEqual([1, 2, [0, 240]]);
+  expect(layout([]).lines).toEqual([]);
+  const one = layout([{ name: "a", points: [[5, 2], [6, null], [9, 1]], place: 1 }]);
+  expect([one.low, one.high, one.lines[0].placed.map(({ x }) => x)]).toEqual([1, 2, [0, 400]]);
+  expect(ticks(0.13, 0.92, 4)).toEqual([0, 0.2, 0.4, 0.6000000000000001, 0.8, 1]);
+  expect(ticks(3, 3, 4).length).toBeGreaterThan(1);
+  expect(smooth([4, 3], 0.5)).toEqual([4, (0.25 * 4 + 0.5 * 3) / 0.75]);
   expect([short(0), short(0.00001234), short(1.23456), short(1234567)]).toEqual(
     ["0", "1.23e-5", "1.235", "1.23e+6"],
   );

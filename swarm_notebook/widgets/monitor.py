@@ -43,12 +43,13 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingMonitor(TrainingRun):
-    """Curves of one training run at a time, and the buttons that steer it.
+    """Curves of a training run, over those of the runs before, and the buttons that steer it.
 
     Args:
         swarm: whose retries and failovers are counted; None for a local model.
         total: how many steps there will be, if that is known.
-        save: called, in the thread that trains, when the run is stopped before its end.
+        save: called, in the thread that trains, when the run is stopped before its end. What it
+            returns, such as a path, is shown as the place.
 
     Attributes:
         state: ``ready``, ``running``, ``paused``, ``stopping``, ``stopped``, ``finished`` or
@@ -147,6 +148,8 @@ class TrainingMonitor(TrainingRun):
 
 def _number(name: str, value: Any) -> float:
     try:
+        if hasattr(value, "detach"):
+            value = value.detach()  # torch warns where a number is made of what has a gradient
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: {type(value).__name__} is not one number") from None

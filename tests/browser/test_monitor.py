@@ -19,7 +19,11 @@ lora = get_peft_model(swarm.model, LoraConfig(target_modules=["q_proj"], r=2))
 optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-3)
 batch = tokenizer("The capital of France is Paris.", return_tensors="pt")
 saved = []
-monitor = TrainingMonitor(swarm, total=TOTAL, save=lambda: saved.append(monitor.step))
+def save():
+    saved.append(monitor.step)
+    return "my-adapter"
+
+monitor = TrainingMonitor(swarm, total=TOTAL, save=save)
 
 def train():
     for _ in range(TOTAL):
@@ -65,6 +69,8 @@ def test_a_curve_is_read_by_keyboard(monitor: Locator) -> None:
 
 def test_pictures(monitor: Locator, picture: Callable[[Locator, str], None]) -> None:
     expect(monitor.get_by_test_id("facts")).to_contain_text("tokens/s")
+    monitor.get_by_test_id("smoothing").fill("0.8")
+    expect(monitor.get_by_test_id("curve-loss")).to_contain_text("mean")
     picture(monitor, "monitor")
 
 
@@ -72,6 +78,7 @@ def test_stop_saves(notebook: Notebook, monitor: Locator) -> None:
     monitor.get_by_role("button", name="Stop and save").click()
     expect(monitor.get_by_test_id("state")).to_have_text("stopped")
     expect(monitor.get_by_role("button")).to_have_count(0)
+    expect(monitor.get_by_test_id("outcome")).to_have_text("saved to my-adapter")
     assert notebook.value("monitor.wait(), saved == [monitor.step], monitor.step < TOTAL") == (
         "(None, True, True)"
     )

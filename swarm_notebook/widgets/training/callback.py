@@ -47,6 +47,10 @@ class MonitorCallback(TrainerCallback):
             control.should_training_stop = control.should_save = True
         return control
 
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._monitor.state == "stopping":
+            self._monitor.saved(f"{args.output_dir}/checkpoint-{state.global_step}")
+
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._counter.remove()
         if self._owner:

@@ -86,7 +86,7 @@ def _figure(name: str, points: Sequence[tuple[float | None, float | None]]) -> s
     )
     return (
         f"<figure><figcaption>{escape(name)}: {known[-1][1]:.4g} "
-        f"({low:.4g} to {high:.4g})</figcaption>"
+        f"({low:.4g} to {high:.4g}, steps {left:.0f} to {right:.0f})</figcaption>"
         f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{escape(name)}">'
         f'<polyline points="{places}"/></svg></figure>'
     )

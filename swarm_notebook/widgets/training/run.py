@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -113,11 +114,18 @@ class TrainingRun(TrainingView):
         self._flush()
         try:
             if self._save is not None:
-                self._save()
+                self.saved(self._save())
         except BaseException as failure:
             self._end("failed", failure)
             raise
+        if not self.outcome:
+            self.update(outcome="not saved: TrainingMonitor(save=…) says how")
         self._end("stopped")
+
+    def saved(self, place: object) -> None:
+        """The run was saved, there, if that is known."""
+        there = f" to {place}" if isinstance(place, str | Path) and str(place) else ""
+        self.update(outcome=f"saved{there}")
 
     def _turn(self, before: str, after: str) -> None:
         with self._changing:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from swarm_notebook.swarm import Swarm
 
 TICK_SECONDS = 0.25
+KEPT = 4  # runs before the present one: as many as there are colours that all people tell apart
 TOLD = 5  # failovers that are shown in words
 
 
@@ -31,6 +32,16 @@ class TrainingView(Widget, module="monitor"):
     points = traitlets.List(
         traitlets.List(), help="[step, value or null per name], thinned out"
     ).tag(sync=True)
+    runs: traitlets.List[dict[str, Any]] = traitlets.List(
+        help="runs before this one: name, names, points"
+    ).tag(sync=True)
+    run_name = traitlets.Unicode("run 1").tag(sync=True)
+    smoothing = traitlets.Float(
+        0.0, help="weight of what came before in the mean that is drawn, 0 to 0.99"
+    ).tag(sync=True)
+    outcome = traitlets.Unicode(help="of a run that was stopped: whether it was saved").tag(
+        sync=True
+    )
     alarm = traitlets.Unicode(help="a value that is no number").tag(sync=True)
     elapsed = traitlets.Float(help="seconds, without pauses").tag(sync=True)
     tokens = traitlets.Int().tag(sync=True)
@@ -41,6 +52,8 @@ class TrainingView(Widget, module="monitor"):
     saves = traitlets.Bool(help="stopping saves").tag(sync=True)
     background = traitlets.Bool(help="started by run").tag(sync=True)
 
+    NEEDS_SWARM = False  # what a run has logged stays true
+
     def __init__(self, swarm: Swarm | None, **traits: Any) -> None:
         super().__init__(**traits)
         self._swarm = swarm
@@ -48,6 +61,7 @@ class TrainingView(Widget, module="monitor"):
         self._changing = threading.Condition()
         self._shown = False
         self._ended = threading.Event()
+        self._begun = 1
         self._ticker: threading.Thread | None = None
 
     @property
@@ -61,6 +75,8 @@ class TrainingView(Widget, module="monitor"):
     def picture(self) -> str:
         total = f" of {self.total}" if self.total else ""
         line = f"{self.state} at step {self.step}{total}"
+        if self.outcome:
+            line += f"; {self.outcome}"
         if self.alarm:
             line += f"; {self.alarm}"
         if self.retries:
@@ -81,9 +97,14 @@ class TrainingView(Widget, module="monitor"):
             display(self)
 
     def _begin_anew(self) -> None:
-        """Forget the last run, and follow a new one."""
+        """Follow a new run; the curves of those before stay beside it."""
+        runs = list(self.runs)
+        if self.points:
+            runs.append({"name": self.run_name, "names": self.names, "points": self.points})
+            self._begun += 1
         self._record = TrainingRecord(time.perf_counter())
         self.update(
+            runs=runs[-KEPT:], run_name=f"run {self._begun}", outcome="",
             state="running", step=0, names=[], points=[], alarm="", error="", told=[],
             elapsed=0.0, tokens=0, speed=None, retries=0, failovers=0,
         )  # fmt: skip

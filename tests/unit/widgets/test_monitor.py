@@ -41,9 +41,21 @@ def test_a_loop_is_followed() -> None:
     assert monitor.history[2] == {"step": 3, "loss": 1.0, "learning_rate": 1e-3, "tokens": 10}
     assert monitor.speed > 0
     assert "finished at step 3 of 3" in monitor.picture()
-    with monitor:  # another run begins anew
+    before = monitor.points
+    with monitor:  # another run begins anew, over the curves of this one
         monitor.log(loss=5.0)
     assert monitor.points == [[1, 5.0]]
+    assert [(run["name"], run["points"]) for run in monitor.runs] == [("run 1", before)]
+    assert monitor.run_name == "run 2"
+
+
+def test_a_loss_with_a_gradient_is_logged_without_a_warning(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    with TrainingMonitor() as monitor:
+        monitor.log(loss=torch.ones((), requires_grad=True) * 2)
+    assert monitor.history == [{"step": 1, "loss": 2.0}]
+    assert not recwarn.list
 
 
 def test_wrong_use_is_said() -> None:
@@ -92,6 +104,7 @@ def test_pause_resume_and_stop_and_save() -> None:
     go.release()
     assert monitor.wait(PATIENCE) is None
     assert (monitor.state, saved, monitor.step) == ("stopped", [5], 5)
+    assert monitor.outcome == "saved"
     act(monitor, "resume")
     assert monitor.state == "stopped"
 
@@ -104,11 +117,12 @@ def test_stopping_a_paused_run_ends_it() -> None:
     act(monitor, "stop")
     monitor.wait(PATIENCE)
     assert monitor.state == "stopped"
+    assert monitor.outcome.startswith("not saved")
 
 
 def test_an_interrupt_saves_and_goes_on() -> None:
     saved: list[int] = []
-    monitor = TrainingMonitor(save=lambda: saved.append(1))
+    monitor = TrainingMonitor(save=lambda: saved.append(1) or "my-adapter")
 
     def interrupted() -> None:
         with monitor, monitor:
@@ -118,6 +132,7 @@ def test_an_interrupt_saves_and_goes_on() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert (monitor.state, saved) == ("stopped", [1])
+    assert monitor.outcome == "saved to my-adapter"
 
 
 def test_failures_are_shown_and_raised() -> None:
@@ -211,3 +226,4 @@ def test_a_trainer_is_stopped_and_saves(trainer: Callable[..., Any], tmp_path: P
     monitor.wait(PATIENCE)
     assert (monitor.state, monitor.step, ready.state.global_step) == ("stopped", 4, 4)
     assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").exists()
+    assert monitor.outcome == f"saved to {tmp_path}/checkpoint-4"
