@@ -7,6 +7,7 @@ import {
 import {
   button,
   isRunning,
+  modelTitle,
   ownKeys,
   runFacts,
   samplingControls,
@@ -260,11 +261,12 @@ function build({ model, root }) {
   const markdown = () => said().map((turn) => `**${nameOf(turn)}**\n\n${turn.text}\n`).join("\n");
   const json = () =>
     JSON.stringify(said().map(({ role, text }) => ({ role, content: text })), null, 2);
+  const title = modelTitle(model);
   const controls = samplingControls(model);
   const facts = runFacts(model);
   fill(
     root,
-    h("div", { class: "sn-dim sn-title" }, model.get("title")),
+    title.element,
     log,
     message,
     h(
@@ -287,6 +289,7 @@ function build({ model, root }) {
   );
   return [
     controls.end,
+    title.end,
     sight.end,
     ...facts.ends,
     follow(model, ["turns", "state", "can_restore"], () => {

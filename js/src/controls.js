@@ -141,6 +141,30 @@ export const button = (label, id, press, kind = "") =>
   h("button", { type: "button", class: kind || null, "data-testid": id, onclick: press }, label);
 
 /**
+ * The model's name, and the adapters that take part when it writes.
+ * @param {Model} model
+ */
+export function modelTitle(model) {
+  const on = h("input", {
+    type: "checkbox",
+    "data-testid": "adapters-on",
+    title: "Switches the adapter on or off for all that use this model",
+    onchange: () => act(model, "switch_adapters", { on: on.checked }),
+  });
+  const names = h("span");
+  const adapters = h("label", { class: "sn-adapters", "data-testid": "adapters" }, on, names);
+  const element = h("div", { class: "sn-dim sn-title" }, h("span", {}, model.get("title")), adapters);
+  const end = follow(model, ["adapters", "adapters_on", "state"], () => {
+    const found = model.get("adapters");
+    adapters.hidden = !found.length;
+    setText(names, `with adapter ${found.join(", ")}`);
+    on.checked = model.get("adapters_on");
+    on.disabled = isRunning(model);
+  });
+  return { element, end };
+}
+
+/**
  * ‹ 1/2 ›: which of several is shown.
  * @param {string} what one of them
  * @param {(to: number) => void} choose

@@ -4,6 +4,7 @@ import { act, fill, follow, h, setText, widget } from "./dom.js";
 import {
   button,
   isRunning,
+  modelTitle,
   ownKeys,
   runFacts,
   samplingControls,
@@ -51,6 +52,7 @@ function build({ model, root }) {
   const stop = stopButton(model);
   const resume = button("Continue", "continue", () => act(model, "resume"));
   resume.title = "Go on where this text ends";
+  const title = modelTitle(model);
   const controls = samplingControls(model);
   const steps = stepper("text", (text) => act(model, "choose", { text }));
   const origin = h("span", { class: "sn-dim sn-origin", "data-testid": "origin" });
@@ -94,7 +96,7 @@ function build({ model, root }) {
   );
   fill(
     root,
-    h("div", { class: "sn-dim sn-title" }, model.get("title")),
+    title.element,
     prompt.area,
     h(
       "div",
@@ -113,6 +115,7 @@ function build({ model, root }) {
   return [
     prompt.end,
     controls.end,
+    title.end,
     tokens.end,
     ...facts.ends,
     follow(model, ["chat"], () => {

@@ -181,7 +181,7 @@ function lossItem([when, , name, start, end, reason, taken, seconds]) {
     ? `${blocks} continued on ${taken.join(", ")}${seconds === null ? " …" : ` after ${duration(seconds)}`}`
     : `no replacement for ${blocks} yet`;
   return h(
-    "li",
+    "div",
     { "data-testid": "failover", class: seconds === null ? null : "sn-mended", title: reason },
     `${time} ${name} lost, ${then}`,
   );
@@ -265,7 +265,7 @@ function build({ model, root }) {
   );
   const facts = factList({ class: "sn-detail", "data-testid": "detail", hidden: true });
   const detail = facts.element;
-  const log = h("ul", { class: "sn-log", role: "log", "aria-label": "Servers lost" });
+  const log = h("div", { class: "sn-log", role: "log", "aria-label": "Servers lost" });
   fill(
     root,
     h("div", { class: "sn-head" }, h("span", { class: "sn-title" }, model.get("title")), headline,
@@ -275,6 +275,7 @@ function build({ model, root }) {
     detail,
     log,
     legend(),
+    h("div", { class: "sn-narrow sn-dim" }, "More columns in a wider cell; select a server to see all of it."),
   );
 
   /** @type {Row[]} */

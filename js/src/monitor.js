@@ -34,7 +34,7 @@ function s(tag, attributes = {}) {
  */
 export function short(value) {
   const size = Math.abs(value);
-  if (size && (size < 0.001 || size >= 100000)) return value.toExponential(2);
+  if (size && (size < 0.001 || size >= 100000)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(4)));
 }
 

@@ -17,6 +17,8 @@ const TURNS = [
 const model = (more = {}) =>
   new FakeModel({
     title: "tiny",
+    adapters: [],
+    adapters_on: true,
     has_template: true,
     do_sample: false,
     temperature: 1,

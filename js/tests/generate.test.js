@@ -20,6 +20,8 @@ const cell = (text, probability = 0.75, special = false) => [text, probability, 
 const model = (more = {}) =>
   new FakeModel({
     title: "tiny",
+    adapters: [],
+    adapters_on: true,
     prompt: "Hello",
     chat: false,
     has_template: true,
@@ -226,6 +228,17 @@ describe("the text", () => {
       "sn-token sn-edited",
     ]);
   });
+});
+
+test("an adapter in the model is named, and can be switched off", () => {
+  const fake = model();
+  const view = show(generate, fake);
+  expect(view.byId("adapters").hidden).toBe(true);
+  fake.update({ adapters: ["my-style"] });
+  expect(view.byId("adapters").hidden).toBe(false);
+  expect(view.byId("adapters").textContent).toBe("with adapter my-style");
+  view.byId("adapters-on").click();
+  expect(fake.sent).toEqual([{ action: "switch_adapters", with: { on: false } }]);
 });
 
 describe("texts", () => {

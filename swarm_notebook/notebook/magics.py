@@ -233,6 +233,11 @@ class SwarmMagics:
             pieces.append(piece)
             print(piece, end="", flush=True)
 
+        from swarm_notebook.writing.adapters import adapters
+
+        names, on = adapters(swarm.model)
+        if names and on:
+            print(f"[with adapter {', '.join(names)}]")
         try:
             swarm.generate(
                 arguments.prompt, chat=not arguments.raw, stream=show, **_sampling(arguments)

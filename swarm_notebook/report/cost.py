@@ -122,7 +122,7 @@ class Preview:
             f'<tr><td class="sn-dim">{escape(name)}</td><td>{escape(text)}</td></tr>'
             for name, text in rows
         )
-        html = _view(self.model, "before it runs", f"<tbody>{body}</tbody>")
+        html = _view(self.model, "estimate", f"<tbody>{body}</tbody>")
         return {"text/plain": repr(self), "text/html": html}
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PARTS = HopTimes._fields[4:]
 
 WIDTH, HEIGHT, LEFT = 640, 120, 56
+ROW, NAMES, NAME_LETTERS = 18, 110, 16
 MAX_BARS = 160  # four pixels each
 SPIKE = 1.25  # how far above the 95th percentile a bar may rise before it is cut
 
@@ -174,11 +175,13 @@ class Trace:
         return "\n".join([*lines, *(f"lost: {clean(reason)}" for reason in self.failovers)])
 
     def as_html(self) -> str:
-        """The headline, a plot of all passes but the first, and a table of the mean one."""
+        """The headline, a plot of all passes but the first; the mean one as a way and a table."""
         first = head(self.title, f'<span class="sn-dim">{escape(self.headline)}</span>')
         lost = "".join(f'<div class="sn-alarm">{escape(reason)}</div>' for reason in self.failovers)
         shown = self.mean or (self.passes[0] if self.passes else None)
-        body = "" if shown is None else _plot(self.passes[1:]) + _html_table(shown)
+        body = (
+            "" if shown is None else _plot(self.passes[1:]) + _waterfall(shown) + _html_table(shown)
+        )
         return view(first + lost + body)
 
     def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
@@ -237,7 +240,7 @@ def _rows(one: PassTimes) -> list[list[str | None]]:
         parts = [f"{1000 * getattr(server, part):.2f}" for part in PARTS]
         rows.append([server.name, server.blocks, *parts, f"{1000 * server.seconds:.2f}"])
     totals = [f"{1000 * one.part(part):.2f}" for part in PARTS]
-    return [*rows, ["together", None, *totals, f"{1000 * one.seconds:.2f}"]]
+    return [*rows, ["total", None, *totals, f"{1000 * one.seconds:.2f}"]]
 
 
 def _ms(seconds: float) -> str:
@@ -252,9 +255,7 @@ def _html_table(one: PassTimes) -> str:
     for server in one.servers:
         parts = [_html_ms(getattr(server, part)) for part in PARTS]
         rows.append(_html_row(escape(server.name), server.blocks, parts, server.seconds))
-    rows.append(
-        _html_row("together", "", [_html_ms(one.part(part)) for part in PARTS], one.seconds)
-    )
+    rows.append(_html_row("total", "", [_html_ms(one.part(part)) for part in PARTS], one.seconds))
     return (
         f'<table class="sn-table"><thead><tr>{titles}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
@@ -291,6 +292,35 @@ def _plot(passes: Sequence[PassTimes]) -> str:
     return (
         f'<svg viewBox="0 -8 {WIDTH} {HEIGHT + 16}" width="100%" style="max-width:{WIDTH}px" '
         f'role="img" aria-label="milliseconds of each pass by part">{axis}{"".join(drawn)}</svg>'
+    )
+
+
+def _waterfall(one: PassTimes) -> str:
+    """One pass from left to right: the notebook, then a row per server, its parts in a row."""
+    whole = one.seconds or 1.0
+    rows = [("notebook", [("client", one.client)])]
+    rows += [(hop.name, [(part, getattr(hop, part)) for part in PARTS]) for hop in one.servers]
+    drawn, began = [], 0.0
+    for number, (name, parts) in enumerate(rows):
+        y = ROW * number
+        drawn.append(
+            f'<text x="{NAMES - 6}" y="{y + 12}" text-anchor="end" font-size="12" '
+            f'fill="currentColor" opacity=".8">{escape(name[:NAME_LETTERS])}</text>'
+        )
+        for part, seconds in parts:
+            left, width = (WIDTH - NAMES) * began / whole, (WIDTH - NAMES) * seconds / whole
+            began += seconds
+            if width > 0.05:
+                drawn.append(
+                    f'<rect x="{NAMES + left:.1f}" y="{y + 3}" width="{max(width, 0.6):.1f}" '
+                    f'height="{ROW - 6}" fill="{_COLOURS[part]}">'
+                    f"<title>{escape(name)}: {part} {_ms(seconds)}</title></rect>"
+                )
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {ROW * len(rows)}" width="100%" '
+        f'style="max-width:{WIDTH}px;margin:6px 0" role="img" '
+        f'aria-label="the way of one pass, {_ms(one.seconds)} from left to right">'
+        f"{''.join(drawn)}</svg>"
     )
 
 

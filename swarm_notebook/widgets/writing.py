@@ -20,6 +20,7 @@ from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.pulse import start_pulse
 from swarm_notebook.widgets.parts.throttle import Throttle
 from swarm_notebook.writing import Sampling, Vocabulary, Writer
+from swarm_notebook.writing.adapters import adapters, switch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +75,8 @@ class WritingWidget(Widget):
     """
 
     title = traitlets.Unicode().tag(sync=True)
+    adapters = traitlets.List(traitlets.Unicode(), help="PEFT's, in the model").tag(sync=True)
+    adapters_on = traitlets.Bool(True).tag(sync=True)
     has_template = traitlets.Bool(help="the tokenizer has a chat template").tag(sync=True)
     do_sample = traitlets.Bool().tag(sync=True)
     temperature = traitlets.CFloat().tag(sync=True)
@@ -121,6 +124,7 @@ class WritingWidget(Widget):
             **{key: getattr(sampling, key) for key in SAMPLING},
             **options,
         )
+        self._look_for_adapters()
         self.observe(lambda _: self._views.ask(), self._estimate_traits())
         self._views.ask()
 
@@ -137,6 +141,28 @@ class WritingWidget(Widget):
     def stop(self) -> None:
         """End the run after the present token; asked twice, at once. Text and cache are kept."""
         self.writer.stop()
+
+    @action
+    def switch_adapters(self, on: bool) -> None:
+        """Let the adapters in the model take part or not, here and in all that use the model.
+
+        Raises:
+            Busy: a run is going on.
+        """
+        self.writer.forget()
+        switch(self._model, on)
+        self._look_for_adapters()
+
+    def beat(self) -> None:
+        """As every widget's; an adapter that has come or gone is shown, too."""
+        super().beat()
+        if not self.writer.running:
+            self._look_for_adapters()
+
+    def _look_for_adapters(self) -> None:
+        names, on = adapters(self._model)
+        if (names, on) != (self.adapters, self.adapters_on):
+            self.update(adapters=names, adapters_on=on)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the run to end and the views to know; whether it has.
@@ -159,6 +185,7 @@ class WritingWidget(Widget):
         """Begin a run; what `begin` raises means that there is none."""
         before = self._swarm.bill() if self._swarm is not None else None
         with self._counting:
+            self._look_for_adapters()
             begin()
             self._before = before
             self._runs += 1

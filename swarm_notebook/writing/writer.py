@@ -92,7 +92,7 @@ class Writer:
             ValueError: the prompt is empty.
         """
         if not prompt:
-            raise ValueError("prompt: it has no tokens; give the model something to begin with")
+            raise ValueError("The prompt is empty.")
         self._begin(lambda: setattr(self, "draft", Draft(list(prompt))), sampling, anew=True)
 
     def resume(self, sampling: Sampling) -> None:
@@ -137,6 +137,16 @@ class Writer:
             self._refuse_if_running()
             self.draft = draft
         self._on_change()
+
+    def forget(self) -> None:
+        """Drop what the model has computed, as when it is no longer the same model.
+
+        Raises:
+            Busy: a run is going on.
+        """
+        with self._lock:
+            self._refuse_if_running()
+            self._keys.forget()
 
     def stop(self) -> None:
         """End the run after the present token; asked again, without waiting for that token."""

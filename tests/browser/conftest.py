@@ -17,7 +17,26 @@ from browser.notebook import Notebook
 from playwright.sync_api import Browser, Locator
 
 DESK = pytest.StashKey["Notebook"]()
+AXE = Path(__file__).parents[2] / "js" / "node_modules" / "axe-core" / "axe.min.js"
+LOOK = """async (part) => {
+  const tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"];
+  const { violations } = await window.axe.run(part, { runOnly: { type: "tag", values: tags } });
+  return violations.flatMap(({ id, help, nodes }) =>
+    nodes.map(({ html, failureSummary }) => `${id}: ${help}: ${html}: ${failureSummary}`));
+}"""
 SCREENS = Path(__file__).parents[2] / "build" / "browser"
+
+
+def faults(part: Locator) -> list[str]:
+    """What axe-core finds that a part of the screen keeps from people, by WCAG 2.1 A and AA.
+
+    Without npm's packages nothing is looked at.
+    """
+    if not AXE.exists():
+        return []
+    part.page.evaluate(f"window.axe ?? (() => {{ {AXE.read_text('utf-8')} }})()")
+    found: list[str] = part.evaluate(LOOK)
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -73,12 +92,13 @@ def _what_was_seen(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def picture(notebook: Notebook) -> Callable[[Locator, str], None]:
-    """Keeps what a part of the screen looks like, in both themes."""
+    """Keeps what a part of the screen looks like, in both themes, each of which axe looks at."""
     SCREENS.mkdir(parents=True, exist_ok=True)
 
     def take(part: Locator, name: str) -> None:
         for dark in (True, False):
             notebook.theme(dark)
+            assert faults(part) == []
             part.screenshot(path=SCREENS / f"{name}-{'dark' if dark else 'light'}.png")
 
     return take

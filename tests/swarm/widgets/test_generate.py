@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import json
@@ -197,7 +198,7 @@ def test_the_controls_are_those_of_transformers(make: Any, lettered: Any) -> Non
     act(widget, "dismiss")
     widget.set_state({"temperature": 1, "prompt": ""})
     act(widget, "run")
-    assert "prompt: it has no tokens" in widget.error
+    assert "The prompt is empty." in widget.error
 
 
 @pytest.mark.parametrize(("position", "token"), [(99, 5), (0, 10**6), (0, "")])
@@ -276,6 +277,32 @@ def test_every_run_and_branch_is_a_text_and_all_are_kept(make: Any, lettered: An
     assert (widget.texts, widget.shown, widget.text) == (2, 1, branched)
     act(widget, "choose", text=2)
     assert "IndexError: text: 2" in widget.error
+
+
+def test_an_adapter_is_named_and_can_be_switched_off(lettered: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(lettered.model), config, adapter_name="my-style")
+    widget = GenerateWidget(model, "Hello", tokenizer=lettered.tokenizer, max_new_tokens=8)
+    plain = GenerateWidget(lettered.model, "Hello", tokenizer=lettered.tokenizer, max_new_tokens=8)
+    try:
+        assert (widget.adapters, plain.adapters) == (["my-style"], [])
+        probabilities = []
+        for one, on in ((widget, True), (widget, False), (plain, True)):
+            if one is widget:
+                act(one, "switch_adapters", on=on)
+            one.run()
+            assert one.wait(PATIENCE)
+            assert not one.error
+            probabilities.append(one.tokens[0].probability)
+        assert widget.adapters_on is False
+        assert probabilities[1] == pytest.approx(probabilities[2])
+        assert probabilities[0] != pytest.approx(probabilities[2])
+    finally:
+        widget.close()
+        plain.close()
 
 
 def test_hostile_text_is_escaped_in_the_picture(make: Any) -> None:

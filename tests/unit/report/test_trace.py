@@ -55,7 +55,8 @@ def test_text_and_html() -> None:
     html = trace._repr_mimebundle_()["text/html"]
     assert "&lt;i&gt;left" in html
     assert "<i>" not in html
-    assert html.count("<rect") == 3 * 4  # three passes; the notebook's part is nothing
+    # Three passes and the way of the mean one; the notebook's part is nothing.
+    assert html.count("<rect") == 3 * 4 + 2 * 4
     assert "ms" not in repr(trace)
 
 
