@@ -153,8 +153,27 @@ export function modelTitle(model) {
   });
   const names = h("span");
   const adapters = h("label", { class: "sn-adapters", "data-testid": "adapters" }, on, names);
-  const element = h("div", { class: "sn-dim sn-title" }, h("span", {}, model.get("title")), adapters);
-  const end = follow(model, ["adapters", "adapters_on", "state"], () => {
+  const strength = h("input", {
+    type: "range",
+    min: -10,
+    max: 10,
+    step: 0.5,
+    "data-testid": "strength",
+    title: "How many times the vector is added; counts from the next run on",
+    onchange: () => set(model, "strength", Number(strength.value)),
+  });
+  const much = h("output");
+  const steering = h("label", { class: "sn-adapters" }, h("span", {}, model.get("steering")), strength, much);
+  const element = h(
+    "div",
+    { class: "sn-dim sn-title" },
+    h("span", {}, model.get("title")),
+    adapters,
+    model.get("steering") && steering,
+  );
+  const end = follow(model, ["adapters", "adapters_on", "state", "strength"], () => {
+    if (strength.value !== String(model.get("strength"))) strength.value = String(model.get("strength"));
+    setText(much, `${number(model.get("strength"))} ×`);
     const found = model.get("adapters");
     adapters.hidden = !found.length;
     setText(names, `with adapter ${found.join(", ")}`);

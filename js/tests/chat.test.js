@@ -17,6 +17,8 @@ const TURNS = [
 const model = (more = {}) =>
   new FakeModel({
     title: "tiny",
+    steering: "",
+    strength: 1,
     adapters: [],
     adapters_on: true,
     has_template: true,

@@ -20,6 +20,8 @@ const cell = (text, probability = 0.75, special = false) => [text, probability, 
 const model = (more = {}) =>
   new FakeModel({
     title: "tiny",
+    steering: "",
+    strength: 1,
     adapters: [],
     adapters_on: true,
     prompt: "Hello",
@@ -239,6 +241,18 @@ test("an adapter in the model is named, and can be switched off", () => {
   expect(view.byId("adapters").textContent).toBe("with adapter my-style");
   view.byId("adapters-on").click();
   expect(fake.sent).toEqual([{ action: "switch_adapters", with: { on: false } }]);
+});
+
+test("how strongly a vector steers is a trait", () => {
+  const fake = model({ steering: "steering, block 14", strength: 4 });
+  const view = show(generate, fake);
+  const slider = /** @type {HTMLInputElement} */ (view.byId("strength"));
+  expect(slider.value).toBe("4");
+  slider.value = "-2.5";
+  slider.dispatchEvent(new Event("change"));
+  expect(fake.saved).toEqual({ strength: -2.5 });
+  expect(view.find("output").textContent).toBe("-2.5 ×");
+  expect(show(generate, model()).byId("strength")).toBe(null);
 });
 
 describe("texts", () => {

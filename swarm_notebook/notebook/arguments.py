@@ -284,6 +284,14 @@ class CommandLine:
     def _chat(self) -> None:
         chat = self._add("chat", "talk with the model; defines chat in the notebook")
         chat.add_argument("--system", metavar="TEXT", help="instructions to begin with")
+        chat.add_argument(
+            "--steer",
+            metavar="VECTOR",
+            help="a SteeringVector to add while it answers: a variable, or the file of a saved one",
+        )
+        chat.add_argument(
+            "--strength", type=_number, default=1.0, metavar="X", help="times (default: 1)"
+        )
         _add_sampling(chat)
         _add_output(chat, "the ChatWidget, instead of showing it,")
 
@@ -385,6 +393,13 @@ def _temperature(text: str) -> float:
     value = _float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} must be 0 (greedy) or a positive number")
+    return value
+
+
+def _number(text: str) -> float:
+    value = _float(text)
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number")
     return value
 
 

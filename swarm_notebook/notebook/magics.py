@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.completer import SimpleCompletion, context_matcher
@@ -25,6 +26,7 @@ from swarm_notebook.notebook.warmup import Warmup
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
+    from swarm_notebook.probing.steering import SteeringVector
     from swarm_notebook.swarm import Swarm
 
 NAME = "swarm"
@@ -215,9 +217,23 @@ class SwarmMagics:
         from swarm_notebook.widgets import ChatWidget
 
         options = _sampling(arguments) | {"seed": arguments.seed}
+        if arguments.steer is not None:
+            options |= {"steer": self._vector(arguments.steer), "strength": arguments.strength}
         chat = self._made(ChatWidget, swarm, system=arguments.system, **options)
         self.shell.push({"chat": chat})
         return self._store(arguments.output, chat)
+
+    def _vector(self, name: str) -> SteeringVector:
+        """A variable of the notebook, or what a file holds."""
+        from swarm_notebook.probing.steering import SteeringVector, load_vector
+
+        found = self.shell.user_ns.get(name)
+        if isinstance(found, SteeringVector):
+            return found
+        if not Path(name).is_file():
+            raise UsageError(f"--steer: {name!r} is neither a SteeringVector nor a file of one")
+        vector: SteeringVector = self._made(load_vector, name)
+        return vector
 
     def _generate(self, arguments: argparse.Namespace) -> Any:
         if arguments.widget:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 import traitlets
 
 from swarm_notebook.errors import SwarmError
@@ -25,6 +27,7 @@ from swarm_notebook.writing.adapters import adapters, switch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from swarm_notebook.probing.steering import SteeringVector
     from swarm_notebook.report.cost import Bill
     from swarm_notebook.writing import Draft
 
@@ -53,6 +56,8 @@ class WritingWidget(Widget):
     Args:
         target: a swarm, or a causal LM of transformers.
         tokenizer: for a model alone; a swarm has its own.
+        steer: a vector that is added to the states of a block while this widget writes, `strength`
+            times; the notebook's own passes are not touched.
         options: of `Sampling`, and other traits. What is not given is taken from the model's own
             generation config.
 
@@ -75,6 +80,8 @@ class WritingWidget(Widget):
     """
 
     title = traitlets.Unicode().tag(sync=True)
+    steering = traitlets.Unicode(help="where a vector is added, if one is").tag(sync=True)
+    strength = traitlets.CFloat(1.0, help="how many times the vector").tag(sync=True)
     adapters = traitlets.List(traitlets.Unicode(), help="PEFT's, in the model").tag(sync=True)
     adapters_on = traitlets.Bool(True).tag(sync=True)
     has_template = traitlets.Bool(help="the tokenizer has a chat template").tag(sync=True)
@@ -98,6 +105,7 @@ class WritingWidget(Widget):
         target: Any,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        steer: SteeringVector | None = None,
         **options: Any,
     ) -> None:
         swarm = target if isinstance(target, Swarm) else None
@@ -105,6 +113,9 @@ class WritingWidget(Widget):
         found: Any = tokenizer or (swarm.tokenizer if swarm else None)
         if found is None:
             raise ValueError("tokenizer: the model comes without one; give it with tokenizer=…")
+        self._steered, self._steering = 0.0, ExitStack()
+        if steer is not None:
+            model = self._steer(target, found, steer)
         self._swarm, self._model, self._tokenizer = swarm, model, found
         chosen = {name: options.pop(name) for name in SAMPLING if name in options}
         sampling = Sampling.of(model, **chosen)
@@ -121,12 +132,27 @@ class WritingWidget(Widget):
         super().__init__(
             title=model_title(name),
             has_template=bool(getattr(found, "chat_template", None)),
+            steering="" if steer is None else f"steering, block {steer.block}",
             **{key: getattr(sampling, key) for key in SAMPLING},
             **options,
         )
         self._look_for_adapters()
         self.observe(lambda _: self._views.ask(), self._estimate_traits())
         self._views.ask()
+
+    def _steer(self, target: Any, tokenizer: Any, vector: SteeringVector) -> Any:
+        """A view of the model whose block adds the vector, as strongly as the run began with."""
+        from swarm_notebook.probing.subject import Subject
+
+        subject = Subject.of(target, tokenizer).twin()
+        (block,) = subject.chosen([vector.block])
+
+        def add(state: torch.Tensor) -> torch.Tensor:
+            added = vector.vector.to(state.device, state.dtype)
+            return state + self._steered * added if self._steered else state
+
+        self._steering.enter_context(subject.editing(block, add))
+        return subject.model
 
     @property
     def sampling(self) -> Sampling:
@@ -179,6 +205,7 @@ class WritingWidget(Widget):
         """End the run and the views; the text stays."""
         if "writer" in self.__dict__:  # else it is one whose arguments were wrong
             self.writer.close()
+            self._steering.close()
         super().close()
 
     def _start(self, begin: Callable[[], None]) -> None:
@@ -186,6 +213,9 @@ class WritingWidget(Widget):
         before = self._swarm.bill() if self._swarm is not None else None
         with self._counting:
             self._look_for_adapters()
+            if self.steering and self.strength != self._steered:
+                self.writer.forget()  # its keys and values are those of another strength
+                self._steered = self.strength
             begin()
             self._before = before
             self._runs += 1

@@ -21,6 +21,7 @@ import swarm_notebook as sn
 from swarm_notebook.client.request import Request
 from swarm_notebook.client.session.hop import Hop, StepRoute
 from swarm_notebook.errors import Busy
+from swarm_notebook.probing.steering import SteeringVector
 from swarm_notebook.widgets import GenerateWidget
 from swarm_notebook.widgets.parts.throttle import Throttle
 from swarm_notebook.widgets.parts.token_cells import PAGE, Cells
@@ -303,6 +304,33 @@ def test_an_adapter_is_named_and_can_be_switched_off(lettered: Any) -> None:
     finally:
         widget.close()
         plain.close()
+
+
+def test_a_widget_is_steered_and_the_notebook_is_not(make: Any, lettered: Any) -> None:
+    torch.manual_seed(0)
+    hidden = lettered.model.config.hidden_size
+    vector = SteeringVector("tiny", 1, torch.randn(hidden))
+    inputs = lettered.tokenizer("Hello", return_tensors="pt")
+
+    def plain() -> list[int]:
+        ids = lettered.model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        return list(ids[0].tolist())
+
+    before = plain()
+    widget = make(steer=vector, strength=0)
+    for strength in (0, 8, 0):
+        widget.strength = strength
+        widget.run()
+        assert widget.wait(PATIENCE)
+        ids = widget.writer.draft.ids
+        if strength:
+            assert plain() == before
+            with vector.steer(lettered.model, strength):
+                assert ids == plain()
+            assert ids != before
+        else:
+            assert ids == before
+    assert widget.steering == "steering, block 1"
 
 
 def test_hostile_text_is_escaped_in_the_picture(make: Any) -> None:
