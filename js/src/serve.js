@@ -87,6 +87,7 @@ function build({ model, root }) {
     "Copy",
   );
   const reach = h("div", { class: "sn-dim", "data-testid": "reach" });
+  const needs = h("span", { class: "sn-dim", "data-testid": "needs" });
   const refused = h("span", { class: "sn-refused", role: "alert", "data-testid": "refused" });
   const share = h(
     "div",
@@ -112,6 +113,7 @@ function build({ model, root }) {
       h("label", {}, ":", end),
       begin,
       stop,
+      needs,
       refused,
     ),
     track,
@@ -142,6 +144,11 @@ function build({ model, root }) {
       span.style.left = `${(100 * first) / blocks}%`;
       span.style.width = `${(100 * Math.max(last - first, 0)) / blocks}%`;
       track.setAttribute("aria-label", `blocks ${first}:${last} of ${blocks}`);
+    }),
+    follow(model, ["start", "end", "needs"], () => {
+      const held = model.get("needs").slice(model.get("start"), Math.max(model.get("end"), 0));
+      const sum = held.reduce((/** @type {number} */ a, /** @type {number} */ b) => a + b, 0);
+      setText(needs, sum ? `${bytes(sum)} of weights, and a cache` : "");
     }),
     follow(model, ["state", "weights"], () => {
       const now = model.get("state");

@@ -15,6 +15,7 @@ function panel(traits = {}) {
     end: 15,
     state: "stopped",
     weights: [0, 0],
+  needs: [],
     addresses: [],
     facts: {},
     since: 0,

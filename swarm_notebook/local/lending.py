@@ -47,6 +47,9 @@ class Lending:
         listen: multiaddr to listen at; None takes the loopback interface if all known peers are
             there, else all interfaces.
 
+    Attributes:
+        config: of the model.
+
     Raises:
         ModelNotFound: there is no such model.
         BlocksOutOfRange: it has no such blocks.
@@ -69,7 +72,8 @@ class Lending:
         self._peers = swarm.initial_peers if swarm is not None else list(initial_peers)
         with Conversion() as progress:
             source = resolve(swarm.name if model is None and swarm else model, progress=progress)
-        self.model, self.num_blocks = source.name, source.config().num_hidden_layers
+        self.config = source.config()
+        self.model, self.num_blocks = source.name, self.config.num_hidden_layers
         self._path, self._name, self._threads = str(source.path or source.name), name, threads
         self._listen = listen or (ANY_PORT if _all_loopback(self._peers) else ANY_INTERFACE)
         self._folder: ServerFolder | None = None

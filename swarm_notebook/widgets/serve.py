@@ -8,12 +8,14 @@ that process once a second how it is.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from html import escape
 from typing import Any
 
+import torch
 import traitlets
 
 from swarm_notebook.local.lending import Lending
@@ -21,6 +23,8 @@ from swarm_notebook.report.formatting import model_title, number
 from swarm_notebook.report.html import head, view
 from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.pulse import start_pulse
+
+logger = logging.getLogger(__name__)
 
 PERIOD = 0.5  # from one question to the server process to the next
 
@@ -39,6 +43,7 @@ class ServePanel(Widget, module="serve"):
         start, end: the blocks to hold; a view may change them until the server starts.
         state: one of `lending.STATES`, or ``stopping``.
         weights: bytes read and all bytes of the weights.
+        needs: bytes of each block's weights; empty until that is known.
         addresses: where the server listens.
         facts: sessions open now; sessions, requests and tokens served; cache tokens free and of
             all. Empty unless the server answers.
@@ -52,6 +57,7 @@ class ServePanel(Widget, module="serve"):
     end = traitlets.Int().tag(sync=True)
     state = traitlets.Unicode("stopped").tag(sync=True)
     weights: traitlets.List[int] = traitlets.List([0, 0]).tag(sync=True)
+    needs: traitlets.List[int] = traitlets.List().tag(sync=True)
     addresses: traitlets.List[str] = traitlets.List().tag(sync=True)
     facts: traitlets.Dict[str, int] = traitlets.Dict().tag(sync=True)
     since = traitlets.Float().tag(sync=True)
@@ -73,6 +79,7 @@ class ServePanel(Widget, module="serve"):
             **traits,
         )
         start_pulse(self._beat, PERIOD)
+        threading.Thread(target=self._measure, name="swarm_notebook-needs", daemon=True).start()
 
     def summary(self) -> str:
         """The blocks and the model; whether they are served just now varies."""
@@ -113,6 +120,20 @@ class ServePanel(Widget, module="serve"):
         if lending is not None:
             with self._turning:
                 lending.stop()
+
+    def _measure(self) -> None:
+        """Work out what the blocks will take; importing the class of the model takes a while."""
+        from swarm_notebook.planning.shape import shape_of
+
+        try:
+            shape = shape_of(self.lending.config, name=self.title)
+        except Exception:  # it is a help, and whatever is wrong with the model is said at the start
+            logger.debug("what the blocks take is not known", exc_info=True)
+            return
+        item = getattr(torch, self.lending.dtype, torch.float32).itemsize
+        matrix = item if self.lending.bits is None else self.lending.bits / 8
+        needs = [int(block.matrices * matrix + block.vectors * item) for block in shape.blocks]
+        self.update(needs=needs)
 
     def _turn(self, work: Callable[[], None], **shown: str) -> None:
         """Start or stop beside the kernel's main thread, one after the other."""
