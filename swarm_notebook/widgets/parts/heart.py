@@ -10,22 +10,30 @@ import logging
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from swarm_notebook.widgets.parts.base import Widget
+from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
 # `js/src/dom.js` waits for four of these: a cell that holds Python's lock for so long is rare.
 BEAT_SECONDS = 3.0
 
-_open: weakref.WeakSet[Widget] = weakref.WeakSet()
+
+class Alive(Protocol):
+    """What has a heart: a widget. Its comm is None once it is closed."""
+
+    @property
+    def comm(self) -> Any: ...
+
+    def beat(self) -> None:
+        """Send the views a sign of life."""
+
+
+_open: weakref.WeakSet[Alive] = weakref.WeakSet()
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
 
 
-def keep_alive(widget: Widget) -> None:
+def keep_alive(widget: Alive) -> None:
     """Let the views of a widget know that Python is there, until it is closed."""
     global _thread
     with _lock:
