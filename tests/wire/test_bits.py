@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,6 +88,48 @@ def test_gradients_are_those_of_the_unpacked_values(scene: Scene) -> None:
         for name, gradient in remote.items():
             scale = local[name].abs().max()
             assert (gradient - local[name]).abs().max() <= 1e-4 * scale, name
+
+
+@pytest.mark.works("PEFT: adapters on servers with few bits, with index tensors, too")
+def test_adapters_around_packed_weights(scene: Scene) -> None:
+    """What is drawn from the base weights comes from the checkpoint, so both get the same."""
+    import peft
+
+    targets = ["q_proj", "down_proj"]
+    kinds = [
+        peft.LoraConfig(r=4, target_modules=targets, use_dora=True),
+        peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.up_proj.weight"]),
+        peft.SupertuningConfig(target_modules=targets),
+        peft.TrainableTokensConfig(target_modules=["q_proj"], token_indices=[1]),
+        peft.OFTConfig(target_modules=targets),
+    ]
+    ids = torch.arange(3, 15)[None]
+    with sn.connect(scene.servers.initial_peers, model=scene.folder, min_bits=4) as swarm:
+        for config in kinds:
+            models: list[Any] = [
+                peft.get_peft_model(copy.deepcopy(one), copy.deepcopy(config)).eval()
+                for one in (swarm.model, scene.local)
+            ]
+            ours, theirs = (dict(model.named_parameters()) for model in models)
+            trained = [name for name, one in ours.items() if one.requires_grad]
+            buffers = dict(models[1].named_buffers())
+            with torch.no_grad():
+                for name in trained:
+                    ours[name].add_(0.05 * torch.randn(ours[name].shape))
+                    theirs[name].copy_(ours[name])
+                for name, buffer in models[0].named_buffers():
+                    if "tuning" in name:
+                        buffers[name].copy_(buffer)
+            found = [model(ids, labels=ids) for model in models]
+            torch.testing.assert_close(found[0].logits, found[1].logits, atol=1e-4, rtol=0)
+            with torch.no_grad():
+                change = found[0].logits - swarm.model(ids).logits
+            assert change.abs().max() > 1e-3
+            for one in found:
+                one.loss.backward()
+            for name in trained:
+                scale = theirs[name].grad.abs().max() + 1e-9
+                assert (ours[name].grad - theirs[name].grad).abs().max() <= 1e-4 * scale, name
 
 
 def test_status_says_what_is_served(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:

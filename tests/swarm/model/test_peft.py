@@ -11,6 +11,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.hotswap import hotswap_adapter
 from support.hosting import HostedSwarm
 from support.tiny import tiny_model
@@ -294,7 +297,45 @@ def test_what_changes_the_weights_wants_blocks_at_home(pair: Pair, kind: str) ->
         peft.get_peft_model(pair.models()[0], lora(init_lora_weights=kind))
 
 
+def by_eva(model: Any) -> None:
+    """It looks at the inputs of modules."""
+    tuned = peft.get_peft_model(model, lora(init_lora_weights="eva"))
+    peft.initialize_lora_eva_weights(tuned, [{"input_ids": tokens()}], show_progress_bar=False)
+
+
+def by_corda(model: Any) -> None:
+    """It does, too."""
+    config = lora(init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
+    preprocess_corda(model, config, run_model=lambda: model(tokens()))
+
+
+def by_lora_ga(model: Any) -> None:
+    """It wants gradients of the base weights."""
+    config = lora(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+
+    def step() -> None:
+        model(**padded()).loss.backward()
+
+    preprocess_loraga(model, config, step)
+
+
+def by_kasa(model: Any) -> None:
+    """It cuts the base weights down."""
+    peft.get_peft_model(model, lora(kasa_config=KasaConfig()))
+
+
+@pytest.mark.refused(
+    "PEFT: initialisations by data (EVA, CorDA, LoRA-GA), KaSA, X-LoRA, MonteCLoRA",
+    "another one, or `swarm.own(slice(None))`",
+)
+@pytest.mark.parametrize("begin", [by_eva, by_corda, by_lora_ga, by_kasa])
+def test_what_looks_inside_wants_blocks_at_home(pair: Pair, begin: Callable[..., None]) -> None:
+    with pytest.raises(Unsupported, match=OWN):
+        begin(pair.models()[0])
+
+
 REFUSED: dict[str, Any] = {
+    "monteclora": lora(monteclora_config=MontecloraConfig()),
     "a module in a block": lora(modules_to_save=["input_layernorm"]),
     "adaption prompts": peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2),
     "poly": peft.PolyConfig(target_modules=TARGETS),
