@@ -8,6 +8,7 @@
     ├── ModelNotServed        the swarm is there, but nobody announces this model
     │   └── OtherCheckpoint   … or only with other weights than this notebook's
     ├── MissingBlocks         some blocks of the model have no server (any more)
+    ├── InvitationError       an invitation that is cut, refused, or of no swarm that runs
     ├── BlocksOutOfRange      a span of blocks that the model does not have
     ├── ContextTooLong        more tokens than the model has positions
     ├── Busy                  something runs already that can run only once at a time
@@ -20,6 +21,7 @@
         ├── ServerBusy        … too much is waiting there already (code ``busy``)
         ├── SessionLost       … it dropped this session's cache   (code ``session_lost``)
         ├── AdapterMissing    … it does not hold this adapter     (code ``adapter_missing``)
+        ├── NotAMember        … the swarm is private, or wants us no more (code ``not_member``)
         ├── ShuttingDown      … it is leaving the swarm           (code ``shutting_down``)
         └── ServerFailed      … or died, hung, lied               (code ``internal``)
 
@@ -92,6 +94,10 @@ class BlocksOutOfRange(SwarmError, ValueError):
     """A span of blocks lies outside of the model, or is empty."""
 
 
+class InvitationError(SwarmError, ValueError):
+    """An invitation is no whole one, or was refused; or keys of a private swarm are not there."""
+
+
 class ContextTooLong(SwarmError, ValueError):
     """A sequence is longer than the model's context."""
 
@@ -148,6 +154,12 @@ class AdapterMissing(RemoteError):
     code = "adapter_missing"
 
 
+class NotAMember(RemoteError):
+    """A private swarm does not let a peer in: it has shown no certificate that holds."""
+
+    code = "not_member"
+
+
 class ShuttingDown(RemoteError):
     """The server is leaving the swarm and takes no more requests."""
 
@@ -168,6 +180,7 @@ _BY_CODE = {
         ServerBusy,
         SessionLost,
         AdapterMissing,
+        NotAMember,
         ShuttingDown,
         ServerFailed,
     )

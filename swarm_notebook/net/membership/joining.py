@@ -1,0 +1,150 @@
+"""Becoming a member: redeeming an invitation, and keeping what comes of it.
+
+The key that is to be certified is written down before it is sent, so that an answer that was lost
+costs no second use of the invitation, and the certificate with it as soon as it has come. Whoever
+pastes the same invitation again on the same machine is a member already, and asks nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.utils.multiaddr import Multiaddr
+
+from swarm_notebook.errors import ClocksDiffer, ConnectionFailed, InvitationError, NotAMember
+from swarm_notebook.net.membership.authority import Authority
+from swarm_notebook.net.membership.certificate import (
+    CLOCK_SECONDS,
+    Certificate,
+    Credentials,
+    short,
+    when,
+)
+from swarm_notebook.net.membership.invitation import (
+    Invitation,
+    Redemption,
+    Verdict,
+    unpack_answer,
+)
+
+logger = logging.getLogger(__name__)
+
+RPC_JOIN = "TransformerConnectionHandler.rpc_join"
+# A dial and a round trip, on a machine that loads a model besides.
+REDEEM_SECONDS = 10.0
+
+_REFUSED = {
+    Verdict.UNKNOWN: "the swarm does not know it",
+    Verdict.SPENT: "as many have redeemed it as it was made for",
+    Verdict.REVOKED: "it was revoked",
+}
+
+
+async def offer(p2p: P2P, authority: Authority) -> None:
+    """From now on, redeem invitations at this peer."""
+
+    async def redeem(data: bytes, peer: PeerID) -> bytes:
+        answer = await asyncio.to_thread(authority.redeem, data)
+        logger.info("peer %s has asked to join: %s", peer, "yes" if answer[0] == 0 else "no")
+        return answer
+
+    await p2p._client.add_unary_handler(RPC_JOIN, redeem)
+
+
+async def join(p2p: P2P, invitation: Invitation) -> Credentials:
+    """What makes this machine's user a member; asks a server unless that was done before.
+
+    Raises:
+        InvitationError: the servers refuse it.
+        ConnectionFailed: no server that redeems it was reached.
+        ClocksDiffer: this machine's clock and a server's differ by more than a minute.
+    """
+    key, certificate = await asyncio.to_thread(_read, invitation)
+    if certificate:
+        return Credentials(invitation.swarm, key, certificate)
+    request = Redemption.of(invitation, key.public_key().public_bytes_raw()).pack()
+    failed: Exception | None = None
+    for peer in dict.fromkeys(Multiaddr(address)["p2p"] for address in invitation.addresses):
+        try:
+            async with asyncio.timeout(REDEEM_SECONDS):
+                answer = await p2p._client.call_unary_handler(
+                    PeerID.from_base58(peer), RPC_JOIN, request
+                )
+        except (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, TimeoutError) as error:
+            failed = error
+            continue
+        certificate = _granted(answer, invitation, key.public_key().public_bytes_raw())
+        await asyncio.to_thread(_write, invitation, key, certificate)
+        return Credentials(invitation.swarm, key, certificate)
+    raise ConnectionFailed(
+        f"no server that redeems invitations to the swarm {short(invitation.swarm)} answers at "
+        f"{', '.join(invitation.addresses) or 'any address'}; it must run while others join "
+        f"({failed or 'no address'})"
+    )
+
+
+def _granted(answer: bytes, invitation: Invitation, member: bytes) -> bytes:
+    """The certificate in an answer, if the swarm itself has signed it."""
+    found = unpack_answer(answer)
+    if found is None:
+        raise InvitationError(f"a server has answered to the invitation with {len(answer)} bytes")
+    verdict, there, certificate = found
+    ahead = time.time() - there
+    if not abs(ahead) <= CLOCK_SECONDS:  # NaN, too
+        raise ClocksDiffer(
+            f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} "
+            f"that of the server that redeems invitations, at most {CLOCK_SECONDS:.0f} s are "
+            "allowed; set the clock of whichever is wrong (with NTP, say) and connect again"
+        )
+    if verdict == Verdict.GRANTED:
+        if Certificate.read(certificate, invitation.swarm).member != member:
+            raise InvitationError("a server has answered with somebody else's certificate")
+        return certificate
+    why = _REFUSED.get(verdict, f"it has expired at {when(invitation.expires)}")
+    raise InvitationError(f"the invitation is refused: {why}; ask for a new one")
+
+
+def _file(invitation: Invitation) -> Path:
+    import platformdirs
+
+    folder = Path(platformdirs.user_data_dir("swarm_notebook")) / "memberships"
+    return folder / f"{invitation.swarm.hex()[:16]}-{invitation.id.hex()}.json"
+
+
+def _read(invitation: Invitation) -> tuple[Ed25519PrivateKey, bytes]:
+    """The key for an invitation, a new one at the first time, and its certificate if it has one."""
+    path = _file(invitation)
+    if path.exists():
+        try:
+            kept = json.loads(path.read_bytes())
+            known = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(kept["key"]))
+            certificate = bytes.fromhex(kept["certificate"])
+            if certificate:
+                Certificate.read(certificate, invitation.swarm)
+        except (OSError, ValueError, KeyError, TypeError, NotAMember) as error:
+            raise InvitationError(f"{path} is not readable ({error}); remove it") from None
+        return known, certificate
+    key = Ed25519PrivateKey.generate()
+    _write(invitation, key, b"")
+    return key, b""
+
+
+def _write(invitation: Invitation, key: Ed25519PrivateKey, certificate: bytes) -> None:
+    path = _file(invitation)
+    text = json.dumps({"key": key.private_bytes_raw().hex(), "certificate": certificate.hex()})
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+        fresh.replace(path)
+    except OSError as error:
+        raise InvitationError(f"the membership cannot be kept in {path}: {error}") from None
