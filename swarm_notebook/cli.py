@@ -15,9 +15,10 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from swarm_notebook import __version__
-from swarm_notebook.errors import MissingBlocks, SwarmError
+from swarm_notebook.errors import InvitationError, MissingBlocks, SwarmError
 
 PROGRAM = "swarm-notebook"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_status(commands)
     _add_plan(commands)
+    _add_members(commands)
     return top
 
 
@@ -74,6 +76,22 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="ADDRESS",
         help="servers of the swarm to join, as /ip4/…/tcp/…/p2p/… (default: begin a new swarm); "
         "- reads them from one line of standard input",
+    )
+    serve.add_argument(
+        "--private",
+        action="store_true",
+        help="let in only those who are invited; makes the swarm's key if there is none yet, and "
+        "prints an invitation",
+    )
+    serve.add_argument(
+        "--swarm",
+        metavar="NAME",
+        help="of a private swarm that is begun on this machine (default: the model's)",
+    )
+    serve.add_argument(
+        "--join",
+        metavar="INVITE",
+        help="join a private swarm by an invitation, which names the model, too",
     )
     serve.add_argument(
         "--host-maddrs",
@@ -204,6 +222,75 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.set_defaults(run=_plan)
 
 
+def _add_members(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    invite = commands.add_parser(
+        "invite",
+        help="let somebody join a private swarm of this machine",
+        description="Print an invitation, for `%%swarm connect INVITE`, `sn.connect(INVITE)` or "
+        "`swarm-notebook serve --join INVITE`. A server of the swarm must run on this machine.",
+    )
+    invite.add_argument(
+        "--role",
+        choices=("notebook", "server"),
+        default="notebook",
+        help="what they may do; a server may do what a notebook may (default: %(default)s)",
+    )
+    invite.add_argument(
+        "--expires",
+        type=_duration,
+        default="7d",
+        metavar="TIME",
+        help="until it is redeemed, such as 30m, 12h or 7d (default: %(default)s)",
+    )
+    invite.add_argument(
+        "--uses", type=_positive, default=1, metavar="N", help="how many may redeem it (default: 1)"
+    )
+    invite.set_defaults(run=_invite)
+    members = commands.add_parser(
+        "members",
+        help="show who has joined a private swarm of this machine",
+        description="Show who has joined a private swarm of this machine.",
+    )
+    members.set_defaults(run=_members)
+    revoke = commands.add_parser(
+        "revoke",
+        help="shut a member out of a private swarm of this machine",
+        description="Shut a member out, or all who came by an invitation, within ten seconds.",
+    )
+    revoke.add_argument(
+        "member", metavar="MEMBER", help="as `members` shows it; or an invitation, or its name"
+    )
+    revoke.set_defaults(run=_revoke)
+    for command in (invite, members, revoke):
+        command.add_argument(
+            "--swarm", metavar="NAME", help="which one (default: the only one of this machine)"
+        )
+
+
+def _invite(options: argparse.Namespace) -> int:
+    from swarm_notebook.net.membership.authority import begun_here
+
+    swarm = begun_here(options.swarm)
+    print(swarm.invite(options.role, expires=options.expires, uses=options.uses))
+    return 0
+
+
+def _members(options: argparse.Namespace) -> int:
+    from swarm_notebook.net.membership.authority import begun_here
+
+    for member in begun_here(options.swarm).members():
+        print(member)
+    return 0
+
+
+def _revoke(options: argparse.Namespace) -> int:
+    from swarm_notebook.net.membership.authority import begun_here
+
+    for member in begun_here(options.swarm).revoke(options.member):
+        print(member)
+    return 0
+
+
 def _serve(options: argparse.Namespace) -> int:
     # Read when torch is loaded. Threads that spin while they wait for each other take the cores
     # from other servers on the same machine: two that computed at once took ten times as long.
@@ -213,7 +300,10 @@ def _serve(options: argparse.Namespace) -> int:
     from swarm_notebook.server.options import ServeOptions
 
     settings = {key: value for key, value in vars(options).items() if key != "run"}
-    scratch = settings.pop("scratch")
+    scratch, joined = settings.pop("scratch"), settings.pop("join")
+    settings["swarm"] = _private_swarm(options) if settings.pop("private") else None
+    if joined is not None:
+        _join(joined, settings)
     if options.initial_peers == ["-"]:
         # A local swarm starts all servers at once and says late whom to join. By then whatever
         # takes long is imported, and a server that others join answers them at once.
@@ -227,6 +317,32 @@ def _serve(options: argparse.Namespace) -> int:
             threading.Thread(target=_remove_when_orphaned, args=(scratch,), daemon=True).start()
         settings["initial_peers"] = line.split()
     return app.main(ServeOptions(**settings))
+
+
+def _private_swarm(options: argparse.Namespace) -> Path:
+    """The folder of the swarm that is begun here."""
+    from swarm_notebook.checkpoint.demo import DEMO_NAME
+    from swarm_notebook.net.membership.authority import swarms_folder
+
+    name = options.swarm or Path(options.model or DEMO_NAME).name
+    return swarms_folder() / name
+
+
+def _join(text: str, settings: dict[str, Any]) -> None:
+    """Serve what an invitation names, where it leads."""
+    from swarm_notebook.net.membership.invitation import Invitation
+
+    invitation = Invitation.read(text)
+    if settings["swarm"] is not None:
+        raise InvitationError("--private begins a swarm, and --join joins one: give one of both")
+    settings["initial_peers"] = [*settings["initial_peers"], text]
+    if settings["model"] is None:
+        if not invitation.model:
+            raise InvitationError(
+                "the swarm's model has no name that others know: give its folder or file, too, as "
+                "`swarm-notebook serve MODEL --join …`"
+            )
+        settings["model"] = invitation.model
 
 
 def _remove_when_orphaned(scratch: Path) -> None:
@@ -273,6 +389,13 @@ def _size(text: str) -> int:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, like 512MiB")
     return int(found[1]) << (10 * " KMG".index(found[2][:1] or " "))
+
+
+def _duration(text: str) -> int:
+    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time, like 30m, 12h or 7d")
+    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def _positive(text: str) -> int:

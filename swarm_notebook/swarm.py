@@ -31,7 +31,8 @@ from swarm_notebook.model.generation import drafting
 from swarm_notebook.model.generation.drafting import Draft
 from swarm_notebook.model.home import Blocks
 from swarm_notebook.model.judge import HomeJudge
-from swarm_notebook.net.node import is_public
+from swarm_notebook.net.membership.invitation import Invitation, is_invitation
+from swarm_notebook.net.node import addresses_of, is_public
 from swarm_notebook.net.tensors import COMPRESSIONS, NONE
 from swarm_notebook.privacy import examine
 from swarm_notebook.progress import Waiting
@@ -375,11 +376,11 @@ def connect(
     """Attach to a swarm and build the remote model.
 
     Args:
-        initial_peers: multiaddrs of one or more peers, or a `LocalSwarm`. None starts an embedded
-            swarm: two server processes on this machine.
+        initial_peers: multiaddrs of one or more peers, an invitation to a private swarm, or a
+            `LocalSwarm`. None starts an embedded swarm: two server processes on this machine.
         model: a Hub id, a folder or a GGUF file, as the servers were given it; its embeddings,
             norm and head are loaded here. None takes the demo model for an embedded swarm, else
-            the one model that the swarm serves.
+            what an invitation names, or the one model that the swarm serves.
         dtype: of the local part, such as ``"float32"``; None takes what the servers compute in.
         timeout: seconds to wait for a server when some blocks have none, and for one at all after
             the swarm was joined.
@@ -399,6 +400,8 @@ def connect(
 
     Raises:
         AddressError, ConnectionFailed: the peers cannot be reached.
+        InvitationError: the invitation is no whole one, or is refused.
+        NotAMember: the swarm is private, and there is no invitation, or it holds no more.
         ModelNotFound, ModelNotServed: the model does not exist, or nobody serves it.
         OtherCheckpoint: it is served with other weights, or another config.
         ValueError: ``compression`` or ``verify`` is none of these.
@@ -417,10 +420,14 @@ def connect(
             model = local.model
         if isinstance(initial_peers, LocalSwarm):
             model = initial_peers.model if model is None else model
-            initial_peers = initial_peers.initial_peers
+            local_peers = initial_peers
+            initial_peers = (
+                [local_peers.invite()] if local_peers.private else local_peers.initial_peers
+            )
         peers = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
         if model is None:
-            model = LocalSwarm.model_at(peers)  # its folder or file, which no record tells
+            # Its folder or file, which no record tells.
+            model = LocalSwarm.model_at(addresses_of(peers)) or _invited_to(peers)
         with Waiting("Joining the swarm") as waiting:
             source = resolve(model if model is not None else only_model(peers))
             config = source.config()
@@ -479,6 +486,12 @@ def _tell_others() -> None:
         )
 
 
+def _invited_to(peers: Sequence[str]) -> str | None:
+    """The model that an invitation names."""
+    named = (Invitation.read(peer).model for peer in peers if is_invitation(peer))
+    return next((model for model in named if model), None)
+
+
 def _tell_coarse(spans: Sequence[ServerSpan]) -> None:
     """Say that results will not be those of the model's own weights."""
     coarse = [span for span in spans if span.weight_bits < WHOLE_BITS]
@@ -505,7 +518,7 @@ def _audit_rate(
     """
     if verify is None:
         given = None if isinstance(peers, LocalSwarm) else peers
-        listed = [given] if isinstance(given, str) else given or []
+        listed = addresses_of(given or [])
         verify = "spot" if any(is_public(str(peer)) for peer in listed) else "off"
     if isinstance(verify, str) and verify in ("spot", "off"):
         return SPOT_RATE if verify == "spot" else 0.0
@@ -520,7 +533,7 @@ def look(
     """Who serves which blocks of a model, without attaching to it.
 
     Args:
-        initial_peers: multiaddrs of one or more peers of the swarm.
+        initial_peers: multiaddrs of one or more peers of the swarm, or an invitation.
         model: as the servers were given it; None takes the one model that the swarm serves.
 
     Raises:

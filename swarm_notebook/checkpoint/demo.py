@@ -38,10 +38,8 @@ def demo_model(progress: Callable[[int, int], None] | None = None) -> Path:
 
     :param progress: called with (bytes converted so far, bytes in all).
     """
-    import platformdirs
-
-    cache = Path(platformdirs.user_cache_dir("swarm_notebook")) / "models"
-    folder = cache / Path(DEMO_FILE).stem
+    folder = _folder()
+    cache = folder.parent
     if folder.is_dir():
         return folder
     packed = _packed_file()
@@ -53,6 +51,18 @@ def demo_model(progress: Callable[[int, int], None] | None = None) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def is_demo(path: Path) -> bool:
+    """Whether a folder is the one that `demo_model` makes."""
+    return path == _folder().resolve()
+
+
+def _folder() -> Path:
+    import platformdirs
+
+    cache = Path(platformdirs.user_cache_dir("swarm_notebook")) / "models"
+    return cache / Path(DEMO_FILE).stem
 
 
 def _packed_file() -> Path:

@@ -65,6 +65,13 @@ class ModelSource:
     def is_gguf(self) -> bool:
         return self.path is not None and self.path.is_file()
 
+    @property
+    def shared_name(self) -> str:
+        """What names it on other machines, too; empty for a folder or file of this one."""
+        if self.repository is not None:
+            return self.name
+        return demo.DEMO_NAME if self.path is not None and demo.is_demo(self.path) else ""
+
     @cached_property
     def _location(self) -> tuple[str, dict[str, Any]]:
         """The arguments with which transformers' ``from_pretrained`` finds this model's files."""

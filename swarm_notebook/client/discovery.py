@@ -61,6 +61,7 @@ def await_spans(
     deadline = directory.began + directory.patience
     while not (spans := directory.snapshot.spans) or directory.missing():
         directory.check_checkpoint()
+        directory.check_membership()
         waited = time.monotonic() - directory.began
         if waited > directory.patience:
             break

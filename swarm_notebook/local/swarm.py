@@ -18,8 +18,9 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
+from swarm_notebook.errors import InvitationError
 from swarm_notebook.local.folder import ServerFolder
 from swarm_notebook.local.process import (
     POLL_SECONDS,
@@ -31,11 +32,16 @@ from swarm_notebook.local.process import (
 from swarm_notebook.progress import Waiting
 from swarm_notebook.report.formatting import size
 
+if TYPE_CHECKING:
+    from swarm_notebook.net.membership.authority import Authority, Member
+
 __all__ = ["LocalServer", "LocalSwarm"]
 
 # What bits are worth takes 78 s for the demo model's 30 blocks on one busy core, and is measured
 # once; a block of an 8B model is 60 of these.
 MEASURE_SECONDS = 3600.0
+# Seconds for which an invitation can be redeemed: a week.
+DEFAULT_EXPIRES = 7 * 86400
 STOP_SECONDS = TERMINATE_SECONDS  # for all servers together: they leave at the same time
 
 
@@ -51,6 +57,7 @@ class LocalSwarm:
             as they are. On a CPU, ``dtype`` "auto" is then bfloat16.
         threads: CPU threads per server; None leaves it to torch.
         cache_tokens: room for keys and values per server; None is the server's default.
+        private: only those who are invited get anything of it, see `invite`.
         start_timeout: seconds until every server must be ready; None is `START_SECONDS`, or
             `MEASURE_SECONDS` where ``bits`` have to be measured.
 
@@ -70,6 +77,7 @@ class LocalSwarm:
         bits: float | None = None,
         threads: int | None = None,
         cache_tokens: int | None = None,
+        private: bool = False,
         start_timeout: float | None = None,
     ) -> None:
         # Found here, once, with progress; the servers get a place that is known to exist.
@@ -87,6 +95,9 @@ class LocalSwarm:
         if cache_tokens is not None:
             options += ["--cache-tokens", str(cache_tokens)]
         self._folder = ServerFolder()
+        self._swarm = self._folder.path / "swarm" if private else None
+        if self._swarm is not None:
+            options += ["--private", "--swarm", str(self._swarm)]
         environment = server_environment(threads)
         self.servers = [
             LocalServer(
@@ -115,6 +126,56 @@ class LocalSwarm:
         return [
             address for server in self.servers if server.running for address in server.addresses
         ]
+
+    @property
+    def private(self) -> bool:
+        """Whether only those who are invited get anything of it."""
+        return self._swarm is not None
+
+    def invite(
+        self, role: str = "notebook", *, expires: float = DEFAULT_EXPIRES, uses: int = 1
+    ) -> str:
+        """What to hand to somebody who is to join: ``sn.connect(INVITE)``, and nothing else.
+
+        Args:
+            role: "notebook", or "server" for `swarm-notebook serve --join INVITE`.
+            expires: in how many seconds it cannot be redeemed any more.
+            uses: how many may redeem it.
+
+        Raises:
+            InvitationError: the swarm is public, or none of its servers runs.
+            ValueError: an argument is none.
+        """
+        return str(self._authority().invite(role, expires=expires, uses=uses))
+
+    def members(self) -> list[Member]:
+        """Who has redeemed an invitation.
+
+        Raises:
+            InvitationError: the swarm is public.
+        """
+        return self._authority().members()
+
+    def revoke(self, name: str) -> list[Member]:
+        """Shut a member out, or all who came by an invitation; who that is.
+
+        Args:
+            name: as `members` shows it; or an invitation.
+
+        Raises:
+            InvitationError: nobody is called so, or the swarm is public.
+        """
+        return self._authority().revoke(name)
+
+    def _authority(self) -> Authority:
+        from swarm_notebook.net.membership.authority import Authority
+
+        if self._swarm is None:
+            raise InvitationError(
+                "everybody may join this swarm; begin a private one with "
+                "sn.LocalSwarm(private=True)"
+            )
+        return Authority(self._swarm)
 
     @staticmethod
     def model_at(peers: Sequence[str]) -> str | None:

@@ -23,11 +23,20 @@ from typing import TypeGuard
 import psutil
 from hivemind.dht.node import DHTID, DHTNode
 from hivemind.dht.protocol import ValidationError
-from hivemind.p2p import P2P, P2PDaemonError, PeerID
+from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
-from swarm_notebook.errors import AddressError, ClocksDiffer, ConnectionFailed
+from swarm_notebook.errors import (
+    AddressError,
+    ClocksDiffer,
+    ConnectionFailed,
+    NotAMember,
+    RemoteError,
+    from_wire,
+)
+from swarm_notebook.net import protocol, streams
 from swarm_notebook.net.hivemind_fixes import (
     MAX_CLOCK_SECONDS,
     ReadableValues,
@@ -37,8 +46,11 @@ from swarm_notebook.net.hivemind_fixes import (
     mend_calls,
 )
 from swarm_notebook.net.identity import Identity
+from swarm_notebook.net.membership.certificate import Credentials, Membership
+from swarm_notebook.net.membership.invitation import Invitation, is_invitation
+from swarm_notebook.net.membership.joining import join
 from swarm_notebook.net.sockets import use_loop_writers
-from swarm_notebook.net.storage import bound_storage, prefer_signed
+from swarm_notebook.net.storage import MembersOnly, bound_storage, prefer_signed
 
 bound_nesting()
 allow_clocks()
@@ -118,17 +130,37 @@ def _parsed(name: str, address: str, form: str) -> Multiaddr:
     return multiaddr
 
 
+def addresses_of(peers: Sequence[str]) -> list[str]:
+    """The addresses among peers that were given, and those in invitations.
+
+    Raises:
+        InvitationError: an invitation is no whole one.
+    """
+    if isinstance(peers, str):
+        peers = [peers]
+    found: list[str] = []
+    for peer in peers:
+        found += Invitation.read(peer).addresses if is_invitation(peer) else [str(peer)]
+    return found
+
+
 class Node:
     """P2P and DHT of one swarm. All methods belong to the loop that started it.
 
     Attributes:
         identity: the key behind the peer id, with which this peer's records are signed.
+        membership: in a private swarm; None in a public one.
     """
 
     def __init__(
-        self, p2p: P2P, dht: DHTNode, initial_peers: Sequence[Multiaddr], identity: Identity
+        self,
+        p2p: P2P,
+        dht: DHTNode,
+        initial_peers: Sequence[Multiaddr],
+        identity: Identity,
+        membership: Membership | None = None,
     ):
-        self.p2p, self.dht, self.identity = p2p, dht, identity
+        self.p2p, self.dht, self.identity, self.membership = p2p, dht, identity, membership
         self._initial_peers = list(initial_peers)
 
     @classmethod
@@ -139,20 +171,29 @@ class Node:
         client: bool,
         host_maddrs: Sequence[str] = LOOPBACK,
         identity: Path | None = None,
+        credentials: Credentials | None = None,
     ) -> Node:
         """Start a daemon, connect to the peers and join their DHT.
 
         Args:
-            initial_peers: multiaddrs with peer ids; none begins a new swarm.
+            initial_peers: multiaddrs with peer ids, or an invitation to a private swarm; none
+                begins a new swarm.
             client: only call others (a notebook), instead of being called as well (a server).
             host_maddrs: where a server listens.
             identity: file of the private key that makes the peer id permanent; made if missing.
+            credentials: of a member of a private swarm; None asks for them if there is an
+                invitation.
 
         Raises:
             AddressError: an address is malformed, or the identity's file is unfit.
             ConnectionFailed: no initial peer could be reached, or it cannot reach this server.
             ClocksDiffer: this machine's clock and an initial peer's differ by more than a minute.
+            NotAMember: this is to be a server, and the swarm is private.
+            InvitationError: an invitation is no whole one, or is refused.
         """
+        given = [initial_peers] if isinstance(initial_peers, str) else list(initial_peers)
+        invitations = [Invitation.read(peer) for peer in given if is_invitation(peer)]
+        initial_peers = addresses_of(given)
         peers = parse_peers(initial_peers)
         for address in host_maddrs:
             _parsed("host_maddrs", address, "/ip4/<address>/tcp/<port>")
@@ -178,6 +219,9 @@ class Node:
         mend_calls(p2p)
         use_loop_writers(p2p)
         try:
+            if credentials is None and invitations:
+                credentials = await join(p2p, invitations[0])
+            membership = None if credentials is None else Membership(credentials, p2p.peer_id)
             dht = await DHTNode.create(
                 p2p=p2p,
                 # The same after a restart: a peer that others know under several ids would count
@@ -193,18 +237,20 @@ class Node:
                 cache_nearest=0,
                 num_workers=8,
                 record_validator=ReadableValues(),
+                authorizer=None if membership is None else MembersOnly(membership),
             )
         except RuntimeError as error:
             await p2p.shutdown()
             raise _unreachable(initial_peers, error) from None
         except ValidationError as error:
+            refusal = await _refusal(p2p, peers)
             await p2p.shutdown()
-            raise _unfit(initial_peers, error) from None
+            raise refusal or _unfit(initial_peers, error) from None
         except BaseException:
             await p2p.shutdown()
             raise
         bound_storage(dht)
-        return cls(p2p, dht, peers, key)
+        return cls(p2p, dht, peers, key, membership)
 
     @property
     def peer_id(self) -> PeerID:
@@ -213,6 +259,34 @@ class Node:
     async def addresses(self) -> list[str]:
         """The multiaddrs, with peer id, under which others reach this node."""
         return [str(maddr) for maddr in await self.p2p.get_visible_maddrs()]
+
+    async def open_stream(
+        self, peer: str, handler: str, meter: streams.ByteMeter | None = None
+    ) -> streams.Stream:
+        """A new stream to a handler of a peer (base58 id), see `streams.open_stream`."""
+        return await streams.open_stream(
+            self.p2p, PeerID.from_base58(peer), handler, meter, membership=self.membership
+        )
+
+    async def learn_revocations(self) -> None:
+        """In a private swarm, read who is no member any more; what is open to them ends."""
+        member = self.membership
+        if member is None:
+            return
+        found = await self.dht.get(member.revocations_key, latest=True)
+        entries = found.value if found is not None and isinstance(found.value, dict) else {}
+        for entry in entries.values():
+            member.learn(entry.value)
+        member.end_strangers()
+
+    async def pass_on_revocations(self, seconds: float) -> None:
+        """Store the newest list of those who are revoked, for others to read for so long."""
+        member = self.membership
+        if member is None or not member.revocations:
+            return
+        own = self.peer_id.to_base58()
+        expires = get_dht_time() + seconds
+        await self.dht.store(member.revocations_key, member.revocations, expires, subkey=own)
 
     async def ping(self, peer: str) -> float | None:
         """Seconds of a round trip to a peer (base58 id) of the DHT; None if it does not answer."""
@@ -322,6 +396,24 @@ def _unreachable(initial_peers: Sequence[str], error: Exception) -> ConnectionFa
         f"none of the initial peers answered: {listed}. Check that a server runs there "
         f"(swarm-notebook serve prints its address) and that its port is open ({error})"
     )
+
+
+async def _refusal(p2p: P2P, peers: Sequence[Multiaddr]) -> RemoteError | None:
+    """What a private swarm says to a server that is none of its members.
+
+    To such a one its peers do not say, as others do, whether they can reach it.
+    """
+    for peer in peers:
+        with contextlib.suppress(ControlFailure, TimeoutError, OSError, P2PDaemonError):
+            try:
+                async with asyncio.timeout(PING_TIMEOUT):
+                    await p2p._client.call_unary_handler(
+                        PeerID.from_base58(peer["p2p"]), protocol.RPC_INFO, b""
+                    )
+            except P2PHandlerError as error:
+                if str(error).startswith(f"{NotAMember.code}: "):
+                    return from_wire(str(error), peer["p2p"])
+    return None
 
 
 def _unfit(initial_peers: Sequence[str], error: ValidationError) -> ConnectionFailed:

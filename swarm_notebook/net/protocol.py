@@ -43,6 +43,8 @@ PUSH_FAILED, FILLED = "push_failed", "filled"
 # In the first message of a streamed answer: how many tensors it has in all.
 TENSORS = "tensors"
 COMPUTE_DTYPE = "compute_dtype"
+# What a member of a private swarm shows (`net.membership`).
+MEMBER = "member"
 NEXT_SERVERS = "next_servers"  # Petals' pushes, see `server.rpc.petals_push`
 
 _SERVICER = "TransformerConnectionHandler"

@@ -24,6 +24,7 @@ from hivemind.utils import MSGPackSerializer
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from swarm_notebook.net.identity import MAX_KEY_BYTES, Identity, is_signature
+from swarm_notebook.net.membership.certificate import SHOWN_BYTES, Membership, Role
 from swarm_notebook.texts import clean
 
 MODEL_INDEX_KEY = "_petals.models"  # Petals' own
@@ -89,6 +90,7 @@ class ServerInfo(BaseModel):
         next_pings: round trips in seconds to servers of neighbouring blocks, by peer (base58 id).
         model: the prefix of the model that the record is about.
         digest: of the checkpoint that is served, see `checkpoint.digest`.
+        member: what the server shows as a member of a private swarm.
         public_key: of the server, where its peer id does not hold it.
         signature: by the server, of all else in the record.
     """
@@ -116,6 +118,7 @@ class ServerInfo(BaseModel):
     weight_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     model: Name | None = None
     digest: Name | None = None
+    member: Annotated[bytes, Field(max_length=SHOWN_BYTES)] | None = None
     public_key: Annotated[bytes, Field(max_length=MAX_KEY_BYTES)] | None = None
     signature: Annotated[bytes, Field(max_length=MAX_KEY_BYTES)] | None = None
 
@@ -139,6 +142,15 @@ def parse_record(value: object) -> ServerInfo | None:
         )
     except (ValidationError, TypeError):
         return None
+
+
+def is_member(membership: Membership | None, peer: str, info: ServerInfo) -> bool:
+    """Whether a record is a server's of the private swarm; in a public one all are.
+
+    What a member shows can be copied: the record itself must be signed by the peer as well, or
+    have come from it.
+    """
+    return membership is None or membership.holds(peer, info.member, Role.SERVER)
 
 
 def signed_record(

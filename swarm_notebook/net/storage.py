@@ -25,8 +25,11 @@ from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import P2PContext
 from hivemind.proto import dht_pb2
 from hivemind.utils import ValueWithExpiration, get_dht_time
+from hivemind.utils.auth import AuthorizerBase
 from hivemind.utils.timed_storage import TimedStorage
 
+from swarm_notebook.errors import NotAMember
+from swarm_notebook.net.membership.certificate import Membership, Role
 from swarm_notebook.net.records import MAX_RECORD_BYTES, MAX_SECONDS, MAX_SUBKEYS, is_signed_bytes
 
 # A search asks for up to 16 keys at once (hivemind's chunk), and an answer above 4 MiB is lost. A
@@ -207,6 +210,7 @@ def prefer_signed() -> None:
         _SearchState.add_candidate = _add_believable(_SearchState.add_candidate)
         for name in ("rpc_store", "rpc_find"):
             setattr(DHTProtocol, name, _bounded(getattr(DHTProtocol, name)))
+        DHTProtocol.rpc_ping = _answering_strangers(DHTProtocol.rpc_ping)
 
 
 def _store_preferred(
@@ -253,10 +257,68 @@ def _bounded(rpc: Any) -> Any:
     async def bounded(protocol: DHTProtocol, request: Any, context: P2PContext) -> Any:
         if isinstance(request, dht_pb2.FindRequest) and len(request.keys) > MAX_KEYS_ASKED:
             raise ValueError(f"{len(request.keys)} keys, at most {MAX_KEYS_ASKED} are looked up")
-        token = _publisher.set(context.remote_id.to_base58())
+        peer = context.remote_id.to_base58()
+        if (members := _members_of(protocol)) is not None:
+            role = Role.SERVER if isinstance(request, dht_pb2.StoreRequest) else Role.NOTEBOOK
+            members.check(peer, request, role)
+        token = _publisher.set(peer)
         try:
             return await rpc(protocol, request, context)
         finally:
             _publisher.reset(token)
 
     return bounded
+
+
+class MembersOnly(AuthorizerBase):
+    """Shows in each request to the DHT of a private swarm that this peer is a member.
+
+    hivemind's own authorizers sign requests and answers. Here the network knows for certain who
+    asks, so what a member shows is enough; it stands in the field of the token's signature.
+
+    Args:
+        membership: this peer's.
+    """
+
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+
+    def check(self, peer: str, request: Any, role: Role) -> None:
+        """Let a request of a peer through.
+
+        Raises:
+            NotAMember: it may not ask for that.
+        """
+        self._membership.check(peer, request.auth.client_access_token.signature, role)
+
+    async def sign_request(self, request: Any, service_public_key: Any) -> None:
+        request.auth.client_access_token.signature = self._membership.shown
+
+    async def validate_request(self, request: Any) -> bool:
+        return True  # `_bounded` does, which knows who asks
+
+    async def sign_response(self, response: Any, request: Any) -> None:
+        pass
+
+    async def validate_response(self, response: Any, request: Any) -> bool:
+        return True  # what it says is signed, or is believed of nobody
+
+
+def _members_of(protocol: DHTProtocol) -> MembersOnly | None:
+    return protocol.authorizer if isinstance(protocol.authorizer, MembersOnly) else None
+
+
+def _answering_strangers(rpc_ping: Any) -> Any:
+    @functools.wraps(rpc_ping)
+    async def answer(protocol: DHTProtocol, request: Any, context: P2PContext) -> Any:
+        members = _members_of(protocol)
+        # Within another request that was let through, hivemind calls this itself.
+        if members is not None and not _publisher.get():
+            try:
+                members.check(context.remote_id.to_base58(), request, Role.NOTEBOOK)
+            except NotAMember:
+                # Who has not joined yet learns that this peer is there, and what its clock says.
+                request.ClearField("peer")
+        return await rpc_ping(protocol, request, context)
+
+    return answer

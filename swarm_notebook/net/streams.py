@@ -8,6 +8,9 @@ for a failure. We frame by ourselves over hivemind's binary streams, instead of 
 async-generator handlers, because a decode step is one message each way: no task and no queue per
 message, a bound on the length that a peer may declare, and typed errors.
 
+In a private swarm the first message of a stream is a request without tensors, whose metadata show
+who asks; what else comes is read only if that is a member (see `net.membership`).
+
 A frame that has begun must come to its end in time, and so must whoever reads it. On a server its
 bytes are taken from `traffic` first.
 """
@@ -27,9 +30,19 @@ from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.proto import runtime_pb2
 from hivemind.proto.p2pd_pb2 import RPCError
 
-from swarm_notebook.errors import BadRequest, RemoteError, ServerBusy, from_wire, to_wire
+from swarm_notebook.errors import (
+    BadRequest,
+    NotAMember,
+    RemoteError,
+    ServerBusy,
+    from_wire,
+    to_wire,
+)
+from swarm_notebook.net import protocol
+from swarm_notebook.net.membership.certificate import Membership, Role
 from swarm_notebook.net.traffic import COPIES, Account, Traffic
 from swarm_notebook.net.wire_format import check_fields
 
@@ -53,6 +66,8 @@ SLOWEST_BYTES = 64 << 10  # per second
 STREAM_BYTES = 64 << 10
 # Where nobody counts: on a notebook's side, whose servers may answer what they were asked for.
 UNLIMITED = 1 << 60
+# What a member shows takes 200 bytes.
+MAX_SHOWN_BYTES = 512
 _HEADER_BYTES = 9
 _MESSAGE, _ERROR = 0, 1
 # Below this a frame is written as one piece: one system call instead of two.
@@ -259,15 +274,33 @@ async def open_stream(
     handler: str,
     meter: ByteMeter | None = None,
     max_frame: int = MAX_FRAME_BYTES,
+    *,
+    membership: Membership | None = None,
 ) -> Stream:
-    """A new stream to `handler` of `peer`; P2PDaemonError when the peer cannot be reached."""
+    """A new stream to `handler` of `peer`; P2PDaemonError when the peer cannot be reached.
+
+    Args:
+        membership: shown to the peer; a round trip more is not needed for it.
+    """
     opening = asyncio.ensure_future(p2p.call_binary_stream_handler(peer, handler))
     try:
         _, reader, writer = await asyncio.shield(opening)
     except asyncio.CancelledError:
         opening.add_done_callback(_abandon)
         raise
-    return Stream(reader, writer, peer.to_base58(), max_frame, meter, answers=True)
+    stream = Stream(reader, writer, peer.to_base58(), max_frame, meter, answers=True)
+    if membership is not None:
+        try:
+            await stream.send(runtime_pb2.ExpertRequest(metadata=show(membership)))
+        except BaseException:
+            stream.abort()
+            raise
+    return stream
+
+
+def show(membership: Membership) -> bytes:
+    """The metadata by which a member shows that it is one."""
+    return protocol.pack_metadata({protocol.MEMBER: membership.shown})
 
 
 def _abandon(opening: asyncio.Future) -> None:
@@ -282,6 +315,9 @@ async def add_stream_handler(
     handler: Callable[[Stream, PeerID], Awaitable[None]],
     max_frame: int = MAX_FRAME_BYTES,
     traffic: Traffic | None = None,
+    *,
+    membership: Membership | None = None,
+    role: Role = Role.NOTEBOOK,
 ) -> None:
     """Serve `name`: `handler` runs once per stream; what it raises travels as an error frame.
 
@@ -292,6 +328,7 @@ async def add_stream_handler(
 
     Args:
         traffic: what all streams may hold together; each has an account, closed in the end.
+        membership: of a private swarm, whose members alone are heard, in this ``role`` at least.
     """
     traffic = traffic or Traffic(UNLIMITED, UNLIMITED)
     price = stream_price(traffic.total)
@@ -311,7 +348,7 @@ async def add_stream_handler(
         try:
             if not base.try_take(price):
                 await _tell(stream, ServerBusy("too many streams are open here; close some"))
-            elif await _guarded(stream, handler(stream, info.peer_id)):
+            elif await _guarded(stream, _admit(stream, info.peer_id, handler, membership, role)):
                 await stream.end_answers()
             account.close()
             base.close()
@@ -339,6 +376,46 @@ def stream_price(total: int) -> int:
     if descriptors <= 0 or total >= UNLIMITED:
         return STREAM_BYTES
     return max(STREAM_BYTES, 2 * total // descriptors)
+
+
+async def _admit(
+    stream: Stream,
+    peer: PeerID,
+    handler: Callable[[Stream, PeerID], Awaitable[None]],
+    membership: Membership | None,
+    role: Role,
+) -> None:
+    """Run a handler; in a private swarm for members only, and as long as they are members."""
+    if membership is None:
+        await handler(stream, peer)
+        return
+    certificate = membership.check(stream.peer, await _shown(stream), role)
+    with membership.holding(certificate, stream.abort):
+        await handler(stream, peer)
+
+
+async def _shown(stream: Stream) -> object:
+    """What a peer shows of itself in its first message; nothing else is read of a stranger."""
+    limit, stream.max_frame = stream.max_frame, MAX_SHOWN_BYTES
+    try:
+        async with asyncio.timeout(UNHEARD_SECONDS):
+            message = await stream.receive(runtime_pb2.ExpertRequest)
+    except BadFrame:
+        return None
+    except TimeoutError:
+        raise NotAMember("this swarm is private, and nothing was shown in time") from None
+    finally:
+        stream.max_frame = limit
+    stream.account.resize(0)
+    return shown_in(message.metadata) if message is not None else None
+
+
+def shown_in(metadata: bytes) -> object:
+    """What a peer shows in the metadata of a message."""
+    try:
+        return protocol.unpack_metadata(metadata).get(protocol.MEMBER)
+    except BadRequest:
+        return None
 
 
 async def _guarded(stream: Stream, work: Awaitable[None]) -> bool:

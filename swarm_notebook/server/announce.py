@@ -60,7 +60,9 @@ class Announcer:
         """Store the record under every block; whether all were stored."""
         expiration = get_dht_time() + max(2 * self._period, MIN_EXPIRATION)
         keys, subkeys = list(self._uids), [self._node.peer_id.to_base58()] * len(self._uids)
-        about = info.model_copy(update={"model": self._prefix})
+        member = self._node.membership
+        shown = member.shown if member is not None else None
+        about = info.model_copy(update={"model": self._prefix, "member": shown})
         record = signed_record(about, self._node.identity, expiration)
         self.latest = {
             "record": record,

@@ -32,8 +32,11 @@ from swarm_notebook.checkpoint.anatomy import context_length
 from swarm_notebook.checkpoint.digest import digest
 from swarm_notebook.checkpoint.partial import LoadedBlocks
 from swarm_notebook.checkpoint.source import ModelSource, resolve
-from swarm_notebook.errors import ConnectionFailed, ServerFailed
+from swarm_notebook.errors import ConnectionFailed, NotAMember, ServerFailed
 from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net.membership.authority import Authority
+from swarm_notebook.net.membership.certificate import Role
+from swarm_notebook.net.membership.joining import offer
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState, to_petals_tokens
 from swarm_notebook.net.traffic import Traffic
@@ -52,6 +55,7 @@ from swarm_notebook.server.engine.requests import Limits
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
 from swarm_notebook.server.engine.worker import ComputeThread, Job
+from swarm_notebook.server.membership import MembershipKeeper
 from swarm_notebook.server.options import CACHE_TOKENS, ServeOptions
 from swarm_notebook.server.pings import NeighbourPings
 from swarm_notebook.server.rpc.answers import traffic_for
@@ -221,7 +225,7 @@ class Server:
         # Both take seconds, and one mostly waits.
         loading = compute.submit(self._load, source)
         self._stack.callback(loading.cancel)
-        node = await self._start_node()
+        node = await self._start_node(source.shared_name)
         self._say(peer_id=node.peer_id.to_base58(), maddrs=await node.addresses(), pid=os.getpid())
         loaded: LoadedBlocks = await loading.future
         config, blocks = source.config(), (loaded.start, loaded.end)
@@ -261,6 +265,7 @@ class Server:
             engine,
             traffic=traffic,
             announced=lambda: announcer.latest,
+            membership=node.membership,
         )
         self._stack.push_async_callback(handler.close)
         expiring = asyncio.create_task(_keep_expiring(handler))
@@ -279,6 +284,7 @@ class Server:
         announcer.keep(describe_again)
         self._up = _Up(node, compute, handler, announcer, describe)
         self._say(ready=True, blocks=list(blocks), model=source.name)
+        await self._tell_invitation()
         logger.info(
             "serving blocks %d:%d of %s: %.0f tokens/s through a block in steps, %.0f in passes",
             *blocks,
@@ -286,6 +292,13 @@ class Server:
             meter.rates.inference_rps,
             meter.rates.forward_rps,
         )
+
+    async def _tell_invitation(self) -> None:
+        """Print what to hand on, where a person reads it."""
+        if self._options.swarm is not None and not self._options.exit_with_stdin:
+            invitation = await asyncio.to_thread(Authority(self._options.swarm).invite)
+            self._say(invitation=str(invitation))
+            logger.info("one notebook may join with: %%swarm connect %s", invitation)
 
     def _say(self, **facts: Any) -> None:
         self.facts.update(facts)
@@ -296,19 +309,36 @@ class Server:
         self._given_up.set()
         await asyncio.to_thread(compute.stop)
 
-    async def _start_node(self) -> Node:
+    async def _start_node(self, shared_name: str) -> Node:
         options = self._options
+        swarm = options.swarm
+        authority = None if swarm is None else await asyncio.to_thread(Authority, swarm)
         starting = asyncio.create_task(
             Node.start(
                 options.initial_peers,
                 client=False,
                 host_maddrs=options.host_maddrs,
                 identity=options.identity,
+                credentials=None if authority is None else authority.owner(),
             )
         )
         # Shielded: hivemind would leave the daemon behind that it is just starting.
         self._stack.push_async_callback(_stop_node, starting)
-        return await asyncio.shield(starting)
+        node = await asyncio.shield(starting)
+        if node.membership is not None:
+            await self._take_part(node, authority, shared_name)
+        return node
+
+    async def _take_part(self, node: Node, authority: Authority | None, shared_name: str) -> None:
+        """Do what servers of a private swarm do besides serving."""
+        _check_role(node)
+        if authority is not None:
+            await offer(node.p2p, authority)
+        keeper = MembershipKeeper(node, authority, await node.addresses(), shared_name)
+        self._stack.push_async_callback(keeper.stop)
+        await keeper.update()
+        keeping = asyncio.create_task(keeper.run())
+        self._stack.push_async_callback(_end_task, keeping)
 
     def _measuring(self, compute: ComputeThread, span: Span, hidden_size: int, tokens: int) -> Job:
         loop = asyncio.get_running_loop()
@@ -357,6 +387,20 @@ class _Up:
     handler: Handler
     announcer: Announcer
     describe: Callable[[ServerState], ServerInfo]
+
+
+def _check_role(node: Node) -> None:
+    """Say at once if others would not believe what this server announces.
+
+    Raises:
+        NotAMember: it has a notebook's membership.
+    """
+    member = node.membership
+    if member is not None and member.role < Role.SERVER:
+        raise NotAMember(
+            f"the invitation to the swarm {member.name} is a notebook's; ask for one that was made "
+            "with `swarm-notebook invite --role server`"
+        )
 
 
 async def _stop_node(starting: asyncio.Task[Node]) -> None:

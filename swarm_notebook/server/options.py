@@ -48,6 +48,8 @@ class ServeOptions:
             requests of two peers take, and at least 512 MiB.
         threads: CPU threads of torch; None leaves it to torch.
         update_period: seconds between announcements.
+        swarm: folder with the key of a private swarm (`net.membership.authority`), made if it is
+            not there; None: the swarm is public, or there is an invitation among the peers.
         exit_with_stdin: leave when standard input ends.
     """
 
@@ -67,6 +69,7 @@ class ServeOptions:
     name: str | None = None
     threads: int | None = None
     update_period: float = UPDATE_PERIOD
+    swarm: Path | None = None
     exit_with_stdin: bool = False
 
     def settled(self, source: ModelSource) -> ServeOptions:

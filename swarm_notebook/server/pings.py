@@ -15,7 +15,14 @@ import random
 from swarm_notebook.checkpoint.digest import matches
 from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node, is_peer_id, smoothed_rtt
-from swarm_notebook.net.records import MAX_PINGS, ServerInfo, ServerState, parse_record
+from swarm_notebook.net.records import (
+    MAX_PINGS,
+    ServerInfo,
+    ServerState,
+    is_member,
+    is_signed,
+    parse_record,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +98,11 @@ class NeighbourPings:
             for peer, entry in entries.items():
                 info = parse_record(entry.value)
                 if peer == own or not is_peer_id(peer) or info is None:
+                    continue
+                member = self._node.membership
+                if not is_member(member, peer, info) or (
+                    member is not None and not is_signed(peer, entry.value, entry.expiration_time)
+                ):
                     continue
                 if info.state != ServerState.OFFLINE:
                     peers.add(peer)

@@ -23,6 +23,7 @@ from hivemind.proto import runtime_pb2
 from support.patience import PATIENCE
 
 from swarm_notebook.net import protocol, streams, tensors
+from swarm_notebook.net.membership.certificate import Credentials
 from swarm_notebook.net.node import LOOPBACK, Node
 
 
@@ -75,9 +76,9 @@ class ServerProcess:
 class RawClient:
     """Calls servers of a swarm; all in one event loop that runs while a test waits for it."""
 
-    def __init__(self, initial_peers: Sequence[str]):
+    def __init__(self, initial_peers: Sequence[str], credentials: Credentials | None = None):
         self._runner = asyncio.Runner()
-        self.node: Node = self.run(Node.start(initial_peers, client=True))
+        self.node: Node = self.run(Node.start(initial_peers, client=True, credentials=credentials))
 
     def run(self, work: Any) -> Any:
         return self._runner.run(work)

@@ -30,7 +30,7 @@ from swarm_notebook.client.request import (
 )
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
-from swarm_notebook.errors import BadRequest, MissingBlocks, RemoteError, ServerFailed
+from swarm_notebook.errors import BadRequest, MissingBlocks, NotAMember, RemoteError, ServerFailed
 from swarm_notebook.net import protocol
 
 
@@ -100,7 +100,7 @@ async def _backward_rows(
         used = RouteSegment(segment.span, segment.start, end)
         try:
             got = await _backward_segment(directory, used, part, gathered.input, kept)
-        except BadRequest as error:
+        except (BadRequest, NotAMember) as error:
             if doubted:
                 raise
             got = await _ask_another(directory, used, part, gathered.input, error)
@@ -123,7 +123,7 @@ async def _ask_another(
     segment: RouteSegment,
     part: Request,
     grad: torch.Tensor,
-    error: BadRequest,
+    error: BadRequest | NotAMember,
 ) -> PassGradients:
     """A part that one server called wrong, which may be wrong itself; what two say is believed."""
     try:
@@ -133,7 +133,7 @@ async def _ask_another(
     give_up(directory, segment, error)
     try:
         return await _repeat(directory, part, grad, doubted=True)
-    except BadRequest:
+    except (BadRequest, NotAMember):
         directory.succeeded(segment.peer)  # it was right
         raise
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.servers.directory import Directory
@@ -77,9 +76,7 @@ async def call(
     usage, began = directory.telemetry.usage, time.perf_counter()
     try:
         async with asyncio.timeout(OPEN_TIMEOUT):
-            stream = await streams.open_stream(
-                directory.node.p2p, PeerID.from_base58(segment.peer), rpc, usage.open(segment)
-            )
+            stream = await directory.node.open_stream(segment.peer, rpc, usage.open(segment))
         watch = Watch(
             directory, segment.peer, lambda: f"{server} ({rpc.rpartition('.')[2]})", stream
         )

@@ -35,7 +35,7 @@ from swarm_notebook.client.request import (
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.client.telemetry import Failover
-from swarm_notebook.errors import BadRequest, MissingBlocks, RemoteError
+from swarm_notebook.errors import BadRequest, MissingBlocks, NotAMember, RemoteError
 from swarm_notebook.net import protocol, tensors
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ async def _forward_rows(
         part = request.part(segment.start, segment.end, hidden)
         try:
             got = await forward_segment(directory, segment, part, kept)
-        except BadRequest as error:
+        except (BadRequest, NotAMember) as error:
             refusals.add(segment, error)
             remaining = []
             continue
@@ -244,13 +244,13 @@ class Refusals:
 
     def __init__(self, directory: Directory):
         self._directory = directory
-        self._by_peer: dict[str, tuple[RouteSegment, BadRequest]] = {}
+        self._by_peer: dict[str, tuple[RouteSegment, BadRequest | NotAMember]] = {}
 
-    def add(self, segment: RouteSegment, error: BadRequest) -> None:
+    def add(self, segment: RouteSegment, error: BadRequest | NotAMember) -> None:
         """A server refuses its part.
 
         Raises:
-            BadRequest: it is not the first.
+            BadRequest, NotAMember: it is not the first.
         """
         if self._by_peer:
             raise error
@@ -266,7 +266,7 @@ class Refusals:
         """`Directory.await_chain` without those that refused.
 
         Raises:
-            BadRequest: what they said, if no other server has the blocks.
+            BadRequest, NotAMember: what they said, if no other server has the blocks.
         """
         if not self._by_peer:
             return await self._directory.await_chain(start, end)

@@ -20,6 +20,7 @@ from typing import Any
 
 from hivemind.utils import ValueWithExpiration, get_dht_time
 
+from swarm_notebook.net.membership.certificate import Membership
 from swarm_notebook.net.node import is_peer_id
 from swarm_notebook.net.records import (
     MAX_SECONDS,
@@ -27,6 +28,7 @@ from swarm_notebook.net.records import (
     ServerInfo,
     ServerState,
     claims_signature,
+    is_member,
     is_signed,
     parse_record,
 )
@@ -55,10 +57,11 @@ class Announced:
 
     Args:
         prefix: of the model; a signature for another model's blocks is none.
+        membership: in a private swarm; only what its servers have signed is believed.
     """
 
-    def __init__(self, prefix: str = "") -> None:
-        self._prefix = prefix
+    def __init__(self, prefix: str = "", membership: Membership | None = None) -> None:
+        self._prefix, self._membership = prefix, membership
         self._blocks: dict[int, dict[str, _Record]] = {}
         self._signers: dict[str, float] = {}
 
@@ -95,6 +98,8 @@ class Announced:
         info, expires = parse_record(answer.get("record")), answer.get("record_expires")
         if info is None or type(expires) is not float:
             return
+        if not is_member(self._membership, peer, info):
+            return
         now = get_dht_time()
         if not 0 < expires - now <= MAX_SECONDS:
             return
@@ -112,7 +117,11 @@ class Announced:
         """Who holds each block, with its newest record."""
         newest = self._newest()
         return {
-            block: {peer: newest[peer].info for peer in known if _hosts(newest[peer].info, block)}
+            block: {
+                peer: newest[peer].info
+                for peer in known
+                if peer in newest and _hosts(newest[peer].info, block)
+            }
             for block, known in self._blocks.items()
         }
 
@@ -151,7 +160,9 @@ class Announced:
             if info.model != self._prefix:
                 return
             self._signers[peer] = get_dht_time()
-        elif info.signature is not None or peer in self._signers:
+        elif info.signature is not None or peer in self._signers or self._membership is not None:
+            return
+        if not is_member(self._membership, peer, info):
             return
         record = _Record(info, entry.expiration_time, when, signed)
         known = self._blocks[block]
@@ -166,6 +177,12 @@ class Announced:
         for known in self._blocks.values():
             for peer, record in known.items():
                 by_peer.setdefault(peer, []).append(record)
+        if self._membership is not None:  # it may have ended since
+            by_peer = {
+                peer: records
+                for peer, records in by_peer.items()
+                if any(is_member(self._membership, peer, record.info) for record in records)
+            }
         return {peer: _newest_of(records) for peer, records in by_peer.items()}
 
 

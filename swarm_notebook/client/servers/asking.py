@@ -10,9 +10,10 @@ from google.protobuf.message import DecodeError
 from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
 
-from swarm_notebook.errors import BadRequest
+from swarm_notebook.errors import BadRequest, NotAMember, from_wire
 from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node
+from swarm_notebook.net.streams import show
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,15 @@ PING_TIMEOUT = 3.0
 # Peers that are asked at once what they serve.
 MAX_ASKED = 64
 # What a ping may meet: silence, refusal, or an answer that is none.
-PING_ERRORS = (TimeoutError, P2PDaemonError, P2PHandlerError, OSError, BadRequest, DecodeError)
+PING_ERRORS = (
+    TimeoutError,
+    P2PDaemonError,
+    P2PHandlerError,
+    OSError,
+    BadRequest,
+    NotAMember,
+    DecodeError,
+)
 
 
 async def ask(node: Node, peer: str) -> dict[str, Any]:
@@ -29,23 +38,39 @@ async def ask(node: Node, peer: str) -> dict[str, Any]:
 
     Raises: `PING_ERRORS`.
     """
-    answer = await node.p2p.call_protobuf_handler(
-        PeerID.from_base58(peer),
-        protocol.RPC_INFO,
-        runtime_pb2.ExpertUID(uid=""),
-        runtime_pb2.ExpertInfo,
+    # What is shown stands where a request has its metadata: an `ExpertUID` is the same without.
+    request = (
+        runtime_pb2.ExpertUID(uid="")
+        if node.membership is None
+        else runtime_pb2.ExpertRequest(metadata=show(node.membership))
     )
+    try:
+        answer = await node.p2p.call_protobuf_handler(
+            PeerID.from_base58(peer), protocol.RPC_INFO, request, runtime_pb2.ExpertInfo
+        )
+    except P2PHandlerError as error:
+        if str(error).startswith(f"{NotAMember.code}: "):
+            raise from_wire(str(error), peer) from None
+        raise
     found = protocol.unpack_metadata(answer.serialized_info)
     if "cache_tokens_free" in found:
         found["cache_tokens_available"] = found["cache_tokens_free"]
     return found
 
 
-async def try_ask(node: Node, peer: str) -> dict[str, Any] | None:
-    """`ask`, or None if no readable answer comes within `PING_TIMEOUT`."""
+async def try_ask(
+    node: Node, peer: str, refused: list[NotAMember] | None = None
+) -> dict[str, Any] | None:
+    """`ask`, or None if no readable answer comes within `PING_TIMEOUT`.
+
+    Args:
+        refused: takes what a private swarm says to those who are not its members.
+    """
     try:
         async with asyncio.timeout(PING_TIMEOUT):
             return await ask(node, peer)
     except PING_ERRORS as error:
         logger.debug("asking %s: %s", peer, error)
+        if isinstance(error, NotAMember) and refused is not None:
+            refused.append(error)
         return None

@@ -13,11 +13,13 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from swarm_notebook.client.servers.asking import MAX_ASKED, try_ask
+from swarm_notebook.errors import NotAMember
 from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node, is_peer_id
 from swarm_notebook.net.records import (
     MODEL_INDEX_KEY,
     ModelRecord,
+    is_member,
     is_signed,
     parse_model_record,
     parse_record,
@@ -43,15 +45,28 @@ async def served(node: Node) -> dict[str, ModelRecord]:
 
 
 async def _stated(node: Node, peers: Collection[str]) -> dict[str, ModelRecord]:
-    """What peers say that they serve."""
-    answers = await asyncio.gather(*(try_ask(node, peer) for peer in peers))
-    models = (_model_of(answer) for answer in answers if answer is not None)
-    return dict(model for model in models if model is not None)
+    """What peers say that they serve.
+
+    Raises:
+        NotAMember: nobody says anything, as the swarm is private.
+    """
+    refused: list[NotAMember] = []
+    answers = await asyncio.gather(*(try_ask(node, peer, refused) for peer in peers))
+    found = dict(
+        model
+        for peer, answer in zip(peers, answers, strict=True)
+        if answer is not None and (model := _model_of(node, peer, answer)) is not None
+    )
+    if refused and not found:
+        raise refused[0]
+    return found
 
 
-def _model_of(answer: dict[str, Any]) -> tuple[str, ModelRecord] | None:
+def _model_of(node: Node, peer: str, answer: dict[str, Any]) -> tuple[str, ModelRecord] | None:
     record, model = parse_record(answer.get("record")), parse_model_record(answer.get("model"))
-    return None if record is None or not record.model or model is None else (record.model, model)
+    if record is None or not record.model or model is None:
+        return None
+    return (record.model, model) if is_member(node.membership, peer, record) else None
 
 
 async def _with_servers(node: Node, prefixes: Collection[str]) -> list[str]:
@@ -68,13 +83,18 @@ async def _served_by(node: Node, prefix: str, entries: Iterable[tuple[str, Any]]
     peers = []
     for peer, entry in entries:
         info = parse_record(entry.value)
-        if info is None or not is_peer_id(peer):
+        if info is None or not is_peer_id(peer) or not is_member(node.membership, peer, info):
             continue
         if info.model == prefix and is_signed(peer, entry.value, entry.expiration_time):
             return True
         peers.append(peer)
-    answers = await asyncio.gather(*(try_ask(node, peer) for peer in peers[:MAX_SERVERS]))
-    models = (_model_of(answer) for answer in answers if answer is not None)
+    asked = peers[:MAX_SERVERS]
+    answers = await asyncio.gather(*(try_ask(node, peer) for peer in asked))
+    models = (
+        _model_of(node, peer, answer)
+        for peer, answer in zip(asked, answers, strict=True)
+        if answer is not None
+    )
     return any(model is None or model[0] == prefix for model in models)
 
 

@@ -26,7 +26,7 @@ from swarm_notebook.client.servers.announced import Announced
 from swarm_notebook.client.servers.asking import MAX_ASKED, PING_ERRORS, PING_TIMEOUT, ask, try_ask
 from swarm_notebook.client.servers.health import PeerHealth
 from swarm_notebook.client.telemetry import Telemetry
-from swarm_notebook.errors import MissingBlocks, OtherCheckpoint
+from swarm_notebook.errors import MissingBlocks, NotAMember, OtherCheckpoint
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import Node, smoothed_rtt
 from swarm_notebook.net.records import ServerSpan, ServerState, spans_of
@@ -146,11 +146,13 @@ class Directory:
     _bits: dict[int, float] = field(default_factory=dict)
     _told_bits: set[tuple[int, float, float]] = field(default_factory=set)
     _last_seen: dict[str, _LastSeen] = field(default_factory=dict)
+    _refused: list[NotAMember] = field(default_factory=list)
     _refreshing: asyncio.Task | None = None
     _background: asyncio.Task | None = None
 
     def __post_init__(self) -> None:
-        self._announced = Announced(self.prefix)
+        membership = self.node.membership if self.node is not None else None
+        self._announced = Announced(self.prefix, membership)
 
     async def start(self) -> None:
         """Read the records once, then keep reading them in the background."""
@@ -186,6 +188,7 @@ class Directory:
         await asyncio.shield(self._refreshing)
 
     async def _refresh(self) -> None:
+        await self.node.learn_revocations()
         uids = [protocol.block_uid(self.prefix, index) for index in range(self.num_blocks)]
         found = await self.node.dht.get_many(uids, sufficient_expiration_time=float("inf"))
         when = time.time()
@@ -228,9 +231,12 @@ class Directory:
                 info = await self.info(peer)
         except PING_ERRORS as error:
             logger.debug("ping of %s: %s", peer, error)
+            if isinstance(error, NotAMember):
+                self._refused[:] = [error]
             self.health.silent(peer)
             return False
         self.heard[peer] = time.time()
+        self._refused.clear()
         self.health.answered(peer)
         self._announced.told(peer, info, self.num_blocks)
         self.rtt[peer] = smoothed_rtt(self.rtt.get(peer), time.perf_counter() - began)
@@ -261,7 +267,11 @@ class Directory:
 
     async def try_info(self, peer: str) -> dict | None:
         """`info`, or None if no readable answer comes within `PING_TIMEOUT`."""
-        return await try_ask(self.node, peer)
+        refused: list[NotAMember] = []
+        found = await try_ask(self.node, peer, refused)
+        if refused:
+            self._refused[:] = refused
+        return found
 
     def missing(self) -> list[int]:
         """Blocks that are needed and that no server holds which is online and not avoided."""
@@ -310,6 +320,7 @@ class Directory:
                     self._tell_bits(chain)
                     return chain
                 except MissingBlocks as error:
+                    self.check_membership()
                     left = deadline - time.monotonic()
                     missing = self._missing(start, end, exclude) or [start, end - 1]
                     if left <= 0:
@@ -465,6 +476,18 @@ class Directory:
                 logger.warning("%s is not used: %s", span.name, found[span.peer])
         self._warned = set(found)
         return found
+
+    def check_membership(self) -> None:
+        """See to it that servers are not missing only because they do not let this notebook in.
+
+        Raises:
+            NotAMember: the swarm is private, or this notebook is a member no more.
+        """
+        if self.node.membership is not None:
+            self.node.membership.check_own()
+        # Whoever says so may lie; it counts where blocks are missing besides.
+        if self._refused and self.missing():
+            raise self._refused[0]
 
     def check_checkpoint(self) -> None:
         """See to it that servers are not missing only because they have another checkpoint.

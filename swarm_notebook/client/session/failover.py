@@ -22,6 +22,7 @@ from swarm_notebook.errors import (
     BadRequest,
     CacheFull,
     MissingBlocks,
+    NotAMember,
     RemoteError,
     ServerBusy,
     SessionLost,
@@ -56,7 +57,7 @@ class FailoverPolicy:
         """Go on without a failed hop, or without handing its input from server to server.
 
         Raises:
-            BadRequest, CacheFull, ServerBusy: no other server can mend it.
+            BadRequest, CacheFull, NotAMember, ServerBusy: no other server can mend it.
             MissingBlocks: the only server of some blocks fails again and again.
         """
         stage, error = loss.stage, loss.error
@@ -74,7 +75,7 @@ class FailoverPolicy:
         report = Failover(peer, name, hop.start, hop.end, str(error), time.perf_counter())
         self._directory.telemetry.lost(self._timeline, report)
         blocks = describe_blocks(range(hop.start, hop.end))
-        if isinstance(error, (BadRequest, CacheFull, ServerBusy)):
+        if isinstance(error, (BadRequest, CacheFull, NotAMember, ServerBusy)):
             self._refuse(hop, error)
             logger.info("%s; trying %s on another server", error, blocks)
             return
@@ -104,7 +105,7 @@ class FailoverPolicy:
             return False
         return True
 
-    def _refuse(self, hop: Hop, error: BadRequest | CacheFull | ServerBusy) -> None:
+    def _refuse(self, hop: Hop, error: BadRequest | CacheFull | NotAMember | ServerBusy) -> None:
         """Leave a server that refused the step out of it; raise if the others would refuse too.
 
         One server that finds a request invalid may be wrong itself, two are believed.

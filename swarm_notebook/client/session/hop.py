@@ -26,7 +26,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.adapters import Adapter, ensure_uploaded
@@ -235,9 +234,8 @@ class Hop:
         if self._stream is None:
             with self._blamed():
                 async with asyncio.timeout(OPEN_TIMEOUT):
-                    self._stream = await streams.open_stream(
-                        self._directory.node.p2p,
-                        PeerID.from_base58(self.segment.peer),
+                    self._stream = await self._directory.node.open_stream(
+                        self.segment.peer,
                         protocol.RPC_INFERENCE,
                         self._directory.telemetry.usage.open(self.segment),
                     )

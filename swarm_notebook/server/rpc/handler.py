@@ -20,10 +20,11 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from swarm_notebook import __version__
-from swarm_notebook.errors import BadRequest, ServerBusy, ShuttingDown, to_wire
+from swarm_notebook.errors import BadRequest, NotAMember, ServerBusy, ShuttingDown, to_wire
 from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net.membership.certificate import Membership, Role
 from swarm_notebook.net.records import to_petals_tokens
-from swarm_notebook.net.streams import Stream, add_stream_handler
+from swarm_notebook.net.streams import MAX_SHOWN_BYTES, Stream, add_stream_handler, shown_in
 from swarm_notebook.net.traffic import COPIES, Account, Traffic
 from swarm_notebook.net.wire_format import check_fields
 from swarm_notebook.server.engine.backward import SpanGradients
@@ -73,6 +74,8 @@ class Handler:
 
     Args:
         announced: what this server has announced last, for those who ask it.
+        membership: of a private swarm, whose members alone are answered. They use streams, so
+            Petals' unary calls are not offered there, but for the one that asks who this is.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Handler:
         *,
         announced: Callable[[], dict[str, Any]],
         traffic: Traffic,
+        membership: Membership | None = None,
     ):
         self._span, self._limits, self._engine = span, limits, engine
         self._pool, self._compute, self._announced = pool, compute, announced
@@ -96,6 +100,7 @@ class Handler:
         self._pushes = PushChannel(traffic)
         self._leaving = False
         self._counters = Counters()
+        self._membership = membership
 
     async def register(self, p2p: P2P) -> None:
         """Offer the RPCs to the swarm."""
@@ -107,20 +112,32 @@ class Handler:
             protocol.RPC_BACKWARD_STREAM: self._backward_stream,
             protocol.RPC_ADAPTER: self._adapter,
         }
-        self._pushes.start(p2p)
+        member = self._membership
+        self._pushes.start(p2p, member)
         for name, stream_handler in streams.items():
             traffic = self._uploads.traffic if name == protocol.RPC_ADAPTER else self._traffic
-            await add_stream_handler(p2p, name, self._tracked(stream_handler), frame, traffic)
+            await add_stream_handler(
+                p2p, name, self._tracked(stream_handler), frame, traffic, membership=member
+            )
         # Not tracked: such a stream is no request, and stays open while the server leaves.
         await add_stream_handler(
-            p2p, protocol.RPC_PUSH_STREAM, self._pushes.handle, frame, self._traffic
+            p2p,
+            protocol.RPC_PUSH_STREAM,
+            self._pushes.handle,
+            frame,
+            self._traffic,
+            membership=member,
+            role=Role.SERVER,
         )
-        unary = {
-            protocol.RPC_INFO: (self._info, runtime_pb2.ExpertUID),
+        unary: dict[str, tuple[Callable[..., Awaitable[Message]], type[Message]]]
+        unary = {protocol.RPC_INFO: (self._info, runtime_pb2.ExpertUID)}
+        public: dict[str, tuple[Callable[..., Awaitable[Message]], type[Message]]] = {
             protocol.RPC_FORWARD: (self._forward, runtime_pb2.ExpertRequest),
             protocol.RPC_BACKWARD: (self._backward, runtime_pb2.ExpertRequest),
             protocol.RPC_PUSH: (self._push, runtime_pb2.ExpertRequest),
         }
+        if member is None:
+            unary |= public
         for name, (handler, kind) in unary.items():
             # Below P2P.add_protobuf_handler, which would parse the bytes outside our reach.
             await p2p._client.add_unary_handler(name, self._tracked(self._unary(handler, kind)))
@@ -298,6 +315,7 @@ class Handler:
         async def call(data: bytes, peer: PeerID) -> bytes:
             account = self._traffic.open(peer.to_base58())
             try:
+                self._check_member(data, peer)
                 if not account.try_take(COPIES * len(data) + UNARY_BYTES):
                     raise ServerBusy("too much of this peer, or of all, waits here; try again")
                 try:
@@ -313,6 +331,16 @@ class Handler:
                 account.close()
 
         return call
+
+    def _check_member(self, data: bytes, peer: PeerID) -> None:
+        """In a private swarm, refuse a unary call of somebody who is not shown to be a member."""
+        if self._membership is None:
+            return
+        shown = None
+        if len(data) <= MAX_SHOWN_BYTES:
+            check_fields(data)
+            shown = shown_in(runtime_pb2.ExpertRequest.FromString(data).metadata)
+        self._membership.check(peer.to_base58(), shown)
 
     def _check_open(self) -> None:
         if self._leaving:
@@ -339,7 +367,7 @@ def _pass_of(peer: str, request: Forward, cost: int = 1) -> Task:
 
 
 def _typed(error: Exception) -> bool:
-    return isinstance(error, (BadRequest, ServerBusy, ShuttingDown))
+    return isinstance(error, (BadRequest, NotAMember, ServerBusy, ShuttingDown))
 
 
 def _unary_answer(

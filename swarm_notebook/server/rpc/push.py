@@ -30,6 +30,7 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net import protocol
+from swarm_notebook.net.membership.certificate import Membership
 from swarm_notebook.net.streams import TRANSPORT_ERRORS, Stream, open_stream
 from swarm_notebook.net.traffic import COPIES, Account, Traffic
 from swarm_notebook.server.rpc import fields
@@ -69,6 +70,7 @@ class PushChannel:
 
     def __init__(self, traffic: Traffic) -> None:
         self._p2p: P2P | None = None
+        self._membership: Membership | None = None
         self._traffic = traffic
         self._streams: OrderedDict[str, asyncio.Future[Stream]] = OrderedDict()
         self._listening: set[asyncio.Task[None]] = set()
@@ -78,9 +80,9 @@ class PushChannel:
         self._early: OrderedDict[tuple[str, str, str], _Early] = OrderedDict()
         self._plain: dict[str, Callable[[runtime_pb2.ExpertRequest], None]] = {}
 
-    def start(self, p2p: P2P) -> None:
-        """From now on pushes can be sent."""
-        self._p2p = p2p
+    def start(self, p2p: P2P, membership: Membership | None = None) -> None:
+        """From now on pushes can be sent, as a member of a private swarm if it is one."""
+        self._p2p, self._membership = p2p, membership
 
     async def close(self) -> None:
         """End all streams and calls to other servers."""
@@ -277,6 +279,7 @@ class PushChannel:
             _peer_id(peer),
             protocol.RPC_PUSH_STREAM,
             max_frame=MAX_REPLY_BYTES,
+            membership=self._membership,
         )
         opening = asyncio.current_task()
         listening = asyncio.create_task(self._listen(peer, stream, opening))

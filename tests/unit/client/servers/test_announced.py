@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from hivemind.utils import ValueWithExpiration, get_dht_time
 from swarm_notebook.client.servers import announced as announced_module
 from swarm_notebook.client.servers.announced import Announced
 from swarm_notebook.net.identity import Identity
+from swarm_notebook.net.membership.authority import Authority
+from swarm_notebook.net.membership.certificate import Membership
 from swarm_notebook.net.records import (
     MAX_SECONDS,
     MAX_SUBKEYS,
@@ -178,3 +181,42 @@ def test_a_span_is_believed_only_as_its_server_states_it() -> None:
     moved = {"record": signed(identity, soon, model="another"), "record_expires": soon}
     fresh.told(peer, moved, 5)
     assert not any(fresh.holders().values())
+
+
+def test_a_private_swarm_believes_its_servers_alone(tmp_path: Path) -> None:
+    swarm, soon = Authority(tmp_path / "swarm"), time.time() + 60
+    server, thief = Identity.new(), Identity.new()
+    reader = Membership(swarm.owner(), Identity.new().peer_id)
+    shown = swarm.owner().shown_by(server.peer_id)
+    elsewhere = Authority(tmp_path / "other").owner().shown_by(thief.peer_id)
+
+    def said(identity: Identity, member: bytes | None) -> Any:
+        info = ServerInfo(state=ServerState.ONLINE, throughput=1.0, model="tiny", member=member)
+        info = info.model_copy(update={"start_block": 0, "end_block": 2})
+        return signed_record(info, identity, soon)
+
+    def believed(identity: Identity, value: Any) -> bool:
+        peer, announced = identity.peer_id.to_base58(), Announced("tiny", reader)
+        announced.update(0, found(soon, **{peer: value}))
+        told = Announced("tiny", reader)
+        told.told(peer, {"record": value, "record_expires": soon}, 2)
+        assert (peer in told.holders().get(0, {})) == (peer in announced.holders()[0])
+        return peer in announced.holders()[0]
+
+    assert believed(server, said(server, shown))
+    for member in (None, b"", shown, elsewhere):
+        assert not believed(thief, said(thief, member))
+    # Of somebody else's record nothing is believed that its peer has not signed.
+    peer, announced = server.peer_id.to_base58(), Announced("tiny", reader)
+    unsigned = said(server, shown)
+    unsigned[2]["signature"] = bytes(64)
+    announced.update(0, found(soon, **{peer: unsigned}))
+    del unsigned[2]["signature"]
+    announced.update(0, found(soon, **{peer: unsigned}))
+    assert not announced.holders()[0]
+    # What was believed is not any more once its server is revoked.
+    announced.update(0, found(soon, **{peer: said(server, shown)}))
+    assert peer in announced.holders()[0]
+    reader._revoked = frozenset({reader.check(peer, shown).name})
+    assert not announced.holders()[0]
+    assert not announced.times()
