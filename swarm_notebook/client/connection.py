@@ -25,6 +25,7 @@ from swarm_notebook.client.servers.directory import PATIENCE, Directory
 from swarm_notebook.client.session.session import InferenceSession
 from swarm_notebook.client.session.unpadded import UnpaddedSession
 from swarm_notebook.errors import ConnectionFailed, ServerFailed
+from swarm_notebook.net.membership.certificate import Credentials
 from swarm_notebook.net.node import Node, is_peer_id
 from swarm_notebook.net.records import ModelRecord
 from swarm_notebook.progress import Waiting
@@ -215,15 +216,18 @@ class Inquiry:
 
     Args:
         initial_peers: multiaddrs of peers of the swarm.
+        credentials: of whoever began it, if it is private.
 
     Raises:
         AddressError, ConnectionFailed: from joining the swarm.
     """
 
-    def __init__(self, initial_peers: Sequence[str]):
+    def __init__(self, initial_peers: Sequence[str], credentials: Credentials | None = None):
         self._network = network_thread()
-        self._peers = frozenset(str(peer) for peer in initial_peers)
-        shared = _acquire(self._peers, self._network)
+        peers = [str(peer) for peer in initial_peers]
+        # Not a node that others of this process have, who may be no members.
+        self._peers = frozenset(peers if credentials is None else [*peers, credentials.swarm.hex()])
+        shared = _acquire(self._peers, self._network, peers, credentials)
         self._directory = Directory(shared.node, "", 0)
 
     def info(self, peer: str) -> dict[str, Any] | None:
@@ -260,11 +264,18 @@ def served_models(
         _release(peers, network)
 
 
-def _acquire(peers: frozenset[str], network: LoopThread) -> _SharedNode:
+def _acquire(
+    peers: frozenset[str],
+    network: LoopThread,
+    addresses: Sequence[str] | None = None,
+    credentials: Credentials | None = None,
+) -> _SharedNode:
+    """The node that goes by ``peers``; its ``addresses``, if these are not all of them."""
     with _lock:
         shared = _nodes.get(peers)
         if shared is None:
-            node = network.run(Node.start(sorted(peers), client=True))
+            given = sorted(peers) if addresses is None else addresses
+            node = network.run(Node.start(given, client=True, credentials=credentials))
             at_exit(node.stop)
             shared = _nodes[peers] = _SharedNode(node)
         shared.users += 1

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.client.connection import Inquiry
-from swarm_notebook.errors import BlocksOutOfRange, ServerStartError
+from swarm_notebook.errors import BlocksOutOfRange, InvitationError, ServerStartError
 from swarm_notebook.local.folder import ServerFolder
 from swarm_notebook.local.process import ANY_PORT, LocalServer, server_environment
-from swarm_notebook.local.swarm import Conversion
+from swarm_notebook.local.swarm import DEFAULT_EXPIRES, Conversion
+from swarm_notebook.net.membership.authority import Authority, swarms_folder
+from swarm_notebook.net.node import addresses_of
 
 if TYPE_CHECKING:
     from swarm_notebook.swarm import Swarm
@@ -46,6 +48,7 @@ class Lending:
         name: what others see in their status.
         listen: multiaddr to listen at; None takes the loopback interface if all known peers are
             there, else all interfaces.
+        private: begin a swarm in which only those are let in who are invited, see `invite`.
 
     Attributes:
         config: of the model.
@@ -53,6 +56,7 @@ class Lending:
     Raises:
         ModelNotFound: there is no such model.
         BlocksOutOfRange: it has no such blocks.
+        ValueError: ``private``, and peers of a swarm that is there.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Lending:
         threads: int | None = None,
         name: str = "notebook",
         listen: str | None = None,
+        private: bool = False,
     ) -> None:
         self._peers = swarm.initial_peers if swarm is not None else list(initial_peers)
         with Conversion() as progress:
@@ -75,6 +80,11 @@ class Lending:
         self.config = source.config()
         self.model, self.num_blocks = source.name, self.config.num_hidden_layers
         self._path, self._name, self._threads = str(source.path or source.name), name, threads
+        self._swarm: Path | None = None
+        if private:
+            if self._peers:
+                raise ValueError("private: begins a swarm, and there are peers of one to join")
+            self._swarm = swarms_folder() / Path(self.model).name
         self._listen = listen or (ANY_PORT if _all_loopback(self._peers) else ANY_INTERFACE)
         self._folder: ServerFolder | None = None
         self._key: bytes | None = None  # others know it under the same peer id when it comes back
@@ -128,6 +138,11 @@ class Lending:
         return [] if self._server is None else self._server.addresses
 
     @property
+    def private(self) -> bool:
+        """Whether others need an invitation, and not an address, to join."""
+        return self._swarm is not None
+
+    @property
     def pid(self) -> int | None:
         """The process id of the latest start."""
         return None if self._server is None else self._server.pid
@@ -148,6 +163,7 @@ class Lending:
             folder=self._folder,
             options=[self._path, "--dtype", self.dtype, "--device", self.device]
             + ([] if self.bits is None else ["--bits", str(self.bits)])
+            + ([] if self._swarm is None else ["--private", "--swarm", str(self._swarm)])
             + ([] if self._threads is None else ["--threads", str(self._threads)]),
             environment=server_environment(self._threads),
             swarm_addresses=lambda: self._peers,
@@ -167,8 +183,22 @@ class Lending:
         if self.state != "serving":
             return None
         if self._inquiry is None:
-            self._inquiry = Inquiry(self._peers or self.addresses)
+            owner = None if self._swarm is None else Authority(self._swarm).owner()
+            self._inquiry = Inquiry(self._peers or self.addresses, owner)
         return self._inquiry.info(self.peer_id)
+
+    def invite(
+        self, role: str = "notebook", *, expires: float = DEFAULT_EXPIRES, uses: int = 1
+    ) -> str:
+        """What to hand to somebody who is to join, see `LocalSwarm.invite`.
+
+        Raises:
+            InvitationError: it is not private, or does not serve yet.
+            ValueError: an argument is none.
+        """
+        if self._swarm is None:
+            raise InvitationError("everybody may join this server; start one with private=True")
+        return str(Authority(self._swarm).invite(role, expires=expires, uses=uses))
 
     def stop(self) -> None:
         """Let the server leave the swarm and end; returns when it is gone."""
@@ -201,4 +231,5 @@ def _lacking(swarm: Swarm | None) -> tuple[int, int] | None:
 
 
 def _all_loopback(peers: Sequence[str]) -> bool:
+    peers = addresses_of(peers)
     return bool(peers) and all("/ip4/127." in peer or "/ip6/::1/" in peer for peer in peers)

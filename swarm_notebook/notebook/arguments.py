@@ -26,6 +26,7 @@ EXAMPLES = """\
 examples:
   %swarm connect                                   a swarm of two processes on this machine
   %swarm connect /ip4/…/tcp/…/p2p/… --model NAME   a swarm that exists
+  %swarm connect swarm1…                           a private one, by an invitation
   %swarm generate "Why is the sky blue?" -o answer
 """
 
@@ -77,6 +78,7 @@ class CommandLine:
             self._privacy()
             self._monitor()
             self._serve()
+            self._invite()
             self._plan()
             self._chat()
         self._generate(with_prompt=magic == "%swarm")
@@ -138,8 +140,8 @@ class CommandLine:
             nargs="*",
             type=_address,
             metavar="ADDRESS",
-            help="servers of the swarm, as /ip4/…/tcp/…/p2p/… (default: begin a swarm of two "
-            "server processes on this machine)",
+            help="servers of the swarm, as /ip4/…/tcp/…/p2p/…, or an invitation to a private one "
+            "(default: begin a swarm of two server processes on this machine)",
         )
         connect.add_argument(
             "--model",
@@ -251,7 +253,25 @@ class CommandLine:
             help="such as /ip4/0.0.0.0/tcp/0, which others can reach (default: this machine alone "
             "where all known servers are, else all interfaces)",
         )
+        serve.add_argument(
+            "--private",
+            action="store_true",
+            help="begin a swarm that lets in only who is invited; see %%swarm invite",
+        )
         _add_output(serve, "the ServePanel, instead of showing it,")
+
+    def _invite(self) -> None:
+        invite = self._add("invite", "let somebody join a private swarm of this machine")
+        invite.add_argument(
+            "--role", choices=("notebook", "server"), default="notebook", help="what they may do"
+        )
+        invite.add_argument(
+            "--uses", type=_count, default=1, metavar="N", help="how many may redeem it"
+        )
+        invite.add_argument(
+            "--swarm", metavar="NAME", help="which one (default: the only one of this machine)"
+        )
+        _add_output(invite, "the invitation, instead of printing it,")
 
     def _plan(self) -> None:
         plan = self._add("plan", "say whether a model runs on some machines, and how fast")

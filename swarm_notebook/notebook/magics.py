@@ -191,17 +191,30 @@ class SwarmMagics:
 
         names = ("dtype", "device", "bits", "threads", "name", "listen")
         given = {key: getattr(arguments, key) for key in names}
-        swarm = None if arguments.initial_peers else self._current()
+        if arguments.private and arguments.initial_peers:
+            raise UsageError("--private begins a swarm, --initial-peers joins one: give one")
+        alone = bool(arguments.initial_peers) or arguments.private
+        swarm = None if alone else self._current()
         panel = ServePanel(
             arguments.model,
             blocks=arguments.blocks,
             swarm=swarm,
             initial_peers=arguments.initial_peers,
+            private=arguments.private,
             **{key: value for key, value in given.items() if value is not None},
         )
         if arguments.blocks is not None:
             panel.begin()
         return self._store(arguments.output, panel)
+
+    def _invite(self, arguments: argparse.Namespace) -> None:
+        self._warmup.wait()
+        from swarm_notebook.net.membership.authority import begun_here
+
+        invitation = str(begun_here(arguments.swarm).invite(arguments.role, uses=arguments.uses))
+        if arguments.output is None:
+            print(invitation)
+        self._store(arguments.output, invitation)
 
     def _plan(self, arguments: argparse.Namespace) -> Any:
         self._warmup.wait()

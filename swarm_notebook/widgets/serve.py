@@ -34,7 +34,8 @@ class ServePanel(Widget, module="serve"):
 
     Args:
         lending: what to start and stop; None makes one of the other arguments.
-        model, blocks, swarm, initial_peers, dtype, device, bits, threads, name, listen: as for
+        model, blocks, swarm, initial_peers, dtype, device, bits, threads, name, listen,
+            private: as for
             `Lending`.
 
     Attributes:
@@ -44,7 +45,7 @@ class ServePanel(Widget, module="serve"):
         state: one of `lending.STATES`, or ``stopping``.
         weights: bytes read and all bytes of the weights.
         needs: bytes of each block's weights; empty until that is known.
-        addresses: where the server listens.
+        addresses: where the server listens; none for a private swarm, where they are of no use.
         facts: sessions open now; sessions, requests and tokens served; cache tokens free and of
             all. Empty unless the server answers.
         since: when it began to serve, in seconds of Unix time.
@@ -164,7 +165,8 @@ class ServePanel(Widget, module="serve"):
         state, facts = lending.state, lending.facts() or {}
         changed: dict[str, Any] = {
             "weights": list(lending.weights),
-            "addresses": lending.addresses,
+            # An invitation would be a secret, which a notebook's file should not hold unasked.
+            "addresses": [] if lending.private else lending.addresses,
             "facts": {name: facts[name] for name in _SHOWN if isinstance(facts.get(name), int)},
         }
         if state != self.state or state in {"starting", "loading"}:
