@@ -66,7 +66,9 @@ class ServerFolder:
 def _remove(path: Path, kept: set[str]) -> None:
     with contextlib.suppress(FileNotFoundError):
         for file in path.iterdir():
-            if file.name not in kept:
+            if file.is_dir():  # the keys of a private swarm
+                shutil.rmtree(file, ignore_errors=True)
+            elif file.name not in kept:
                 file.unlink(missing_ok=True)
         if not kept:
             path.rmdir()
