@@ -67,7 +67,14 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--blocks",
         type=_blocks,
         metavar="A:B",
-        help="hold blocks A to B-1 only; only their tensors are read (default: all)",
+        help="hold blocks A to B-1 only; only their tensors are read (default: all of a new swarm, "
+        "else those that it needs most, and others when that changes)",
+    )
+    serve.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="what the blocks that it chooses may take (default: 7 tenths of what is free)",
     )
     serve.add_argument(
         "--initial-peers",

@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -58,6 +58,8 @@ from swarm_notebook.server.engine.worker import ComputeThread, Job
 from swarm_notebook.server.membership import MembershipKeeper
 from swarm_notebook.server.options import CACHE_TOKENS, ServeOptions
 from swarm_notebook.server.pings import NeighbourPings
+from swarm_notebook.server.places import Place
+from swarm_notebook.server.placing import Placing, room_for
 from swarm_notebook.server.rpc.answers import traffic_for
 from swarm_notebook.server.rpc.handler import Handler
 
@@ -100,10 +102,30 @@ async def serve(options: ServeOptions) -> None:
         ServerFailed: the network daemon died.
     """
     leaving = asyncio.create_task(lifetime.leaving(options.exit_with_stdin).wait())
-    # A notebook shows how far it is; a person who reads the terminal has the log.
-    server = Server(options, _tell, progress=options.exit_with_stdin)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    while not leaving.done():
+        # A notebook shows how far it is; a person who reads the terminal has the log.
+        server = Server(options, _tell, progress=options.exit_with_stdin)
+        try:
+            await _serve_in_place(server, leaving)
+        except ConnectionFailed as error:
+            if not options.chosen:
+                raise
+            logger.warning("%s; trying again", error)
+            await asyncio.wait([leaving], timeout=GOODBYE_SECONDS)
+        # Where it moves to it begins anew, and needs the memory of what it had.
+        options = server.moved
+        del server
+        gc.unfreeze()
+        gc.collect()
+
+
+async def _serve_in_place(server: Server, leaving: asyncio.Task[Any]) -> None:
+    """Serve until told to leave, or until another place is better.
+
+    Raises: as `serve`.
+    """
     starting = asyncio.create_task(server.start())
     await asyncio.wait([starting, leaving], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -116,16 +138,17 @@ async def serve(options: ServeOptions) -> None:
         starting.result()
     except P2PDaemonError as error:
         raise ConnectionFailed(
-            f"the network daemon cannot listen on {', '.join(options.host_maddrs)}; is the port "
-            f"taken? Choose another one with --host-maddrs ({error})"
+            f"the network daemon cannot listen on {', '.join(server.moved.host_maddrs)}; is the "
+            f"port taken? Choose another one with --host-maddrs ({error})"
         ) from None
     heap.freeze()
     trimming = asyncio.create_task(server.trim())
     ended = asyncio.create_task(server.daemon_ended())
-    await asyncio.wait([ended, leaving], return_when=asyncio.FIRST_COMPLETED)
-    trimming.cancel()
+    moving = asyncio.create_task(server.better_place())
+    await asyncio.wait([ended, leaving, moving], return_when=asyncio.FIRST_COMPLETED)
     failed = ended.done()
-    ended.cancel()
+    for task in (trimming, ended, moving):
+        task.cancel()
     await server.stop()
     if failed:
         raise ServerFailed("the network daemon (p2pd) of this server has died")
@@ -149,6 +172,7 @@ class Server:
 
     Attributes:
         facts: what was told, but for the progress.
+        moved: with what it would start again, in the place that it has found better.
     """
 
     def __init__(
@@ -160,6 +184,7 @@ class Server:
     ):
         self._options, self._tell, self._tells_progress = options, tell, progress
         self.facts: dict[str, Any] = {}
+        self.moved = options
         self._stack = contextlib.AsyncExitStack()
         self._given_up = threading.Event()
         self._up: _Up | None = None
@@ -197,6 +222,17 @@ class Server:
         """Whether a step of a session is in flight."""
         return self._up is not None and self._up.handler.busy
 
+    async def better_place(self) -> None:
+        """Return when it had better serve other blocks (see `moved`), if it may choose them."""
+        up = self._up
+        if up is None or not self._options.chosen:
+            await asyncio.Event().wait()
+            return
+        (start, end), rate = self.facts["blocks"], up.describe(ServerState.ONLINE).throughput
+        span = await up.placing.better(Place(start, end, rate))
+        logger.info("moving to blocks %d:%d, where the swarm needs this server more", *span)
+        self.moved = replace(self._options, blocks=span, chosen=True)
+
     async def daemon_ended(self) -> None:
         """Return when the network daemon has ended."""
         if self._up is not None:
@@ -222,10 +258,8 @@ class Server:
             check_bits(options.bits)
         compute = ComputeThread()
         self._stack.push_async_callback(self._end_thread, compute)
-        # Both take seconds, and one mostly waits.
-        loading = compute.submit(self._load, source)
-        self._stack.callback(loading.cancel)
-        node = await self._start_node(source.shared_name)
+        node, placing, loading = await self._take_place(compute, source)
+        options = self._options
         self._say(peer_id=node.peer_id.to_base58(), maddrs=await node.addresses(), pid=os.getpid())
         loaded: LoadedBlocks = await loading.future
         config, blocks = source.config(), (loaded.start, loaded.end)
@@ -282,7 +316,7 @@ class Server:
 
         await announcer.announce(describe(ServerState.ONLINE))
         announcer.keep(describe_again)
-        self._up = _Up(node, compute, handler, announcer, describe)
+        self._up = _Up(node, compute, handler, announcer, describe, placing)
         self._say(ready=True, blocks=list(blocks), model=source.name)
         await self._tell_invitation()
         logger.info(
@@ -308,6 +342,27 @@ class Server:
         # Python that ends while torch is at work in another thread aborts the process.
         self._given_up.set()
         await asyncio.to_thread(compute.stop)
+
+    async def _take_place(
+        self, compute: ComputeThread, source: ModelSource
+    ) -> tuple[Node, Placing, Job]:
+        """Join the swarm, and begin to read the blocks: at once where it is known which."""
+        loading: Job | None = None
+        if self._options.blocks is not None or not self._options.initial_peers:
+            # Both take seconds, and one mostly waits.
+            loading = compute.submit(self._load, source)
+            self._stack.callback(loading.cancel)
+        node = await self._start_node(source.shared_name)
+        blocks = source.config().num_hidden_layers
+        placing = Placing(node, source.dht_prefix, blocks)
+        if loading is None:
+            size = await asyncio.to_thread(room_for, source, self._options)
+            span = await placing.choose(size)
+            logger.info("serving blocks %d:%d of %d: the swarm needs them most", *span, blocks)
+            self._options = replace(self._options, blocks=span, chosen=True)
+            loading = compute.submit(self._load, source)
+            self._stack.callback(loading.cancel)
+        return node, placing, loading
 
     async def _start_node(self, shared_name: str) -> Node:
         options = self._options
@@ -387,6 +442,7 @@ class _Up:
     handler: Handler
     announcer: Announcer
     describe: Callable[[ServerState], ServerInfo]
+    placing: Placing
 
 
 def _check_role(node: Node) -> None:

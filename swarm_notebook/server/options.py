@@ -34,7 +34,9 @@ class ServeOptions:
 
     Attributes:
         model: a Hub id, a folder or a GGUF file; None is the demo model.
-        blocks: the range ``[start, end)`` to host; None is all.
+        blocks: the range ``[start, end)`` to host; None is all for who begins a swarm, else those
+            that lift the swarm most.
+        memory: bytes that chosen blocks may take; None is a part of what is free.
         identity: file of the private key behind the peer id; written if there is none.
         dtype: what to compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
         device: a torch device; "auto" is a GPU where there is one.
@@ -50,6 +52,7 @@ class ServeOptions:
         update_period: seconds between announcements.
         swarm: folder with the key of a private swarm (`net.membership.authority`), made if it is
             not there; None: the swarm is public, or there is an invitation among the peers.
+        chosen: the server has chosen its blocks itself, and may choose others.
         exit_with_stdin: leave when standard input ends.
     """
 
@@ -70,6 +73,8 @@ class ServeOptions:
     threads: int | None = None
     update_period: float = UPDATE_PERIOD
     swarm: Path | None = None
+    memory: int | None = None
+    chosen: bool = False
     exit_with_stdin: bool = False
 
     def settled(self, source: ModelSource) -> ServeOptions:

@@ -1,0 +1,142 @@
+"""What a server reads of its swarm to choose its blocks, and how many it has room for.
+
+Records of servers that have died stay for a minute or two, so whoever chooses asks each server for
+a sign of life, and reckons with those alone that answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import statistics
+
+import psutil
+import torch
+
+from swarm_notebook.checkpoint.anatomy import find_trunk
+from swarm_notebook.checkpoint.loading import class_for
+from swarm_notebook.checkpoint.source import ModelSource
+from swarm_notebook.errors import Unsupported
+from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net.node import Node, is_peer_id
+from swarm_notebook.net.records import (
+    ServerInfo,
+    ServerSpan,
+    ServerState,
+    is_member,
+    is_signed,
+    parse_record,
+    spans_of,
+)
+from swarm_notebook.server.options import ServeOptions
+from swarm_notebook.server.places import Place, better, choose
+
+logger = logging.getLogger(__name__)
+
+# Of the free memory, for weights; the rest is for keys and values, activations and the system.
+FREE_PART = 0.7
+# Between two looks at the swarm, on average: one and a half of them and a random wait are half a
+# minute, and reading all records costs what a notebook does, which reads them every ten seconds.
+LOOK_SECONDS = 12.0
+
+
+def room_for(source: ModelSource, options: ServeOptions) -> int:
+    """How many blocks fit into the memory that a server may use.
+
+    Raises:
+        Unsupported: not even one does.
+    """
+    from transformers import MODEL_MAPPING
+
+    config = source.config()
+    with torch.device("meta"):
+        layers = find_trunk(class_for(source, MODEL_MAPPING, "base model")(config)).layers
+    weights = max(sum(one.numel() for one in layer.parameters()) for layer in layers)
+    width = 8 * tensors.dtype_from_name(options.dtype).itemsize
+    taken = weights * min(options.bits or width, width) / 8
+    memory = options.memory
+    if memory is None:
+        on_card = torch.device(options.device).type == "cuda"
+        free = torch.cuda.mem_get_info(options.device)[0] if on_card else _free()
+        memory = int(FREE_PART * free)
+    fit = int(memory // taken)
+    if fit < 1:
+        raise Unsupported(
+            f"{memory >> 20} MiB of memory hold no block of {source.name}, of which the largest "
+            f"takes {int(taken) >> 20} MiB; give fewer --bits, or more --memory"
+        )
+    return min(fit, len(layers))
+
+
+def _free() -> int:
+    return int(psutil.virtual_memory().available)
+
+
+class Placing:
+    """One server's view of the places in its swarm.
+
+    Args:
+        node: the server's.
+        prefix: the model's name in the DHT.
+        blocks: how many it has.
+    """
+
+    def __init__(self, node: Node, prefix: str, blocks: int) -> None:
+        self._node, self._prefix, self._blocks = node, prefix, blocks
+
+    async def choose(self, size: int) -> tuple[int, int]:
+        """The span of ``size`` blocks to begin with."""
+        others = await self._others(1.0)
+        rate = statistics.median([place.rate for place in others] or [1.0])
+        return choose(others, self._blocks, size, rate)
+
+    async def better(self, own: Place) -> tuple[int, int]:
+        """Return as soon as another place is better, and stays so for a random while.
+
+        Args:
+            own: where the server is.
+        """
+        while True:
+            await asyncio.sleep(LOOK_SECONDS * (0.5 + random.random()))  # noqa: S311 - no secret
+            try:
+                # Others see the same: when one has gone, it is not better any more for the rest.
+                if await self._wanted(own):
+                    await asyncio.sleep(LOOK_SECONDS * random.random())  # noqa: S311
+                    if (span := await self._wanted(own)) is not None:
+                        return span
+            except Exception:
+                logger.exception("looking for a better place failed; trying again")
+
+    async def _wanted(self, own: Place) -> tuple[int, int] | None:
+        return better(await self._others(own.rate), self._blocks, own)
+
+    async def _others(self, rate: float) -> list[Place]:
+        """The servers besides this one that live; those that do not say are taken for this fast."""
+        spans = await self._spans()
+        peers = {span.peer for span in spans}
+        pings = await asyncio.gather(*(self._node.ping(peer) for peer in peers))
+        alive = {peer for peer, ping in zip(peers, pings, strict=True) if ping is not None}
+        return [
+            Place(span.start, span.end, span.info.throughput or rate)
+            for span in spans
+            if span.peer in alive
+        ]
+
+    async def _spans(self) -> list[ServerSpan]:
+        uids = [protocol.block_uid(self._prefix, block) for block in range(self._blocks)]
+        found = await self._node.dht.get_many(uids, sufficient_expiration_time=float("inf"))
+        own, member = self._node.peer_id.to_base58(), self._node.membership
+        holders: dict[int, dict[str, ServerInfo]] = {}
+        for block, uid in enumerate(uids):
+            value = found[uid].value if found[uid] is not None else None
+            known = holders.setdefault(block, {})
+            for peer, entry in (value if isinstance(value, dict) else {}).items():
+                info = parse_record(entry.value)
+                if info is None or peer == own or not is_peer_id(peer):
+                    continue
+                signed = is_signed(peer, entry.value, entry.expiration_time)
+                trusted = signed or (member is None and info.signature is None)
+                if trusted and is_member(member, peer, info) and info.state != ServerState.OFFLINE:
+                    known[peer] = info
+        return spans_of(holders)

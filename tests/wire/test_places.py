@@ -1,0 +1,69 @@
+"""Servers that choose their blocks, on a real network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.hosting import HostedServer, HostedSwarm, _thread
+from support.patience import wait_until
+from support.scene import generate
+from transformers import AutoModelForCausalLM
+
+import swarm_notebook as sn
+from swarm_notebook.errors import Unsupported
+from swarm_notebook.server import placing
+from swarm_notebook.server.engine import throughput
+from swarm_notebook.server.options import ServeOptions
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placing, "LOOK_SECONDS", 0.5)
+    # As fast as each other, whatever else the machine does.
+    monkeypatch.setattr(throughput.Throughput, "of_span", lambda *_: 100.0)
+
+
+def moved(server: HostedServer) -> ServeOptions:
+    """What a server wants to be, as soon as it wants to move."""
+    _thread().run(server._server.better_place())
+    return server._server.moved
+
+
+def test_servers_take_what_is_missing_and_move_when_that_changes(tiny_llama: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    block = max(
+        sum(one.numel() for one in layer.parameters()) * 4 for layer in reference.model.layers
+    )
+    ids: Any = torch.arange(3, 12)[None]
+    expected = generate(reference, ids).sequences.tolist()
+    with HostedSwarm(tiny_llama, [(0, 3)]) as first:
+        free = {"initial_peers": first.initial_peers, "cache_tokens": 512}
+        second = HostedServer(ServeOptions(tiny_llama, memory=2 * block, name="second", **free))
+        with (
+            HostedServer(ServeOptions(tiny_llama, memory=3 * block, name="third", **free)) as third,
+            second,
+        ):
+            # The third came first: it took all that it could of what nobody had.
+            assert third.blocks == (2, 5)
+            with sn.connect(first.initial_peers, model=tiny_llama) as swarm:
+                assert generate(swarm.model, ids).sequences.tolist() == expected
+                assert second.blocks == (0, 2)
+                _thread().run(third.stop())
+                # Its blocks are nobody's now; the second is not alone where it is.
+                wanted = moved(second)
+                assert wanted.blocks == (3, 5)
+                _thread().run(second.stop())
+                with HostedServer(wanted) as again:
+                    assert again.blocks == (3, 5)
+                    wait_until(lambda: not swarm.status().missing)
+                    assert generate(swarm.model, ids).sequences.tolist() == expected
+
+
+def test_what_has_room_for_no_block_says_so(tiny_llama: Path) -> None:
+    with HostedSwarm(tiny_llama, [(0, 3)]) as first:
+        small = ServeOptions(tiny_llama, None, first.initial_peers, memory=100)
+        with pytest.raises(Unsupported, match="--memory"), HostedServer(small):
+            pass
