@@ -129,10 +129,12 @@ class Connection:
         stop: int,
         states: Collection[int],
         inner: Collection[tuple[int, str]] = (),
+        *,
+        last: int | None = None,
     ) -> Outputs:
         """`InferenceSession.step` of blocks ``[block, stop)``; shows how far a long one is."""
         length = session.length
-        work = session.step(block, stop, states, inner)
+        work = session.step(block, stop, states, inner, last=last)
         if length < LONG_PASS:
             return self.run(work)
         with Waiting(

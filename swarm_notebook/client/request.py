@@ -7,6 +7,7 @@ goes beyond Petals' protocol is refused for servers that do not speak our additi
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -52,6 +53,8 @@ class Request:
         rotary_length: the length that rotary embeddings which depend on one go by; None where
             that makes no difference.
         dtype: wire name of what a forward pass is to be computed in; None: as the server computes.
+        last: how many of the last positions of the last block's output are wanted of a step; None
+            for all.
     """
 
     start: int
@@ -69,11 +72,18 @@ class Request:
     rows_version: int = 0
     rotary_length: int | None = None
     dtype: str | None = None
+    last: int | None = None
 
     @property
     def boundaries(self) -> list[int]:
         """The blocks whose inputs are wanted, because they are outputs of the blocks before."""
         return [block + 1 for block in self.states]
+
+    @property
+    def output_shape(self) -> list[int]:
+        """That of the last block's output in the answer."""
+        rows, length, hidden = self.hidden.shape
+        return [rows, length if self.last is None else min(self.last, length), hidden]
 
     def part(self, start: int, end: int, hidden: torch.Tensor) -> Request:
         """The share of blocks ``[start, end)`` in this request."""
@@ -99,6 +109,7 @@ class Request:
             states=(),
             inner=(),
             prompts=None,
+            last=None,
         )
 
     def options(self) -> dict[str, Any]:
@@ -118,6 +129,8 @@ class Request:
             options["rotary_length"] = self.rotary_length
         if self.dtype is not None:
             options[protocol.COMPUTE_DTYPE] = self.dtype
+        if self.last is not None:
+            options[protocol.LAST_POSITIONS] = self.last
         return options
 
 
@@ -152,7 +165,8 @@ class Outputs:
     """What came back of a pass through some blocks.
 
     Attributes:
-        states: outputs of blocks; that of the last block is always there.
+        states: outputs of blocks; that of the last block is always there, perhaps with fewer
+            positions (`Request.last`).
         inner: outputs of modules inside of blocks.
     """
 
@@ -163,7 +177,8 @@ class Outputs:
 def answer_bytes(request: Request) -> int:
     """The most bytes that an answer with what a request asks for may have."""
     hidden = request.hidden
-    states = (1 + len(request.states)) * hidden.numel() * max(hidden.itemsize, _WIDEST)
+    values = math.prod(request.output_shape) + len(request.states) * hidden.numel()
+    states = values * max(hidden.itemsize, _WIDEST)
     return states + (MAX_INNER_BYTES if request.inner else 0) + ANSWER_SLACK
 
 
@@ -185,13 +200,15 @@ def read_outputs(packed: Sequence[runtime_pb2.Tensor], request: Request, server:
         raise ServerFailed(
             f"{server} sent {len(packed)} tensors, not {len(blocks) + len(request.inner)}"
         )
-    dtype, shape = request.hidden.dtype, request.hidden.shape
+    dtype, whole = request.hidden.dtype, list(request.hidden.shape)
+    shapes = [request.output_shape, *(whole for _ in request.states)]
+    outer = list(zip(packed, shapes, strict=False))
     # All shapes first: nothing is unpacked of an answer that is not what was asked for.
-    for tensor in packed[: len(blocks)]:
+    for tensor, shape in outer:
         check_layout(tensor, dtype, shape, server)
     for tensor in packed[len(blocks) :]:
         check_layout(tensor, dtype, None, server)
-    states = [read_tensor(tensor, dtype, shape, server) for tensor in packed[: len(blocks)]]
+    states = [read_tensor(tensor, dtype, shape, server) for tensor, shape in outer]
     inner = [read_tensor(tensor, dtype, None, server) for tensor in packed[len(blocks) :]]
     for state in states:
         check_finite(state, "hidden states", server)

@@ -49,11 +49,15 @@ class RemoteModel:
     # Torch compiles around it, and gives the reason where it may not (`fullgraph=True`).
     @torch.compiler.disable(reason=_UNCOMPILED)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kept = self._runner.kept
+        kept.begin(self, kwargs)  # type: ignore[arg-type]
         try:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         except KeyboardInterrupt as interrupt:
             self._runner._end()  # torch runs the hooks that close a call after errors only
             raise interrupt.with_traceback(None) from None
+        kept.check(output)
+        return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Before pickle finds, and says, only that it cannot import this class.

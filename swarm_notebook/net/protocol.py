@@ -15,6 +15,8 @@ only servers which announce ``swarm_notebook`` in their record are sent:
   may send the input after all, under the same ``step_id``; if it was used, the answer says
   ``filled``. An input without positions gives the step up, if it has not begun: nothing is
   computed, the answer has no positions either, and the session goes on;
+- ``last_positions`` in a step's metadata says how many of the last positions of the last block's
+  output the client wants; all of them go on to the next server all the same;
 - ``compute_dtype`` in a forward request's metadata names the dtype to compute it in, whatever the
   server's own: for comparisons of what two servers answer.
 
@@ -34,8 +36,9 @@ from swarm_notebook.net.hivemind_fixes import bound_nesting
 
 bound_nesting()
 
-# 1: masks, states, adapters; 2: pushes from server to server, 8-bit values; 3: `compute_dtype`
-PROTOCOL_VERSION = 3
+# 1: masks, states, adapters; 2: pushes from server to server, 8-bit values; 3: `compute_dtype`;
+# 4: `last_positions`
+PROTOCOL_VERSION = 4
 EXTENSION_KEY = "swarm_notebook"
 TIMES_KEY = "times"
 PUSH_TO, PUSH_FROM = "push_to", "push_from"
@@ -43,6 +46,7 @@ PUSH_FAILED, FILLED = "push_failed", "filled"
 # In the first message of a streamed answer: how many tensors it has in all.
 TENSORS = "tensors"
 COMPUTE_DTYPE = "compute_dtype"
+LAST_POSITIONS = "last_positions"
 # What a member of a private swarm shows (`net.membership`).
 MEMBER = "member"
 NEXT_SERVERS = "next_servers"  # Petals' pushes, see `server.rpc.petals_push`

@@ -40,6 +40,8 @@ MAX_SUBKEYS, MAX_RECORD_BYTES = 1024, 8 << 10
 PUSH_VERSION = 2
 # From which version on they compute a pass in the dtype that is asked for.
 DTYPE_VERSION = 3
+# From which version on they answer with the last positions only, if no others are wanted.
+LAST_POSITIONS_VERSION = 4
 
 # The record stands under every block, so what we announce is to stay small. Petals' servers ping
 # five neighbours per announcement and announce all that they pinged within five minutes.
@@ -267,6 +269,11 @@ class ServerSpan:
     def casts(self) -> bool:
         """Whether it computes a forward pass in whatever dtype it is asked for."""
         return (self.info.swarm_notebook or 0) >= DTYPE_VERSION
+
+    @property
+    def shortens(self) -> bool:
+        """Whether it answers a step with the last positions only, if no others are wanted."""
+        return (self.info.swarm_notebook or 0) >= LAST_POSITIONS_VERSION
 
 
 def spans_of(blocks: Mapping[int, Mapping[str, ServerInfo]]) -> list[ServerSpan]:

@@ -169,6 +169,21 @@ def test_our_extensions(wire: Wire) -> None:
     wire.run(work())
 
 
+@pytest.mark.parametrize("last", [0, 2, 9])
+def test_last_positions_only(wire: Wire, last: int) -> None:
+    hidden = torch.randn(2, 6, HIDDEN)
+
+    async def work() -> list[torch.Tensor]:
+        session = await wire.session()
+        got: list[torch.Tensor] = await session.step(UID, hidden, states=[2], last_positions=last)
+        session.close()
+        return got
+
+    got, state = wire.run(work())
+    close(got, wire.local(hidden)[:, max(6 - last, 0) :])
+    close(state, wire.local(hidden, START, 3))
+
+
 def test_a_repeated_step_is_dropped(wire: Wire) -> None:
     hidden = torch.randn(1, 2, HIDDEN)
 

@@ -67,7 +67,10 @@ class Auditor:
 
     Attributes:
         verdicts: what was found.
+        positions: fewer answers of a pass are not compared.
     """
+
+    positions = limits.MIN_TOKENS
 
     def __init__(
         self,

@@ -106,7 +106,10 @@ def of_session(history: History, computed: Computed, end: int, compression: int)
         if like is None:
             return None
         answers.append(answer if answer is not None and own else torch.zeros_like(like))
-        counted.append(torch.full(like.shape[:2], own))
+        known = torch.full(like.shape[:2], own)
+        if by is not None:
+            known[:, : max(by.answered - part.position, 0)] = False
+        counted.append(known)
     request = history.request(computed.start, end, merged[0])
     of_end = replace(segment, start=computed.start, end=end)
     request = replace(request, position=0, rows_version=0)

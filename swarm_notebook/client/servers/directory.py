@@ -89,7 +89,13 @@ class _LastSeen:
 
 
 class Audits(Protocol):
-    """Takes note of finished work, to audit some of it in the background (`client.audit`)."""
+    """Takes note of finished work, to audit some of it in the background (`client.audit`).
+
+    Attributes:
+        positions: of how many of the last positions of a pass it needs the answers at least.
+    """
+
+    positions: int
 
     def step(self, history: Any) -> None:
         """A step of the session with this history has come back."""

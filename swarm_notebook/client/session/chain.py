@@ -100,10 +100,14 @@ class Chain:
             return
         hop.reset()
         for part in history.replay(hop.start, hop.end, until):
+            # Nothing is rebuilt from what the last block puts out.
+            ends = hop.end == self.directory.num_blocks and hop.segment.span.shortens
             for start, end in itertools.pairwise(part.cuts(hop.start, hop.end)):
-                got, taken = await hop.run(history.request(start, end, part))
+                last = 0 if ends and end == hop.end else None
+                got, taken = await hop.run(history.request(start, end, part, last=last))
                 times.append(taken)
-            history.learn(hop.end, part.position, got.states[hop.end - 1])
+            if not ends:
+                history.learn(hop.end, part.position, got.states[hop.end - 1])
 
     async def settle(self, hops: Collection[Hop]) -> None:
         """Free those hops that wait for states which a lost server does not push."""

@@ -26,12 +26,14 @@ class Computed:
     Attributes:
         handed: the peer whose server gave the input, if it was not the notebook.
         adapter: id and version of what it was run with.
+        answered: from which position on the server's answer is known; zeros stand before it.
     """
 
     segment: RouteSegment
     start: int
     handed: str | None
     adapter: tuple[str, int] | None
+    answered: int = 0
 
     def same_work(self, other: Computed) -> bool:
         """Whether it is one server's work on the same blocks with the same adapter."""
@@ -270,12 +272,14 @@ class History:
         inner: Collection[tuple[int, str]] = (),
         *,
         later: bool = False,
+        last: int | None = None,
     ) -> Request:
         """What the server of blocks ``[start, end)`` is asked for some tokens of a pass.
 
         Args:
             later: the hidden states come later, from the blocks before; now only their shape is
                 right.
+            last: as in `Request`.
         """
         hidden = part.input_of(start)
         if hidden is None:
@@ -295,6 +299,7 @@ class History:
             adapter=self.adapter,
             rows_version=self.rows_version,
             rotary_length=part.rotary_length,
+            last=last,
         )
 
     def _prompts(self, start: int, end: int, part: Pass) -> torch.Tensor | None:

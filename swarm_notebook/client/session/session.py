@@ -122,8 +122,14 @@ class InferenceSession:
         stop: int,
         states: Collection[int] = (),
         inner: Collection[tuple[int, str]] = (),
+        *,
+        last: int | None = None,
     ) -> Outputs:
         """Run the current pass from ``block``, whose input was given, up to ``stop``.
+
+        Args:
+            last: how many of the last positions of the last block's output are wanted; None for
+                all. More may come.
 
         Returns:
             the outputs of the blocks ``states`` and of the last one before ``stop``, and of the
@@ -142,7 +148,7 @@ class InferenceSession:
             timeline = self.timeline or self._telemetry.begin(began)
             self.timeline = timeline
             failover = FailoverPolicy(self._chain, timeline, self.history.adapter)
-            self._run = run = StepRun(self._chain, self.history, failover, states, inner)
+            self._run = run = StepRun(self._chain, self.history, failover, states, inner, last=last)
             try:
                 outputs = await run.run(block, stop)
             except asyncio.CancelledError:

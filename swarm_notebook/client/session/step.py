@@ -10,7 +10,11 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Collection, Coroutine, Iterator, Sequence
+from functools import partial
 from typing import Any
+
+import torch
+from torch.nn import functional
 
 from swarm_notebook.client.request import Outputs
 from swarm_notebook.client.session.chain import Chain
@@ -29,6 +33,8 @@ class StepRun:
         history: of the session; the outputs that come back go into its current pass.
         failover: decides what follows when a server fails.
         states, inner: what is wanted besides the last block's output, as in `Request`.
+        last: how many of the last positions of the last block's output are wanted; None for all.
+            More may come.
 
     Attributes:
         times: of the servers asked so far, in the order of their answers.
@@ -42,10 +48,14 @@ class StepRun:
         failover: FailoverPolicy,
         states: Collection[int],
         inner: Collection[tuple[int, str]],
+        *,
+        last: int | None = None,
     ):
         self._chain, self._history, self._failover = chain, history, failover
         self._directory, self._current = chain.directory, history.current
-        self._states, self._inner = states, inner
+        self._states, self._inner, self._last = states, inner, last
+        if last is not None and self._directory.audits is not None:
+            self._last = max(last, self._directory.audits.positions)
         self.times: list[HopTimes] = []
         self.passed = 0
 
@@ -54,7 +64,7 @@ class StepRun:
         block, outputs = first, Outputs({}, {})
         while block < stop:
             stages = await self._plan(block, stop)
-            done, lost = await self._attempt(stages, outputs)
+            done, lost = await self._attempt(stages, outputs, stop)
             block = done
             if lost is not None:
                 hop = lost.stage.hop
@@ -82,7 +92,7 @@ class StepRun:
         return stages
 
     async def _attempt(
-        self, stages: Sequence[Stage], outputs: Outputs
+        self, stages: Sequence[Stage], outputs: Outputs, stop: int
     ) -> tuple[int, HopLost | None]:
         """Run the current pass through the stages; up to which block it came, and what failed.
 
@@ -93,7 +103,7 @@ class StepRun:
         lost: HopLost | None = None
         try:
             await self._ready(stages)
-            await self._send_parts(stages, parts, got)
+            await self._send_parts(stages, parts, got, stop)
         except HopLost as failure:
             lost = failure
         for stage, found in zip(stages, got, strict=True):
@@ -104,18 +114,25 @@ class StepRun:
             outputs.inner.update(whole.inner)
             audited = self._directory.audits is not None
             if stage.end < self._directory.num_blocks or audited:
-                self._current.inputs[stage.end] = whole.states[stage.end - 1]
+                self._current.inputs[stage.end] = self._filled_up(whole.states[stage.end - 1])
             if audited:
-                self._current.computed[stage.end] = self._computed(stage)
+                known = whole.states[stage.end - 1].shape[1]
+                self._current.computed[stage.end] = self._computed(stage, self._current.end - known)
         return stages[-1].end, lost
 
-    def _computed(self, stage: Stage) -> Computed:
+    def _filled_up(self, state: torch.Tensor) -> torch.Tensor:
+        """An output of which perhaps only the last positions came, with zeros before them."""
+        missing = self._current.length - state.shape[1]
+        return functional.pad(state, (0, 0, missing, 0)) if missing else state
+
+    def _computed(self, stage: Stage, answered: int) -> Computed:
         source, adapter = stage.source, self._history.adapter
         return Computed(
             stage.hop.segment,
             stage.start,
             None if source is None else source.segment.peer,
             None if adapter is None else (adapter.id, adapter.version),
+            answered,
         )
 
     async def _ready(self, stages: Sequence[Stage]) -> None:
@@ -135,21 +152,31 @@ class StepRun:
             await stage.hop.prepare(self._history.adapter)
 
     async def _send_parts(
-        self, stages: Sequence[Stage], parts: Sequence[Pass], got: list[list[Outputs]]
+        self,
+        stages: Sequence[Stage],
+        parts: Sequence[Pass],
+        got: list[list[Outputs]],
+        stop: int,
     ) -> None:
         """Send the parts of a pass through the stages, one behind the other."""
         taken: dict[int, HopTimes] = {}
 
-        def deliver(number: int, outputs: Outputs, times: HopTimes) -> None:
+        def deliver(length: int, number: int, outputs: Outputs, times: HopTimes) -> None:
             got[number].append(outputs)
-            stage = stages[number]
-            self.passed += outputs.states[stage.end - 1].shape[1] * (stage.end - stage.start)
+            self.passed += length * (stages[number].end - stages[number].start)
             taken[number] = times.plus(taken.get(number))
 
         asked = (self._states, self._inner)
         requests = [
             [
-                self._history.request(stage.start, stage.end, part, *asked, later=number > 0)
+                self._history.request(
+                    stage.start,
+                    stage.end,
+                    part,
+                    *asked,
+                    later=number > 0,
+                    last=self._last_of(part, stage, stop),
+                )
                 for number, stage in enumerate(stages)
             ]
             for part in parts
@@ -160,11 +187,21 @@ class StepRun:
             behind = hop.rows_version not in (None, self._history.rows_version)
             if behind and hop not in hops[:number]:
                 requests[0][number].rows = self._history.rows
-        runs = [run_pipeline(self._directory, stages, steps, deliver) for steps in requests]
+        runs = [
+            run_pipeline(self._directory, stages, steps, partial(deliver, part.length))
+            for part, steps in zip(parts, requests, strict=True)
+        ]
         try:
             await _all(runs)
         finally:
             self.times.extend(taken[number] for number in sorted(taken))
+
+    def _last_of(self, part: Pass, stage: Stage, stop: int) -> int | None:
+        """How many positions are wanted of what a stage makes of a part; None for all."""
+        if self._last is None or stage.end != stop or not stage.hop.segment.span.shortens:
+            return None
+        wanted = max(0, self._last - (self._current.end - part.end))
+        return wanted if wanted < part.length else None
 
 
 async def _all(runs: Sequence[Coroutine[Any, Any, None]]) -> None:

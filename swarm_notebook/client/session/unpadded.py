@@ -151,9 +151,11 @@ class UnpaddedSession(InferenceSession):
         stop: int,
         states: Collection[int] = (),
         inner: Collection[tuple[int, str]] = (),
+        *,
+        last: int | None = None,
     ) -> Outputs:
         if not self._parts:
-            return await super().step(block, stop, states, inner)
+            return await super().step(block, stop, states, inner, last=last)
         for part in self._parts:
             part.session.timeline = self.timeline
         steps = [part.session.step(block, stop, states, inner) for part in self._parts]

@@ -86,6 +86,15 @@ def _is_read(module: nn.Module) -> bool:
     )
 
 
+def seen_by_others(module: nn.Module) -> bool:
+    """Whether somebody but us may see what goes into a module outside of the blocks, or out."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    names = (getattr(hook, "__module__", None) or "" for hook in hooks)
+    return any(
+        name != _RECORDING_HOOKS and not name.startswith("swarm_notebook.model.") for name in names
+    )
+
+
 # Hooks of these packages read, or are known.
 _KNOWN_HOOKS = ("swarm_notebook.", "transformers.", "peft.", "nnsight.", "accelerate.")
 

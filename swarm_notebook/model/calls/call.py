@@ -30,6 +30,7 @@ class Call:
         asked: how often the rotary modules had been asked before.
         unmasked: the decoder gave its first block no mask; None before that.
         embeddings: rotary embeddings that blocks were given and servers have, too.
+        kept: how many of the last positions of the last block's output are needed; None for all.
         packs: transformers would take positions that begin again for sequences packed in one row.
     """
 
@@ -46,6 +47,7 @@ class Call:
     inside: dict[int, list[tuple[str, nn.Module]]]
     recorded: set[tuple[int, str]]
     last: int
+    kept: int | None
     packs: bool
     asked: int
     unmasked: bool | None = None

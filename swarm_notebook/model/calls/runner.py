@@ -45,6 +45,7 @@ from swarm_notebook.model.calls.alone import request_alone
 from swarm_notebook.model.calls.autograd import SameTensor, Segment, without_gradient
 from swarm_notebook.model.calls.call import Call
 from swarm_notebook.model.calls.given import refuse_changed, refuse_others
+from swarm_notebook.model.calls.kept import Kept
 from swarm_notebook.model.calls.rotary import Rotations
 from swarm_notebook.model.calls.tracing import BlockTrace
 from swarm_notebook.model.generation.cache import RemoteCache, adopted
@@ -59,6 +60,7 @@ class Runner:
 
     Attributes:
         home: the blocks that run in the notebook.
+        kept: of how many positions a call needs the last block's output.
         deep_prompts: trainable vectors ``[blocks, length, hidden]`` that are added to the first
             positions of each block's input, or None.
     """
@@ -77,6 +79,7 @@ class Runner:
         self.deep_prompts: torch.Tensor | None = None
         self.home: frozenset[int] = frozenset()
         self._told = False
+        self.kept = Kept()
         self._observer = Observer(blocks)
         self._local = threading.local()
 
@@ -90,7 +93,7 @@ class Runner:
         twin._masks = copy.deepcopy(self._masks, memo)
         twin._recorded = copy.deepcopy(self._recorded, memo)
         twin._rotations = copy.deepcopy(self._rotations, memo)
-        twin._local = threading.local()
+        twin._local, twin.kept = threading.local(), Kept()
         return twin
 
     def __reduce__(self) -> Any:
@@ -186,6 +189,11 @@ class Runner:
             kwargs["attention_mask"] = cache.whole_mask(new)
         recorded = self._recorded.asked(kwargs, modules)
         self._local.given = None  # of a call that did not come to its end
+        own = layers == [self.blocks[index] for index in layout.order]
+        kept = self.kept.positions(new, self.blocks)
+        last = len(self.blocks) - 1
+        ends = own and layout.order[-1:] == (last,)
+        unseen = ends and not states and last not in observed.boundaries
         self._local.call = Call(
             cache,
             layout,
@@ -200,10 +208,10 @@ class Runner:
             hooks.observed_inside(modules, recorded) if recorded else dict(observed.inside),
             recorded,
             position + new if ids is None else int(ids.max()) + 1,
+            kept if unseen else None,
             packs,
             self._rotations.count,
         )
-        own = layers == [self.blocks[index] for index in layout.order]
         self._local.call.whole = own and not self._local.call.states and layout.one_stretch
         if not layout.home:
             self._masks.leave_out()
@@ -379,11 +387,14 @@ class Runner:
                 call.piece, call.piece_input = index, hidden
         else:
             states, inner = request.states, request.inner
-            call.outputs = self.connection.step(cache.session, index, call.end, states, inner)
+            last = call.kept if call.end == len(self.blocks) else None
+            call.outputs = self.connection.step(
+                cache.session, index, call.end, states, inner, last=last
+            )
         received = call.outputs.states
         with torch.inference_mode(False):
             for block, state in received.items():
-                received[block] = state.to(hidden.device)
+                received[block] = self.kept.fill_up(state.to(hidden.device), call.new)
 
     def _request(self, call: Call, index: int, hidden: torch.Tensor) -> Request:
         prompts, end = self._prompts(index, call.end), call.end

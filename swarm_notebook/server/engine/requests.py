@@ -134,10 +134,13 @@ class Step(Forward):
         position: how many positions precede the new ones; None: all that the cache holds.
         row_ids: the cache's rows to go on with, None for all as they are.
         times: where its time goes.
+        last: how many of the last positions of the last block's output the client wants; None for
+            all.
     """
 
     position: int | None = None
     row_ids: list[int] | None = None
+    last: int | None = None
     times: StepTimes = field(default_factory=StepTimes)
 
 

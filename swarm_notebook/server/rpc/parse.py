@@ -155,6 +155,7 @@ def parse_step(
     request.row_ids = _read_row_ids(found[2], request)
     _read_common(request, found[3], found[4], metadata, limits)
     request.position = fields.integer(metadata, "start_from_position")
+    request.last = fields.integer(metadata, protocol.LAST_POSITIONS)
     parsed.step_id = fields.text(metadata, "step_id")
     parsed.alloc_timeout = fields.seconds(metadata, "alloc_timeout")
     fields.integer(metadata, "max_length")  # Petals reserves by it; our cache grows as needed

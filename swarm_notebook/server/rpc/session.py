@@ -189,12 +189,18 @@ class ServerSession:
         self._blocks, self._step_id = step.blocks, parsed.step_id
         self._counters.count(step)
         step.times.computed()
-        packed = await self._codec.pack(outputs, parsed.compression)
+        wanted = outputs
+        if step.last is not None and step.last < step.length:
+            wanted = [outputs[0][:, step.length - step.last :], *outputs[1:]]
+        packed = await self._codec.pack(wanted, parsed.compression)
         told: dict[str, Any] = {protocol.TIMES_KEY: step.times.parts()}
         if self._inbox.filled:
             told[protocol.FILLED] = True
         if parsed.push_to is not None and parsed.step_id is not None:
-            failed = await self._pushes.push(*parsed.push_to, parsed.step_id, packed[0])
+            whole = packed[0]
+            if wanted is not outputs:
+                (whole,) = await self._codec.pack(outputs[:1], parsed.compression)
+            failed = await self._pushes.push(*parsed.push_to, parsed.step_id, whole)
             if failed:
                 told[protocol.PUSH_FAILED] = failed
         metadata = protocol.pack_metadata(told)

@@ -14,6 +14,7 @@ from support.patience import PATIENCE
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
+from swarm_notebook.client.audit import limits
 from swarm_notebook.report.audit import AuditTable
 from swarm_notebook.swarm import Swarm
 
@@ -61,6 +62,17 @@ def test_a_liar_is_found_by_its_first_audit(trio: HostedSwarm, lie: str) -> None
         row = next(row for row in swarm.status().servers if row.peer_id == liar.peer_id)
         assert row.state == "avoided"
         assert "found wrong" in row.note
+
+
+def test_a_liar_is_found_while_only_a_part_of_its_answer_travels(trio: HostedSwarm) -> None:
+    with connected(trio, verify=1.0) as swarm:
+        liar = next_server(trio, swarm)
+        with liars.lying(liar, liars.LIES["a skipped block"]):
+            swarm.model.generate(ids(), max_new_tokens=1, do_sample=False)
+            table = found(swarm)
+        assert table.wrong == (liar.peer_id,)
+        # What did not come back is not compared, and fewer than this are not either.
+        assert table.verdicts[0].tokens == limits.MIN_TOKENS
 
 
 def test_honest_servers_agree(trio: HostedSwarm) -> None:

@@ -31,6 +31,7 @@ class Sent:
 
     routes: list[StepRoute] = field(default_factory=list)
     again: list[StepRoute] = field(default_factory=list)
+    positions: list[tuple[int, int]] = field(default_factory=list)  # first block, and how many back
 
     from_notebook: set[int] = field(default_factory=set)  # first blocks of hops that got it there
     pushed_to: set[int] = field(default_factory=set)  # and of those that got it from a server
@@ -57,6 +58,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
 
     async def counted(self: Hop, request: Request, route: StepRoute) -> float:
         seen.routes.append(route)
+        seen.positions.append((self.start, request.output_shape[1]))
         (seen.pushed_to if route.push_from else seen.from_notebook).add(self.start)
         return await send(self, request, route)
 
@@ -125,6 +127,13 @@ def test_a_long_prompt_keeps_all_servers_busy(
     stage.same(generate(stage.remote, ids), generate(stage.reference, ids))
     parts = len({route.step_id for route in sent.routes}) - 13
     assert parts == 4
+    # Of the last blocks one position comes back, of the others what caches are rebuilt from.
+    returned = {start: [n for first, n in sent.positions if first == start] for start in (0, 2, 4)}
+    assert returned == {
+        0: [50] * 4 + [1] * 13,
+        2: [50] * 4 + [1] * 13,
+        4: [0, 0, 0, 1] + [1] * 13,
+    }
     assert stage.sessions[-1].history.current.length == 1
 
 
