@@ -22,6 +22,8 @@ NOTEBOOK := examples/01_quickstart.ipynb
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 # Two files at a time, each from its first test to its last: most of a test is waiting.
 BY_FILE := -n 2 --dist loadfile
+# In the order of tests/conftest.py: xdist would take files with many tests for long ones.
+IN_ORDER := $(BY_FILE) --no-loadscope-reorder
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
@@ -37,7 +39,7 @@ lab: $(READY)
 test: $(READY) $(NODE)
 	tests/browser/install-chromium
 	$(if $(NODE),npm --prefix js run --silent test)
-	$(OFFLINE) $(BIN)/pytest $(BY_FILE) --ignore tests/browser tests
+	$(OFFLINE) $(BIN)/pytest $(IN_ORDER) --ignore tests/browser tests
 	$(OFFLINE) $(BIN)/pytest tests/browser
 	$(OFFLINE) $(BIN)/pytest $(BY_FILE) --nbval --nbval-kernel-startup-timeout 180 \
 	  --nbval-sanitize-with examples/sanitize.cfg examples
