@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 from support.hosting import HostedSwarm
-from support.patience import PATIENCE
+from support.patience import PATIENCE, wait_until
 from support.processes import lasting_swarms
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
@@ -91,7 +91,12 @@ class Scene:
                 server.join(self.local.initial_peers)
         for server in self.local.servers:
             server.wait_ready(RESTART_SECONDS)
+        wait_until(self._all_used, "the notebook uses all servers again")
+
+    def _all_used(self) -> bool:
         self.swarm.status()
+        used = {span.peer for span in self.swarm.connection.directory.usable()}
+        return used >= {server.peer_id for server in self.local.servers}
 
     def begin(self) -> Scene:
         """As if nothing had happened yet."""

@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.patience import PATIENCE
 from support.scene import NEW_TOKENS, AtToken, Scene, generate, kill_process, scene, stop_then_kill
 
+from swarm_notebook.client import watch
 from swarm_notebook.client.request import Outputs
 from swarm_notebook.client.session import pipeline
 from swarm_notebook.client.session.hop import Hop
@@ -193,6 +195,8 @@ def test_interrupted_while_those_behind_are_asked(
         return await step_run(self, *blocks)
 
     monkeypatch.setattr(Hop, "settle", interrupted)
+    # Else a busy machine may find the last one dead before it is asked.
+    monkeypatch.setattr(watch, "WATCH_AFTER", PATIENCE)
     # A machine that is busy may have pushed too late, and has kept them apart.
     stage.swarm.connection.directory.health.bring_together()
     assert last.pid is not None
