@@ -116,22 +116,22 @@ def tokens(browser: Browser, folder: Path) -> dict[str, Any]:
     with jupyter_lab(folder) as lab:
         notebook = Notebook(browser.new_page(), lab.folder / "bench.ipynb")
         notebook.open(lab.address("bench.ipynb"))
-        notebook.run(CONNECT, seconds=150)
+        notebook.run(CONNECT)
         notebook.run("SwarmMap(swarm)")
         notebook.run(WRITER)
-        notebook.run("widget.run(); widget.wait()", seconds=120)  # warm-up
+        notebook.run("widget.run(); widget.wait()")  # warm-up
         notebook.page.evaluate(WATCH)
         # The view empties the text of the warm-up before the first token comes.
         notebook.run("arrived.clear(); widget.run(); time.sleep(0.05)")
         notebook.page.evaluate("() => { window.painted = []; }")
-        notebook.run("widget.wait(); time.sleep(1)", seconds=120)
+        notebook.run("widget.wait(); time.sleep(1)")
         arrived = json.loads(notebook.value("json.dumps(arrived)").strip("'"))
         painted = notebook.page.evaluate("() => window.painted")
         delays = sorted(
             1000 * (shown - came) for came, shown in zip(arrived, painted, strict=False)
         )
         notebook.run(CPU)
-        notebook.run("worker.join()", seconds=200)
+        notebook.run("worker.join()")
         cpu = json.loads(notebook.value("json.dumps(found)").strip("'"))
     return {
         "token_to_paint_ms": {
