@@ -19,6 +19,7 @@ from typing import Any
 
 from swarm_notebook import __version__
 from swarm_notebook.errors import InvitationError, MissingBlocks, SwarmError
+from swarm_notebook.texts import clean
 
 PROGRAM = "swarm-notebook"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_plan(commands)
     _add_members(commands)
+    _add_check(commands)
     return top
 
 
@@ -188,6 +190,29 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     status.add_argument("peers", nargs="+", metavar="ADDRESS", help="servers of the swarm")
     status.add_argument("--model", metavar="MODEL", help="default: the one that is served")
     status.set_defaults(run=_status)
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = commands.add_parser(
+        "check",
+        help="replay a record of wrong answers with the model's weights",
+        description="Replay a record that swarm.audit().export(FILE) has written, block by block, "
+        "with the weights of the checkpoint. Exits with 1 unless all of it is confirmed.",
+    )
+    check.add_argument("file", metavar="FILE", type=Path)
+    check.add_argument(
+        "--model", metavar="MODEL", help="where the checkpoint is (default: as the record says)"
+    )
+    check.set_defaults(run=_check)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from swarm_notebook.check import CONFIRMED, check
+
+    findings = check(options.file, options.model)
+    for finding in findings:
+        print(clean(str(finding)))
+    return 0 if all(finding.outcome == CONFIRMED for finding in findings) else 1
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -190,7 +190,8 @@ class Swarm:
         auditor = self.connection.auditor
         if auditor is None:
             return AuditTable(self.name, 0.0, ())
-        return AuditTable(self.name, auditor.rate, auditor.verdicts.all())
+        known = self.connection.directory.digest or ""
+        return AuditTable(self.name, auditor.rate, auditor.verdicts.all(), known)
 
     def privacy(
         self,

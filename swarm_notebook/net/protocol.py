@@ -17,8 +17,8 @@ only servers which announce ``swarm_notebook`` in their record are sent:
   computed, the answer has no positions either, and the session goes on;
 - ``last_positions`` in a step's metadata says how many of the last positions of the last block's
   output the client wants; all of them go on to the next server all the same;
-- ``compute_dtype`` in a forward request's metadata names the dtype to compute it in, whatever the
-  server's own: for comparisons of what two servers answer.
+- ``compute_dtype`` in the metadata of a forward or backward request names the dtype to compute it
+  in, whatever the server's own: for comparisons of what two servers answer.
 
 A slot that is not used holds a dummy, an empty tensor, as in Petals. Metadata is msgpack in
 hivemind's dialect; it is read under a size bound and yields a plain dict.

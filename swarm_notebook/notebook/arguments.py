@@ -168,6 +168,13 @@ class CommandLine:
         connect.add_argument(
             "--timeout", type=_seconds, metavar="S", help="give up after S seconds (default: 30)"
         )
+        connect.add_argument(
+            "--verify",
+            type=_verify,
+            metavar="RATE",
+            help="audit so much of what servers answer: spot (2 %%), off, or a share such as 0.1 "
+            "(default: spot for public addresses)",
+        )
         _add_output(connect, "the Swarm object")
 
     def _status(self) -> None:
@@ -427,6 +434,15 @@ def _share(text: str) -> float:
     value = _float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and at most 1")
+    return value
+
+
+def _verify(text: str) -> str | float:
+    if text in ("spot", "off"):
+        return text
+    value = _float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be spot, off or a share from 0 to 1")
     return value
 
 

@@ -128,6 +128,7 @@ class SwarmMagics:
 
         options = {"model": arguments.model, "dtype": arguments.dtype, "timeout": arguments.timeout}
         options["compression"], options["own"] = arguments.compression, arguments.own
+        options["verify"] = arguments.verify
         given = {key: value for key, value in options.items() if value is not None}
         before = self._current()
         swarm = connect(arguments.peers or None, **given)

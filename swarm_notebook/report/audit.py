@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swarm_notebook.client.audit import record
 from swarm_notebook.client.audit.verdicts import AGREED, OPEN, WRONG, Verdict
 from swarm_notebook.report.formatting import clean, data_frame, model_title, text_table
 from swarm_notebook.report.html import head, number_cell, peer_cell, table, view
@@ -24,11 +26,13 @@ class AuditTable:
 
     Attributes:
         rate: how much is computed for audits, as a share of what is computed anyway; 0 for none.
+        digest: of the notebook's checkpoint.
     """
 
     model: str
     rate: float
     verdicts: tuple[Verdict, ...]
+    digest: str = ""
 
     @property
     def title(self) -> str:
@@ -51,6 +55,20 @@ class AuditTable:
         parts = [f"{counts[AGREED]} agreed"]
         parts += [f"{counts[kind]} {kind.upper()}" for kind in (WRONG, OPEN) if counts[kind]]
         return f"{len(self.verdicts)} audits, {', '.join(parts)}"
+
+    def export(self, path: str | Path) -> Path:
+        """Write the wrong answers as a record that ``swarm-notebook check`` replays.
+
+        It holds what the servers were asked: hidden states, from which your text can be read.
+
+        Raises:
+            ValueError: no answer was found wrong.
+        """
+        path = Path(path)
+        if not any(one.proof for one in self.verdicts):
+            raise ValueError("export: no answer was found wrong, so there is nothing to prove")
+        record.write(path, self.model, self.digest, self.verdicts)
+        return path
 
     def to_pandas(self) -> pd.DataFrame:
         """The audits as a data frame, one row each."""

@@ -85,6 +85,30 @@ LIES: dict[str, Lie] = {
 }
 
 
+class _Poisoned(torch.autograd.Function):
+    """The values as they are; their gradient times a number."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad * ctx.factor, None
+
+
+def poisoned(factor: float) -> Lie:
+    """All gradients of a server are those that it should give, times a number."""
+    return outputs(lambda out: _Poisoned.apply(out, factor))
+
+
+GRADIENT_LIES: dict[str, Lie] = {
+    "1.1 times": poisoned(1.1),
+    "flipped": poisoned(-1.0),
+}
+
+
 def _noise(like: torch.Tensor) -> torch.Tensor:
     return torch.randn_like(like) / like.shape[-1] ** 0.5
 

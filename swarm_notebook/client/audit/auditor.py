@@ -15,17 +15,17 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from swarm_notebook.client.audit import limits, piece
 from swarm_notebook.client.audit.choice import Choice
-from swarm_notebook.client.audit.comparison import Errors, compare
+from swarm_notebook.client.audit.comparison import Errors, Result, errors_of
 from swarm_notebook.client.audit.piece import Piece
 from swarm_notebook.client.audit.verdicts import AGREED, HERE, OPEN, WRONG, Verdict, Verdicts
+from swarm_notebook.client.passes.backward import PassGradients, backward_segment
 from swarm_notebook.client.passes.forward import forward_segment
 from swarm_notebook.client.request import Request
 from swarm_notebook.client.servers.directory import Directory
@@ -42,8 +42,9 @@ logger = logging.getLogger(__name__)
 # slower than the work itself: then the newest are not audited.
 MAX_WAITING = 8
 
-Judge = Callable[[Request, torch.dtype], torch.Tensor]
-"""Computes a request in the notebook, in a dtype; called in a thread of its own."""
+Judge = Callable[[Request, torch.dtype, torch.Tensor | None], Result]
+"""Computes a request in the notebook, in a dtype; with the gradient of its output, the way back.
+Called in a thread of its own."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class _Replay:
 
     by: tuple[str, ...]
     peers: frozenset[str]
-    reference: torch.Tensor
-    twin: torch.Tensor | None
+    reference: Result
+    twin: Result | None
 
 
 class Auditor:
@@ -82,7 +83,8 @@ class Auditor:
         self._directory, self._judge, self.rate = directory, judge, rate
         self._source = source or random.SystemRandom()
         self._choice = Choice(rate, self._source)
-        self._tried: set[str] = set()
+        # By peer, and whether it was a way back: who is new to gradients may lie in them alone.
+        self._tried: set[tuple[str, bool]] = set()
         self._waiting: list[Piece] = []
         self._working: asyncio.Task | None = None
         self.verdicts = Verdicts()
@@ -111,19 +113,27 @@ class Auditor:
                 found.request.prompts = found.request.prompts.clone()
             self._take(found)
 
-    def _drawn(self, segment: RouteSegment, tokens: int, total: int) -> bool:
+    def went_back(
+        self, segment: RouteSegment, request: Request, grad: torch.Tensor, found: PassGradients
+    ) -> None:
+        """A server has answered its part of a backward pass."""
+        tokens = grad.shape[0] * grad.shape[1]
+        if tokens >= limits.MIN_TOKENS and self._drawn(segment, tokens, tokens, back=True):
+            self._take(piece.of_backward(segment, request, grad, found))
+
+    def _drawn(self, segment: RouteSegment, tokens: int, total: int, *, back: bool = False) -> bool:
         blocks, dtype = segment.end - segment.start, piece.dtype_of(segment)
         if dtype is None or segment.peer in self._directory.health.wrong:
             return False
         replays = 1 if dtype == torch.float32 else 2
-        stranger = segment.peer not in self._tried
+        stranger = (segment.peer, back) not in self._tried
         done, cost = tokens * blocks, total * blocks * replays
         return self._choice.draw(tokens, done, cost, stranger=stranger)
 
     def _take(self, found: Piece | None) -> None:
         if found is None or found.tokens < limits.MIN_TOKENS or len(self._waiting) >= MAX_WAITING:
             return
-        self._tried.add(found.segment.peer)
+        self._tried.add((found.segment.peer, found.grad is not None))
         self._waiting.append(found)
         if self._working is None or self._working.done():
             self._working = asyncio.create_task(self._work())
@@ -193,7 +203,7 @@ class Auditor:
             )
             logger.warning("audit of %s: %s", _name(segment), said)
             # Whoever was audited first is still unknown.
-            self._tried.discard(segment.peer)
+            self._tried.discard((segment.peer, False))
             return _verdict(found, OPEN, by=by, why=said, errors=errors)
         self._condemn(segment, f"found wrong by {', '.join(by)}: {why}")
         return _verdict(found, WRONG, by=by, why=why, errors=errors, proof=found)
@@ -221,33 +231,30 @@ class Auditor:
                 return
 
     async def _compare(self, found: Piece, other: _Replay) -> tuple[Errors, str]:
-        errors = await asyncio.to_thread(
-            compare, found.answer, other.reference, other.twin, found.counted
+        answer: Result = found.gradients or found.answer
+        states, weights = await asyncio.to_thread(
+            errors_of, answer, other.reference, other.twin, found.counted
         )
-        return errors, limits.what_is_wrong(errors, self._rounding(found))
+        return limits.judged(states, weights, found.rounded, back=found.grad is not None)
 
     async def _differ(self, found: Piece, first: _Replay, second: _Replay) -> bool:
         """Whether two replays in float32 are not the same either."""
-        errors = await asyncio.to_thread(
-            compare, first.reference, second.reference, None, found.counted
+        states, weights = await asyncio.to_thread(
+            errors_of, first.reference, second.reference, None, found.counted
         )
         # Each may have weights of its own dtype: then they differ by less than that rounds.
-        return errors.mean > limits.MAX_ERROR[torch.bfloat16] * limits.MAX_TOKEN
-
-    def _rounding(self, found: Piece) -> torch.dtype:
-        """What the values of an answer were rounded to on their way to the record."""
-        if self._directory.compression_for(found.segment.span) == tensors.FLOAT16:
-            return torch.float16
-        return found.answer.dtype
+        most = limits.MAX_ERROR[torch.bfloat16] * limits.MAX_TOKEN
+        return max(states.mean, weights.mean) > most
 
     async def _at_home(self, found: Piece) -> _Replay | None:
         if self._judge is None:
             return None
         dtype, twin = piece.dtype_of(found.segment), None
         try:
-            reference = await asyncio.to_thread(self._judge, found.request, torch.float32)
-            if dtype not in (None, torch.float32):
-                twin = await asyncio.to_thread(self._judge, found.request, dtype)
+            request, grad = found.request, found.grad
+            reference = await asyncio.to_thread(self._judge, request, torch.float32, grad)
+            if dtype is not None and dtype != torch.float32:
+                twin = await asyncio.to_thread(self._judge, request, dtype, grad)
         except (Unsupported, ModelNotFound) as error:
             logger.info("an audit cannot be decided here: %s", error)
             return None
@@ -262,9 +269,9 @@ class Auditor:
                 return None
             dtype = piece.dtype_of(found.segment)
             try:
-                reference = await self._run(found.request, chain, torch.float32)
+                reference = await self._run(found, chain, torch.float32)
                 half = dtype not in (None, torch.float32)
-                twin = await self._run(found.request, chain, dtype) if half and dtype else None
+                twin = await self._run(found, chain, dtype) if half and dtype else None
             except RemoteError as error:
                 logger.info("an audit goes elsewhere: %s", error)
                 excluded |= {part.peer for part in chain}
@@ -300,16 +307,26 @@ class Auditor:
         except MissingBlocks:
             return None
 
-    async def _run(
-        self, request: Request, chain: Collection[RouteSegment], dtype: torch.dtype
-    ) -> torch.Tensor:
-        hidden = request.hidden
+    async def _run(self, found: Piece, chain: Sequence[RouteSegment], dtype: torch.dtype) -> Result:
+        request = replace(found.request, dtype=tensors.dtype_name(dtype))
+        if request.adapter is not None:
+            # Not the one in use, of which a server keeps one state: this may be an older one.
+            request.adapter = replace(request.adapter, id=f"audit-{request.adapter.id}")
+        hidden, parts = request.hidden, []
         for segment in chain:
-            part: Any = request.part(segment.start, segment.end, hidden)
-            part.dtype = tensors.dtype_name(dtype)
-            outputs = await forward_segment(self._directory, segment, part)
-            hidden = outputs.states[segment.end - 1]
-        return hidden
+            parts.append(request.part(segment.start, segment.end, hidden))
+            if found.grad is None or segment is not chain[-1]:
+                outputs = await forward_segment(self._directory, segment, parts[-1])
+                hidden = outputs.states[segment.end - 1]
+        if found.grad is None:
+            return hidden
+        gathered = PassGradients(found.grad)
+        for segment, part in zip(reversed(chain), reversed(parts), strict=True):
+            got = await backward_segment(self._directory, segment, part, gathered.input)
+            gathered.input = got.input
+            gathered.prompts.update(got.prompts)
+            gathered.weights.update(got.weights)
+        return gathered
 
 
 def _name(segment: RouteSegment) -> str:
@@ -337,4 +354,6 @@ def _verdict(
         why,
         errors,
         proof=proof,
+        back=found.grad is not None,
+        made=found.when,
     )

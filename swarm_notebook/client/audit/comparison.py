@@ -11,6 +11,10 @@ answer is not compared with a number but with the error that the dtype itself ma
   too long. It finds a factor that a noisy model's ratio hides;
 - *largest*: the largest error of a token over the twin's mean error: one token that was edited.
 
+Gradients are compared in the same way, those of states token by token and those of weights tensor
+by tensor, each in a comparison of its own. A token that has hardly any part in the loss has a
+gradient of hardly more than rounding: its error counts against the root mean square of all.
+
 For float32 the twin is the reference, and the errors are compared with what float32 makes at most.
 
 How far honest servers go stands in `limits`.
@@ -19,8 +23,25 @@ How far honest servers go stands in `limits`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import torch
+
+_TINY = torch.finfo(torch.float32).tiny
+# Of the longest gradient among those of weights.
+_LEAST_SHARE = 1e-3
+
+
+class Gradients(Protocol):
+    """What a backward pass gives (`client.passes.backward.PassGradients`)."""
+
+    input: torch.Tensor
+    prompts: dict[int, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+
+Result: TypeAlias = "torch.Tensor | Gradients"
+"""What a piece gives: hidden states, or the gradients of a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +52,8 @@ class Errors:
         tokens: how many were compared.
         error, twin: sums over the tokens of their error, and of the twin's (0 for float32).
         gain: the sum of their gains, less the twin's.
-        largest: the largest error of a token; over the twin's mean where there is a twin.
+        largest: the largest error of a token; over the twin's mean where there is a twin, of
+            gradients over its largest.
     """
 
     tokens: int = 0
@@ -70,22 +92,88 @@ def compare(
     """
     known = torch.ones(answer.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
     r = reference[known].double()
-    length = r.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    length = r.norm(dim=-1).clamp_min(_TINY)
+    own = None if twin is None else _differences(twin[known], r, length)
+    return _summed(_differences(answer[known], r, length), own)
 
-    def against(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        difference = x[known].double() - r
-        return difference.norm(dim=-1) / length, (difference * r).sum(-1) / length**2
 
-    error, gain = against(answer)
+def compare_gradients(
+    answer: Gradients,
+    reference: Gradients,
+    twin: Gradients | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[Errors, Errors]:
+    """The errors of gradients: of states by token, and of weights by tensor.
+
+    A gradient of weights that the answer lacks counts as zero.
+
+    Args:
+        mask: ``[rows, positions]``, 0 where the gradient of the input does not count.
+    """
+    r = _stacked(reference, mask).double()
+    length = r.norm(dim=-1).square().mean().sqrt().clamp_min(_TINY)
+    own = None if twin is None else _differences(_stacked(twin, mask), r, length)
+    states = _summed(_differences(_stacked(answer, mask), r, length), own, uneven=True)
+    names = list(reference.weights)
+    if not names:
+        return states, Errors()
+    lengths = {name: reference.weights[name].double().norm() for name in names}
+    # As with tokens: some have a gradient of zero but for rounding, such as biases of keys.
+    least = max(_LEAST_SHARE * float(max(lengths.values())), _TINY)
+
+    def of_weights(found: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
+        each = []
+        for name in names:
+            one = reference.weights[name].double().flatten()
+            given = found.weights.get(name, torch.zeros_like(one)).flatten()
+            each.append(_differences(given, one, lengths[name].clamp_min(least)))
+        return torch.stack([error for error, _ in each]), torch.stack([gain for _, gain in each])
+
+    twins = None if twin is None else of_weights(twin)
+    return states, _summed(of_weights(answer), twins, uneven=True)
+
+
+def errors_of(
+    answer: Result, reference: Result, twin: Result | None, mask: torch.Tensor
+) -> tuple[Errors, Errors]:
+    """Of states or their gradients, and of gradients of weights."""
+    if isinstance(answer, torch.Tensor):
+        return compare(answer, reference, twin, mask), Errors()  # type: ignore[arg-type]
+    return compare_gradients(answer, reference, twin, mask)  # type: ignore[arg-type]
+
+
+def _stacked(gradients: Gradients, mask: torch.Tensor | None) -> torch.Tensor:
+    """Those of states and prompts, ``[tokens, hidden size]``."""
+    given = gradients.input.flatten(0, -2) if mask is None else gradients.input[mask.bool()]
+    prompts = [gradients.prompts[block].flatten(0, -2) for block in sorted(gradients.prompts)]
+    return torch.cat([given, *prompts])
+
+
+def _differences(
+    x: torch.Tensor, r: torch.Tensor, length: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Error and gain of vectors ``[..., size]``, as shares of ``length``."""
+    difference = x.detach().double() - r
+    return difference.norm(dim=-1) / length, (difference * r).sum(-1) / length**2
+
+
+def _summed(
+    found: tuple[torch.Tensor, torch.Tensor],
+    own: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    uneven: bool = False,
+) -> Errors:
+    """Of vectors together; ``uneven``: few of them have most of the error, so compare largest."""
+    error, gain = found
     if not error.numel():
         return Errors()
-    if twin is None:
+    if own is None:
         return Errors(error.numel(), float(error.sum()), 0.0, float(gain.sum()), float(error.max()))
-    own, own_gain = against(twin)
+    over = own[0].max() if uneven else own[0].mean()
     return Errors(
         error.numel(),
         float(error.sum()),
-        float(own.sum()),
-        float((gain - own_gain).sum()),
-        float(error.max() / own.mean().clamp_min(1e-12)),
+        float(own[0].sum()),
+        float((gain - own[1]).sum()),
+        float(error.max() / over.clamp_min(1e-12)),
     )

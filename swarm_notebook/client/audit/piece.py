@@ -6,10 +6,12 @@ cache gives what the steps gave. Only what the server in question has answered i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.client.request import Request, travelling
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.session.history import Computed, History
@@ -32,6 +34,10 @@ class Piece:
         handed: the peer that gave it its input, if that was not the notebook: the notebook knows
             only what that peer says it was.
         first: position of the first token that this server computed; 0 without a session.
+        grad: of the output, ``[rows, positions, hidden size]``: the piece is a backward pass.
+        gradients: what it gave then; ``answer`` is that of the input.
+        when: it was made, in seconds of Unix time.
+        rounded: what the values of the answer were rounded to on their way here.
     """
 
     segment: RouteSegment
@@ -40,6 +46,10 @@ class Piece:
     counted: torch.Tensor
     handed: str | None = None
     first: int = 0
+    grad: torch.Tensor | None = None
+    gradients: PassGradients | None = None
+    when: float = field(default_factory=time.time)
+    rounded: torch.dtype = torch.float32
 
     @property
     def tokens(self) -> int:
@@ -78,7 +88,43 @@ def of_pass(
     plain = replace(request, hidden=hidden.float(), states=(), inner=())
     known = torch.ones(answer.shape[:2], dtype=torch.bool)
     counted = known if request.mask is None else request.mask.bool()
-    return Piece(segment, plain, answer, counted)
+    packed = compression == tensors.FLOAT16 and not kept
+    rounded = torch.float16 if packed else answer.dtype
+    return Piece(segment, plain, answer, counted, rounded=rounded)
+
+
+def of_backward(
+    segment: RouteSegment, request: Request, grad: torch.Tensor, found: PassGradients
+) -> Piece | None:
+    """A backward pass; None if a replay would give something else.
+
+    Args:
+        request: what the server was asked; its input is not rounded on the way.
+        grad: of the output, as it was sent.
+        found: what came back.
+    """
+    if request.seed is not None or (request.adapter is not None and request.adapter.by_row):
+        return None
+    # Copies: training goes on, adds to gradients in place and moves the prompts.
+    hidden, prompts = request.hidden.float().clone(), request.prompts
+    prompts = None if prompts is None else prompts.clone()
+    plain = replace(request, hidden=hidden, prompts=prompts, states=(), inner=())
+    known = torch.ones(hidden.shape[:2], dtype=torch.bool)
+    counted = known if request.mask is None else request.mask.bool()
+    kept = PassGradients(
+        found.input.clone(),
+        prompts={block: one.clone() for block, one in found.prompts.items()},
+        weights={name: one.clone() for name, one in found.weights.items()},
+    )
+    return Piece(
+        segment,
+        plain,
+        kept.input,
+        counted,
+        grad=grad.float().clone(),
+        gradients=kept,
+        rounded=kept.input.dtype,
+    )
 
 
 def of_session(history: History, computed: Computed, end: int, compression: int) -> Piece | None:

@@ -28,6 +28,8 @@ class Verdict:
         errors: of the answer against the last replay; None if there was none.
         when: in seconds of Unix time.
         proof: the piece, if its answer is wrong.
+        back: it was a backward pass: its gradients.
+        made: when the server answered, in seconds of Unix time.
     """
 
     peer: str
@@ -41,6 +43,8 @@ class Verdict:
     errors: Errors | None = None
     when: float = field(default_factory=time.time)
     proof: Piece | None = None
+    back: bool = False
+    made: float = 0.0
 
 
 class Verdicts:

@@ -99,7 +99,7 @@ async def _backward_rows(
         part = request.part(segment.start, end, hidden)
         used = RouteSegment(segment.span, segment.start, end)
         try:
-            got = await _backward_segment(directory, used, part, gathered.input, kept)
+            got = await backward_segment(directory, used, part, gathered.input, kept)
         except (BadRequest, NotAMember) as error:
             if doubted:
                 raise
@@ -109,6 +109,8 @@ async def _backward_rows(
             got = await _repeat(directory, part, gathered.input)
         else:
             directory.succeeded(segment.peer)
+            if directory.audits is not None:
+                directory.audits.went_back(used, part, gathered.input, got)
         gathered.input = got.input
         gathered.states.update(got.states)
         gathered.prompts.update(got.prompts)
@@ -146,9 +148,22 @@ async def _repeat(
     return await backward(directory, part, trails, grad, part.states, doubted=doubted)
 
 
-async def _backward_segment(
-    directory: Directory, segment: RouteSegment, part: Request, grad: torch.Tensor, kept: str | None
+async def backward_segment(
+    directory: Directory,
+    segment: RouteSegment,
+    part: Request,
+    grad: torch.Tensor,
+    kept: str | None = None,
 ) -> PassGradients:
+    """The gradients of one server's part of a pass, whatever becomes of them.
+
+    Args:
+        grad: of the output of block ``part.end - 1``, ``[batch, length, hidden]``.
+        kept: the name under which the server may have kept the activations.
+
+    Raises:
+        RemoteError: what the server says, or what is wrong with it.
+    """
     if segment.span.extended or is_plain(part):
         return await _backward_once(directory, segment, part, grad, kept)
     groups = without_padding(part, server_name(segment))

@@ -105,6 +105,11 @@ class Audits(Protocol):
     ) -> None:
         """A server has answered its part of a forward pass without a cache."""
 
+    def went_back(
+        self, segment: routing.RouteSegment, request: Any, grad: torch.Tensor, found: Any
+    ) -> None:
+        """A server has answered its part of a backward pass."""
+
 
 @dataclass
 class Directory:

@@ -101,7 +101,7 @@ class AutogradPass:
         if BACKWARD_COST * work_of(wanted) <= room:
             return self._stretch(wanted, *wanted.blocks, wanted.grad, keep=keep)
         start, end = wanted.blocks
-        found = _Gathered(wanted)
+        found = Gathered(wanted)
         for block in reversed(range(start, end)):
             inside = replace(wanted, states=())
             # Blocks may share a node, that of the prompts, so it all stays until the end.
@@ -137,7 +137,7 @@ class AutogradPass:
 
 
 @dataclass
-class _Gathered:
+class Gathered:
     """Gradients of a request that come block by block, from the last one on.
 
     Attributes:
@@ -307,7 +307,7 @@ def _block_by_block(span: Span, request: Backward, room: int) -> Pieces[tuple[Sp
 
     ahead = BlockByBlock(span, replace(request, states=(), inner=()), run, keeps=True)
     done = yield from ahead.forward(room * BACKWARD_COST)
-    gathered = _Gathered(request)
+    gathered = Gathered(request)
     for block in reversed(range(*request.blocks)):
         back = _BlockBackward(span, request, block, ahead.inputs.pop(block), gathered.grad)
         back.cache = ahead.caches.pop(block, None)

@@ -119,6 +119,8 @@ class Engine:
             AdapterMissing: as `span_for`.
         """
         span = self.span_for(peer, request)
+        if request.dtype is not None and request.dtype != span.dtype:
+            return (yield from cast.gradients(span, request, request.dtype))
         key = (peer, request.kept or "")
         graph = self._activations.get(key) if request.kept else None
         if graph is None or not graph.serves(request):

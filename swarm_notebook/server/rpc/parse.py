@@ -98,12 +98,7 @@ def parse_forward(
     request.prompts = _read_prompts(found[1], request, limits, request.length)
     _read_common(request, found[2], found[3], metadata, limits)
     request.keep = fields.text(metadata, "keep")
-    request.dtype = fields.dtype(metadata, protocol.COMPUTE_DTYPE)
-    if request.dtype is not None and (request.inner or request.keep or request.seed is not None):
-        raise BadRequest(
-            f"{protocol.COMPUTE_DTYPE}: a pass in another dtype gives no inner modules, keeps "
-            "nothing and drops nothing out"
-        )
+    _read_dtype(request, metadata)
     return request, fields.compression(metadata.get("output_compression"))
 
 
@@ -127,7 +122,21 @@ def parse_backward(
         )
     request.kept = fields.text(metadata, "kept")
     request.release = fields.flag(metadata, "release")
+    _read_dtype(request, metadata)
+    if request.dtype is not None and request.states:
+        raise BadRequest(f"{protocol.COMPUTE_DTYPE}: gradients in another dtype have no states")
     return request, fields.compression(metadata.get("output_compression"))
+
+
+def _read_dtype(request: Forward, metadata: dict[str, Any]) -> None:
+    """What a pass is to be computed in, if that is another dtype than the server's."""
+    request.dtype = fields.dtype(metadata, protocol.COMPUTE_DTYPE)
+    more = request.inner or request.keep or request.seed is not None or request.by_row
+    if request.dtype is not None and more:
+        raise BadRequest(
+            f"{protocol.COMPUTE_DTYPE}: a pass in another dtype gives no inner modules, keeps "
+            "nothing, drops nothing out and tells adapters nothing row by row"
+        )
 
 
 def parse_step(

@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from support import liars
 from support.hosting import HostedServer, HostedSwarm
 from support.patience import PATIENCE
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
+from swarm_notebook import cli
+from swarm_notebook.check import check
 from swarm_notebook.client.audit import limits
+from swarm_notebook.errors import BadRequest
 from swarm_notebook.report.audit import AuditTable
 from swarm_notebook.swarm import Swarm
 
@@ -73,6 +78,34 @@ def test_a_liar_is_found_while_only_a_part_of_its_answer_travels(trio: HostedSwa
         assert table.wrong == (liar.peer_id,)
         # What did not come back is not compared, and fewer than this are not either.
         assert table.verdicts[0].tokens == limits.MIN_TOKENS
+
+
+def test_a_wrong_answer_is_kept_and_replayed_by_others(
+    trio: HostedSwarm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "record.safetensors"
+    with connected(trio, verify=1.0) as swarm:
+        with pytest.raises(ValueError, match="nothing to prove"):
+            swarm.audit().export(file)
+        liar = next_server(trio, swarm)
+        with liars.lying(liar, liars.LIES["2 % too long"]):
+            swarm.model(ids(), use_cache=False)
+            found(swarm).export(file)
+    assert cli.main(["check", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert liar.peer_id in said
+    assert "confirmed: mean error" in said
+    with safe_open(file, framework="pt") as kept:
+        metadata = kept.metadata()
+        tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+    tensors["0.answer"] = tensors["0.answer"] / 1.02
+    save_file(tensors, file, metadata)
+    assert [one.outcome for one in check(file)] == ["refuted"]
+    save_file({"0.answer": tensors["0.answer"]}, file, metadata)
+    with pytest.raises(BadRequest, match="lacks its input"):
+        check(file)
+    file.write_bytes(b"rubbish")
+    assert cli.main(["check", str(file)]) == 1
 
 
 def test_honest_servers_agree(trio: HostedSwarm) -> None:

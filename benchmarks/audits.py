@@ -1,0 +1,251 @@
+"""How far honest servers differ, and what audits tell from it: false alarms, and lies by evidence.
+
+Prints JSON lines. Blocks of the demo model answer for texts of this repository in several honest
+ways (one pass, short pieces with a cache, beside longer rows, eager attention); each answer is
+compared, 32 tokens at a time, with a replay in float32 and one in the answer's own dtype, as an
+audit does. `alarms` is to be 0. Then servers that cheat a little, by how many tokens are taken
+together. `--gradients` audits backward passes instead, the gradients of states.
+
+    python benchmarks/audits.py [--audits 1000] [--dtype bfloat16] [--blocks 10:20] [--gradients]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from swarm_notebook.checkpoint.partial import load_blocks, load_edges
+from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.client.audit import limits
+from swarm_notebook.client.audit.comparison import Errors, compare, compare_gradients
+from swarm_notebook.client.passes.backward import PassGradients
+from swarm_notebook.server.engine import backward, cast, stateless
+from swarm_notebook.server.engine.pieces import run_whole
+from swarm_notebook.server.engine.requests import Backward, Forward
+from swarm_notebook.server.engine.span import Span
+
+LENGTH = 128
+EVIDENCE = (32, 128, 512, 2048)
+
+
+@dataclass
+class Extremes:
+    """The largest of everything that was seen, and how many alarms there were."""
+
+    audits: int = 0
+    alarms: int = 0
+    most: dict[str, float] = field(default_factory=dict)
+
+    def add(self, errors: Errors, *, back: bool = False) -> None:
+        self.audits += 1
+        self.alarms += bool(limits.what_is_wrong(errors, torch.float32, back=back))
+        found = {"mean": errors.mean, "largest": errors.largest, "gain": abs(errors.mean_gain)}
+        if errors.ratio is not None:
+            found["ratio"] = errors.ratio
+            found["gain of error"] = abs(errors.mean_gain) * errors.tokens / errors.twin
+        for name, value in found.items():
+            self.most[name] = max(self.most.get(name, 0.0), value)
+
+
+def texts(length: int) -> Iterator[torch.Tensor]:
+    """Token ids ``[length]`` from the files of this repository, again and again."""
+    root, tokenizer = Path(__file__).parents[1], resolve(None).tokenizer()
+    assert tokenizer is not None
+    files = sorted([*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("tests/**/*.py")])
+    while True:
+        for file in files:
+            ids = tokenizer(re.sub(r"\s+", " ", file.read_text()))["input_ids"]
+            for begin in range(0, len(ids) - length, length):
+                yield torch.tensor(ids[begin : begin + length])
+
+
+class Bench:
+    """Blocks ``[start, end)`` as one server has them, and what goes into them."""
+
+    def __init__(self, start: int, end: int, dtype: torch.dtype):
+        source = resolve(None)
+        self.start, self.end, self.dtype = start, end, dtype
+        self._embed = load_edges(source, dtype=torch.float32)[0].get_input_embeddings()
+        self._before = load_blocks(source, 0, start, dtype=torch.float32).model if start else None
+        loaded = load_blocks(source, start, end, dtype=dtype)
+        self.layers = loaded.layers
+        self.span = Span(loaded.model, loaded.layers_name, start)
+
+    @torch.inference_mode()
+    def inputs(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self._embed(ids)
+        if self._before is not None:
+            hidden = self._before(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        # As it travels to a server of halves.
+        return hidden.to(self.dtype).float()
+
+    def answers(self, hidden: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same output ``[1, positions, hidden size]`` in several honest ways."""
+        blocks, count = (self.start, self.end), self.end - self.start
+        request, length = Forward(blocks, hidden), hidden.shape[1]
+        yield "one pass", self._run(request)
+        for size in (7, 32):
+            yield f"pieces of {size}", self._run(request, size * count)
+        longer = torch.cat([hidden.new_zeros(1, 24, hidden.shape[2]), hidden], dim=1)
+        both = torch.cat([longer, longer.roll(40, 1)])
+        mask = torch.ones(both.shape[:2], dtype=torch.long)
+        mask[0, :24] = 0
+        yield (
+            "beside another row",
+            self._run(Forward(blocks, both, attention_mask=mask))[:1, -length:],
+        )
+        config: Any = self.span.config
+        kept, config._attn_implementation = config._attn_implementation, "eager"
+        yield "eager", self._run(request)
+        config._attn_implementation = kept
+
+    def replays(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """In float32 and, if that is another one, in the server's own dtype."""
+        request = Forward((self.start, self.end), hidden)
+        if self.dtype == torch.float32:
+            return self._run(request), None
+        return run_whole(cast.forward(self.span, request, torch.float32))[0], self._run(request)
+
+    def _run(self, request: Forward, room: int = 1 << 60) -> torch.Tensor:
+        return run_whole(stateless.forward(self.span, request), room)[0].float()
+
+
+def honest(bench: Bench, audits: int) -> Extremes:
+    """Audits of 32 tokens of honest answers."""
+    found = Extremes()
+    for ids in texts(LENGTH):
+        hidden = bench.inputs(ids[None])
+        reference, twin = bench.replays(hidden)
+        for _, answer in bench.answers(hidden):
+            for part in _windows(answer, reference, twin):
+                found.add(compare(*part))
+        if found.audits >= audits:
+            break
+    return found
+
+
+def evidence(
+    bench: Bench, liars: dict[str, Callable[[Bench], Callable[[], None]]], tokens: int
+) -> dict[str, dict[int, list[float]]]:
+    """Ratios of honest servers and of liars, over so many tokens of each taken together."""
+    totals: dict[str, list[Errors]] = {}
+    source = texts(LENGTH)
+    for _ in range(tokens // LENGTH):
+        hidden = bench.inputs(next(source)[None])
+        reference, twin = bench.replays(hidden)
+        for name, answer in bench.answers(hidden):
+            parts = [compare(*part) for part in _windows(answer, reference, twin)]
+            totals.setdefault(f"honest, {name}", []).extend(parts)
+        for name, lie in liars.items():
+            undo = lie(bench)
+            answer = bench._run(Forward((bench.start, bench.end), hidden))
+            undo()
+            parts = [compare(*part) for part in _windows(answer, reference, twin)]
+            totals.setdefault(name, []).extend(parts)
+    return {
+        name: {size: list(_ratios(parts, size // limits.MIN_TOKENS)) for size in EVIDENCE}
+        for name, parts in totals.items()
+    }
+
+
+def _ratios(parts: list[Errors], count: int) -> Iterator[float]:
+    for begin in range(0, len(parts) - count + 1, count):
+        some = parts[begin : begin + count]
+        yield sum(one.error for one in some) / sum(one.twin for one in some)
+
+
+def _windows(
+    answer: torch.Tensor, reference: torch.Tensor, twin: torch.Tensor | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    size = limits.MIN_TOKENS
+    for begin in range(0, answer.shape[1] - size + 1, size):
+        cut = slice(begin, begin + size)
+        yield answer[:, cut], reference[:, cut], None if twin is None else twin[:, cut]
+
+
+def int8_block(bench: Bench) -> Callable[[], None]:
+    """One block in the middle has weights of 8 bits."""
+    layer = bench.layers[len(bench.layers) // 2]
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    kept = [module.weight.data.clone() for module in linears]
+    for module in linears:
+        weight = module.weight.data.float()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        module.weight.data.copy_((weight / scale).round() * scale)
+
+    def undo() -> None:
+        for module, weight in zip(linears, kept, strict=True):
+            module.weight.data.copy_(weight)
+
+    return undo
+
+
+def noise(share: float) -> Callable[[Bench], Callable[[], None]]:
+    """What leaves the last block has so much noise in it."""
+
+    def lie(bench: Bench) -> Callable[[], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            state = output[0] if isinstance(output, tuple) else output
+            noise = torch.randn(state.shape) / state.shape[-1] ** 0.5
+            changed = state + (share * state.float().norm(dim=-1, keepdim=True) * noise).to(state)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return bench.layers[-1].register_forward_hook(hook).remove
+
+    return lie
+
+
+def gradients(bench: Bench, audits: int) -> Extremes:
+    """Audits of honest backward passes: of states, for gradients of the output drawn at random."""
+    found = Extremes()
+    source, draw = texts(LENGTH), torch.Generator().manual_seed(0)
+    blocks, count = (bench.start, bench.end), bench.end - bench.start
+    while found.audits < audits:
+        hidden = torch.cat([bench.inputs(next(source)[None]) for _ in range(2)])
+        grad = torch.randn(hidden.shape, generator=draw)
+        request = Backward(blocks, hidden, grad=grad)
+        reference = _gradients(cast.gradients(bench.span, request, torch.float32))
+        same = bench.dtype == torch.float32
+        twin = None if same else _gradients(cast.gradients(bench.span, request, bench.dtype))
+        for room in (1 << 60, 32 * 3 * count):
+            answer = _gradients(backward.recompute(bench.span, request), room)
+            found.add(compare_gradients(answer, reference, twin)[0], back=True)
+    return found
+
+
+def _gradients(pieces: Any, room: int = 1 << 60) -> PassGradients:
+    return PassGradients(run_whole(pieces, room).tensors[0].float())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--audits", type=int, default=1000)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--blocks", default="10:20")
+    parser.add_argument("--gradients", action="store_true")
+    parser.add_argument("--evidence", type=int, default=0, help="of so many tokens")
+    given = parser.parse_args()
+    start, end = map(int, given.blocks.split(":"))
+    bench = Bench(start, end, getattr(torch, given.dtype))
+    said = {"dtype": given.dtype, "blocks": given.blocks}
+    if given.evidence:
+        liars = {"int8 in one block": int8_block, "noise of 0.3 %": noise(0.003)}
+        for name, by_size in evidence(bench, liars, given.evidence).items():
+            spans = {size: [min(all_), max(all_)] for size, all_ in by_size.items() if all_}
+            print(json.dumps(said | {"what": name, "ratios": spans}), flush=True)
+        return
+    found = (gradients if given.gradients else honest)(bench, given.audits)
+    said["what"] = "gradients" if given.gradients else "states"
+    print(json.dumps(said | vars(found)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
