@@ -44,9 +44,9 @@ class Extremes:
     alarms: int = 0
     most: dict[str, float] = field(default_factory=dict)
 
-    def add(self, errors: Errors, *, back: bool = False) -> None:
+    def add(self, errors: Errors) -> None:
         self.audits += 1
-        self.alarms += bool(limits.what_is_wrong(errors, torch.float32, back=back))
+        self.alarms += bool(limits.what_is_wrong(errors, torch.float32))
         found = {"mean": errors.mean, "largest": errors.largest, "gain": abs(errors.mean_gain)}
         if errors.ratio is not None:
             found["ratio"] = errors.ratio
@@ -217,7 +217,7 @@ def gradients(bench: Bench, audits: int) -> Extremes:
         twin = None if same else _gradients(cast.gradients(bench.span, request, bench.dtype))
         for room in (1 << 60, 32 * 3 * count):
             answer = _gradients(backward.recompute(bench.span, request), room)
-            found.add(compare_gradients(answer, reference, twin)[0], back=True)
+            found.add(compare_gradients(answer, reference, twin)[0])
     return found
 
 

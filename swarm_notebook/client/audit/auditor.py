@@ -118,7 +118,10 @@ class Auditor:
     ) -> None:
         """A server has answered its part of a backward pass."""
         tokens = grad.shape[0] * grad.shape[1]
-        if tokens >= limits.MIN_TOKENS and self._drawn(segment, tokens, tokens, back=True):
+        # In halves honest gradients differ too much (see `limits`).
+        if tokens < limits.MIN_TOKENS or piece.dtype_of(segment) != torch.float32:
+            return
+        if self._drawn(segment, tokens, tokens, back=True):
             self._take(piece.of_backward(segment, request, grad, found))
 
     def _drawn(self, segment: RouteSegment, tokens: int, total: int, *, back: bool = False) -> bool:
