@@ -6,8 +6,7 @@
 # make docs   the site, in build/site/
 # make release   wheel and sdist in dist/, checked, and tried in an environment of their own
 # make foreign  PEFT's own tests of decoder models, on remote ones (K=llama)
-# make soak   ten minutes (SECONDS=600, SEED=0) of joins, leaves, kills and interrupts
-# make chaos  ten minutes of faults while a notebook generates and trains, and a table of pauses
+# make chaos  ten minutes (SECONDS=600, SEED=0) of faults while notebooks work, and a table of pauses
 # make hostile  attacks on a server process beside an honest notebook, and a table of them
 #
 # The environment is .venv/ in this folder; a second run installs nothing. Where Node is, `test` and
@@ -27,7 +26,7 @@ IN_ORDER := $(BY_FILE) --no-loadscope-reorder
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab docs release test unit foreign soak chaos hostile lint format outputs screenshots clean
+.PHONY: demo lab docs release test unit foreign chaos hostile lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -75,11 +74,8 @@ foreign: $(READY)
 	  -q -p no:cacheprovider -p foreign.peft_on_remote -W ignore --rootdir . -c /dev/null --tb=line \
 	  -k "$(or $(K),llama)" tests/test_decoder_models.py
 
-soak: $(READY)
-	$(OFFLINE) $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
-
 chaos: $(READY)
-	$(OFFLINE) $(BIN)/python tests/chaos.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
+	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
 
 lint: $(READY) $(NODE)
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import threading
-from ctypes import CDLL
+from ctypes import CDLL, get_errno
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ SERVE = [sys.executable, "-m", "swarm_notebook.cli", "serve"]
 MARK = "support.forkserver"  # in the command line of every process here
 MESSAGE_BYTES = 1 << 17  # an environment, mostly
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+IN_NETWORK = ["ip", "netns", "exec"]
+CLONE_NEWNET = 0x40000000  # setns(2)
 
 
 class Popen(subprocess.Popen):
@@ -36,11 +38,16 @@ class Popen(subprocess.Popen):
         # A private method of the library, so by the names of its arguments, not by their places.
         told = inspect.signature(super()._execute_child).bind(*arguments).arguments
         command = list(map(os.fspath, told["args"])) if isinstance(told["args"], list) else []
+        network = None
+        if command[: len(IN_NETWORK)] == IN_NETWORK:
+            network, command = command[len(IN_NETWORK)], command[len(IN_NETWORK) + 1 :]
         streams = [told[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         if command[: len(SERVE)] != SERVE or -1 in streams or not told["start_new_session"]:
             super()._execute_child(*arguments)
             return
-        self.pid = _forkserver().fork(command[3:], told["env"] or dict(os.environ), streams)
+        self.pid = _forkserver().fork(
+            command[3:], network, told["env"] or dict(os.environ), streams
+        )
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(told[name] for name in ends))
@@ -80,8 +87,14 @@ class _Forkserver:
             )
         self.pid = self._process.pid
 
-    def fork(self, arguments: list[str], environment: dict[str, str], streams: list[int]) -> int:
-        message = json.dumps([arguments, environment, str(Path.cwd())]).encode()
+    def fork(
+        self,
+        arguments: list[str],
+        network: str | None,
+        environment: dict[str, str],
+        streams: list[int],
+    ) -> int:
+        message = json.dumps([arguments, network, environment, str(Path.cwd())]).encode()
         with self._lock:
             # A process whose parent ends becomes a child of the nearest ancestor that wants it.
             prctl = CDLL(None, use_errno=True).prctl
@@ -113,7 +126,9 @@ def _await_orders(asked: socket.socket) -> list[str] | None:
             os._exit(0)
         for number in (reads, writes, asked.detach()):
             os.close(number)
-        arguments, environment, folder = json.loads(message)
+        arguments, network, environment, folder = json.loads(message)
+        if network is not None:
+            _enter(network)
         os.setsid()
         os.chdir(folder)
         os.environ.clear()
@@ -123,6 +138,14 @@ def _await_orders(asked: socket.socket) -> list[str] | None:
             os.close(stream)
         sys.argv[1:] = arguments
         return arguments
+
+
+def _enter(network: str) -> None:
+    """Be in a network namespace from now on."""
+    libc = CDLL(None, use_errno=True)
+    with Path("/var/run/netns", network).open("rb") as namespace:
+        if libc.setns(namespace.fileno(), CLONE_NEWNET):
+            raise OSError(get_errno(), f"network namespace {network}")
 
 
 def _main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from concurrent.futures import ThreadPoolExecutor
 
-from soak import Notebook
+from chaos.notebooks import Notebook
 from support.scene import Scene
 
 

@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from chaos import Told
+from chaos.told import AFTER_SECONDS, Fault, Told
 
 
 @pytest.fixture
@@ -22,10 +22,20 @@ def told() -> Told:
 
 def test_a_pause_is_the_longest_time_without_a_beat_around_a_fault(told: Told) -> None:
     now = time.monotonic()
-    assert told.pause(now - 18, now - 16, slept=0.0) == pytest.approx(4.0, abs=0.1)
-    assert told.pause(now - 18, now - 16, slept=3.0) == pytest.approx(1.0, abs=0.1)
-    assert told.pause(now - 18, now - 16, slept=9.0) == 0.0
-    assert told.pause(now - 12, now - 8, slept=0.0) == pytest.approx(14.5, abs=0.1)
+    fault = Fault("kill", now - 18, now - 16 - AFTER_SECONDS)
+    assert told.pause(fault) == pytest.approx(4.0, abs=0.1)
+    told.faults.append(Fault("sleep", now - 18, now - 17))
+    assert told.pause(fault) == pytest.approx(3.0, abs=0.1)
+    told.faults.append(Fault("sleep", now - 17, now - 9))
+    assert told.pause(fault) == pytest.approx(1.0, abs=0.1)
+    assert told.pause(Fault("kill", now - 12, now - 8)) == pytest.approx(14.5 - 5.5, abs=0.1)
+
+
+def test_a_work_that_has_stopped_is_a_pause_until_the_end(told: Told) -> None:
+    told.beats["token"].pop()
+    told.end()
+    now = time.monotonic()
+    assert told.pause(Fault("kill", now - 12, now - 8)) == pytest.approx(14.5, abs=0.1)
 
 
 def test_what_is_counted(told: Told) -> None:

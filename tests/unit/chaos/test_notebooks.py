@@ -1,4 +1,4 @@
-"""The soak's own judgement of greedy generations: tokens and logits."""
+"""The chaos run's own judgement of greedy generations: tokens and logits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from soak import same_text
+from chaos.notebooks import same_text
 
 PROMPT = 1
 CLEAR, CLOSE = [1.0, 2.0, 3.0], [3.0, 3.0000005, 1.0]
