@@ -173,14 +173,17 @@ class Authority:
         if asked is None:
             return pack_answer(Verdict.UNKNOWN)
         with self._open() as book:
+            # Strangers lock nobody out of the book.
+            secret = book.execute(
+                "SELECT secret FROM invitations WHERE id = ?", (asked.id,)
+            ).fetchone()
+            if secret is None or not asked.is_made_with(secret[0], self.swarm):
+                return pack_answer(Verdict.UNKNOWN)
             book.execute("BEGIN IMMEDIATE")
-            row = book.execute(
-                "SELECT secret, role, expires, uses, used, revoked FROM invitations WHERE id = ?",
+            role, expires, uses, used, revoked = book.execute(
+                "SELECT role, expires, uses, used, revoked FROM invitations WHERE id = ?",
                 (asked.id,),
             ).fetchone()
-            if row is None or not asked.is_made_with(row[0], self.swarm):
-                return pack_answer(Verdict.UNKNOWN)
-            _, role, expires, uses, used, revoked = row
             known = book.execute(
                 "SELECT expires, revoked, invitation FROM members WHERE key = ?", (asked.member,)
             ).fetchone()
@@ -233,9 +236,9 @@ class Authority:
                 if name and (key.hex().startswith(name) or invitation.hex().startswith(name))
             ]
             invitations = [
-                found
-                for (found,) in book.execute("SELECT id FROM invitations")
-                if name and found.hex().startswith(name)
+                one
+                for (one,) in book.execute("SELECT id FROM invitations")
+                if name and one.hex().startswith(name)
             ]
             if not found and not invitations:
                 raise InvitationError(

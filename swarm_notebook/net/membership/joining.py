@@ -50,9 +50,12 @@ _REFUSED = {
 
 async def offer(p2p: P2P, authority: Authority) -> None:
     """From now on, redeem invitations at this peer."""
+    # Threads are for everybody's work; a flood of strangers gets one of them.
+    turn = asyncio.Lock()
 
     async def redeem(data: bytes, peer: PeerID) -> bytes:
-        answer = await asyncio.to_thread(authority.redeem, data)
+        async with turn:
+            answer = await asyncio.to_thread(authority.redeem, data)
         logger.info("peer %s has asked to join: %s", peer, "yes" if answer[0] == 0 else "no")
         return answer
 
