@@ -21,8 +21,8 @@ import torch
 from support.patience import PATIENCE
 from support.scene import NEW_TOKENS, AtToken, Scene, generate, kill_process, scene, stop_then_kill
 
-from swarm_notebook.client import watch
 from swarm_notebook.client.request import Outputs
+from swarm_notebook.client.servers import directory
 from swarm_notebook.client.session import pipeline
 from swarm_notebook.client.session.hop import Hop
 from swarm_notebook.client.session.step import StepRun
@@ -195,8 +195,6 @@ def test_interrupted_while_those_behind_are_asked(
         return await step_run(self, *blocks)
 
     monkeypatch.setattr(Hop, "settle", interrupted)
-    # Else a busy machine may find the last one dead before it is asked.
-    monkeypatch.setattr(watch, "WATCH_AFTER", PATIENCE)
     # A machine that is busy may have pushed too late, and has kept them apart.
     stage.swarm.connection.directory.health.bring_together()
     assert last.pid is not None
@@ -204,8 +202,11 @@ def test_interrupted_while_those_behind_are_asked(
     stop_then_kill(on_the_way(stage, 1))
     longer = torch.cat([first.sequences, stage.ids(1, 5, seed=1)], dim=1)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            generate(stage.remote, longer, past_key_values=first.past_key_values)
+        with monkeypatch.context() as patient:
+            # Else a busy machine may find the last one dead before it is asked.
+            patient.setattr(directory, "PING_TIMEOUT", PATIENCE)
+            with pytest.raises(KeyboardInterrupt):
+                generate(stage.remote, longer, past_key_values=first.past_key_values)
     finally:
         os.kill(last.pid, signal.SIGCONT)
     assert asked == [True]
