@@ -163,6 +163,7 @@ class Swarm:
             directory.telemetry.usage.by_peer(),
             loads=directory.loads(chain, config.hidden_size, self.model.dtype),
             prompt_tokens=prompt_tokens,
+            answered=directory.answered(chain, prompt_tokens),
             max_new_tokens=max_new_tokens,
             batch=batch,
             home={index: home.weight_bytes(blocks[index]) for index in at_home},

@@ -241,6 +241,7 @@ def expect(
     *,
     loads: Sequence[tuple[int, int]],
     prompt_tokens: int,
+    answered: int,
     max_new_tokens: int,
     batch: int,
     home: Mapping[int, int] | None = None,
@@ -252,6 +253,7 @@ def expect(
         usage: what earlier tokens took, by peer.
         loads: bytes of one token's hidden state to and from each server of the chain; zero where
             it comes from the server before.
+        answered: of how many positions of the prompt the last server sends its output back.
         home: bytes of the weights of blocks that run in the notebook.
     """
     given = {"prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens, "batch": batch}
@@ -272,6 +274,7 @@ def expect(
     parts = part_count(prompt_tokens, batch, [segment.span for segment in chain])
     requests = (parts + max_new_tokens - 1) * len(chain)
     tokens = (prompt_tokens + max_new_tokens - 1) * batch
+    kept_back = (prompt_tokens - answered) * batch * (loads[-1][1] if loads else 0)
     return Preview(
         model,
         prompt_tokens,
@@ -280,7 +283,7 @@ def expect(
         tuple(segment.span.name for segment in chain),
         requests,
         tokens * sum(up for up, _ in loads) + requests * REQUEST_BYTES,
-        tokens * sum(down for _, down in loads) + requests * ANSWER_BYTES,
+        tokens * sum(down for _, down in loads) - kept_back + requests * ANSWER_BYTES,
         first,
         first + (max_new_tokens - 1) * sum(each),
         all(measured is not None for measured in known),

@@ -85,15 +85,16 @@ class Scene:
 
         All of them: the double of the one that a test kills must be there by then.
         """
+        wait_until(self._all_used, "the notebook uses all servers again")
+
+    def _all_used(self) -> bool:
+        # One whose daemon was killed may end only now.
         for server in self.local.servers:
             if not server.running:
                 server.launch()
                 server.join(self.local.initial_peers)
         for server in self.local.servers:
             server.wait_ready(RESTART_SECONDS)
-        wait_until(self._all_used, "the notebook uses all servers again")
-
-    def _all_used(self) -> bool:
         self.swarm.status()
         used = {span.peer for span in self.swarm.connection.directory.usable()}
         return used >= {server.peer_id for server in self.local.servers}

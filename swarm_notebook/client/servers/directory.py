@@ -468,6 +468,13 @@ class Directory:
             before = segment
         return found
 
+    def answered(self, chain: Sequence[routing.RouteSegment], length: int) -> int:
+        """Of how many of a prompt's ``length`` positions the last server's output comes back."""
+        ends = bool(chain) and chain[-1].end == self.num_blocks
+        if not ends or not chain[-1].span.shortens:
+            return length
+        return min(length, 1 if self.audits is None else self.audits.positions)
+
     def avoided(self, peer: str) -> str:
         """Why a peer is avoided just now; an empty text if it is not."""
         return self.snapshot.others.get(peer) or self.health.avoided(peer)

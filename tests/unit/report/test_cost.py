@@ -27,6 +27,7 @@ RTT = {"peer-a": 0.01, "peer-b": 0.02}
 
 def preview(usage: Usage, **numbers: int):
     options = {"prompt_tokens": 100, "max_new_tokens": 11, "batch": 1, **numbers}
+    options.setdefault("answered", options["prompt_tokens"])
     loads = options.pop("loads", [(1000, 1000)] * 2)
     return expect("m", CHAIN, Links(RTT), usage.by_peer(), loads=loads, **options)
 
@@ -57,6 +58,8 @@ def test_a_preview_rests_on_announced_speed_until_tokens_have_passed() -> None:
     assert preview(usage, prompt_tokens=1024).requests == (16 + 10) * 2  # a long one in parts
     pushed = preview(usage, loads=[(1000, 1000), (0, 1000)])
     assert (pushed.sent, pushed.received) == (known.sent - 110 * 1000, known.received)
+    # Of the prompt's positions, only the last one comes back.
+    assert preview(usage, answered=1).received == known.received - 99 * 1000
     assert preview(usage, batch=3).sent > 2.9 * (known.sent - 22 * 300)
 
 
