@@ -18,11 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.patience import PATIENCE
 from support.scene import NEW_TOKENS, AtToken, Scene, generate, kill_process, scene, stop_then_kill
 
 from swarm_notebook.client.request import Outputs
-from swarm_notebook.client.servers import directory
 from swarm_notebook.client.session import pipeline
 from swarm_notebook.client.session.hop import Hop
 from swarm_notebook.client.session.step import StepRun
@@ -176,6 +174,7 @@ def test_interrupted_while_those_behind_are_asked(
     ids, settle, step_run = stage.ids(1, PROMPT), Hop.settle, StepRun.run
     first = generate(stage.remote, ids)
     last = on_the_way(stage, 2)
+    assert last.pid is not None
     asked: list[bool] = []
     goes_on = asyncio.Event()
     main = threading.main_thread().ident
@@ -183,6 +182,8 @@ def test_interrupted_while_those_behind_are_asked(
 
     async def interrupted(self: Hop) -> None:
         asked.append(self.owes)
+        # Not before: a machine that is busy would find it dead before it is asked.
+        os.kill(last.pid, signal.SIGSTOP)
         threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT]).start()
         try:
             await settle(self)
@@ -197,16 +198,11 @@ def test_interrupted_while_those_behind_are_asked(
     monkeypatch.setattr(Hop, "settle", interrupted)
     # A machine that is busy may have pushed too late, and has kept them apart.
     stage.swarm.connection.directory.health.bring_together()
-    assert last.pid is not None
-    os.kill(last.pid, signal.SIGSTOP)
     stop_then_kill(on_the_way(stage, 1))
     longer = torch.cat([first.sequences, stage.ids(1, 5, seed=1)], dim=1)
     try:
-        with monkeypatch.context() as patient:
-            # Else a busy machine may find the last one dead before it is asked.
-            patient.setattr(directory, "PING_TIMEOUT", PATIENCE)
-            with pytest.raises(KeyboardInterrupt):
-                generate(stage.remote, longer, past_key_values=first.past_key_values)
+        with pytest.raises(KeyboardInterrupt):
+            generate(stage.remote, longer, past_key_values=first.past_key_values)
     finally:
         os.kill(last.pid, signal.SIGCONT)
     assert asked == [True]
