@@ -65,18 +65,20 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         nargs="?",
         help="a Hub id, a folder, or a GGUF file (default: the demo model)",
     )
-    serve.add_argument(
+    which = serve.add_mutually_exclusive_group()
+    which.add_argument(
         "--blocks",
         type=_blocks,
         metavar="A:B",
         help="hold blocks A to B-1 only; only their tensors are read (default: all of a new swarm, "
         "else those that it needs most, and others when that changes)",
     )
-    serve.add_argument(
+    which.add_argument(
         "--memory",
         type=_size,
         metavar="SIZE",
-        help="what the blocks that it chooses may take (default: 7 tenths of what is free)",
+        help="choose as many blocks as fit into it, such as 20GiB (default: 7 tenths of what is "
+        "free, for who joins a swarm)",
     )
     serve.add_argument(
         "--initial-peers",
@@ -95,7 +97,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     serve.add_argument(
         "--swarm",
         metavar="NAME",
-        help="of a private swarm that is begun on this machine (default: the model's)",
+        help="begin the private swarm of this name, or go on with it (default: the model's name)",
     )
     serve.add_argument(
         "--join",
@@ -333,7 +335,8 @@ def _serve(options: argparse.Namespace) -> int:
 
     settings = {key: value for key, value in vars(options).items() if key != "run"}
     scratch, joined = settings.pop("scratch"), settings.pop("join")
-    settings["swarm"] = _private_swarm(options) if settings.pop("private") else None
+    private = settings.pop("private") or options.swarm is not None
+    settings["swarm"] = _private_swarm(options) if private else None
     if joined is not None:
         _join(joined, settings)
     if options.initial_peers == ["-"]:

@@ -347,22 +347,25 @@ class Server:
         self, compute: ComputeThread, source: ModelSource
     ) -> tuple[Node, Placing, Job]:
         """Join the swarm, and begin to read the blocks: at once where it is known which."""
-        loading: Job | None = None
-        if self._options.blocks is not None or not self._options.initial_peers:
-            # Both take seconds, and one mostly waits.
-            loading = compute.submit(self._load, source)
-            self._stack.callback(loading.cancel)
+        options = self._options
+        chooses = options.blocks is None and (options.initial_peers or options.memory is not None)
+        # Both take seconds, and one mostly waits.
+        loading = None if chooses else self._begin_loading(compute, source)
         node = await self._start_node(source.shared_name)
         blocks = source.config().num_hidden_layers
         placing = Placing(node, source.dht_prefix, blocks)
         if loading is None:
-            size = await asyncio.to_thread(room_for, source, self._options)
+            size = await asyncio.to_thread(room_for, source, options)
             span = await placing.choose(size)
             logger.info("serving blocks %d:%d of %d: the swarm needs them most", *span, blocks)
-            self._options = replace(self._options, blocks=span, chosen=True)
-            loading = compute.submit(self._load, source)
-            self._stack.callback(loading.cancel)
+            self._options = replace(options, blocks=span, chosen=True)
+            loading = self._begin_loading(compute, source)
         return node, placing, loading
+
+    def _begin_loading(self, compute: ComputeThread, source: ModelSource) -> Job:
+        loading = compute.submit(self._load, source)
+        self._stack.callback(loading.cancel)
+        return loading
 
     async def _start_node(self, shared_name: str) -> Node:
         options = self._options

@@ -34,8 +34,8 @@ class ServeOptions:
 
     Attributes:
         model: a Hub id, a folder or a GGUF file; None is the demo model.
-        blocks: the range ``[start, end)`` to host; None is all for who begins a swarm, else those
-            that lift the swarm most.
+        blocks: the range ``[start, end)`` to host; None is all for who begins a swarm without a
+            limit of ``memory``, else those that lift the swarm most.
         memory: bytes that chosen blocks may take; None is a part of what is free.
         identity: file of the private key behind the peer id; written if there is none.
         dtype: what to compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.

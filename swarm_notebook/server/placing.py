@@ -11,7 +11,6 @@ import logging
 import random
 import statistics
 
-import psutil
 import torch
 
 from swarm_notebook.checkpoint.anatomy import find_trunk
@@ -29,6 +28,7 @@ from swarm_notebook.net.records import (
     parse_record,
     spans_of,
 )
+from swarm_notebook.server.engine.quantising.loading import free_memory
 from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.server.places import Place, better, choose
 
@@ -57,9 +57,7 @@ def room_for(source: ModelSource, options: ServeOptions) -> int:
     taken = weights * min(options.bits or width, width) / 8
     memory = options.memory
     if memory is None:
-        on_card = torch.device(options.device).type == "cuda"
-        free = torch.cuda.mem_get_info(options.device)[0] if on_card else _free()
-        memory = int(FREE_PART * free)
+        memory = int(FREE_PART * free_memory(options.device))
     fit = int(memory // taken)
     if fit < 1:
         raise Unsupported(
@@ -67,10 +65,6 @@ def room_for(source: ModelSource, options: ServeOptions) -> int:
             f"takes {int(taken) >> 20} MiB; give fewer --bits, or more --memory"
         )
     return min(fit, len(layers))
-
-
-def _free() -> int:
-    return int(psutil.virtual_memory().available)
 
 
 class Placing:

@@ -101,3 +101,21 @@ def test_status_of_a_swarm(demo_swarm: HostedSwarm) -> None:
         assert result.returncode == 0, result.stderr
         assert "all 30 blocks served" in result.stdout
         assert "local-1" in result.stdout
+
+
+def test_blocks_are_named_or_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "model", "--blocks", "0:2", "--memory", "1GiB"])
+    assert "not allowed with argument --blocks" in capsys.readouterr().err
+
+
+def test_a_swarm_that_is_named_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from swarm_notebook.server import app
+    from swarm_notebook.server.options import ServeOptions
+
+    seen: list[ServeOptions] = []
+    monkeypatch.setattr(app, "main", seen.append)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # `serve` would set it for its process
+    cli.main(["serve", "model", "--swarm", str(tmp_path / "mine")])
+    cli.main(["serve", "model"])
+    assert [options.swarm for options in seen] == [tmp_path / "mine", None]

@@ -32,11 +32,14 @@ def moved(server: HostedServer) -> ServeOptions:
     return server._server.moved
 
 
+def block_bytes(model: Any) -> int:
+    """What the largest block takes in float32."""
+    return max(sum(one.numel() for one in layer.parameters()) * 4 for layer in model.model.layers)
+
+
 def test_servers_take_what_is_missing_and_move_when_that_changes(tiny_llama: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-    block = max(
-        sum(one.numel() for one in layer.parameters()) * 4 for layer in reference.model.layers
-    )
+    block = block_bytes(reference)
     ids: Any = torch.arange(3, 12)[None]
     expected = generate(reference, ids).sequences.tolist()
     with HostedSwarm(tiny_llama, [(0, 3)]) as first:
@@ -67,3 +70,9 @@ def test_what_has_room_for_no_block_says_so(tiny_llama: Path) -> None:
         small = ServeOptions(tiny_llama, None, first.initial_peers, memory=100)
         with pytest.raises(Unsupported, match="--memory"), HostedServer(small):
             pass
+
+
+def test_who_begins_a_swarm_keeps_to_its_memory_too(tiny_llama: Path) -> None:
+    room = 2 * block_bytes(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
+    with HostedServer(ServeOptions(tiny_llama, memory=room, cache_tokens=512)) as first:
+        assert first.blocks == (0, 2)

@@ -126,11 +126,14 @@ def _fits(
     """Whether half of the device's free memory stays free with these blocks unpacked."""
     index = {name: block_index(name) for name in weights.names()}
     wanted = weights.count(name for name, block in index.items() if block in range(start, end))
+    return 2 * wanted * dtype.itemsize <= free_memory(device)
+
+
+def free_memory(device: str | torch.device) -> int:
+    """Bytes that are free on a device."""
     if torch.device(device).type == "cuda":
-        free, _total = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    return 2 * wanted * dtype.itemsize <= free
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def load_quantised(
