@@ -17,7 +17,8 @@ from browser.notebook import Notebook
 from playwright.sync_api import Browser, Locator
 
 DESK = pytest.StashKey["Notebook"]()
-AXE = Path(__file__).parents[2] / "js" / "node_modules" / "axe-core" / "axe.min.js"
+PACKAGES = Path(__file__).parents[2] / "js" / "node_modules"
+AXE = PACKAGES / "axe-core" / "axe.min.js"
 LOOK = """async (part) => {
   const tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"];
   const { violations } = await window.axe.run(part, { runOnly: { type: "tag", values: tags } });
@@ -30,9 +31,9 @@ SCREENS = Path(__file__).parents[2] / "build" / "browser"
 def faults(part: Locator) -> list[str]:
     """What axe-core finds that a part of the screen keeps from people, by WCAG 2.1 A and AA.
 
-    Without npm's packages nothing is looked at.
+    Without Node, and so without any of npm's packages, nothing is looked at.
     """
-    if not AXE.exists():
+    if not PACKAGES.exists():
         return []
     part.page.evaluate(f"window.axe ?? (() => {{ {AXE.read_text('utf-8')} }})()")
     found: list[str] = part.evaluate(LOOK)

@@ -11,9 +11,10 @@ answer is not compared with a number but with the error that the dtype itself ma
   too long. It finds a factor that a noisy model's ratio hides;
 - *largest*: the largest error of a token over the twin's mean error: one token that was edited.
 
-Gradients are compared in the same way, those of states token by token and those of weights tensor
-by tensor, each in a comparison of its own. A token that has hardly any part in the loss has a
-gradient of hardly more than rounding: its error counts against the root mean square of all.
+Gradients are compared in the same way, in float32 only (see `limits`): those of states token by
+token and those of weights tensor by tensor, each in a comparison of its own. A token that has
+hardly any part in the loss has a gradient of hardly more than rounding: its error counts against
+the root mean square of all.
 
 For float32 the twin is the reference, and the errors are compared with what float32 makes at most.
 
@@ -23,24 +24,18 @@ How far honest servers go stands in `limits`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
+
+from swarm_notebook.client.passes.backward import PassGradients
 
 _TINY = torch.finfo(torch.float32).tiny
 # Of the longest gradient among those of weights.
 _LEAST_SHARE = 1e-3
 
 
-class Gradients(Protocol):
-    """What a backward pass gives (`client.passes.backward.PassGradients`)."""
-
-    input: torch.Tensor
-    prompts: dict[int, torch.Tensor]
-    weights: dict[str, torch.Tensor]
-
-
-Result: TypeAlias = "torch.Tensor | Gradients"
+Result: TypeAlias = torch.Tensor | PassGradients
 """What a piece gives: hidden states, or the gradients of a backward pass."""
 
 
@@ -52,8 +47,7 @@ class Errors:
         tokens: how many were compared.
         error, twin: sums over the tokens of their error, and of the twin's (0 for float32).
         gain: the sum of their gains, less the twin's.
-        largest: the largest error of a token; over the twin's mean where there is a twin, of
-            gradients over its largest.
+        largest: the largest error of a token; over the twin's mean where there is a twin.
     """
 
     tokens: int = 0
@@ -98,12 +92,9 @@ def compare(
 
 
 def compare_gradients(
-    answer: Gradients,
-    reference: Gradients,
-    twin: Gradients | None = None,
-    mask: torch.Tensor | None = None,
+    answer: PassGradients, reference: PassGradients, mask: torch.Tensor | None = None
 ) -> tuple[Errors, Errors]:
-    """The errors of gradients: of states by token, and of weights by tensor.
+    """The errors of gradients in float32: of states by token, and of weights by tensor.
 
     A gradient of weights that the answer lacks counts as zero.
 
@@ -112,25 +103,19 @@ def compare_gradients(
     """
     r = _stacked(reference, mask).double()
     length = r.norm(dim=-1).square().mean().sqrt().clamp_min(_TINY)
-    own = None if twin is None else _differences(_stacked(twin, mask), r, length)
-    states = _summed(_differences(_stacked(answer, mask), r, length), own, uneven=True)
-    names = list(reference.weights)
-    if not names:
+    states = _summed(_differences(_stacked(answer, mask), r, length))
+    if not reference.weights:
         return states, Errors()
-    lengths = {name: reference.weights[name].double().norm() for name in names}
+    lengths = {name: weight.double().norm() for name, weight in reference.weights.items()}
     # As with tokens: some have a gradient of zero but for rounding, such as biases of keys.
     least = max(_LEAST_SHARE * float(max(lengths.values())), _TINY)
-
-    def of_weights(found: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
-        each = []
-        for name in names:
-            one = reference.weights[name].double().flatten()
-            given = found.weights.get(name, torch.zeros_like(one)).flatten()
-            each.append(_differences(given, one, lengths[name].clamp_min(least)))
-        return torch.stack([error for error, _ in each]), torch.stack([gain for _, gain in each])
-
-    twins = None if twin is None else of_weights(twin)
-    return states, _summed(of_weights(answer), twins, uneven=True)
+    each = []
+    for name, weight in reference.weights.items():
+        one = weight.double().flatten()
+        given = answer.weights.get(name, torch.zeros_like(one)).flatten()
+        each.append(_differences(given, one, lengths[name].clamp_min(least)))
+    errors, gains = zip(*each, strict=True)
+    return states, _summed((torch.stack(errors), torch.stack(gains)))
 
 
 def errors_of(
@@ -139,10 +124,10 @@ def errors_of(
     """Of states or their gradients, and of gradients of weights."""
     if isinstance(answer, torch.Tensor):
         return compare(answer, reference, twin, mask), Errors()  # type: ignore[arg-type]
-    return compare_gradients(answer, reference, twin, mask)  # type: ignore[arg-type]
+    return compare_gradients(answer, reference, mask)  # type: ignore[arg-type]
 
 
-def _stacked(gradients: Gradients, mask: torch.Tensor | None) -> torch.Tensor:
+def _stacked(gradients: PassGradients, mask: torch.Tensor | None) -> torch.Tensor:
     """Those of states and prompts, ``[tokens, hidden size]``."""
     given = gradients.input.flatten(0, -2) if mask is None else gradients.input[mask.bool()]
     prompts = [gradients.prompts[block].flatten(0, -2) for block in sorted(gradients.prompts)]
@@ -158,22 +143,18 @@ def _differences(
 
 
 def _summed(
-    found: tuple[torch.Tensor, torch.Tensor],
-    own: tuple[torch.Tensor, torch.Tensor] | None,
-    *,
-    uneven: bool = False,
+    found: tuple[torch.Tensor, torch.Tensor], own: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> Errors:
-    """Of vectors together; ``uneven``: few of them have most of the error, so compare largest."""
+    """Of vectors together, beside those of the twin."""
     error, gain = found
     if not error.numel():
         return Errors()
     if own is None:
         return Errors(error.numel(), float(error.sum()), 0.0, float(gain.sum()), float(error.max()))
-    over = own[0].max() if uneven else own[0].mean()
     return Errors(
         error.numel(),
         float(error.sum()),
         float(own[0].sum()),
         float((gain - own[1]).sum()),
-        float(error.max() / over.clamp_min(1e-12)),
+        float(error.max() / own[0].mean().clamp_min(1e-12)),
     )
