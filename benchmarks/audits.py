@@ -27,9 +27,9 @@ from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.client.audit import limits
 from swarm_notebook.client.audit.comparison import Errors, compare, compare_gradients
 from swarm_notebook.client.passes.backward import PassGradients
-from swarm_notebook.server.engine import backward, cast, stateless
-from swarm_notebook.server.engine.pieces import run_whole
+from swarm_notebook.server.engine.passes import backward, cast, stateless
 from swarm_notebook.server.engine.requests import Backward, Forward
+from swarm_notebook.server.engine.scheduling.pieces import run_whole
 from swarm_notebook.server.engine.span import Span
 
 LENGTH = 128

@@ -105,7 +105,7 @@ def generate(threads: int, sessions: int) -> dict[str, Any]:
         one, together = [], []
         steps: dict[str, list[float]] = {"alone": [], "together": []}
         with ThreadPoolExecutor(sessions) as pool:
-            measured(everybody, pool.map)  # servers choose kernels (`server.products`)
+            measured(everybody, pool.map)  # servers choose kernels (`products.kernels`)
             for repeat in range(REPEATS):
                 _, took, found = measured([repeat % sessions], map)
                 one.append(took)
@@ -214,7 +214,7 @@ def idle(threads: int, sessions: int) -> dict[str, Any]:
                 await session.prefill()
             await asyncio.gather(*map(student, made))
 
-        # The first crowd of a server is there while it chooses kernels (`server.products`).
+        # The first crowd of a server is there while it chooses kernels (`products.kernels`).
         crowd, made = fresh(), fresh()
         connection.network.run(all_of_them(crowd))
         for session in crowd:

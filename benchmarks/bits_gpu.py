@@ -27,7 +27,8 @@ def main() -> None:
 
     from swarm_notebook.checkpoint.partial import load_blocks
     from swarm_notebook.checkpoint.source import resolve
-    from swarm_notebook.server.engine import packed_products, throughput
+    from swarm_notebook.server.engine import throughput
+    from swarm_notebook.server.engine.products import few_bits
     from swarm_notebook.server.engine.quantising.loading import load_quantised
     from swarm_notebook.server.engine.span import Span
     from swarm_notebook.server.engine.steps.batching import Batching
@@ -43,7 +44,7 @@ def main() -> None:
 
         def say(what: str, loaded: Any, **facts: Any) -> None:
             span = Span(loaded.decoder, loaded.layers_name, 0)
-            packed_products.install(span.layers)
+            few_bits.install(span.layers)
             batching = Batching.try_out(span, size)
             if device == "cuda":
                 batching = batching.with_decoding(span, size, 4096)

@@ -3,7 +3,7 @@
 A `PackedWeight` has the shape and the dtype of the weight that it stands for and the memory of its
 bits. Whatever torch does to it happens to the unpacked values, which live for that operation alone;
 so every module, PEFT and autograd find what they expect. What multiplies by it often should know
-it: see `server.engine.products`.
+it: see `server.engine.products.few_bits`.
 
 The bits are a `Packed`: integers in groups of neighbours, each with a scale and an offset
 (``value = (integer - 2**(bits - 1)) * scale + offset``).

@@ -2,9 +2,9 @@
 
 `app` puts the parts together. They run in one asyncio loop for the network and one thread for
 torch. A request goes `rpc.handler` or `rpc.session` (stream) -> `rpc.parse` (validation) ->
-`engine.kv_budget` (room in the cache) -> `engine.worker` (the torch thread, in the order of
-`engine.scheduler`) -> `engine.span` (the blocks, with their `kv.cache`) and back. `adapters` holds
-what notebooks upload, `announce` tells the swarm what is hosted.
+`engine.kv.budget` (room in the cache) -> `engine.scheduling` (the torch thread, and what it runs
+next) -> `engine.span` (the blocks, with their `kv.cache`) and back. `adapters` holds what notebooks
+upload, `announce` tells the swarm what is hosted.
 
 `server` imports neither `client` nor `model`; `engine` knows nothing of the network.
 """

@@ -43,18 +43,19 @@ from swarm_notebook.net.traffic import Traffic
 from swarm_notebook.server import heap, lifetime
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.announce import Announcer
-from swarm_notebook.server.engine import packed_products, products, throughput
+from swarm_notebook.server.engine import throughput
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
+from swarm_notebook.server.engine.products import few_bits, kernels
 from swarm_notebook.server.engine.quantising.loading import (
     Quantised,
     check_bits,
     load_within,
 )
 from swarm_notebook.server.engine.requests import Limits
+from swarm_notebook.server.engine.scheduling.worker import ComputeThread, Job
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
-from swarm_notebook.server.engine.worker import ComputeThread, Job
 from swarm_notebook.server.membership import MembershipKeeper
 from swarm_notebook.server.options import CACHE_TOKENS, ServeOptions
 from swarm_notebook.server.pings import NeighbourPings
@@ -507,12 +508,12 @@ def _measure(
     """In the torch thread: whether sessions can share a call, and how fast the blocks are."""
     if span.device.type == "cuda" and threads is None:
         _leave_cores_alone()
-    packed_products.install(span.layers)
+    few_bits.install(span.layers)
     batching = Batching.try_out(span, hidden_size)
     if span.device.type == "cuda":
         batching = batching.with_decoding(span, hidden_size, tokens)
     rates = throughput.measure(span, hidden_size, batching)
-    products.install(span.layers, later)
+    kernels.install(span.layers, later)
     return batching, rates
 
 

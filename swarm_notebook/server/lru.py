@@ -1,7 +1,7 @@
 """Values by key in the order of their last use, with the bytes that each takes.
 
-`adapters.store` and `engine.activation_store` say what of it goes when something new comes. A store
-does not look into its values, and belongs to one thread.
+`adapters.store` and `engine.passes.activation_store` say what of it goes when something new comes.
+A store does not look into its values, and belongs to one thread.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.net.node import LOOPBACK
 from swarm_notebook.server.adapters.store import AdapterLimits
-from swarm_notebook.server.engine.activation_store import BUDGET_BYTES
+from swarm_notebook.server.engine.passes.activation_store import BUDGET_BYTES
 
 # Eight conversations of 2,048 positions.
 CACHE_TOKENS = 16384

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 # While a server computes one group, the next is under way to it; more would only make them smaller.
 GROUPS_PER_SERVER = 2
-# Half of what a server lets one peer's passes wait (`server.engine.scheduler`).
+# Half of what a server lets one peer's passes wait (`server.engine.scheduling.scheduler`).
 MAX_AT_ONCE = 32
 
 

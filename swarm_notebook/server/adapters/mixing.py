@@ -147,7 +147,7 @@ def _beside(layer: Any, x: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     def forward(asked: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         return known if asked is x else original(asked, *rest, **named)
 
-    # It may have a forward of its own already: see `products`.
+    # It may have a forward of its own already: see `products.kernels`.
     before = vars(module).get("forward")
     module.forward = forward
     try:

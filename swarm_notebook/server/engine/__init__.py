@@ -1,5 +1,5 @@
 """What a server computes: blocks, their KV caches, batches of sessions, gradients.
 
 Nothing here knows the wire: no hivemind, no asyncio streams, no `net`. Requests come as plain
-objects (`requests`) and run in the one torch thread (`worker`).
+objects (`requests`) and run in the one torch thread (`scheduling.worker`).
 """

@@ -17,11 +17,11 @@ from swarm_notebook.errors import AdapterMissing
 from swarm_notebook.server.adapters.injection import AdaptedSpan
 from swarm_notebook.server.adapters.store import AdapterLimits, AdapterStore
 from swarm_notebook.server.adapters.upload import Upload
-from swarm_notebook.server.engine import backward, cast, stateless
-from swarm_notebook.server.engine.activation_store import ActivationStore
-from swarm_notebook.server.engine.backward import AutogradPass, NoRoom, SpanGradients
-from swarm_notebook.server.engine.pieces import Pieces
+from swarm_notebook.server.engine.passes import backward, cast, stateless
+from swarm_notebook.server.engine.passes.activation_store import ActivationStore
+from swarm_notebook.server.engine.passes.backward import AutogradPass, NoRoom, SpanGradients
 from swarm_notebook.server.engine.requests import Backward, Forward
+from swarm_notebook.server.engine.scheduling.pieces import Pieces
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
 

@@ -19,7 +19,7 @@ import torch
 
 from swarm_notebook.server.engine.kv.cache import SessionCache
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.scheduler import Kind, Task
+from swarm_notebook.server.engine.scheduling.scheduler import Kind, Task
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
 from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one

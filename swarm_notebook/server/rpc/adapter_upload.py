@@ -21,8 +21,8 @@ from swarm_notebook.server.adapters.layers import MAX_TEXT_BYTES, parse_descript
 from swarm_notebook.server.adapters.upload import Upload, recipe_of
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.requests import Limits
-from swarm_notebook.server.engine.scheduler import Kind, Task
-from swarm_notebook.server.engine.worker import ComputeThread
+from swarm_notebook.server.engine.scheduling.scheduler import Kind, Task
+from swarm_notebook.server.engine.scheduling.worker import ComputeThread
 from swarm_notebook.server.rpc import fields, messages
 from swarm_notebook.server.rpc.messages import Received
 from swarm_notebook.server.rpc.parse import parse_blocks

@@ -27,14 +27,14 @@ from swarm_notebook.net.records import to_petals_tokens
 from swarm_notebook.net.streams import MAX_SHOWN_BYTES, Stream, add_stream_handler, shown_in
 from swarm_notebook.net.traffic import COPIES, Account, Traffic
 from swarm_notebook.net.wire_format import check_fields
-from swarm_notebook.server.engine.backward import SpanGradients
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
+from swarm_notebook.server.engine.passes.backward import SpanGradients
 from swarm_notebook.server.engine.requests import Forward, Limits
-from swarm_notebook.server.engine.scheduler import BACKWARD_COST, Kind, Task
+from swarm_notebook.server.engine.scheduling.scheduler import BACKWARD_COST, Kind, Task
+from swarm_notebook.server.engine.scheduling.worker import ComputeThread
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.session_state import SessionState
-from swarm_notebook.server.engine.worker import ComputeThread
 from swarm_notebook.server.rpc import messages
 from swarm_notebook.server.rpc.adapter_upload import AdapterUploads
 from swarm_notebook.server.rpc.answers import allow_pass

@@ -15,7 +15,7 @@ from swarm_notebook.errors import BadRequest
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.streams import SLOWEST_BYTES, Stream
 from swarm_notebook.net.traffic import COPIES
-from swarm_notebook.server.engine.worker import Job
+from swarm_notebook.server.engine.scheduling.worker import Job
 
 # Between two parts of one message: the largest part takes 34 s at 1 Mbit/s.
 # For every part of a request, and for all of it, which gets more time as it grows.

@@ -28,11 +28,11 @@ from swarm_notebook.net.streams import Stream
 from swarm_notebook.net.traffic import COPIES
 from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.requests import Limits, Step, StepTimes
-from swarm_notebook.server.engine.scheduler import Kind, Task
+from swarm_notebook.server.engine.scheduling.scheduler import Kind, Task
+from swarm_notebook.server.engine.scheduling.worker import ComputeThread, Job
 from swarm_notebook.server.engine.steps.batching import SHORT_TOKENS, Batching
 from swarm_notebook.server.engine.steps.prefill import ChunkedPrefill
 from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
-from swarm_notebook.server.engine.worker import ComputeThread, Job
 from swarm_notebook.server.rpc.answers import allow_answer
 from swarm_notebook.server.rpc.codec import Codec, packed_bytes
 from swarm_notebook.server.rpc.counters import Counters

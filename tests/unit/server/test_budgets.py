@@ -6,7 +6,7 @@ import pytest
 
 from swarm_notebook.errors import BadRequest, CacheFull
 from swarm_notebook.server.adapters.store import IDLE_SECONDS, AdapterLimits, AdapterStore
-from swarm_notebook.server.engine.activation_store import KEEP_SECONDS, ActivationStore
+from swarm_notebook.server.engine.passes.activation_store import KEEP_SECONDS, ActivationStore
 
 
 class Clock:

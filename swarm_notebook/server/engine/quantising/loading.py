@@ -85,7 +85,8 @@ def load_within(
 
     Unpacked weights are faster: with the demo model on two busy cores, 10.3 tokens/s instead of
     7.3, and a prompt in a third of the time. So a GGUF file's stay packed only where memory is
-    short, by the rule for packed copies (`products`): half of what was free is to stay free.
+    short, by the rule for packed copies (`products.kernels`): half of what was free is to stay
+    free.
 
     Args:
         bits: None decides so for a GGUF file; 16 or more unpacks it whatever memory is there.

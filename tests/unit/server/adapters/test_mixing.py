@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.adapters.injection import AdaptedSpan
-from swarm_notebook.server.engine import products
+from swarm_notebook.server.engine.products import kernels
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
 from swarm_notebook.server.engine.steps.session_state import SessionState
@@ -119,7 +119,7 @@ def first_step(base: Span, span: Span) -> Any:
 def test_around_modules_with_a_forward_of_their_own(family: str, tmp_path: Path) -> None:
     """What a layer of an adapter hides from its module is there again afterwards."""
     model, base = loaded(family, tmp_path)
-    products.install(base.layers, lambda call: call())
+    kernels.install(base.layers, lambda call: call())
     own = {module: vars(module).get("forward") for module in base.layers[0].modules()}
     spans = [adapted(base, model, kind, **options) for kind, options in FAMILIES[family]]
     compare(base, [*spans, spans[0], base, base])

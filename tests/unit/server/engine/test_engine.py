@@ -14,8 +14,8 @@ from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.engine import Engine
-from swarm_notebook.server.engine.pieces import run_whole
 from swarm_notebook.server.engine.requests import Forward
+from swarm_notebook.server.engine.scheduling.pieces import run_whole
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
 

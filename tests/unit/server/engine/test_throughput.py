@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from swarm_notebook.server.engine import throughput
-from swarm_notebook.server.engine.scheduler import UPKEEP, Kind, Task
+from swarm_notebook.server.engine.scheduling.scheduler import UPKEEP, Kind, Task
 from swarm_notebook.server.engine.throughput import RateMeter, Throughput
 
 

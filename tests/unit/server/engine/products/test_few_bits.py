@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from swarm_notebook.checkpoint.packed import Grid, pack, replace
-from swarm_notebook.server.engine import packed_products
+from swarm_notebook.server.engine.products import few_bits
 
 GRIDS = [Grid(3, 64), Grid(4, 64), Grid(4, 32), Grid(8, 0)]
 
@@ -20,7 +20,7 @@ def packed_linear(grid: Grid, dtype: torch.dtype) -> tuple[nn.Linear, torch.Tens
     linear = nn.Linear(128, 192, dtype=dtype)
     packed = pack(torch.randn(192, 128, generator=generator), grid)
     replace(linear, "weight", packed, dtype)
-    packed_products.install([linear])
+    few_bits.install([linear])
     return linear, packed.unpack(torch.float32)
 
 
@@ -41,7 +41,7 @@ def test_products_are_those_of_the_unpacked_weight(grid: Grid, tokens: int) -> N
 def test_an_operator_gives_what_unpacking_gives(grid: Grid) -> None:
     """Whether or not it is the faster one here."""
     linear, whole = packed_linear(grid, torch.bfloat16)
-    operator = packed_products.operator_for(linear.weight.packed, torch.bfloat16)  # type: ignore[attr-defined]
+    operator = few_bits.operator_for(linear.weight.packed, torch.bfloat16)  # type: ignore[attr-defined]
     assert torch.equal(linear.weight.packed.unpack(torch.float32), whole)  # type: ignore[attr-defined]
     if operator is not None:
         x = torch.randn(7, 128).to(torch.bfloat16)

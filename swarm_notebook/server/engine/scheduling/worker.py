@@ -21,8 +21,8 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from swarm_notebook.server.engine.pieces import Pieces
-from swarm_notebook.server.engine.scheduler import (
+from swarm_notebook.server.engine.scheduling.pieces import Pieces
+from swarm_notebook.server.engine.scheduling.scheduler import (
     UPKEEP,
     Admission,
     ChunkSizer,
@@ -31,7 +31,7 @@ from swarm_notebook.server.engine.scheduler import (
     Schedule,
     Task,
 )
-from swarm_notebook.server.engine.window import BatchWindow
+from swarm_notebook.server.engine.scheduling.window import BatchWindow
 
 # Takes the one argument of each of several jobs; gives, for each, its result or its error.
 RunBatch = Callable[[Sequence[Any]], Sequence[Any]]

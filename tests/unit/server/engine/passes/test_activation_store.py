@@ -9,9 +9,9 @@ from support.glibc import allocated, needs_glibc
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.server.engine import backward
-from swarm_notebook.server.engine.pieces import run_whole
+from swarm_notebook.server.engine.passes import backward
 from swarm_notebook.server.engine.requests import Forward
+from swarm_notebook.server.engine.scheduling.pieces import run_whole
 from swarm_notebook.server.engine.span import Span
 
 HIDDEN = 48

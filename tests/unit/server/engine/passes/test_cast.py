@@ -11,10 +11,10 @@ from support.tiny import tiny_model
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.adapters.store import AdapterLimits
-from swarm_notebook.server.engine import products
 from swarm_notebook.server.engine.engine import Engine
-from swarm_notebook.server.engine.pieces import run_whole
+from swarm_notebook.server.engine.products import kernels
 from swarm_notebook.server.engine.requests import Forward
+from swarm_notebook.server.engine.scheduling.pieces import run_whole
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
 
@@ -31,7 +31,7 @@ def test_blocks_compute_in_the_dtype_that_is_asked_for(
 ) -> None:
     folder = tiny_model(family, tmp_path)
     exact, half = span_of(folder, torch.float32), span_of(folder, torch.bfloat16)
-    products.install(exact.layers, lambda call: call())
+    kernels.install(exact.layers, lambda call: call())
     torch.manual_seed(0)
     request = Forward((1, 4), torch.randn(2, 9, exact.config.hidden_size), states=(2,))
     request.attention_mask = torch.ones(2, 9, dtype=torch.int64)

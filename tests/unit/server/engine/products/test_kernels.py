@@ -14,8 +14,14 @@ from torch import nn
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.server.engine import products
-from swarm_notebook.server.engine.products import LONG_TOKENS, WANTED_PASSES, packed, plain, turned
+from swarm_notebook.server.engine.products import kernels
+from swarm_notebook.server.engine.products.kernels import (
+    LONG_TOKENS,
+    WANTED_PASSES,
+    packed,
+    plain,
+    turned,
+)
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.session_state import SessionState
@@ -31,11 +37,11 @@ Fastest = Callable[..., None]
 def fastest(monkeypatch: pytest.MonkeyPatch) -> Fastest:
     """As on a machine on which these kernels are the fastest, in this order."""
 
-    def install(*kernels: Any) -> None:
+    def install(*fastest: Any) -> None:
         def seconds(kernel: Any, *_: Any) -> float:
-            return 0.1 + kernels.index(kernel) if kernel in kernels else 9.0
+            return 0.1 + fastest.index(kernel) if kernel in fastest else 9.0
 
-        monkeypatch.setattr(products, "_seconds", seconds)
+        monkeypatch.setattr(kernels, "_seconds", seconds)
 
     return install
 
@@ -44,7 +50,7 @@ def at_once(call: Callable[[], None]) -> None:
     call()
 
 
-def product(layer: nn.Module) -> products.Product:
+def product(layer: nn.Module) -> kernels.Product:
     return vars(layer)["forward"]
 
 
@@ -63,7 +69,7 @@ def test_every_kernel_gives_the_same(kernel: Any, bias: bool, fastest: Fastest) 
     inputs = [torch.randn(*rows, count, 24) for rows in ((1,), (2,), ()) for count in (1, 3, 64)]
     expected = [layer(x) for x in inputs]
     fastest(kernel)
-    products.install([layer], at_once)
+    kernels.install([layer], at_once)
     for tokens in (1, 2, 4, 8, 64, LONG_TOKENS):
         wanted([layer], tokens)
     for x, y in zip(inputs, expected, strict=True):
@@ -75,7 +81,7 @@ def test_every_kernel_gives_the_same(kernel: Any, bias: bool, fastest: Fastest) 
 def test_packed_weights_are_what_is_multiplied_by(fastest: Fastest) -> None:
     layer = nn.Linear(24, 40)
     fastest(packed)
-    products.install([layer], at_once)
+    kernels.install([layer], at_once)
     wanted([layer], LONG_TOKENS)
     product(layer).pack = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(40, 24), None)
     x = torch.randn(2, LONG_TOKENS, 24)
@@ -91,12 +97,12 @@ def test_packed_weights_are_what_is_multiplied_by(fastest: Fastest) -> None:
 def test_it_begins_when_it_has_been_wanted_for_a_while(
     fastest: Fastest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(products, "_SPREAD_BYTES", 1)
+    monkeypatch.setattr(kernels, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(kernels, "_SPREAD_BYTES", 1)
     fastest(packed)
     later: list[Callable[[], None]] = []
     layers = [nn.Linear(24, 40) for _ in range(3)]
-    products.install(layers, later.append)
+    kernels.install(layers, later.append)
     wanted(layers, 8, WANTED_PASSES - 1)
     assert not later
     wanted(layers, 8)
@@ -112,7 +118,7 @@ def test_it_begins_when_it_has_been_wanted_for_a_while(
 
 def test_nothing_stays_packed_where_it_does_not_pay(fastest: Fastest) -> None:
     layer = nn.Linear(24, 40)
-    products.install([layer], at_once)
+    kernels.install([layer], at_once)
     fastest(plain, turned)
     wanted([layer], LONG_TOKENS)
     assert product(layer).pack is None
@@ -131,17 +137,17 @@ def test_half_of_the_free_memory_stays_free(
     class Memory:
         available = 24 * 40 * 4 * 2 - 1
 
-    monkeypatch.setattr(products.psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(kernels.psutil, "virtual_memory", Memory)
     layer = nn.Linear(24, 40)
     fastest(packed)
-    products.install([layer], at_once)
+    kernels.install([layer], at_once)
     wanted([layer], LONG_TOKENS)
     assert product(layer).pack is None
 
 
 def test_a_clone_around_the_same_weight_shares_the_product(fastest: Fastest) -> None:
     layer = nn.Linear(24, 40)
-    products.install([layer], at_once)
+    kernels.install([layer], at_once)
     clone = copy.deepcopy(layer, {id(layer.weight): layer.weight, id(layer.bias): layer.bias})
     assert product(clone) is product(layer)
 
@@ -152,7 +158,7 @@ def test_what_inherits_from_a_linear_layer_is_left_alone() -> None:
             return super().forward(x) / 2
 
     layer = nn.Sequential(Halved(24, 40), nn.Linear(40, 24))
-    products.install([layer], at_once)
+    kernels.install([layer], at_once)
     assert "forward" not in vars(layer[0])
     assert "forward" in vars(layer[1])
 
@@ -172,7 +178,7 @@ def test_sessions_get_what_they_would_get(family: str, tmp_path: Path, fastest: 
 
     expected = prefill()
     fastest(packed)
-    products.install(span.layers, at_once)
+    kernels.install(span.layers, at_once)
     for _ in range(2 * WANTED_PASSES):
         prefill()
     own = [vars(module).get("forward") for layer in span.layers for module in layer.modules()]

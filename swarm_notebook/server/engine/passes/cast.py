@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from swarm_notebook.server.engine import backward, stateless
-from swarm_notebook.server.engine.backward import Gathered, SpanGradients
-from swarm_notebook.server.engine.pieces import Pieces, run_whole
+from swarm_notebook.server.engine.passes import backward, stateless
+from swarm_notebook.server.engine.passes.backward import Gathered, SpanGradients
 from swarm_notebook.server.engine.requests import Backward, Forward
-from swarm_notebook.server.engine.scheduler import BACKWARD_COST
+from swarm_notebook.server.engine.scheduling.pieces import Pieces, run_whole
+from swarm_notebook.server.engine.scheduling.scheduler import BACKWARD_COST
 from swarm_notebook.server.engine.span import Span
 
 
@@ -110,7 +110,7 @@ def _cast(span: Span, block: int, dtype: torch.dtype) -> Span:
         for name, parameter in span.adapter_weights(block, block + 1).items()
     }
     for module in layer.modules():
-        # What multiplies faster (`products`) does so by the weights as they are.
+        # What multiplies faster (`products.kernels`) does so by the weights as they are.
         if isinstance(module, nn.Linear):
             vars(module).pop("forward", None)
     decoder = span.decoder_around(block, [layer.to(dtype)])

@@ -24,11 +24,7 @@ import torch
 
 from swarm_notebook.checkpoint.packed import storages
 from swarm_notebook.server.engine.kv.cache import SessionCache
-from swarm_notebook.server.engine.pieces import Pieces
-from swarm_notebook.server.engine.requests import Backward, Forward
-from swarm_notebook.server.engine.scheduler import BACKWARD_COST, MAX_CHUNK
-from swarm_notebook.server.engine.span import Span
-from swarm_notebook.server.engine.stateless import (
+from swarm_notebook.server.engine.passes.stateless import (
     BlockByBlock,
     by_blocks_only,
     chunk_options,
@@ -37,6 +33,10 @@ from swarm_notebook.server.engine.stateless import (
     rows_of,
     work_of,
 )
+from swarm_notebook.server.engine.requests import Backward, Forward
+from swarm_notebook.server.engine.scheduling.pieces import Pieces
+from swarm_notebook.server.engine.scheduling.scheduler import BACKWARD_COST, MAX_CHUNK
+from swarm_notebook.server.engine.span import Span
 
 # What autograd takes for a block besides tensors, about: with few tokens it is more than they are.
 NODE_BYTES = 64 << 10

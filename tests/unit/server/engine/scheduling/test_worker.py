@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from swarm_notebook.server.engine.worker import ComputeThread
+from swarm_notebook.server.engine.scheduling.worker import ComputeThread
 
 
 def in_loop(work: Callable[[ComputeThread], Awaitable[None]]) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from swarm_notebook.errors import ServerBusy
-from swarm_notebook.server.engine import scheduler
-from swarm_notebook.server.engine.scheduler import (
+from swarm_notebook.server.engine.scheduling import scheduler
+from swarm_notebook.server.engine.scheduling.scheduler import (
     Admission,
     ChunkSizer,
     Kind,

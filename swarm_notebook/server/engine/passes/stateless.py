@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import torch
 
 from swarm_notebook.server.engine.kv.cache import SessionCache
-from swarm_notebook.server.engine.pieces import Pieces
 from swarm_notebook.server.engine.requests import Forward
-from swarm_notebook.server.engine.scheduler import MAX_CHUNK
+from swarm_notebook.server.engine.scheduling.pieces import Pieces
+from swarm_notebook.server.engine.scheduling.scheduler import MAX_CHUNK
 from swarm_notebook.server.engine.span import Span
 
 # Positions of a row that go through all blocks at once, however much room there is: attention grows

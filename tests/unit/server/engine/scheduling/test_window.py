@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from swarm_notebook.server.engine.scheduler import Kind, Task
-from swarm_notebook.server.engine.window import GATHER_SECONDS, BatchWindow
+from swarm_notebook.server.engine.scheduling.scheduler import Kind, Task
+from swarm_notebook.server.engine.scheduling.window import GATHER_SECONDS, BatchWindow
 
 
 def task(session: object, kind: Kind = Kind.STEP, group: object = "blocks") -> Task:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
-from swarm_notebook.server.engine.scheduler import Kind, Task
+from swarm_notebook.server.engine.scheduling.scheduler import Kind, Task
 
 # No call waits longer: beyond it nothing was gained by what was measured, whatever is predicted.
 GATHER_SECONDS = 0.02

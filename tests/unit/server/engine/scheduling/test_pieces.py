@@ -17,14 +17,14 @@ from support.tiny import tiny_model
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.adapters.store import AdapterLimits
-from swarm_notebook.server.engine import backward
 from swarm_notebook.server.engine.engine import Engine
-from swarm_notebook.server.engine.pieces import Pieces, run_whole
+from swarm_notebook.server.engine.passes import backward
 from swarm_notebook.server.engine.requests import Backward, Forward
-from swarm_notebook.server.engine.scheduler import Kind, Task
+from swarm_notebook.server.engine.scheduling.pieces import Pieces, run_whole
+from swarm_notebook.server.engine.scheduling.scheduler import Kind, Task
+from swarm_notebook.server.engine.scheduling.worker import ComputeThread
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
-from swarm_notebook.server.engine.worker import ComputeThread
 
 BLOCKS, HIDDEN, ROWS, LENGTH, PREFIX = (1, 4), 48, 3, 40, 9
 # With so little room every cut is made; with some, groups of rows go through all blocks at once.

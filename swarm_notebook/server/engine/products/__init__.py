@@ -1,0 +1,1 @@
+"""Multiplying tokens by weights: the kernel that is fastest here, and weights in few bits."""
