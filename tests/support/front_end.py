@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 from uuid import uuid4
 
@@ -23,6 +23,8 @@ class FrontEnd(Kernel):
     Attributes:
         states: of each widget, as a notebook would save them.
         bytes: of all states that each widget has sent, as JSON.
+        running: the cell that does.
+        ended: the cells that have come to their end.
     """
 
     def __init__(self, path: str = "") -> None:
@@ -30,7 +32,8 @@ class FrontEnd(Kernel):
         self.environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{before}"}
         self.states: dict[str, dict[str, Any]] = {}
         self.bytes: Counter[str] = Counter()
-        self.running = ""  # the cell that does
+        self.running = ""
+        self.ended: set[str] = set()
 
     def __enter__(self) -> Self:
         self.manager, self.client = start_new_kernel(
@@ -41,22 +44,22 @@ class FrontEnd(Kernel):
     def show(self, code: str) -> str:
         """Run a cell that displays a widget; returns its id."""
         message, shown = self.start(code), ""
-        while True:
-            found = self.receive()
+        for found in self._heard_until(lambda: message in self.ended):
             content = found["content"]
             assert found["msg_type"] != "error", content
             shown = content.get("data", {}).get(VIEW, {}).get("model_id", shown)
-            if self.is_idle(found, message):
-                return shown
+        return shown
 
-    def receive(self) -> dict[str, Any]:
-        """The next message of the kernel; takes note of states."""
-        found = self.client.get_iopub_msg(timeout=PATIENCE)
-        content = found["content"]
+    def receive(self, timeout: float = PATIENCE) -> dict[str, Any]:
+        """The next message of the kernel; takes note of cells and states."""
+        found = super().receive(timeout)
+        content, cell = found["content"], found["parent_header"].get("msg_id", "")
         if found["msg_type"] == "execute_input":
-            self.running = found["parent_header"]["msg_id"]
-        if self.is_idle(found, self.running):
-            self.running = ""
+            self.running = cell
+        if content.get("execution_state") == "idle":
+            self.ended.add(cell)
+            if cell == self.running:
+                self.running = ""
         if found["msg_type"] in {"comm_open", "comm_msg"}:
             state = content["data"].get("state", {})
             self.states.setdefault(content["comm_id"], {}).update(state)
@@ -64,14 +67,19 @@ class FrontEnd(Kernel):
         return found
 
     def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < deadline
-            self.receive()
+        for _ in self._heard_until(condition):
+            pass
 
     def await_idle(self, message: str) -> None:
-        while not self.is_idle(self.receive(), message):
-            pass
+        """Until a cell has ended; it may have before this is asked."""
+        self.until(lambda: message in self.ended)
+
+    def _heard_until(self, condition: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        """Live widgets send something every second: silence does not tell that nothing comes."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, f"not in {PATIENCE:.0f} s"
+            yield self.receive()
 
     def reload(self) -> dict[str, dict[str, Any]]:
         """The states of all widgets, as a page asks for them that is opened later."""
@@ -80,15 +88,11 @@ class FrontEnd(Kernel):
         message = self.client.session.msg("comm_open", opened, metadata={"version": "1.0.0"})
         self.client.shell_channel.send(message)
         self.tell(comm, {"method": "request_states"})
-        while True:
-            content = self.receive()["content"]
-            if content.get("comm_id") == comm:
-                return {key: one["state"] for key, one in content["data"]["states"].items()}
-
-    @staticmethod
-    def is_idle(found: dict[str, Any], message: str) -> bool:
-        idle = found["content"].get("execution_state") == "idle"
-        return idle and found["parent_header"].get("msg_id") == message
+        answers: list[dict[str, Any]] = []
+        for found in self._heard_until(lambda: bool(answers)):
+            if found["content"].get("comm_id") == comm:
+                answers.append(found["content"]["data"]["states"])
+        return {key: one["state"] for key, one in answers[0].items()}
 
     def tell(self, comm: str, data: dict[str, Any]) -> None:
         """What a browser sends for a widget."""

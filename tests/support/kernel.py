@@ -45,6 +45,10 @@ class Kernel:
         self.client.stop_channels()
         self.manager.shutdown_kernel()
 
+    def receive(self, timeout: float = PATIENCE) -> dict[str, Any]:
+        """The next message of the kernel."""
+        return self.client.get_iopub_msg(timeout=timeout)
+
     def start(self, code: str) -> str:
         """Send a cell without waiting for it."""
         return self.client.execute(code)
@@ -53,7 +57,7 @@ class Kernel:
         """Collect what a cell shows until the kernel is idle again."""
         result, deadline = Result(), time.monotonic() + timeout
         while True:
-            found = self.client.get_iopub_msg(timeout=max(deadline - time.monotonic(), 0.01))
+            found = self.receive(max(deadline - time.monotonic(), 0.01))
             if found["parent_header"].get("msg_id") != message:
                 continue
             if self._take(result, found["msg_type"], found["content"]):
@@ -84,7 +88,7 @@ class Kernel:
         """The next piece of standard output of a running cell."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            found = self.client.get_iopub_msg(timeout=timeout)
+            found = self.receive(timeout)
             mine = found["parent_header"].get("msg_id") == message
             if mine and found["msg_type"] == "stream" and found["content"]["name"] == "stdout":
                 return str(found["content"]["text"])
