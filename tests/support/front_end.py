@@ -22,6 +22,7 @@ class FrontEnd(Kernel):
 
     Attributes:
         states: of each widget, as a notebook would save them.
+        answers: what was sent last over each comm.
         bytes: of all states that each widget has sent, as JSON.
         running: the cell that does.
         ended: the cells that have come to their end.
@@ -31,6 +32,7 @@ class FrontEnd(Kernel):
         before = os.environ.get("PYTHONPATH", "")
         self.environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{before}"}
         self.states: dict[str, dict[str, Any]] = {}
+        self.answers: dict[str, dict[str, Any]] = {}
         self.bytes: Counter[str] = Counter()
         self.running = ""
         self.ended: set[str] = set()
@@ -61,6 +63,7 @@ class FrontEnd(Kernel):
             if cell == self.running:
                 self.running = ""
         if found["msg_type"] in {"comm_open", "comm_msg"}:
+            self.answers[content["comm_id"]] = content["data"]
             state = content["data"].get("state", {})
             self.states.setdefault(content["comm_id"], {}).update(state)
             self.bytes[content["comm_id"]] += len(json.dumps(state))
@@ -88,11 +91,8 @@ class FrontEnd(Kernel):
         message = self.client.session.msg("comm_open", opened, metadata={"version": "1.0.0"})
         self.client.shell_channel.send(message)
         self.tell(comm, {"method": "request_states"})
-        answers: list[dict[str, Any]] = []
-        for found in self._heard_until(lambda: bool(answers)):
-            if found["content"].get("comm_id") == comm:
-                answers.append(found["content"]["data"]["states"])
-        return {key: one["state"] for key, one in answers[0].items()}
+        self.until(lambda: comm in self.answers)
+        return {key: one["state"] for key, one in self.answers[comm]["states"].items()}
 
     def tell(self, comm: str, data: dict[str, Any]) -> None:
         """What a browser sends for a widget."""
