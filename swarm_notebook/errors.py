@@ -23,7 +23,8 @@
         ├── AdapterMissing    … it does not hold this adapter     (code ``adapter_missing``)
         ├── NotAMember        … the swarm is private, or wants us no more (code ``not_member``)
         ├── ShuttingDown      … it is leaving the swarm           (code ``shutting_down``)
-        └── ServerFailed      … or died, hung, lied               (code ``internal``)
+        └── ServerFailed      … or hung, lied, failed inside      (code ``internal``)
+            └── ServerGone    … or gave no sign of life any more
 
 A message says what happened, at which block and peer, and what to do next. On the wire an error
 is the text ``code: message`` (hivemind's ``RPCError.message``); `to_wire` and `from_wire` are the
@@ -167,9 +168,13 @@ class ShuttingDown(RemoteError):
 
 
 class ServerFailed(RemoteError):
-    """The server died, hung, broke the protocol or failed inside."""
+    """The server hung, broke the protocol or failed inside."""
 
     code = "internal"
+
+
+class ServerGone(ServerFailed):
+    """The server gives no sign of life: it has died, or cannot be reached."""
 
 
 _BY_CODE = {

@@ -13,10 +13,10 @@ import {
  */
 function server(list) {
   const [peer, name, start, end, state, note, rtt, speed, precision] = list;
-  const [cacheLeft, cacheTotal, version, announced, heard, needed] = list.slice(9);
+  const [cacheLeft, cacheTotal, version, announced, heard, needed, retry, audits] = list.slice(9);
   return {
     peer, name, start, end, state, note, rtt, speed, precision,
-    cacheLeft, cacheTotal, version, announced, heard, needed,
+    cacheLeft, cacheTotal, version, announced, heard, needed, retry, audits,
   };
 }
 
@@ -47,6 +47,33 @@ function place(element, start, end, blocks) {
   return element;
 }
 
+const CALM = ["online", "joining", "offline"];
+
+/** @param {Server} facts */
+const avoided = (facts) => !CALM.includes(facts.state);
+
+/**
+ * The state, and in how long a server that is avoided is tried again.
+ * @param {Server} facts
+ */
+function condition(facts) {
+  if (!facts.retry) return facts.state;
+  const seconds = Math.round(facts.retry - Date.now() / 1000);
+  return `${facts.state} (retrying ${seconds > 0 ? `in ${seconds} s` : "now"})`;
+}
+
+/**
+ * How audits of a server ended, in words; nothing where none are made.
+ * @param {Server} facts
+ */
+function audited(facts) {
+  if (!facts.audits) return "";
+  const [agreed, wrong, open] = facts.audits;
+  if (!agreed && !wrong && !open) return "none yet";
+  const parts = [agreed && `${agreed} agreed`, wrong && `${wrong} wrong`, open && `${open} open`];
+  return parts.filter(Boolean).join(", ");
+}
+
 /**
  * How much of a server's cache is in use, from 0 to 1, if it says so.
  * @param {Server} facts
@@ -69,6 +96,9 @@ class Row {
     this.precision = h("td", { class: "sn-c3" });
     this.cache = h("td", { class: "sn-c3" });
     this.state = h("td", { class: "sn-c2" });
+    this.audits = h("td", { class: "sn-c3 sn-audits" });
+    /** @type {Server | null} */
+    this.facts = null;
     this.element = h(
       "tr",
       { "data-testid": "server", tabindex: -1 },
@@ -79,6 +109,7 @@ class Row {
       this.speed,
       this.precision,
       this.cache,
+      this.audits,
     );
   }
 
@@ -92,10 +123,11 @@ class Row {
     const key = JSON.stringify([list, route, planned]);
     if (key === this.known) return;
     this.known = key;
-    const facts = server(list);
+    const facts = (this.facts = server(list));
     this.peer = facts.peer;
     this.element.dataset.peer = facts.peer;
     this.element.dataset.state = facts.state;
+    this.element.classList.toggle("sn-avoided", avoided(facts));
     setText(this.name, facts.name);
     this.name.title = facts.name;
     const span = place(h("div", { class: "sn-span" }), facts.start, facts.end, blocks);
@@ -112,8 +144,9 @@ class Row {
     const label = `blocks ${facts.start}:${facts.end}${taken && `, on the route with ${taken}`}`;
     this.track.setAttribute("aria-label", label);
     this.track.title = label;
-    setText(this.state, facts.state);
+    this.tick();
     this.state.title = facts.note;
+    setText(this.audits, audited(facts));
     setText(this.rtt, duration(facts.rtt));
     setText(this.speed, number(facts.speed));
     setText(this.precision, facts.precision ?? "–");
@@ -125,6 +158,11 @@ class Row {
       const bar = h("span", { style: `width: ${Math.round(100 * use)}%` });
       fill(this.cache, h("span", { class: "sn-meter" }, bar), used);
     }
+  }
+
+  /** Let the seconds go down until a server is tried again. */
+  tick() {
+    if (this.facts) setText(this.state, condition(this.facts));
   }
 }
 
@@ -140,7 +178,11 @@ function details(model, facts) {
   const breaks = facts.state === "online" && facts.needed;
   return [
     ["server", `${facts.name} (${facts.peer})`],
-    ["state", facts.note ? `${facts.state}: ${facts.note}` : facts.state, facts.state === "avoided"],
+    [
+      "state",
+      facts.note ? `${condition(facts)}: ${facts.note}` : condition(facts),
+      avoided(facts),
+    ],
     ["blocks", `${facts.start}:${facts.end}`],
     ["round trip", duration(facts.rtt)],
     ["throughput", `${number(facts.speed)} tokens/s through its blocks`],
@@ -153,6 +195,7 @@ function details(model, facts) {
     ],
     ["version", facts.version ?? "not announced"],
     ["last update", `announced ${ago(facts.announced)}; last answered ${ago(facts.heard)}`],
+    ["audits", audited(facts) || "off; connect(verify=\"spot\") audits", Boolean(facts.audits?.[1])],
     [
       "if it leaves",
       breaks
@@ -239,7 +282,9 @@ function build({ model, root }) {
       {},
       h("th", { scope: "row" }, title),
       h("td", { class: "sn-blocks" }, track),
-      ...["sn-c2", "sn-c1", "sn-c2", "sn-c3", "sn-c3"].map((kind) => h("td", { class: kind })),
+      ...["sn-c2", "sn-c1", "sn-c2", "sn-c3", "sn-c3", "sn-c3 sn-audits"].map((kind) =>
+        h("td", { class: kind }),
+      ),
     );
   const table = h(
     "table",
@@ -257,6 +302,7 @@ function build({ model, root }) {
         h("th", { scope: "col", class: "sn-num sn-c2" }, "tokens/s"),
         h("th", { scope: "col", class: "sn-c3" }, "dtype"),
         h("th", { scope: "col", class: "sn-c3" }, "cache used"),
+        h("th", { scope: "col", class: "sn-c3 sn-audits" }, "audits"),
       ),
       strip("redundancy", cover),
       strip("route", way),
@@ -317,6 +363,7 @@ function build({ model, root }) {
       const mine = (ways[peer] ?? []).filter((part) => part[1] < end && start < part[2]);
       rows[index].show(list, mine, model.get("planned"), blocks);
     });
+    table.classList.toggle("sn-unaudited", !rows.some((row) => row.facts?.audits));
     if (!body.querySelector('[tabindex="0"]')) rows[0]?.element.setAttribute("tabindex", "0");
   };
   const showWay = () => {
@@ -355,6 +402,7 @@ function build({ model, root }) {
   const clock = setInterval(() => {
     showAge();
     showDetail();
+    for (const row of rows) row.tick();
   }, 1000);
 
   return [

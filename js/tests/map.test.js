@@ -21,7 +21,7 @@ afterEach(() => {
 function server(name, start, end, other = {}) {
   const list = [
     `peer-${name}`, name, start, end, "online", "", 0.0123, 42.5, "float32",
-    2048, 8192, "0.1.0", NOW - 60, NOW - 5, `${start}:${end}`,
+    2048, 8192, "0.1.0", NOW - 60, NOW - 5, `${start}:${end}`, null, null,
   ];
   for (const [index, value] of Object.entries(other)) list[Number(index)] = value;
   return list;
@@ -88,6 +88,34 @@ describe("the swarm map", () => {
     model.update({ servers: [server("c", 6, 10)] });
     expect(view.all('[data-testid="server"]').length).toBe(1);
     expect(view.byId("route").textContent).toBe("a server that has leftc");
+  });
+
+  test("says why a server is avoided, and in how long it is tried again", () => {
+    const gone = server("b", 6, 10, { 4: "unreachable", 5: "it is gone", 15: NOW + 3 });
+    const view = show(map, swarm({ servers: [server("a", 0, 6), gone] }));
+    const row = view.all('[data-testid="server"]')[1];
+    expect(row.textContent).toContain("unreachable (retrying in 3 s)");
+    expect(row.classList.contains("sn-avoided")).toBe(true);
+    vi.advanceTimersByTime(2000);
+    expect(row.textContent).toContain("(retrying in 1 s)");
+    vi.advanceTimersByTime(5000);
+    expect(row.textContent).toContain("(retrying now)");
+    row.click();
+    expect(view.byId("detail").textContent).toContain("unreachable (retrying now): it is gone");
+  });
+
+  test("counts the audits of each server where there are any", () => {
+    const model = swarm();
+    const view = show(map, model);
+    expect(view.find("table").classList.contains("sn-unaudited")).toBe(true);
+    const wrong = server("b", 6, 10, { 4: "found wrong", 5: "by a", 16: [2, 1, 0] });
+    model.update({ servers: [server("a", 0, 6, { 16: [0, 0, 0] }), wrong] });
+    expect(view.find("table").classList.contains("sn-unaudited")).toBe(false);
+    const rows = view.all('[data-testid="server"]');
+    expect(rows[0].lastElementChild?.textContent).toBe("none yet");
+    expect(rows[1].lastElementChild?.textContent).toBe("2 agreed, 1 wrong");
+    rows[1].click();
+    expect(view.byId("detail").textContent).toContain("found wrong: by a");
   });
 
   test("is loud about blocks that nobody serves", () => {

@@ -24,7 +24,7 @@ from swarm_notebook.client.servers.catalogue import served
 from swarm_notebook.client.servers.directory import PATIENCE, Directory
 from swarm_notebook.client.session.session import InferenceSession
 from swarm_notebook.client.session.unpadded import UnpaddedSession
-from swarm_notebook.errors import ConnectionFailed, ServerFailed
+from swarm_notebook.errors import ConnectionFailed, ServerGone
 from swarm_notebook.net.membership.certificate import Credentials
 from swarm_notebook.net.node import Node, is_peer_id
 from swarm_notebook.net.records import ModelRecord
@@ -164,14 +164,14 @@ class Connection:
         """What a server says of itself when it is asked (its base58 id).
 
         Raises:
-            ServerFailed: it does not answer.
+            ServerGone: it does not answer.
             ValueError: this is no peer's id.
         """
         if not is_peer_id(peer):
             raise ValueError(f"peer_id: {peer!r} is no peer's id; `swarm.status()` shows them")
         found = self.run(self.directory.try_info(peer))
         if found is None:
-            raise ServerFailed(f"server {peer} does not answer")
+            raise ServerGone(f"server {peer} does not answer")
         return found
 
     def refresh(self, limit: float | None = None) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Self
 
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.errors import RemoteError
+from swarm_notebook.errors import RemoteError, ServerFailed, ServerGone
 from swarm_notebook.net.streams import Stream
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Watch:
         stream: Stream,
         nudge: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self.verdict = ""
+        self.verdict, self._alive = "", True
         self._directory, self._peer, self._what, self._stream = directory, peer, what, stream
         self._nudge = nudge
         self._task: asyncio.Task | None = None
@@ -65,6 +65,11 @@ class Watch:
         if self._task is not None:
             self._task.cancel()
 
+    def error(self, server: str) -> ServerFailed:
+        """The verdict on a server of this name as an error."""
+        kind = ServerFailed if self._alive else ServerGone
+        return kind(f"{server} {self.verdict}")
+
     def _begin(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._watch())
 
@@ -75,9 +80,9 @@ class Watch:
             with contextlib.suppress(RemoteError):  # whoever waits for the answer will meet it
                 await self._nudge()
         while not self.verdict:
-            alive = await self._directory.ping(self._peer)
+            self._alive = await self._directory.ping(self._peer)
             waited = time.monotonic() - began
-            if not alive:
+            if not self._alive:
                 self.verdict = f"has not answered for {waited:.0f} s"
             elif waited > REQUEST_LIMIT:
                 self.verdict = f"has not finished {self._what()} in {waited:.0f} s"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _COLUMNS = ["when", "name", "peer_id", "blocks", "tokens", "outcome", "by", "error", "why"]
-_DOTS = {AGREED: "sn-online", OPEN: "sn-joining", WRONG: "sn-avoided"}
+_DOTS = {AGREED: "sn-online", OPEN: "sn-joining", WRONG: "sn-bad"}
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ STYLE = """<style>
   margin-right: .5em; background: var(--sn-dim); }
 .sn-view .sn-dot.sn-online { background: var(--sn-good); }
 .sn-view .sn-dot.sn-joining { background: var(--sn-warn); }
-.sn-view .sn-dot.sn-avoided { background: var(--sn-bad); }
+.sn-view .sn-dot.sn-bad { background: var(--sn-bad); }
 </style>"""
 
 

@@ -14,11 +14,13 @@ versions) is hostile: it is escaped in HTML and stripped of control characters i
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from swarm_notebook.client.servers.directory import Outcomes
 from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.net.records import ServerSpan, ServerState
 from swarm_notebook.net.tensors import COMPRESSIONS
@@ -53,7 +55,12 @@ _COLUMNS = [
     "cache_left",
     "version",
     "note",
+    "audits_agreed",
+    "audits_wrong",
+    "audits_open",
 ]
+# States of which there is nothing to worry; all others are of servers that are avoided.
+_CALM = ("online", "joining", "offline")
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class ServerRow:
     peer_id: str
     start: int
     end: int
-    state: str  # online, joining, offline, or avoided: it failed just now, see `note`
+    state: str  # online, joining, offline, or why it is avoided: the kind of a `Fault`
     rtt: float | None = None  # seconds, measured
     block_rps: float | None = None  # tokens per second through one block, announced
     dtype: str | None = None
@@ -72,15 +79,47 @@ class ServerRow:
     cache_left: int | None = None  # tokens
     cache_total: int | None = None
     version: str | None = None
-    note: str = ""
+    note: str = ""  # what happened, if it is avoided
+    retry: float | None = None  # Unix time when it is tried again, if it is avoided for a while
     announced: float | None = None  # Unix time when what it says of itself was first read
     heard: float | None = None  # Unix time when it last answered anything
     bits: float | None = None  # per weight of its blocks' matrices, if they were packed
     error: float | None = None  # of its blocks' outputs for that, relative to their mean square
+    audits: Outcomes | None = None  # None where nothing is audited
 
     @property
     def blocks(self) -> str:
         return f"{self.start}:{self.end}"
+
+    @property
+    def audits_agreed(self) -> int | None:
+        return self.audits and self.audits.agreed
+
+    @property
+    def audits_wrong(self) -> int | None:
+        return self.audits and self.audits.wrong
+
+    @property
+    def audits_open(self) -> int | None:
+        return self.audits and self.audits.open
+
+    @property
+    def condition(self) -> str:
+        """The state, and in how long it is tried again: ``unreachable (retrying in 3 s)``."""
+        if self.retry is None:
+            return self.state
+        seconds = round(self.retry - time.time())
+        return f"{self.state} (retrying {f'in {seconds} s' if seconds > 0 else 'now'})"
+
+    @property
+    def audited(self) -> str:
+        """What audits of it have found, in words: ``12 agreed, 1 open``."""
+        if self.audits is None:
+            return UNKNOWN
+        agreed, wrong, undecided = self.audits
+        parts = [f"{agreed} agreed"] if agreed or not any(self.audits) else []
+        parts += [f"{wrong} WRONG"] if wrong else []
+        return ", ".join([*parts, *([f"{undecided} open"] if undecided else [])])
 
     @property
     def throughput(self) -> float | None:
@@ -168,19 +207,35 @@ class SwarmStatus:
         table = text_table(["server", "blocks", "state", "dtype"], rows)
         return "\n".join([f"{self.title}: {self.headline}", *table])
 
+    @property
+    def _audited(self) -> bool:
+        return any(row.audits is not None for row in self.servers)
+
     def __str__(self) -> str:
-        head = "server peer blocks state round-trip tokens/s dtype cache-left version note"
+        head = [
+            "server",
+            "peer",
+            "blocks",
+            "state",
+            "round-trip",
+            "tokens/s",
+            "dtype",
+            "cache-left",
+            "version",
+        ]
+        head += ["audits", "note"] if self._audited else ["note"]
         rows = [
             [
                 row.name,
                 row.peer_id,
                 row.blocks,
-                row.state,
+                row.condition,
                 duration(row.rtt),
                 number(row.throughput),
                 row.precision,
                 number(row.cache_left),
                 row.version,
+                *([row.audited] if self._audited else []),
                 row.note or None,
             ]
             for row in self.servers
@@ -189,7 +244,7 @@ class SwarmStatus:
         return "\n".join(
             [
                 f"{self.title}: {self.headline}",
-                *text_table(head.split(), rows),
+                *text_table(head, rows),
                 f"servers per block: {per_block}",
             ]
         )
@@ -200,8 +255,9 @@ class SwarmStatus:
         first = head(self.title, f'<span class="{kind}">{escape(self.headline)}</span>')
         titles = ["server", "peer", "blocks", "state"]
         numbers = ["round trip", "tokens/s", "cache left"]
-        rows = "".join(_html_row(row, self.num_blocks) for row in self.servers)
-        return view(first + _strip(self) + table(titles, numbers, ["dtype", "version"], rows))
+        rows = "".join(_html_row(row, self.num_blocks, self._audited) for row in self.servers)
+        more = ["dtype", "version", *(["audits"] if self._audited else [])]
+        return view(first + _strip(self) + table(titles, numbers, more, rows))
 
     def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
         return {"text/plain": repr(self), "text/html": self.as_html()}
@@ -217,13 +273,14 @@ def status_of(model: str, directory: Directory) -> SwarmStatus:
 
 
 def _server_row(span: ServerSpan, snapshot: Snapshot, directory: Directory) -> ServerRow:
-    info, avoided = span.info, directory.avoided(span.peer)
+    info, fault = span.info, directory.fault(span.peer)
+    retry = fault.retry if fault is not None else None
     return ServerRow(
         name=span.name,
         peer_id=span.peer,
         start=span.start,
         end=span.end,
-        state="avoided" if avoided else ServerState(info.state).name.lower(),
+        state=fault.kind if fault is not None else ServerState(info.state).name.lower(),
         rtt=directory.rtt.get(span.peer),
         block_rps=info.inference_rps,
         dtype=info.torch_dtype,
@@ -231,11 +288,13 @@ def _server_row(span: ServerSpan, snapshot: Snapshot, directory: Directory) -> S
         cache_left=span.cache_left,
         cache_total=info.cache_tokens_total,
         version=info.version,
-        note=avoided,
+        note=fault.reason if fault is not None else "",
+        retry=None if retry is None else round(time.time() + retry - time.monotonic()),
         announced=snapshot.announced.get(span.peer),
         heard=directory.heard.get(span.peer),
         bits=info.weight_bits,
         error=info.weight_error,
+        audits=None if directory.audits is None else directory.audits.outcomes(span.peer),
     )
 
 
@@ -252,14 +311,15 @@ def _strip(status: SwarmStatus) -> str:
     return f'<div class="sn-strip">{"".join(bars)}</div>'
 
 
-def _html_row(row: ServerRow, num_blocks: int) -> str:
-    dot = f'<span class="sn-dot sn-{escape(row.state)}"></span>'
+def _html_row(row: ServerRow, num_blocks: int, audited: bool) -> str:
+    dot = f'<span class="sn-dot sn-{row.state if row.state in _CALM else "bad"}"></span>'
     note = f' <span class="sn-dim">({escape(row.note)})</span>' if row.note else ""
     return (
         f"<tr><td>{escape(row.name)}</td>{peer_cell(row.peer_id)}"
         f"<td>{block_bar(row.start, row.end, num_blocks)}{row.blocks}</td>"
-        f"<td>{dot}{escape(row.state)}{note}</td>"
+        f"<td>{dot}{escape(row.condition)}{note}</td>"
         f"{number_cell(duration(row.rtt))}{number_cell(number(row.throughput))}"
         f"{number_cell(number(row.cache_left))}"
-        f"<td>{escape(row.precision or UNKNOWN)}</td><td>{escape(row.version or UNKNOWN)}</td></tr>"
+        f"<td>{escape(row.precision or UNKNOWN)}</td><td>{escape(row.version or UNKNOWN)}</td>"
+        f"{f'<td>{row.audited}</td>' if audited else ''}</tr>"
     )

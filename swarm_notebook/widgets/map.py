@@ -182,6 +182,8 @@ def compact(row: ServerRow, status: SwarmStatus) -> list[Any]:
         _age(row.announced),
         _age(row.heard),
         block_slices(status.needed(row.peer_id)),
+        row.retry,
+        row.audits and list(row.audits),
     ]
 
 

@@ -28,7 +28,7 @@ from swarm_notebook.client.audit.verdicts import AGREED, HERE, OPEN, WRONG, Verd
 from swarm_notebook.client.passes.backward import PassGradients, backward_segment
 from swarm_notebook.client.passes.forward import forward_segment
 from swarm_notebook.client.request import Request
-from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.directory import Directory, Outcomes
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.client.session.history import History
 from swarm_notebook.client.telemetry import Failover
@@ -151,6 +151,10 @@ class Auditor:
             finally:
                 self._waiting.pop(0)
 
+    def outcomes(self, peer: str) -> Outcomes:
+        """What audits of a server have found so far."""
+        return self.verdicts.outcomes(peer)
+
     async def settled(self) -> None:
         """Wait for the audits that are under way."""
         while self._working is not None and not self._working.done():
@@ -208,14 +212,15 @@ class Auditor:
             # Whoever was audited first is still unknown.
             self._tried.discard((segment.peer, False))
             return _verdict(found, OPEN, by=by, why=said, errors=errors)
-        self._condemn(segment, f"found wrong by {', '.join(by)}: {why}")
+        self._condemn(segment, f"by {', '.join(by)}: {why}")
         return _verdict(found, WRONG, by=by, why=why, errors=errors, proof=found)
 
     def _condemn(self, segment: RouteSegment, reason: str) -> None:
         self._directory.health.wrong[segment.peer] = reason
-        logger.warning("%s was left for good: %s", _name(segment), reason)
+        said = f"found wrong {reason}"
+        logger.warning("%s was left for good: %s", _name(segment), said)
         report = Failover(
-            segment.peer, segment.span.name, segment.start, segment.end, reason, time.perf_counter()
+            segment.peer, segment.span.name, segment.start, segment.end, said, time.perf_counter()
         )
         self._directory.telemetry.lost(self._directory.telemetry.latest, report)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from swarm_notebook.client.audit.comparison import Errors
 from swarm_notebook.client.audit.piece import Piece
+from swarm_notebook.client.servers.directory import Outcomes
 
 AGREED, WRONG, OPEN = "agreed", "wrong", "open"
 HERE = "this notebook"
@@ -48,12 +50,12 @@ class Verdict:
 
 
 class Verdicts:
-    """The latest verdicts, and the evidence on each server."""
+    """The latest verdicts, and how many there were of each server."""
 
     def __init__(self) -> None:
         self._all: list[Verdict] = []
         self.proofs: list[Verdict] = []
-        self._checked: dict[str, int] = {}
+        self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def add(self, verdict: Verdict) -> None:
         """Keep a verdict."""
@@ -61,12 +63,12 @@ class Verdicts:
         del self._all[:-MAX_VERDICTS]
         if verdict.proof is not None and len(self.proofs) < MAX_PROOFS:
             self.proofs.append(verdict)
-        if verdict.outcome != OPEN:
-            self._checked[verdict.peer] = self._checked.get(verdict.peer, 0) + 1
+        self._counts[verdict.peer][verdict.outcome] += 1
 
-    def times_checked(self, peer: str) -> int:
-        """How many audits of a server came to an end."""
-        return self._checked.get(peer, 0)
+    def outcomes(self, peer: str) -> Outcomes:
+        """How all audits of a server ended; may be called from any thread."""
+        counts = self._counts.get(peer, Counter())
+        return Outcomes(counts[AGREED], counts[WRONG], counts[OPEN])
 
     def all(self) -> tuple[Verdict, ...]:
         """The latest verdicts, the oldest first; may be called from any thread."""

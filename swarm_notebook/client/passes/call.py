@@ -18,7 +18,7 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.client.watch import Watch
-from swarm_notebook.errors import BadRequest, ServerFailed
+from swarm_notebook.errors import BadRequest, ServerFailed, ServerGone
 from swarm_notebook.net import protocol, streams, tensors
 
 # A dial takes a few round trips, the longest about 0.3 s; the rest is for busy machines.
@@ -68,7 +68,8 @@ async def call(
         compression: of the first slot.
 
     Raises:
-        RemoteError: what the server says; ServerFailed if it is gone or hangs.
+        RemoteError: what the server says; ServerGone if it gives no sign of life, ServerFailed if
+            it hangs.
     """
     server = server_name(segment)
     watch: Watch | None = None
@@ -92,8 +93,9 @@ async def call(
             parts, answered = await _receive(stream, most)
         usage.answered(segment, _tokens(slots), time.perf_counter() - began)
     except streams.TRANSPORT_ERRORS as error:
-        verdict = watch.verdict if watch else ""
-        raise ServerFailed(f"{server} {verdict or gone(error)}") from None
+        if watch is not None and watch.verdict:
+            raise watch.error(server) from None
+        raise ServerGone(f"{server} {gone(error)}") from None
     finally:
         if stream is not None:
             stream.abort()

@@ -279,7 +279,7 @@ class Refusals:
 
 def give_up(directory: Directory, segment: RouteSegment, error: RemoteError) -> None:
     """Avoid a server that failed, and say that its part goes elsewhere."""
-    directory.failed(segment.peer, str(error))
+    directory.failed(segment.peer, error)
     report = Failover(
         segment.peer, segment.span.name, segment.start, segment.end, str(error), time.perf_counter()
     )

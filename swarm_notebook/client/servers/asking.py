@@ -10,10 +10,11 @@ from google.protobuf.message import DecodeError
 from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
 
-from swarm_notebook.errors import BadRequest, NotAMember, from_wire
+from swarm_notebook.errors import MAX_WIRE_TEXT, BadRequest, NotAMember, from_wire
 from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.streams import show
+from swarm_notebook.texts import clean
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,13 @@ async def ask(node: Node, peer: str) -> dict[str, Any]:
     if "cache_tokens_free" in found:
         found["cache_tokens_available"] = found["cache_tokens_free"]
     return found
+
+
+def said(error: Exception) -> str:
+    """What a peer answered instead, of what `ask` has raised; empty if it did not answer."""
+    if isinstance(error, (P2PHandlerError, BadRequest, NotAMember)):
+        return f"it answers pings with: {clean(str(error)[:MAX_WIRE_TEXT])}"
+    return "it answers pings with what nobody can read" if isinstance(error, DecodeError) else ""
 
 
 async def try_ask(

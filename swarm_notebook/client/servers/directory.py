@@ -16,17 +16,30 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from swarm_notebook.checkpoint.digest import matches
 from swarm_notebook.client.servers import routing
 from swarm_notebook.client.servers.announced import Announced
-from swarm_notebook.client.servers.asking import MAX_ASKED, PING_ERRORS, PING_TIMEOUT, ask, try_ask
-from swarm_notebook.client.servers.health import PeerHealth
+from swarm_notebook.client.servers.asking import (
+    MAX_ASKED,
+    PING_ERRORS,
+    PING_TIMEOUT,
+    ask,
+    said,
+    try_ask,
+)
+from swarm_notebook.client.servers.health import OTHER, Fault, PeerHealth
 from swarm_notebook.client.telemetry import Telemetry
-from swarm_notebook.errors import MissingBlocks, NotAMember, OtherCheckpoint
+from swarm_notebook.errors import (
+    MissingBlocks,
+    NotAMember,
+    OtherCheckpoint,
+    RemoteError,
+    ServerGone,
+)
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import Node, smoothed_rtt
 from swarm_notebook.net.records import ServerSpan, ServerState, spans_of
@@ -88,6 +101,14 @@ class _LastSeen:
     blocks: set[int] = field(default_factory=set)
 
 
+class Outcomes(NamedTuple):
+    """How many audits of a server ended in which way."""
+
+    agreed: int = 0
+    wrong: int = 0
+    open: int = 0
+
+
 class Audits(Protocol):
     """Takes note of finished work, to audit some of it in the background (`client.audit`).
 
@@ -109,6 +130,9 @@ class Audits(Protocol):
         self, segment: routing.RouteSegment, request: Any, grad: torch.Tensor, found: Any
     ) -> None:
         """A server has answered its part of a backward pass."""
+
+    def outcomes(self, peer: str) -> Outcomes:
+        """What audits of a server have found so far; called from any thread."""
 
 
 @dataclass
@@ -158,6 +182,7 @@ class Directory:
     _told_bits: set[tuple[int, float, float]] = field(default_factory=set)
     _last_seen: dict[str, _LastSeen] = field(default_factory=dict)
     _refused: list[NotAMember] = field(default_factory=list)
+    _next_reading: float = 0.0
     _refreshing: asyncio.Task | None = None
     _background: asyncio.Task | None = None
 
@@ -184,7 +209,9 @@ class Directory:
     async def _keep_fresh(self) -> None:
         while True:
             missing = bool(self.missing())
-            await asyncio.sleep(REFRESH_PERIOD_MISSING if missing else REFRESH_PERIOD)
+            pause = REFRESH_PERIOD_MISSING if missing else REFRESH_PERIOD
+            self._next_reading = time.monotonic() + pause
+            await asyncio.sleep(pause)
             try:
                 if missing:
                     await self.node.redial(self.heard)
@@ -244,7 +271,7 @@ class Directory:
             logger.debug("ping of %s: %s", peer, error)
             if isinstance(error, NotAMember):
                 self._refused[:] = [error]
-            self.health.silent(peer)
+            self.health.silent(peer, said(error))
             return False
         self.heard[peer] = time.time()
         self._refused.clear()
@@ -422,15 +449,15 @@ class Directory:
             had
             + coarse
             + "".join(
-                f"; {span.name} is avoided for now: {reason}"
+                f"; {span.name} is not used ({fault.kind}): {fault.reason}"
                 for span in self.snapshot.spans
-                if (reason := self.avoided(span.peer)) and span.start < end and start < span.end
+                if (fault := self.fault(span.peer)) and span.start < end and start < span.end
             )
         )
 
-    def failed(self, peer: str, reason: str) -> None:
+    def failed(self, peer: str, error: RemoteError) -> None:
         """Avoid a peer from now on, for longer each time it fails again."""
-        self.health.failed(peer, reason)
+        self.health.failed(peer, str(error), gone=isinstance(error, ServerGone))
 
     def succeeded(self, peer: str) -> None:
         """A peer has answered a request: its failures before are forgotten."""
@@ -475,9 +502,15 @@ class Directory:
             return length
         return min(length, 1 if self.audits is None else self.audits.positions)
 
+    def fault(self, peer: str) -> Fault | None:
+        """Why a peer is avoided just now, and when it is tried again; None if it is not."""
+        other = self.snapshot.others.get(peer)
+        return Fault(OTHER, other) if other else self.health.fault(peer, self._next_reading)
+
     def avoided(self, peer: str) -> str:
-        """Why a peer is avoided just now; an empty text if it is not."""
-        return self.snapshot.others.get(peer) or self.health.avoided(peer)
+        """The reason of `fault`; an empty text if there is none."""
+        fault = self.fault(peer)
+        return "" if fault is None else fault.reason
 
     def _others(self, spans: Sequence[ServerSpan]) -> dict[str, str]:
         """Of servers with another checkpoint than the notebook's, what is to be said of it."""

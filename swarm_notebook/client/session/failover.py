@@ -88,7 +88,7 @@ class FailoverPolicy:
         elif isinstance(error, SessionLost) and forgiven:
             logger.warning("%s; rebuilding the cache", error)
         else:
-            self._directory.failed(peer, str(error))
+            self._directory.failed(peer, error)
             if self._lost[peer] > MAX_LOSSES and not self._others(hop):
                 raise MissingBlocks(
                     f"no server holds {blocks} but one that fails again and again: {error}; start "

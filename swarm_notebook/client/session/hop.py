@@ -45,7 +45,7 @@ from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.client.watch import Watch
-from swarm_notebook.errors import CacheFull, RemoteError, ServerFailed
+from swarm_notebook.errors import CacheFull, RemoteError, ServerFailed, ServerGone
 from swarm_notebook.net import protocol, streams
 
 # How long a Petals server may let a new session wait for room in its cache, in seconds.
@@ -291,7 +291,8 @@ class Hop:
 
         Raises:
             BadRequest, CacheFull, SessionLost, AdapterMissing, ShuttingDown: the server says so.
-            ServerFailed: it is gone, hangs, or answers with something else than asked for.
+            ServerGone: it gives no sign of life.
+            ServerFailed: it hangs, or answers with something else than asked for.
         """
         with self._blamed(), self._watch(request, nudge) as stream:
             answer = await self._next_answer(stream)
@@ -308,7 +309,7 @@ class Hop:
         stream.max_frame = answer_bytes(self._owed[0][0])
         answer = await stream.receive(runtime_pb2.ExpertResponse)
         if answer is None:
-            raise ServerFailed(f"{self} ended the session")
+            raise ServerGone(f"{self} ended the session")
         self._owed.popleft()
         return answer
 
@@ -355,7 +356,7 @@ class Hop:
         try:
             yield
         except streams.TRANSPORT_ERRORS as error:
-            raise ServerFailed(f"{self} {gone(error)}") from None
+            raise ServerGone(f"{self} {gone(error)}") from None
         except streams.BadFrame as error:
             raise ServerFailed(f"{self} sent no readable answer: {error}") from None
 
@@ -366,7 +367,7 @@ class Hop:
         """The open stream, watched while something is waited for on it."""
         stream = self._stream
         if stream is None:
-            raise ServerFailed(f"{self} has ended the session")
+            raise ServerGone(f"{self} has ended the session")
 
         def what() -> str:
             return f"{self} to run {request.hidden.shape[1]} tokens"
@@ -377,5 +378,5 @@ class Hop:
                 yield stream
         except streams.TRANSPORT_ERRORS:
             if watch.verdict:
-                raise ServerFailed(f"{self} {watch.verdict}") from None
+                raise watch.error(str(self)) from None
             raise

@@ -65,8 +65,9 @@ def test_a_liar_is_found_by_its_first_audit(trio: HostedSwarm, lie: str) -> None
         assert len(table.verdicts[0].by) == 2
         assert swarm.route().hops[0].peer_id != liar.peer_id
         row = next(row for row in swarm.status().servers if row.peer_id == liar.peer_id)
-        assert row.state == "avoided"
-        assert "found wrong" in row.note
+        assert row.state == row.condition == "found wrong"
+        assert f"by {table.verdicts[0].by[0]}" in row.note
+        assert row.audits == (0, 1, 0)
 
 
 def test_a_liar_is_found_while_only_a_part_of_its_answer_travels(trio: HostedSwarm) -> None:

@@ -89,7 +89,7 @@ def test_the_map_sees_it_while_this_thread_is_busy(stage: Scene) -> None:
         assert name not in taken
         assert seconds > 0
         assert peer not in [part[0] for part in shown.route]
-        assert {row[0]: row[4] for row in shown.servers}[peer] == "avoided"
+        assert {row[0]: row[4] for row in shown.servers}[peer] == "unreachable"
     finally:
         shown.close()
 

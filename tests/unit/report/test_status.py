@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import pytest
 
+from swarm_notebook.client.servers.directory import Outcomes
 from swarm_notebook.report.route import RouteHop, RouteTable
 from swarm_notebook.report.status import ServerRow, SwarmStatus
 
@@ -34,7 +38,7 @@ def torn() -> SwarmStatus:
                 version="0.1.0",
             ),
             ServerRow("<b>right</b>\n", PEERS[1], 4, 8, "online", dtype="bfloat16", quant="nf4"),
-            ServerRow("gone", PEERS[2], 8, 10, "avoided", note="timed out"),
+            ServerRow("gone", PEERS[2], 8, 10, "unreachable", note="timed out"),
         ),
     )
 
@@ -54,10 +58,10 @@ def test_a_server_that_claims_too_much_breaks_nothing() -> None:
 def test_plain_text_has_nothing_that_varies_between_runs(torn: SwarmStatus) -> None:
     assert repr(torn).splitlines() == [
         "tiny: 2 servers online, MISSING blocks 8:10: no server",
-        "  server         blocks  state    dtype",
-        "  left           0:6     online   float32",
-        "  <b>right</b>?  4:8     online   bfloat16 (nf4)",
-        "  gone           8:10    avoided  -",
+        "  server         blocks  state        dtype",
+        "  left           0:6     online       float32",
+        "  <b>right</b>?  4:8     online       bfloat16 (nf4)",
+        "  gone           8:10    unreachable  -",
     ]
     assert torn._repr_mimebundle_()["text/plain"] == repr(torn)
 
@@ -80,6 +84,32 @@ def test_html_escapes_what_servers_say_and_shouts_about_missing_blocks(torn: Swa
     assert "8:10 none" in html
     whole = SwarmStatus("m", 1, (ServerRow("a", PEERS[0], 0, 1, "online"),))
     assert 'class="sn-alarm"' not in whole._repr_mimebundle_()["text/html"]
+
+
+def test_what_is_avoided_says_why_and_for_how_long() -> None:
+    soon = ServerRow("a", PEERS[0], 0, 2, "unreachable", note="died", retry=time.time() + 8.2)
+    now = ServerRow("b", PEERS[1], 0, 2, "failing", retry=time.time() - 60)
+    wrong = ServerRow("c", PEERS[2], 0, 2, "found wrong", note="by a")
+    status = SwarmStatus("m", 2, (soon, now, wrong))
+    html, text = status.as_html(), str(status)
+    for shown in ("unreachable (retrying in 8 s)", "failing (retrying now)", "found wrong"):
+        assert shown in html
+        assert shown in text
+    assert html.count('class="sn-dot sn-bad"') == 3
+    assert "retrying" not in repr(status)
+
+
+def test_audits_are_counted_where_there_are_any() -> None:
+    row = ServerRow("a", PEERS[0], 0, 2, "online")
+    assert "audits" not in str(SwarmStatus("m", 2, (row,)))
+    rows = [replace(row, audits=Outcomes(*found)) for found in ((3, 0, 0), (0, 1, 2), (0, 0, 0))]
+    told = ["3 agreed", "1 WRONG, 2 open", "0 agreed"]
+    assert [one.audited for one in rows] == told
+    status = SwarmStatus("m", 2, tuple(rows))
+    for one in told:
+        assert one in str(status)
+        assert f"<td>{one}</td>" in status.as_html()
+    assert list(status.to_pandas()["audits_open"]) == [0, 2, 0]
 
 
 def test_data_frames(torn: SwarmStatus) -> None:

@@ -26,7 +26,7 @@ def test_the_way_of_a_step_joins_what_one_server_did() -> None:
 
 
 def test_a_route_through_a_server_that_is_gone_is_none() -> None:
-    rows = [ServerRow("a", "peer-a", 0, 3, "online"), ServerRow("b", "peer-b", 3, 5, "avoided")]
+    rows = [ServerRow("a", "peer-a", 0, 3, "online"), ServerRow("b", "peer-b", 3, 5, "unreachable")]
     status = SwarmStatus("m", 5, tuple(rows))
     assert all_online([("peer-a", 0, 3)], status)
     assert not all_online([("peer-a", 0, 3), ("peer-b", 3, 5)], status)
