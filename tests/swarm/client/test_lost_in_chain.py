@@ -196,6 +196,8 @@ def test_interrupted_while_those_behind_are_asked(
         return await step_run(self, *blocks)
 
     monkeypatch.setattr(Hop, "settle", interrupted)
+    # What a shell starts in the background ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     # A machine that is busy may have pushed too late, and has kept them apart.
     stage.swarm.connection.directory.health.bring_together()
     stop_then_kill(on_the_way(stage, 1))
@@ -204,6 +206,7 @@ def test_interrupted_while_those_behind_are_asked(
         with pytest.raises(KeyboardInterrupt):
             generate(stage.remote, longer, past_key_values=first.past_key_values)
     finally:
+        signal.signal(signal.SIGINT, before)
         os.kill(last.pid, signal.SIGCONT)
     assert asked == [True]
     monkeypatch.setattr(StepRun, "run", run)
