@@ -3,8 +3,9 @@
 Prints JSON lines. Blocks of the demo model answer for texts of this repository in several honest
 ways (one pass, short pieces with a cache, beside longer rows, eager attention); each answer is
 compared, 32 tokens at a time, with a replay in float32 and one in the answer's own dtype, as an
-audit does. `alarms` is to be 0. Then servers that cheat a little, by how many tokens are taken
-together. `--gradients` audits backward passes in float32 instead, the gradients of states.
+audit does. `alarms` is to be 0, and so is `alarms_together`, of the audits of each way added up.
+`--evidence` shows servers that cheat a little, by how many tokens are taken together. `--gradients`
+audits backward passes in float32 instead, the gradients of states.
 
     python benchmarks/audits.py [--audits 1000] [--dtype bfloat16] [--blocks 10:20] [--gradients]
 """
@@ -26,6 +27,7 @@ from swarm_notebook.checkpoint.partial import load_blocks, load_edges
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.client.audit import limits
 from swarm_notebook.client.audit.comparison import Errors, compare, compare_gradients
+from swarm_notebook.client.audit.evidence import Evidence
 from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.server.engine.passes import backward, cast, stateless
 from swarm_notebook.server.engine.requests import Backward, Forward
@@ -42,11 +44,14 @@ class Extremes:
 
     audits: int = 0
     alarms: int = 0
+    alarms_together: int = 0
     most: dict[str, float] = field(default_factory=dict)
 
-    def add(self, errors: Errors) -> None:
+    def add(self, errors: Errors, together: str = "") -> None:
+        """Take an audit of an answer; `together` says why several are wrong, if they are."""
         self.audits += 1
         self.alarms += bool(limits.what_is_wrong(errors, torch.float32))
+        self.alarms_together += bool(together)
         found = {"mean": errors.mean, "largest": errors.largest, "gain": abs(errors.mean_gain)}
         if errors.ratio is not None:
             found["ratio"] = errors.ratio
@@ -120,13 +125,14 @@ class Bench:
 
 def honest(bench: Bench, audits: int) -> Extremes:
     """Audits of 32 tokens of honest answers."""
-    found = Extremes()
+    found, together = Extremes(), Evidence()
     for ids in texts(LENGTH):
         hidden = bench.inputs(ids[None])
         reference, twin = bench.replays(hidden)
-        for _, answer in bench.answers(hidden):
+        for way, answer in bench.answers(hidden):
             for part in _windows(answer, reference, twin):
-                found.add(compare(*part))
+                errors = compare(*part)
+                found.add(errors, together.add(way, None, frozenset(), errors))
         if found.audits >= audits:
             break
     return found

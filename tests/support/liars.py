@@ -40,6 +40,11 @@ def edited(every: int) -> Lie:
     return outputs(change)
 
 
+def noise(share: float) -> Lie:
+    """Every token is moved by so much of its length, in a direction of its own."""
+    return outputs(lambda out: out + share * out.norm(dim=-1, keepdim=True) * _noise(out))
+
+
 def skipped(index: int) -> Lie:
     """A block does nothing."""
 
@@ -75,7 +80,7 @@ def weights(change: Callable[[torch.Tensor], torch.Tensor]) -> Lie:
 LIES: dict[str, Lie] = {
     "2 % too long": outputs(lambda out: out * 1.02),
     "zeros": outputs(torch.zeros_like),
-    "noise of 1 %": outputs(lambda out: out + 0.01 * out.norm(dim=-1, keepdim=True) * _noise(out)),
+    "noise of 1 %": noise(0.01),
     "stale": stale(),
     "a skipped block": skipped(1),
     "other weights": weights(lambda weight: weight.roll(1, dims=0)),

@@ -23,6 +23,7 @@ import torch
 from swarm_notebook.client.audit import limits, piece
 from swarm_notebook.client.audit.choice import Choice
 from swarm_notebook.client.audit.comparison import Errors, Result, errors_of
+from swarm_notebook.client.audit.evidence import Evidence
 from swarm_notebook.client.audit.piece import Piece
 from swarm_notebook.client.audit.verdicts import AGREED, HERE, OPEN, WRONG, Verdict, Verdicts
 from swarm_notebook.client.passes.backward import PassGradients, backward_segment
@@ -87,6 +88,7 @@ class Auditor:
         self._tried: set[tuple[str, bool]] = set()
         self._waiting: list[Piece] = []
         self._working: asyncio.Task | None = None
+        self._evidence = Evidence()
         self.verdicts = Verdicts()
 
     def step(self, history: History) -> None:
@@ -168,7 +170,10 @@ class Auditor:
     async def audit(self, found: Piece) -> Verdict:
         """Replay a piece, and decide; a server whose answer is wrong is left."""
         segment = found.segment
-        first = await self._replay(found, {segment.peer})
+        doubters = self._evidence.doubters(segment.peer, found.handed)
+        first = await self._replay(found, {segment.peer, *doubters})
+        if first is None and doubters and self._judge is None:
+            first = await self._replay(found, {segment.peer})
         by_home = first is None
         if first is None:
             first = await self._at_home(found)
@@ -176,7 +181,7 @@ class Auditor:
             return _verdict(found, OPEN, why="no other server has these blocks and can replay them")
         errors, why = await self._compare(found, first)
         if not why:
-            return _verdict(found, AGREED, by=first.by, errors=errors)
+            return self._added_up(found, first, errors)
         second = None
         if not by_home:
             second = await self._at_home(found)
@@ -197,8 +202,28 @@ class Auditor:
         by = (*first.by, *(second.by if second else ()))
         return self._disputed(found, by, why, errors)
 
-    def _disputed(self, found: Piece, by: tuple[str, ...], why: str, errors: Errors) -> Verdict:
-        """The answer does not follow from the input that the notebook knows of."""
+    def _added_up(self, found: Piece, replay: _Replay, errors: Errors) -> Verdict:
+        """Nothing is wrong with this answer by itself; is there with the latest together?"""
+        segment = found.segment
+        who = segment.peer, found.handed
+        why = self._evidence.add(*who, replay.peers, errors)
+        if not why:
+            return _verdict(found, AGREED, by=replay.by, errors=errors)
+        if self._evidence.counts(*who):
+            self._evidence.forget(segment.peer)
+            return self._disputed(found, replay.by, why, errors, proves=False)
+        said = f"{', '.join(replay.by)} disagrees, and others are asked from now on: {why}"
+        logger.warning("audits of %s: %s", _name(segment), said)
+        return _verdict(found, OPEN, by=replay.by, why=said, errors=errors)
+
+    def _disputed(
+        self, found: Piece, by: tuple[str, ...], why: str, errors: Errors, *, proves: bool = True
+    ) -> Verdict:
+        """The answer does not follow from the input that the notebook knows of.
+
+        Args:
+            proves: this piece shows it by itself.
+        """
         segment, health = found.segment, self._directory.health
         if found.handed is not None:
             # Either of two may have lied: who answered, or who handed over something else than it
@@ -213,7 +238,8 @@ class Auditor:
             self._tried.discard((segment.peer, False))
             return _verdict(found, OPEN, by=by, why=said, errors=errors)
         self._condemn(segment, f"by {', '.join(by)}: {why}")
-        return _verdict(found, WRONG, by=by, why=why, errors=errors, proof=found)
+        proof = found if proves else None
+        return _verdict(found, WRONG, by=by, why=why, errors=errors, proof=proof)
 
     def _condemn(self, segment: RouteSegment, reason: str) -> None:
         self._directory.health.wrong[segment.peer] = reason

@@ -56,6 +56,16 @@ class Errors:
     gain: float = 0.0
     largest: float = 0.0
 
+    def __add__(self, other: Errors) -> Errors:
+        """Of both together."""
+        return Errors(
+            self.tokens + other.tokens,
+            self.error + other.error,
+            self.twin + other.twin,
+            self.gain + other.gain,
+            max(self.largest, other.largest),
+        )
+
     @property
     def mean(self) -> float:
         """The mean error of a token."""

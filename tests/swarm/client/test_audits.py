@@ -19,6 +19,7 @@ import swarm_notebook as sn
 from swarm_notebook import cli
 from swarm_notebook.check import check
 from swarm_notebook.client.audit import limits
+from swarm_notebook.client.audit.verdicts import Verdict
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.report.audit import AuditTable
 from swarm_notebook.swarm import Swarm
@@ -148,6 +149,43 @@ def test_what_a_liar_computed_is_rebuilt_elsewhere(
             expected = local(torch.cat([prompt, following], dim=1)).logits[:, -2:]
         torch.testing.assert_close(right, expected, atol=1e-4, rtol=0)
         assert "from token 1 on it may be wrong" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def halves(tiny_llama: Path) -> Iterator[HostedSwarm]:
+    """Three servers of all blocks in bfloat16."""
+    with HostedSwarm(tiny_llama, [(0, 5)] * 3, dtype="bfloat16") as swarm:
+        yield swarm
+
+
+def test_a_small_lie_is_found_by_several_audits_and_two_witnesses(halves: HostedSwarm) -> None:
+    with connected(halves, verify=1.0) as swarm:
+        liar = next_server(halves, swarm)
+        # Half of what bfloat16 itself makes there: together 1.12 times that.
+        with liars.lying(liar, liars.noise(0.0135)):
+            for seed in range(60):
+                swarm.model(ids(seed), use_cache=False)
+                if found(swarm).wrong:
+                    break
+        table = found(swarm)
+        assert table.wrong == (liar.peer_id,)
+        outcomes = [one.outcome for one in table.verdicts]
+        assert outcomes[0] == "agreed"  # by itself it could be honest
+        doubted, decided = outcomes.index("open"), outcomes.index("wrong")
+        assert table.verdicts[doubted].by != table.verdicts[decided].by
+        assert "of several audits" in table.verdicts[decided].why
+        with pytest.raises(ValueError, match="nothing to prove"):
+            table.export("record.safetensors")  # no single answer shows it
+
+
+def test_honest_halves_agree_however_many_are_added_up(halves: HostedSwarm) -> None:
+    with connected(halves, verify=1.0) as swarm:
+        verdicts: tuple[Verdict, ...] = ()
+        # Each of two witnesses has more than the latest limit is for.
+        while sum(one.tokens for one in verdicts) < 3 * limits.MOST_TOKENS:
+            swarm.model(ids(len(verdicts)), use_cache=False)
+            verdicts = found(swarm).verdicts
+        assert {one.outcome for one in verdicts} == {"agreed"}
 
 
 @pytest.mark.parametrize("here", [False, True])

@@ -1,0 +1,85 @@
+"""What audits of one server say together, where each alone cannot tell. Pure code.
+
+Rounding that goes both ways averages out over tokens; a lie does not. So the errors of a server's
+latest audits are added up, and held to the limit for so many tokens (`limits.max_ratio`).
+
+Audits by different witnesses are not mixed: a single one could otherwise spoil the evidence on a
+server that is honest. A sum that is over its limit is a *doubt*; it counts once somebody else, or
+the notebook itself, has come to the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from swarm_notebook.client.audit import limits
+from swarm_notebook.client.audit.comparison import Errors
+
+
+@dataclass
+class _Sum:
+    """The latest audits of a server by the same witness: `limits.MOST_TOKENS`, and a piece more."""
+
+    audits: deque[Errors] = field(default_factory=deque)
+    tokens: int = 0
+
+    def add(self, errors: Errors) -> None:
+        self.audits.append(errors)
+        self.tokens += errors.tokens
+        while self.tokens - self.audits[0].tokens >= limits.MOST_TOKENS:
+            self.tokens -= self.audits.popleft().tokens
+
+    def why(self) -> str:
+        """The first limit that the latest audits, more and more of them, are over."""
+        together = Errors()
+        for errors in reversed(self.audits):
+            together += errors
+            if together.ratio is not None and together.ratio > limits.max_ratio(together.tokens):
+                return (
+                    f"over {together.tokens} tokens of several audits, mean error over that of "
+                    f"its dtype {together.ratio:.3g}, honest servers reach "
+                    f"{limits.max_ratio(together.tokens):.3g}"
+                )
+        return ""
+
+
+class Evidence:
+    """Adds up the audits of each server in halves; those of float32 need no second one."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, str | None, frozenset[str]], _Sum] = {}
+        self._doubts: dict[tuple[str, str | None], set[frozenset[str]]] = {}
+
+    def add(self, peer: str, handed: str | None, by: frozenset[str], errors: Errors) -> str:
+        """Take an audit that found nothing by itself; says what it makes too much of, if it does.
+
+        Args:
+            peer: that was audited.
+            handed: the peer that gave it its input; None for the notebook.
+            by: the peers that replayed it; empty for the notebook.
+            errors: those found.
+        """
+        if errors.ratio is None:
+            return ""
+        found = self._sums.setdefault((peer, handed, by), _Sum())
+        found.add(errors)
+        why = found.why()
+        if why:
+            self._doubts.setdefault((peer, handed), set()).add(by)
+        return why
+
+    def counts(self, peer: str, handed: str | None) -> bool:
+        """Whether the doubts about a server are more than the word of one witness."""
+        doubts = self._doubts.get((peer, handed), set())
+        return frozenset() in doubts or any(not a & b for a in doubts for b in doubts if a != b)
+
+    def doubters(self, peer: str, handed: str | None) -> set[str]:
+        """Witnesses that have said all they can about a server."""
+        return set().union(*self._doubts.get((peer, handed), set()))
+
+    def forget(self, peer: str) -> None:
+        """It is known why: begin anew with this server."""
+        for kept in (self._sums, self._doubts):
+            for key in [key for key in kept if key[0] == peer]:
+                del kept[key]  # type: ignore[arg-type]

@@ -1,0 +1,79 @@
+"""Audits of one server are added up; a single witness condemns nobody by it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from swarm_notebook.client.audit.comparison import Errors
+from swarm_notebook.client.audit.evidence import Evidence
+from swarm_notebook.client.audit.limits import MIN_TOKENS
+
+ANN, BOB = frozenset({"ann"}), frozenset({"bob"})
+
+
+def audits(ratio: float, spread: float = 0.03, seed: int = 0) -> list[Errors]:
+    """Of 32 tokens each; 0.03 is what single ones of honest servers differ by."""
+    drawn, twin = random.Random(seed), 8e-3 * MIN_TOKENS
+    return [
+        Errors(MIN_TOKENS, twin * drawn.gauss(ratio, spread), twin, largest=2.0) for _ in range(400)
+    ]
+
+
+def tokens_until_doubted(evidence: Evidence, found: list[Errors], by: frozenset[str]) -> int | None:
+    for number, errors in enumerate(found, 1):
+        if evidence.add("liar", None, by, errors):
+            return number * MIN_TOKENS
+    return None
+
+
+@pytest.mark.parametrize(("ratio", "most"), [(1.17, 128), (1.07, 512)])
+def test_a_small_lie_is_found_over_some_audits(ratio: float, most: int) -> None:
+    for seed in range(20):
+        found = tokens_until_doubted(Evidence(), audits(ratio, seed=seed), ANN)
+        assert found is not None
+        assert found <= most
+
+
+@pytest.mark.parametrize("ratio", [0.985, 1.0, 1.021])
+def test_honest_rounding_never_adds_up(ratio: float) -> None:
+    for seed in range(20):
+        assert tokens_until_doubted(Evidence(), audits(ratio, seed=seed), ANN) is None
+
+
+def test_a_witness_alone_does_not_count_and_is_not_asked_again() -> None:
+    evidence = Evidence()
+    assert tokens_until_doubted(evidence, audits(1.2), ANN)
+    assert not evidence.counts("liar", None)
+    assert evidence.doubters("liar", None) == {"ann"}
+    assert not evidence.doubters("another", None)
+    # Whoever stands in both chains is one witness all the same.
+    assert tokens_until_doubted(evidence, audits(1.2), ANN | {"eve"})
+    assert not evidence.counts("liar", None)
+    assert tokens_until_doubted(evidence, audits(1.2), BOB)
+    assert evidence.counts("liar", None)
+    evidence.forget("liar")
+    assert not evidence.counts("liar", None)
+    assert not evidence.doubters("liar", None)
+
+
+def test_the_notebook_itself_needs_no_second() -> None:
+    evidence = Evidence()
+    assert tokens_until_doubted(evidence, audits(1.2), frozenset())
+    assert evidence.counts("liar", None)
+
+
+def test_what_is_long_past_does_not_excuse() -> None:
+    evidence = Evidence()
+    for errors in audits(1.0):
+        assert not evidence.add("liar", None, ANN, errors)
+    found = tokens_until_doubted(evidence, audits(1.17), ANN)
+    assert found is not None
+    assert found <= 256
+
+
+def test_float32_has_no_share_in_it() -> None:
+    evidence = Evidence()
+    for _ in range(100):
+        assert not evidence.add("liar", None, ANN, Errors(MIN_TOKENS, 1.0))
