@@ -330,7 +330,7 @@ def _serve(options: argparse.Namespace) -> int:
     # from other servers on the same machine: two that computed at once took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from swarm_notebook.checkpoint.source import resolve
-    from swarm_notebook.server import app
+    from swarm_notebook.server import process
     from swarm_notebook.server.options import ServeOptions
 
     settings = {key: value for key, value in vars(options).items() if key != "run"}
@@ -351,7 +351,7 @@ def _serve(options: argparse.Namespace) -> int:
         if scratch is not None:
             threading.Thread(target=_remove_when_orphaned, args=(scratch,), daemon=True).start()
         settings["initial_peers"] = line.split()
-    return app.main(ServeOptions(**settings))
+    return process.main(ServeOptions(**settings))
 
 
 def _private_swarm(options: argparse.Namespace) -> Path:

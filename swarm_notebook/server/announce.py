@@ -1,4 +1,4 @@
-"""Tells the swarm, again and again, what this server hosts and in what state it is.
+"""What a server says of itself, and telling it to the swarm again and again.
 
 The records are Petals' (see `net.records`): the same tuple under the key of every hosted block,
 valid for two periods, so that a server that dies is forgotten, and signed. The model itself is
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from hivemind.utils import get_dht_time
 
+from swarm_notebook import __version__
 from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import (
@@ -21,8 +22,14 @@ from swarm_notebook.net.records import (
     MODEL_INDEX_KEY,
     ModelRecord,
     ServerInfo,
+    ServerState,
     signed_record,
+    to_petals_tokens,
 )
+from swarm_notebook.server.engine.kv.budget import CachePool
+from swarm_notebook.server.engine.quantising.loading import Quantised
+from swarm_notebook.server.engine.throughput import Throughput
+from swarm_notebook.server.options import ServeOptions
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +37,54 @@ logger = logging.getLogger(__name__)
 MIN_EXPIRATION = 3.0
 # After an announcement that no peer took: the next one is due in a minute.
 RETRY_SECONDS = 5.0
+# Weights with more bits than this have 8 for the most part.
+INT8_BITS = 6.5
+
+
+def describe(
+    blocks: tuple[int, int],
+    options: ServeOptions,
+    digest: str,
+    quantised: Quantised | None,
+    state: ServerState,
+    *,
+    rates: Throughput | None = None,
+    pool: CachePool | None = None,
+    pings: Mapping[str, float] | None = None,
+) -> ServerInfo:
+    """What the server says of itself; neither measured nor with a cache while it joins.
+
+    Args:
+        blocks: the hosted range.
+        digest: of its checkpoint.
+        quantised: what was done to its weights; None: nothing.
+        pings: round trips in seconds to the servers of neighbouring blocks.
+    """
+    packed: dict[str, Any] = {"quant_type": "none"}
+    if quantised is not None:
+        packed = {
+            "quant_type": "int8" if quantised.bits > INT8_BITS else "int4",
+            "weight_bits": round(quantised.bits, 2),
+            "weight_error": quantised.error,
+        }
+    return ServerInfo(
+        state=state,
+        throughput=rates.of_span(blocks[1] - blocks[0]) if rates else 0.0,
+        start_block=blocks[0],
+        end_block=blocks[1],
+        public_name=options.name,
+        version=__version__,
+        inference_rps=rates.inference_rps if rates else None,
+        forward_rps=rates.forward_rps if rates else None,
+        torch_dtype=options.dtype,
+        using_relay=False,
+        next_pings=dict(pings) if pings else None,
+        cache_tokens_left=to_petals_tokens(pool.free, blocks[1] - blocks[0]) if pool else None,
+        cache_tokens_total=pool.total if pool else None,
+        swarm_notebook=protocol.PROTOCOL_VERSION,
+        digest=digest,
+        **packed,
+    )
 
 
 class Announcer:

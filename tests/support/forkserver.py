@@ -152,7 +152,7 @@ def _main() -> None:
     import numpy as np
 
     from swarm_notebook import cli
-    from swarm_notebook.server import app  # noqa: F401 - what takes so long
+    from swarm_notebook.server import process  # noqa: F401 - what takes so long
 
     gc.freeze()  # what was imported stays in memory that all share
     arguments = _await_orders(socket.socket(fileno=int(sys.argv[1])))

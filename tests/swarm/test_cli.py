@@ -110,11 +110,11 @@ def test_blocks_are_named_or_chosen(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_swarm_that_is_named_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from swarm_notebook.server import app
+    from swarm_notebook.server import process
     from swarm_notebook.server.options import ServeOptions
 
     seen: list[ServeOptions] = []
-    monkeypatch.setattr(app, "main", seen.append)
+    monkeypatch.setattr(process, "main", seen.append)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # `serve` would set it for its process
     cli.main(["serve", "model", "--swarm", str(tmp_path / "mine")])
     cli.main(["serve", "model"])

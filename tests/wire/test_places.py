@@ -28,8 +28,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def moved(server: HostedServer) -> ServeOptions:
     """What a server wants to be, as soon as it wants to move."""
-    _thread().run(server._server.better_place())
-    return server._server.moved
+    return _thread().run(server._server.better_place())
 
 
 def block_bytes(model: Any) -> int:

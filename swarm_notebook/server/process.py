@@ -1,0 +1,117 @@
+"""The process around a server: where it begins, which server it holds, when it ends.
+
+It begins as a fresh interpreter (``swarm-notebook serve``), never as a fork. Standard output
+carries JSON lines for programs: first where the server listens, at last ``"ready": true`` with all
+that is needed to use it. People read the log on standard error.
+
+SIGTERM, SIGINT and, with ``exit_with_stdin``, the end of standard input make it leave: steps in
+flight are answered, the swarm is told, the exit code is 0. A server that has chosen its blocks
+itself gives way to another one in its place as soon as other blocks need it more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import sys
+import warnings
+from typing import Any, NoReturn
+
+import torch
+from hivemind.p2p import P2PDaemonError
+
+from swarm_notebook.errors import ConnectionFailed, ServerFailed
+from swarm_notebook.server import heap, lifetime
+from swarm_notebook.server.app import GOODBYE_SECONDS, Server
+from swarm_notebook.server.options import ServeOptions
+
+logger = logging.getLogger(__name__)
+
+
+def main(options: ServeOptions) -> NoReturn:
+    """Serve until told to leave, then end the process with exit code 0."""
+    # PEFT warns of configs. They are the notebook's, whose own PEFT has warned there.
+    warnings.filterwarnings("ignore", module=r"peft\.tuners\.")
+    # It plans anew for every length of a context: 60 ms per token instead of 15 on an H100.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    with asyncio.Runner(loop_factory=lifetime.server_loop) as runner:
+        runner.run(serve(options))
+    logging.shutdown()
+    # All is done and said; taking torch apart in good order would take seconds.
+    os._exit(0)
+
+
+async def serve(options: ServeOptions) -> None:
+    """Host blocks until a signal (or the end of standard input) says to leave.
+
+    Raises:
+        ModelNotFound, BlocksOutOfRange, Unsupported: there is nothing to serve.
+        AddressError, ConnectionFailed: the swarm cannot be joined.
+        ServerFailed: the network daemon died.
+    """
+    leaving = asyncio.create_task(lifetime.leaving(options.exit_with_stdin).wait())
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    while not leaving.done():
+        try:
+            options = await _serve_in_place(options, leaving)
+        except ConnectionFailed as error:
+            if not options.chosen:
+                raise
+            logger.warning("%s; trying again", error)
+            await asyncio.wait([leaving], timeout=GOODBYE_SECONDS)
+        # The next server needs the memory of this one.
+        gc.unfreeze()
+        gc.collect()
+
+
+async def _serve_in_place(options: ServeOptions, leaving: asyncio.Task[Any]) -> ServeOptions:
+    """Serve until told to leave, or until another place is better.
+
+    Returns:
+        with what to go on, if not told to leave.
+
+    Raises: as `serve`.
+    """
+    # A notebook shows how far it is; a person who reads the terminal has the log.
+    server = Server(options, _tell, progress=options.exit_with_stdin)
+    starting = asyncio.create_task(server.start())
+    await asyncio.wait([starting, leaving], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        logger.info("leaving before the server was ready")
+        starting.cancel()
+        # What takes longer ends with the process.
+        await asyncio.wait([starting], timeout=GOODBYE_SECONDS)
+        return options
+    try:
+        starting.result()
+    except P2PDaemonError as error:
+        raise ConnectionFailed(
+            f"the network daemon cannot listen on {', '.join(options.host_maddrs)}; is the port "
+            f"taken? Choose another one with --host-maddrs ({error})"
+        ) from None
+    heap.freeze()
+    trimming = asyncio.create_task(server.trim())
+    ended = asyncio.create_task(server.daemon_ended())
+    moving = asyncio.create_task(server.better_place())
+    await asyncio.wait([ended, leaving, moving], return_when=asyncio.FIRST_COMPLETED)
+    failed, moves = ended.done(), moving.done()
+    for task in (trimming, ended, moving):
+        task.cancel()
+    await server.stop()
+    if failed:
+        raise ServerFailed("the network daemon (p2pd) of this server has died")
+    return moving.result() if moves else options
+
+
+def _tell(facts: dict[str, Any]) -> None:
+    """One JSON line for the program that started this server."""
+    # Two threads tell: in one piece, or a line of one might end up within one of the other.
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()
