@@ -25,8 +25,9 @@ from swarm_notebook.client.servers.directory import PATIENCE, Directory
 from swarm_notebook.client.session.session import InferenceSession
 from swarm_notebook.client.session.unpadded import UnpaddedSession
 from swarm_notebook.errors import ConnectionFailed, ServerGone
+from swarm_notebook.net.identity import is_peer_id
 from swarm_notebook.net.membership.certificate import Credentials
-from swarm_notebook.net.node import Node, is_peer_id
+from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ModelRecord
 from swarm_notebook.progress import Waiting
 

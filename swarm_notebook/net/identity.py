@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -119,6 +119,14 @@ class Identity:
         if isinstance(self._key, Ed25519PrivateKey):
             return self._key.sign(data)
         return self._key.sign(data, padding.PKCS1v15(), hashes.SHA256())
+
+
+def is_peer_id(found: object) -> TypeGuard[str]:
+    """Whether something is the base58 id of a peer."""
+    try:
+        return isinstance(found, str) and bool(PeerID.from_base58(found))
+    except ValueError:
+        return False
 
 
 def is_signature(peer: str, stated_key: bytes, data: bytes, signature: bytes) -> bool:

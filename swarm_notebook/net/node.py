@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TypeGuard
 
 import psutil
 from hivemind.dht.node import DHTID, DHTNode
@@ -73,14 +72,6 @@ EXIT_POLL_SECONDS = 0.01
 REAP_SECONDS = 0.5
 _TIMES = re.compile(r"local: ([\d.]+), peer: ([\d.]+)")
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
-
-
-def is_peer_id(found: object) -> TypeGuard[str]:
-    """Whether something is the base58 id of a peer."""
-    try:
-        return isinstance(found, str) and bool(PeerID.from_base58(found))
-    except ValueError:
-        return False
 
 
 def smoothed_rtt(known: float | None, seconds: float) -> float:

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import itertools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from hivemind.utils import MSGPackSerializer
+from hivemind.utils import MSGPackSerializer, ValueWithExpiration, get_dht_time
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from swarm_notebook.net.identity import MAX_KEY_BYTES, Identity, is_signature
+from swarm_notebook.net.identity import MAX_KEY_BYTES, Identity, is_peer_id, is_signature
 from swarm_notebook.net.membership.certificate import SHOWN_BYTES, Membership, Role
 from swarm_notebook.texts import clean
 
@@ -222,6 +223,55 @@ def _signed_bytes(record: Sequence[Any], peer: str, expiration: float) -> bytes:
         [_PURPOSE, peer, float(expiration), record[0], record[1], extra]
     )
     return data
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """A server's record as it was found in the DHT.
+
+    Attributes:
+        peer: under whose id (base58) it stands.
+        expires: until when it holds, in the DHT's time.
+        signed: by that peer. Anybody can have stored one that is not.
+    """
+
+    peer: str
+    info: ServerInfo
+    expires: float
+    signed: bool
+
+
+def announcements(
+    found: ValueWithExpiration | None,
+    prefix: str,
+    membership: Membership | None,
+    known: Collection[str] = (),
+) -> Iterator[Announcement]:
+    """The records under a block's key that may be believed; None, or rubbish, has none.
+
+    That are those which the peer under whose id they stand has signed for this model, and those
+    without any signature; in a private swarm, the signed ones of its servers alone. What is valid
+    for longer than servers announce (`MAX_SECONDS`) is none of them.
+
+    Args:
+        prefix: of the model.
+        known: peers whose records come first. Then come those with a signature, be it right or
+            wrong, and no more than `MAX_SUBKEYS` are looked at.
+    """
+    entries = found.value if found is not None and isinstance(found.value, dict) else {}
+
+    def later(item: tuple[Any, ValueWithExpiration]) -> tuple[bool, bool]:
+        return item[0] not in known, not claims_signature(item[1].value)
+
+    latest = get_dht_time() + MAX_SECONDS
+    for peer, entry in itertools.islice(sorted(entries.items(), key=later), MAX_SUBKEYS):
+        info = parse_record(entry.value)
+        if info is None or not is_peer_id(peer) or entry.expiration_time > latest:
+            continue
+        signed = is_signed(peer, entry.value, entry.expiration_time)
+        trusted = info.model == prefix if signed else membership is None and info.signature is None
+        if trusted and is_member(membership, peer, info):
+            yield Announcement(peer, info, entry.expiration_time, signed)
 
 
 @dataclass(frozen=True)

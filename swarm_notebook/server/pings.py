@@ -14,15 +14,8 @@ import random
 
 from swarm_notebook.checkpoint.digest import matches
 from swarm_notebook.net import protocol
-from swarm_notebook.net.node import Node, is_peer_id, smoothed_rtt
-from swarm_notebook.net.records import (
-    MAX_PINGS,
-    ServerInfo,
-    ServerState,
-    is_member,
-    is_signed,
-    parse_record,
-)
+from swarm_notebook.net.node import Node, smoothed_rtt
+from swarm_notebook.net.records import MAX_PINGS, ServerInfo, ServerState, announcements
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +38,7 @@ class NeighbourPings:
 
     def __init__(self, node: Node, prefix: str, blocks: tuple[int, int], digest: str):
         self.rtt: dict[str, float] = {}
-        self._node, self._digest = node, digest
+        self._node, self._prefix, self._digest = node, prefix, digest
         self._warned: set[str] = set()
         # Behind the model's last block there is nothing in the DHT, and so no server is found.
         neighbours = [block for block in (blocks[0] - 1, blocks[1]) if block >= 0]
@@ -94,19 +87,10 @@ class NeighbourPings:
         own = self._node.peer_id.to_base58()
         peers: set[str] = set()
         for value in found.values():
-            entries = value.value if value is not None and isinstance(value.value, dict) else {}
-            for peer, entry in entries.items():
-                info = parse_record(entry.value)
-                if peer == own or not is_peer_id(peer) or info is None:
-                    continue
-                member = self._node.membership
-                if not is_member(member, peer, info) or (
-                    member is not None and not is_signed(peer, entry.value, entry.expiration_time)
-                ):
-                    continue
-                if info.state != ServerState.OFFLINE:
-                    peers.add(peer)
-                    self._compare(peer, info)
+            for one in announcements(value, self._prefix, self._node.membership):
+                if one.peer != own and one.info.state != ServerState.OFFLINE:
+                    peers.add(one.peer)
+                    self._compare(one.peer, one.info)
         known = [peer for peer in peers if peer in self.rtt]
         new = [peer for peer in peers if peer not in self.rtt]
         random.shuffle(new)

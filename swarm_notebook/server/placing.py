@@ -18,16 +18,8 @@ from swarm_notebook.checkpoint.loading import class_for
 from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.net import protocol, tensors
-from swarm_notebook.net.node import Node, is_peer_id
-from swarm_notebook.net.records import (
-    ServerInfo,
-    ServerSpan,
-    ServerState,
-    is_member,
-    is_signed,
-    parse_record,
-    spans_of,
-)
+from swarm_notebook.net.node import Node
+from swarm_notebook.net.records import ServerSpan, ServerState, announcements, spans_of
 from swarm_notebook.server.engine.quantising.loading import free_memory
 from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.server.places import Place, better, choose
@@ -120,17 +112,13 @@ class Placing:
     async def _spans(self) -> list[ServerSpan]:
         uids = [protocol.block_uid(self._prefix, block) for block in range(self._blocks)]
         found = await self._node.dht.get_many(uids, sufficient_expiration_time=float("inf"))
-        own, member = self._node.peer_id.to_base58(), self._node.membership
-        holders: dict[int, dict[str, ServerInfo]] = {}
-        for block, uid in enumerate(uids):
-            value = found[uid].value if found[uid] is not None else None
-            known = holders.setdefault(block, {})
-            for peer, entry in (value if isinstance(value, dict) else {}).items():
-                info = parse_record(entry.value)
-                if info is None or peer == own or not is_peer_id(peer):
-                    continue
-                signed = is_signed(peer, entry.value, entry.expiration_time)
-                trusted = signed or (member is None and info.signature is None)
-                if trusted and is_member(member, peer, info) and info.state != ServerState.OFFLINE:
-                    known[peer] = info
+        own = self._node.peer_id.to_base58()
+        holders = {
+            block: {
+                one.peer: one.info
+                for one in announcements(found[uid], self._prefix, self._node.membership)
+                if one.peer != own and one.info.state != ServerState.OFFLINE
+            }
+            for block, uid in enumerate(uids)
+        }
         return spans_of(holders)

@@ -12,7 +12,6 @@ only signed ones count, and others count for the blocks alone under which they s
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,15 +20,13 @@ from typing import Any
 from hivemind.utils import ValueWithExpiration, get_dht_time
 
 from swarm_notebook.net.membership.certificate import Membership
-from swarm_notebook.net.node import is_peer_id
 from swarm_notebook.net.records import (
     MAX_SECONDS,
-    MAX_SUBKEYS,
+    Announcement,
     ServerInfo,
     ServerState,
-    claims_signature,
+    announcements,
     is_member,
-    is_signed,
     parse_record,
 )
 
@@ -77,8 +74,8 @@ class Announced:
         self._signers = {
             peer: seen for peer, seen in self._signers.items() if seen > now - FORGET_SIGNER_SECONDS
         }
-        for peer, entry in self._entries(block, found):
-            self._take(block, peer, entry, when or time.time())
+        for one in self._read(block, found):
+            self._take(block, one, when or time.time())
 
     def check(self, found: Mapping[int, ValueWithExpiration | None]) -> None:
         """Check the signatures of a reading, by block, so that `update` need not.
@@ -86,8 +83,8 @@ class Announced:
         That may take seconds where strangers have stored many; any thread may do it.
         """
         for block, value in found.items():
-            for peer, entry in self._entries(block, value):
-                is_signed(peer, entry.value, entry.expiration_time)
+            for _ in self._read(block, value):
+                pass
 
     def told(self, peer: str, answer: Mapping[str, Any], num_blocks: int) -> None:
         """Take in the record that a server hands out itself when it is asked: nothing else counts.
@@ -137,40 +134,22 @@ class Announced:
             if not record.signed and record.info.state == ServerState.OFFLINE
         }
 
-    def _entries(
-        self, block: int, found: ValueWithExpiration | None
-    ) -> Iterator[tuple[str, ValueWithExpiration]]:
-        """What stands under a key, as much of it as is read: who is known, and signed, first."""
-        entries = found.value if found is not None and isinstance(found.value, dict) else {}
-        known, latest = self._blocks.get(block, {}), get_dht_time() + MAX_SECONDS
+    def _read(self, block: int, found: ValueWithExpiration | None) -> Iterator[Announcement]:
+        known = self._blocks.get(block, {})
+        return announcements(found, self._prefix, self._membership, known)
 
-        def later(item: tuple[str, ValueWithExpiration]) -> tuple[bool, bool]:
-            return item[0] not in known, not claims_signature(item[1].value)
-
-        for peer, entry in itertools.islice(sorted(entries.items(), key=later), MAX_SUBKEYS):
-            if is_peer_id(peer) and entry.expiration_time <= latest:
-                yield peer, entry
-
-    def _take(self, block: int, peer: str, entry: ValueWithExpiration, when: float) -> None:
-        info = parse_record(entry.value)
-        if info is None:
+    def _take(self, block: int, one: Announcement, when: float) -> None:
+        if one.signed:
+            self._signers[one.peer] = get_dht_time()
+        elif one.peer in self._signers:
             return
-        signed = is_signed(peer, entry.value, entry.expiration_time)
-        if signed:
-            if info.model != self._prefix:
-                return
-            self._signers[peer] = get_dht_time()
-        elif info.signature is not None or peer in self._signers or self._membership is not None:
-            return
-        if not is_member(self._membership, peer, info):
-            return
-        record = _Record(info, entry.expiration_time, when, signed)
+        record = _Record(one.info, one.expires, when, one.signed)
         known = self._blocks[block]
-        before = known.get(peer)
+        before = known.get(one.peer)
         if before is None or before.weight < record.weight:
-            known[peer] = record
+            known[one.peer] = record
         elif before.weight == record.weight:
-            known[peer] = replace(before, info=info)
+            known[one.peer] = replace(before, info=one.info)
 
     def _newest(self) -> dict[str, _Record]:
         by_peer: dict[str, list[_Record]] = {}

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
+
+from hivemind.utils import ValueWithExpiration
 
 from swarm_notebook.client.servers.asking import MAX_ASKED, try_ask
 from swarm_notebook.errors import NotAMember
 from swarm_notebook.net import protocol
-from swarm_notebook.net.node import Node, is_peer_id
+from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import (
     MODEL_INDEX_KEY,
     ModelRecord,
+    announcements,
     is_member,
-    is_signed,
     parse_model_record,
     parse_record,
 )
@@ -34,9 +36,11 @@ async def served(node: Node) -> dict[str, ModelRecord]:
     found, stated = await asyncio.gather(
         node.dht.get(MODEL_INDEX_KEY, latest=True), _stated(node, node.neighbours()[:MAX_ASKED])
     )
+    entries = found.value if found is not None and isinstance(found.value, dict) else {}
+    named = (item for item in entries.items() if isinstance(item[0], str))
     listed = {
         prefix: record
-        for prefix, entry in itertools.islice(_entries(found), MAX_LISTED)
+        for prefix, entry in itertools.islice(named, MAX_LISTED)
         if (record := parse_model_record(entry.value)) is not None
     }
     doubtful = listed.keys() - stated.keys()
@@ -74,20 +78,17 @@ async def _with_servers(node: Node, prefixes: Collection[str]) -> list[str]:
     uids = {prefix: protocol.block_uid(prefix, 0) for prefix in prefixes}
     found = await node.dht.get_many(list(uids.values()), sufficient_expiration_time=float("inf"))
     answers = await asyncio.gather(
-        *(_served_by(node, prefix, _entries(found[uid])) for prefix, uid in uids.items())
+        *(_served_by(node, prefix, found[uid]) for prefix, uid in uids.items())
     )
     return [prefix for prefix, served in zip(uids, answers, strict=True) if served]
 
 
-async def _served_by(node: Node, prefix: str, entries: Iterable[tuple[str, Any]]) -> bool:
+async def _served_by(node: Node, prefix: str, found: ValueWithExpiration | None) -> bool:
     peers = []
-    for peer, entry in entries:
-        info = parse_record(entry.value)
-        if info is None or not is_peer_id(peer) or not is_member(node.membership, peer, info):
-            continue
-        if info.model == prefix and is_signed(peer, entry.value, entry.expiration_time):
+    for one in announcements(found, prefix, node.membership):
+        if one.signed:
             return True
-        peers.append(peer)
+        peers.append(one.peer)
     asked = peers[:MAX_SERVERS]
     answers = await asyncio.gather(*(try_ask(node, peer) for peer in asked))
     models = (
@@ -96,9 +97,3 @@ async def _served_by(node: Node, prefix: str, entries: Iterable[tuple[str, Any]]
         if answer is not None
     )
     return any(model is None or model[0] == prefix for model in models)
-
-
-def _entries(found: Any) -> Iterable[tuple[str, Any]]:
-    """The records that were found under a key, by name."""
-    entries = found.value if found is not None and isinstance(found.value, dict) else {}
-    return [(name, entry) for name, entry in entries.items() if isinstance(name, str)]
