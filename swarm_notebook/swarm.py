@@ -31,8 +31,8 @@ from swarm_notebook.model.generation import drafting
 from swarm_notebook.model.generation.drafting import Draft
 from swarm_notebook.model.home import Blocks
 from swarm_notebook.model.judge import HomeJudge
+from swarm_notebook.net.addresses import addresses_of, is_public
 from swarm_notebook.net.membership.invitation import Invitation, is_invitation
-from swarm_notebook.net.node import addresses_of, is_public
 from swarm_notebook.net.tensors import COMPRESSIONS, NONE
 from swarm_notebook.privacy import examine
 from swarm_notebook.progress import Waiting

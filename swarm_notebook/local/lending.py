@@ -23,8 +23,8 @@ from swarm_notebook.errors import BlocksOutOfRange, InvitationError, ServerStart
 from swarm_notebook.local.folder import ServerFolder
 from swarm_notebook.local.process import ANY_PORT, LocalServer, server_environment
 from swarm_notebook.local.swarm import DEFAULT_EXPIRES, Conversion
+from swarm_notebook.net.addresses import addresses_of
 from swarm_notebook.net.membership.authority import Authority, swarms_folder
-from swarm_notebook.net.node import addresses_of
 
 if TYPE_CHECKING:
     from swarm_notebook.swarm import Swarm

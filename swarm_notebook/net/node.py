@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
-import os
 import re
-import signal
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-import psutil
 from hivemind.dht.node import DHTID, DHTNode
 from hivemind.dht.protocol import ValidationError
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
@@ -28,14 +24,14 @@ from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm_notebook.errors import (
-    AddressError,
     ClocksDiffer,
     ConnectionFailed,
     NotAMember,
     RemoteError,
     from_wire,
 )
-from swarm_notebook.net import protocol, streams
+from swarm_notebook.net import daemon, protocol, streams
+from swarm_notebook.net.addresses import LOOPBACK, addresses_of, parse_address, parse_peers
 from swarm_notebook.net.hivemind_fixes import (
     MAX_CLOCK_SECONDS,
     ReadableValues,
@@ -65,13 +61,7 @@ CONNECT_TIMEOUT = 5.0
 PING_TIMEOUT = 3.0
 # Weight of the latest ping: about the last five count.
 PING_SMOOTHING = 0.3
-# p2pd ends within 0.1 s of SIGTERM (measured); a busy machine may take much longer.
-STOP_SECONDS = 5.0
-EXIT_POLL_SECONDS = 0.01
-# A loop that gets SIGCHLD reaps its child within milliseconds.
-REAP_SECONDS = 0.5
 _TIMES = re.compile(r"local: ([\d.]+), peer: ([\d.]+)")
-LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
 
 def smoothed_rtt(known: float | None, seconds: float) -> float:
@@ -80,59 +70,6 @@ def smoothed_rtt(known: float | None, seconds: float) -> float:
         return seconds
     # The first call dials the peer: a lower later value is the truth, not noise.
     return min(seconds, known + PING_SMOOTHING * (seconds - known))
-
-
-def is_public(address: str) -> bool:
-    """Whether a multiaddr leads out of this machine and its own network."""
-    parts = address.split("/")
-    if len(parts) < 3 or parts[1] not in ("ip4", "ip6"):
-        return True  # a name in the DNS, or what will be refused soon
-    try:
-        return ipaddress.ip_address(parts[2]).is_global
-    except ValueError:
-        return True
-
-
-def parse_peers(addresses: Sequence[str]) -> list[Multiaddr]:
-    """The multiaddrs of bootstrap peers.
-
-    Raises:
-        AddressError: an address is malformed or lacks the peer's id.
-    """
-    if isinstance(addresses, str):
-        addresses = [addresses]
-    parsed = []
-    for address in addresses:
-        multiaddr = _parsed("initial_peers", address, "/ip4/<address>/tcp/<port>/p2p/<peer id>")
-        if not any(protocol.name == "p2p" for protocol in multiaddr.protocols()):
-            raise AddressError(f"initial_peers: {address!r} lacks the peer id (/p2p/…)")
-        parsed.append(multiaddr)
-    return parsed
-
-
-def _parsed(name: str, address: str, form: str) -> Multiaddr:
-    try:
-        multiaddr = Multiaddr(str(address))
-        multiaddr.protocols()
-    except Exception as error:  # hivemind's parser raises a different type per malformation
-        raise AddressError(
-            f"{name}: {address!r} is not an address ({error}); expected the form {form}"
-        ) from None
-    return multiaddr
-
-
-def addresses_of(peers: Sequence[str]) -> list[str]:
-    """The addresses among peers that were given, and those in invitations.
-
-    Raises:
-        InvitationError: an invitation is no whole one.
-    """
-    if isinstance(peers, str):
-        peers = [peers]
-    found: list[str] = []
-    for peer in peers:
-        found += Invitation.read(peer).addresses if is_invitation(peer) else [str(peer)]
-    return found
 
 
 class Node:
@@ -187,7 +124,7 @@ class Node:
         initial_peers = addresses_of(given)
         peers = parse_peers(initial_peers)
         for address in host_maddrs:
-            _parsed("host_maddrs", address, "/ip4/<address>/tcp/<port>")
+            parse_address("host_maddrs", address, "/ip4/<address>/tcp/<port>")
         try:
             with _identity_file(identity) as (key, path, lasting):
                 p2p = await P2P.create(
@@ -323,19 +260,7 @@ class Node:
     async def stop(self) -> None:
         """Leave the DHT and end the daemon."""
         await self.dht.shutdown()
-        # Not `P2P.shutdown`: it waits for SIGCHLD, which others may have taken (torch's DataLoader
-        # does), and then for ever.
-        self.p2p._terminate()
-        if self.p2p._child is None:
-            return
-        pid = self.p2p._child.pid
-        if not await _within(STOP_SECONDS, lambda: _has_exited(pid)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            await _within(STOP_SECONDS, lambda: _has_exited(pid))
-        # Usually its loop sees to what is left of it.
-        if not await _within(REAP_SECONDS, lambda: not _is_left(pid)):
-            _reap(pid)
+        await daemon.end(self.p2p)
 
 
 @contextlib.contextmanager
@@ -351,34 +276,6 @@ def _identity_file(path: Path | None) -> Iterator[tuple[Identity, Path, bool]]:
         new = Identity.new()
         new.write(Path(folder, "identity"))
         yield new, Path(folder, "identity"), False
-
-
-async def _within(seconds: float, done: Callable[[], bool]) -> bool:
-    """Wait for something that happens without a word; whether it did."""
-    deadline = time.monotonic() + seconds
-    while not done():
-        if time.monotonic() > deadline:
-            return False
-        await asyncio.sleep(EXIT_POLL_SECONDS)
-    return True
-
-
-def _has_exited(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or _is_left(pid)
-
-
-def _is_left(pid: int) -> bool:
-    """Whether a child has exited and is still to be waited for."""
-    # Not `os.waitid`, which Python has on macOS since 3.13 only.
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _reap(pid: int) -> None:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
 
 
 def _unreachable(initial_peers: Sequence[str], error: Exception) -> ConnectionFailed:

@@ -19,13 +19,14 @@ from swarm_notebook.checkpoint.anatomy import context_length
 from swarm_notebook.checkpoint.digest import digest
 from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.errors import NotAMember
+from swarm_notebook.net import daemon
 from swarm_notebook.net.membership.authority import Authority
 from swarm_notebook.net.membership.certificate import Role
 from swarm_notebook.net.membership.joining import offer
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
 from swarm_notebook.net.traffic import Traffic
-from swarm_notebook.server import heap, lifetime
+from swarm_notebook.server import heap
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.announce import Announcer, describe
 from swarm_notebook.server.engine.engine import Engine
@@ -99,7 +100,7 @@ class Server:
         """Answer what is in flight, tell the swarm, free everything; does nothing twice."""
         up, self._up = self._up, None
         try:
-            if up is not None and lifetime.daemon_lives(up.node.p2p):
+            if up is not None and daemon.lives(up.node.p2p):
                 logger.info("leaving: finishing what is in flight")
                 await up.handler.leave(LEAVE_SECONDS)
                 with contextlib.suppress(TimeoutError):
@@ -131,7 +132,7 @@ class Server:
     async def daemon_ended(self) -> None:
         """Return when the network daemon has ended."""
         if self._up is not None:
-            await lifetime.daemon_ended(self._up.node.p2p)
+            await daemon.ended(self._up.node.p2p)
 
     async def trim(self) -> None:
         """Give memory that nobody needs back to the system, whenever nobody is there.
@@ -333,10 +334,10 @@ async def _stop_node(starting: asyncio.Task[Node]) -> None:
     node = starting.result()
     try:
         async with asyncio.timeout(GOODBYE_SECONDS):
-            if lifetime.daemon_lives(node.p2p):
+            if daemon.lives(node.p2p):
                 await node.stop()
             else:
-                await lifetime.clear_up(node.p2p)
+                await daemon.clear_up(node.p2p)
     except TimeoutError:
         logger.info("the network daemon did not answer a last time")
 

@@ -12,11 +12,14 @@ itself gives way to another one in its place as soon as other blocks need it mor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from typing import Any, NoReturn
 
@@ -24,7 +27,8 @@ import torch
 from hivemind.p2p import P2PDaemonError
 
 from swarm_notebook.errors import ConnectionFailed, ServerFailed
-from swarm_notebook.server import heap, lifetime
+from swarm_notebook.net.loop import PeerLoop
+from swarm_notebook.server import heap
 from swarm_notebook.server.app import GOODBYE_SECONDS, Server
 from swarm_notebook.server.options import ServeOptions
 
@@ -40,7 +44,7 @@ def main(options: ServeOptions) -> NoReturn:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
-    with asyncio.Runner(loop_factory=lifetime.server_loop) as runner:
+    with asyncio.Runner(loop_factory=server_loop) as runner:
         runner.run(serve(options))
     logging.shutdown()
     # All is done and said; taking torch apart in good order would take seconds.
@@ -55,7 +59,7 @@ async def serve(options: ServeOptions) -> None:
         AddressError, ConnectionFailed: the swarm cannot be joined.
         ServerFailed: the network daemon died.
     """
-    leaving = asyncio.create_task(lifetime.leaving(options.exit_with_stdin).wait())
+    leaving = asyncio.create_task(_leaving(options.exit_with_stdin).wait())
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     while not leaving.done():
@@ -115,3 +119,30 @@ def _tell(facts: dict[str, Any]) -> None:
     # Two threads tell: in one piece, or a line of one might end up within one of the other.
     sys.stdout.write(json.dumps(facts) + "\n")
     sys.stdout.flush()
+
+
+def _leaving(exit_with_stdin: bool) -> asyncio.Event:
+    """An event that is set when the process is told to leave; for the running loop."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, event.set)
+    if exit_with_stdin:
+        threading.Thread(target=_await_end_of_stdin, args=(loop, event), daemon=True).start()
+    return event
+
+
+def _await_end_of_stdin(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    with contextlib.suppress(RuntimeError):  # the loop has ended already
+        loop.call_soon_threadsafe(event.set)
+
+
+def server_loop() -> PeerLoop:
+    """The loop of a server's process.
+
+    A server that leads its own session (a notebook starts it so) has no terminal; its children stay
+    in its group, so that all can be ended at once.
+    """
+    return PeerLoop(detached=os.getsid(0) != os.getpid())

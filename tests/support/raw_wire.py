@@ -23,8 +23,9 @@ from hivemind.proto import runtime_pb2
 from support.patience import PATIENCE
 
 from swarm_notebook.net import protocol, streams, tensors
+from swarm_notebook.net.addresses import LOOPBACK
 from swarm_notebook.net.membership.certificate import Credentials
-from swarm_notebook.net.node import LOOPBACK, Node
+from swarm_notebook.net.node import Node
 
 
 class ServerProcess:

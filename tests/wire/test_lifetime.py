@@ -29,9 +29,8 @@ from swarm_notebook.net.records import (
     parse_record,
 )
 from swarm_notebook.server.engine.span import Span
-from swarm_notebook.server.lifetime import server_loop
 from swarm_notebook.server.options import ServeOptions
-from swarm_notebook.server.process import serve
+from swarm_notebook.server.process import serve, server_loop
 
 PREFIX, BLOCKS = "tiny-llama", 5
 UID = protocol.uid_chain(PREFIX, 0, BLOCKS)

@@ -15,7 +15,7 @@ from swarm_notebook.client.audit.choice import Choice
 from swarm_notebook.client.audit.comparison import Errors, compare
 from swarm_notebook.client.request import Request
 from swarm_notebook.model.judge import HomeJudge
-from swarm_notebook.net.node import is_public
+from swarm_notebook.net.addresses import is_public
 
 
 @pytest.fixture(scope="module")
