@@ -19,7 +19,8 @@ from swarm_notebook.server.adapters.store import AdapterLimits, AdapterStore
 from swarm_notebook.server.adapters.upload import Upload
 from swarm_notebook.server.engine.passes import backward, cast, stateless
 from swarm_notebook.server.engine.passes.activation_store import ActivationStore
-from swarm_notebook.server.engine.passes.backward import AutogradPass, NoRoom, SpanGradients
+from swarm_notebook.server.engine.passes.gradients import SpanGradients
+from swarm_notebook.server.engine.passes.recording import AutogradPass, NoRoom, record
 from swarm_notebook.server.engine.requests import Backward, Forward
 from swarm_notebook.server.engine.scheduling.pieces import Pieces
 from swarm_notebook.server.engine.span import Span
@@ -100,7 +101,7 @@ class Engine:
         if request.keep is None or not self._can_keep(span, request):
             return None
         try:
-            recorded = yield from backward.record(span, request, self._activations.make_room)
+            recorded = yield from record(span, request, self._activations.make_room)
         except NoRoom:
             self._learn_oversized(span, request)
             return None

@@ -29,7 +29,7 @@ from swarm_notebook.net.traffic import COPIES, Account, Traffic
 from swarm_notebook.net.wire_format import check_fields
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
-from swarm_notebook.server.engine.passes.backward import SpanGradients
+from swarm_notebook.server.engine.passes.gradients import SpanGradients
 from swarm_notebook.server.engine.requests import Forward, Limits
 from swarm_notebook.server.engine.scheduling.scheduler import BACKWARD_COST, Kind, Task
 from swarm_notebook.server.engine.scheduling.worker import ComputeThread

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from swarm_notebook.server.engine.passes import backward, stateless
-from swarm_notebook.server.engine.passes.backward import Gathered, SpanGradients
+from swarm_notebook.server.engine.passes.gradients import Gathered, SpanGradients
 from swarm_notebook.server.engine.requests import Backward, Forward
 from swarm_notebook.server.engine.scheduling.pieces import Pieces, run_whole
 from swarm_notebook.server.engine.scheduling.scheduler import BACKWARD_COST

@@ -9,7 +9,7 @@ from support.glibc import allocated, needs_glibc
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.server.engine.passes import backward
+from swarm_notebook.server.engine.passes.recording import AutogradPass, record
 from swarm_notebook.server.engine.requests import Forward
 from swarm_notebook.server.engine.scheduling.pieces import run_whole
 from swarm_notebook.server.engine.span import Span
@@ -23,9 +23,9 @@ def test_what_is_kept_takes_what_is_counted(tiny_llama: Path) -> None:
     blocks = load_blocks(resolve(tiny_llama), 1, 4, dtype=torch.float32)
     span = Span(blocks.decoder, blocks.layers_name, 1)
 
-    def keep(passes: int) -> tuple[list[backward.AutogradPass], int]:
+    def keep(passes: int) -> tuple[list[AutogradPass], int]:
         request = Forward((1, 4), torch.randn(1, 2, HIDDEN))
-        made = [run_whole(backward.record(span, request, lambda _: True)) for _ in range(passes)]
+        made = [run_whole(record(span, request, lambda _: True)) for _ in range(passes)]
         return [graph for graph, _, _ in made], sum(size for _, _, size in made)
 
     first, _ = keep(3)

@@ -18,7 +18,7 @@ from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.engine import Engine
-from swarm_notebook.server.engine.passes import backward
+from swarm_notebook.server.engine.passes import recording
 from swarm_notebook.server.engine.requests import Backward, Forward
 from swarm_notebook.server.engine.scheduling.pieces import Pieces, run_whole
 from swarm_notebook.server.engine.scheduling.scheduler import Kind, Task
@@ -128,7 +128,7 @@ def test_modules_inside_of_blocks(tmp_path: Path) -> None:
 def test_what_is_too_long_to_be_kept_is_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backward, "MAX_RECORDED", ROWS * LENGTH - 1)
+    monkeypatch.setattr(recording, "MAX_RECORDED", ROWS * LENGTH - 1)
     engine = an_engine(_span(tiny_model("llama", tmp_path)))
     request = Forward(BLOCKS, **options(), keep="it")
     run_whole(engine.forward("me", request), 64)
