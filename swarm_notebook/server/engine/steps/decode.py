@@ -1,19 +1,14 @@
 """Steps of one new position, for many sessions, as fast as the card allows.
 
-With a token or a few the time of a step goes into launching kernels: thousands of them, each over
-before the next one is launched. A CUDA graph launches them all at once. It is captured for fixed
-shapes, so a step runs in the smallest *bucket* that holds it: a number of rows and of positions
-(and the blocks that are asked for), with rows that are nobody's in the rest. What changes from step
-to step, the rows' pages and positions, goes into tensors that the graph reads.
+With a token or a few the time of a step goes into launching kernels. A CUDA graph launches them all
+at once; it is captured for fixed shapes, so a step runs in the smallest bucket that holds it (see
+`program`).
 
 `Decoding.try_out` finds out whether a model can do this, by comparing what sessions get with and
 without. Nothing is known by architecture. What cannot (BLOOM and Falcon do not call transformers'
 attention interface, rotations that stretch look at the largest position) goes on as before, and so
 does every step that is not of this kind: more than one position, prompts, adapters, modules inside
 of blocks. All of them share the sessions' caches (`kv.pages`).
-
-A bucket's first step runs without a graph, which is then captured. The outputs of all blocks are in
-the graph's own memory, so states of any block cost nothing but the way to the client.
 
 Measured on one H100 with 32 blocks of an 8B Llama in bfloat16 (context 512), graph and all around
 it: 7.8 ms for one row, 9.0 for 8, 9.7 for 16, 10.7 for 32; products with weights take 5.3 to 5.6 of
@@ -25,19 +20,18 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from swarm_notebook.server.engine.attention.batch import Part
-from swarm_notebook.server.engine.attention.paged import NAME, StepCache, stepping
+from swarm_notebook.server.engine.attention.paged import NAME
 from swarm_notebook.server.engine.kv.cache import PAGE, SessionCache
-from swarm_notebook.server.engine.kv.pages import NOWHERE, KVShape, PagedCache, PagePool
+from swarm_notebook.server.engine.kv.pages import KVShape, PagedCache, PagePool
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.rotary import STRETCHING
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.program import Bucket, Program, pages_of
 from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 
 logger = logging.getLogger(__name__)
@@ -55,27 +49,9 @@ _CLOSE_HALF = 5e-2
 # The first one is computed as it comes, the others by its graph.
 _TRIAL_STEPS = 3
 
-# Columns of a plan before the pages of a row.
-_POSITION, _POSITION_ID, _NEW, _PAGES = range(4)
-
 
 class Impossible(Exception):
     """These blocks cannot take their steps this way; the text says why."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """What a captured step is made for.
-
-    Attributes:
-        blocks: ``[start, end)``.
-        padded: whether rows may have padding.
-    """
-
-    blocks: tuple[int, int]
-    rows: int
-    length: int
-    padded: bool
 
 
 class Decoding:
@@ -161,7 +137,7 @@ class Decoding:
         states = sorted({index for item in items for index in item.step.states})
         outputs = program.run(rows, [blocks[1] - 1, *states])
         for item in items:
-            _pages_of(item).advance(*blocks, item.position + 1)
+            pages_of(item).advance(*blocks, item.position + 1)
         found = dict(zip(states, outputs[1:], strict=True))
         results = []
         begin = 0
@@ -266,131 +242,6 @@ class Decoding:
                 item.state.cache.release()
 
 
-class Program:
-    """A step in one bucket: its inputs, where they stay, and its graph once it is captured.
-
-    Attributes:
-        compute: gives the output of every block from the inputs as they are.
-    """
-
-    def __init__(
-        self,
-        bucket: Bucket,
-        span: Span,
-        pool: PagePool,
-        hidden_size: int,
-        graphs: Any,
-        *,
-        fused: bool = False,
-    ):
-        self.bucket, self.span, self._pool, self._graphs = bucket, span, pool, graphs
-        self._fused = fused
-        rows, on_card = bucket.rows, span.device.type == "cuda"
-        with torch.inference_mode(False):
-            plan = torch.zeros(rows, _PAGES + bucket.length // PAGE, dtype=torch.int64)
-            hidden = torch.zeros(rows, 1, hidden_size, dtype=span.dtype)
-            plan[:, _NEW] = NOWHERE
-            self._plan_here = plan.pin_memory() if on_card else plan
-            self._hidden_here = hidden.pin_memory() if on_card else hidden
-            self._output_here = torch.zeros_like(hidden, pin_memory=on_card)
-            self.plan = self._plan_here.to(span.device)
-            self.hidden = self._hidden_here.to(span.device)
-            self.padding = None
-            if bucket.padded:
-                shape = rows, bucket.length
-                self.padding = torch.ones(shape, dtype=torch.bool, device=span.device)
-        # As numpy's: many small writes.
-        self._columns = self._plan_here.numpy()
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._outputs: list[torch.Tensor] = []
-        self._dirty = 0
-
-    def fill(self, items: Sequence[BatchItem], parts: Sequence[Part]) -> None:
-        """Write down what the rows of a step need."""
-        columns, row = self._columns, 0
-        for item in items:
-            cache, step, position = _pages_of(item), item.step, item.position
-            cache.make_room(position + 1)
-            page, within = divmod(position, PAGE)
-            ids = step.position_ids
-            for index, pages in enumerate(cache.table):
-                line = columns[row]
-                line[_POSITION] = position
-                line[_POSITION_ID] = position if ids is None else int(ids[index % len(ids), 0])
-                line[_NEW] = pages[page] * PAGE + within
-                line[_PAGES : _PAGES + page + 1] = pages[: page + 1]
-                row += 1
-        if row < self._dirty:
-            columns[row : self._dirty] = 0
-            columns[row : self._dirty, _NEW] = NOWHERE
-        self._dirty = row
-        given = [
-            item.step.hidden.reshape(part.rows, 1, -1)
-            for item, part in zip(items, parts, strict=True)
-        ]
-        self._hidden_here[:row].copy_(torch.cat(given) if len(given) > 1 else given[0])
-        self._hidden_here[row:].zero_()
-        if self.padding is not None:
-            self.padding.fill_(True)
-            row = 0
-            for part in parts:
-                if part.padding is not None:
-                    own = part.padding
-                    self.padding[row : row + part.rows, : own.shape[1]] = own.bool()
-                row += part.rows
-
-    def run(self, rows: int, blocks: Sequence[int]) -> list[torch.Tensor]:
-        """The outputs of some blocks for the first ``rows`` rows, on the CPU."""
-        self.plan.copy_(self._plan_here, non_blocking=True)
-        self.hidden.copy_(self._hidden_here, non_blocking=True)
-        if self._graph is not None:
-            self._graph.replay()
-            outputs = self._outputs
-        else:
-            outputs = self.compute()
-        start = self.bucket.blocks[0]
-        result = self._output_here
-        result[:rows].copy_(outputs[blocks[0] - start][:rows], non_blocking=True)
-        others = [outputs[block - start][:rows].cpu() for block in blocks[1:]]
-        if self.span.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        # The next step writes over what stays here.
-        answer = [result[:rows].clone(), *others]
-        if self._graph is None and self._graphs is not None:
-            self._capture()
-        return answer
-
-    def compute(self) -> list[torch.Tensor]:
-        """The output of every block from what the inputs hold."""
-        start, end = self.bucket.blocks
-        table = self.plan[:, _PAGES:]
-        cache = StepCache(
-            self._pool,
-            self._pool.spread(table),
-            self.plan[:, _NEW],
-            self.plan[:, _POSITION : _POSITION + 1],
-            self.padding,
-            table=table if self._fused else None,
-        )
-        with stepping(cache):
-            last, *others = self.span.run(
-                start,
-                end,
-                self.hidden,
-                cache=cache,
-                position_ids=self.plan[:, _POSITION_ID : _POSITION_ID + 1],
-                states=tuple(range(start, end - 1)),
-            )
-        return [*others, last]
-
-    def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may talk to the card meanwhile.
-        with torch.cuda.graph(graph, pool=self._graphs, capture_error_mode="thread_local"):
-            self._outputs = self.compute()
-        self._graph = graph
-
-
 def paged_span(span: Span) -> Span:
     """The same blocks around the same weights, with `attention.paged` for their attention."""
     decoder = span.cloned_decoder()
@@ -434,13 +285,6 @@ def _shapes(cache: SessionCache) -> list[KVShape]:
     return [
         KVShape(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in cache.stores()
     ]
-
-
-def _pages_of(item: BatchItem) -> PagedCache:
-    cache = item.state.cache
-    if not isinstance(cache, PagedCache):
-        raise TypeError("a session with memory of its own does not run in a bucket")
-    return cache
 
 
 def _power(number: int) -> int:

@@ -1,0 +1,177 @@
+"""One step through some blocks in fixed shapes, which a CUDA graph launches at once.
+
+With a token or a few the time of a step goes into launching kernels: thousands of them, each over
+before the next one is launched. A graph is captured for a *bucket*: a number of rows and of
+positions (and the blocks that are asked for), with rows that are nobody's in what a step leaves
+free. What changes from step to step, the rows' pages and positions, goes into tensors that the
+graph reads.
+
+A bucket's first step runs without a graph, which is then captured. The outputs of all blocks are in
+the graph's own memory, so states of any block cost nothing but the way to the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from swarm_notebook.server.engine.attention.batch import Part
+from swarm_notebook.server.engine.attention.paged import StepCache, stepping
+from swarm_notebook.server.engine.kv.cache import PAGE
+from swarm_notebook.server.engine.kv.pages import NOWHERE, PagedCache, PagePool
+from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.session_state import BatchItem
+
+# Columns of a plan before the pages of a row.
+_POSITION, _POSITION_ID, _NEW, _PAGES = range(4)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What a captured step is made for.
+
+    Attributes:
+        blocks: ``[start, end)``.
+        padded: whether rows may have padding.
+    """
+
+    blocks: tuple[int, int]
+    rows: int
+    length: int
+    padded: bool
+
+
+class Program:
+    """A step in one bucket: its inputs, where they stay, and its graph once it is captured.
+
+    Attributes:
+        compute: gives the output of every block from the inputs as they are.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        span: Span,
+        pool: PagePool,
+        hidden_size: int,
+        graphs: Any,
+        *,
+        fused: bool = False,
+    ):
+        self.bucket, self.span, self._pool, self._graphs = bucket, span, pool, graphs
+        self._fused = fused
+        rows, on_card = bucket.rows, span.device.type == "cuda"
+        with torch.inference_mode(False):
+            plan = torch.zeros(rows, _PAGES + bucket.length // PAGE, dtype=torch.int64)
+            hidden = torch.zeros(rows, 1, hidden_size, dtype=span.dtype)
+            plan[:, _NEW] = NOWHERE
+            self._plan_here = plan.pin_memory() if on_card else plan
+            self._hidden_here = hidden.pin_memory() if on_card else hidden
+            self._output_here = torch.zeros_like(hidden, pin_memory=on_card)
+            self.plan = self._plan_here.to(span.device)
+            self.hidden = self._hidden_here.to(span.device)
+            self.padding = None
+            if bucket.padded:
+                shape = rows, bucket.length
+                self.padding = torch.ones(shape, dtype=torch.bool, device=span.device)
+        # As numpy's: many small writes.
+        self._columns = self._plan_here.numpy()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._outputs: list[torch.Tensor] = []
+        self._dirty = 0
+
+    def fill(self, items: Sequence[BatchItem], parts: Sequence[Part]) -> None:
+        """Write down what the rows of a step need."""
+        columns, row = self._columns, 0
+        for item in items:
+            cache, step, position = pages_of(item), item.step, item.position
+            cache.make_room(position + 1)
+            page, within = divmod(position, PAGE)
+            ids = step.position_ids
+            for index, pages in enumerate(cache.table):
+                line = columns[row]
+                line[_POSITION] = position
+                line[_POSITION_ID] = position if ids is None else int(ids[index % len(ids), 0])
+                line[_NEW] = pages[page] * PAGE + within
+                line[_PAGES : _PAGES + page + 1] = pages[: page + 1]
+                row += 1
+        if row < self._dirty:
+            columns[row : self._dirty] = 0
+            columns[row : self._dirty, _NEW] = NOWHERE
+        self._dirty = row
+        given = [
+            item.step.hidden.reshape(part.rows, 1, -1)
+            for item, part in zip(items, parts, strict=True)
+        ]
+        self._hidden_here[:row].copy_(torch.cat(given) if len(given) > 1 else given[0])
+        self._hidden_here[row:].zero_()
+        if self.padding is not None:
+            self.padding.fill_(True)
+            row = 0
+            for part in parts:
+                if part.padding is not None:
+                    own = part.padding
+                    self.padding[row : row + part.rows, : own.shape[1]] = own.bool()
+                row += part.rows
+
+    def run(self, rows: int, blocks: Sequence[int]) -> list[torch.Tensor]:
+        """The outputs of some blocks for the first ``rows`` rows, on the CPU."""
+        self.plan.copy_(self._plan_here, non_blocking=True)
+        self.hidden.copy_(self._hidden_here, non_blocking=True)
+        if self._graph is not None:
+            self._graph.replay()
+            outputs = self._outputs
+        else:
+            outputs = self.compute()
+        start = self.bucket.blocks[0]
+        result = self._output_here
+        result[:rows].copy_(outputs[blocks[0] - start][:rows], non_blocking=True)
+        others = [outputs[block - start][:rows].cpu() for block in blocks[1:]]
+        if self.span.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        # The next step writes over what stays here.
+        answer = [result[:rows].clone(), *others]
+        if self._graph is None and self._graphs is not None:
+            self._capture()
+        return answer
+
+    def compute(self) -> list[torch.Tensor]:
+        """The output of every block from what the inputs hold."""
+        start, end = self.bucket.blocks
+        table = self.plan[:, _PAGES:]
+        cache = StepCache(
+            self._pool,
+            self._pool.spread(table),
+            self.plan[:, _NEW],
+            self.plan[:, _POSITION : _POSITION + 1],
+            self.padding,
+            table=table if self._fused else None,
+        )
+        with stepping(cache):
+            last, *others = self.span.run(
+                start,
+                end,
+                self.hidden,
+                cache=cache,
+                position_ids=self.plan[:, _POSITION_ID : _POSITION_ID + 1],
+                states=tuple(range(start, end - 1)),
+            )
+        return [*others, last]
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may talk to the card meanwhile.
+        with torch.cuda.graph(graph, pool=self._graphs, capture_error_mode="thread_local"):
+            self._outputs = self.compute()
+        self._graph = graph
+
+
+def pages_of(item: BatchItem) -> PagedCache:
+    """Where the keys and values of a session that runs in buckets lie."""
+    cache = item.state.cache
+    if not isinstance(cache, PagedCache):
+        raise TypeError("a session with memory of its own does not run in a bucket")
+    return cache
