@@ -189,7 +189,7 @@ def timed(parts: dict[str, float], owner: Any, **names: str) -> Any:
 def child(peers: list[str] | None, model: str | None) -> None:
     """In a fresh process: connect, generate one token, print the seconds of each part."""
     began = time.perf_counter()
-    from swarm_notebook import swarm as module
+    from swarm_notebook import connecting as module
     from swarm_notebook.checkpoint.source import ModelSource
     from swarm_notebook.client import connection
 

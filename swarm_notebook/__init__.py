@@ -18,6 +18,8 @@ from swarm_notebook.lazy import lazy_names
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
+    from swarm_notebook.connecting import connect as connect
+    from swarm_notebook.connecting import look as look
     from swarm_notebook.errors import SwarmError as SwarmError
     from swarm_notebook.local.lending import Lending as Lending
     from swarm_notebook.local.swarm import LocalServer as LocalServer
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from swarm_notebook.report.status import SwarmStatus as SwarmStatus
     from swarm_notebook.report.trace import Trace as Trace
     from swarm_notebook.swarm import Swarm as Swarm
-    from swarm_notebook.swarm import connect as connect
-    from swarm_notebook.swarm import look as look
 
 __version__ = "0.1.0"
 
@@ -49,9 +49,9 @@ __getattr__, __dir__ = lazy_names(
         "SwarmError": "errors",
         "SwarmStatus": "report.status",
         "Trace": "report.trace",
-        "connect": "swarm",
+        "connect": "connecting",
         "errors": "errors",
-        "look": "swarm",
+        "look": "connecting",
         "plan": "planning.plan",
         "probing": "probing",
         "widgets": "widgets",

@@ -388,7 +388,7 @@ def _remove_when_orphaned(scratch: Path) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from swarm_notebook.swarm import look
+    from swarm_notebook.connecting import look
 
     status = look(options.peers, model=options.model)
     print(status)

@@ -124,7 +124,7 @@ class SwarmMagics:
 
     def _connect(self, arguments: argparse.Namespace) -> None:
         self._warmup.wait()
-        from swarm_notebook.swarm import connect
+        from swarm_notebook.connecting import connect
 
         options = {"model": arguments.model, "dtype": arguments.dtype, "timeout": arguments.timeout}
         options["compression"], options["own"] = arguments.compression, arguments.own

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODULES = (
-    "swarm_notebook.swarm",
+    "swarm_notebook.connecting",
     "swarm_notebook.local.swarm",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",

@@ -80,9 +80,7 @@ def test_links_lead_somewhere(paper: Path) -> None:
 
 
 def test_what_is_not_there_is_found() -> None:
-    text = (
-        "`client/nowhere.py`, `swarm_notebook.swarm.connect`, `gone/`, `swarm_notebook.gone.too`,"
-    )
+    text = "`client/nowhere.py`, `swarm_notebook.swarm.Swarm`, `gone/`, `swarm_notebook.gone.too`,"
     text += " `test_of_nothing`, `PROTOCOL_VERSION`, `NO_SUCH_LIMIT`, server/engine/gone.py"
     found = [
         "path client/nowhere.py",

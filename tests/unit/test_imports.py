@@ -14,13 +14,13 @@ FORBIDDEN = [
     ("net", "client model server report local planning notebook widgets"),
     ("client", "model server local planning notebook widgets"),
     ("model", "server local planning notebook widgets"),
-    ("server", "client model report local planning notebook widgets swarm"),
+    ("server", "client model report local planning notebook widgets swarm connecting"),
     ("server.engine", "net server.rpc"),
     ("server.adapters.config server.adapters.file server.adapters.store", "net server.engine"),
     ("server.adapters.mixing server.adapters.upload", "net server.engine"),
     ("checkpoint", "net client model server report local planning notebook widgets"),
     ("report", "model server local planning notebook widgets"),
-    ("planning", "net client model server local notebook widgets swarm"),
+    ("planning", "net client model server local notebook widgets swarm connecting"),
 ]
 
 

@@ -134,7 +134,7 @@ def test_adapters_around_packed_weights(scene: Scene) -> None:
 
 def test_status_says_what_is_served(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     with (
-        caplog.at_level(logging.WARNING, "swarm_notebook.swarm"),
+        caplog.at_level(logging.WARNING, "swarm_notebook.connecting"),
         sn.connect(scene.servers.initial_peers, model=scene.folder) as swarm,
     ):
         status = swarm.status()
