@@ -10,6 +10,7 @@ from torch import nn
 
 from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.request import Outputs
+from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.layout import Layout
 from swarm_notebook.model.calls.autograd import SameTensor, Segment
 from swarm_notebook.model.generation.cache import RemoteCache
@@ -79,3 +80,18 @@ class Call:
         if place is not None:
             self.place = place + 1
         return place
+
+    def refuse_detours(self, index: int, before: int, place: int | None) -> None:
+        """With a cache, all blocks have to be called as they are listed."""
+        if place is None:
+            raise Unsupported(
+                f"block {index} is called again or out of order, but has one place in a cache; "
+                "pass use_cache=False"
+            )
+        passed = self.layout.order[before:place]
+        skipped = [block for block in passed if block not in self.layout.home]
+        if skipped:
+            raise Unsupported(
+                f"block {skipped[0]} was skipped, so it has no keys and values for these tokens; "
+                "pass use_cache=False to run without some blocks, or take them out of the list"
+            )

@@ -1,4 +1,4 @@
-"""What a remote block is given beside hidden states: it must be what its server computes by itself.
+"""What a remote block is given: beside hidden states, what its server computes by itself.
 
 A decoder hands each block rotary embeddings, a mask and more. Of these nothing travels: a server
 makes them anew from positions and the mask of the call. So what a hook, a wrapper or another rotary
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from swarm_notebook.errors import Unsupported
+from swarm_notebook.model.blocks.blanks import is_blank
 from swarm_notebook.model.calls.call import Call
 from swarm_notebook.model.calls.rotary import Rotations
 
@@ -41,6 +42,16 @@ def refuse_others(index: int, call: Call, named: Mapping[str, Any], rotations: R
         if ids is None or not torch.equal(*torch.broadcast_tensors(ids, expected)):
             _refuse(index, "position_embeddings")
     call.embeddings.append(embeddings)
+
+
+def refuse_blank(index: int, hidden: torch.Tensor) -> None:
+    """Refuse hidden states that were never here."""
+    if is_blank(hidden):
+        raise Unsupported(
+            f"block {index} is called in another order than the list of blocks says, or the model "
+            "changes hidden states before it outside of any hook; register a forward hook on the "
+            "block before"
+        )
 
 
 def _same(one: Any, other: Any) -> bool:

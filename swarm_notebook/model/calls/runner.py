@@ -29,23 +29,22 @@ import torch
 from torch import nn
 
 from swarm_notebook.client.connection import Connection
-from swarm_notebook.client.request import Outputs, Request
-from swarm_notebook.client.session.history import Pass
+from swarm_notebook.client.request import Outputs
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.adapters.injected import Adapters
 from swarm_notebook.model.blocks import hooks
-from swarm_notebook.model.blocks.blanks import blank, is_blank
+from swarm_notebook.model.blocks.blanks import blank
 from swarm_notebook.model.blocks.blocklist import watched
 from swarm_notebook.model.blocks.intact import dropouts, refuse_transforms
 from swarm_notebook.model.blocks.layout import Layout, plan
 from swarm_notebook.model.blocks.observer import Observer
 from swarm_notebook.model.blocks.remote import OwnBlock
 from swarm_notebook.model.calls import inputs
-from swarm_notebook.model.calls.alone import request_alone
 from swarm_notebook.model.calls.autograd import SameTensor, Segment, without_gradient
 from swarm_notebook.model.calls.call import Call
-from swarm_notebook.model.calls.given import refuse_changed, refuse_others
+from swarm_notebook.model.calls.given import refuse_blank, refuse_changed, refuse_others
 from swarm_notebook.model.calls.kept import Kept
+from swarm_notebook.model.calls.requests import detached, pass_of, request_alone, request_of
 from swarm_notebook.model.calls.rotary import Rotations
 from swarm_notebook.model.calls.tracing import BlockTrace
 from swarm_notebook.model.generation.cache import RemoteCache, adopted
@@ -53,6 +52,20 @@ from swarm_notebook.model.generation.cache import RemoteCache, adopted
 
 def _without_values(hidden: torch.Tensor) -> bool:
     return hidden.is_meta or type(hidden).__name__ == "FakeTensor"
+
+
+class _ThreadState(threading.local):
+    """What one thread is at.
+
+    Attributes:
+        call: the run of the decoder.
+        given: what the block that is called next was called with, before its hooks.
+        generating: the cache that ``generate`` uses.
+    """
+
+    call: Call | None = None
+    given: dict[str, Any] | None = None
+    generating: weakref.ref[RemoteCache] | None = None
 
 
 class Runner:
@@ -81,7 +94,7 @@ class Runner:
         self._told = False
         self.kept = Kept()
         self._observer = Observer(blocks)
-        self._local = threading.local()
+        self._local = _ThreadState()
 
     def __deepcopy__(self, memo: dict) -> Runner:
         """A copy of the model is another view on the same servers, with hooks of its own."""
@@ -93,7 +106,7 @@ class Runner:
         twin._masks = copy.deepcopy(self._masks, memo)
         twin._recorded = copy.deepcopy(self._recorded, memo)
         twin._rotations = copy.deepcopy(self._rotations, memo)
-        twin._local, twin.kept = threading.local(), Kept()
+        twin._local, twin.kept = _ThreadState(), Kept()
         return twin
 
     def __reduce__(self) -> Any:
@@ -105,7 +118,7 @@ class Runner:
     @property
     def generating(self) -> RemoteCache | None:
         """The cache that ``generate`` uses in this thread, if it still lives."""
-        held: weakref.ref[RemoteCache] | None = getattr(self._local, "generating", None)
+        held = self._local.generating
         return None if held is None else held()
 
     @generating.setter
@@ -219,7 +232,7 @@ class Runner:
 
     def _shown(self, asking: CodeType) -> list[nn.Module] | None:
         """What the decoder's forward sees of its blocks: the first one, if it stands for all."""
-        call: Call | None = getattr(self._local, "call", None)
+        call = self._local.call
         if call is None or not call.whole or call.inside or asking is not self._forward_code:
             return None
         call.shortened = True
@@ -235,7 +248,7 @@ class Runner:
         cache.continue_with(layout)
 
     def _end(self, _decoder: object = None, _args: object = None, output: Any = None) -> None:
-        call: Call | None = getattr(self._local, "call", None)
+        call = self._local.call
         self._local.call = None
         self._masks.restore()
         if call is None or output is None or not call.place:
@@ -256,10 +269,10 @@ class Runner:
         """The output of block ``index``; the network is asked only when it must be."""
         if _without_values(hidden):
             return torch.empty_like(hidden)
-        call: Call | None = getattr(self._local, "call", None)
+        call = self._local.call
         if call is None:
             return self._run_alone(index, hidden, kwargs)
-        given, self._local.given = getattr(self._local, "given", None), None
+        given, self._local.given = self._local.given, None
         if given is not None:
             refuse_changed(index, given, kwargs)
         refuse_others(index, call, kwargs, self._rotations)
@@ -270,7 +283,7 @@ class Runner:
                 # The same values, but perhaps wrapped anew: the graph must follow the wrapping.
                 call.piece_input = hidden
         else:
-            _refuse_blank(index, hidden)
+            refuse_blank(index, hidden)
             self._fetch(call, index, hidden, before, place)
         for name, module in call.inside.get(index, ()):
             inner = self._inner(call, index, name)
@@ -303,11 +316,11 @@ class Runner:
     def run_own(self, index: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """What block ``index``, which is at home, makes of its arguments by ``forward``."""
         hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-        call: Call | None = getattr(self._local, "call", None)
+        call = self._local.call
         if call is None or _without_values(hidden):
             return forward(*args, **kwargs)
         call.arrive(index)
-        _refuse_blank(index, hidden)
+        refuse_blank(index, hidden)
         cache = call.cache
         if cache is not None:
             if call.position and torch.is_grad_enabled() and _learns(self.blocks[index], hidden):
@@ -367,11 +380,12 @@ class Runner:
             raise Unsupported(_NO_CACHED_GRADIENTS)
         stateless = cache is None or (call.position == 0 and (cache.lazy or gradients))
         if not stateless:
-            _refuse_detours(call.layout, index, before, place)
+            call.refuse_detours(index, before, place)
             if call.adapter is not None and "alora_offsets" in call.adapter.by_row:
                 raise Unsupported(_ALORA)
         call.end = index + 1 if place is None else call.layout.stretch_end(place)
-        request = self._request(call, index, hidden)
+        length = self._rotations.length(call.last)
+        request = request_of(call, index, hidden, self._prompts(index, call.end), length)
         if stateless and not call.packs and request.position_ids is not None:
             # Without a cache and a mask a server would find sequences packed in one row.
             ones = torch.ones(call.rows, call.new, dtype=torch.uint8)
@@ -396,29 +410,6 @@ class Runner:
             for block, state in received.items():
                 received[block] = self.kept.fill_up(state.to(hidden.device), call.new)
 
-    def _request(self, call: Call, index: int, hidden: torch.Tensor) -> Request:
-        prompts, end = self._prompts(index, call.end), call.end
-        return Request(
-            index,
-            end,
-            # A copy: hooks may write into the tensor that the model holds.
-            hidden.detach().to("cpu", copy=True),
-            call.position,
-            mask=call.mask,
-            position_ids=call.position_ids,
-            states=sorted(block for block in call.states if index <= block < end - 1),
-            prompts=None if prompts is None else prompts.detach().to("cpu", hidden.dtype),
-            adapter=call.adapter,
-            inner=[
-                (block, name)
-                for block, modules in call.inside.items()
-                if index <= block < end
-                for name, _ in modules
-            ],
-            seed=call.seed,
-            rotary_length=self._rotations.length(call.last),
-        )
-
     def _remember(self, call: Call, cache: RemoteCache, index: int, hidden: torch.Tensor) -> None:
         """Note the input of a block in the session's history, from which caches are rebuilt."""
         session = cache.session
@@ -427,21 +418,10 @@ class Runner:
                 session.edit(index, hidden)
             return
         call.begun = True
-        prompts = self._prompts(0, len(self.blocks))
-        new = Pass(
-            call.position,
-            hidden.shape[1],
-            {index: hidden.detach().to("cpu")},
-            mask=call.mask,
-            position_ids=call.position_ids,
-            rotary_length=self._rotations.length(call.last),
-        )
-        session.begin(
-            new,
-            call.adapter,
-            None if prompts is None else prompts.detach().to("cpu", hidden.dtype),
-            call.layout.absent(len(self.blocks)),
-        )
+        new = pass_of(call, index, hidden, self._rotations.length(call.last))
+        absent = call.layout.absent(len(self.blocks))
+        prompts = detached(self._prompts(0, len(self.blocks)), hidden.dtype)
+        session.begin(new, call.adapter, prompts, absent)
 
     def _run_alone(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """A block that is called by itself, outside of the model's own forward."""
@@ -475,27 +455,3 @@ def _continued(cache: object) -> bool:
 
 def _learns(block: nn.Module, hidden: torch.Tensor) -> bool:
     return hidden.requires_grad or any(one.requires_grad for one in block.parameters())
-
-
-def _refuse_blank(index: int, hidden: torch.Tensor) -> None:
-    if is_blank(hidden):
-        raise Unsupported(
-            f"block {index} is called in another order than the list of blocks says, or the model "
-            "changes hidden states before it outside of any hook; register a forward hook on the "
-            "block before"
-        )
-
-
-def _refuse_detours(layout: Layout, index: int, before: int, place: int | None) -> None:
-    """With a cache, all blocks have to be called as they are listed."""
-    if place is None:
-        raise Unsupported(
-            f"block {index} is called again or out of order, but has one place in a cache; pass "
-            "use_cache=False"
-        )
-    skipped = [block for block in layout.order[before:place] if block not in layout.home]
-    if skipped:
-        raise Unsupported(
-            f"block {skipped[0]} was skipped, so it has no keys and values for these tokens; pass "
-            "use_cache=False to run without some blocks, or take them out of the list"
-        )

@@ -1,4 +1,4 @@
-"""A block that is called by itself, outside of the model's own forward."""
+"""What servers are asked: for a stretch of a call, for its history, for a block by itself."""
 
 from __future__ import annotations
 
@@ -8,16 +8,67 @@ import torch
 from transformers.cache_utils import Cache
 
 from swarm_notebook.client.request import Request
+from swarm_notebook.client.session.history import Pass
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.blanks import is_blank
+from swarm_notebook.model.calls.call import Call
 from swarm_notebook.model.calls.inputs import unusual_positions
 from swarm_notebook.model.calls.rotary import Rotations
+
+
+def request_of(
+    call: Call, index: int, hidden: torch.Tensor, prompts: torch.Tensor | None, length: int | None
+) -> Request:
+    """What is asked of the chain from block ``index`` to the end of the present stretch.
+
+    Args:
+        prompts: of these blocks.
+        length: that the rotary modules have come to.
+    """
+    end = call.end
+    return Request(
+        index,
+        end,
+        # A copy: hooks may write into the tensor that the model holds.
+        hidden.detach().to("cpu", copy=True),
+        call.position,
+        mask=call.mask,
+        position_ids=call.position_ids,
+        states=sorted(block for block in call.states if index <= block < end - 1),
+        prompts=detached(prompts, hidden.dtype),
+        adapter=call.adapter,
+        inner=[
+            (block, name)
+            for block, modules in call.inside.items()
+            if index <= block < end
+            for name, _ in modules
+        ],
+        seed=call.seed,
+        rotary_length=length,
+    )
+
+
+def pass_of(call: Call, index: int, hidden: torch.Tensor, length: int | None) -> Pass:
+    """What a session's history gets to know when block ``index`` is the first remote one."""
+    return Pass(
+        call.position,
+        hidden.shape[1],
+        {index: hidden.detach().to("cpu")},
+        mask=call.mask,
+        position_ids=call.position_ids,
+        rotary_length=length,
+    )
+
+
+def detached(prompts: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Prompts as they travel."""
+    return None if prompts is None else prompts.detach().to("cpu", dtype)
 
 
 def request_alone(
     index: int, hidden: torch.Tensor, kwargs: dict[str, Any], rotations: Rotations
 ) -> Request:
-    """What is asked of the server of block ``index``.
+    """What is asked for block ``index`` when it is called outside of the model's own forward.
 
     Args:
         hidden: ``[batch, length, hidden]``, the block's input.
