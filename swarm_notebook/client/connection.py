@@ -22,8 +22,7 @@ from swarm_notebook.client.passes.forward import Trail
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.servers.catalogue import served
 from swarm_notebook.client.servers.directory import PATIENCE, Directory
-from swarm_notebook.client.session.session import InferenceSession
-from swarm_notebook.client.session.unpadded import UnpaddedSession
+from swarm_notebook.client.session.batch import BatchSession
 from swarm_notebook.errors import ConnectionFailed, ServerGone
 from swarm_notebook.net.identity import is_peer_id
 from swarm_notebook.net.membership.certificate import Credentials
@@ -119,13 +118,13 @@ class Connection:
         if self.auditor is not None:
             self.run(wait(self.auditor))
 
-    def session(self, max_length: int | None = None) -> InferenceSession:
+    def session(self, max_length: int | None = None) -> BatchSession:
         """A new session without servers yet; its first step chooses them."""
-        return UnpaddedSession(self.directory, max_length)
+        return BatchSession(self.directory, max_length)
 
     def step(
         self,
-        session: InferenceSession,
+        session: BatchSession,
         block: int,
         stop: int,
         states: Collection[int],
@@ -133,7 +132,7 @@ class Connection:
         *,
         last: int | None = None,
     ) -> Outputs:
-        """`InferenceSession.step` of blocks ``[block, stop)``; shows how far a long one is."""
+        """`BatchSession.step` of blocks ``[block, stop)``; shows how far a long one is."""
         length = session.length
         work = session.step(block, stop, states, inner, last=last)
         if length < LONG_PASS:
