@@ -22,6 +22,7 @@ from swarm_notebook.checkpoint.digest import digest
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.discovery import await_spans, choose_dtype, only_model, only_record
+from swarm_notebook.client.servers.bits import WHOLE_BITS
 from swarm_notebook.client.servers.directory import PATIENCE
 from swarm_notebook.local.swarm import LocalSwarm
 from swarm_notebook.model import home, skeleton
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Weights of fewer bits than these were made coarser by their server.
-WHOLE_BITS = 16
 # Of what is computed anyway: a fiftieth is lost among the differences between two runs, and who
 # always answers wrong is found after 50 requests on average, a new server sooner (`choice`).
 SPOT_RATE = 0.02

@@ -14,6 +14,7 @@ import torch
 
 from swarm_notebook.client.connection import Connection, served_models
 from swarm_notebook.client.servers.routing import describe_blocks
+from swarm_notebook.client.servers.waiting import check_checkpoint, check_membership
 from swarm_notebook.errors import MissingBlocks, ModelNotServed
 from swarm_notebook.net.records import ModelRecord, ServerSpan, ServerState
 from swarm_notebook.net.tensors import dtype_from_name
@@ -60,8 +61,8 @@ def await_spans(
     readings, warned = 1, False
     deadline = directory.began + directory.patience
     while not (spans := directory.snapshot.spans) or directory.missing():
-        directory.check_checkpoint()
-        directory.check_membership()
+        check_checkpoint(directory)
+        check_membership(directory)
         waited = time.monotonic() - directory.began
         if waited > directory.patience:
             break

@@ -20,7 +20,7 @@ from functools import cached_property
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.client.servers.directory import Outcomes
+from swarm_notebook.client.audit.interface import Outcomes
 from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.net.records import ServerSpan, ServerState
 from swarm_notebook.net.tensors import COMPRESSIONS

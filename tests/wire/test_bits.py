@@ -18,6 +18,7 @@ import swarm_notebook as sn
 from swarm_notebook.checkpoint.packed import PackedWeight
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.client.servers import bits
 from swarm_notebook.errors import MissingBlocks, Unsupported
 from swarm_notebook.server.engine.quantising.loading import load_quantised
 from swarm_notebook.server.options import ServeOptions
@@ -160,8 +161,8 @@ def test_a_float_server_is_preferred_to_none_but_said(
         with sn.connect(whole.initial_peers, model=scene.folder) as swarm:
             swarm.model(ids)
             directory = swarm.connection.directory
-            with caplog.at_level(logging.WARNING, directory.__module__):
-                directory._bits |= dict.fromkeys(range(5), 4.5)
+            with caplog.at_level(logging.WARNING, bits.__name__):
+                directory.bits.by_block |= dict.fromkeys(range(5), 4.5)
                 swarm.model(ids)
                 swarm.model(ids)
     assert caplog.text.count("results change") == 1

@@ -24,12 +24,13 @@ from swarm_notebook.client.audit import limits, piece
 from swarm_notebook.client.audit.choice import Choice
 from swarm_notebook.client.audit.comparison import Errors, Result, errors_of
 from swarm_notebook.client.audit.evidence import Evidence
+from swarm_notebook.client.audit.interface import Outcomes
 from swarm_notebook.client.audit.piece import Piece
 from swarm_notebook.client.audit.verdicts import AGREED, HERE, OPEN, WRONG, Verdict, Verdicts
 from swarm_notebook.client.passes.backward import PassGradients, backward_segment
 from swarm_notebook.client.passes.forward import forward_segment
 from swarm_notebook.client.request import Request
-from swarm_notebook.client.servers.directory import Directory, Outcomes
+from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.client.session.history import History
 from swarm_notebook.client.telemetry import Failover

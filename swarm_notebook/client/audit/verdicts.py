@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from swarm_notebook.client.audit.comparison import Errors
+from swarm_notebook.client.audit.interface import Outcomes
 from swarm_notebook.client.audit.piece import Piece
-from swarm_notebook.client.servers.directory import Outcomes
 
 AGREED, WRONG, OPEN = "agreed", "wrong", "open"
 HERE = "this notebook"

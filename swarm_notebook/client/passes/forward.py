@@ -34,6 +34,7 @@ from swarm_notebook.client.request import (
 )
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
+from swarm_notebook.client.servers.waiting import await_chain
 from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import BadRequest, MissingBlocks, NotAMember, RemoteError
 from swarm_notebook.net import protocol, tensors
@@ -74,7 +75,7 @@ async def forward(
         MissingBlocks: no server holds a block, and none came in time.
         BadRequest: two servers, or the only one, found the request invalid.
     """
-    chain = _cut(await directory.await_chain(request.start, request.end), request)
+    chain = _cut(await await_chain(directory, request.start, request.end), request)
     rows, length = request.hidden.shape[:2]
     groups = row_groups(rows, len(chain), _most_rows(chain, length))
     results = await together(
@@ -263,13 +264,13 @@ class Refusals:
         self._by_peer.clear()
 
     async def await_chain(self, start: int, end: int) -> list[RouteSegment]:
-        """`Directory.await_chain` without those that refused.
+        """`waiting.await_chain` without those that refused.
 
         Raises:
             BadRequest, NotAMember: what they said, if no other server has the blocks.
         """
         if not self._by_peer:
-            return await self._directory.await_chain(start, end)
+            return await await_chain(self._directory, start, end)
         try:
             # Not waited for: a request that is wrong is to be called so at once.
             return self._directory.chain(start, end, list(self._by_peer))

@@ -16,11 +16,11 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from swarm_notebook.checkpoint.digest import matches
+from swarm_notebook.client.audit.interface import Audits
 from swarm_notebook.client.servers import routing
 from swarm_notebook.client.servers.announced import Announced
 from swarm_notebook.client.servers.asking import (
@@ -31,15 +31,10 @@ from swarm_notebook.client.servers.asking import (
     said,
     try_ask,
 )
+from swarm_notebook.client.servers.bits import BitsInUse
 from swarm_notebook.client.servers.health import OTHER, Fault, PeerHealth
 from swarm_notebook.client.telemetry import Telemetry
-from swarm_notebook.errors import (
-    MissingBlocks,
-    NotAMember,
-    OtherCheckpoint,
-    RemoteError,
-    ServerGone,
-)
+from swarm_notebook.errors import MissingBlocks, NotAMember, RemoteError, ServerGone
 from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.node import Node, smoothed_rtt
 from swarm_notebook.net.records import ServerSpan, ServerState, spans_of
@@ -52,7 +47,6 @@ REFRESH_PERIOD = 10.0
 REFRESH_PERIOD_MISSING = 1.0
 # How long a call waits for servers: a server of ours restarts in 10 to 30 s.
 PATIENCE = 30.0
-WAIT_PERIOD = 0.5
 # How long the first reading may take in any case: a DHT search gives up on a silent peer after 3 s.
 FIRST_READING = 4.0
 # Longer than any restart, and than records of a dead server live (Petals': four minutes).
@@ -101,40 +95,6 @@ class _LastSeen:
     blocks: set[int] = field(default_factory=set)
 
 
-class Outcomes(NamedTuple):
-    """How many audits of a server ended in which way."""
-
-    agreed: int = 0
-    wrong: int = 0
-    open: int = 0
-
-
-class Audits(Protocol):
-    """Takes note of finished work, to audit some of it in the background (`client.audit`).
-
-    Attributes:
-        positions: of how many of the last positions of a pass it needs the answers at least.
-    """
-
-    positions: int
-
-    def step(self, history: Any) -> None:
-        """A step of the session with this history has come back."""
-
-    def forwarded(
-        self, segment: routing.RouteSegment, request: Any, answer: torch.Tensor, kept: bool
-    ) -> None:
-        """A server has answered its part of a forward pass without a cache."""
-
-    def went_back(
-        self, segment: routing.RouteSegment, request: Any, grad: torch.Tensor, found: Any
-    ) -> None:
-        """A server has answered its part of a backward pass."""
-
-    def outcomes(self, peer: str) -> Outcomes:
-        """What audits of a server have found so far; called from any thread."""
-
-
 @dataclass
 class Directory:
     """Servers of the model `prefix` with `num_blocks` blocks, as seen by `node`.
@@ -155,6 +115,8 @@ class Directory:
         min_bits: servers with fewer bits per weight are not used.
         audits: takes note of finished work; None: nothing is audited.
         shortages: what calls wait for just now.
+        refused: what a private swarm has said last to this notebook, if it is no member.
+        bits: per weight of the blocks that are computed.
     """
 
     node: Node
@@ -176,12 +138,11 @@ class Directory:
     min_bits: float = 0.0
     audits: Audits | None = None
     shortages: list[Shortage] = field(default_factory=list)
+    refused: list[NotAMember] = field(default_factory=list)
+    bits: BitsInUse = field(default_factory=BitsInUse)
     _announced: Announced = field(init=False)
     _asked: dict[str, float] = field(default_factory=dict)
-    _bits: dict[int, float] = field(default_factory=dict)
-    _told_bits: set[tuple[int, float, float]] = field(default_factory=set)
     _last_seen: dict[str, _LastSeen] = field(default_factory=dict)
-    _refused: list[NotAMember] = field(default_factory=list)
     _next_reading: float = 0.0
     _refreshing: asyncio.Task | None = None
     _background: asyncio.Task | None = None
@@ -270,11 +231,11 @@ class Directory:
         except PING_ERRORS as error:
             logger.debug("ping of %s: %s", peer, error)
             if isinstance(error, NotAMember):
-                self._refused[:] = [error]
+                self.refused[:] = [error]
             self.health.silent(peer, said(error))
             return False
         self.heard[peer] = time.time()
-        self._refused.clear()
+        self.refused.clear()
         self.health.answered(peer)
         self._announced.told(peer, info, self.num_blocks)
         self.rtt[peer] = smoothed_rtt(self.rtt.get(peer), time.perf_counter() - began)
@@ -308,14 +269,16 @@ class Directory:
         refused: list[NotAMember] = []
         found = await try_ask(self.node, peer, refused)
         if refused:
-            self._refused[:] = refused
+            self.refused[:] = refused
         return found
 
     def missing(self) -> list[int]:
         """Blocks that are needed and that no server holds which is online and not avoided."""
-        return [block for block in self._missing(0, self.num_blocks) if block not in self.home]
+        missing = self.missing_within(0, self.num_blocks)
+        return [block for block in missing if block not in self.home]
 
-    def _missing(self, start: int, end: int, exclude: Collection[str] = ()) -> list[int]:
+    def missing_within(self, start: int, end: int, exclude: Collection[str] = ()) -> list[int]:
+        """As `missing`, of these blocks, without some peers, and those at home, too."""
         usable = [span for span in self.usable() if span.peer not in exclude]
         online = [span for span in usable if span.info.state == ServerState.ONLINE]
         return routing.uncovered(online, start, end)
@@ -345,100 +308,13 @@ class Directory:
         stretches = routing.stretches(self.num_blocks, self.home if home is None else home)
         return [segment for start, end in stretches for segment in self.chain(start, end)]
 
-    async def await_chain(
-        self, start: int, end: int, exclude: Collection[str] = ()
-    ) -> list[routing.RouteSegment]:
-        """`chain`, waited for up to `patience` when some blocks have no server just now."""
-        deadline = time.monotonic() + self.patience
-        shortage: Shortage | None = None
-        try:
-            while True:
-                try:
-                    chain = self.chain(start, end, exclude)
-                    self._tell_bits(chain)
-                    return chain
-                except MissingBlocks as error:
-                    self.check_membership()
-                    left = deadline - time.monotonic()
-                    missing = self._missing(start, end, exclude) or [start, end - 1]
-                    if left <= 0:
-                        raise MissingBlocks(
-                            f"{error}. Waited {self.patience:.0f} s for a server; start one with "
-                            f"`swarm-notebook serve … --blocks {missing[0]}:{missing[-1] + 1}` and "
-                            "call again"
-                        ) from None
-                    if shortage is None:
-                        logger.warning("%s; waiting up to %.0f s", error, self.patience)
-                        shortage = Shortage(
-                            routing.describe_blocks(missing),
-                            self._holders(missing),
-                            time.time(),
-                            self.patience,
-                        )
-                        self.shortages.append(shortage)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(left):
-                        # A known server that is back says so at once; a search of the DHT may be
-                        # held up by many that are gone.
-                        if not await self._try_avoided(start, end, exclude):
-                            await self.node.redial(self.heard)
-                            await self.refresh()
-                            await self._try_avoided(start, end, exclude)
-                        await asyncio.sleep(WAIT_PERIOD)
-        finally:
-            if shortage is not None:
-                self.shortages.remove(shortage)
-
-    def _tell_bits(self, chain: Sequence[routing.RouteSegment]) -> None:
-        """Say once when blocks are computed with other weights than before."""
-        for segment in chain:
-            bits = segment.span.weight_bits
-            changed = [
-                block
-                for block in range(segment.start, segment.end)
-                # Whole weights are the same values in any of their dtypes.
-                if min(self._bits.setdefault(block, bits), 16) != min(bits, 16)
-            ]
-            before = {(block, self._bits[block], bits) for block in changed}
-            self._bits |= dict.fromkeys(range(segment.start, segment.end), bits)
-            if before - self._told_bits:
-                self._told_bits |= before
-                logger.warning(
-                    "%s go on with %.3g bits per weight instead of %.3g on %s: results change "
-                    "(sn.connect(min_bits=...) refuses coarser weights)",
-                    routing.describe_blocks(changed),
-                    bits,
-                    next(iter(before))[1],
-                    segment.span.name,
-                )
-
-    async def _try_avoided(self, start: int, end: int, exclude: Collection[str]) -> bool:
-        """Use servers again that have failed, for blocks that nobody else has, if they answer.
-
-        Returns:
-            whether all of the blocks have a server now.
-        """
-        missing = self._missing(start, end, exclude)
-        avoided = [
-            span
-            for span in self.snapshot.spans
-            if span.peer not in exclude
-            and self.avoided(span.peer)
-            and any(span.start <= block < span.end for block in missing)
-        ]
-        await asyncio.gather(*(self.ping(span.peer) for span in avoided))
-        for span in avoided:
-            if self.avoided(span.peer) and self.health.give_chance(span.peer):
-                logger.info("trying %s again, as nobody else has its blocks", span.name)
-        return not self._missing(start, end, exclude)
-
-    def _holders(self, blocks: Collection[int]) -> tuple[str, ...]:
+    def holders(self, blocks: Collection[int]) -> tuple[str, ...]:
         """Names of those that had some of these blocks within `FORGET_SECONDS`."""
         seen = [one for one in self._last_seen.values() if one.blocks.intersection(blocks)]
         return tuple(sorted({one.name for one in seen}))
 
     def _who_had(self, start: int, end: int) -> str:
-        names = self._holders(self._missing(start, end))
+        names = self.holders(self.missing_within(start, end))
         had = f"; until now {', '.join(names)} had them" if names else ""
         coarse = "".join(
             f"; {span.name} has {span.weight_bits:.3g} bits, but min_bits is {self.min_bits:g}"
@@ -527,32 +403,3 @@ class Directory:
                 logger.warning("%s is not used: %s", span.name, found[span.peer])
         self._warned = set(found)
         return found
-
-    def check_membership(self) -> None:
-        """See to it that servers are not missing only because they do not let this notebook in.
-
-        Raises:
-            NotAMember: the swarm is private, or this notebook is a member no more.
-        """
-        if self.node.membership is not None:
-            self.node.membership.check_own()
-        # Whoever says so may lie; it counts where blocks are missing besides.
-        if self._refused and self.missing():
-            raise self._refused[0]
-
-    def check_checkpoint(self) -> None:
-        """See to it that servers are not missing only because they have another checkpoint.
-
-        Raises:
-            OtherCheckpoint: they are; it names both digests.
-        """
-        missing, others = set(self.missing()), self.snapshot.others
-        spans = [span for span in self.snapshot.spans if span.peer in others]
-        theirs = {block for span in spans for block in range(span.start, span.end)}
-        if missing and missing <= theirs:
-            first = next(span for span in spans if missing & set(range(span.start, span.end)))
-            raise OtherCheckpoint(
-                f"{self.prefix}: server {first.name} (blocks {first.start}:{first.end}) is not "
-                f"used: {others[first.peer]}, and nobody else has its blocks. Give the folder or "
-                "file that the servers were started with, or start servers with this notebook's"
-            )

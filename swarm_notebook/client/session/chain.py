@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
+from swarm_notebook.client.servers.waiting import await_chain
 from swarm_notebook.client.session.history import History
 from swarm_notebook.client.session.hop import Hop
 from swarm_notebook.client.telemetry import HopTimes
@@ -82,7 +83,7 @@ class Chain:
         starts = [hop.start for hop in self._hops if hop.start > block]
         last = self.directory.num_blocks
         end = min([last, *starts, *(other for other in self.absent if other > block)])
-        for segment in await self.directory.await_chain(start, end, refusing):
+        for segment in await await_chain(self.directory, start, end, refusing):
             self._hops.extend(self._hop(part) for part in segment.cut(self._cuts))
         self._hops.sort(key=lambda hop: hop.start)
 

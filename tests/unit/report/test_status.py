@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from swarm_notebook.client.servers.directory import Outcomes
+from swarm_notebook.client.audit.interface import Outcomes
 from swarm_notebook.report.route import RouteHop, RouteTable
 from swarm_notebook.report.status import ServerRow, SwarmStatus
 
