@@ -22,8 +22,9 @@ from swarm_notebook.client.connection import Inquiry
 from swarm_notebook.errors import BlocksOutOfRange, InvitationError, ServerStartError
 from swarm_notebook.local.folder import ServerFolder
 from swarm_notebook.local.process import ANY_PORT, LocalServer, server_environment
-from swarm_notebook.local.swarm import DEFAULT_EXPIRES, Conversion
+from swarm_notebook.local.swarm import Conversion
 from swarm_notebook.net.addresses import addresses_of
+from swarm_notebook.net.membership import INVITATION_SECONDS
 from swarm_notebook.net.membership.authority import Authority, swarms_folder
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class Lending:
         return self._inquiry.info(self.peer_id)
 
     def invite(
-        self, role: str = "notebook", *, expires: float = DEFAULT_EXPIRES, uses: int = 1
+        self, role: str = "notebook", *, expires: float = INVITATION_SECONDS, uses: int = 1
     ) -> str:
         """What to hand to somebody who is to join, see `LocalSwarm.invite`.
 

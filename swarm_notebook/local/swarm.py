@@ -29,6 +29,7 @@ from swarm_notebook.local.process import (
     LocalServer,
     server_environment,
 )
+from swarm_notebook.net.membership import INVITATION_SECONDS
 from swarm_notebook.progress import Waiting
 from swarm_notebook.report.formatting import size
 
@@ -40,8 +41,6 @@ __all__ = ["LocalServer", "LocalSwarm"]
 # What bits are worth takes 78 s for the demo model's 30 blocks on one busy core, and is measured
 # once; a block of an 8B model is 60 of these.
 MEASURE_SECONDS = 3600.0
-# Seconds for which an invitation can be redeemed: a week.
-DEFAULT_EXPIRES = 7 * 86400
 STOP_SECONDS = TERMINATE_SECONDS  # for all servers together: they leave at the same time
 
 
@@ -133,7 +132,7 @@ class LocalSwarm:
         return self._swarm is not None
 
     def invite(
-        self, role: str = "notebook", *, expires: float = DEFAULT_EXPIRES, uses: int = 1
+        self, role: str = "notebook", *, expires: float = INVITATION_SECONDS, uses: int = 1
     ) -> str:
         """What to hand to somebody who is to join: ``sn.connect(INVITE)``, and nothing else.
 

@@ -79,11 +79,6 @@ _PACKED_DUMMY = tensors.pack(DUMMY)
 _PACKED_DUMMY_INT64 = tensors.pack(DUMMY_INT64)
 
 
-def is_dummy(tensor: torch.Tensor) -> bool:
-    """Whether a slot is unused (Petals' test: no elements in a one-dimensional tensor)."""
-    return tensor.numel() == 0 and tensor.dim() < 3
-
-
 def block_uid(prefix: str, index: int) -> str:
     """The DHT key of one block."""
     return f"{prefix}{UID_DELIMITER}{index}"

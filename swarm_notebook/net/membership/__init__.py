@@ -5,3 +5,6 @@ A private swarm is an Ed25519 key. Whoever has its private half (`authority`) ha
 (`certificate`), kept in their data folder (`wallet`). Each process of a member has a peer id of its
 own, for which the member signs, and shows both signatures wherever it asks for something.
 """
+
+# For so long an invitation can be redeemed, if nothing else is said: a week.
+INVITATION_SECONDS = 7 * 86400

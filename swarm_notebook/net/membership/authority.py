@@ -22,6 +22,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from swarm_notebook.errors import InvitationError
+from swarm_notebook.net.membership import INVITATION_SECONDS
 from swarm_notebook.net.membership.certificate import (
     MAX_REVOKED,
     Certificate,
@@ -44,7 +45,6 @@ from swarm_notebook.net.membership.invitation import (
 
 # A year: who is no longer wanted is revoked, and who has forgotten the swarm is forgotten.
 MEMBER_SECONDS = 365 * 86400
-DEFAULT_EXPIRES = 7 * 86400
 MAX_USES = 10_000
 # A server that was not seen for so long does not run any more (it says so every ten seconds).
 SERVER_SECONDS = 60.0
@@ -126,7 +126,7 @@ class Authority:
         return Credentials(self.swarm, member, certificate)
 
     def invite(
-        self, role: str = "notebook", *, expires: float = DEFAULT_EXPIRES, uses: int = 1
+        self, role: str = "notebook", *, expires: float = INVITATION_SECONDS, uses: int = 1
     ) -> Invitation:
         """A new invitation, by way of the servers of the swarm that run here now.
 

@@ -212,7 +212,7 @@ def _slots(packed: Sequence[runtime_pb2.Tensor]) -> list[_Slot | None]:
     found: list[_Slot | None] = []
     for message in packed:
         if len(message.size) < 3 and 0 in message.size:
-            found.append(None)  # a dummy (`protocol.is_dummy`)
+            found.append(None)  # Petals' test of an unused slot
         else:
             found.append(_Slot(message, tensors.layout(message)))
     return found + [None] * (5 - len(found))

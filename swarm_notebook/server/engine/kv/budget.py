@@ -188,11 +188,6 @@ class CachePool:
         reservation.busy = False
         reservation.last_used = self._clock()
 
-    def shrink(self, reservation: Reservation, tokens: int) -> None:
-        """Give back a part."""
-        reservation.tokens = tokens
-        self._wake()
-
     async def resize(
         self, reservation: Reservation, preferred: int, minimum: int, wait: float
     ) -> int:
