@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from swarm_notebook.checkpoint.gguf import GgufWeights
-from swarm_notebook.checkpoint.packed import matrices, replace
+from swarm_notebook.checkpoint.packed import Packed, matrices, replace
 from swarm_notebook.checkpoint.partial import LoadedBlocks
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ _GROUP = 32
 
 
 @dataclass(frozen=True)
-class PackedGguf:
+class PackedGguf(Packed):
     """A matrix in one of GGUF's types.
 
     Attributes:
@@ -35,14 +35,6 @@ class PackedGguf:
     kind: Any
     shape: torch.Size
     raw: torch.Tensor
-
-    @property
-    def device(self) -> torch.device:
-        return self.raw.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.raw.numel()
 
     def parts(self) -> Sequence[torch.Tensor]:
         return [self.raw]

@@ -11,9 +11,10 @@ The bits are a `Packed`: integers in groups of neighbours, each with a scale and
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -23,27 +24,30 @@ from torch.utils import _pytree
 SCALE_BITS = 16
 
 
-class Packed(Protocol):
+class Packed(ABC):
     """A matrix in few bits.
 
     Attributes:
         shape: of the weight that it stands for.
     """
 
-    @property
-    def shape(self) -> torch.Size: ...
+    shape: torch.Size
 
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
+    @abstractmethod
     def parts(self) -> Sequence[torch.Tensor]:
         """The tensors that hold the bits."""
 
+    @abstractmethod
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight itself."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts()[0].device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.itemsize for part in self.parts())
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class PackedGrid:
+class PackedGrid(Packed):
     """Integers of a `Grid`, and their scales and offsets.
 
     Attributes:
@@ -82,14 +86,6 @@ class PackedGrid:
     planes: tuple[torch.Tensor, ...]
     scales: torch.Tensor
     offsets: torch.Tensor | None
-
-    @property
-    def device(self) -> torch.device:
-        return self.scales.device
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.numel() * part.itemsize for part in self.parts())
 
     def parts(self) -> Sequence[torch.Tensor]:
         return [*self.planes, self.scales, *([] if self.offsets is None else [self.offsets])]

@@ -7,8 +7,7 @@ what a block costs beside them.
 
 from __future__ import annotations
 
-import math
-import time
+import timeit
 from collections.abc import Callable
 
 from swarm_notebook.planning.machines import (
@@ -120,9 +119,4 @@ def _card(name: str) -> Machine:
 def _best(work: Callable[[], object]) -> float:
     """Seconds of the best of some tries, after one to warm up."""
     work()
-    best = math.inf
-    for _ in range(_TRIES):
-        began = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - began)
-    return best
+    return min(timeit.repeat(work, number=1, repeat=_TRIES))

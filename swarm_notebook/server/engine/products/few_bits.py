@@ -15,8 +15,7 @@ Everything here belongs to the torch thread.
 from __future__ import annotations
 
 import functools
-import math
-import time
+import timeit
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from swarm_notebook.checkpoint.packed import Packed, PackedGrid, PackedWeight, replace
+from swarm_notebook.checkpoint.packed import Grid, Packed, PackedGrid, PackedWeight, pack, replace
 
 # Tokens of which it is measured whether an operator is faster than unpacking.
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -40,7 +39,7 @@ Operator = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class PackedInt4:
+class PackedInt4(Packed):
     """Four bits in the order in which torch's operator for CPUs reads them.
 
     Attributes:
@@ -52,14 +51,6 @@ class PackedInt4:
     group: int
     plane: torch.Tensor
     scales: torch.Tensor
-
-    @property
-    def device(self) -> torch.device:
-        return self.plane.device
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.numel() * part.itemsize for part in self.parts())
 
     def parts(self) -> Sequence[torch.Tensor]:
         return [self.plane, self.scales]
@@ -130,11 +121,9 @@ def install(layers: Iterable[nn.Module]) -> None:
             # Those that inherit from it do something else.
             if type(module) is not nn.Linear or not isinstance(module.weight, PackedWeight):
                 continue
-            packed, dtype = (
-                _arranged(module.weight.packed, module.weight.dtype),
-                module.weight.dtype,
-            )
-            if packed is not module.weight.packed:
+            weight, dtype = module.weight, module.weight.dtype
+            packed = _arranged(weight.packed, dtype)
+            if packed is not weight.packed:
                 replace(module, "weight", packed, dtype)
             operator = operator_for(packed, dtype)
             key = type(packed), packed.shape, packed.nbytes
@@ -146,10 +135,10 @@ def install(layers: Iterable[nn.Module]) -> None:
 
 def _arranged(packed: Packed, dtype: torch.dtype) -> Packed:
     """In the order of torch's operator for 4 bits, where it can be used."""
-    if not isinstance(packed, PackedGrid) or packed.grid.bits != 4 or packed.offsets is None:
+    if not isinstance(packed, PackedGrid) or packed.grid.bits != 4:
         return packed
     wanted = dtype == torch.bfloat16 and packed.device.type == "cpu"
-    if not wanted or len(packed.shape) != 2 or packed.shape[0] % _TILE or not _knows_int4():
+    if not wanted or len(packed.shape) != 2 or packed.shape[0] % _TILE or not _works(4):
         return packed
     return _int4(packed)
 
@@ -165,13 +154,19 @@ def _int4(packed: PackedGrid) -> PackedInt4:
 def operator_for(packed: Packed, dtype: torch.dtype) -> Operator | None:
     """What multiplies by the bits as they are; None if nothing does."""
     if isinstance(packed, PackedInt4):
-        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x, packed.plane, packed.group, packed.scales
-        )
-    if not isinstance(packed, PackedGrid) or packed.grid.bits != 8 or not _knows_int8():
+        return _operator(packed)
+    if not isinstance(packed, PackedGrid) or packed.grid.bits != 8 or not _works(8):
         return None
     if dtype != torch.bfloat16 or packed.device.type != "cpu" or len(packed.shape) != 2:
         return None
+    return _operator(packed)
+
+
+def _operator(packed: PackedInt4 | PackedGrid) -> Operator:
+    if isinstance(packed, PackedInt4):
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, packed.plane, packed.group, packed.scales
+        )
     integers, scales = packed.planes[0], packed.scales.view(-1)
     return lambda x: torch.ops.aten._weight_int8pack_mm(x, integers, scales)
 
@@ -194,49 +189,21 @@ def _unpacked(packed: Packed, x: torch.Tensor) -> torch.Tensor:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    best = math.inf
-    for _ in range(_TRIES):
-        began = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - began)
-    return best
+    return min(timeit.repeat(work, number=1, repeat=_TRIES))
 
 
 @functools.cache
-def _knows_int4() -> bool:
-    """Whether torch's operator for 4 bits is there, in the layout that `PackedInt4` reads."""
-    rows, columns, group = 2 * _TILE, 64, 32
-    integers = torch.arange(rows * columns).remainder_(251).remainder_(16).view(rows, columns)
-    generator = torch.Generator().manual_seed(0)
-    scales = torch.rand(columns // group, rows, 2, generator=generator).to(torch.bfloat16)
-    x = torch.randn(3, columns, generator=generator).to(torch.bfloat16)
+def _works(bits: int) -> bool:
+    """Whether torch's operator for 4 or 8 bits is there, and gives what unpacking gives."""
+    noise = torch.Generator().manual_seed(0)
+    packed = pack(torch.randn(2 * _TILE, 64, generator=noise), Grid(bits, 32 if bits == 4 else 0))
+    x = torch.randn(3, 64, generator=noise).to(torch.bfloat16)
     try:
-        plane = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32), 1)
-        packed = PackedInt4(torch.Size([rows, columns]), group, plane, scales)
-        found = torch.ops.aten._weight_int4pack_mm_for_cpu(x, plane, group, scales)
+        arranged = _int4(packed) if bits == 4 else packed
+        found = _operator(arranged)(x)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
-    whole = ((integers - 8).view(rows, -1, group) * scales.float()[..., 0].t()[:, :, None]) + (
-        scales.float()[..., 1].t()[:, :, None]
-    )
-    unpacked = packed.unpack(torch.float32)
-    return torch.equal(unpacked, whole.view(rows, columns)) and _close(found, x, unpacked)
-
-
-@functools.cache
-def _knows_int8() -> bool:
-    """Whether torch's operator for 8 bits is there."""
-    generator = torch.Generator().manual_seed(0)
-    integers = torch.randint(-127, 128, (64, 64), generator=generator, dtype=torch.int8)
-    scales = torch.rand(64, generator=generator).to(torch.bfloat16)
-    x = torch.randn(3, 64, generator=generator).to(torch.bfloat16)
-    try:
-        found = torch.ops.aten._weight_int8pack_mm(x, integers, scales)
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False
-    return _close(found, x, integers.float() * scales.float()[:, None])
-
-
-def _close(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> bool:
+    weight = packed.unpack(torch.float32)
     expected = x.float() @ weight.t()
-    return bool((found.float() - expected).abs().max() <= _CLOSE * expected.abs().max())
+    close = (found.float() - expected).abs().max() <= _CLOSE * expected.abs().max()
+    return bool(close) and torch.equal(arranged.unpack(torch.float32), weight)

@@ -13,8 +13,7 @@ Everything here belongs to the torch thread.
 
 from __future__ import annotations
 
-import math
-import time
+import timeit
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -197,10 +196,9 @@ class _Family:
 
 def _seconds(kernel: Kernel, x: torch.Tensor, products: Sequence[Product]) -> float:
     """Seconds for one product with each of the weights: the best of some tries."""
-    best = math.inf
-    for _ in range(_TRIES):
-        began = time.perf_counter()
+
+    def run() -> None:
         for product in products:
             kernel(x, product)
-        best = min(best, time.perf_counter() - began)
-    return best
+
+    return min(timeit.repeat(run, number=1, repeat=_TRIES))
