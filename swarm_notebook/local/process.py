@@ -50,6 +50,27 @@ def server_environment(threads: int | None) -> dict[str, str]:
     return environment
 
 
+def start_server(
+    command: Sequence[str], log: IO[str], environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start a server in a session of its own, with pipes to its standard input and output.
+
+    Args:
+        command: ``swarm-notebook serve`` with ``--exit-with-stdin``, and whatever it runs in.
+        log: takes its standard error.
+        environment: variables of the process; None: this one's.
+    """
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
 class LocalServer:
     """A server process of this machine that holds blocks ``[start, end)`` of a model.
 
@@ -147,15 +168,7 @@ class LocalServer:
             log = self.log_path.open("a", encoding="utf-8")
         except OSError as error:
             raise self.start_error(f"could not be started ({error})") from None
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=self._environment,
-            start_new_session=True,
-        )
+        self._process = start_server(command, log, self._environment)
         threading.Thread(
             target=self._read, args=(self._process.stdout, log, self._facts), daemon=True
         ).start()

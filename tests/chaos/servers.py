@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 from support.networks import Networks
 
+from swarm_notebook.local.process import start_server
 from swarm_notebook.net.identity import Identity
 
 # Three pairs; the first ones of the pairs are those that are restarted.
@@ -73,14 +74,7 @@ class Server:
         if self.peers:
             command += ["--initial-peers", *self.peers]
         with (self.place / f"{self.number}.log").open("a") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-            )
+            self.process = start_server(command, log)
 
     def wait_ready(self) -> None:
         assert self.process is not None

@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 from support.patience import PATIENCE
 
+from swarm_notebook.local.process import start_server
 from swarm_notebook.net import protocol, streams, tensors
 from swarm_notebook.net.addresses import LOOPBACK
 from swarm_notebook.net.membership.certificate import Credentials
@@ -38,14 +38,7 @@ class ServerProcess:
         command += ["--host-maddrs", *LOOPBACK, "--threads", "1", "--exit-with-stdin", *options]
         self.log = log
         with log.open("w") as stderr:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                start_new_session=True,
-            )
+            self.process = start_server(command, stderr)
         self.facts: dict[str, Any] = {}
 
     def wait_listening(self) -> None:
