@@ -12,7 +12,6 @@ from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model import inversion
-from swarm_notebook.report.formatting import model_title
 from swarm_notebook.report.privacy import Boundary, Privacy
 
 # Where greedy inversion is tried unless it is said: deeper costs more and shows the same.
@@ -70,7 +69,7 @@ def examine(
             )
         )
     said, home = _text(tokenizer, ids.tolist()), tuple(sorted(directory.home))
-    return Privacy(model_title(source.name), said, len(ids), tuple(found), home)
+    return Privacy(source.name, said, len(ids), tuple(found), home)
 
 
 def _refuse_what_weights_do_not_know(model: Any) -> None:

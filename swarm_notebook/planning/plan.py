@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swarm_notebook.errors import ContextTooLong, PlanError
 from swarm_notebook.planning.machines import Link, Machine, machine, read_link
@@ -30,6 +30,7 @@ from swarm_notebook.planning.placement import (
     token_parts,
 )
 from swarm_notebook.planning.shape import ModelShape, read_shape
+from swarm_notebook.report.base import Report
 from swarm_notebook.report.formatting import clean, data_frame, duration, number, size, text_table
 from swarm_notebook.report.html import block_bar, head, number_cell, table, view
 
@@ -52,7 +53,7 @@ _COLUMNS = ["machine", "blocks", "bits", "weights_bytes", "cache_bytes", "room_b
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Report):
     """How a model would run on some machines.
 
     Attributes:
@@ -224,9 +225,6 @@ class Plan:
             for name, text in self.facts
         )
         return view(f'{body}<table class="sn-table"><tbody>{facts}</tbody></table>')
-
-    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self.as_html()}
 
 
 def plan(

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swarm_notebook.client.audit import record
 from swarm_notebook.client.audit.verdicts import AGREED, OPEN, WRONG, Verdict
-from swarm_notebook.report.formatting import clean, data_frame, model_title, text_table
+from swarm_notebook.report.base import ModelReport
+from swarm_notebook.report.formatting import clean, data_frame, text_table
 from swarm_notebook.report.html import head, number_cell, peer_cell, table, view
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _DOTS = {AGREED: "sn-online", OPEN: "sn-joining", WRONG: "sn-bad"}
 
 
 @dataclass(frozen=True)
-class AuditTable:
+class AuditTable(ModelReport):
     """The latest audits, the oldest first.
 
     Attributes:
@@ -33,11 +34,6 @@ class AuditTable:
     rate: float
     verdicts: tuple[Verdict, ...]
     digest: str = ""
-
-    @property
-    def title(self) -> str:
-        """The model's name, without the folder that it was read from."""
-        return model_title(self.model)
 
     @property
     def wrong(self) -> tuple[str, ...]:
@@ -128,9 +124,6 @@ class AuditTable:
         )
         titles = ["server", "peer", "blocks", "outcome"]
         return view(first + table(titles, ["tokens", "error"], ["replayed by", "why"], rows))
-
-    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self.as_html()}
 
 
 def _by(verdict: Verdict) -> str:

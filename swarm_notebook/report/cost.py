@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swarm_notebook.client.servers.routing import (
     Links,
@@ -22,10 +22,10 @@ from swarm_notebook.client.servers.routing import (
     token_seconds,
 )
 from swarm_notebook.client.session.pipeline import part_count
+from swarm_notebook.report.base import ModelReport
 from swarm_notebook.report.formatting import (
     clean,
     duration,
-    model_title,
     number,
     size,
     text_table,
@@ -43,7 +43,7 @@ REQUEST_BYTES, ANSWER_BYTES = 203, 66
 
 
 @dataclass(frozen=True)
-class Preview:
+class Preview(ModelReport):
     """What a generation is expected to take, on the route that a new request would take now.
 
     Seconds are those of the servers and the network; the notebook's own work comes on top.
@@ -87,12 +87,12 @@ class Preview:
         )
 
     def __repr__(self) -> str:
-        return f"{model_title(self.model)}: {self._amount}"
+        return f"{self.title}: {self._amount}"
 
     def __str__(self) -> str:
         basis = "measured on this route" if self.measured else "as the servers announce their speed"
         lines = [
-            f"{model_title(self.model)}: {self.line}",
+            f"{self.title}: {self.line}",
             f"  first token after about {duration(self.first_token_seconds)} ({basis})",
             f"  seen by {', '.join(map(clean, self.servers))}",
         ]
@@ -104,7 +104,8 @@ class Preview:
     def _at_home(self) -> str:
         return f"{describe_blocks(self.home)}, {size(self.home_bytes)} of weights"
 
-    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
+    def as_html(self) -> str:
+        """The estimate as a table of facts, as one static fragment."""
         basis = "measured on this route" if self.measured else "by the announced speed"
         rows = [
             ("tokens", f"{self.prompt_tokens} + up to {self.max_new_tokens} new"),
@@ -122,8 +123,7 @@ class Preview:
             f'<tr><td class="sn-dim">{escape(name)}</td><td>{escape(text)}</td></tr>'
             for name, text in rows
         )
-        html = _view(self.model, "estimate", f"<tbody>{body}</tbody>")
-        return {"text/plain": repr(self), "text/html": html}
+        return _view(self.title, "estimate", f"<tbody>{body}</tbody>")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class ServerBill:
 
 
 @dataclass(frozen=True)
-class Bill:
+class Bill(ModelReport):
     """What has been used; ``after - before`` is what was used in between.
 
     Attributes:
@@ -205,16 +205,17 @@ class Bill:
 
     def __repr__(self) -> str:
         return (
-            f"{model_title(self.model)}: {_count(self.requests, 'request')} to "
+            f"{self.title}: {_count(self.requests, 'request')} to "
             f"{_count(len(self.servers), 'server')}"
         )
 
     def __str__(self) -> str:
         head = ["server", "blocks", "requests", "tokens", "sent", "received", "waited"]
         rows = [_cells(server) for server in self.servers]
-        return "\n".join([f"{model_title(self.model)}: {self.line}", *text_table(head, rows)])
+        return "\n".join([f"{self.title}: {self.line}", *text_table(head, rows)])
 
-    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
+    def as_html(self) -> str:
+        """The servers and what was used of them, as one static fragment."""
         head = ["seen by", "blocks", "requests", "tokens", "sent", "received", "waited"]
         titles = "".join(
             f"<th{' class=sn-num' if column > 1 else ''}>{title}</th>"
@@ -230,7 +231,7 @@ class Bill:
             for server in self.servers
         )
         table = f"<thead><tr>{titles}</tr></thead><tbody>{rows}</tbody>"
-        return {"text/plain": repr(self), "text/html": _view(self.model, self.line, table)}
+        return _view(self.title, self.line, table)
 
 
 def expect(
@@ -334,6 +335,6 @@ def _cells(server: ServerBill) -> list[str]:
     ]
 
 
-def _view(model: str, headline: str, rows: str) -> str:
-    first = head(model_title(model), f'<span class="sn-dim">{escape(headline)}</span>')
+def _view(title: str, headline: str, rows: str) -> str:
+    first = head(title, f'<span class="sn-dim">{escape(headline)}</span>')
     return view(f'{first}<table class="sn-table">{rows}</table>')

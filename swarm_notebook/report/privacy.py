@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from swarm_notebook.report.base import ModelReport
 from swarm_notebook.report.formatting import HERE, clean, count, data_frame, text_table
 from swarm_notebook.report.html import head, number_cell, table, view
 from swarm_notebook.report.plot import Line, LineChart
@@ -43,7 +44,7 @@ class Boundary:
 
 
 @dataclass(frozen=True)
-class Privacy:
+class Privacy(ModelReport):
     """What can be read at each block boundary of the present route.
 
     Attributes:
@@ -53,7 +54,7 @@ class Privacy:
         home: the blocks that run in the notebook.
     """
 
-    title: str
+    model: str
     text: str
     tokens: int
     boundaries: tuple[Boundary, ...]
@@ -171,9 +172,6 @@ class Privacy:
         listed = table(titles, ["nearest entry", "inversion"], ["recovered text"], rows)
         said = f"<p>{escape(self.advice)}</p>" if self.advice else ""
         return view(first + said + self.chart._repr_html_() + listed)
-
-    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self.as_html()}
 
 
 def _attacked(boundary: Boundary) -> bool:

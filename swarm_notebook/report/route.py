@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swarm_notebook.client.servers.routing import token_seconds
-from swarm_notebook.report.formatting import HERE, clean, data_frame, model_title, runs, text_table
+from swarm_notebook.report.base import ModelReport
+from swarm_notebook.report.formatting import HERE, clean, data_frame, runs, text_table
 from swarm_notebook.report.html import block_bar, head, number_cell, peer_cell, table, view
 
 if TYPE_CHECKING:
@@ -37,16 +38,11 @@ class RouteHop:
 
 
 @dataclass(frozen=True)
-class RouteTable:
+class RouteTable(ModelReport):
     """The servers that a token passes, in order."""
 
     model: str
     hops: tuple[RouteHop, ...]
-
-    @property
-    def title(self) -> str:
-        """The model's name, without the folder that it was read from."""
-        return model_title(self.model)
 
     @property
     def expected_ms(self) -> float:
@@ -79,9 +75,6 @@ class RouteTable:
         )
         titles = ["blocks", "server", "peer"]
         return view(head(self.title, expected) + table(titles, ["ms/token"], [], rows))
-
-    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self.as_html()}
 
 
 def route_of(model: str, directory: Directory) -> RouteTable:

@@ -18,18 +18,18 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swarm_notebook.client.audit.interface import Outcomes
 from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.net.records import ServerSpan, ServerState
 from swarm_notebook.net.tensors import COMPRESSIONS
+from swarm_notebook.report.base import ModelReport
 from swarm_notebook.report.formatting import (
     HERE,
     UNKNOWN,
     data_frame,
     duration,
-    model_title,
     number,
     runs,
     text_table,
@@ -137,7 +137,7 @@ class ServerRow:
 
 
 @dataclass(frozen=True)
-class SwarmStatus:
+class SwarmStatus(ModelReport):
     """All servers of one model."""
 
     model: str
@@ -146,11 +146,6 @@ class SwarmStatus:
     read: float | None = None  # Unix time when the servers' records were read
     compression: str | None = None  # of hidden states between machines, if the user wants it
     home: tuple[int, ...] = ()  # blocks that run in the notebook
-
-    @property
-    def title(self) -> str:
-        """The model's name, without the folder that it was read from."""
-        return model_title(self.model)
 
     @cached_property
     def servers_per_block(self) -> list[int]:
@@ -258,9 +253,6 @@ class SwarmStatus:
         rows = "".join(_html_row(row, self.num_blocks, self._audited) for row in self.servers)
         more = ["dtype", "version", *(["audits"] if self._audited else [])]
         return view(first + _strip(self) + table(titles, numbers, more, rows))
-
-    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self.as_html()}
 
 
 def status_of(model: str, directory: Directory) -> SwarmStatus:

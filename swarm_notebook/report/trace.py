@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swarm_notebook.client.servers.routing import block_slices
 from swarm_notebook.client.telemetry import HopTimes
-from swarm_notebook.report.formatting import clean, data_frame, model_title, text_table
+from swarm_notebook.report.base import ModelReport
+from swarm_notebook.report.formatting import clean, data_frame, text_table
 from swarm_notebook.report.html import head, view
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class PassTimes:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Trace(ModelReport):
     """The passes of one generation.
 
     Attributes:
@@ -100,11 +101,6 @@ class Trace:
     passes: tuple[PassTimes, ...]
     failovers: tuple[str, ...] = ()
     home: tuple[int, ...] = ()
-
-    @property
-    def title(self) -> str:
-        """The model's name, without the folder that it was read from."""
-        return model_title(self.model)
 
     @property
     def tokens(self) -> int:
@@ -183,9 +179,6 @@ class Trace:
             "" if shown is None else _plot(self.passes[1:]) + _waterfall(shown) + _html_table(shown)
         )
         return view(first + lost + body)
-
-    def _repr_mimebundle_(self, **_options: Any) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self.as_html()}
 
 
 def from_timeline(model: str, timeline: Timeline | None, home: tuple[int, ...] = ()) -> Trace:

@@ -90,7 +90,7 @@ class SwarmMap(Widget, module="map"):
     def picture(self) -> str:
         """The servers, and what they have seen."""
         bill = self._swarm.bill()
-        used = bill._repr_mimebundle_()["text/html"] if bill.servers else ""
+        used = bill.as_html() if bill.servers else ""
         return self._status.as_html() + used
 
     def close(self) -> None:
