@@ -31,8 +31,9 @@ from swarm_notebook.planning.placement import (
 )
 from swarm_notebook.planning.shape import ModelShape, read_shape
 from swarm_notebook.report.base import Report
-from swarm_notebook.report.formatting import clean, data_frame, duration, number, size, text_table
+from swarm_notebook.report.formatting import data_frame, duration, number, size, text_table
 from swarm_notebook.report.html import block_bar, head, number_cell, table, view
+from swarm_notebook.texts import clean
 
 if TYPE_CHECKING:
     import pandas as pd

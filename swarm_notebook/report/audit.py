@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from swarm_notebook.client.audit import record
 from swarm_notebook.client.audit.verdicts import AGREED, OPEN, WRONG, Verdict
 from swarm_notebook.report.base import ModelReport
-from swarm_notebook.report.formatting import clean, data_frame, text_table
+from swarm_notebook.report.formatting import data_frame, text_table
 from swarm_notebook.report.html import head, number_cell, peer_cell, table, view
+from swarm_notebook.texts import clean
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -24,13 +24,13 @@ from swarm_notebook.client.servers.routing import (
 from swarm_notebook.client.session.pipeline import part_count
 from swarm_notebook.report.base import ModelReport
 from swarm_notebook.report.formatting import (
-    clean,
     duration,
     number,
     size,
     text_table,
 )
 from swarm_notebook.report.html import head, view
+from swarm_notebook.texts import clean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

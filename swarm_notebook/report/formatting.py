@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swarm_notebook.texts import clean
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -66,11 +68,6 @@ def size(count: int) -> str:
 def model_title(name: str) -> str:
     """A model's name for people: a folder's path is no part of it."""
     return clean(Path(name).name if Path(name).is_absolute() else name)
-
-
-def clean(text: str) -> str:
-    """Text from elsewhere without line breaks and terminal escapes."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def text_table(head: Sequence[str], rows: Iterable[Sequence[str | None]]) -> list[str]:

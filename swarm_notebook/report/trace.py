@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from swarm_notebook.client.servers.routing import block_slices
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.report.base import ModelReport
-from swarm_notebook.report.formatting import clean, data_frame, text_table
+from swarm_notebook.report.formatting import data_frame, text_table
 from swarm_notebook.report.html import head, view
+from swarm_notebook.texts import clean
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -60,7 +60,7 @@ def test_plain_text_has_nothing_that_varies_between_runs(torn: SwarmStatus) -> N
         "tiny: 2 servers online, MISSING blocks 8:10: no server",
         "  server         blocks  state        dtype",
         "  left           0:6     online       float32",
-        "  <b>right</b>?  4:8     online       bfloat16 (nf4)",
+        "  <b>right</b>   4:8     online       bfloat16 (nf4)",
         "  gone           8:10    unreachable  -",
     ]
     assert torn._repr_mimebundle_()["text/plain"] == repr(torn)

@@ -51,7 +51,7 @@ def test_text_and_html() -> None:
         "4 tokens in 4 passes, 1 server lost on the way; first pass 20.0 ms, "
         "then 20.0 ms per pass, 50.0 tokens/s"
     )
-    assert "lost: server left is <gone>?" in str(trace)
+    assert "lost: server left is <gone> " in str(trace)
     html = trace._repr_mimebundle_()["text/html"]
     assert "&lt;i&gt;left" in html
     assert "<i>" not in html
