@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable
 from html import escape
-from types import TracebackType
 from typing import Any, Self
 
 SHOW_AFTER_SECONDS = 1.0  # until then nobody wonders (Nielsen's limit for an unbroken thought)
@@ -68,12 +67,7 @@ class Waiting:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
 

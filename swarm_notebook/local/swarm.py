@@ -17,7 +17,6 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from swarm_notebook.errors import InvitationError
@@ -296,11 +295,6 @@ class Conversion:
         done, total = self._parts
         return f"{size(done)} of {size(total)}"
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._waiting is not None:
-            self._waiting.__exit__(kind, error, trace)
+            self._waiting.__exit__(*error)

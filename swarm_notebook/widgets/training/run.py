@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from swarm_notebook.widgets.parts.base import action
@@ -91,12 +90,7 @@ class TrainingRun(TrainingView):
             self._begin_anew()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
         self._depth -= 1
         # A stop may also come after the last step was logged.
         asked = error is None and self.state == "stopping"
