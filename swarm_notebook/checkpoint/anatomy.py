@@ -155,15 +155,15 @@ def returns_tuple(model: PreTrainedModel, trunk: Trunk) -> bool:
         module: module.rope_type for module in model.modules() if hasattr(module, "rope_type")
     }
     embedded = torch.zeros(1, 1, table.shape[1], dtype=model.dtype, device="meta")
-    hook = trunk.layers[0].register_forward_hook(stop)
     try:
         config._attn_implementation, config._experts_implementation = "eager", "batched_mm"
         for module, kinds in rotary.items():
             module.rope_type = (
                 dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
             )
-        # With a cache: without one, positions are searched for packed sequences, by value.
-        model.base_model(inputs_embeds=embedded, use_cache=True)
+        with trunk.layers[0].register_forward_hook(stop):
+            # With a cache: without one, positions are searched for packed sequences, by value.
+            model.base_model(inputs_embeds=embedded, use_cache=True)
     except _Seen:
         return isinstance(outputs[0], tuple)
     except (RuntimeError, ValueError) as error:
@@ -172,7 +172,6 @@ def returns_tuple(model: PreTrainedModel, trunk: Trunk) -> bool:
             "not known what they return"
         ) from error
     finally:
-        hook.remove()
         config._attn_implementation, config._experts_implementation = implementations
         for module, kinds in rotary.items():
             module.rope_type = kinds

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from swarm_notebook.checkpoint.anatomy import Trunk
+from swarm_notebook.checkpoint.states import input_state, with_input_state, with_output_state
 
 
 def make_transparent(model: PreTrainedModel, trunk: Trunk) -> None:
@@ -46,23 +47,21 @@ def _try_first_block(model: PreTrainedModel, trunk: Trunk) -> tuple[bool, bool]:
     received: list[torch.Tensor] = []
 
     def before(_module: nn.Module, inputs: tuple, named: dict) -> None:
-        received.append(inputs[0] if inputs else named["hidden_states"])
+        received.append(input_state(inputs, named))
 
     def after(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        return (made, *output[1:]) if isinstance(output, tuple) else made
+        return with_output_state(output, made)
 
     layers = trunk.layers
-    hooks = [
-        layers[0].register_forward_pre_hook(before, with_kwargs=True),
-        layers[0].register_forward_hook(after),
-    ]
     trunk.set_layers(nn.ModuleList([layers[0]]))
     try:
-        result = model(inputs_embeds=given.clone(), use_cache=False).last_hidden_state
+        with (
+            layers[0].register_forward_pre_hook(before, with_kwargs=True),
+            layers[0].register_forward_hook(after),
+        ):
+            result = model(inputs_embeds=given.clone(), use_cache=False).last_hidden_state
     finally:
         trunk.set_layers(layers)
-        for hook in hooks:
-            hook.remove()
     return torch.equal(received[0], given), torch.equal(result, made)
 
 
@@ -86,6 +85,4 @@ class _HandOver:
         if self._hidden is None:
             return None
         hidden, self._hidden = self._hidden, None
-        if inputs:
-            return (hidden, *inputs[1:]), named
-        return inputs, {**named, "hidden_states": hidden}
+        return with_input_state(inputs, named, hidden)

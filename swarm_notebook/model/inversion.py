@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.nn.functional import normalize
 
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import ModelSource
+from swarm_notebook.checkpoint.states import input_state, output_state
 from swarm_notebook.progress import Waiting
 
 # Tokens of which the linear map learns, in rows of so many; measured: with 2,048 the right token of
@@ -73,24 +74,19 @@ def observe(model: Any, ids: torch.Tensor) -> Observed:
     states: dict[int, torch.Tensor] = {}
 
     def went_in(_block: nn.Module, args: tuple, kwargs: dict) -> None:
-        states[0] = args[0] if args else kwargs["hidden_states"]
+        states[0] = input_state(args, kwargs)
 
     def keeper(boundary: int) -> Callable[..., None]:
         def came_out(_block: nn.Module, _args: Any, output: Any) -> None:
-            states[boundary] = output[0] if isinstance(output, tuple) else output
+            states[boundary] = output_state(output)
 
         return came_out
 
-    handles = [blocks[0].register_forward_pre_hook(went_in, with_kwargs=True)]
-    handles += [
-        block.register_forward_hook(keeper(index + 1)) for index, block in enumerate(blocks)
-    ]
-    try:
-        with _at_rest(model):
-            logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, _at_rest(model):
+        hooks.enter_context(blocks[0].register_forward_pre_hook(went_in, with_kwargs=True))
+        for index, block in enumerate(blocks):
+            hooks.enter_context(block.register_forward_hook(keeper(index + 1)))
+        logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits
     kept = [states[boundary][0].detach().float() for boundary in range(len(blocks) + 1)]
     return Observed(ids, kept, logits[0].float())
 
@@ -235,17 +231,15 @@ def into_block_0(model: Any, ids: torch.Tensor) -> torch.Tensor:
     taken: list[torch.Tensor] = []
 
     def leave(_block: nn.Module, args: tuple, kwargs: dict) -> None:
-        taken.append(args[0] if args else kwargs["hidden_states"])
+        taken.append(input_state(args, kwargs))
         raise _Enough
 
-    handle = model._runner.blocks[0].register_forward_pre_hook(leave, with_kwargs=True)
+    first = model._runner.blocks[0]
     try:
-        with _at_rest(model):
+        with first.register_forward_pre_hook(leave, with_kwargs=True), _at_rest(model):
             model(input_ids=ids.to(model.device), use_cache=False)
     except _Enough:
         return taken[0]
-    finally:
-        handle.remove()
     raise RuntimeError("the model did not call its first block")
 
 

@@ -5,9 +5,6 @@ wrapped by PEFT. Its blocks are found as the servers find them, so nothing here 
 architecture.
 
 Tokens are counted from the end of the states: PEFT's prompt tuning puts its own in front.
-
-A block returns a tensor, or in some architectures a tuple that begins with it: `state_of` and
-`with_state` are the only two places that know.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ import torch
 from torch import nn
 
 from swarm_notebook.checkpoint.anatomy import find_trunk
+from swarm_notebook.checkpoint.states import output_state, with_output_state
 from swarm_notebook.model.home import Blocks, which
 from swarm_notebook.swarm import Swarm
 
@@ -141,22 +139,9 @@ class Subject:
         """Passes the state of one block through ``edit``; the same tensor returned is a reading."""
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            before = state_of(output)
+            before = output_state(output)
             after = edit(before)
-            return None if after is before else with_state(output, after)
+            return None if after is before else with_output_state(output, after)
 
-        handle = self.blocks[block].register_forward_hook(hook)
-        try:
+        with self.blocks[block].register_forward_hook(hook):
             yield
-        finally:
-            handle.remove()
-
-
-def state_of(output: Any) -> torch.Tensor:
-    """The hidden states in what a block returned."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def with_state(output: Any, state: torch.Tensor) -> Any:
-    """What a block returned, with other hidden states."""
-    return (state, *output[1:]) if isinstance(output, tuple) else state

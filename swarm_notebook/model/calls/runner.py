@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from swarm_notebook.checkpoint.states import input_state, with_input_state
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.request import Outputs
 from swarm_notebook.errors import Unsupported
@@ -315,7 +316,7 @@ class Runner:
 
     def run_own(self, index: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """What block ``index``, which is at home, makes of its arguments by ``forward``."""
-        hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden = input_state(args, kwargs)
         call = self._local.call
         if call is None or _without_values(hidden):
             return forward(*args, **kwargs)
@@ -330,10 +331,7 @@ class Runner:
         if prompts is not None and call.position < prompts.shape[1]:
             own = prompts[index, call.position : call.position + hidden.shape[1]].to(hidden)
             prompted = torch.cat([hidden[:, : len(own)] + own, hidden[:, len(own) :]], dim=1)
-            if args:
-                args = (prompted, *args[1:])
-            else:
-                kwargs = {**kwargs, "hidden_states": prompted}
+            args, kwargs = with_input_state(args, kwargs, prompted)
         output = forward(*args, **kwargs)
         call.following, call.expected, call.end, call.blank = index + 1, None, index + 1, False
         call.outputs, call.segment = Outputs({}, {}), None

@@ -115,7 +115,7 @@ class AdaptedSpan(Span):
         try:
             with ExitStack() as stack:
                 for site, layer in layers.items():
-                    stack.callback(layer.register_forward_hook(watch(site)).remove)
+                    stack.enter_context(layer.register_forward_hook(watch(site)))
                 self.run(self.start, self.end, hidden)
             with torch.inference_mode():
                 alone = {
@@ -203,14 +203,10 @@ class AdaptedSpan(Span):
         def tell(_: nn.Module, args: tuple, named: dict) -> tuple[tuple, dict]:
             return args, {**named, **by_row}
 
-        handles = [
-            layer.register_forward_pre_hook(tell, with_kwargs=True) for layer in self._all.values()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for layer in self._all.values():
+                hooks.enter_context(layer.register_forward_pre_hook(tell, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _dropping(self, start: int, end: int, seed: int) -> Iterator[None]:
@@ -226,8 +222,7 @@ class AdaptedSpan(Span):
         with _GENERATOR, ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=devices))
             for index in range(start, end):
-                handle = self.layer(index).register_forward_pre_hook(begin(index))
-                stack.callback(handle.remove)
+                stack.enter_context(self.layer(index).register_forward_pre_hook(begin(index)))
             for module in self._own:
                 module.training = True
                 stack.callback(setattr, module, "training", False)

@@ -77,8 +77,8 @@ class Mixture:
         """Apply whatever is tuned while the decoder of these blocks runs."""
         with ExitStack() as stack:
             for site in self.sites(start, end):
-                handle = module_at(span, site).register_forward_hook(self._hook(site))
-                stack.callback(handle.remove)
+                hook = self._hook(site)
+                stack.enter_context(module_at(span, site).register_forward_hook(hook))
             yield
 
     def _hook(self, site: Site) -> Callable[..., None]:
@@ -122,8 +122,7 @@ def token_wise(span: Blocks, tokens: int) -> Iterator[set[Site]]:
 
     with ExitStack() as stack:
         for site in tunable(span, span.start, span.end):
-            handle = module_at(span, site).register_forward_hook(watch(site))
-            stack.callback(handle.remove)
+            stack.enter_context(module_at(span, site).register_forward_hook(watch(site)))
         yield found
     found -= others
 

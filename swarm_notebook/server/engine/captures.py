@@ -43,8 +43,7 @@ class Captures:
 
     def __enter__(self) -> Self:
         for key, module in zip(self._wanted, self._modules, strict=True):
-            handle = module.register_forward_hook(self._hook(key))
-            self._stack.callback(handle.remove)
+            self._stack.enter_context(module.register_forward_hook(self._hook(key)))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,7 +10,7 @@ before the next one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -39,16 +39,13 @@ def stretching_modules(decoder: nn.Module) -> list[nn.Module]:
 @contextmanager
 def turning_by(modules: Sequence[nn.Module], length: int | None) -> Iterator[None]:
     """Within it the modules go by sequences of ``length`` positions; None: by those they get."""
-    handles = []
-    for module in modules:
-        handles.append(module.register_forward_pre_hook(_lengthen(length), with_kwargs=True))
-        if length is not None:
-            handles.append(module.register_forward_hook(_shorten))
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            lengthen = _lengthen(length)
+            hooks.enter_context(module.register_forward_pre_hook(lengthen, with_kwargs=True))
+            if length is not None:
+                hooks.enter_context(module.register_forward_hook(_shorten))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _lengthen(length: int | None) -> Callable[..., tuple[tuple, dict]]:

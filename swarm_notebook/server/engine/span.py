@@ -16,7 +16,7 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig
 
 from swarm_notebook.checkpoint.anatomy import restrict_config
 from swarm_notebook.checkpoint.packed import storages
+from swarm_notebook.checkpoint.states import input_state, output_state, with_input_state
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.server.adapters.mixing import Tuners
 from swarm_notebook.server.engine.attention.batch import BatchCache, Part, attending
@@ -256,20 +257,17 @@ class Span:
         prompts: torch.Tensor | None,
     ) -> Iterator[None]:
         """Hooks that keep the outputs of the blocks ``states`` and add ``prompts`` to inputs."""
-        handles = [
-            self.layer(index).register_forward_hook(_keep(captured, index)) for index in states
-        ]
-        if prompts is not None and prompts.shape[2]:
-            prompts = prompts.to(self.device, self.dtype)
-            handles += [
-                self.layer(start + offset).register_forward_pre_hook(_add(prompt), with_kwargs=True)
-                for offset, prompt in enumerate(prompts)
-            ]
-        try:
+        with ExitStack() as hooks:
+            for index in states:
+                hook = _keep(captured, index)
+                hooks.enter_context(self.layer(index).register_forward_hook(hook))
+            if prompts is not None and prompts.shape[2]:
+                for index, prompt in enumerate(prompts.to(self.device, self.dtype), start):
+                    add = _add(prompt)
+                    hooks.enter_context(
+                        self.layer(index).register_forward_pre_hook(add, with_kwargs=True)
+                    )
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _check_kinds(decoder: nn.Module) -> None:
@@ -284,18 +282,15 @@ def _check_kinds(decoder: nn.Module) -> None:
 
 def _keep(captured: dict[int, torch.Tensor], index: int) -> Callable[..., None]:
     def hook(_module: nn.Module, _inputs: tuple, output: Any) -> None:
-        captured[index] = output if isinstance(output, torch.Tensor) else output[0]
+        captured[index] = output_state(output)
 
     return hook
 
 
 def _add(prompt: torch.Tensor) -> Callable[..., tuple[tuple, dict]]:
     def hook(_module: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
-        hidden = inputs[0] if inputs else named["hidden_states"]
-        changed = hidden.clone()
+        changed = input_state(inputs, named).clone()
         changed[:, : prompt.shape[1]] += prompt
-        if inputs:
-            return (changed, *inputs[1:]), named
-        return inputs, {**named, "hidden_states": changed}
+        return with_input_state(inputs, named, changed)
 
     return hook
