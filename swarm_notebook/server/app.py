@@ -28,7 +28,6 @@ from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
 from swarm_notebook.net.traffic import Traffic
 from swarm_notebook.server import heap
 from swarm_notebook.server.adapters.store import AdapterLimits
-from swarm_notebook.server.announce import Announcer, describe
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.quantising.loading import check_bits
@@ -37,11 +36,12 @@ from swarm_notebook.server.engine.scheduling.worker import ComputeThread, Job
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.startup import leave_cores_alone, prepare
 from swarm_notebook.server.engine.throughput import RateMeter
-from swarm_notebook.server.membership import MembershipKeeper
 from swarm_notebook.server.options import CACHE_TOKENS, ServeOptions
-from swarm_notebook.server.pings import NeighbourPings
-from swarm_notebook.server.places import Place
-from swarm_notebook.server.placing import Placing, room_for
+from swarm_notebook.server.presence.announce import Announcer, describe
+from swarm_notebook.server.presence.membership import MembershipKeeper
+from swarm_notebook.server.presence.pings import NeighbourPings
+from swarm_notebook.server.presence.places import Place
+from swarm_notebook.server.presence.placing import Placing, room_for
 from swarm_notebook.server.reading import Reading
 from swarm_notebook.server.rpc.answers import traffic_for
 from swarm_notebook.server.rpc.handler import Handler

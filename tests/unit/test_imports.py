@@ -16,7 +16,7 @@ FORBIDDEN = [
     ("model", "server local planning notebook widgets"),
     ("server", "client model report local planning notebook widgets swarm connecting"),
     ("server.engine", "net server.rpc"),
-    ("server.adapters.config server.adapters.file server.adapters.store", "net server.engine"),
+    ("server.adapters.file server.adapters.layers server.adapters.store", "net server.engine"),
     ("server.adapters.mixing server.adapters.upload", "net server.engine"),
     ("checkpoint", "net client model server report local planning notebook widgets"),
     ("report", "model server local planning notebook widgets"),

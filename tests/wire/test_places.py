@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.server import placing
 from swarm_notebook.server.engine import throughput
 from swarm_notebook.server.options import ServeOptions
+from swarm_notebook.server.presence import placing
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,8 @@ import swarm_notebook as sn
 # Announced every five seconds, so that records expire after ten.
 PROGRAM = """
 from swarm_notebook.cli import main
-from swarm_notebook.server import announce, app
+from swarm_notebook.server import app
+from swarm_notebook.server.presence import announce
 
 class Hasty(announce.Announcer):
     def __init__(self, *arguments):

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from swarm_notebook.server.places import Place, better, choose, value
+from swarm_notebook.server.presence.places import Place, better, choose, value
 
 
 def settled(machines: list[tuple[int, float]], blocks: int, seed: int) -> list[Place]:

@@ -22,7 +22,7 @@ from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ServerSpan, ServerState, announcements, spans_of
 from swarm_notebook.server.engine.quantising.loading import free_memory
 from swarm_notebook.server.options import ServeOptions
-from swarm_notebook.server.places import Place, better, choose
+from swarm_notebook.server.presence.places import Place, better, choose
 
 logger = logging.getLogger(__name__)
 
