@@ -51,10 +51,23 @@ def check_length(position: int, new: int, context: int | None) -> None:
         )
 
 
-def new_mask(mask: object, cache: RemoteCache | None, new: int) -> torch.Tensor | None:
-    """The attention mask of the new tokens, uint8, or None if nothing is masked."""
+def new_mask(
+    mask: object, cache: RemoteCache | None, new: int, *, remote: bool
+) -> torch.Tensor | None:
+    """The attention mask of the new tokens, uint8, or None if nothing is masked.
+
+    Masks of other kinds, such as one of pairs of tokens, are for blocks at home alone.
+
+    Args:
+        remote: there are blocks that are not at home.
+    """
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
-        raise Unsupported("attention_mask: remote blocks take a mask of shape [batch, length] only")
+        if remote:
+            raise Unsupported(
+                "attention_mask: remote blocks take a mask of shape [batch, length] only; give "
+                "each text a row of its own, or bring all blocks home with swarm.own(slice(None))"
+            )
+        mask = None
     if cache is not None:
         return cache.new_mask(mask, new)
     if mask is None:

@@ -195,7 +195,7 @@ class Runner:
         inputs.check_length(position, new, self.context_length)
         states = kwargs.get("output_hidden_states")
         states = config.output_hidden_states if states is None else states
-        mask = inputs.new_mask(kwargs.get("attention_mask"), cache, new)
+        mask = inputs.new_mask(kwargs.get("attention_mask"), cache, new, remote=bool(remote))
         ids = inputs.unusual_positions(kwargs.get("position_ids"), position)
         packs = cache is None and kwargs.get("attention_mask") is None
         if cache is not None and layout.home and kwargs.get("attention_mask") is None:

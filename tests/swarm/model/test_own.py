@@ -151,6 +151,30 @@ def test_its_weights_come_and_go(pair: Pair) -> None:
     assert repr(block).startswith("RemoteLlamaDecoderLayer(")
 
 
+@pytest.mark.works("Blocks at home: a mask of pairs of tokens (4D), with all of them")
+@torch.no_grad()
+def test_a_mask_of_pairs_of_tokens(pair: Pair) -> None:
+    """Two texts packed in each row, neither of which sees the other; then a token of the second."""
+    pair.swarm.own(slice(None))
+    ids, following = tokens(2, 6), tokens(2, 1, seed=1)
+    sees = torch.ones(7, 7, dtype=torch.bool).tril()
+    sees[3:, :3] = False
+    mask = sees.expand(2, 1, 7, 7)
+    ours, theirs = (
+        model(ids, attention_mask=mask[..., :6, :6], use_cache=True)
+        for model in (pair.remote, pair.local)
+    )
+    close(ours.logits, theirs.logits)
+    ours, theirs = (
+        model(following, attention_mask=mask[..., 6:, :], past_key_values=before.past_key_values)
+        for model, before in ((pair.remote, ours), (pair.local, theirs))
+    )
+    close(ours.logits, theirs.logits)
+    pair.swarm.release()
+    with pytest.raises(Unsupported, match="give each text a row of its own"):
+        pair.remote(ids, attention_mask=mask[..., :6, :6])
+
+
 def test_it_needs_no_server(folder: Path) -> None:
     with (
         HostedSwarm(folder, [(0, 2), (3, BLOCKS)]) as hosted,
