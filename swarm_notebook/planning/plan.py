@@ -32,7 +32,7 @@ from swarm_notebook.planning.placement import (
 from swarm_notebook.planning.shape import ModelShape, read_shape
 from swarm_notebook.report.base import Report
 from swarm_notebook.report.formatting import data_frame, duration, number, size, text_table
-from swarm_notebook.report.html import block_bar, head, number_cell, table, view
+from swarm_notebook.report.html import block_bar, facts, head, number_cell, table, view
 from swarm_notebook.texts import clean
 
 if TYPE_CHECKING:
@@ -205,8 +205,7 @@ class Plan(Report):
 
     def as_html(self) -> str:
         """Machines as bars of blocks, and the facts, as one static fragment."""
-        colour = "sn-dim" if self.fits else "sn-alarm"
-        body = head(self.shape.name, f'<span class="{colour}">{escape(self.headline)}</span>')
+        body = head(self.shape.name, self.headline, alarm=not self.fits)
         rows = ""
         for share, cells in zip(self.shares, self._rows(), strict=True):
             bar = block_bar(share.start, share.end, len(self.shape.blocks))
@@ -221,11 +220,7 @@ class Plan(Report):
         if rows:
             numbers = ["bits", "weights", "cache", "ms/token"]
             body += table(["machine", "blocks", "memory"], numbers, [], rows)
-        facts = "".join(
-            f'<tr><td class="sn-dim">{escape(name)}</td><td>{escape(text)}</td></tr>'
-            for name, text in self.facts
-        )
-        return view(f'{body}<table class="sn-table"><tbody>{facts}</tbody></table>')
+        return view(body + facts(self.facts))
 
 
 def plan(

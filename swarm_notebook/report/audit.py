@@ -114,8 +114,7 @@ class AuditTable(ModelReport):
 
     def as_html(self) -> str:
         """The headline and the audits, as one static fragment."""
-        kind = "sn-alarm" if self.wrong else "sn-dim"
-        first = head(self.title, f'<span class="{kind}">{escape(self.headline)}</span>')
+        first = head(self.title, self.headline, alarm=bool(self.wrong))
         rows = "".join(
             f"<tr><td>{escape(one.name)}</td>{peer_cell(one.peer)}<td>{one.start}:{one.end}</td>"
             f'<td><span class="sn-dot {_DOTS[one.outcome]}"></span>{one.outcome}</td>'

@@ -24,12 +24,13 @@ from swarm_notebook.client.servers.routing import (
 from swarm_notebook.client.session.pipeline import part_count
 from swarm_notebook.report.base import ModelReport
 from swarm_notebook.report.formatting import (
+    count,
     duration,
     number,
     size,
     text_table,
 )
-from swarm_notebook.report.html import head, view
+from swarm_notebook.report.html import facts, head, number_cell, table, view
 from swarm_notebook.texts import clean
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Preview(ModelReport):
     @property
     def _amount(self) -> str:
         return (
-            f"{_count(self.requests, 'request')} to {_count(len(self.servers), 'server')}, "
+            f"{count(self.requests, 'request')} to {count(len(self.servers), 'server')}, "
             f"{size(self.sent)} up, {size(self.received)} down"
         )
 
@@ -109,7 +110,7 @@ class Preview(ModelReport):
         basis = "measured on this route" if self.measured else "by the announced speed"
         rows = [
             ("tokens", f"{self.prompt_tokens} + up to {self.max_new_tokens} new"),
-            ("requests", f"{number(self.requests)} to {_count(len(self.servers), 'server')}"),
+            ("requests", f"{number(self.requests)} to {count(len(self.servers), 'server')}"),
             ("bytes", f"{size(self.sent)} up, {size(self.received)} down"),
             ("first token", f"about {duration(self.first_token_seconds)}"),
             ("all", f"about {duration(self.seconds)} ({basis})"),
@@ -119,11 +120,7 @@ class Preview(ModelReport):
             rows.append(("at home", self._at_home))
         if self.batch != 1:
             rows.insert(1, ("sequences", number(self.batch)))
-        body = "".join(
-            f'<tr><td class="sn-dim">{escape(name)}</td><td>{escape(text)}</td></tr>'
-            for name, text in rows
-        )
-        return _view(self.title, "estimate", f"<tbody>{body}</tbody>")
+        return view(head(self.title, "estimate") + facts(rows))
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ class Bill(ModelReport):
     def line(self) -> str:
         """All of it in one line."""
         return (
-            f"{_count(self.requests, 'request')} to {_count(len(self.servers), 'server')}, "
+            f"{count(self.requests, 'request')} to {count(len(self.servers), 'server')}, "
             f"{size(self.sent)} up, {size(self.received)} down, {duration(self.seconds)} of waiting"
         )
 
@@ -205,33 +202,25 @@ class Bill(ModelReport):
 
     def __repr__(self) -> str:
         return (
-            f"{self.title}: {_count(self.requests, 'request')} to "
-            f"{_count(len(self.servers), 'server')}"
+            f"{self.title}: {count(self.requests, 'request')} to "
+            f"{count(len(self.servers), 'server')}"
         )
 
     def __str__(self) -> str:
-        head = ["server", "blocks", "requests", "tokens", "sent", "received", "waited"]
+        titles = ["server", "blocks", "requests", "tokens", "sent", "received", "waited"]
         rows = [_cells(server) for server in self.servers]
-        return "\n".join([f"{self.title}: {self.line}", *text_table(head, rows)])
+        return "\n".join([f"{self.title}: {self.line}", *text_table(titles, rows)])
 
     def as_html(self) -> str:
         """The servers and what was used of them, as one static fragment."""
-        head = ["seen by", "blocks", "requests", "tokens", "sent", "received", "waited"]
-        titles = "".join(
-            f"<th{' class=sn-num' if column > 1 else ''}>{title}</th>"
-            for column, title in enumerate(head)
-        )
-        rows = "".join(
-            "<tr>"
-            + "".join(
-                f"<td{' class=sn-num' if column > 1 else ''}>{escape(cell)}</td>"
-                for column, cell in enumerate(_cells(server))
-            )
-            + "</tr>"
-            for server in self.servers
-        )
-        table = f"<thead><tr>{titles}</tr></thead><tbody>{rows}</tbody>"
-        return _view(self.title, self.line, table)
+        rows = ""
+        for server in self.servers:
+            name, blocks, *numbers = _cells(server)
+            cells = "".join(map(number_cell, numbers))
+            rows += f"<tr><td>{escape(name)}</td><td>{blocks}</td>{cells}</tr>"
+        titles = ["requests", "tokens", "sent", "received", "waited"]
+        listed = table(["seen by", "blocks"], titles, [], rows)
+        return view(head(self.title, self.line) + listed)
 
 
 def expect(
@@ -258,9 +247,9 @@ def expect(
         home: bytes of the weights of blocks that run in the notebook.
     """
     given = {"prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens, "batch": batch}
-    for name, count in given.items():
-        if count < 1:
-            raise ValueError(f"{name}: {count}, expected at least 1")
+    for name, amount in given.items():
+        if amount < 1:
+            raise ValueError(f"{name}: {amount}, expected at least 1")
     known = [_token_seconds(segment, usage) for segment in chain]
     each = [
         announced if measured is None else measured
@@ -319,10 +308,6 @@ def _token_seconds(segment: RouteSegment, usage: Mapping[str, ServerUsage]) -> f
     return None if used is None else used.token_seconds.get((segment.start, segment.end))
 
 
-def _count(amount: int, what: str) -> str:
-    return f"{number(amount)} {what}{'' if amount == 1 else 's'}"
-
-
 def _cells(server: ServerBill) -> list[str]:
     return [
         server.name,
@@ -333,8 +318,3 @@ def _cells(server: ServerBill) -> list[str]:
         size(server.received),
         duration(server.seconds),
     ]
-
-
-def _view(title: str, headline: str, rows: str) -> str:
-    first = head(title, f'<span class="sn-dim">{escape(headline)}</span>')
-    return view(f'{first}<table class="sn-table">{rows}</table>')

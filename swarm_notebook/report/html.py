@@ -7,6 +7,7 @@ and no styles outside ``.sn-view``. Whatever a server said is escaped by whoever
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 
 STYLE = """<style>
@@ -70,9 +71,13 @@ def view(body: str) -> str:
     return f'{STYLE}<div class="sn-view">{body}</div>'
 
 
-def head(model: str, rest: str) -> str:
-    """The first line: the model, and what follows it as HTML."""
-    return f'<div class="sn-head"><span class="sn-model">{escape(model)}</span>{rest}</div>'
+def head(model: str, headline: str, *, alarm: bool = False) -> str:
+    """The first line: the model and one sentence, red if it is an ``alarm``."""
+    kind = "sn-alarm" if alarm else "sn-dim"
+    return (
+        f'<div class="sn-head"><span class="sn-model">{escape(model)}</span>'
+        f'<span class="{kind}">{escape(headline)}</span></div>'
+    )
 
 
 def table(titles: list[str], numbers: list[str], more: list[str], rows: str) -> str:
@@ -81,6 +86,15 @@ def table(titles: list[str], numbers: list[str], more: list[str], rows: str) -> 
     cells += "".join(f'<th class="sn-num">{title}</th>' for title in numbers)
     cells += "".join(f"<th>{title}</th>" for title in more)
     return f'<table class="sn-table"><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def facts(found: Iterable[tuple[str, str]]) -> str:
+    """A table of names and what there is to say of each."""
+    rows = "".join(
+        f'<tr><td class="sn-dim">{escape(name)}</td><td>{escape(text)}</td></tr>'
+        for name, text in found
+    )
+    return f'<table class="sn-table"><tbody>{rows}</tbody></table>'
 
 
 def block_bar(start: int, end: int, total: int) -> str:

@@ -158,8 +158,7 @@ class Privacy(ModelReport):
 
     def as_html(self) -> str:
         """The headline, the curve and the table, as one static fragment."""
-        kind = "sn-alarm" if self.readable > 0 else "sn-dim"
-        first = head(self.title, f'<span class="{kind}">{escape(self.headline)}</span>')
+        first = head(self.title, self.headline, alarm=self.readable > 0)
         rows = "".join(
             f"<tr><td>{_place(one)}</td>"
             f"<td>{escape(clean(', '.join(one.seen_by) or HERE))}</td>"

@@ -66,7 +66,7 @@ class RouteTable(ModelReport):
 
     def as_html(self) -> str:
         """The hops in order, each with its share of the blocks, as one static fragment."""
-        expected = f'<span class="sn-dim">{self.expected_ms:.1f} ms per token expected</span>'
+        expected = f"{self.expected_ms:.1f} ms per token expected"
         last = max((hop.end for hop in self.hops), default=1)
         rows = "".join(
             f"<tr><td>{block_bar(hop.start, hop.end, last)}{hop.blocks}</td>"

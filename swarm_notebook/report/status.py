@@ -246,8 +246,7 @@ class SwarmStatus(ModelReport):
 
     def as_html(self) -> str:
         """The headline, the strip of blocks and the servers, as one static fragment."""
-        kind = "sn-alarm" if self.missing else "sn-dim"
-        first = head(self.title, f'<span class="{kind}">{escape(self.headline)}</span>')
+        first = head(self.title, self.headline, alarm=bool(self.missing))
         titles = ["server", "peer", "blocks", "state"]
         numbers = ["round trip", "tokens/s", "cache left"]
         rows = "".join(_html_row(row, self.num_blocks, self._audited) for row in self.servers)

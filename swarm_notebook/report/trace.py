@@ -17,7 +17,7 @@ from swarm_notebook.client.servers.routing import block_slices
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.report.base import ModelReport
 from swarm_notebook.report.formatting import data_frame, text_table
-from swarm_notebook.report.html import head, view
+from swarm_notebook.report.html import head, table, view
 from swarm_notebook.texts import clean
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class Trace(ModelReport):
 
     def as_html(self) -> str:
         """The headline, a plot of all passes but the first; the mean one as a way and a table."""
-        first = head(self.title, f'<span class="sn-dim">{escape(self.headline)}</span>')
+        first = head(self.title, self.headline)
         lost = "".join(f'<div class="sn-alarm">{escape(reason)}</div>' for reason in self.failovers)
         shown = self.mean or (self.passes[0] if self.passes else None)
         body = (
@@ -243,17 +243,13 @@ def _ms(seconds: float) -> str:
 
 def _html_table(one: PassTimes) -> str:
     """Milliseconds of one pass by server and part."""
-    numbers = "".join(f'<th class="sn-num">{_swatch(part)}{part}</th>' for part in PARTS)
-    titles = f'<th>ms per pass</th><th>blocks</th>{numbers}<th class="sn-num">all</th>'
+    numbers = [*(f"{_swatch(part)}{part}" for part in PARTS), "all"]
     rows = [_html_row(f"{_swatch('client')}notebook", "", ["", "", "", ""], one.client)]
     for server in one.servers:
         parts = [_html_ms(getattr(server, part)) for part in PARTS]
         rows.append(_html_row(escape(server.name), server.blocks, parts, server.seconds))
     rows.append(_html_row("total", "", [_html_ms(one.part(part)) for part in PARTS], one.seconds))
-    return (
-        f'<table class="sn-table"><thead><tr>{titles}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table>"
-    )
+    return table(["ms per pass", "blocks"], numbers, [], "".join(rows))
 
 
 def _plot(passes: Sequence[PassTimes]) -> str:

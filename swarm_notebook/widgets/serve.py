@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import traitlets
 
 from swarm_notebook.local.lending import Lending
 from swarm_notebook.report.formatting import model_title, number
-from swarm_notebook.report.html import head, view
+from swarm_notebook.report.html import facts, head, view
 from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.pulse import start_pulse
 
@@ -88,19 +87,15 @@ class ServePanel(Widget, module="serve"):
 
     def picture(self) -> str:
         """The state and the counts."""
-        facts = self.facts
+        known = self.facts
         cells = {
             "blocks": f"{self.start}:{self.end} of {self.num_blocks}",
             "state": self.state,
-            "sessions served": number(facts.get("sessions_served")),
-            "requests served": number(facts.get("requests_served")),
-            "tokens served": number(facts.get("tokens_served")),
+            "sessions served": number(known.get("sessions_served")),
+            "requests served": number(known.get("requests_served")),
+            "tokens served": number(known.get("tokens_served")),
         }
-        rows = "".join(
-            f'<tr><td class="sn-dim">{name}</td><td>{escape(text)}</td></tr>'
-            for name, text in cells.items()
-        )
-        return view(head(self.title, "") + f'<table class="sn-table">{rows}</table>')
+        return view(head(self.title, "") + facts(cells.items()))
 
     @action
     def begin(self) -> None:
