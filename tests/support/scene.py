@@ -23,7 +23,7 @@ from support.processes import lasting_swarms
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 import swarm_notebook as sn
-from swarm_notebook.client.session.session import InferenceSession
+from swarm_notebook.client.session.batch import BatchSession
 from swarm_notebook.local.swarm import LocalServer
 from swarm_notebook.swarm import Swarm
 
@@ -50,7 +50,7 @@ class Scene:
     local: Any  # a `LocalSwarm` or a `HostedSwarm`
     swarm: Swarm
     reference: Any
-    sessions: list[InferenceSession] = field(default_factory=list)
+    sessions: list[BatchSession] = field(default_factory=list)
 
     @property
     def remote(self) -> Any:
@@ -135,7 +135,7 @@ def scene(folder: Path, spans: Any, *, hosted: bool = False, **options: Any) -> 
         connection: Any = swarm.connection
         new_session = connection.session
 
-        def session(*arguments: Any) -> InferenceSession:
+        def session(*arguments: Any) -> BatchSession:
             made.sessions.append(new_session(*arguments))
             return made.sessions[-1]
 
