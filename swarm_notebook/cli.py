@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from swarm_notebook import __version__
-from swarm_notebook.errors import InvitationError, MissingBlocks, SwarmError
+from swarm_notebook.errors import InvitationError, MissingBlocks, PlanError, SwarmError
 from swarm_notebook.texts import clean
 
 PROGRAM = "swarm-notebook"
@@ -65,20 +65,20 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         nargs="?",
         help="a Hub id, a folder, or a GGUF file (default: the demo model)",
     )
-    which = serve.add_mutually_exclusive_group()
-    which.add_argument(
+    serve.add_argument(
         "--blocks",
         type=_blocks,
         metavar="A:B",
         help="hold blocks A to B-1 only; only their tensors are read (default: all of a new swarm, "
         "else those that it needs most, and others when that changes)",
     )
-    which.add_argument(
+    serve.add_argument(
         "--memory",
         type=_size,
         metavar="SIZE",
-        help="choose as many blocks as fit into it, such as 20GiB (default: 7 tenths of what is "
-        "free, for who joins a swarm)",
+        help="for weights, such as 20GiB: as many blocks as it holds as they are; where that is "
+        "not all, at --bits or what is measured to be good enough, and then at the most bits that "
+        "hold them (default: 7 tenths of what is free, for who joins a swarm, and no fewer bits)",
     )
     serve.add_argument(
         "--initial-peers",
@@ -134,8 +134,8 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=float,
         metavar="B",
         help="bits per weight, scales included, from 2.5 to 16: each matrix gets as many as it "
-        "needs within this mean (default: as they are; those of a GGUF file packed where memory "
-        "is short)",
+        "needs within this mean; with --memory, at least so many (default: as they are; those of a "
+        "GGUF file packed where memory is short)",
     )
     serve.add_argument(
         "--dummy-weights",
@@ -420,10 +420,12 @@ def _blocks(text: str) -> tuple[int, int]:
 
 
 def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)(|[KMG]i?B?)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, like 512MiB")
-    return int(found[1]) << (10 * " KMG".index(found[2][:1] or " "))
+    from swarm_notebook.planning.machines import read_bytes
+
+    try:
+        return int(read_bytes(text))
+    except PlanError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _duration(text: str) -> int:

@@ -39,11 +39,14 @@ class Lending:
 
     Args:
         model: a Hub id, a folder or a GGUF file; None takes the swarm's, or the demo model.
-        blocks: ``(start, end)`` to hold; None takes what the swarm lacks, else all blocks.
+        blocks: ``(start, end)`` to hold; None takes what the swarm lacks, else all blocks; with
+            ``memory`` the server chooses then.
         swarm: an attached swarm to serve in.
         initial_peers: addresses of the swarm to join, if none is attached; none begin a new one.
         dtype: what to compute in.
         bits: per weight, from 2.5 to 16; None leaves the weights as they are.
+        memory: for weights, in bytes or such as ``"2GB"``: as many blocks as it holds as they are,
+            or else at ``bits`` or at what is measured to be good enough, and then at the most bits.
         device: where: a torch device.
         threads: CPU threads; None leaves it to torch.
         name: what others see in their status.
@@ -70,6 +73,7 @@ class Lending:
         dtype: str = "float32",
         device: str = "cpu",
         bits: float | None = None,
+        memory: int | str | None = None,
         threads: int | None = None,
         name: str = "notebook",
         listen: str | None = None,
@@ -91,12 +95,19 @@ class Lending:
         self._key: bytes | None = None  # others know it under the same peer id when it comes back
         self._server: LocalServer | None = None
         self._inquiry: Inquiry | None = None
-        self.dtype, self.device, self.bits = dtype, device, bits
+        self.dtype, self.device, self.bits, self.memory = dtype, device, bits, memory
+        self._chooses, self._blocks = False, (0, 0)
         self.blocks = blocks or _lacking(swarm) or (0, self.num_blocks)
+        self._chooses = blocks is None and memory is not None
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """The blocks to hold, ``(start, end)``; a change counts from the next start on."""
+        """The blocks to hold, ``(start, end)``; a change counts from the next start on.
+
+        With ``memory``, and until they are set: those that the server has chosen.
+        """
+        if self._chooses and self._server is not None:
+            return self._server.blocks
         return self._blocks
 
     @blocks.setter
@@ -106,6 +117,8 @@ class Lending:
             raise BlocksOutOfRange(
                 f"blocks: {start}:{end}, but {self.model} has blocks 0:{self.num_blocks}"
             )
+        if (start, end) != self.blocks:
+            self._chooses = False
         self._blocks = (start, end)
 
     @property
@@ -160,10 +173,12 @@ class Lending:
         self._folder = ServerFolder()
         self._server = LocalServer(
             self._name,
-            self.blocks,
+            self._blocks,
+            chooses=self._chooses,
             folder=self._folder,
             options=[self._path, "--dtype", self.dtype, "--device", self.device]
             + ([] if self.bits is None else ["--bits", str(self.bits)])
+            + ([] if self.memory is None else ["--memory", str(self.memory)])
             + ([] if self._swarm is None else ["--private", "--swarm", str(self._swarm)])
             + ([] if self._threads is None else ["--threads", str(self._threads)]),
             environment=server_environment(self._threads),
@@ -208,6 +223,7 @@ class Lending:
             self._inquiry.close()
             self._inquiry = None
         if self._server is not None:
+            self._blocks = self._server.blocks
             self._server.terminate()
             self._key, self._server = self._server.key, None
         if self._folder is not None:

@@ -77,6 +77,7 @@ class LocalServer:
     Args:
         name: of the server in its swarm, and of its files in ``folder``.
         blocks: ``(start, end)``.
+        chooses: whether it may hold others, as it chooses by its memory and what its swarm needs.
         folder: for its log; whoever made it removes it.
         options: of ``swarm-notebook serve``; the model comes first.
         environment: variables of the process.
@@ -94,6 +95,7 @@ class LocalServer:
         name: str,
         blocks: tuple[int, int],
         *,
+        chooses: bool = False,
         folder: ServerFolder,
         options: Sequence[str],
         environment: dict[str, str],
@@ -101,7 +103,7 @@ class LocalServer:
         listen: str = ANY_PORT,
         key: bytes | None = None,
     ) -> None:
-        self.name, self.blocks, self.key = name, blocks, key
+        self.name, self._blocks, self._chooses, self.key = name, blocks, chooses, key
         self.log_path = folder.path / f"{name}.log"
         self._folder = folder
         self._identity = folder.path / f"{name}.key"
@@ -111,6 +113,12 @@ class LocalServer:
         self._process: subprocess.Popen[str] | None = None
         self._facts: dict[str, Any] = {}
         self._listen = listen
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """The blocks that it holds, or is to hold."""
+        start, end = self._facts.get("blocks", self._blocks)
+        return start, end
 
     @property
     def pid(self) -> int | None:
@@ -156,9 +164,10 @@ class LocalServer:
         on_loopback = self._listen == ANY_PORT
         if on_loopback and self.addresses and (known := LOOPBACK_PORT.match(self.addresses[0])):
             self._listen = known[0]
-        start, end = self.blocks
         command = [sys.executable, "-m", "swarm_notebook.cli", "serve", *self._options]
-        command += ["--blocks", f"{start}:{end}", "--name", self.name, "--exit-with-stdin"]
+        command += ["--name", self.name, "--exit-with-stdin"]
+        if not self._chooses:
+            command += ["--blocks", "{}:{}".format(*self._blocks)]
         command += ["--identity", str(self._identity), "--host-maddrs", self._listen]
         command += ["--initial-peers", "-", "--scratch", str(self._folder.path)]
         self._facts, self._asked_to_end = {}, False

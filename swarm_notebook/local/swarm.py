@@ -53,11 +53,14 @@ class LocalSwarm:
         device: where, such as ``"cuda"``; "auto" is a GPU where there is one.
         bits: per weight of the blocks' matrices, from 2.5 to 16, scales included; None leaves them
             as they are. On a CPU, ``dtype`` "auto" is then bfloat16.
+        memory: for the weights of each server, in bytes or such as ``"2GB"``. Where its blocks do
+            not fit as they are, they get the most bits that do; fewer than ``bits``, or than is
+            measured to be good enough, are refused.
         threads: CPU threads per server; None leaves it to torch.
         cache_tokens: room for keys and values per server; None is the server's default.
         private: only those who are invited get anything of it, see `invite`.
         start_timeout: seconds until every server must be ready; None is `START_SECONDS`, or
-            `MEASURE_SECONDS` where ``bits`` have to be measured.
+            `MEASURE_SECONDS` where bits may have to be measured.
 
     Raises:
         ModelNotFound: there is no such model.
@@ -73,6 +76,7 @@ class LocalSwarm:
         dtype: str = "auto",
         device: str = "auto",
         bits: float | None = None,
+        memory: int | str | None = None,
         threads: int | None = None,
         cache_tokens: int | None = None,
         private: bool = False,
@@ -88,6 +92,8 @@ class LocalSwarm:
         options = [self.model, "--dtype", dtype, "--device", device]
         if bits is not None:
             options += ["--bits", str(bits)]
+        if memory is not None:
+            options += ["--memory", str(memory)]
         if threads is not None:
             options += ["--threads", str(threads)]
         if cache_tokens is not None:
@@ -111,7 +117,7 @@ class LocalSwarm:
         atexit.register(self.close)
         _swarms.add(self)
         try:
-            limit = START_SECONDS if bits is None else MEASURE_SECONDS
+            limit = START_SECONDS if bits is None and memory is None else MEASURE_SECONDS
             name = source.path.name if source.path else source.name
             self._start(name, limit if start_timeout is None else start_timeout)
         except BaseException:  # an interrupt, too, must not leave processes behind

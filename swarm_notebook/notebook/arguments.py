@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from IPython.core.error import UsageError
 
+from swarm_notebook.errors import PlanError
 from swarm_notebook.notebook.typed import split
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -249,6 +250,13 @@ class CommandLine:
             "--bits", type=float, metavar="B", help="per weight, 2.5 to 16 (default: as they are)"
         )
         serve.add_argument(
+            "--memory",
+            type=_memory,
+            metavar="SIZE",
+            help="such as 20GB: as many blocks as it holds, in fewer bits where need be, and start "
+            "at once",
+        )
+        serve.add_argument(
             "--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)"
         )
         serve.add_argument(
@@ -459,6 +467,15 @@ def _address(text: str) -> str:
             f"{text!r} is a model, not an address; did you mean --model {text}?"
         )
     return text
+
+
+def _memory(text: str) -> int:
+    from swarm_notebook.planning.machines import read_bytes
+
+    try:
+        return int(read_bytes(text))
+    except PlanError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _float(text: str) -> float:

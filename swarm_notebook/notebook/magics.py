@@ -190,7 +190,7 @@ class SwarmMagics:
         self._warmup.wait()
         from swarm_notebook.widgets import ServePanel
 
-        names = ("dtype", "device", "bits", "threads", "name", "listen")
+        names = ("dtype", "device", "bits", "memory", "threads", "name", "listen")
         given = {key: getattr(arguments, key) for key in names}
         if arguments.private and arguments.initial_peers:
             raise UsageError("--private begins a swarm, --initial-peers joins one: give one")
@@ -204,7 +204,7 @@ class SwarmMagics:
             private=arguments.private,
             **{key: value for key, value in given.items() if value is not None},
         )
-        if arguments.blocks is not None:
+        if arguments.blocks is not None or arguments.memory is not None:
             panel.begin()
         return self._store(arguments.output, panel)
 

@@ -30,7 +30,7 @@ from swarm_notebook.server import heap
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
-from swarm_notebook.server.engine.quantising.loading import check_bits
+from swarm_notebook.server.engine.quantising.loading import MAX_BITS, check_bits
 from swarm_notebook.server.engine.requests import Limits
 from swarm_notebook.server.engine.scheduling.worker import ComputeThread, Job
 from swarm_notebook.server.engine.span import Span
@@ -41,8 +41,9 @@ from swarm_notebook.server.presence.announce import Announcer, describe
 from swarm_notebook.server.presence.membership import MembershipKeeper
 from swarm_notebook.server.presence.pings import NeighbourPings
 from swarm_notebook.server.presence.places import Place
-from swarm_notebook.server.presence.placing import Placing, room_for
+from swarm_notebook.server.presence.placing import Placing
 from swarm_notebook.server.reading import Reading
+from swarm_notebook.server.room import room_for
 from swarm_notebook.server.rpc.answers import traffic_for
 from swarm_notebook.server.rpc.handler import Handler
 
@@ -149,13 +150,14 @@ class Server:
 
     async def _start(self) -> None:
         source = resolve(self._options.model, dummy=self._options.dummy_weights)
+        packed_dtype = replace(self._options, bits=MAX_BITS).settled(source).dtype
         options = self._options = self._options.settled(source)
         if options.bits is not None:
             check_bits(options.bits)
         compute = ComputeThread()
         # Python that ends while torch is at work in another thread aborts the process.
         self._stack.push_async_callback(asyncio.to_thread, compute.stop)
-        node, placing, loading = await self._take_place(compute, source)
+        node, placing, loading = await self._take_place(compute, source, packed_dtype)
         options = self._options
         self._say(peer_id=node.peer_id.to_base58(), maddrs=await node.addresses(), pid=os.getpid())
         loaded, quantised = await loading.future
@@ -235,21 +237,27 @@ class Server:
         self._tell(dict(self.facts))
 
     async def _take_place(
-        self, compute: ComputeThread, source: ModelSource
+        self, compute: ComputeThread, source: ModelSource, packed_dtype: str
     ) -> tuple[Node, Placing, Job]:
         """Join the swarm, and begin to read the blocks: at once where it is known which."""
         options = self._options
-        chooses = options.blocks is None and (options.initial_peers or options.memory is not None)
+        chooses = options.memory is not None or (options.blocks is None and options.initial_peers)
         # Both take seconds, and one mostly waits.
         loading = None if chooses else self._begin_loading(compute, source)
         node = await self._start_node(source.shared_name)
         blocks = source.config().num_hidden_layers
         placing = Placing(node, source.dht_prefix, blocks)
         if loading is None:
-            size = await asyncio.to_thread(room_for, source, options)
-            span = await placing.choose(size)
-            logger.info("serving blocks %d:%d of %d: the swarm needs them most", *span, blocks)
-            self._options = replace(options, blocks=span, chosen=True)
+            measuring = compute.submit(room_for, source, options, packed_dtype)
+            self._stack.callback(measuring.cancel)
+            room = await measuring.future
+            if (span := options.blocks) is None:
+                span = await placing.choose(room.blocks)
+                logger.info("serving blocks %d:%d of %d: the swarm needs them most", *span, blocks)
+            chosen = options.chosen or options.blocks is None
+            self._options = replace(
+                options, blocks=span, chosen=chosen, bits=room.bits, dtype=room.dtype
+            )
             loading = self._begin_loading(compute, source)
         return node, placing, loading
 

@@ -36,7 +36,10 @@ class ServeOptions:
         model: a Hub id, a folder or a GGUF file; None is the demo model.
         blocks: the range ``[start, end)`` to host; None is all for who begins a swarm without a
             limit of ``memory``, else those that lift the swarm most.
-        memory: bytes that chosen blocks may take; None is a part of what is free.
+        memory: bytes that the blocks may take. Where those that are wanted do not fit as they are,
+            bits are chosen, too: as many blocks as fit at ``bits``, or at the fewest bits that are
+            measured to be good enough, and then the most bits that hold these. None is a part of
+            what is free, and ``bits`` are as given.
         identity: file of the private key behind the peer id; written if there is none.
         dtype: what to compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
         device: a torch device; "auto" is a GPU where there is one.

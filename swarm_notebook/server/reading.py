@@ -55,6 +55,7 @@ class Reading:
             start,
             end,
             bits=options.bits,
+            memory=options.memory,
             dtype=tensors.dtype_from_name(options.dtype),
             device=options.device,
             progress=self._progress,

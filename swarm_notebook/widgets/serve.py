@@ -33,9 +33,8 @@ class ServePanel(Widget, module="serve"):
 
     Args:
         lending: what to start and stop; None makes one of the other arguments.
-        model, blocks, swarm, initial_peers, dtype, device, bits, threads, name, listen,
-            private: as for
-            `Lending`.
+        model, blocks, swarm, initial_peers, dtype, device, bits, memory, threads, name, listen,
+            private: as for `Lending`.
 
     Attributes:
         title: the model's name.
@@ -168,6 +167,7 @@ class ServePanel(Widget, module="serve"):
             changed["log"] = lending.log_tail()
         if state == "serving" and self.state != "serving":
             changed["since"] = time.time()
+            changed["start"], changed["end"] = lending.blocks
         if state == "failed" and self.state != "failed":
             changed["error"] = "the server has ended by itself; its log says why"
         with self._updating:

@@ -103,10 +103,12 @@ def test_status_of_a_swarm(demo_swarm: HostedSwarm) -> None:
         assert "local-1" in result.stdout
 
 
-def test_blocks_are_named_or_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_is_a_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.parser().parse_args(["serve", "--memory", "20GB"]).memory == 20 * 10**9
+    assert cli.parser().parse_args(["serve", "--memory", "2GiB"]).memory == 2 << 30
     with pytest.raises(SystemExit):
-        cli.main(["serve", "model", "--blocks", "0:2", "--memory", "1GiB"])
-    assert "not allowed with argument --blocks" in capsys.readouterr().err
+        cli.main(["serve", "model", "--memory", "much"])
+    assert "'much' is not a size" in capsys.readouterr().err
 
 
 def test_a_swarm_that_is_named_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.client.servers import bits
 from swarm_notebook.errors import MissingBlocks, Unsupported
+from swarm_notebook.server.engine.quantising import quality
 from swarm_notebook.server.engine.quantising.loading import load_quantised
 from swarm_notebook.server.options import ServeOptions
 
@@ -200,3 +201,46 @@ def test_impossible_bits_are_said(scene: Scene) -> None:
         HostedServer(ServeOptions(scene.folder, bits=1)).__enter__()
     with pytest.raises(Unsupported, match="too little"):
         load_quantised(resolve(scene.folder), 0, 1, bits=2.5, dtype=torch.float32)
+
+
+def packed_bytes(server: HostedServer) -> int:
+    """What the parameters of a server's blocks take."""
+    return sum(
+        one.packed.nbytes if isinstance(one, PackedWeight) else one.nbytes
+        for layer in server.layers
+        for one in layer.parameters()
+    )
+
+
+def test_memory_chooses_blocks_and_bits_together(
+    scene: Scene, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many blocks as are good enough, and then the most bits that hold them."""
+    # Random weights make large errors of small ones: any number of bits is to do here.
+    monkeypatch.setattr(quality, "GOOD_ERROR", 0.1)
+    blocks = load_blocks(resolve(scene.folder), 0, 5, dtype=torch.float32).layers
+    block = sum(one.numel() for one in blocks[0].parameters())
+    caplog.set_level(logging.INFO, "swarm_notebook")
+    options = {"cache_tokens": 512, "dtype": "float32"}
+    with HostedServer(ServeOptions(scene.folder, memory=4 * 5 * block, **options)) as whole:
+        assert whole.blocks == (0, 5)
+        assert packed_bytes(whole) == 4 * 5 * block
+    for memory, asked in ((3 * block, None), (3 * block, 4.5)):
+        caplog.clear()
+        given = ServeOptions(scene.folder, memory=memory, bits=asked, **options)
+        with HostedServer(given) as server:
+            start, end = server.blocks
+            taken = packed_bytes(server)
+        assert taken <= memory
+        least = asked or quality.least_bits(
+            resolve(scene.folder), dtype=torch.float32, device="cpu"
+        )
+        # One block more would have had too few bits, and a bit more would not have fitted.
+        assert end == 5 or (end + 1) * block * least >= 8 * memory
+        bits = 8 * taken / ((end - start) * block)
+        assert bits >= least
+        assert taken > 0.9 * memory
+        assert f"hold {end - start} blocks at {least:.3g} bits" in caplog.text
+    few = ServeOptions(scene.folder, (0, 5), memory=block, **options)
+    with pytest.raises(Unsupported, match=r"hold [0-4] of 5 blocks.*more --memory"):
+        HostedServer(few).__enter__()

@@ -42,7 +42,8 @@ def test_servers_take_what_is_missing_and_move_when_that_changes(tiny_llama: Pat
     ids: Any = torch.arange(3, 12)[None]
     expected = generate(reference, ids).sequences.tolist()
     with HostedSwarm(tiny_llama, [(0, 3)]) as first:
-        free = {"initial_peers": first.initial_peers, "cache_tokens": 512}
+        whole = {"bits": 16, "dtype": "float32"}
+        free = {"initial_peers": first.initial_peers, "cache_tokens": 512, **whole}
         second = HostedServer(ServeOptions(tiny_llama, memory=2 * block, name="second", **free))
         with (
             HostedServer(ServeOptions(tiny_llama, memory=3 * block, name="third", **free)) as third,
@@ -73,5 +74,7 @@ def test_what_has_room_for_no_block_says_so(tiny_llama: Path) -> None:
 
 def test_who_begins_a_swarm_keeps_to_its_memory_too(tiny_llama: Path) -> None:
     room = 2 * block_bytes(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
-    with HostedServer(ServeOptions(tiny_llama, memory=room, cache_tokens=512)) as first:
+    with HostedServer(
+        ServeOptions(tiny_llama, memory=room, bits=16, dtype="float32", cache_tokens=512)
+    ) as first:
         assert first.blocks == (0, 2)

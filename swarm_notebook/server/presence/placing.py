@@ -1,4 +1,4 @@
-"""What a server reads of its swarm to choose its blocks, and how many it has room for.
+"""What a server reads of its swarm to choose its blocks.
 
 Records of servers that have died stay for a minute or two, so whoever chooses asks each server for
 a sign of life, and reckons with those alone that answer.
@@ -11,52 +11,16 @@ import logging
 import random
 import statistics
 
-import torch
-
-from swarm_notebook.checkpoint.anatomy import find_trunk
-from swarm_notebook.checkpoint.loading import class_for
-from swarm_notebook.checkpoint.source import ModelSource
-from swarm_notebook.errors import Unsupported
-from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ServerSpan, ServerState, announcements, spans_of
-from swarm_notebook.server.engine.quantising.loading import free_memory
-from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.server.presence.places import Place, better, choose
 
 logger = logging.getLogger(__name__)
 
-# Of the free memory, for weights; the rest is for keys and values, activations and the system.
-FREE_PART = 0.7
 # Between two looks at the swarm, on average: one and a half of them and a random wait are half a
 # minute, and reading all records costs what a notebook does, which reads them every ten seconds.
 LOOK_SECONDS = 12.0
-
-
-def room_for(source: ModelSource, options: ServeOptions) -> int:
-    """How many blocks fit into the memory that a server may use.
-
-    Raises:
-        Unsupported: not even one does.
-    """
-    from transformers import MODEL_MAPPING
-
-    config = source.config()
-    with torch.device("meta"):
-        layers = find_trunk(class_for(source, MODEL_MAPPING, "base model")(config)).layers
-    weights = max(sum(one.numel() for one in layer.parameters()) for layer in layers)
-    width = 8 * tensors.dtype_from_name(options.dtype).itemsize
-    taken = weights * min(options.bits or width, width) / 8
-    memory = options.memory
-    if memory is None:
-        memory = int(FREE_PART * free_memory(options.device))
-    fit = int(memory // taken)
-    if fit < 1:
-        raise Unsupported(
-            f"{memory >> 20} MiB of memory hold no block of {source.name}, of which the largest "
-            f"takes {int(taken) >> 20} MiB; give fewer --bits, or more --memory"
-        )
-    return min(fit, len(layers))
 
 
 class Placing:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def panel(tiny_llama: Path) -> Iterator[ServePanel]:
     """In a swarm of its own: in the tests' one it would be remembered for minutes."""
-    made = ServePanel(tiny_llama, blocks=(1, 4), threads=1, name="lent", listen=ANY_PORT)
+    made = ServePanel(tiny_llama, memory="1GB", threads=1, name="lent", listen=ANY_PORT)
     yield made
     made.close()
 
@@ -33,11 +33,12 @@ def test_lend_look_and_stop(panel: ServePanel, tiny_llama: Path) -> None:
     from support.scene import generate
 
     assert (panel.title, panel.num_blocks, panel.state) == ("tiny-llama", 5, "stopped")
-    assert repr(panel) == "<ServePanel: blocks 1:4 of tiny-llama>"
-    panel.start, panel.end = 0, 5  # as a view does it
+    assert repr(panel) == "<ServePanel: blocks 0:5 of tiny-llama>"
     panel.begin()
     panel.begin()
     wait_until(lambda: panel.state == "serving")
+    assert (panel.start, panel.end) == (0, 5)  # all that the server has chosen
+    assert "0:5 of 5: the swarm needs them most" in panel.lending.log_tail(100)
     assert "ServerStartError" in panel.error  # the second start
     assert panel.weights[0] == panel.weights[1] > 100_000
     assert all("/127.0.0.1/" in address for address in panel.addresses)

@@ -1,0 +1,167 @@
+"""How many blocks a server's memory holds, and at how many bits per weight.
+
+As they are, if all that are wanted fit so. Else as many as possible at bits that are good enough
+(those asked for, or what `least_bits` measures), and then the most bits at which that many fit.
+Blocks of a GGUF file that is not to be packed anew stay as they are in the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+
+from swarm_notebook.checkpoint.anatomy import find_trunk
+from swarm_notebook.checkpoint.gguf import GgufWeights
+from swarm_notebook.checkpoint.loading import class_for
+from swarm_notebook.checkpoint.packed import matrices
+from swarm_notebook.checkpoint.source import ModelSource
+from swarm_notebook.checkpoint.weights import block_index
+from swarm_notebook.errors import Unsupported
+from swarm_notebook.net import tensors
+from swarm_notebook.server.engine.quantising.loading import MAX_BITS, free_memory
+from swarm_notebook.server.engine.quantising.quality import LEVELS, least_bits
+from swarm_notebook.server.options import ServeOptions
+
+logger = logging.getLogger(__name__)
+
+# Of the free memory, for weights; the rest is for keys and values, activations and the system.
+FREE_PART = 0.7
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """How many numbers a block has.
+
+    Attributes:
+        matrices: those that can be packed.
+        others: norms, biases and the like.
+    """
+
+    matrices: int
+    others: int
+
+    def nbytes(self, bits: float, width: float) -> float:
+        """What it takes.
+
+        Args:
+            bits: per weight of its matrices.
+            width: bits of all other numbers.
+        """
+        return (self.matrices * bits + self.others * width) / 8
+
+
+@dataclass(frozen=True)
+class Room:
+    """What fits.
+
+    Attributes:
+        bits: per weight of their matrices; None: as they are.
+        dtype: what is computed in.
+    """
+
+    blocks: int
+    bits: float | None
+    dtype: str
+
+
+def room_for(source: ModelSource, options: ServeOptions, packed_dtype: str) -> Room:
+    """What fits into the memory that a server may use.
+
+    Args:
+        options: settled; with blocks only if ``memory`` is given.
+        packed_dtype: what is computed in with fewer bits per weight.
+
+    Raises:
+        Unsupported: not even one block does, or not all that were asked for.
+    """
+    sizes = _sizes(source)
+    first, end = options.blocks or (0, len(sizes))
+    width, count = _width(options.dtype), end - first
+    largest = max(sizes[first:end], key=lambda size: size.nbytes(width, width))
+    wanted = range(1 if options.blocks is None else count, count + 1)
+    bits, memory = options.bits, options.memory
+    fixed = memory is None or (bits is not None and bits >= MAX_BITS)
+    if memory is None:
+        memory = int(FREE_PART * free_memory(options.device))
+    if fixed:
+        taken = largest.nbytes(width if bits is None or bits >= MAX_BITS else bits, width)
+        return Room(_count(source, memory, taken, wanted), bits, options.dtype)
+    if memory >= count * largest.nbytes(width, width):
+        return Room(count, None, options.dtype)
+    if bits is None and (stored := _stored(source)):
+        taken = max(stored[first:end])
+        return Room(_count(source, memory, taken, wanted), None, options.dtype)
+    width = _width(packed_dtype)
+    if bits is None:
+        dtype = tensors.dtype_from_name(packed_dtype)
+        bits = least_bits(source, dtype=dtype, device=options.device)
+    count = _count(source, memory, largest.nbytes(bits, width), wanted, bits=bits)
+    most = max(bits, most_bits(largest, memory / count, width))
+    logger.info(
+        "%d MiB hold %d blocks at %.3g bits per weight, as they must have, and at %.4g at most",
+        memory >> 20,
+        count,
+        bits,
+        most,
+    )
+    return Room(count, None if most >= width else min(most, LEVELS[-1]), packed_dtype)
+
+
+def most_bits(block: BlockSize, memory: float, width: float) -> float:
+    """The bits per weight at which a block takes so many bytes, in hundredths.
+
+    Args:
+        width: bits of what is not packed.
+    """
+    return math.floor(100 * (8 * memory - block.others * width) / block.matrices) / 100
+
+
+def _count(
+    source: ModelSource, memory: int, taken: float, wanted: range, *, bits: float | None = None
+) -> int:
+    """How many blocks fit, if each takes so many bytes.
+
+    Args:
+        wanted: numbers of blocks that may be.
+    """
+    count = min(int(memory // taken), wanted[-1])
+    if count in wanted:
+        return count
+    at = "" if bits is None else f" at {bits:.3g} bits per weight"
+    raise Unsupported(
+        f"{memory >> 20} MiB of memory hold {count} of {wanted[0]} blocks of {source.name}, the "
+        f"largest of which takes {taken / 2**20:.3g} MiB{at}; give more --memory, fewer --blocks "
+        "or fewer --bits"
+    )
+
+
+def _sizes(source: ModelSource) -> list[BlockSize]:
+    """Of all blocks, from the config alone."""
+    from transformers import MODEL_MAPPING
+
+    with torch.device("meta"):
+        model = class_for(source, MODEL_MAPPING, "base model")(source.config())
+    found = []
+    for layer in find_trunk(model).layers:
+        packable = sum(weight.numel() for _, _, _, weight in matrices(layer))
+        found.append(BlockSize(packable, sum(one.numel() for one in layer.parameters()) - packable))
+    return found
+
+
+def _stored(source: ModelSource) -> list[int] | None:
+    """Bytes of each block in a GGUF file; None if it is none."""
+    weights = source.weights() if source.is_gguf else None
+    if not isinstance(weights, GgufWeights):
+        return None
+    found = [0] * source.config().num_hidden_layers
+    for name, lazy in weights.lazy(weights.names()).items():
+        if (block := block_index(name)) is not None:
+            found[block] += lazy.nbytes
+    return found
+
+
+def _width(dtype: str) -> int:
+    return 8 * tensors.dtype_from_name(dtype).itemsize
