@@ -4,12 +4,17 @@
 
 A server of a tiny Llama may open 1,024 files and has a budget of 64 MiB for traffic. A notebook,
 this process, generates without pause and is compared with the local model. Another process attacks
-the server, one way after the other (`support.attacks`), for so many seconds each. At the end
-stands a table:
+the server, one way after the other (`support.attacks`), for so many seconds and as a new peer each;
+and before that, in the same way, another server of this machine, with which the notebook has
+nothing to do. At the end stands a table:
 
 - *beyond*: MiB of the server's memory that its announced budget for traffic does not explain
-- *slowdown*: of a generation, in the median, to one without an attack; two peers that compute share
-  the server, so two is what is fair, and attackers take cores of this machine, too
+- *alone*: ms of a generation just before
+- *elsewhere*: how much slower a generation is, in the median, while the other server is attacked:
+  what the attack takes of this machine's cores
+- *slowdown*: the same while the notebook's server is attacked. Two peers that compute share the
+  server, so twice *elsewhere* is what is fair
+- *worst*: seconds of the slowest of these
 - *wrong*: tokens that differ from the local model's
 - *refused*: what the server said, by kind
 """
@@ -74,11 +79,13 @@ class Honest:
 
 
 async def attack(options: argparse.Namespace) -> None:
-    """The attacker's process: one line in, an attack, one line out."""
-    node = await Node.start([options.address], client=True)
-    peer = PeerID.from_base58(options.address.rpartition("/")[2])
-    print("ready", flush=True)
-    for name in map(str.strip, sys.stdin):
+    """The attacker's process: one line in, one when a peer of its own is there, one at the end."""
+    for line in sys.stdin:
+        number, _, name = line.strip().partition(" ")
+        address = options.addresses[int(number)]
+        node = await Node.start([address], client=True)
+        peer = PeerID.from_base58(address.rpartition("/")[2])
+        print("begun", flush=True)
         target = Target(node, peer, options.prefix, BLOCKS, HIDDEN, options.seconds, tokens=TOKENS)
         target.random = random.Random(options.seed)
         try:
@@ -86,16 +93,16 @@ async def attack(options: argparse.Namespace) -> None:
         except Exception as error:  # the attacker's own trouble is nobody else's
             errors = [error]
         print(json.dumps(Counter(type(error).__name__ for error in errors)), flush=True)
-    await node.stop()
+        await node.stop()
 
 
-def serve(folder: Path) -> ServerProcess:
+def serve(folder: Path, log: str) -> ServerProcess:
     """A server that may open few files, as this process may while it starts it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, hard))
     try:
         options = ["--traffic-bytes", str(BUDGET), "--activation-bytes", str(16 << 20)]
-        server = ServerProcess(folder, folder.parent / "server.log", *options)
+        server = ServerProcess(folder, folder.parent / log, *options)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     server.wait_ready()
@@ -107,43 +114,51 @@ def run(options: argparse.Namespace) -> None:
     model = build("llama")
     model.config.max_position_embeddings = 2 * TOKENS
     model.save_pretrained(folder)
-    server = serve(folder)
-    address = server.facts["maddrs"][0]
-    command = [sys.executable, __file__, "--address", address, "--prefix", folder.name]
+    servers = [serve(folder, "server.log"), serve(folder, "elsewhere.log")]
+    addresses = [server.facts["maddrs"][0] for server in servers]
+    command = [sys.executable, __file__, "--addresses", *addresses, "--prefix", folder.name]
     command += ["--seconds", str(options.seconds), "--seed", str(options.seed)]
     attacker = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
     try:
-        attacker.stdout.readline()
-        with sn.connect([address], model=folder) as swarm:
+        with sn.connect(addresses[:1], model=folder) as swarm:
             honest = Honest(swarm, model)
-            for _ in range(BASELINE):
-                honest.once()
-            alone = statistics.median(honest.seconds)
-            print(f"alone: {1000 * alone:.0f} ms for {NEW_TOKENS} tokens\n")
-            print(f"{'attack':<40} {'beyond':>6} {'slowdown':>8} {'wrong':>5}  refused")
+            times = f"{'alone':>5} {'elsewhere':>9} {'slowdown':>8} {'worst':>5}"
+            print(f"{'attack':<40} {'beyond':>6} {times} {'wrong':>5}  refused")
             for name in options.attacks or ATTACKS:
-                print(row(name, server, attacker, honest, alone), flush=True)
+                print(row(name, servers, attacker, honest), flush=True)
     finally:
         attacker.kill()
-        server.kill()
+        for server in servers:
+            server.kill()
 
 
-def row(
-    name: str, server: ServerProcess, attacker: subprocess.Popen, honest: Honest, alone: float
-) -> str:
-    peak, told = Peak(server.facts["pid"]), []
-    attacker.stdin.write(name + "\n")
+def row(name: str, servers: list[ServerProcess], attacker: subprocess.Popen, honest: Honest) -> str:
+    honest.begin()
+    for _ in range(BASELINE):
+        honest.once()
+    alone = statistics.median(honest.seconds)
+    elsewhere, _ = beside(f"1 {name}", attacker, honest)
+    peak = Peak(servers[0].facts["pid"])
+    slowed, told = beside(f"0 {name}", attacker, honest)
+    beyond = max(0, peak.bytes - BUDGET) >> 20
+    failed = f", notebook: {dict(honest.errors)}" if honest.errors else ""
+    slow = f"{elsewhere / alone:>9.1f} {slowed / alone:>8.1f} {max(honest.seconds):>5.1f}"
+    return f"{name:<40} {beyond:>6} {1000 * alone:>5.0f} {slow} {honest.wrong:>5}  {told}{failed}"
+
+
+def beside(order: str, attacker: subprocess.Popen, honest: Honest) -> tuple[float, Any]:
+    """Seconds of a generation beside an attack, in the median, and how that was refused."""
+    told: list[Any] = []
+    attacker.stdin.write(order + "\n")
+    attacker.stdout.readline()
     waiting = threading.Thread(target=lambda: told.append(json.loads(attacker.stdout.readline())))
     waiting.start()
     honest.begin()
     while waiting.is_alive():
         honest.once()
-    beyond = max(0, peak.bytes - BUDGET) >> 20
-    slowdown = statistics.median(honest.seconds) / alone
-    failed = f", notebook: {dict(honest.errors)}" if honest.errors else ""
-    return f"{name:<40} {beyond:>6} {slowdown:>8.1f} {honest.wrong:>5}  {told}{failed}"
+    return statistics.median(honest.seconds), told[0]
 
 
 def main() -> None:
@@ -151,10 +166,10 @@ def main() -> None:
     parser.add_argument("attacks", nargs="*", choices=[*ATTACKS, []], metavar="ATTACK")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--address", help=argparse.SUPPRESS)
+    parser.add_argument("--addresses", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--prefix", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.address:
+    if options.addresses:
         asyncio.run(attack(options))
     else:
         run(options)

@@ -182,9 +182,9 @@ def answer_bytes(request: Request) -> int:
     return states + (MAX_INNER_BYTES if request.inner else 0) + ANSWER_SLACK
 
 
-async def beside_loop(packed: Sequence[runtime_pb2.Tensor], read: Callable[[], T]) -> T:
-    """What ``read`` makes of tensors; in another thread if they are large."""
-    if sum(tensor.ByteSize() for tensor in packed) <= INLINE_BYTES:
+async def beside_loop(size: int, read: Callable[[], T]) -> T:
+    """What ``read`` makes of tensors of so many bytes; in another thread if they are large."""
+    if size <= INLINE_BYTES:
         return read()
     return await asyncio.to_thread(read)
 

@@ -39,19 +39,19 @@ def pack(tensor: torch.Tensor, compression: int) -> runtime_pb2.Tensor | None:
     return serialize_torch_tensor(values, compression)
 
 
-def check(message: runtime_pb2.Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+def check(compression: int, buffer: bytes, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Compare the number of bytes with the shape; takes no memory.
 
     Raises:
         BadRequest: they do not fit, or these are no floating point values.
     """
-    elements, size = math.prod(shape), len(message.buffer)
+    elements, size = math.prod(shape), len(buffer)
     if not shape or not elements or not dtype.is_floating_point:
         raise BadRequest(f"a {dtype} tensor of shape {list(shape)} cannot be compressed values")
-    if message.compression == MEANSTD_16BIT:
+    if compression == MEANSTD_16BIT:
         needed = 2 * elements + 2 * _ENTRY_BYTES * (elements // shape[-1])
     else:
-        entries = int.from_bytes(message.buffer[:_COUNT_BYTES], "little", signed=True)
+        entries = int.from_bytes(buffer[:_COUNT_BYTES], "little", signed=True)
         if not 0 < entries <= _MAX_ENTRIES:
             raise BadRequest(f"a codebook of {entries} entries, expected 1 to {_MAX_ENTRIES}")
         needed = _COUNT_BYTES + _ENTRY_BYTES * entries + elements
@@ -61,14 +61,16 @@ def check(message: runtime_pb2.Tensor, shape: Sequence[int], dtype: torch.dtype)
         )
 
 
-def unpack(message: runtime_pb2.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in a message that `check` has passed.
+def unpack(
+    compression: int, buffer: bytes, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """The tensor in a buffer that `check` has passed.
 
     Raises:
         BadRequest: a value names an entry that the codebook does not have.
     """
-    own, elements = bytearray(message.buffer), math.prod(shape)
-    if message.compression == MEANSTD_16BIT:
+    own, elements = bytearray(buffer), math.prod(shape)
+    if compression == MEANSTD_16BIT:
         values = torch.frombuffer(own, dtype=torch.float16, count=elements)
         # A copy: the rows' numbers may begin at an odd place.
         means, deviations = torch.frombuffer(own[2 * elements :], dtype=torch.float32).chunk(2)

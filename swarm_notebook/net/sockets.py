@@ -1,9 +1,12 @@
-"""Sockets to the network daemon that are closed in their loop, whoever drops them.
+"""Sockets to the network daemon that are closed in their loop, whoever drops them, and read out.
 
 asyncio's `StreamWriter` closes a socket that was dropped when it is freed, and that may be in any
 thread: the garbage collector's. On uvloop libuv may be reading from the socket just then; what it
 would call has become null, and the process dies of a segmentation fault in ``uv__read``. hivemind
 drops sockets whenever the daemon refuses something, in the frames of the exception.
+
+asyncio's `StreamReader` forgets what has come when a socket breaks. What a peer says last, though,
+is why it ends the stream, and a break follows at once: so it is read before the end is met.
 """
 
 from __future__ import annotations
@@ -34,10 +37,20 @@ class LoopWriter(asyncio.StreamWriter):
                 self._home.call_soon_threadsafe(self.transport.abort)
 
 
-async def open_unix_connection(path: str) -> tuple[asyncio.StreamReader, LoopWriter]:
-    """As asyncio's; with a `LoopWriter`."""
+class LastWordReader(asyncio.StreamReader):
+    """A reader in which what came before a socket broke can still be read; then the file ends."""
+
+    def set_exception(self, exc: Exception) -> None:
+        if isinstance(exc, ConnectionError):
+            self.feed_eof()
+        else:
+            super().set_exception(exc)
+
+
+async def open_unix_connection(path: str) -> tuple[LastWordReader, LoopWriter]:
+    """As asyncio's; with a `LastWordReader` and a `LoopWriter`."""
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(loop=loop)
+    reader = LastWordReader(loop=loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
     transport, _ = await loop.create_unix_connection(lambda: protocol, path)
     return reader, LoopWriter(transport, protocol, reader, loop)

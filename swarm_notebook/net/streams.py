@@ -9,76 +9,55 @@ async-generator handlers, because a decode step is one message each way: no task
 message, a bound on the length that a peer may declare, and typed errors.
 
 In a private swarm the first message of a stream is a request without tensors, whose metadata show
-who asks; what else comes is read only if that is a member (see `net.membership`).
+who asks (see `net.membership`).
 
-A frame that has begun must come to its end in time, and so must whoever reads it. On a server its
-bytes are taken from `traffic` first.
+A frame that has begun must come to its end in time, and so must whoever reads it. Its bytes are
+taken from `traffic` first, and looked at as they come: nothing is waited for that is to be refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import resource
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
-from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto import runtime_pb2
 from hivemind.proto.p2pd_pb2 import RPCError
 
-from swarm_notebook.errors import (
-    BadRequest,
-    NotAMember,
-    RemoteError,
-    ServerBusy,
-    from_wire,
-    to_wire,
-)
+from swarm_notebook.errors import BadRequest, ServerBusy, from_wire, to_wire
 from swarm_notebook.net import protocol
-from swarm_notebook.net.membership.certificate import Membership, Role
+from swarm_notebook.net.membership.certificate import Membership
 from swarm_notebook.net.traffic import COPIES, Account, Traffic
-from swarm_notebook.net.wire_format import check_fields
-
-logger = logging.getLogger(__name__)
+from swarm_notebook.net.wire_format import MAX_FIELDS, FieldCheck, check_fields
 
 # 32,768 tokens of a hidden size of 8,192 in float32, which is a prompt in one message.
 MAX_FRAME_BYTES = 1 << 30
-# How long a peer may not read before it is given up: it may be swapped out, or far behind.
-UNHEARD_SECONDS = 20.0
 # An honest peer closes within a round trip; each that does not holds one stream for so long.
 LINGER_SECONDS = 10.0
 # Many times what an answer that is on its way takes from one daemon to the other.
 END_SECONDS = 0.25
-# Beyond it, who has lingered longest goes: it has had most time to read its error.
-MAX_LINGERING = 256
 # A frame that has begun, and an answer, must get on: so many seconds, and more if they are large,
 # at the rate of the slowest links on which a notebook is of any use.
 STALLED_SECONDS = 20.0
 SLOWEST_BYTES = 64 << 10  # per second
-# What a stream takes by itself: a task or two, its buffers, its answers to rubbish.
-STREAM_BYTES = 64 << 10
 # Where nobody counts: on a notebook's side, whose servers may answer what they were asked for.
 UNLIMITED = 1 << 60
-# What a member shows takes 200 bytes.
-MAX_SHOWN_BYTES = 512
 _HEADER_BYTES = 9
 _MESSAGE, _ERROR = 0, 1
-# Below this a frame is written as one piece: one system call instead of two.
+# Below this a frame is written and read as one piece: one system call instead of two.
 _JOIN_BYTES = 1 << 16
+# As much as uvloop reads at once.
+_READ_BYTES = 1 << 18
 
 # What opening or using a stream raises when the peer, the daemon or the way there fails.
 TRANSPORT_ERRORS = (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, TimeoutError)
 
 M = TypeVar("M", bound=Message)
-
-_serving: set[asyncio.Task[None]] = set()
 
 
 class StreamClosed(ConnectionError):
@@ -102,11 +81,15 @@ class Stream:
 
     Args:
         answers: what comes in are answers, which end with the file.
+        max_fields: how many fields a message may have.
         account: where what comes in is counted; its owner gives back what has gone.
 
     Attributes:
         max_frame: how long a frame may be; of an answer, as long as what was asked for.
         arriving: bytes that ``account`` holds for the frame that is being read.
+        size: bytes of the message that was received last. To ask the message would cost as much as
+            to pack it again.
+        unanswered: bytes that came since a message was sent last.
     """
 
     def __init__(
@@ -118,19 +101,20 @@ class Stream:
         meter: ByteMeter | None = None,
         *,
         answers: bool = False,
+        max_fields: int = MAX_FIELDS,
         account: Account | None = None,
     ):
         self._reader, self._writer = reader, writer
         self.peer, self.max_frame = peer, max_frame
         self.account = account or Traffic(UNLIMITED, UNLIMITED).open(peer)
-        self.arriving = 0
+        self.arriving = self.size = self.unanswered = 0
+        self._max_fields = max_fields
         self._meter = meter or ByteMeter()
-        self._answers, self._answered = answers, False
+        self._answers, self._answered, self._receiving = answers, False, False
 
     async def send(self, message: Message) -> None:
         """Write one message and wait until the buffer has room again."""
-        self._write(_MESSAGE, message.SerializeToString())
-        await self._drain()
+        await self._send(message.SerializeToString())
 
     async def answer(self, message: Message, seconds: float) -> None:
         """`send` to a peer that has so many seconds to read, and more if there is much.
@@ -138,14 +122,14 @@ class Stream:
         Raises:
             StreamClosed: it did not, or others needed the memory.
         """
-        size = message.ByteSize()
+        data = message.SerializeToString()
         try:
-            if size < _JOIN_BYTES:
+            if len(data) < _JOIN_BYTES:
                 async with asyncio.timeout(seconds):
-                    await self.send(message)
+                    await self._send(data)
             else:
-                async with self.account.waiting_for_peer(seconds + size / SLOWEST_BYTES):
-                    await self.send(message)
+                async with self.account.waiting_for_peer(seconds + len(data) / SLOWEST_BYTES):
+                    await self._send(data)
         except (TimeoutError, ServerBusy):
             self.abort()
             raise StreamClosed(f"peer {self.peer} does not read its answers") from None
@@ -187,6 +171,7 @@ class Stream:
             ServerBusy: there is no memory for them.
             RemoteError: the other side sent an error frame.
         """
+        self._receiving = True
         try:
             header = await self._reader.readexactly(_HEADER_BYTES)
             marker, length = header[0], int.from_bytes(header[1:], "big")
@@ -195,16 +180,17 @@ class Stream:
             if length > self.max_frame:
                 raise BadFrame(f"a frame of {length} bytes, at most {self.max_frame} are read")
             data = await self._body(length)
-            self._meter.received += _HEADER_BYTES + length
         except asyncio.IncompleteReadError as error:
             if self._answered and not error.partial and not self._writer.is_closing():
                 return None
-            raise StreamClosed(f"peer {self.peer} closed the stream") from error
+            raise StreamClosed(_closed(self.peer)) from error
         except ConnectionError as error:
-            raise StreamClosed(f"peer {self.peer} closed the stream") from error
+            raise StreamClosed(_closed(self.peer)) from error
+        finally:
+            self._receiving = False
         self.arriving = 0
         if marker == _MESSAGE:
-            self._answered = self._answers
+            self._answered, self.size = self._answers, length
             return _parse(kind, data)
         failure = _parse(RPCError, data)
         if not failure.message:
@@ -217,32 +203,76 @@ class Stream:
         try:
             if length < _JOIN_BYTES:
                 async with asyncio.timeout(STALLED_SECONDS):
-                    return await self._reader.readexactly(length)
+                    data = await self._reader.readexactly(length)
+                self._came(_HEADER_BYTES + length)
+                check_fields(data, self._max_fields)
+                return data
             seconds = STALLED_SECONDS + length / SLOWEST_BYTES
             async with self.account.waiting_for_peer(seconds):
-                return await self._reader.readexactly(length)
+                return await self._pieces(length)
         except TimeoutError:
             raise BadFrame(f"a frame of {length} bytes did not come to its end in time") from None
+        except BadRequest as error:
+            raise BadFrame(str(error)) from None
+
+    async def _pieces(self, length: int) -> bytes:
+        check, pieces, missing = FieldCheck(length, self._max_fields), [], length
+        self._came(_HEADER_BYTES)
+        while missing:
+            piece = await self._reader.read(min(missing, _READ_BYTES))
+            if not piece:
+                raise StreamClosed(_closed(self.peer))
+            self._came(len(piece))
+            check.feed(piece)
+            pieces.append(piece)
+            missing -= len(piece)
+        return b"".join(pieces)
+
+    def _came(self, size: int) -> None:
+        self._meter.received += size
+        self.unanswered += size
 
     def close(self) -> None:
         """End this direction after what is still in the buffer."""
         self._writer.close()
 
-    async def linger(self) -> None:
-        """Wait until the other side has closed the stream, and ignore what it still says."""
+    async def linger(self, discarded: Callable[[str, int], Awaitable[None]]) -> None:
+        """Wait until the other side has closed the stream, and ignore what it still says.
+
+        Args:
+            discarded: told the peer and how many bytes it said; waits until it may say more.
+        """
         with contextlib.suppress(TimeoutError, ConnectionError):
             async with asyncio.timeout(LINGER_SECONDS):
-                while await self._reader.read(_JOIN_BYTES):
-                    pass
+                while piece := await self._reader.read(_JOIN_BYTES):
+                    await discarded(self.peer, len(piece))
 
     def abort(self) -> None:
         """End both directions now; a peer that reads no more cannot hold this up."""
         self._writer.transport.abort()
 
+    async def _send(self, data: bytes) -> None:
+        self.unanswered = 0
+        try:
+            self._write(_MESSAGE, data)
+            await self._drain()
+        except StreamClosed:
+            await self._hear_out()
+            raise
+
+    async def _hear_out(self) -> None:
+        """Raise why the other side has ended the stream, if it has said so before."""
+        if not self._answers or self._receiving:
+            return  # whoever receives hears it
+        with contextlib.suppress(TimeoutError, StreamClosed, BadFrame):
+            async with asyncio.timeout(END_SECONDS):
+                while await self.receive(runtime_pb2.ExpertResponse) is not None:
+                    pass
+
     def _write(self, marker: int, data: bytes) -> None:
         # asyncio's loop would drop what is written to a stream that is closed, uvloop's raises.
         if self._writer.is_closing():
-            raise StreamClosed(f"peer {self.peer} closed the stream")
+            raise StreamClosed(_closed(self.peer))
         self._meter.sent += _HEADER_BYTES + len(data)
         header = bytes((marker,)) + len(data).to_bytes(8, "big")
         if len(data) < _JOIN_BYTES:
@@ -255,15 +285,16 @@ class Stream:
         try:
             await self._writer.drain()
         except ConnectionError as error:
-            raise StreamClosed(f"peer {self.peer} closed the stream") from error
+            raise StreamClosed(_closed(self.peer)) from error
+
+
+def _closed(peer: str) -> str:
+    return f"peer {peer} closed the stream without a reason: it has ended, or is flooded"
 
 
 def _parse(kind: type[M], data: bytes) -> M:
     try:
-        check_fields(data)
         return kind.FromString(data)
-    except BadRequest as error:
-        raise BadFrame(str(error)) from None
     except DecodeError as error:
         raise BadFrame(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
 
@@ -307,139 +338,3 @@ def _abandon(opening: asyncio.Future) -> None:
     """End a stream that nobody waits for any more; cancelling would leave it half open for good."""
     if not opening.cancelled() and opening.exception() is None:
         opening.result()[2].transport.abort()
-
-
-async def add_stream_handler(
-    p2p: P2P,
-    name: str,
-    handler: Callable[[Stream, PeerID], Awaitable[None]],
-    max_frame: int = MAX_FRAME_BYTES,
-    traffic: Traffic | None = None,
-    *,
-    membership: Membership | None = None,
-    role: Role = Role.NOTEBOOK,
-) -> None:
-    """Serve `name`: `handler` runs once per stream; what it raises travels as an error frame.
-
-    When it returns, the answers end. After an error the peer may still be sending, and p2pd, which
-    closes both halves at once, would reset the stream: a reset overtakes what has not been read
-    yet, the error. So the stream stays until the peer has closed it, for a while and for so many
-    peers.
-
-    Args:
-        traffic: what all streams may hold together; each has an account, closed in the end.
-        membership: of a private swarm, whose members alone are heard, in this ``role`` at least.
-    """
-    traffic = traffic or Traffic(UNLIMITED, UNLIMITED)
-    price = stream_price(traffic.total)
-    lingering: deque[Stream] = deque()
-
-    async def on_stream(
-        info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        # Held, because uvloop holds neither a task that waits for its stream nor the stream: both
-        # would be freed as a circle that nobody knows.
-        if (task := asyncio.current_task()) is not None:
-            _serving.add(task)
-            task.add_done_callback(_serving.discard)
-        peer = info.peer_id.to_base58()
-        base, account = traffic.open(peer), traffic.open(peer)
-        stream = Stream(reader, writer, peer, max_frame, account=account)
-        try:
-            if not base.try_take(price):
-                await _tell(stream, ServerBusy("too many streams are open here; close some"))
-            elif await _guarded(stream, _admit(stream, info.peer_id, handler, membership, role)):
-                await stream.end_answers()
-            account.close()
-            base.close()
-            if len(lingering) >= MAX_LINGERING:
-                lingering.popleft().close()
-            lingering.append(stream)
-            try:
-                await stream.linger()
-            finally:
-                with contextlib.suppress(ValueError):
-                    lingering.remove(stream)
-        except StreamClosed:
-            logger.debug("%s: peer %s left", name, stream.peer)
-        finally:
-            account.close()
-            base.close()
-            stream.close()
-
-    await p2p.add_binary_stream_handler(name, on_stream)
-
-
-def stream_price(total: int) -> int:
-    """What each stream takes of ``total`` bytes, so that they leave half of the descriptors."""
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if descriptors <= 0 or total >= UNLIMITED:
-        return STREAM_BYTES
-    return max(STREAM_BYTES, 2 * total // descriptors)
-
-
-async def _admit(
-    stream: Stream,
-    peer: PeerID,
-    handler: Callable[[Stream, PeerID], Awaitable[None]],
-    membership: Membership | None,
-    role: Role,
-) -> None:
-    """Run a handler; in a private swarm for members only, and as long as they are members."""
-    if membership is None:
-        await handler(stream, peer)
-        return
-    certificate = membership.check(stream.peer, await _shown(stream), role)
-    with membership.holding(certificate, stream.abort):
-        await handler(stream, peer)
-
-
-async def _shown(stream: Stream) -> object:
-    """What a peer shows of itself in its first message; nothing else is read of a stranger."""
-    limit, stream.max_frame = stream.max_frame, MAX_SHOWN_BYTES
-    try:
-        async with asyncio.timeout(UNHEARD_SECONDS):
-            message = await stream.receive(runtime_pb2.ExpertRequest)
-    except BadFrame:
-        return None
-    except TimeoutError:
-        raise NotAMember("this swarm is private, and nothing was shown in time") from None
-    finally:
-        stream.max_frame = limit
-    stream.account.resize(0)
-    return shown_in(message.metadata) if message is not None else None
-
-
-def shown_in(metadata: bytes) -> object:
-    """What a peer shows in the metadata of a message."""
-    try:
-        return protocol.unpack_metadata(metadata).get(protocol.MEMBER)
-    except BadRequest:
-        return None
-
-
-async def _guarded(stream: Stream, work: Awaitable[None]) -> bool:
-    """Run a handler; what it raises is logged and sent to the peer. Whether it raised nothing."""
-    try:
-        await work
-    except StreamClosed:
-        raise
-    except RemoteError as error:
-        logger.info("refused a request of %s: %s", stream.peer, error)
-        await _tell(stream, error)
-    except Exception as error:
-        logger.exception("a request of %s failed", stream.peer)
-        await _tell(stream, error)
-    else:
-        return True
-    return False
-
-
-async def _tell(stream: Stream, error: Exception) -> None:
-    """Send an error; a peer that does not read cannot keep the stream for that."""
-    try:
-        async with asyncio.timeout(UNHEARD_SECONDS):
-            await stream.send_error(error)
-    except TimeoutError:
-        stream.abort()
-        raise StreamClosed(f"peer {stream.peer} does not read") from None

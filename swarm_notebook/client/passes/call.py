@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,10 +31,15 @@ MESSAGE_BYTES = 64
 
 @dataclass
 class CallAnswer:
-    """What came back: tensors still packed, and the metadata of the first message."""
+    """What came back: tensors still packed, and the metadata of the first message.
+
+    Attributes:
+        size: bytes of all messages.
+    """
 
     tensors: list[runtime_pb2.Tensor]
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any]
+    size: int
 
 
 def gone(error: Exception) -> str:
@@ -90,7 +95,7 @@ async def call(
                         runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed)
                     )
             await stream.send_end()
-            parts, answered = await _receive(stream, most)
+            parts, answered, size = await _receive(stream, most)
         usage.answered(segment, _tokens(slots), time.perf_counter() - began)
     except streams.TRANSPORT_ERRORS as error:
         if watch is not None and watch.verdict:
@@ -100,7 +105,7 @@ async def call(
         if stream is not None:
             stream.abort()
     try:
-        return CallAnswer(tensors.join(parts), protocol.unpack_metadata(answered))
+        return CallAnswer(tensors.join(parts), protocol.unpack_metadata(answered), size)
     except BadRequest as error:
         raise ServerFailed(f"{server} sent no readable answer: {error}") from None
 
@@ -111,20 +116,23 @@ def _tokens(slots: Sequence[torch.Tensor | None]) -> int:
     return 0 if hidden is None or hidden.ndim != 3 else hidden.shape[0] * hidden.shape[1]
 
 
-async def _receive(stream: streams.Stream, most: int) -> tuple[list[runtime_pb2.Tensor], bytes]:
-    """The tensor parts of an answer, and the metadata of its first message.
+async def _receive(
+    stream: streams.Stream, most: int
+) -> tuple[list[runtime_pb2.Tensor], bytes, int]:
+    """The tensor parts of an answer, the metadata of its first message, and bytes of all of them.
 
     An answer of ours says how many tensors it has; others end with the stream.
     """
     parts: list[runtime_pb2.Tensor] = []
     metadata: bytes | None = None
     count: int | None = None
-    begun = missing = 0
+    begun = missing = size = 0
     stream.max_frame = most
     try:
         while (message := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
             # Every message counts, or one without anything could come for ever.
-            stream.max_frame = max(0, stream.max_frame - message.ByteSize() - MESSAGE_BYTES)
+            stream.max_frame = max(0, stream.max_frame - stream.size - MESSAGE_BYTES)
+            size += stream.size
             if metadata is None:
                 metadata = message.metadata
                 count = _tensor_count(metadata)
@@ -136,7 +144,7 @@ async def _receive(stream: streams.Stream, most: int) -> tuple[list[runtime_pb2.
                 break
     except streams.BadFrame as error:
         raise ServerFailed(f"server {stream.peer} sent no readable answer: {error}") from None
-    return parts, metadata or b""
+    return parts, metadata or b"", size
 
 
 def _tensor_count(metadata: bytes) -> int | None:

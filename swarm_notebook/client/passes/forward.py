@@ -233,8 +233,7 @@ async def _forward_once(
             compression=compression,
         ),
     )
-    packed = answer.tensors
-    return await beside_loop(packed, partial(read_outputs, packed, part, server))
+    return await beside_loop(answer.size, partial(read_outputs, answer.tensors, part, server))
 
 
 class Refusals:

@@ -298,8 +298,8 @@ class Hop:
             answer = await self._next_answer(stream)
         received = time.perf_counter()
         since, self._answered = self._answered, received
-        packed = answer.tensors
-        outputs = await beside_loop(packed, partial(read_outputs, packed, request, str(self)))
+        read = partial(read_outputs, answer.tensors, request, str(self))
+        outputs = await beside_loop(stream.size, read)
         self.position = request.position + request.hidden.shape[1]
         self._directory.succeeded(self.segment.peer)
         self._directory.telemetry.usage.received(self.segment)

@@ -22,11 +22,13 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 from swarm_notebook import __version__
 from swarm_notebook.errors import BadRequest, NotAMember, ServerBusy, ShuttingDown, to_wire
 from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net.conduct import Conduct
 from swarm_notebook.net.membership.certificate import Membership, Role
 from swarm_notebook.net.records import to_petals_tokens
-from swarm_notebook.net.streams import MAX_SHOWN_BYTES, Stream, add_stream_handler, shown_in
+from swarm_notebook.net.stream_server import MAX_SHOWN_BYTES, add_stream_handler, shown_in
+from swarm_notebook.net.streams import Stream
 from swarm_notebook.net.traffic import COPIES, Account, Traffic
-from swarm_notebook.net.wire_format import check_fields
+from swarm_notebook.net.wire_format import MAX_REQUEST_FIELDS, check_fields
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.passes.gradients import SpanGradients
@@ -96,7 +98,7 @@ class Handler:
         self._running: set[asyncio.Task[Any]] = set()
         self._codec = Codec()
         self._uploads = AdapterUploads(engine, compute, limits)
-        self._traffic = traffic
+        self._traffic, self._conduct = traffic, Conduct()
         self._pushes = PushChannel(traffic)
         self._leaving = False
         self._counters = Counters()
@@ -117,7 +119,13 @@ class Handler:
         for name, stream_handler in streams.items():
             traffic = self._uploads.traffic if name == protocol.RPC_ADAPTER else self._traffic
             await add_stream_handler(
-                p2p, name, self._tracked(stream_handler), frame, traffic, membership=member
+                p2p,
+                name,
+                self._tracked(stream_handler),
+                frame,
+                traffic,
+                conduct=self._conduct,
+                membership=member,
             )
         # Not tracked: such a stream is no request, and stays open while the server leaves.
         await add_stream_handler(
@@ -126,6 +134,7 @@ class Handler:
             self._pushes.handle,
             frame,
             self._traffic,
+            conduct=self._conduct,
             membership=member,
             role=Role.SERVER,
         )
@@ -140,7 +149,8 @@ class Handler:
             unary |= public
         for name, (handler, kind) in unary.items():
             # Below P2P.add_protobuf_handler, which would parse the bytes outside our reach.
-            await p2p._client.add_unary_handler(name, self._tracked(self._unary(handler, kind)))
+            call = self._tracked(self._unary(handler, kind, waits=name != protocol.RPC_INFO))
+            await p2p._client.add_unary_handler(name, call)
 
     @property
     def requests_served(self) -> int:
@@ -304,29 +314,47 @@ class Handler:
             metadata = protocol.unpack_metadata(message.metadata)
             return parse(message.uid, message.tensors, metadata, self._limits)
 
-        parts = message.parts if isinstance(message, Received) else message.tensors
-        return await self._codec.run(packed_bytes(parts), parsed)
+        received = isinstance(message, Received)
+        size = message.size if received else packed_bytes(message.tensors)
+        return await self._codec.run(size, parsed)
 
     def _unary(
-        self, handler: Callable[[Any, Account], Awaitable[Message]], kind: type[Message]
+        self,
+        handler: Callable[[Any, Account], Awaitable[Message]],
+        kind: type[Message],
+        *,
+        waits: bool,
     ) -> Callable[[bytes, PeerID], Awaitable[bytes]]:
-        """A handler of bytes, as hivemind's control connection wants it."""
+        """A handler of bytes, as hivemind's control connection wants it.
+
+        Args:
+            waits: it is late for peers that were refused often (see `net.conduct`).
+        """
 
         async def call(data: bytes, peer: PeerID) -> bytes:
-            account = self._traffic.open(peer.to_base58())
+            name = peer.to_base58()
+            account, late = self._traffic.open(name), self._conduct.told(name)
             try:
                 self._check_member(data, peer)
                 if not account.try_take(COPIES * len(data) + UNARY_BYTES):
                     raise ServerBusy("too much of this peer, or of all, waits here; try again")
+                if waits:
+                    await self._conduct.turn(name)
                 try:
-                    check_fields(data)
+                    check_fields(data, MAX_REQUEST_FIELDS)
                     request = kind.FromString(data)
                 except DecodeError as error:
                     raise BadRequest(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
                 return (await handler(request, account)).SerializeToString()
             except Exception as error:
-                logger.info("a request of %s failed: %s", peer, error, exc_info=not _typed(error))
-                raise _WireError(error) from error
+                self._conduct.refused(name, error, len(data))
+                if not _typed(error):
+                    logger.exception("a request of %s failed", peer)
+                    raise _WireError(error) from error
+                logger.log(
+                    logging.DEBUG if late else logging.INFO, "refused a call of %s: %s", peer, error
+                )
+                raise _WireError(type(error)(f"{error}{late}") if late else error) from error
             finally:
                 account.close()
 
@@ -338,7 +366,7 @@ class Handler:
             return
         shown = None
         if len(data) <= MAX_SHOWN_BYTES:
-            check_fields(data)
+            check_fields(data, MAX_REQUEST_FIELDS)
             shown = shown_in(runtime_pb2.ExpertRequest.FromString(data).metadata)
         self._membership.check(peer.to_base58(), shown)
 

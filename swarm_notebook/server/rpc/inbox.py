@@ -33,18 +33,19 @@ _ANNOUNCES = protocol.PUSH_FROM.encode()
 class _Announced:
     """A step whose hidden states are still to come, by push or (`filled`) from the client."""
 
-    __slots__ = ("arrived", "filled", "message", "step_id", "tensor")
+    __slots__ = ("arrived", "filled", "message", "size", "step_id", "tensor", "tensor_size")
 
     arrived: Arrived
 
-    def __init__(self, message: runtime_pb2.ExpertRequest, step_id: str):
-        self.message, self.step_id = message, step_id
+    def __init__(self, message: runtime_pb2.ExpertRequest, size: int, step_id: str):
+        self.message, self.size, self.step_id = message, size, step_id
         self.tensor: runtime_pb2.Tensor | None = None
+        self.tensor_size = 0
         self.filled = False
 
     @property
     def bytes(self) -> int:
-        return self.message.ByteSize() + (0 if self.tensor is None else self.tensor.ByteSize())
+        return self.size + self.tensor_size
 
 
 class Inbox:
@@ -64,7 +65,7 @@ class Inbox:
         self._held = 0
         self.filled = False
         self._session_id: str | None = None
-        self._steps: deque[runtime_pb2.ExpertRequest | _Announced] = deque()
+        self._steps: deque[tuple[runtime_pb2.ExpertRequest, int] | _Announced] = deque()
         self._announced: dict[str, tuple[str, _Announced]] = {}
         # The latest steps that may come a second time: announced ones that were taken out, and
         # all of a Petals client.
@@ -78,19 +79,18 @@ class Inbox:
         """All that waits here."""
         return self._held + self._whole_bytes
 
-    async def put(self, message: runtime_pb2.ExpertRequest) -> None:
-        """Take a message of the client; waits while too much is waiting already.
+    async def put(self, message: runtime_pb2.ExpertRequest, size: int) -> None:
+        """Take a message of the client of ``size`` bytes; waits while too much waits already.
 
         Raises:
             BadRequest: an announcement is malformed, or there are too many.
         """
         if self._session_id is None:
             self._introduce(message)
-        if _ANNOUNCES in message.metadata and self._announce(message):
+        if _ANNOUNCES in message.metadata and self._announce(message, size):
             return
-        if (self._announced or self._known) and self._fill(message):
+        if (self._announced or self._known) and self._fill(message, size):
             return
-        size = message.ByteSize()
         while self._whole and (self._whole >= MAX_WHOLE or self._whole_bytes + size > self._limit):
             await self._wait()
         self._append(message, size)
@@ -100,7 +100,7 @@ class Inbox:
             self._known.append(step_id)
         self._whole += 1
         self._whole_bytes += size
-        self._steps.append(message)
+        self._steps.append((message, size))
         self._changed.set()
 
     def offer(self, message: runtime_pb2.ExpertRequest) -> None:
@@ -109,21 +109,15 @@ class Inbox:
         if not self._whole and _step_id(message) not in self._known and self._may_hold(size):
             self._append(message, size)
 
-    async def get(self) -> runtime_pb2.ExpertRequest:
-        """The next step, whole."""
-        while True:
-            if self._steps:
-                first = self._steps[0]
-                if isinstance(first, runtime_pb2.ExpertRequest):
-                    self._whole -= 1
-                    self._whole_bytes -= first.ByteSize()
-                    break
-                if first.tensor is not None:
-                    break
+    async def get(self) -> tuple[runtime_pb2.ExpertRequest, int]:
+        """The next step, whole, and how many bytes it has."""
+        while not self._steps or not _is_whole(self._steps[0]):
             await self._wait()
-        self._steps.popleft()
+        first = self._steps.popleft()
         self._changed.set()
-        if isinstance(first, runtime_pb2.ExpertRequest):
+        if not isinstance(first, _Announced):
+            self._whole -= 1
+            self._whole_bytes -= first[1]
             self.filled = False
             return first
         self.filled = first.filled
@@ -132,7 +126,7 @@ class Inbox:
         self._held -= first.bytes
         if first.tensor is not None:
             first.message.tensors[0].CopyFrom(first.tensor)
-        return first.message
+        return first.message, first.bytes
 
     def close(self) -> None:
         """Expect nothing more from other servers."""
@@ -150,7 +144,7 @@ class Inbox:
             self._plain = True
             self._pushes.admit(self._session_id, self.offer)
 
-    def _announce(self, message: runtime_pb2.ExpertRequest) -> bool:
+    def _announce(self, message: runtime_pb2.ExpertRequest, size: int) -> bool:
         metadata = protocol.unpack_metadata(message.metadata)
         peer = fields.text(metadata, protocol.PUSH_FROM)
         if not peer:
@@ -163,14 +157,13 @@ class Inbox:
                 f"{protocol.PUSH_FROM}: {len(self._announced)} steps are announced already, at "
                 f"most {MAX_ANNOUNCED} with different step ids are taken"
             )
-        announced = _Announced(message, step_id)
+        announced = _Announced(message, size, step_id)
 
-        def arrived(tensor: runtime_pb2.Tensor) -> None:
+        def arrived(tensor: runtime_pb2.Tensor, size: int) -> None:
             # What does not fit is left out: the client sends it when the step is next.
-            size = tensor.ByteSize()
             fits = announced.tensor is None and self._held + size <= self._limit
             if fits and self._may_hold(size):
-                self._hold(announced, tensor)
+                self._hold(announced, tensor, size)
 
         announced.arrived = arrived
         self._held += announced.bytes
@@ -180,7 +173,7 @@ class Inbox:
         self._changed.set()
         return True
 
-    def _fill(self, message: runtime_pb2.ExpertRequest) -> bool:
+    def _fill(self, message: runtime_pb2.ExpertRequest, size: int) -> bool:
         """Whether the message is for a step that has been announced, or is here already."""
         step_id = _step_id(message)
         found = self._announced.get(step_id)
@@ -189,27 +182,31 @@ class Inbox:
         session_id, announced = found
         given_up = bool(message.tensors) and _has_no_elements(message.tensors[0])
         if given_up and announced.tensor is not None:
-            self._held -= announced.tensor.ByteSize()
-            announced.tensor = None
+            self._held -= announced.tensor_size
+            announced.tensor, announced.tensor_size = None, 0
         if announced.tensor is None and message.tensors:
             self._pushes.forget(session_id, announced.step_id, announced.arrived)
-            if self._held + message.ByteSize() > self._limit:
+            if self._held + size > self._limit:
                 raise BadRequest(f"more than {self._limit} bytes wait for announced steps")
             announced.filled = True
             if given_up:
-                self._held += message.ByteSize() - announced.message.ByteSize()
-                announced.message = message  # its mask has no positions, either
-            self._hold(announced, message.tensors[0])
+                self._held += size - announced.size
+                announced.message, announced.size = message, size  # its mask has no positions
+            self._hold(announced, message.tensors[0], size)
         return True
 
-    def _hold(self, announced: _Announced, tensor: runtime_pb2.Tensor) -> None:
-        announced.tensor = tensor
-        self._held += tensor.ByteSize()
+    def _hold(self, announced: _Announced, tensor: runtime_pb2.Tensor, size: int) -> None:
+        announced.tensor, announced.tensor_size = tensor, size
+        self._held += size
         self._changed.set()
 
     async def _wait(self) -> None:
         self._changed.clear()
         await self._changed.wait()
+
+
+def _is_whole(step: tuple[runtime_pb2.ExpertRequest, int] | _Announced) -> bool:
+    return not isinstance(step, _Announced) or step.tensor is not None
 
 
 def _has_no_elements(tensor: runtime_pb2.Tensor) -> bool:

@@ -26,11 +26,16 @@ UNREAD_SECONDS = 20.0
 
 @dataclass
 class Received:
-    """A request that came in parts; it has what its reader needs of an ``ExpertRequest``."""
+    """A request that came in parts; it has what its reader needs of an ``ExpertRequest``.
+
+    Attributes:
+        size: bytes of all its messages.
+    """
 
     uid: str
     metadata: bytes
     parts: list[runtime_pb2.Tensor]
+    size: int
 
     @cached_property
     def tensors(self) -> list[runtime_pb2.Tensor]:
@@ -47,14 +52,14 @@ async def receive(stream: Stream, limit: int) -> Received:
     while (message := await _next(stream, began + received / SLOWEST_BYTES)) is not None:
         first = first or message
         parts.extend(message.tensors)
-        received += message.ByteSize()
+        received += stream.size
         if received > limit:
             parts.clear()
             raise BadRequest(f"more than {limit} bytes; send less in one request")
         stream.account.resize(COPIES * received)
     if first is None:
         raise BadRequest("the stream ended before a request")
-    return Received(first.uid, first.metadata, parts)
+    return Received(first.uid, first.metadata, parts, received)
 
 
 async def _next(stream: Stream, since: float) -> runtime_pb2.ExpertRequest | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +53,8 @@ EARLY_ENTRY_BYTES = 4096
 # All that a server which is pushed to may say is why it ends the stream.
 MAX_REPLY_BYTES = 64 << 10
 
-Arrived = Callable[[runtime_pb2.Tensor], None]
+# Takes what was pushed, and how many bytes it had.
+Arrived = Callable[[runtime_pb2.Tensor, int], None]
 
 
 @dataclass
@@ -61,6 +62,7 @@ class _Early:
     """A push that nobody has announced yet."""
 
     tensor: runtime_pb2.Tensor
+    size: int
     account: Account
     when: float
 
@@ -78,6 +80,7 @@ class PushChannel:
         self._avoided: dict[str, float] = {}
         self._expected: dict[tuple[str, str], tuple[str, Arrived]] = {}
         self._early: OrderedDict[tuple[str, str, str], _Early] = OrderedDict()
+        self._early_bytes: Counter[str] = Counter()
         self._plain: dict[str, Callable[[runtime_pb2.ExpertRequest], None]] = {}
 
     def start(self, p2p: P2P, membership: Membership | None = None) -> None:
@@ -126,12 +129,13 @@ class PushChannel:
 
     def _call_petals(self, peer: str, message: runtime_pb2.ExpertRequest) -> None:
         """Call Petals' ``rpc_push``, if that is likely to succeed."""
-        too_large = message.ByteSize() > protocol.MAX_UNARY_BYTES
+        size = message.ByteSize()
+        too_large = size > protocol.MAX_UNARY_BYTES
         avoided = self._avoided.get(peer, 0.0) > time.monotonic()
         if too_large or avoided or len(self._calls) >= MAX_CALLS:
             return
         account = self._traffic.open(peer)
-        if not account.try_take(COPIES * message.ByteSize()):
+        if not account.try_take(COPIES * size):
             return
         call = asyncio.create_task(self._call(peer, message))
         call.add_done_callback(lambda _: account.close())
@@ -160,7 +164,7 @@ class PushChannel:
             raise BadRequest(f"step_id: {step_id[:80]!r} of this session is announced already")
         early = self._pop_early((peer, *key))
         if early is not None:
-            arrived(early)
+            arrived(early.tensor, early.size)
         else:
             self._expected[key] = peer, arrived
 
@@ -179,12 +183,14 @@ class PushChannel:
                 break
             self._pop_early(oldest)
 
-    def _pop_early(self, key: tuple[str, str, str]) -> runtime_pb2.Tensor | None:
+    def _pop_early(self, key: tuple[str, str, str]) -> _Early | None:
         early = self._early.pop(key, None)
-        if early is None:
-            return None
-        early.account.close()
-        return early.tensor
+        if early is not None:
+            self._early_bytes[key[0]] -= early.account.held
+            if not self._early_bytes[key[0]]:
+                del self._early_bytes[key[0]]
+            early.account.close()
+        return early
 
     def admit(self, session_id: str, put: Callable[[runtime_pb2.ExpertRequest], None]) -> None:
         """A Petals client's session takes steps that are pushed to it."""
@@ -200,7 +206,7 @@ class PushChannel:
         sender = peer.to_base58()
         while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
             try:
-                self._take(sender, message, stream.max_frame)
+                self._take(sender, message, stream.size, stream.max_frame)
             except BadRequest as error:
                 # Other sessions share the stream, and the one that misses it says so.
                 logger.debug("a push of %s was dropped: %s", sender, error)
@@ -218,36 +224,36 @@ class PushChannel:
         put(message)
         return runtime_pb2.ExpertResponse()
 
-    def _take(self, sender: str, message: runtime_pb2.ExpertRequest, limit: int) -> None:
+    def _take(self, sender: str, message: runtime_pb2.ExpertRequest, size: int, limit: int) -> None:
         metadata = protocol.unpack_metadata(message.metadata)
         session_id, step_id = fields.text(metadata, "session_id"), fields.text(metadata, "step_id")
         if not session_id or not step_id or len(message.tensors) != 1:
             raise BadRequest("a push has a session_id, a step_id and one tensor")
         expected = self._expected.get((session_id, step_id))
         if expected is None:
-            self._keep((sender, session_id, step_id), message, limit)
+            self._keep((sender, session_id, step_id), message.tensors[0], size, limit)
             return
         named, arrived = expected
         if named != sender:
             raise BadRequest("a push into a session whose client has named another server")
         del self._expected[session_id, step_id]
-        arrived(message.tensors[0])
+        arrived(message.tensors[0], size)
 
     def _keep(
-        self, key: tuple[str, str, str], message: runtime_pb2.ExpertRequest, limit: int
+        self, key: tuple[str, str, str], tensor: runtime_pb2.Tensor, size: int, limit: int
     ) -> None:
         """Hold a push until it is announced, if there is room."""
         self.expire()
-        size = message.ByteSize()
-        mine = sum(early.account.held for (who, *_), early in self._early.items() if who == key[0])
-        everybody = sum(early.account.held for early in self._early.values())
+        # Of each peer and of all: to add them up for every push would take a flood's square.
+        mine, everybody = self._early_bytes[key[0]], self._early_bytes.total()
         fits = mine + size <= min(EARLY_BYTES_PER_PEER, limit) and everybody + size <= EARLY_BYTES
         account = self._traffic.open(key[0])
         self._pop_early(key)
         if not fits or not account.try_take(size + EARLY_ENTRY_BYTES):
-            logger.info("a push of %s that nobody announced was dropped", key[0])
+            logger.debug("a push of %s that nobody announced was dropped", key[0])
             return
-        self._early[key] = _Early(message.tensors[0], account, time.monotonic())
+        self._early[key] = _Early(tensor, size, account, time.monotonic())
+        self._early_bytes[key[0]] += account.held
 
     def _avoid(self, peer: str) -> None:
         now = time.monotonic()

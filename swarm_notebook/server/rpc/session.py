@@ -34,7 +34,7 @@ from swarm_notebook.server.engine.steps.batching import SHORT_TOKENS, Batching
 from swarm_notebook.server.engine.steps.prefill import ChunkedPrefill
 from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 from swarm_notebook.server.rpc.answers import allow_answer
-from swarm_notebook.server.rpc.codec import Codec, packed_bytes
+from swarm_notebook.server.rpc.codec import Codec
 from swarm_notebook.server.rpc.counters import Counters
 from swarm_notebook.server.rpc.inbox import Inbox
 from swarm_notebook.server.rpc.parse import parse_step
@@ -145,15 +145,14 @@ class ServerSession:
             message = await self._stream.receive(runtime_pb2.ExpertRequest)
             if message is None or not (message.uid or message.tensors):
                 return
-            self._read_bytes = message.ByteSize()
-            await self._inbox.put(message)
+            self._read_bytes = self._stream.size
+            await self._inbox.put(message, self._read_bytes)
             self._read_bytes = 0
             self._settle()
 
     async def _work(self) -> None:
         while True:
-            message = await self._inbox.get()
-            self._step_bytes = message.ByteSize()
+            message, self._step_bytes = await self._inbox.get()
             self._pool.begin(self._reservation)
             try:
                 answer = await self._step(message)
@@ -170,8 +169,9 @@ class ServerSession:
     async def _step(self, message: runtime_pb2.ExpertRequest) -> runtime_pb2.ExpertResponse | None:
         """Check a step, find room for it, compute it; None if there is nothing to answer."""
         times = StepTimes()
-        size = packed_bytes(message.tensors)
-        parsed = await self._codec.run(size, parse_step, message, self._blocks, self._limits, times)
+        parsed = await self._codec.run(
+            self._step_bytes, parse_step, message, self._blocks, self._limits, times
+        )
         step = parsed.step
         if parsed.step_id is not None and parsed.step_id == self._step_id:
             return None  # Petals sends a step twice, directly and through the server before

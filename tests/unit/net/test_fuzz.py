@@ -10,6 +10,7 @@ import json
 import os
 import tracemalloc
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import peft.tuners  # noqa: F401 (what is not imported is no class)
@@ -20,10 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from swarm_notebook.errors import RemoteError, from_wire
+from swarm_notebook.errors import BadRequest, RemoteError, from_wire
 from swarm_notebook.net import protocol, streams, tensors
 from swarm_notebook.net.records import parse_model_record, parse_record
-from swarm_notebook.net.wire_format import SMALL_BYTES, check_fields
+from swarm_notebook.net.wire_format import MAX_REQUEST_FIELDS, SMALL_BYTES, FieldCheck, check_fields
 from swarm_notebook.server.adapters.file import parse_safetensors
 from swarm_notebook.server.adapters.layers import Builder, parse_description
 from swarm_notebook.server.engine.requests import Limits
@@ -97,6 +98,7 @@ def read(work: Callable[[], Any]) -> None:
 @fuzz
 @given(st.binary(max_size=200))
 def test_bytes(data: bytes) -> None:
+    read(lambda: check_fields(data))
     for kind in (Request, runtime_pb2.ExpertResponse, runtime_pb2.ExpertUID):
         read(lambda kind=kind: streams._parse(kind, data))
     read(lambda: protocol.unpack_metadata(data))
@@ -171,8 +173,8 @@ def test_small_parts_do_not_take_large_memory(name: str) -> None:
     """Without a look at them, 2 MiB of empty tensors take over a hundred."""
     data, what = SMALL_PARTS[name]
     tracemalloc.start()
-    with pytest.raises(streams.BadFrame, match=what):
-        streams._parse(Request, data)
+    with pytest.raises(BadRequest, match=what):
+        check_fields(data)
     taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert taken < 1 << 20
@@ -183,3 +185,32 @@ def test_small_parts_do_not_take_large_memory(name: str) -> None:
 def test_what_is_let_through_is_what_parses(packed: list[Any], more: bytes) -> None:
     message = Request(uid="tiny.1", tensors=packed, metadata=bytes(SMALL_BYTES) + more)
     check_fields(message.SerializeToString())
+
+
+def refused(data: bytes, cuts: list[int]) -> bool:
+    """Whether a message is refused that comes in pieces."""
+    check = FieldCheck(len(data))
+    try:
+        for begin, end in pairwise([0, *sorted(cuts), len(data)]):
+            check.feed(data[begin:end])
+    except BadRequest:
+        return True
+    return False
+
+
+@fuzz
+@given(st.lists(fitting(), max_size=6), st.data())
+def test_in_pieces_a_message_is_what_it_is_as_a_whole(packed: list[Any], data: Any) -> None:
+    message = bytearray(Request(uid="tiny.1", tensors=packed, metadata=b"m").SerializeToString())
+    places = st.integers(0, len(message) - 1)
+    for place in data.draw(st.lists(places, max_size=2)):
+        message[place] = data.draw(st.integers(0, 255))
+    cuts = data.draw(st.lists(places, max_size=8))
+    assert refused(bytes(message), cuts) == refused(bytes(message), [])
+
+
+def test_what_is_to_be_refused_is_refused_before_it_is_there() -> None:
+    """Of a frame of 64 MiB the first piece is enough."""
+    check = FieldCheck(64 << 20, MAX_REQUEST_FIELDS)
+    with pytest.raises(BadRequest, match="more than 64 fields"):
+        check.feed(b"\x12\x00" * (MAX_REQUEST_FIELDS + 1))

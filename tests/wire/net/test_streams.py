@@ -13,7 +13,8 @@ from support.patience import PATIENCE
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.streams import Stream, StreamClosed, add_stream_handler, open_stream
+from swarm_notebook.net.stream_server import add_stream_handler
+from swarm_notebook.net.streams import Stream, StreamClosed, open_stream
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse
@@ -53,6 +54,12 @@ async def _talk() -> None:
         await server.stop()
 
 
+async def _refuse_and_leave(stream: Stream, _peer: PeerID) -> None:
+    await stream.send_error(BadRequest("not like this"))
+    await asyncio.sleep(1.0)
+    stream.abort()
+
+
 async def _hang_up(stream: Stream, _peer: PeerID) -> None:
     stream.abort()
 
@@ -78,6 +85,25 @@ async def _talk_to_nobody() -> None:
     finally:
         await client.stop()
         await server.stop()
+
+
+async def _talk_to_one_who_leaves() -> None:
+    server = await Node.start(client=False)
+    client = await Node.start(await server.addresses(), client=True)
+    try:
+        await add_stream_handler(server.p2p, "Test.leave", _refuse_and_leave)
+        stream = await open_stream(client.p2p, server.peer_id, "Test.leave")
+        with pytest.raises(BadRequest, match="not like this"):
+            await asyncio.wait_for(_keep_sending(stream), PATIENCE)
+    finally:
+        await client.stop()
+        await server.stop()
+
+
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_the_last_word_is_heard_by_who_is_still_sending(loop: LoopFactory) -> None:
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(_talk_to_one_who_leaves())
 
 
 @pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])

@@ -1,0 +1,153 @@
+"""How often each peer was refused of late, and what that costs it.
+
+A refusal costs a server a stream, a look at what came, and an answer. Whoever is refused again and
+again would take from others what these take together. So every peer has some refusals free, and
+each is forgiven in time; beyond, the peer is heard late: what it begins waits, one after the other,
+before anything of it is read. Its refusals say so. Nothing else is late: not its sessions that are
+open, nor anybody else.
+
+What a peer still sends after a refusal is thrown away, at a bounded pace for each peer: faster, and
+a frame that nobody wants would cost what one costs that somebody does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from swarm_notebook.errors import BadRequest, NotAMember, ServerBusy
+
+if TYPE_CHECKING:
+    from swarm_notebook.net.streams import Stream
+
+# Whoever tries out what a server takes by hand meets fewer in a minute, and a notebook, which
+# avoids a server that refuses it, meets one of each kind.
+FREE_REFUSALS = 64.0
+FORGIVEN_PER_SECOND = 2.0
+# However many there were, a peer that has stopped is late no more after half a minute.
+MOST_REFUSALS = FREE_REFUSALS + 64.0
+# For each one too many: with all of them a second and more, which is ten times a busy round trip.
+LATE_SECONDS = 0.02
+# Who would have to wait longer is told so instead: notebooks have gone elsewhere by then.
+LONGEST_TURN = 10.0
+# A server that is busy is no fault of who asks; who asks without end is a flood nevertheless.
+BUSY_WEIGHT = 0.25
+# What was read for nothing counts as well: a refusal more for every MiB.
+REFUSED_BYTES = 1 << 20
+# Peers that are remembered, of 200 bytes each; then those go that have least to be forgiven.
+MAX_PEERS = 4096
+# A link of 128 Mbit/s, at which throwing away takes a hundredth of a core.
+DISCARDED_PER_SECOND = 16 << 20
+# Streams that wait until their peer has read its refusal, if there are descriptors for them.
+MAX_LINGERING = 1024
+
+
+@dataclass(slots=True)
+class _Record:
+    """One peer's refusals at a moment, and until when it is kept waiting for each of two things."""
+
+    refusals: float = 0.0
+    when: float = 0.0
+    heard: float = 0.0
+    discarded: float = 0.0
+
+
+class Conduct:
+    """What one server remembers of its peers. Belongs to the loop."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, _Record] = {}
+        self._lingering: dict[str, deque[Stream]] = {}
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = MAX_LINGERING if descriptors <= 0 else min(MAX_LINGERING, descriptors // 4)
+
+    def refusals(self, peer: str) -> float:
+        """How many refusals of a peer are not forgiven yet."""
+        record = self._records.get(peer)
+        return 0.0 if record is None else _left(record, _now())
+
+    def refused(self, peer: str, error: BaseException, read: int = 0) -> None:
+        """A peer was refused after so many bytes were read."""
+        weight = BUSY_WEIGHT if isinstance(error, ServerBusy) else 1.0
+        if not isinstance(error, (BadRequest, NotAMember, ServerBusy)):
+            return  # the server's own failure, or part of an honest exchange
+        now, record = _now(), self._record(peer)
+        left = _left(record, now) + weight + read / REFUSED_BYTES
+        record.refusals, record.when = min(left, MOST_REFUSALS), now
+
+    def told(self, peer: str) -> str:
+        """What a refusal says besides, to a peer that is heard late; else nothing."""
+        late = self._late(peer)
+        if not late:
+            return ""
+        return (
+            f" (this peer was refused {self.refusals(peer):.0f} times of late, so it is heard "
+            f"{late:.1f} s late; {FORGIVEN_PER_SECOND:.0f} are forgiven every second)"
+        )
+
+    async def turn(self, peer: str) -> None:
+        """Wait until it is the turn of what a peer begins; not at all if it is seldom refused.
+
+        Raises:
+            ServerBusy: that would take too long.
+        """
+        late = self._late(peer)
+        if not late:
+            return
+        now, record = _now(), self._record(peer)
+        heard = max(record.heard, now) + late
+        if heard - now > LONGEST_TURN:
+            raise ServerBusy(
+                f"too much of this peer waits to be heard, for {record.heard - now:.0f} s"
+            )
+        record.heard = heard
+        await asyncio.sleep(heard - now)
+
+    async def discard(self, peer: str, size: int) -> None:
+        """So many bytes of a peer were thrown away: wait until more of them may be."""
+        now, record = _now(), self._record(peer)
+        record.discarded = max(record.discarded, now) + size / DISCARDED_PER_SECOND
+        await asyncio.sleep(record.discarded - now)
+
+    async def linger(self, stream: Stream) -> None:
+        """Keep a stream until its peer, which has the last word to read, has closed it.
+
+        For a while, and as many as there are descriptors for: then whoever has most of them loses
+        the one that has had most time.
+        """
+        if sum(map(len, self._lingering.values())) >= self._most:
+            max(self._lingering.values(), key=len).popleft().close()
+        mine = self._lingering.setdefault(stream.peer, deque())
+        mine.append(stream)
+        try:
+            await stream.linger(self.discard)
+        finally:
+            with contextlib.suppress(ValueError):
+                mine.remove(stream)
+            if not mine and self._lingering.get(stream.peer) is mine:
+                del self._lingering[stream.peer]
+
+    def _late(self, peer: str) -> float:
+        return max(0.0, self.refusals(peer) - FREE_REFUSALS) * LATE_SECONDS
+
+    def _record(self, peer: str) -> _Record:
+        record = self._records.get(peer)
+        if record is None:
+            if len(self._records) >= MAX_PEERS:
+                now = _now()
+                kept = sorted(self._records.items(), key=lambda item: _left(item[1], now))
+                self._records = dict(kept[MAX_PEERS // 2 :])
+            record = self._records[peer] = _Record()
+        return record
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _left(record: _Record, now: float) -> float:
+    return max(0.0, record.refusals - (now - record.when) * FORGIVEN_PER_SECOND)

@@ -1,0 +1,107 @@
+"""Who is refused again and again is heard late, and nobody else is."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from swarm_notebook.errors import BadRequest, CacheFull, ServerBusy
+from swarm_notebook.net import conduct
+from swarm_notebook.net.conduct import FREE_REFUSALS, MAX_PEERS, MOST_REFUSALS, Conduct
+
+WRONG = BadRequest("no tensor")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, which goes on only where somebody sleeps, and where a test says so."""
+    now = [100.0]
+
+    async def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(conduct, "_now", lambda: now[0])
+    monkeypatch.setattr(conduct.asyncio, "sleep", sleep)
+    return now
+
+
+def waited(known: Conduct, peer: str, clock: list[float]) -> float:
+    before = clock[0]
+    asyncio.run(known.turn(peer))
+    return clock[0] - before
+
+
+def refuse(known: Conduct, peer: str, times: float) -> None:
+    for _ in range(int(times)):
+        known.refused(peer, WRONG)
+
+
+def test_some_refusals_are_free(clock: list[float]) -> None:
+    known = Conduct()
+    refuse(known, "a notebook", FREE_REFUSALS)
+    assert waited(known, "a notebook", clock) == 0.0
+    assert known.told("a notebook") == ""
+
+
+def test_who_goes_on_is_heard_late_and_told_so_and_nobody_else(clock: list[float]) -> None:
+    known = Conduct()
+    refuse(known, "flood", FREE_REFUSALS + 10)
+    early = waited(known, "flood", clock)
+    refuse(known, "flood", 10 * MOST_REFUSALS)
+    assert "refused 128 times of late, so it is heard 1.3 s late" in known.told("flood")
+    assert waited(known, "flood", clock) > early > 0.0
+    assert waited(known, "another", clock) == 0.0
+    assert known.told("another") == ""
+
+
+def test_all_is_forgiven_in_time(clock: list[float]) -> None:
+    known = Conduct()
+    refuse(known, "flood", 10 * MOST_REFUSALS)
+    clock[0] += 40.0
+    assert waited(known, "flood", clock) == 0.0
+    clock[0] += 40.0
+    assert known.refusals("flood") == 0.0
+
+
+def test_what_begins_at_once_is_heard_one_after_the_other_or_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conduct, "LATE_SECONDS", 0.01)
+    monkeypatch.setattr(conduct, "LONGEST_TURN", 0.3)
+    monkeypatch.setattr(conduct, "FORGIVEN_PER_SECOND", 0.0)
+
+    async def main() -> None:
+        known = Conduct()
+        refuse(known, "flood", FREE_REFUSALS + 10)
+        turns = await asyncio.gather(
+            *(known.turn("flood") for _ in range(8)), return_exceptions=True
+        )
+        assert [type(turn) for turn in turns] == [type(None)] * 3 + [ServerBusy] * 5
+
+    asyncio.run(main())
+
+
+def test_an_honest_exchange_is_no_offence(clock: list[float]) -> None:
+    known = Conduct()
+    for _ in range(1000):
+        known.refused("a notebook", CacheFull("no room"))
+    assert known.refusals("a notebook") == 0.0
+    for _ in range(int(FREE_REFUSALS)):
+        known.refused("a notebook", ServerBusy("later"))
+    assert waited(known, "a notebook", clock) == 0.0
+
+
+def test_what_was_read_for_nothing_counts(clock: list[float]) -> None:
+    known = Conduct()
+    known.refused("flood", WRONG, read=int(FREE_REFUSALS) << 20)
+    assert waited(known, "flood", clock) > 0.0
+
+
+def test_many_peers_take_no_memory_and_the_worst_are_remembered(clock: list[float]) -> None:
+    known = Conduct()
+    refuse(known, "flood", MOST_REFUSALS)
+    for number in range(3 * MAX_PEERS):
+        known.refused(f"peer {number}", WRONG)
+    assert known.refusals("flood") == MOST_REFUSALS
+    assert len(known._records) <= MAX_PEERS
