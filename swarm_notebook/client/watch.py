@@ -20,10 +20,14 @@ from swarm_notebook.net.streams import Stream
 
 logger = logging.getLogger(__name__)
 
-# A step takes milliseconds to a second: what takes longer is watched. So a dead server is noticed
-# after this and the timeout of one ping, five seconds in all.
-WATCH_AFTER = 2.0
+# A step takes milliseconds to a second: what takes longer is watched. A ping is an answer of a
+# hundred bytes, which costs nothing beside a request of half a second. So a dead server whose
+# blocks others have is noticed after three seconds.
+LOOK_AFTER = 0.5
+LOOK_TIMEOUT = 2.5
 WATCH_PERIOD = 2.0
+# A push over two continents takes less; what comes twice is dropped.
+NUDGE_AFTER = 2.0
 # A long prompt may take so long on processors without anything being wrong.
 TELL_AFTER = 8.0
 # As long as Petals' servers work on one step before they give it up.
@@ -35,7 +39,7 @@ class Watch:
 
     Args:
         what: says what is waited for; only asked when there is something to say.
-        nudge: called first, when the request has taken longer than a moment.
+        nudge: called when the request has taken `NUDGE_AFTER`.
 
     Attributes:
         verdict: why the request was given up, or empty.
@@ -56,7 +60,7 @@ class Watch:
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
-        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER, self._begin)
+        self._timer = asyncio.get_running_loop().call_later(LOOK_AFTER, self._begin)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,13 +78,10 @@ class Watch:
         self._task = asyncio.get_running_loop().create_task(self._watch())
 
     async def _watch(self) -> None:
-        began = time.monotonic() - WATCH_AFTER
-        tell_after = TELL_AFTER
-        if self._nudge is not None:
-            with contextlib.suppress(RemoteError):  # whoever waits for the answer will meet it
-                await self._nudge()
+        began = time.monotonic() - LOOK_AFTER
+        tell_after, nudge = TELL_AFTER, self._nudge
         while not self.verdict:
-            self._alive = await self._directory.ping(self._peer)
+            self._alive = await self._look()
             waited = time.monotonic() - began
             if not self._alive:
                 self.verdict = f"has not answered for {waited:.0f} s"
@@ -90,5 +91,19 @@ class Watch:
                 if waited > tell_after:
                     logger.warning("still waiting for %s, %.0f s so far", self._what(), waited)
                     tell_after *= 2
-                await asyncio.sleep(WATCH_PERIOD)
+                if nudge is None:
+                    await asyncio.sleep(WATCH_PERIOD)
+                    continue
+                await asyncio.sleep(max(0.0, NUDGE_AFTER - waited))
+                with contextlib.suppress(RemoteError):  # whoever waits for the answer meets it
+                    await nudge()
+                nudge = None
         self._stream.abort()
+
+    async def _look(self) -> bool:
+        """Whether the server answers; where nobody else has its blocks it is asked twice."""
+        if await self._directory.ping(self._peer, LOOK_TIMEOUT):
+            return True
+        if self._directory.replaceable(self._peer):
+            return False
+        return await self._directory.ping(self._peer, LOOK_TIMEOUT)

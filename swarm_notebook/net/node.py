@@ -16,6 +16,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 from hivemind.dht.node import DHTID, DHTNode
 from hivemind.dht.protocol import ValidationError
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
@@ -46,6 +47,7 @@ from swarm_notebook.net.membership.invitation import Invitation, is_invitation
 from swarm_notebook.net.membership.joining import join
 from swarm_notebook.net.sockets import use_loop_writers
 from swarm_notebook.net.storage import MembersOnly, bound_storage, prefer_signed
+from swarm_notebook.net.traffic import Traffic
 
 bound_nesting()
 allow_clocks()
@@ -62,6 +64,8 @@ PING_TIMEOUT = 3.0
 # Weight of the latest ping: about the last five count.
 PING_SMOOTHING = 0.3
 _TIMES = re.compile(r"local: ([\d.]+), peer: ([\d.]+)")
+# The largest answer that is read (`streams.MAX_FRAME_BYTES`); more where the machine has more.
+LEAST_ANSWER_BYTES = 1 << 30
 
 
 def smoothed_rtt(known: float | None, seconds: float) -> float:
@@ -78,6 +82,7 @@ class Node:
     Attributes:
         identity: the key behind the peer id, with which this peer's records are signed.
         membership: in a private swarm; None in a public one.
+        answers: the memory for answers that arrive or wait to be unpacked, of all peers together.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Node:
     ):
         self.p2p, self.dht, self.identity, self.membership = p2p, dht, identity, membership
         self._initial_peers = list(initial_peers)
+        self.answers = Traffic(max(LEAST_ANSWER_BYTES, psutil.virtual_memory().total // 4))
 
     @classmethod
     async def start(
@@ -191,9 +197,17 @@ class Node:
     async def open_stream(
         self, peer: str, handler: str, meter: streams.ByteMeter | None = None
     ) -> streams.Stream:
-        """A new stream to a handler of a peer (base58 id), see `streams.open_stream`."""
+        """A new stream to a handler of a peer (base58 id), see `streams.open_stream`.
+
+        What is received is counted in `answers`, until its reader gives it back.
+        """
         return await streams.open_stream(
-            self.p2p, PeerID.from_base58(peer), handler, meter, membership=self.membership
+            self.p2p,
+            PeerID.from_base58(peer),
+            handler,
+            meter,
+            account=self.answers.open(peer),
+            membership=self.membership,
         )
 
     async def learn_revocations(self) -> None:

@@ -201,6 +201,14 @@ class Stream:
         """The bytes of a frame, which are counted before they are read."""
         self.arriving = await self.account.take(COPIES * length)
         try:
+            return await self._read(length)
+        except BaseException:
+            self.account.resize(max(0, self.account.held - self.arriving))
+            self.arriving = 0
+            raise
+
+    async def _read(self, length: int) -> bytes:
+        try:
             if length < _JOIN_BYTES:
                 async with asyncio.timeout(STALLED_SECONDS):
                     data = await self._reader.readexactly(length)
@@ -306,11 +314,13 @@ async def open_stream(
     meter: ByteMeter | None = None,
     max_frame: int = MAX_FRAME_BYTES,
     *,
+    account: Account | None = None,
     membership: Membership | None = None,
 ) -> Stream:
     """A new stream to `handler` of `peer`; P2PDaemonError when the peer cannot be reached.
 
     Args:
+        account: where answers are counted; see `Stream`.
         membership: shown to the peer; a round trip more is not needed for it.
     """
     opening = asyncio.ensure_future(p2p.call_binary_stream_handler(peer, handler))
@@ -319,7 +329,9 @@ async def open_stream(
     except asyncio.CancelledError:
         opening.add_done_callback(_abandon)
         raise
-    stream = Stream(reader, writer, peer.to_base58(), max_frame, meter, answers=True)
+    stream = Stream(
+        reader, writer, peer.to_base58(), max_frame, meter, answers=True, account=account
+    )
     if membership is not None:
         try:
             await stream.send(runtime_pb2.ExpertRequest(metadata=show(membership)))

@@ -162,7 +162,11 @@ class Traffic:
             self._let_in()
 
     def _let_in(self) -> None:
-        for waiting in self._waiting:
+        # Who would hold least comes first: a crowd that asks for much cannot keep it out.
+        def would_hold(waiting: _Waiting) -> int:
+            return self._held[waiting.account.peer] + waiting.size
+
+        for waiting in sorted(self._waiting, key=would_hold):
             if not waiting.granted.done() and self._take(waiting.account, waiting.size):
                 waiting.granted.set_result(None)
 
@@ -173,7 +177,11 @@ class Traffic:
         try:
             async with asyncio.timeout(WAIT_SECONDS):
                 await waiting.granted
-        except TimeoutError:
+        except BaseException as error:
+            if waiting.granted.done() and not waiting.granted.cancelled():
+                self._set(account, account.held - size)  # too late: nobody will give it back
+            if not isinstance(error, TimeoutError):
+                raise
             raise ServerBusy(
                 f"no room for {size} bytes of traffic: this peer holds {self._held[account.peer]} "
                 f"of {self.share}, all hold {self._sum} of {self.total}; wait for answers, or use "

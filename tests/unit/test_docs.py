@@ -93,6 +93,18 @@ def test_what_is_not_there_is_found() -> None:
     assert sorted(wrong(text)) == sorted(found)
 
 
+def test_every_line_of_the_threat_model_names_its_test_or_says_that_there_is_no_defence() -> None:
+    text = (ROOT / "SECURITY.md").read_text()
+    lines = [line for line in text.splitlines() if re.fullmatch(r"\|.*\|.*\|.*\|", line)]
+    attacks = [line for line in lines if not re.fullmatch(r"\|( .* \| what .*|[-|]+)\|", line)]
+    assert len(attacks) > 50
+    assert not [
+        line
+        for line in attacks
+        if not TEST.search(line.split("|")[-2]) and "not defended" not in line.split("|")[-2]
+    ]
+
+
 def test_contracts_that_code_cites_can_be_read() -> None:
     cited = set(CITED.findall(source(PACKAGE)))
     written = set(WRITTEN.findall((ROOT / "docs" / "architecture.md").read_text()))

@@ -104,6 +104,7 @@ async def call(
     finally:
         if stream is not None:
             stream.abort()
+            stream.account.close()
     try:
         return CallAnswer(tensors.join(parts), protocol.unpack_metadata(answered), size)
     except BadRequest as error:

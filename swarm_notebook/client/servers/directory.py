@@ -222,11 +222,11 @@ class Directory:
             if answer is not None:
                 self._announced.told(peer, answer, self.num_blocks)
 
-    async def ping(self, peer: str) -> bool:
-        """Ask the server for a sign of life; its round trip goes into `rtt`."""
+    async def ping(self, peer: str, seconds: float = PING_TIMEOUT) -> bool:
+        """Ask for a sign of life within so many seconds; the round trip goes into `rtt`."""
         began = time.perf_counter()
         try:
-            async with asyncio.timeout(PING_TIMEOUT):
+            async with asyncio.timeout(seconds):
                 info = await self.info(peer)
         except PING_ERRORS as error:
             logger.debug("ping of %s: %s", peer, error)
@@ -271,6 +271,11 @@ class Directory:
         if refused:
             self.refused[:] = refused
         return found
+
+    def replaceable(self, peer: str) -> bool:
+        """Whether others have all of the blocks that a peer serves."""
+        spans = [span for span in self.snapshot.spans if span.peer == peer]
+        return not any(self.missing_within(span.start, span.end, {peer}) for span in spans)
 
     def missing(self) -> list[int]:
         """Blocks that are needed and that no server holds which is online and not avoided."""

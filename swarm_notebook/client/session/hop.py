@@ -278,6 +278,7 @@ class Hop:
                     )
             while self._owed:
                 await self._next_answer(stream)
+                stream.account.close()
         self.position = first.position
 
     async def receive(
@@ -299,7 +300,10 @@ class Hop:
         received = time.perf_counter()
         since, self._answered = self._answered, received
         read = partial(read_outputs, answer.tensors, request, str(self))
-        outputs = await beside_loop(stream.size, read)
+        try:
+            outputs = await beside_loop(stream.size, read)
+        finally:
+            stream.account.close()
         self.position = request.position + request.hidden.shape[1]
         self._directory.succeeded(self.segment.peer)
         self._directory.telemetry.usage.received(self.segment)
@@ -348,6 +352,7 @@ class Hop:
         """End the session on the server; the broken stream frees its cache there."""
         if self._stream is not None:
             self._stream.abort()
+            self._stream.account.close()
             self._stream = None
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hivemind.p2p import PeerID
 from support.hostile_keeper import HostileKeeper, false_record
 from support.hosting import HostedSwarm
 from support.scene import TOLERANCE
@@ -99,6 +100,23 @@ def test_a_key_that_is_drowned(attack: Attack) -> None:
         # In all, one peer may store so much; the next key has room for servers.
         attack.hostile.store_at(server, UIDS[1], records)
     attack.is_no_harm()
+    for uid in UIDS:
+        attack.hostile.answer(uid, {})
+
+
+def test_servers_that_do_not_exist_are_not_used(attack: Attack) -> None:
+    """They boast of any speed under every key; none answers a ping."""
+    boast = false_record(ServerState.ONLINE)
+    names = [PeerID(b"\x12\x20" + bytes([number] * 32)).to_base58() for number in range(40)]
+    for uid in UIDS:
+        attack.hostile.answer(uid, dict.fromkeys(names, boast))
+    ids = torch.arange(3, 12)[None]
+    with sn.connect(attack.hosted.initial_peers, model=attack.folder) as fresh, torch.no_grad():
+        for swarm in (attack.swarm, fresh):
+            found = swarm.model(ids).logits
+            torch.testing.assert_close(found, attack.reference(ids).logits, atol=TOLERANCE, rtol=0)
+            route = swarm.connection.directory.route()
+            assert {segment.peer for segment in route} == set(attack.servers)
     for uid in UIDS:
         attack.hostile.answer(uid, {})
 

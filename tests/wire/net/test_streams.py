@@ -76,7 +76,7 @@ async def _talk_to_nobody() -> None:
         await add_stream_handler(server.p2p, "Test.hang_up", _hang_up)
         stream = await open_stream(client.p2p, server.peer_id, "Test.hang_up")
         # The first messages may still go out before the loop has noticed.
-        with pytest.raises(StreamClosed):
+        with pytest.raises(StreamClosed, match="closed the stream without a reason"):
             await asyncio.wait_for(_keep_sending(stream), PATIENCE)
         for _ in range(3):
             with pytest.raises(StreamClosed):
