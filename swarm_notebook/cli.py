@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import sys
 import threading
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from swarm_notebook import __version__
-from swarm_notebook.errors import InvitationError, MissingBlocks, PlanError, SwarmError
+from swarm_notebook.errors import InvitationError, MissingBlocks, SwarmError
+from swarm_notebook.parsing import add_expires, add_plan, blocks, count, size
 from swarm_notebook.texts import clean
 
 PROGRAM = "swarm-notebook"
@@ -67,14 +67,14 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     serve.add_argument(
         "--blocks",
-        type=_blocks,
+        type=blocks,
         metavar="A:B",
         help="hold blocks A to B-1 only; only their tensors are read (default: all of a new swarm, "
         "else those that it needs most, and others when that changes)",
     )
     serve.add_argument(
         "--memory",
-        type=_size,
+        type=size,
         metavar="SIZE",
         help="for weights, such as 20GiB: as many blocks as it holds as they are; where that is "
         "not all, at --bits or what is measured to be good enough, and then at the most bits that "
@@ -145,32 +145,32 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     serve.add_argument(
         "--cache-tokens",
-        type=_positive,
+        type=count,
         metavar="N",
         help="room for keys and values of all sessions together, in tokens",
     )
     serve.add_argument(
         "--activation-bytes",
-        type=_size,
+        type=size,
         default="1GiB",
         metavar="SIZE",
         help="memory for activations that training notebooks ask to keep (default: %(default)s)",
     )
     serve.add_argument(
         "--traffic-bytes",
-        type=_size,
+        type=size,
         metavar="SIZE",
         help="memory for requests that arrive and answers that leave (default: 512MiB, or what the "
         "largest requests of two notebooks take)",
     )
     serve.add_argument(
         "--adapter-bytes",
-        type=_size,
+        type=size,
         default="256MiB",
         metavar="SIZE",
         help="memory for the adapters of one notebook (default: %(default)s)",
     )
-    serve.add_argument("--threads", type=_positive, metavar="N", help="CPU threads for torch")
+    serve.add_argument("--threads", type=count, metavar="N", help="CPU threads for torch")
     serve.add_argument("--name", metavar="NAME", help="what others see in their status")
     serve.add_argument(
         "--exit-with-stdin",
@@ -225,34 +225,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "fast. Only its config and the headers of its files are read. The notebook is taken to run "
         "on the first machine. The exit code is 1 if the model does not fit.",
     )
-    plan.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        help="a Hub id, a folder, a config file, or a GGUF file (default: the demo model)",
-    )
-    plan.add_argument(
-        "--machine",
-        action="append",
-        default=[],
-        metavar="NAME[:MEMORY[:BANDWIDTH]]",
-        help="a card or a Mac by its name, such as rtx3090 or m2-max:64GB, or any other machine "
-        "with its figures, such as laptop:16GB:60GB/s; once for each (default: --this-machine)",
-    )
-    plan.add_argument(
-        "--this-machine", action="store_true", help="measure this one, and plan with it first"
-    )
-    plan.add_argument("--context", type=_positive, default=4096, metavar="N", help="positions")
-    plan.add_argument("--sessions", type=_positive, default=1, metavar="N", help="at a time")
-    plan.add_argument(
-        "--bits", type=float, metavar="B", help="per weight, 2.5 to 16 (default: all that fit)"
-    )
-    plan.add_argument(
-        "--link",
-        default="1ms:1Gbit/s",
-        metavar="ROUND_TRIP[:BANDWIDTH]",
-        help="the network between all of them (default: %(default)s)",
-    )
+    add_plan(plan)
     plan.set_defaults(run=_plan)
 
 
@@ -269,15 +242,13 @@ def _add_members(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="notebook",
         help="what they may do; a server may do what a notebook may (default: %(default)s)",
     )
+    add_expires(invite)
     invite.add_argument(
-        "--expires",
-        type=_duration,
-        default="7d",
-        metavar="TIME",
-        help="until it is redeemed, such as 30m, 12h or 7d (default: %(default)s)",
-    )
-    invite.add_argument(
-        "--uses", type=_positive, default=1, metavar="N", help="how many may redeem it (default: 1)"
+        "--uses",
+        type=count,
+        default=1,
+        metavar="N",
+        help="how many may redeem it (default: 1)",
     )
     invite.set_defaults(run=_invite)
     members = commands.add_parser(
@@ -410,35 +381,6 @@ def _plan(options: argparse.Namespace) -> int:
     for line in found.commands(options.model or ""):
         print(f"  $ {line}")
     return 0 if found.fits else 1
-
-
-def _blocks(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if not found or int(found[1]) >= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B with A < B, like 0:15")
-    return int(found[1]), int(found[2])
-
-
-def _size(text: str) -> int:
-    from swarm_notebook.planning.machines import read_bytes
-
-    try:
-        return int(read_bytes(text))
-    except PlanError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _duration(text: str) -> int:
-    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time, like 30m, 12h or 7d")
-    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

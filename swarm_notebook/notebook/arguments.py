@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 from IPython.core.error import UsageError
 
-from swarm_notebook.errors import PlanError
 from swarm_notebook.notebook.typed import split
+from swarm_notebook.parsing import add_plan, blocks, count, size
 
 DTYPES = ("float32", "bfloat16", "float16")
 COMPRESSIONS = ("float16", "int8")
@@ -214,7 +214,7 @@ class CommandLine:
         privacy.add_argument("text", nargs="+", metavar="TEXT", help="what to attack")
         privacy.add_argument(
             "--tokens",
-            type=_count,
+            type=count,
             default=32,
             metavar="N",
             help="attack its first N tokens (default: %(default)s)",
@@ -223,7 +223,7 @@ class CommandLine:
 
     def _monitor(self) -> None:
         monitor = self._add("monitor", "follow a training run; defines monitor in the notebook")
-        monitor.add_argument("--total", type=_count, metavar="N", help="steps of the run")
+        monitor.add_argument("--total", type=count, metavar="N", help="steps of the run")
         _add_output(monitor, "the TrainingMonitor, instead of showing it,")
 
     def _serve(self) -> None:
@@ -235,7 +235,10 @@ class CommandLine:
             help="Hub id, folder or GGUF file (default: the model of the swarm that is attached)",
         )
         serve.add_argument(
-            "--blocks", type=_blocks, metavar="A:B", help="hold blocks A to B-1, and start at once"
+            "--blocks",
+            type=blocks,
+            metavar="A:B",
+            help="hold blocks A to B-1, and start at once",
         )
         serve.add_argument(
             "--initial-peers",
@@ -251,13 +254,13 @@ class CommandLine:
         )
         serve.add_argument(
             "--memory",
-            type=_memory,
+            type=size,
             metavar="SIZE",
             help="such as 20GB: as many blocks as it holds, in fewer bits where need be, and start "
             "at once",
         )
         serve.add_argument(
-            "--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)"
+            "--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)"
         )
         serve.add_argument(
             "--name", metavar="NAME", help="what others see in their status (default: notebook)"
@@ -281,7 +284,7 @@ class CommandLine:
             "--role", choices=("notebook", "server"), default="notebook", help="what they may do"
         )
         invite.add_argument(
-            "--uses", type=_count, default=1, metavar="N", help="how many may redeem it"
+            "--uses", type=count, default=1, metavar="N", help="how many may redeem it"
         )
         invite.add_argument(
             "--swarm", metavar="NAME", help="which one (default: the only one of this machine)"
@@ -290,30 +293,7 @@ class CommandLine:
 
     def _plan(self) -> None:
         plan = self._add("plan", "say whether a model runs on some machines, and how fast")
-        plan.add_argument(
-            "model",
-            nargs="?",
-            metavar="MODEL",
-            help="Hub id, folder, config file or GGUF file (default: the demo model)",
-        )
-        plan.add_argument(
-            "--machine",
-            action="append",
-            default=[],
-            metavar="NAME[:MEMORY[:BANDWIDTH]]",
-            help="a card or a Mac by its name, such as rtx3090, or any other with its figures, "
-            "such as laptop:16GB:60GB/s; once for each (default: --this-machine)",
-        )
-        plan.add_argument("--this-machine", action="store_true", help="measure this one, first")
-        plan.add_argument("--context", type=_count, default=4096, metavar="N", help="positions")
-        plan.add_argument("--sessions", type=_count, default=1, metavar="N", help="at a time")
-        plan.add_argument("--bits", type=float, metavar="B", help="per weight, 2.5 to 16")
-        plan.add_argument(
-            "--link",
-            default="1ms:1Gbit/s",
-            metavar="ROUND_TRIP[:BANDWIDTH]",
-            help="the network between all of them (default: %(default)s)",
-        )
+        add_plan(plan)
         _add_output(plan, "the Plan, instead of showing it,")
 
     def _chat(self) -> None:
@@ -361,7 +341,7 @@ def _add_sampling(parser: Arguments) -> None:
     parser.add_argument(
         "-n",
         "--max-new-tokens",
-        type=_count,
+        type=count,
         default=256,
         metavar="N",
         help="write at most so many tokens (default: %(default)s)",
@@ -393,13 +373,6 @@ def _add_output(parser: Arguments, what: str) -> None:
     )
 
 
-def _blocks(text: str) -> tuple[int, int]:
-    start, colon, end = text.partition(":")
-    if not (colon and start.isdigit() and end.isdigit() and int(start) < int(end)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B with A < B, like 0:15")
-    return int(start), int(end)
-
-
 def _some_blocks(text: str) -> int | slice:
     """A block such as ``3`` or ``-1``, or a range such as ``2:5``."""
     try:
@@ -416,12 +389,6 @@ def _name(text: str) -> str:
     if not text.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not a variable's name")
     return text
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
-    return int(text)
 
 
 def _temperature(text: str) -> float:
@@ -467,15 +434,6 @@ def _address(text: str) -> str:
             f"{text!r} is a model, not an address; did you mean --model {text}?"
         )
     return text
-
-
-def _memory(text: str) -> int:
-    from swarm_notebook.planning.machines import read_bytes
-
-    try:
-        return int(read_bytes(text))
-    except PlanError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _float(text: str) -> float:

@@ -1,0 +1,84 @@
+"""What ``swarm-notebook`` and ``%swarm`` read alike: types of arguments, options of `plan`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from swarm_notebook.errors import PlanError
+
+
+def blocks(text: str) -> tuple[int, int]:
+    """A range of blocks, ``A:B``."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B with A < B, like 0:15")
+    return int(found[1]), int(found[2])
+
+
+def count(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """A number of bytes, such as ``20GB`` or ``512MiB``."""
+    from swarm_notebook.planning.machines import read_bytes
+
+    try:
+        return int(read_bytes(text))
+    except PlanError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def duration(text: str) -> int:
+    """Seconds, such as ``30m``, ``12h`` or ``7d``."""
+    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time, like 30m, 12h or 7d")
+    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def add_expires(invite: argparse.ArgumentParser) -> None:
+    """For how long an invitation holds."""
+    invite.add_argument(
+        "--expires",
+        type=duration,
+        default="7d",
+        metavar="TIME",
+        help="until it is redeemed, such as 30m, 12h or 7d (default: %(default)s)",
+    )
+
+
+def add_plan(plan: argparse.ArgumentParser) -> None:
+    """Which model, which machines, and what is asked of them (see `planning.plan`)."""
+    plan.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="Hub id, folder, config file or GGUF file (default: the demo model)",
+    )
+    plan.add_argument(
+        "--machine",
+        action="append",
+        default=[],
+        metavar="NAME[:MEMORY[:BANDWIDTH]]",
+        help="a card or a Mac by its name, such as rtx3090 or m2-max:64GB, or any other machine "
+        "with its figures, such as laptop:16GB:60GB/s; once for each (default: --this-machine)",
+    )
+    plan.add_argument(
+        "--this-machine", action="store_true", help="measure this one, and plan with it first"
+    )
+    plan.add_argument("--context", type=count, default=4096, metavar="N", help="positions")
+    plan.add_argument("--sessions", type=count, default=1, metavar="N", help="at a time")
+    plan.add_argument(
+        "--bits", type=float, metavar="B", help="per weight, 2.5 to 16 (default: all that fit)"
+    )
+    plan.add_argument(
+        "--link",
+        default="1ms:1Gbit/s",
+        metavar="ROUND_TRIP[:BANDWIDTH]",
+        help="the network between all of them (default: %(default)s)",
+    )
