@@ -8,25 +8,31 @@ model no extra round trip; what writes costs one, from the written block on.
     probe = linear_probe(states, labels)                                 # one classifier per block
     logit_lens(swarm, "The capital of France is")
     patch(swarm, clean, corrupted, metric)
+    path_patch(swarm, clean, corrupted, metric)                          # who reads whom
+    patch_heads(swarm, clean, corrupted, metric, blocks=3)               # after swarm.own(3)
     vector = steering_vector(swarm, happy, sad, block=14)
     with vector.steer(swarm, scale=4): swarm.model.generate(...)
 
 *Block k's state* means its output: the residual stream after block k.
 """
 
+from swarm_notebook.probing.heads import HeadPatching, patch_heads
 from swarm_notebook.probing.lens import Lens, decode_states, logit_lens, token_ranks
 from swarm_notebook.probing.linear import Confusion, LinearProbe, Probes, linear_probe, load_probes
 from swarm_notebook.probing.patching import Patching, patch
+from swarm_notebook.probing.paths import PathPatching, path_patch
 from swarm_notebook.probing.states import hidden_states
 from swarm_notebook.probing.steering import SteeringVector, load_vector, steer, steering_vector
 from swarm_notebook.probing.view import HiddenStates, load_states
 
 __all__ = [
     "Confusion",
+    "HeadPatching",
     "HiddenStates",
     "Lens",
     "LinearProbe",
     "Patching",
+    "PathPatching",
     "Probes",
     "SteeringVector",
     "decode_states",
@@ -37,6 +43,8 @@ __all__ = [
     "load_vector",
     "logit_lens",
     "patch",
+    "patch_heads",
+    "path_patch",
     "steer",
     "steering_vector",
     "token_ranks",

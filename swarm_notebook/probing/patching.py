@@ -123,24 +123,19 @@ def patch(
     """
     subject = Subject.of(target, tokenizer)
     chosen, good, bad = subject.chosen(blocks), subject.ids(clean), subject.ids(corrupted)
-    places = _places(positions, subject, good, bad)
+    places = places_of(positions, subject, good, bad)
     with subject.at_rest():
         with subject.reading(chosen) as read:
-            score_clean = _score(subject, good[None], metric)[0]
+            # The clean run is the last of the two, and so the one whose states are kept.
+            score_clean, score_corrupted = scores_of_both(subject, good, bad, metric)
             states = {block: state[0] for block, state in read.items()}
-        score_corrupted = _score(subject, bad[None], metric)[0]
-        if score_clean == score_corrupted:
-            raise ValueError(
-                f"metric: {score_clean:.3g} for the clean and for the corrupted text, so there is "
-                "nothing to restore"
-            )
         rows = bad.expand(len(places), -1)
         from_end = [place - len(bad) for place in places]
         scores: list[list[float]] = []
         with Waiting("Patching", total=len(chosen), unit="blocks", count=lambda: len(scores)):
             for block in chosen:
                 with subject.editing(block, _restoring(states[block], from_end)):
-                    scores.append(_score(subject, rows, metric))
+                    scores.append(run_metric(subject, rows, metric))
     return Patching(
         model_title(subject.name),
         subject.words(bad[places]),
@@ -152,9 +147,14 @@ def patch(
     )
 
 
-def _places(
+def places_of(
     positions: Iterable[int] | None, subject: Subject, clean: torch.Tensor, corrupted: torch.Tensor
 ) -> list[int]:
+    """Which positions are patched, from 0; None is all from the first token that differs.
+
+    Raises:
+        ValueError: the texts differ in length, or a position is outside of them.
+    """
     length = len(corrupted)
     if len(clean) != length:
         raise ValueError(
@@ -183,7 +183,26 @@ def _restoring(state: torch.Tensor, places: list[int]) -> Any:
     return edit
 
 
-def _score(subject: Subject, ids: torch.Tensor, metric: Metric) -> list[float]:
+def scores_of_both(
+    subject: Subject, clean: torch.Tensor, corrupted: torch.Tensor, metric: Metric
+) -> tuple[float, float]:
+    """The metric of both runs without a patch.
+
+    Raises:
+        ValueError: it is the same.
+    """
+    (corrupt,) = run_metric(subject, corrupted[None], metric)
+    (good,) = run_metric(subject, clean[None], metric)
+    if good == corrupt:
+        raise ValueError(
+            f"metric: {good:.3g} for the clean and for the corrupted text, so there is nothing to "
+            "restore"
+        )
+    return good, corrupt
+
+
+def run_metric(subject: Subject, ids: torch.Tensor, metric: Metric) -> list[float]:
+    """The metric of each row of ``[rows, tokens]``."""
     logits = subject.model(input_ids=ids.to(subject.model.device), use_cache=False).logits[:, -1]
     scores = metric(logits.float())
     if scores.shape != (len(ids),):

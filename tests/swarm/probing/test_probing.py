@@ -16,6 +16,7 @@ from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from swarm_notebook import probing
+from swarm_notebook.errors import Unsupported
 from swarm_notebook.tuning import MANIFEST_FILE
 
 BLOCKS = 5
@@ -167,6 +168,90 @@ def test_patch(pair: Pair) -> None:
         by_hand = metric(pair.local(ids[1]).logits[:, -1])
         handle.remove()
     assert remote.scores[2, 1].item() == pytest.approx(by_hand.item(), abs=1e-3)
+
+
+def test_path_patch(pair: Pair) -> None:
+    def metric(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, 40] - logits[:, 50]
+
+    clean, corrupted = "it was black", "it was clean"
+    remote = probing.path_patch(pair.swarm, clean, corrupted, metric, receivers=[1, 3])
+    local = probing.path_patch(
+        pair.local, clean, corrupted, metric, receivers=[1, 3], tokenizer=pair.tokenizer
+    )
+    assert (remote.senders, remote.receivers) == ([0, 1, 2, 3, 4], [1, 3, "logits"])
+    assert remote.scores.isnan().int().tolist() == [[0, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0] * 5]
+    same(remote.scores.nan_to_num(), local.scores.nan_to_num())
+    assert len(remote.to_pandas()) == 9
+    assert "<table>" in remote._repr_html_()
+    assert repr(remote).splitlines()[1].split()[:3] == ["receiver", "from", "0"]
+    # From block 1 to block 3 by hand, as it is defined: everything frozen but the two.
+    layers = pair.local.model.layers
+    ids = [pair.tokenizer(text, return_tensors="pt").input_ids for text in (clean, corrupted)]
+    with torch.no_grad():
+        good, bad = (pair.local(one, output_hidden_states=True).hidden_states for one in ids)
+
+        def frozen(block: int, states: tuple[torch.Tensor, ...]) -> Any:
+            def write(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+                return args[0] + states[block + 1] - states[block]
+
+            return layers[block].register_forward_hook(write)
+
+        got: list[torch.Tensor] = []
+        handles = [frozen(1, good), frozen(2, bad)]
+        handles.append(
+            layers[3].register_forward_hook(lambda _, args, out: got.append(out - args[0]))
+        )
+        pair.local(ids[1])
+        for handle in handles:
+            handle.remove()
+        handle = layers[3].register_forward_hook(lambda _, args, out: args[0] + got[0])
+        by_hand = metric(pair.local(ids[1]).logits[:, -1])
+        handle.remove()
+    assert remote.scores[1, 1].item() == pytest.approx(by_hand.item(), abs=1e-3)
+
+
+@pytest.mark.works("Probing: single heads patched, at home")
+def test_patch_heads(pair: Pair) -> None:
+    def metric(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, 40] - logits[:, 50]
+
+    clean, corrupted = "it was black", "it was clean"
+    with pytest.raises(Unsupported, match=r"swarm\.own"):
+        probing.patch_heads(pair.swarm, clean, corrupted, metric, blocks=1)
+    pair.swarm.own([1, 3])
+    try:
+        remote = probing.patch_heads(pair.swarm, clean, corrupted, metric, blocks=[1, 3])
+    finally:
+        pair.swarm.release()
+    local = probing.patch_heads(
+        pair.local, clean, corrupted, metric, blocks=[1, 3], tokenizer=pair.tokenizer
+    )
+    same(remote.scores, local.scores)
+    heads = pair.local.config.num_attention_heads
+    assert remote.scores.shape == (2, heads)
+    assert len(remote.to_pandas()) == 2 * heads
+    assert "<table>" in remote._repr_html_()
+    assert repr(remote).splitlines()[1].split()[:3] == ["block", "h0", "h1"]
+    with pytest.raises(ValueError, match=r"its linear layers: .*o_proj"):
+        probing.patch_heads(pair.local, [40, 41], [40, 42], metric, projection="out")
+    # One of them by hand.
+    layer = pair.local.model.layers[3].self_attn.o_proj
+    texts = [pair.tokenizer(text, return_tensors="pt").input_ids for text in (clean, corrupted)]
+    read: list[torch.Tensor] = []
+    with torch.no_grad():
+        handle = layer.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        pair.local(texts[0])
+        handle.remove()
+        width = read[0].shape[-1] // heads
+
+        def restore(_module: Any, args: Any) -> None:
+            args[0][:, 7:, width : 2 * width] = read[0][:, 7:, width : 2 * width]
+
+        handle = layer.register_forward_pre_hook(restore)
+        by_hand = metric(pair.local(texts[1]).logits[:, -1])
+        handle.remove()
+    assert remote.scores[1, 1].item() == pytest.approx(by_hand.item(), abs=1e-3)
 
 
 @pytest.mark.works("Probing: `steer`, `patch`, linear probes, the logit lens")

@@ -1,0 +1,189 @@
+"""Patching single attention heads: which of them carry what makes the difference.
+
+(Wang et al., 2023.) As `patching`, but what is restored in the corrupted run is the output of one
+head of one block: its part of what the attention's output projection reads. That lies inside of
+the block, so the block must be at home (``swarm.own(block)``), or the model local.
+
+All heads of one block are the rows of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from swarm_notebook.model.home import Blocks
+from swarm_notebook.probing.grid import Cell, Legend, as_html, as_text, by_block
+from swarm_notebook.probing.patching import Metric, places_of, run_metric, scores_of_both
+from swarm_notebook.probing.subject import Edit, Subject, Target, Text
+from swarm_notebook.progress import Waiting
+from swarm_notebook.report.formatting import data_frame, model_title
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class HeadPatching:
+    """What restoring the clean output of each head does to the metric.
+
+    Attributes:
+        blocks: what was patched.
+        scores: the metric of each patched run, ``[blocks, heads]``.
+        clean, corrupted: the metric of the two runs without a patch.
+    """
+
+    model: str
+    blocks: list[int]
+    scores: torch.Tensor
+    clean: float
+    corrupted: float
+
+    @property
+    def restored(self) -> torch.Tensor:
+        """`scores` on a scale where the corrupted run is 0 and the clean run is 1."""
+        return (self.scores - self.corrupted) / (self.clean - self.corrupted)
+
+    def __repr__(self) -> str:
+        rows = {
+            block: [f"{value:.1f}".replace("-0.0", "0.0") for value in row]
+            for block, row in self._rows()
+        }
+        return as_text(self._title, self._heads, rows)
+
+    def _repr_html_(self) -> str:
+        rows = {
+            block: [
+                Cell(
+                    f"{value:.2f}" if abs(value) >= 0.05 else "",
+                    value,
+                    f"block {block}, head {head}: {value:.4f}",
+                )
+                for head, value in enumerate(row)
+            ]
+            for block, row in self._rows()
+        }
+        legend = Legend("0, as corrupted", "1, as clean", "-1, away from clean")
+        return as_html(self._title, self._heads, by_block(rows), legend=legend)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per block and head: the metric, and how much was restored."""
+        rows = [
+            {
+                "block": block,
+                "head": head,
+                "score": float(self.scores[row, head]),
+                "restored": value,
+            }
+            for row, (block, values) in enumerate(self._rows())
+            for head, value in enumerate(values)
+        ]
+        return data_frame(rows, ["block", "head", "score", "restored"])
+
+    def _rows(self) -> list[tuple[int, list[float]]]:
+        return list(zip(self.blocks, self.restored.tolist(), strict=True))
+
+    @property
+    def _heads(self) -> list[str]:
+        return [f"h{number}" for number in range(self.scores.shape[1])]
+
+    @property
+    def _title(self) -> str:
+        return f"{self.model}: share of the clean run restored by each head"
+
+
+def patch_heads(
+    target: Target,
+    clean: Text,
+    corrupted: Text,
+    metric: Metric,
+    *,
+    blocks: Blocks | None = None,
+    positions: Iterable[int] | None = None,
+    projection: str = "self_attn.o_proj",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> HeadPatching:
+    """Restore the clean output of each head of the corrupted run.
+
+    Args:
+        target, clean, corrupted, metric, tokenizer: as for `patch`.
+        blocks: a block, a list, a range or a slice, at home; None is all.
+        positions: where it is restored; None is all from the first token that differs.
+        projection: the name, in a block, of the linear layer that reads what the heads give.
+
+    Raises:
+        Unsupported: a block runs on a server; the message says how to bring it home.
+        ValueError: as `patch`; or a block has no such layer.
+    """
+    subject = Subject.of(target, tokenizer)
+    chosen, good, bad = subject.chosen(blocks), subject.ids(clean), subject.ids(corrupted)
+    places = places_of(positions, subject, good, bad)
+    layers = {block: _layer(subject, block, projection) for block in chosen}
+    heads = subject.model.config.get_text_config().num_attention_heads
+    states: dict[int, torch.Tensor] = {}
+    scores: list[list[float]] = []
+
+    def keep(block: int) -> Edit:
+        def note(state: torch.Tensor) -> torch.Tensor:
+            states[block] = state[0].detach()
+            return state
+
+        return note
+
+    with subject.at_rest():
+        with ExitStack() as hooks:
+            for block, layer in layers.items():
+                hooks.enter_context(_editing_input(layer, keep(block)))
+            # The clean run is the last of the two, and so the one whose states are kept.
+            score_clean, score_corrupted = scores_of_both(subject, good, bad, metric)
+        rows, at = bad.expand(heads, -1), [place - len(bad) for place in places]
+        with Waiting("Patching", total=len(chosen), unit="blocks", count=lambda: len(scores)):
+            for block, layer in layers.items():
+                with _editing_input(layer, _restoring(states[block], at)):
+                    scores.append(run_metric(subject, rows, metric))
+    return HeadPatching(
+        model_title(subject.name), chosen, torch.tensor(scores), score_clean, score_corrupted
+    )
+
+
+def _layer(subject: Subject, block: int, name: str) -> nn.Module:
+    modules = dict(subject.blocks[block].named_modules())
+    if name not in modules:
+        linear = ", ".join(key for key, one in modules.items() if isinstance(one, nn.Linear))
+        raise ValueError(f"projection: block {block} has no {name!r}; its linear layers: {linear}")
+    return modules[name]
+
+
+@contextmanager
+def _editing_input(module: nn.Module, edit: Edit) -> Iterator[None]:
+    """Passes what a module reads through ``edit``; the same tensor returned is a reading."""
+
+    def hook(_module: nn.Module, args: Any) -> Any:
+        after = edit(args[0])
+        return None if after is args[0] else (after, *args[1:])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _restoring(state: torch.Tensor, places: list[int]) -> Edit:
+    """Row by row the clean output of another head, at places that count from the end."""
+
+    def edit(corrupted: torch.Tensor) -> torch.Tensor:
+        mended = corrupted.clone()
+        width = state.shape[-1] // len(corrupted)
+        for row in range(len(corrupted)):
+            part = slice(row * width, (row + 1) * width)
+            mended[row, places, part] = state[places, part]
+        return mended
+
+    return edit
