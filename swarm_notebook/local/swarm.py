@@ -186,6 +186,11 @@ class LocalSwarm:
         """The model of the swarm of this process that listens at one of these addresses."""
         return next((one.model for one in _swarms if {*one.initial_peers} & {*peers}), None)
 
+    @staticmethod
+    def private_here() -> list[LocalSwarm]:
+        """The private swarms of this process that run."""
+        return [one for one in list(_swarms) if one.private and one.initial_peers]
+
     def close(self) -> None:
         """End all servers, wait until they are gone and remove their logs.
 

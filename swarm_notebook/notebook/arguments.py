@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from IPython.core.error import UsageError
 
 from swarm_notebook.notebook.typed import split
-from swarm_notebook.parsing import add_plan, blocks, count, size
+from swarm_notebook.parsing import add_plan, blocks, count, duration, size
 
 DTYPES = ("float32", "bfloat16", "float16")
 COMPRESSIONS = ("float16", "int8")
@@ -79,7 +79,7 @@ class CommandLine:
             self._privacy()
             self._monitor()
             self._serve()
-            self._invite()
+            self._private()
             self._plan()
             self._chat()
         self._generate(with_prompt=magic == "%swarm")
@@ -278,8 +278,8 @@ class CommandLine:
         )
         _add_output(serve, "the ServePanel, instead of showing it,")
 
-    def _invite(self) -> None:
-        invite = self._add("invite", "let somebody join a private swarm of this machine")
+    def _private(self) -> None:
+        invite = self._add("invite", "let somebody join a private swarm that was begun here")
         invite.add_argument(
             "--role", choices=("notebook", "server"), default="notebook", help="what they may do"
         )
@@ -287,9 +287,28 @@ class CommandLine:
             "--uses", type=count, default=1, metavar="N", help="how many may redeem it"
         )
         invite.add_argument(
-            "--swarm", metavar="NAME", help="which one (default: the only one of this machine)"
+            "--expires",
+            type=duration,
+            default="7d",
+            metavar="TIME",
+            help="until it is redeemed, such as 30m, 12h or 7d (default: %(default)s)",
         )
+        members = self._add("members", "show who has joined a private swarm that was begun here")
+        revoke = self._add("revoke", "shut a member out of a private swarm that was begun here")
+        revoke.add_argument(
+            "member",
+            metavar="MEMBER",
+            help="as %%swarm members shows it; or an invitation, or its name: all who came by it",
+        )
+        for command in (invite, members, revoke):
+            command.add_argument(
+                "--swarm",
+                metavar="NAME",
+                help="which one: a variable, or its name on this machine (default: the only one of "
+                "this notebook, else of this machine)",
+            )
         _add_output(invite, "the invitation, instead of printing it,")
+        _add_output(members, "the list of them, instead of printing it,")
 
     def _plan(self) -> None:
         plan = self._add("plan", "say whether a model runs on some machines, and how fast")

@@ -26,6 +26,8 @@ from swarm_notebook.notebook.warmup import Warmup
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
+    from swarm_notebook.local.swarm import LocalSwarm
+    from swarm_notebook.net.membership.authority import Authority
     from swarm_notebook.probing.steering import SteeringVector
     from swarm_notebook.swarm import Swarm
 
@@ -97,7 +99,10 @@ class SwarmMagics:
                 return {"completions": [], "suppress": False}
             commands = self._cell if found[1].startswith("%%") else self._line
             fragment = re.split(r"\s", found[1])[-1]
-            fitting = [word for word in commands.complete(found[1]) if word.startswith(fragment)]
+            words = commands.complete(found[1])
+            if re.match(r"%swarm\s+revoke\s", found[1]):
+                words = self._member_names() + words
+            fitting = [word for word in words if word.startswith(fragment)]
             completions = [SimpleCompletion(word, type="swarm") for word in fitting]
             return {"completions": completions, "matched_fragment": fragment, "suppress": True}
 
@@ -208,11 +213,47 @@ class SwarmMagics:
             panel.begin()
         return self._store(arguments.output, panel)
 
-    def _invite(self, arguments: argparse.Namespace) -> None:
+    def _book(self, name: str | None) -> LocalSwarm | Authority:
+        """The private swarm that is meant: one of this notebook, else one of this machine."""
         self._warmup.wait()
+        from swarm_notebook.local.swarm import LocalSwarm
         from swarm_notebook.net.membership.authority import begun_here
 
-        invitation = str(begun_here(arguments.swarm).invite(arguments.role, uses=arguments.uses))
+        found = self.shell.user_ns.get(name) if name is not None else None
+        if isinstance(found, LocalSwarm):
+            return found
+        begun = LocalSwarm.private_here() if name is None else []
+        if len(begun) > 1:
+            raise UsageError(
+                f"this notebook has begun {len(begun)} private swarms; name the variable of one "
+                "with --swarm"
+            )
+        return begun[0] if begun else begun_here(name)
+
+    def _members(self, arguments: argparse.Namespace) -> None:
+        members = self._book(arguments.swarm).members()
+        if arguments.output is None:
+            print("\n".join(map(str, members)) or "nobody has joined yet")
+        self._store(arguments.output, members)
+
+    def _revoke(self, arguments: argparse.Namespace) -> None:
+        for member in self._book(arguments.swarm).revoke(arguments.member):
+            print(member)
+
+    def _member_names(self) -> list[str]:
+        """For Tab: who could be revoked; nobody while the packages for it are not imported."""
+        if not hasattr(sys.modules.get("swarm_notebook.swarm"), "Swarm"):
+            return []
+        try:
+            return [one.name for one in self._book(None).members() if not one.revoked]
+        except (SwarmError, UsageError):
+            return []
+
+    def _invite(self, arguments: argparse.Namespace) -> None:
+        book = self._book(arguments.swarm)
+        invitation = str(
+            book.invite(arguments.role, expires=arguments.expires, uses=arguments.uses)
+        )
         if arguments.output is None:
             print(invitation)
         self._store(arguments.output, invitation)

@@ -335,7 +335,8 @@ def begun_here(name: str | None) -> Authority:
             f"those begun here are {', '.join(known)}; name one with --swarm"
             if known
             else (
-                "none was begun on this machine; `swarm-notebook serve MODEL --private` begins one"
+                "none was begun on this machine; `swarm-notebook serve MODEL --private` begins "
+                "one, and sn.LocalSwarm(private=True) one that ends with the notebook"
             )
         )
         raise InvitationError(f"no private swarm{'' if name is None else f' {name!r}'}: {said}")
