@@ -11,6 +11,7 @@ import {
   ownKeys,
   runFacts,
   samplingControls,
+  set,
   stepper,
   stopButton,
 } from "./controls.js";
@@ -19,7 +20,7 @@ import { copyButton, downloadButton } from "./export.js";
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 /**
  * @typedef {{ role: string, text: string, html?: string, edited?: boolean, branch: number[],
- *   beside?: Turn & { branch: number } }} Turn
+ *   suspicion?: string, beside?: Turn & { branch: number } }} Turn
  */
 
 const NAMES = /** @type {Record<string, string>} */ ({
@@ -27,6 +28,8 @@ const NAMES = /** @type {Record<string, string>} */ ({
   assistant: "Model",
   system: "Instructions",
 });
+
+const PAUSE = 400; // ms without a key after which what is typed is kept
 
 /** @param {number} count */
 const messages = (count) => `${count} message${count === 1 ? "" : "s"}`;
@@ -48,7 +51,7 @@ const nameOf = (turn) => `${NAMES[turn.role] ?? turn.role}${turn.edited ? " (edi
 /**
  * A text area in which Enter sends and Shift+Enter begins a line.
  * @param {Record<string, any>} attributes
- * @param {(text: string) => boolean} send whether it was sent
+ * @param {(text: string) => void} send
  * @param {() => void} [leave] on Escape
  */
 function entry(attributes, send, leave) {
@@ -56,10 +59,42 @@ function entry(attributes, send, leave) {
   ownKeys(area, (event) => {
     if (event.key === "Escape" && leave) leave();
     else if (event.key !== "Enter" || event.shiftKey || event.isComposing) return false;
-    else if (send(area.value)) area.value = "";
+    else send(area.value);
     return true;
   });
   return area;
+}
+
+/**
+ * Keep what is typed in the model after a pause of typing: it is there again when the page was
+ * loaded anew, and in other views.
+ * @param {Model} model
+ * @param {HTMLTextAreaElement} area
+ */
+function keepTyped(model, area) {
+  /** @type {number | undefined} */
+  let timer;
+  const save = () => {
+    clearTimeout(timer);
+    timer = undefined;
+    if (area.value !== model.get("typed")) set(model, "typed", area.value);
+  };
+  area.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = window.setTimeout(save, PAUSE);
+  });
+  area.addEventListener("blur", save);
+  const end = follow(model, ["typed"], () => {
+    const typing = timer !== undefined || area.matches(":focus");
+    if (!typing) area.value = model.get("typed");
+  });
+  return {
+    save,
+    end: () => {
+      if (timer !== undefined) save();
+      end();
+    },
+  };
 }
 
 /** @param {{ model: Model, root: HTMLElement }} view */
@@ -120,7 +155,12 @@ function build({ model, root }) {
     }
     return h(
       "article",
-      { class: `sn-turn sn-${turn.role}`, "data-testid": "turn", "data-role": turn.role },
+      {
+        class: `sn-turn sn-${turn.role}`,
+        "data-testid": "turn",
+        "data-role": turn.role,
+        "data-wrong": Boolean(turn.suspicion),
+      },
       h(
         "header",
         {},
@@ -128,6 +168,8 @@ function build({ model, root }) {
         h("span", { class: "sn-tools" }),
       ),
       said,
+      turn.suspicion &&
+        h("p", { class: "sn-suspect", role: "alert", "data-testid": "suspicion" }, turn.suspicion),
     );
   }
 
@@ -225,28 +267,29 @@ function build({ model, root }) {
    * @param {string} text
    */
   function change(turn, text) {
-    if (isRunning(model) || !text.trim() || !isAlive(model)) return false;
+    if (isRunning(model) || !text.trim() || !isAlive(model)) return;
     act(model, "edit", { turn, text });
     edit(-1);
-    return true;
   }
 
   /** @param {string} text */
   function send(text) {
-    if (isRunning(model) || !text.trim() || !isAlive(model)) return false;
+    if (isRunning(model) || !text.trim() || !isAlive(model)) return;
     act(model, "send", { text });
-    return true;
+    message.value = "";
+    typed.save();
   }
 
   const message = entry(
     { placeholder: "Message", "aria-label": "Message", "data-testid": "message" },
     send,
   );
+  const typed = keepTyped(model, message);
   const start = button(
     "Send",
     "send",
     () => {
-      if (send(message.value)) message.value = "";
+      send(message.value);
       message.focus();
     },
     "sn-primary",
@@ -290,6 +333,7 @@ function build({ model, root }) {
   return [
     controls.end,
     title.end,
+    typed.end,
     sight.end,
     ...facts.ends,
     follow(model, ["turns", "state", "can_restore"], () => {

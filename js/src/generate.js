@@ -87,6 +87,7 @@ function build({ model, root }) {
   );
   const tokens = tokenView((position, token) => act(model, "branch", { position, token }));
   const facts = runFacts(model);
+  const doubt = h("div", { class: "sn-suspect", role: "alert", "data-testid": "suspicion" });
   const legend = h(
     "span",
     { class: "sn-legend sn-dim", "aria-hidden": "true" },
@@ -109,6 +110,7 @@ function build({ model, root }) {
     ),
     controls.element,
     history,
+    doubt,
     h("div", { class: "sn-texts" }, tokens.element, aside.element),
     facts.element,
   );
@@ -122,6 +124,11 @@ function build({ model, root }) {
       chat.checked = model.get("chat");
     }),
     follow(model, ["pages", "tail"], () => tokens.show(cells(model))),
+    follow(model, ["touched", "suspicion"], () => {
+      tokens.mark(model.get("touched"));
+      setText(doubt, model.get("suspicion"));
+      doubt.hidden = !model.get("suspicion");
+    }),
     follow(model, ["beside", "aside"], () => {
       const beside = model.get("beside");
       aside.show(beside === null ? null : `text ${beside + 1}`, model.get("aside"), cells(model));

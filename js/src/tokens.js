@@ -96,6 +96,8 @@ export function tokenView(branch) {
   const spans = [];
   let shown = -1;
   let enabled = true;
+  /** @type {Array<[number, number]>} */
+  let touched = [];
   /** @type {number | undefined} */
   let timer;
 
@@ -120,7 +122,17 @@ export function tokenView(branch) {
     );
     if (probability !== null) token.style.setProperty("--unsure", (1 - probability).toFixed(2));
     else token.classList.add("sn-edited");
+    doubt(token, at);
     return token;
+  }
+
+  /**
+   * @param {HTMLElement} token
+   * @param {number} at
+   */
+  function doubt(token, at) {
+    const wrong = touched.some(([start, end]) => start <= at && at < end);
+    token.classList.toggle("sn-touched", wrong);
   }
 
   function paragraph() {
@@ -300,6 +312,11 @@ export function tokenView(branch) {
   return {
     element,
     show,
+    /** @param {Array<[number, number]>} runs of tokens that may be wrong */
+    mark: (runs) => {
+      touched = runs;
+      spans.forEach(doubt);
+    },
     /** @param {boolean} value whether a choice can be made now */
     enable: (value) => {
       enabled = value;

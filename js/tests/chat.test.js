@@ -38,6 +38,7 @@ const model = (more = {}) =>
     waiting: {},
     turns: TURNS,
     live: "",
+    typed: "",
     can_restore: false,
     ...more,
   });
@@ -62,6 +63,13 @@ const field = (view, id) => /** @type {HTMLTextAreaElement} */ (view.byId(id));
 afterEach(() => document.body.replaceChildren());
 
 describe("turns", () => {
+  test("an answer in which a server had a part that was found wrong says so", () => {
+    const said = "local-1 was found wrong. From token 3 on, this answer may be wrong";
+    const view = show(chat, model({ turns: [TURNS[0], { ...TURNS[1], suspicion: said }] }));
+    expect(view.byId("suspicion").textContent).toBe(said);
+    expect(view.all("[data-wrong]").length).toBe(1);
+  });
+
   test("the user's are text, the model's are the HTML that Python made", () => {
     const fake = model();
     const view = show(chat, fake);
@@ -192,6 +200,31 @@ describe("branches", () => {
 });
 
 describe("typing", () => {
+  test("what is typed is kept after a pause, is there in a new view, and gone when it is sent", () => {
+    vi.useFakeTimers();
+    const fake = model();
+    const view = show(chat, fake);
+    const area = field(view, "message");
+    area.focus();
+    area.value = "half a sen";
+    area.dispatchEvent(new Event("input"));
+    expect(fake.saved).toEqual({});
+    vi.advanceTimersByTime(500);
+    expect(fake.saved).toEqual({ typed: "half a sen" });
+    area.value = "half a sentence";
+    area.dispatchEvent(new Event("input"));
+    fake.update({ typed: "half a sen" }); // the kernel's answer to what was sent before
+    expect(area.value).toBe("half a sentence");
+    const other = show(chat, fake);
+    expect(field(other, "message").value).toBe("half a sen");
+    area.blur();
+    expect(field(other, "message").value).toBe("half a sentence");
+    other.byId("send").click();
+    expect(fake.sent).toEqual([{ action: "send", with: { text: "half a sentence" } }]);
+    expect([fake.saved.typed, area.value]).toEqual(["", ""]);
+    vi.useRealTimers();
+  });
+
   test("Enter sends, Shift+Enter does not, an empty message does not; no key gets out", () => {
     const fake = model();
     const view = show(chat, fake);

@@ -48,6 +48,8 @@ const model = (more = {}) =>
     origin: "",
     beside: null,
     aside: [],
+    touched: [],
+    suspicion: "",
     ...more,
   });
 
@@ -73,6 +75,22 @@ afterEach(() => {
 
 /** @param {ReturnType<typeof show>} view */
 const text = (view) => view.all("[data-testid=token]").map((token) => token.textContent).join("");
+
+describe("what may be wrong", () => {
+  test("tokens of a server that was found wrong are marked, also those that come later", () => {
+    const fake = model({ tail: [cell("a"), cell("b")] });
+    const view = show(generate, fake);
+    const marked = () => view.all(".sn-touched").map((token) => token.textContent);
+    expect([marked(), view.byId("suspicion").hidden]).toEqual([[], true]);
+    fake.update({ touched: [[1, 3]], suspicion: "local-1 was found wrong." });
+    expect(marked()).toEqual(["b"]);
+    fake.update({ tail: [cell("a"), cell("b"), cell("c"), cell("d")] });
+    expect(marked()).toEqual(["b", "c"]);
+    expect(view.byId("suspicion").textContent).toBe("local-1 was found wrong.");
+    fake.update({ touched: [], suspicion: "" });
+    expect([marked(), view.byId("suspicion").hidden]).toEqual([[], true]);
+  });
+});
 
 describe("running", () => {
   test("Run, Stop and Continue are offered when they can do something", () => {

@@ -24,7 +24,7 @@ from swarm_notebook.errors import Busy
 from swarm_notebook.widgets.parts import markdown
 from swarm_notebook.widgets.parts.base import action
 from swarm_notebook.widgets.parts.conversation import Conversation, Message, Turn
-from swarm_notebook.widgets.parts.static_html import facts, shell
+from swarm_notebook.widgets.parts.static_html import facts, shell, warning
 from swarm_notebook.widgets.writing import TOKEN_COLUMNS, WritingWidget, token_rows
 
 if TYPE_CHECKING:
@@ -49,9 +49,11 @@ class ChatWidget(WritingWidget, module="chat"):
 
     Attributes:
         turns: what is shown: ``role``, ``text``, for the model's ``html`` and whether it was
-            ``edited``, ``branch`` (which of how many, from 0), and ``beside`` if another branch
-            is shown next to it.
+            ``edited``, ``branch`` (which of how many, from 0), ``beside`` if another branch
+            is shown next to it, and ``suspicion`` if a server had a part in it that was found
+            wrong since, where answers are audited.
         live: the HTML of the answer that is being written.
+        typed: what stands in the box for the next message.
         can_restore: whether `restore` brings something back.
 
     Raises:
@@ -59,8 +61,11 @@ class ChatWidget(WritingWidget, module="chat"):
         TypeError: an option is unknown.
     """
 
+    GO_ON = "connect again (%swarm connect); ChatWidget(swarm, chat.messages) has what was said"
+
     turns: traitlets.List[dict[str, Any]] = traitlets.List().tag(sync=True)
     live = traitlets.Unicode().tag(sync=True)
+    typed = traitlets.Unicode().tag(sync=True)
     can_restore = traitlets.Bool().tag(sync=True)
 
     def __init__(
@@ -73,7 +78,7 @@ class ChatWidget(WritingWidget, module="chat"):
     ) -> None:
         # The conversation changes in the main thread, and when an answer has ended.
         self._talking = threading.RLock()
-        self._answering = False
+        self._answering, self._known_wrong = False, frozenset[str]()
         first = [{"role": "system", "content": system}] if system else []
         self._talk = Conversation()
         for one in [*first, *messages]:
@@ -243,7 +248,7 @@ class ChatWidget(WritingWidget, module="chat"):
         shown = "".join(
             f'<div class="snw-dim">{escape(turn["role"])}</div>'
             f'<div class="snw-turn" dir="auto">{turn.get("html") or markdown.plain(turn["text"])}'
-            "</div>"
+            f"</div>{warning(turn.get('suspicion', ''))}"
             for turn in turns
         )
         last = f'<div class="snw-dim">{escape(facts(self.note, self.stats))}</div>'
@@ -281,13 +286,33 @@ class ChatWidget(WritingWidget, module="chat"):
         turns = []
         for at, turn in enumerate(self._talk.path):
             siblings = self._talk.siblings(at)
-            shown = _shown(turn)
+            shown = self._show_turn(turn)
             shown["branch"] = [siblings.index(turn), len(siblings)]
             if self._beside is not None and self._beside[0] is turn:
                 other = self._beside[1]
-                shown["beside"] = {**_shown(other), "branch": siblings.index(other)}
+                shown["beside"] = {**self._show_turn(other), "branch": siblings.index(other)}
             turns.append(shown)
         return turns
+
+    def _show_turn(self, turn: Turn) -> dict[str, Any]:
+        message = turn.message
+        shown: dict[str, Any] = {"role": message["role"], "text": message["content"]}
+        if message["role"] == "assistant":
+            shown |= {"html": markdown.render(message["content"]), "edited": turn.draft is None}
+        if turn.draft is not None:
+            what = "this answer and what follows it may be wrong; Retry asks other servers."
+            _, said = self._suspicion(turn.draft, what)
+            shown |= {"suspicion": said} if said else {}
+        return shown
+
+    def beat(self) -> None:
+        """As every widget's; a server that was found wrong meanwhile is told."""
+        super().beat()
+        wrong = frozenset(self._wrong())
+        if wrong != self._known_wrong:
+            with self._updating, self._talking:
+                self._known_wrong = wrong
+                self.update(turns=self._turns())
 
     def _refuse_if_answering(self) -> None:
         if self._answering or self.writer.running:
@@ -339,11 +364,3 @@ def _message(given: Mapping[str, str]) -> Message:
             '{"role": "user", "content": "text"}, with a role of ' + ", ".join(ROLES)
         )
     return {"role": role, "content": content}
-
-
-def _shown(turn: Turn) -> dict[str, Any]:
-    message = turn.message
-    shown: dict[str, Any] = {"role": message["role"], "text": message["content"]}
-    if message["role"] == "assistant":
-        shown |= {"html": markdown.render(message["content"]), "edited": turn.draft is None}
-    return shown

@@ -20,7 +20,7 @@ import traitlets
 
 from swarm_notebook.errors import Busy
 from swarm_notebook.widgets.parts.base import action
-from swarm_notebook.widgets.parts.static_html import facts, shell
+from swarm_notebook.widgets.parts.static_html import facts, shell, warning
 from swarm_notebook.widgets.parts.token_cells import Cell, Cells
 from swarm_notebook.widgets.writing import TOKEN_COLUMNS, WritingWidget, token_rows
 
@@ -61,6 +61,9 @@ class GenerateWidget(WritingWidget, module="generate"):
         origin: where it comes from, in a few words.
         beside: which other one is shown next to it, or None.
         aside: the cells of that.
+        touched: runs ``[start, end]`` of written tokens in which a server had a part that was
+            found wrong since, where answers are audited.
+        suspicion: what to say of them.
 
     Raises:
         ValueError: there is no tokenizer, or an option is out of range.
@@ -76,6 +79,8 @@ class GenerateWidget(WritingWidget, module="generate"):
     origin = traitlets.Unicode().tag(sync=True)
     beside = traitlets.Int(None, allow_none=True).tag(sync=True)
     aside: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
+    touched: traitlets.List[list[int]] = traitlets.List().tag(sync=True)
+    suspicion = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, target: Any, prompt: str = "", **options: Any) -> None:
         self._cells: Cells | None = None
@@ -211,7 +216,7 @@ class GenerateWidget(WritingWidget, module="generate"):
         return shell(
             f'<div class="snw-dim">{escape(self.title)}</div>'
             f'<div class="snw-prompt">{escape(self._shown_prompt())}</div>'
-            f'<div class="snw-text" dir="auto">{body}</div>'
+            f'<div class="snw-text" dir="auto">{body}</div>{warning(self.suspicion)}'
             f'<div class="snw-dim">{escape(facts(self.note, self.stats))}</div>'
         )
 
@@ -242,9 +247,22 @@ class GenerateWidget(WritingWidget, module="generate"):
 
     def _turn_to(self, number: int) -> None:
         one = self._texts[number]
-        self.update(texts=len(self._texts), shown=number, origin=one.origin)
+        self.update(texts=len(self._texts), shown=number, origin=one.origin, **self._suspect())
         if self.beside is not None and (self.beside == number or self.beside >= self.texts):
             self.update(beside=None, aside=[])
+
+    def beat(self) -> None:
+        """As every widget's; a server that was found wrong meanwhile is told."""
+        super().beat()
+        with self._updating:
+            self.update(**self._suspect())
+
+    def _suspect(self) -> dict[str, Any]:
+        """The traits that say which tokens may be wrong."""
+        runs, said = self._suspicion(
+            self.writer.draft, "this text may be wrong; Run writes it anew on other servers."
+        )
+        return {"touched": [list(run) for run in runs], "suspicion": said}
 
     def _back_to_text(self) -> None:
         """A run has ended without a token: what was there before is shown again."""
@@ -271,7 +289,7 @@ class GenerateWidget(WritingWidget, module="generate"):
         changed = range(kept, max(before, len(cells.pages)))
         if changed:
             self._send({"method": "update", "state": self._named(changed), "buffer_paths": []})
-        values |= {"pages": len(cells.pages), "tail": list(cells.tail)}
+        values |= {"pages": len(cells.pages), "tail": list(cells.tail), **self._suspect()}
         return None
 
     def _named(self, numbers: range) -> dict[str, list[Cell]]:

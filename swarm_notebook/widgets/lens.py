@@ -23,6 +23,7 @@ from swarm_notebook.model.home import Blocks
 from swarm_notebook.probing.grid import visible
 from swarm_notebook.probing.lens import Lens, logit_lens, token_ranks
 from swarm_notebook.probing.subject import Subject, Target, Text
+from swarm_notebook.swarm import Swarm
 from swarm_notebook.widgets.parts.base import Widget, action
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class LensWidget(Widget, module="lens"):
         wanted = None if token is None else _one_token(subject, token)
         lens = logit_lens(target, text, blocks=blocks, last=last, tokenizer=tokenizer)
         self.lens = lens
+        self._swarm = target if isinstance(target, Swarm) else None
         self._subject = subject.twin()
         self._wanted = wanted
         self._computing = threading.Lock()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from swarm_notebook.writing import Draft
 
 TOKEN_COLUMNS = ["position", "id", "text", "probability", "alternatives"]
+_QUOTED = 3  # tokens that show a place in a text
 _WATCH_PERIOD = 0.25  # seconds: what Python knows is on the screen before anybody wonders
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
 
@@ -153,6 +154,29 @@ class WritingWidget(Widget):
 
         self._steering.enter_context(subject.editing(block, add))
         return subject.model
+
+    def _wrong(self) -> dict[str, str]:
+        """Names of servers whose answers were found wrong, by peer."""
+        if self._swarm is None:
+            return {}
+        directory = self._swarm.connection.directory
+        if not directory.health.wrong:
+            return {}
+        used = directory.telemetry.usage.by_peer()
+        return {peer: used[peer].name for peer in list(directory.health.wrong) if peer in used}
+
+    def _suspicion(self, draft: Draft, what: str) -> tuple[list[tuple[int, int]], str]:
+        """Tokens of a text in which servers had a part that were found wrong; and what to say."""
+        wrong = self._wrong()
+        runs = draft.touched(wrong) if wrong else []
+        if not runs:
+            return [], ""
+        start = runs[0][0]
+        peers = frozenset().union(*(draft.tokens[at].servers for at, _ in runs))
+        names = ", ".join(sorted({name for peer, name in wrong.items() if peer in peers}))
+        words = "".join(map(self._vocabulary.show, draft.written[start : start + _QUOTED])).strip()
+        where = f"From token {start + 1} (“{words}”) on" if start else "From its first token on"
+        return runs, f"{names} was found wrong. {where}, {what}"
 
     @property
     def sampling(self) -> Sampling:

@@ -5,7 +5,7 @@ Positions count the written tokens: 0 is the first one after the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 
@@ -18,11 +18,13 @@ class Token:
         probability: that the model gave it, or None if a person put it there without being asked.
         alternatives: the most probable tokens of this place with their probabilities, best first;
             the written one may be among them.
+        servers: peers that had a part in what it was chosen from, where answers are audited.
     """
 
     id: int
     probability: float | None = None
     alternatives: tuple[tuple[int, float], ...] = ()
+    servers: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -59,8 +61,20 @@ class Draft:
         known = dict(before.alternatives) | {before.id: before.probability}
         new = [Token(token) for token in ids]
         if ids:
-            new[0] = Token(ids[0], known.get(ids[0]), before.alternatives)
+            new[0] = Token(ids[0], known.get(ids[0]), before.alternatives, before.servers)
         return Draft(self.prompt, [*self.tokens[:position], *new])
+
+    def touched(self, peers: Collection[str]) -> list[tuple[int, int]]:
+        """Runs ``(start, end)`` of written tokens in which these servers had a part."""
+        runs: list[tuple[int, int]] = []
+        for at, token in enumerate(list(self.tokens)):
+            if token.servers.isdisjoint(peers):
+                continue
+            if runs and runs[-1][1] == at:
+                runs[-1] = (runs[-1][0], at + 1)
+            else:
+                runs.append((at, at + 1))
+        return runs
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

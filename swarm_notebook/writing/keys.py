@@ -78,6 +78,11 @@ class KeysAndValues:
         share = min(1.0, (step.ended - step.began) / max(sum(seconds.values()), 1e-9))
         return {name: share * took for name, took in seconds.items()}
 
+    def servers(self) -> frozenset[str]:
+        """Peers that have had a part in the keys and values; empty where nothing is audited."""
+        cached = self._remote and self._cache is not None
+        return self._cache.session.peers if cached else frozenset()
+
     def lost(self) -> int:
         """How many servers were lost since the cache was made."""
         return self._cache.session.failovers if self._remote and self._cache is not None else 0

@@ -20,6 +20,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -234,7 +235,7 @@ class Writer:
             timing.passed(self._keys.latest())
             timing.token(time.monotonic())
             timing.lost = self._keys.lost() - lost
-            self._take(predictions.take(token))
+            self._take(replace(predictions.take(token), servers=self._keys.servers()))
             self._on_change()
 
         inputs = torch.tensor([ids], device=self.model.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from browser.lab import Lab
 from browser.notebook import Notebook
 from playwright.sync_api import Locator, expect
 
@@ -82,3 +83,56 @@ def test_stop_and_retry(chat: Locator) -> None:
 
 def test_pictures(chat: Locator, picture: Callable[[Locator, str], None]) -> None:
     picture(chat, "chat")
+
+
+def test_what_is_typed_and_all_branches_are_there_after_a_reload(
+    notebook: Notebook, chat: Locator, lab: Lab
+) -> None:
+    prompts = notebook.run("sn.widgets.GenerateWidget(swarm)").get_by_test_id("prompt")
+    prompts.fill("Once upon a")
+    chat.get_by_test_id("message").fill("And the")
+    # Nobody leaves the box: it is kept after a pause.
+    notebook.page.wait_for_function(
+        "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status == 'idle'"
+    )
+    notebook.page.wait_for_timeout(1000)
+    notebook.save()
+    notebook.open(lab.address(notebook.path.name))
+    expect(chat.get_by_test_id("message")).to_have_value("And the")
+    expect(prompts).to_have_value("Once upon a")
+    assert notebook.value("chat.typed") == "'And the'"
+    expect(turns(chat)).to_have_count(4)
+    expect(turns(chat).first.get_by_test_id("place")).to_have_text("2/2")
+    turns(chat).first.get_by_test_id("previous").click()
+    expect(turns(chat).nth(1)).to_contain_text("Berlin")
+
+
+def test_a_slider_steers(notebook: Notebook) -> None:
+    notebook.run(
+        "import torch\n"
+        "from swarm_notebook.probing.steering import SteeringVector\n"
+        "direction = torch.randn(576, generator=torch.Generator().manual_seed(0))\n"
+        "direction = SteeringVector(swarm.name, 10, 10 * direction)"
+    )
+    shown = notebook.run("%swarm chat --steer direction --strength 0 -n 8")
+    steered = shown.get_by_test_id("chat").first
+    say(steered, "What is the capital of Germany?")
+    answer = turns(steered).nth(1).locator(".sn-said")
+    idle(steered)
+    plain = answer.inner_text()
+    slider = steered.get_by_label("steering, block 10")
+    expect(slider).to_have_value("0")
+    for key, value in (("End", "10"), ("Home", "-10")):
+        slider.press(key)
+        expect(slider).to_have_value(value)
+        expect(steered.locator("output")).to_have_text(f"{value} ×")
+        steered.get_by_test_id("retry").click()
+        expect(answer).not_to_have_text(plain)
+        idle(steered)
+        assert answer.inner_text() != plain
+    slider.fill("0")
+    steered.get_by_test_id("retry").click()
+    expect(steered.get_by_test_id("place")).to_have_text("4/4")
+    idle(steered)
+    expect(answer).to_have_text(plain)
+    assert notebook.value("chat.strength") == "0.0"

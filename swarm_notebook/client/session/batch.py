@@ -58,6 +58,11 @@ class BatchSession:
         return sum(session.failovers for session in self._sessions)
 
     @property
+    def peers(self) -> frozenset[str]:
+        """As `InferenceSession.peers`."""
+        return frozenset().union(*(session.peers for session in self._sessions))
+
+    @property
     def passed(self) -> int:
         """Tokens of the present step times blocks that they have passed, on average."""
         rows = sum(part.count for part in self._parts)

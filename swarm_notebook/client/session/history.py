@@ -53,6 +53,8 @@ class Pass:
         rotary_length: as in `Request`.
         computed: who has computed the input of a block, by block, where it is an input of `inputs`
             that a server has sent for this very pass.
+        peers: servers that have had a part in it or in a pass before, and from which block on:
+            what is known where answers are audited.
     """
 
     position: int
@@ -63,6 +65,7 @@ class Pass:
     position_ids: torch.Tensor | None = None
     rotary_length: int | None = None
     computed: dict[int, Computed] = field(default_factory=dict)
+    peers: dict[str, int] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
@@ -138,6 +141,7 @@ class History:
                 edits=dict(event.edits),
                 inputs=dict(event.inputs),
                 computed=dict(event.computed),
+                peers=dict(event.peers),
             )
             if isinstance(event, Pass)
             else event
@@ -157,8 +161,15 @@ class History:
     def begin(self, new: Pass) -> None:
         """Start a pass; everything recorded from its position on is forgotten."""
         self.truncate(new.position)
+        new.peers |= self.peers
         self._events.append(new)
         self._edited.update(new.edits)
+
+    @property
+    def peers(self) -> dict[str, int]:
+        """`Pass.peers` of the latest pass; a copy."""
+        passes = (event for event in reversed(self._events) if isinstance(event, Pass))
+        return next((dict(event.peers) for event in passes), {})
 
     def edit(self, block: int, hidden: torch.Tensor) -> None:
         """In the current pass, ``block`` gets this input instead of the one before's output."""
@@ -249,10 +260,10 @@ class History:
             the first block and the first position that they computed; None if they did nothing.
         """
         touched = [
-            (computed.start, part.position)
+            (start, part.position)
             for part in self.passes()
-            for computed in part.computed.values()
-            if computed.segment.peer in peers
+            for peer, start in part.peers.items()
+            if peer in peers
         ]
         if not touched:
             return None
@@ -261,6 +272,7 @@ class History:
             for known in (part.inputs, part.computed):
                 for block in [block for block in known if block > first]:
                     del known[block]
+            part.peers = {peer: at for peer, at in part.peers.items() if peer not in peers}
         return first, min(position for _, position in touched)
 
     def request(

@@ -67,6 +67,11 @@ class InferenceSession:
         return self._chain.dropped
 
     @property
+    def peers(self) -> frozenset[str]:
+        """Servers that have had a part in what came so far; empty where nothing is audited."""
+        return frozenset(self.history.peers)
+
+    @property
     def passed(self) -> int:
         """Tokens of the present step times blocks that they have passed."""
         return self._run.passed if self._run is not None else 0

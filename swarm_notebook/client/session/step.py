@@ -118,6 +118,8 @@ class StepRun:
             if audited:
                 known = whole.states[stage.end - 1].shape[1]
                 self._current.computed[stage.end] = self._computed(stage, self._current.end - known)
+                peer, peers = stage.hop.segment.peer, self._current.peers
+                peers[peer] = min(peers.get(peer, stage.start), stage.start)
         return stages[-1].end, lost
 
     def _filled_up(self, state: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,7 @@ class Widget(anywidget.AnyWidget):
 
     error = traitlets.Unicode(help="What went wrong last; empty if nothing.").tag(sync=True)
     NEEDS_SWARM: ClassVar[bool] = True  # whether a view is over when the notebook leaves its swarm
+    GO_ON: ClassVar[str] = "connect again (%swarm connect) and run this cell anew"
 
     gone = traitlets.Unicode(help="Why this cannot go on; empty if it can.").tag(sync=True)
 
@@ -73,8 +74,9 @@ class Widget(anywidget.AnyWidget):
         """Tell the views that Python is there, and whether the swarm still is."""
         swarm: Swarm | None = getattr(self, "_swarm", None) if self.NEEDS_SWARM else None
         if swarm is not None and not swarm.connected and not self.gone:
-            self.update(gone="The notebook has left this swarm.")
-        self.send({"alive": True})
+            self.update(gone=f"The notebook has left this swarm. To go on, {self.GO_ON}.")
+        # Not `self.send`: what a chat sends is a message of its user.
+        anywidget.AnyWidget.send(self, {"alive": True})
 
     def summary(self) -> str:
         """One line on what this is, the same in every run: no timings, no addresses."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 _STYLE = """<style>
@@ -18,12 +19,19 @@ _STYLE = """<style>
 .snw-turn { border-left: 3px solid color-mix(in srgb, currentColor 30%, transparent);
   padding-left: .8em; }
 .snw-turn > :is(p, pre) { margin: .3em 0; }
+.snw-wrong { border-left: 3px solid var(--jp-error-color1, #d32f2f); padding-left: .8em;
+  font-size: 12px; font-weight: 600; }
 </style>"""
 
 
 def shell(body: str) -> str:
     """The fragment around a picture's body."""
     return f'{_STYLE}<div class="snw">{body}</div>'
+
+
+def warning(text: str) -> str:
+    """A sentence that must not be overlooked; nothing for none."""
+    return f'<div class="snw-wrong">{escape(text)}</div>' if text else ""
 
 
 def facts(note: str, stats: Mapping[str, Any]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from swarm_notebook.client.audit.verdicts import Verdict
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.report.audit import AuditTable
 from swarm_notebook.swarm import Swarm
+from swarm_notebook.widgets import ChatWidget, GenerateWidget
 
 TOKENS = 48
 
@@ -186,6 +189,45 @@ def test_honest_halves_agree_however_many_are_added_up(halves: HostedSwarm) -> N
             swarm.model(ids(len(verdicts)), use_cache=False)
             verdicts = found(swarm).verdicts
         assert {one.outcome for one in verdicts} == {"agreed"}
+
+
+def test_tokens_of_a_liar_are_marked_where_a_text_is_shown(
+    trio: HostedSwarm, lettered: Any
+) -> None:
+    options = {"tokenizer": lettered.tokenizer, "max_new_tokens": 1}
+    with connected(trio, verify=1.0) as swarm:
+        shown = GenerateWidget(swarm, "o" * TOKENS, **options)
+        with liars.lying(next_server(trio, swarm), liars.LIES["a skipped block"]):
+            shown.run()
+            assert shown.wait(PATIENCE)
+            name = found(swarm).verdicts[0].name
+        shown.beat()
+        assert shown.touched == [[0, 1]]
+        assert shown.suspicion.startswith(f"{name} was found wrong. From its first token on")
+        assert "snw-wrong" in shown.picture()
+        shown.run()
+        assert shown.wait(PATIENCE)
+        assert (shown.texts, shown.touched, shown.suspicion) == (2, [], "")
+        shown.choose(0)
+        assert shown.touched == [[0, 1]]
+        shown.close()
+
+
+def test_an_answer_of_a_liar_is_marked_in_a_conversation(trio: HostedSwarm, lettered: Any) -> None:
+    tokenizer = copy.deepcopy(lettered.tokenizer)
+    tokenizer.chat_template = "{% for one in messages %}{{ one['content'] }}{% endfor %}"
+    with connected(trio, verify=1.0) as swarm:
+        chat = ChatWidget(swarm, tokenizer=tokenizer, max_new_tokens=1)
+        with liars.lying(next_server(trio, swarm), liars.LIES["a skipped block"]):
+            chat.send("o" * TOKENS)
+            assert chat.wait(PATIENCE)
+            assert found(swarm).wrong
+        chat.beat()
+        assert ["suspicion" in turn for turn in chat.turns] == [False, True]
+        chat.retry()
+        assert chat.wait(PATIENCE)
+        assert ["suspicion" in turn for turn in chat.turns] == [False, False]
+        chat.close()
 
 
 @pytest.mark.parametrize("here", [False, True])

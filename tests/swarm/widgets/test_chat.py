@@ -79,6 +79,13 @@ def template_ids(swarm: sn.Swarm, messages: list[dict[str, str]]) -> list[int]:
     return list(encoded["input_ids"])
 
 
+def test_a_view_hears_that_python_is_there(chat: ChatWidget) -> None:
+    said: list[Any] = []
+    chat._send = lambda message, buffers=None: said.append(message)
+    chat.beat()
+    assert said == [{"method": "custom", "content": {"alive": True}}]
+
+
 def test_a_conversation_reads_only_what_is_new(swarm: sn.Swarm, sent: list[int]) -> None:
     chat = ChatWidget(swarm, max_new_tokens=24)
     try:

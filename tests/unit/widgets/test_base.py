@@ -60,14 +60,14 @@ def test_a_widget_says_that_python_is_there_and_that_its_swarm_is_not(
 ) -> None:
     said: list[Any] = []
     monkeypatch.setattr(heart, "BEAT_SECONDS", 0.01)
-    monkeypatch.setattr(gauge, "send", said.append)
+    monkeypatch.setattr(gauge, "_send", lambda message, **_: said.append(message.get("content")))
     heart.keep_alive(gauge)
     wait_until(lambda: len(said) > 2)
     assert said[0] == {"alive": True}
     assert gauge.gone == ""
     gauge._swarm = SimpleNamespace(connected=False)  # type: ignore[attr-defined]
     gauge.beat()
-    assert gauge.gone == "The notebook has left this swarm."
+    assert gauge.gone.startswith("The notebook has left this swarm. To go on, connect again")
     gauge.close()
     time.sleep(0.05)
     said.clear()

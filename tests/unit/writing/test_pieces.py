@@ -105,3 +105,13 @@ def test_timing() -> None:
     assert timing.to_first == 1.0
     assert timing.per_second == 2.0
     assert timing.shares == {"a": 0.5, "b": 0.1}
+
+
+def test_tokens_are_known_in_which_a_server_had_a_part() -> None:
+    parts = ["", "a", "ab", "b", "", "a"]
+    draft = Draft([1], [Token(at, 0.5, servers=frozenset(part)) for at, part in enumerate(parts)])
+    assert draft.touched({"a"}) == [(1, 3), (5, 6)]
+    assert draft.touched({"a", "b"}) == [(1, 4), (5, 6)]
+    assert draft.touched({"c"}) == []
+    # Another token in a place was among those that were computed for it; what is typed was not.
+    assert draft.branch(2, [9, 9]).touched({"b"}) == [(2, 3)]

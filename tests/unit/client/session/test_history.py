@@ -39,6 +39,27 @@ def test_any_mix_of_passes_rollbacks_and_row_selections() -> None:
             assert torch.equal(recorded(history, truth.shape[1]), truth)
 
 
+def test_who_has_had_a_part_in_a_text_is_known_until_it_is_rebuilt_without_them() -> None:
+    history = History()
+    for position, peers in enumerate(({"a": 0, "b": 2}, {"a": 0, "c": 2}, {"a": 0})):
+        new = Pass(position, 1, {0: torch.zeros(1, 1, 2)}, {2: torch.zeros(1, 1, 2)})
+        history.begin(new)
+        new.peers |= peers
+    assert history.peers.keys() == {"a", "b", "c"}
+    twin = history.copy()
+    twin.truncate(1)
+    assert twin.peers.keys() == {"a", "b"}
+    twin.select(torch.tensor([0, 0]))
+    assert twin.peers.keys() == {"a", "b"}
+    assert history.distrust({"nobody"}) is None
+    assert history.distrust({"c"}) == (2, 1)
+    assert history.peers.keys() == {"a", "b"}
+    # Whoever had the first block has had a part in every input behind it.
+    assert history.distrust({"a", "b"}) == (0, 0)
+    assert [part.inputs for part in history.passes()] == [{}, {}, {}]
+    assert (history.peers, twin.peers.keys()) == ({}, {"a", "b"})
+
+
 def test_passes_with_equal_edits_are_replayed_as_one() -> None:
     history = History()
     for position in range(6):
