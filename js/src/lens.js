@@ -105,6 +105,17 @@ function build({ model, root }) {
     h("thead", {}, head),
     body,
   );
+  const box = h("div", { class: "sn-grid" }, grid);
+  // What comes next is on the right: in view until somebody scrolls.
+  let left = false;
+  const toEnd = () => {
+    if (!left) box.scrollLeft = box.scrollWidth;
+  };
+  box.addEventListener("scroll", () => {
+    if (box.clientWidth) left = box.scrollWidth - box.scrollLeft - box.clientWidth >= 30;
+  });
+  const sized = new ResizeObserver(toEnd);
+  sized.observe(box);
   const details = h("div", {
     class: "sn-details",
     "aria-live": "polite",
@@ -131,7 +142,7 @@ function build({ model, root }) {
       legend,
     ),
     h("div", { class: "sn-bar", hidden: pages === 1 && !first }, earlier, range, later),
-    h("div", { class: "sn-split" }, h("div", { class: "sn-grid" }, grid), details),
+    h("div", { class: "sn-split" }, box, details),
   );
 
   function askRank() {
@@ -177,6 +188,8 @@ function build({ model, root }) {
     fill(body, ...rows);
     colour();
     mark();
+    left = false;
+    toEnd();
     const entry = cells.get(shown) ?? cells.get((blocks.length - 1) * words.length + until - 1);
     entry?.setAttribute("tabindex", "0");
   }
@@ -320,6 +333,7 @@ function build({ model, root }) {
   fill(details, h("div", { class: "sn-dim" }, "Point at a cell, or move with the arrow keys."));
   turn(page);
   return [
+    () => sized.disconnect(),
     follow(model, ["colour"], colour),
     follow(model, ["ranks", "token"], () => {
       numbers = numbersOf(model);

@@ -97,6 +97,8 @@ class Row {
     this.cache = h("td", { class: "sn-c3" });
     this.state = h("td", { class: "sn-c2" });
     this.audits = h("td", { class: "sn-c3 sn-audits" });
+    // In the place of the state's column, where that has no room.
+    this.said = h("span", { class: "sn-say" });
     /** @type {Server | null} */
     this.facts = null;
     this.element = h(
@@ -130,7 +132,8 @@ class Row {
     this.element.classList.toggle("sn-avoided", avoided(facts));
     setText(this.name, facts.name);
     this.name.title = facts.name;
-    const span = place(h("div", { class: "sn-span" }), facts.start, facts.end, blocks);
+    fill(this.said, avoided(facts) ? facts.state : "");
+    const span = place(h("div", { class: "sn-span" }, this.said), facts.start, facts.end, blocks);
     const ways = route.map(([, start, end]) =>
       place(
         h("div", { class: planned ? "sn-way sn-planned" : "sn-way", "data-testid": "way" }),
@@ -141,7 +144,8 @@ class Row {
     );
     fill(this.track, span, ...ways);
     const taken = route.map(([, start, end]) => `${start}:${end}`).join(", ");
-    const label = `blocks ${facts.start}:${facts.end}${taken && `, on the route with ${taken}`}`;
+    const why = avoided(facts) ? `, ${facts.state}` : "";
+    const label = `blocks ${facts.start}:${facts.end}${why}${taken && `, on the route with ${taken}`}`;
     this.track.setAttribute("aria-label", label);
     this.track.title = label;
     this.tick();

@@ -58,6 +58,7 @@ STYLE = """<style>
   position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 2px;
   background: var(--sn-blue);
 }
+.sn-view .sn-note { max-width: 26em; white-space: normal; overflow-wrap: anywhere; }
 .sn-view .sn-dot { display: inline-block; width: 8px; height: 8px; border-radius: 50%;
   margin-right: .5em; background: var(--sn-dim); }
 .sn-view .sn-dot.sn-online { background: var(--sn-good); }

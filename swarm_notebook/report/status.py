@@ -304,7 +304,7 @@ def _strip(status: SwarmStatus) -> str:
 
 def _html_row(row: ServerRow, num_blocks: int, audited: bool) -> str:
     dot = f'<span class="sn-dot sn-{row.state if row.state in _CALM else "bad"}"></span>'
-    note = f' <span class="sn-dim">({escape(row.note)})</span>' if row.note else ""
+    note = f'<div class="sn-note sn-dim">{escape(row.note)}</div>' if row.note else ""
     return (
         f"<tr><td>{escape(row.name)}</td>{peer_cell(row.peer_id)}"
         f"<td>{block_bar(row.start, row.end, num_blocks)}{row.blocks}</td>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from browser.notebook import Notebook
+from browser.notebook import HEIGHT, WIDTH, Notebook
 from playwright.sync_api import Locator, expect
 
 TEXT = "The capital of France is"
@@ -80,3 +80,32 @@ def test_pictures(lens: Locator, picture: Callable[[Locator, str], None]) -> Non
     lens.get_by_label("Colour").select_option("probability")
     lens.get_by_role("row").nth(2).get_by_role("gridcell").last.hover()
     picture(lens, "lens")
+
+
+def test_a_lens_says_that_its_swarm_was_left(notebook: Notebook) -> None:
+    notebook.run("away = sn.connect(local.initial_peers, model=local.model)")
+    view = notebook.run(f"sn.widgets.LensWidget(away, {TEXT!r}, blocks=[29])")
+    gone = view.get_by_test_id("gone")
+    expect(gone).to_be_hidden()
+    notebook.run("away.disconnect()")
+    expect(gone).to_contain_text("The notebook has left this swarm. To go on, connect again")
+
+
+def test_a_long_text_opens_on_its_end(notebook: Notebook) -> None:
+    view = notebook.run(f"sn.widgets.LensWidget(swarm, {TEXT!r} * 8, blocks=[29])")
+    row = view.get_by_test_id("lens").get_by_role("row").last
+    box = view.locator(".sn-grid")
+    inside = """(cell) => {
+      const box = cell.closest(".sn-grid").getBoundingClientRect();
+      const { left, right } = cell.getBoundingClientRect();
+      return box.left <= left && right <= box.right + 1;
+    }"""
+    assert box.evaluate("(box) => box.scrollWidth > box.clientWidth")
+    expect(row.get_by_role("gridcell")).to_have_count(32)
+    assert row.get_by_role("gridcell").last.evaluate(inside)
+    assert row.get_by_role("rowheader").evaluate(inside)
+    # Where somebody has scrolled to stays.
+    box.evaluate("(box) => { box.scrollLeft = 0; }")
+    notebook.page.set_viewport_size({"width": 600, "height": 900})
+    assert row.get_by_role("gridcell").first.evaluate(inside)
+    notebook.page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
