@@ -13,6 +13,7 @@ audits backward passes in float32 instead, the gradients of states.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -125,7 +126,7 @@ class Bench:
 
 def honest(bench: Bench, audits: int) -> Extremes:
     """Audits of 32 tokens of honest answers."""
-    found, together = Extremes(), Evidence()
+    found, together, parts = Extremes(), Evidence(), dict[str, list[Errors]]()
     for ids in texts(LENGTH):
         hidden = bench.inputs(ids[None])
         reference, twin = bench.replays(hidden)
@@ -133,8 +134,13 @@ def honest(bench: Bench, audits: int) -> Extremes:
             for part in _windows(answer, reference, twin):
                 errors = compare(*part)
                 found.add(errors, together.add(way, None, frozenset(), errors))
+                parts.setdefault(way, []).append(errors)
         if found.audits >= audits:
             break
+    if bench.dtype != torch.float32:
+        for size in EVIDENCE:
+            ratios = (_ratios(some, size // limits.MIN_TOKENS) for some in parts.values())
+            found.most[f"ratio over {size}"] = max(itertools.chain(*ratios), default=0.0)
     return found
 
 

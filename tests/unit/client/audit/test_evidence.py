@@ -28,7 +28,7 @@ def tokens_until_doubted(evidence: Evidence, found: list[Errors], by: frozenset[
     return None
 
 
-@pytest.mark.parametrize(("ratio", "most"), [(1.17, 128), (1.07, 512)])
+@pytest.mark.parametrize(("ratio", "most"), [(1.17, 256), (1.07, 1024)])
 def test_a_small_lie_is_found_over_some_audits(ratio: float, most: int) -> None:
     for seed in range(20):
         found = tokens_until_doubted(Evidence(), audits(ratio, seed=seed), ANN)
