@@ -208,25 +208,26 @@ class Runner:
         last = len(self.blocks) - 1
         ends = own and layout.order[-1:] == (last,)
         unseen = ends and not states and last not in observed.boundaries
+        boundaries = hooks.observed_boundaries(self.blocks, True) if states else observed.boundaries
         self._local.call = Call(
-            cache,
-            layout,
-            rows,
-            new,
-            position,
-            mask,
-            ids,
-            self.adapters.current(self.blocks, thorough=position == 0),
-            self.adapters.dropout_seed(self.blocks),
-            observed.boundaries if not states else hooks.observed_boundaries(self.blocks, True),
-            hooks.observed_inside(modules, recorded) if recorded else dict(observed.inside),
-            recorded,
-            position + new if ids is None else int(ids.max()) + 1,
-            kept if unseen else None,
-            packs,
-            self._rotations.count,
+            cache=cache,
+            layout=layout,
+            rows=rows,
+            new=new,
+            position=position,
+            mask=mask,
+            position_ids=ids,
+            adapter=self.adapters.current(self.blocks, thorough=position == 0),
+            seed=self.adapters.dropout_seed(self.blocks),
+            states=boundaries,
+            inside=hooks.observed_inside(modules, recorded) if recorded else dict(observed.inside),
+            recorded=recorded,
+            last=position + new if ids is None else int(ids.max()) + 1,
+            kept=kept if unseen else None,
+            packs=packs,
+            asked=self._rotations.count,
+            whole=own and not boundaries and layout.one_stretch,
         )
-        self._local.call.whole = own and not self._local.call.states and layout.one_stretch
         if not layout.home:
             self._masks.leave_out()
         return (), kwargs
