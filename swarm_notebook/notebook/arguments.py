@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 
 from IPython.core.error import UsageError
 
+from swarm_notebook.notebook import values
 from swarm_notebook.notebook.typed import split
-from swarm_notebook.parsing import add_plan, blocks, count, duration, size
+from swarm_notebook.parsing import add_expires, add_plan, blocks, count, size
 
 DTYPES = ("float32", "bfloat16", "float16")
 COMPRESSIONS = ("float16", "int8")
-SOME_BLOCKS = "numbers as 3 or -1, or ranges as 0:2"
 
 
 EXAMPLES = """\
@@ -139,7 +139,7 @@ class CommandLine:
         connect.add_argument(
             "peers",
             nargs="*",
-            type=_address,
+            type=values.address,
             metavar="ADDRESS",
             help="servers of the swarm, as /ip4/…/tcp/…/p2p/…, or an invitation to a private one "
             "(default: begin a swarm of two server processes on this machine)",
@@ -162,16 +162,19 @@ class CommandLine:
         connect.add_argument(
             "--own",
             nargs="+",
-            type=_some_blocks,
+            type=values.some_blocks,
             metavar="BLOCK",
-            help=f"bring these blocks home: {SOME_BLOCKS}",
+            help=f"bring these blocks home: {values.SOME_BLOCKS}",
         )
         connect.add_argument(
-            "--timeout", type=_seconds, metavar="S", help="give up after S seconds (default: 30)"
+            "--timeout",
+            type=values.seconds,
+            metavar="S",
+            help="give up after S seconds (default: 30)",
         )
         connect.add_argument(
             "--verify",
-            type=_verify,
+            type=values.verify,
             metavar="RATE",
             help="audit so much of what servers answer: spot (2 %%), off, or a share such as 0.1 "
             "(default: spot for public addresses)",
@@ -188,14 +191,16 @@ class CommandLine:
 
     def _home(self) -> None:
         own = self._add("own", "bring blocks home: load their weights and run them here")
-        own.add_argument("blocks", nargs="+", type=_some_blocks, metavar="BLOCK", help=SOME_BLOCKS)
+        own.add_argument(
+            "blocks", nargs="+", type=values.some_blocks, metavar="BLOCK", help=values.SOME_BLOCKS
+        )
         release = self._add("release", "let blocks that are at home run on the servers again")
         release.add_argument(
             "blocks",
             nargs="*",
-            type=_some_blocks,
+            type=values.some_blocks,
             metavar="BLOCK",
-            help=f"{SOME_BLOCKS} (default: all that are at home)",
+            help=f"{values.SOME_BLOCKS} (default: all that are at home)",
         )
 
     def _map(self) -> None:
@@ -286,13 +291,7 @@ class CommandLine:
         invite.add_argument(
             "--uses", type=count, default=1, metavar="N", help="how many may redeem it"
         )
-        invite.add_argument(
-            "--expires",
-            type=duration,
-            default="7d",
-            metavar="TIME",
-            help="until it is redeemed, such as 30m, 12h or 7d (default: %(default)s)",
-        )
+        add_expires(invite)
         members = self._add("members", "show who has joined a private swarm that was begun here")
         revoke = self._add("revoke", "shut a member out of a private swarm that was begun here")
         revoke.add_argument(
@@ -324,7 +323,7 @@ class CommandLine:
             help="a SteeringVector to add while it answers: a variable, or the file of a saved one",
         )
         chat.add_argument(
-            "--strength", type=_number, default=1.0, metavar="X", help="times (default: 1)"
+            "--strength", type=values.number, default=1.0, metavar="X", help="times (default: 1)"
         )
         _add_sampling(chat)
         _add_output(chat, "the ChatWidget, instead of showing it,")
@@ -370,100 +369,23 @@ def _add_sampling(parser: Arguments) -> None:
     )
     parser.add_argument(
         "--temperature",
-        type=_temperature,
+        type=values.temperature,
         metavar="T",
         help="draw at this temperature; 0 is greedy (default: the model's own, else 1)",
     )
     parser.add_argument(
         "--top-p",
-        type=_share,
+        type=values.share,
         metavar="P",
         help="draw from the most probable tokens of this probability together (default: the "
         "model's own, else 1)",
     )
     parser.add_argument(
-        "--seed", type=_seed, metavar="N", help="of the drawing (default: another each time)"
+        "--seed", type=values.seed, metavar="N", help="of the drawing (default: another each time)"
     )
 
 
 def _add_output(parser: Arguments, what: str) -> None:
     parser.add_argument(
-        "-o", "--output", type=_name, metavar="NAME", help=f"store {what} in this variable"
+        "-o", "--output", type=values.name, metavar="NAME", help=f"store {what} in this variable"
     )
-
-
-def _some_blocks(text: str) -> int | slice:
-    """A block such as ``3`` or ``-1``, or a range such as ``2:5``."""
-    try:
-        bounds = [int(part) if part else None for part in text.split(":")]
-        if len(bounds) == 1:
-            return int(text)
-        start, end = bounds
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no block; {SOME_BLOCKS}") from None
-    return slice(start, end)
-
-
-def _name(text: str) -> str:
-    if not text.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a variable's name")
-    return text
-
-
-def _temperature(text: str) -> float:
-    value = _float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be 0 (greedy) or a positive number")
-    return value
-
-
-def _number(text: str) -> float:
-    value = _float(text)
-    if not abs(value) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and at most 1")
-    return value
-
-
-def _verify(text: str) -> str | float:
-    if text in ("spot", "off"):
-        return text
-    value = _float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be spot, off or a share from 0 to 1")
-    return value
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be 0 or a positive integer")
-    return int(text)
-
-
-def _address(text: str) -> str:
-    """An address; what looks like a model is refused with the option that takes it."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+|(~|\.\.?)?/?[^/].*\.gguf", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is a model, not an address; did you mean --model {text}?"
-        )
-    return text
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-def _seconds(text: str) -> float:
-    seconds = _float(text)
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a positive number of seconds")
-    return seconds
