@@ -15,7 +15,7 @@ import {
   stepper,
   stopButton,
 } from "./controls.js";
-import { copyButton, downloadButton } from "./export.js";
+import { copyButton, downloadButton, exportBar } from "./export.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 /**
@@ -319,9 +319,7 @@ function build({ model, root }) {
       stop,
       resume,
       clear,
-      h(
-        "span",
-        { class: "sn-export" },
+      exportBar(
         copyButton("copy-all", "Copy this branch as Markdown", markdown),
         downloadButton("Markdown", "markdown", "chat.md", markdown),
         downloadButton("JSON", "json", "chat.json", json),

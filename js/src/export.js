@@ -58,6 +58,14 @@ export function downloadButton(label, id, name, text) {
 }
 
 /**
+ * The ways to take a text out, side by side.
+ * @param {...HTMLElement} buttons
+ */
+export function exportBar(...buttons) {
+  return h("span", { class: "sn-export" }, ...buttons);
+}
+
+/**
  * Rows as comma-separated values.
  * @param {Array<Array<string | number | null>>} rows
  */

@@ -13,7 +13,7 @@ import {
   stopButton,
   textArea,
 } from "./controls.js";
-import { copyButton, csv, downloadButton } from "./export.js";
+import { copyButton, csv, downloadButton, exportBar } from "./export.js";
 import { plainView, tokenView } from "./tokens.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
@@ -78,9 +78,7 @@ function build({ model, root }) {
     steps.element,
     origin,
     compare,
-    h(
-      "span",
-      { class: "sn-export" },
+    exportBar(
       copyButton("copy", "Copy this text", written),
       downloadButton("CSV", "csv", "tokens.csv", table),
     ),
