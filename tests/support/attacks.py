@@ -138,9 +138,13 @@ async def sessions_of_one_id(target: Target, count: int = 1000) -> Errors:
 
     async def one(_: int) -> None:
         stream = await target.open(protocol.RPC_INFERENCE)
+        try:
+            await stream.send(target.request(hidden, session_id="the same", max_length=8))
+            await stream.receive(Response)
+        except Exception:
+            stream.abort()
+            raise
         opened.append(stream)
-        await stream.send(target.request(hidden, session_id="the same", max_length=8))
-        await stream.receive(Response)
 
     return await _many(count, one) + await _hold(target, opened)
 
@@ -222,14 +226,18 @@ async def _again(target: Target, attack: Callable[[], Awaitable[Errors]]) -> Err
 async def _ask(target: Target, slots: Sequence[runtime_pb2.Tensor]) -> Errors:
     async def one(number: int) -> None:
         stream = await target.open(RPCS[number % 2 * 2])
+        sending = asyncio.create_task(send(stream, number))
         try:
-            with contextlib.suppress(streams.StreamClosed):
-                await stream.send(Request(uid=target.uid, tensors=[slots[number]]))
-                if number % 2:  # a session that is ended is owed no answer
-                    await stream.send_end()
-            await stream.receive(Response)
+            await stream.receive(Response)  # a refusal comes before all is sent
         finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
             stream.abort()
+
+    async def send(stream: streams.Stream, number: int) -> None:
+        await stream.send(Request(uid=target.uid, tensors=[slots[number]]))
+        if number % 2:  # a session that is ended is owed no answer
+            await stream.send_end()
 
     return await _many(len(slots), one, at_once=8)
 

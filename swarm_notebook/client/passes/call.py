@@ -7,8 +7,9 @@ carries one part, as Petals' servers read them. An answer may carry several tens
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,13 +90,12 @@ async def call(
         with watch:
             uid = protocol.uid_chain(directory.prefix, segment.start, segment.end)
             packed = protocol.pack_metadata(dict(metadata))
-            for tensor in protocol.pack_slots(list(slots), always, compression):
-                for part in tensors.split(tensor, protocol.PART_BYTES):
-                    await stream.send(
-                        runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed)
-                    )
-            await stream.send_end()
-            parts, answered, size = await _receive(stream, most)
+            messages = (
+                runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed)
+                for tensor in protocol.pack_slots(list(slots), always, compression)
+                for part in tensors.split(tensor, protocol.PART_BYTES)
+            )
+            parts, answered, size = await _exchange(stream, messages, most)
         usage.answered(segment, _tokens(slots), time.perf_counter() - began)
     except streams.TRANSPORT_ERRORS as error:
         if watch is not None and watch.verdict:
@@ -115,6 +115,25 @@ def _tokens(slots: Sequence[torch.Tensor | None]) -> int:
     """How many tokens of all sequences the hidden states in the first slot are."""
     hidden = slots[0]
     return 0 if hidden is None or hidden.ndim != 3 else hidden.shape[0] * hidden.shape[1]
+
+
+async def _exchange(
+    stream: streams.Stream, messages: Iterable[runtime_pb2.ExpertRequest], most: int
+) -> tuple[list[runtime_pb2.Tensor], bytes, int]:
+    """Send a request and receive its answer, which is a refusal if it comes before all is sent."""
+    receiving = asyncio.create_task(_receive(stream, most))
+    try:
+        with contextlib.suppress(streams.StreamClosed):  # whoever receives hears why
+            for message in messages:
+                await stream.send(message)
+                if receiving.done():
+                    break
+            else:
+                await stream.send_end()
+        return await receiving
+    finally:
+        receiving.cancel()
+        await asyncio.gather(receiving, return_exceptions=True)
 
 
 async def _receive(
