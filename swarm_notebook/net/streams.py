@@ -224,17 +224,17 @@ class Stream:
             raise BadFrame(str(error)) from None
 
     async def _pieces(self, length: int) -> bytes:
-        check, pieces, missing = FieldCheck(length, self._max_fields), [], length
+        # One buffer that grows: a list of pieces leaves the heap in pieces, too.
+        check, data = FieldCheck(length, self._max_fields), bytearray()
         self._came(_HEADER_BYTES)
-        while missing:
-            piece = await self._reader.read(min(missing, _READ_BYTES))
+        while len(data) < length:
+            piece = await self._reader.read(min(length - len(data), _READ_BYTES))
             if not piece:
                 raise StreamClosed(_closed(self.peer))
             self._came(len(piece))
             check.feed(piece)
-            pieces.append(piece)
-            missing -= len(piece)
-        return b"".join(pieces)
+            data += piece
+        return bytes(data)
 
     def _came(self, size: int) -> None:
         self._meter.received += size
