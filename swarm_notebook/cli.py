@@ -89,6 +89,12 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "- reads them from one line of standard input",
     )
     serve.add_argument(
+        "--lan",
+        action="store_true",
+        help="be found on the local network by `%%swarm connect --lan`, and join the swarm of this "
+        "model that is found there",
+    )
+    serve.add_argument(
         "--private",
         action="store_true",
         help="let in only those who are invited; makes the swarm's key if there is none yet, and "

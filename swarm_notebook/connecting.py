@@ -22,12 +22,14 @@ from swarm_notebook.checkpoint.digest import digest
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.discovery import await_spans, choose_dtype, only_model, only_record
+from swarm_notebook.client.loop import network_thread
 from swarm_notebook.client.servers.bits import WHOLE_BITS
 from swarm_notebook.client.servers.directory import PATIENCE
 from swarm_notebook.local.swarm import LocalSwarm
 from swarm_notebook.model import home, skeleton
 from swarm_notebook.model.home import Blocks
 from swarm_notebook.model.judge import HomeJudge
+from swarm_notebook.net import lan as net_lan
 from swarm_notebook.net.addresses import addresses_of, is_public
 from swarm_notebook.net.membership.invitation import Invitation, is_invitation
 from swarm_notebook.net.tensors import COMPRESSIONS, NONE
@@ -49,6 +51,7 @@ _SOON = 1.0  # seconds in which the cell that connects has put the new swarm int
 def connect(
     initial_peers: Sequence[str] | str | LocalSwarm | None = None,
     *,
+    lan: bool = False,
     model: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
     timeout: float = PATIENCE,
@@ -63,6 +66,8 @@ def connect(
     Args:
         initial_peers: multiaddrs of one or more peers, an invitation to a private swarm, or a
             `LocalSwarm`. None starts an embedded swarm: two server processes on this machine.
+        lan: look for servers on the local network, which were started with ``--lan``: of the model,
+            or of the private swarm of an invitation.
         model: a Hub id, a folder or a GGUF file, as the servers were given it; its embeddings,
             norm and head are loaded here. None takes the demo model for an embedded swarm, else
             what an invitation names, or the one model that the swarm serves.
@@ -84,7 +89,7 @@ def connect(
             or what no other server can replay.
 
     Raises:
-        AddressError, ConnectionFailed: the peers cannot be reached.
+        AddressError, ConnectionFailed: the peers cannot be reached, or nobody is found.
         InvitationError: the invitation is no whole one, or is refused.
         NotAMember: the swarm is private, and there is no invitation, or it holds no more.
         ModelNotFound, ModelNotServed: the model does not exist, or nobody serves it.
@@ -92,13 +97,12 @@ def connect(
         ValueError: ``compression`` or ``verify`` is none of these.
     """
     rate = _audit_rate(verify, initial_peers)
-    if compression is not None and compression not in COMPRESSIONS:
-        raise ValueError(
-            f"compression: {compression!r}, expected {' or '.join(map(repr, COMPRESSIONS))} or None"
-        )
+    compressed = _compression(compression)
     local: LocalSwarm | None = None
     connection: Connection | None = None
     try:
+        if lan:
+            initial_peers = _on_lan(initial_peers, model)
         if initial_peers is None:
             local = LocalSwarm(model)
             initial_peers = local.initial_peers
@@ -120,7 +124,7 @@ def connect(
             connection = Connection(peers, source.dht_prefix, blocks, timeout, digest(source))
             owned = home.which(own, blocks) if own != () else []
             connection.directory.home = frozenset(owned)
-            connection.directory.compression = COMPRESSIONS.get(compression or "", NONE)
+            connection.directory.compression = compressed
             connection.directory.min_bits = min_bits or 0.0
             spans = await_spans(connection, source.name, peers, waiting)
             if min_bits is None:
@@ -171,6 +175,20 @@ def _tell_others() -> None:
         )
 
 
+def _on_lan(
+    given: Sequence[str] | str | LocalSwarm | None, model: str | os.PathLike[str] | None
+) -> list[str]:
+    """The peers that were given, and those that the local network has."""
+    if isinstance(given, LocalSwarm):
+        raise ValueError("lan: a LocalSwarm is on this machine; connect to it, or to the network")
+    peers = [given] if isinstance(given, str) else list(given or [])
+    named = None if model is None else resolve(model).dht_prefix
+    found = network_thread().run(net_lan.peers(named, peers))
+    if not found and not peers:
+        raise net_lan.nobody(named)
+    return [*peers, *found]
+
+
 def _invited_to(peers: Sequence[str]) -> str | None:
     """The model that an invitation names."""
     named = (Invitation.read(peer).model for peer in peers if is_invitation(peer))
@@ -191,6 +209,19 @@ def _tell_coarse(spans: Sequence[ServerSpan]) -> None:
             least,
             least,
         )
+
+
+def _compression(name: str | None) -> int:
+    """What stands for a compression on the wire.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name is not None and name not in COMPRESSIONS:
+        raise ValueError(
+            f"compression: {name!r}, expected {' or '.join(map(repr, COMPRESSIONS))} or None"
+        )
+    return COMPRESSIONS.get(name or "", NONE)
 
 
 def _audit_rate(

@@ -28,6 +28,7 @@ examples:
   %swarm connect                                   a swarm of two processes on this machine
   %swarm connect /ip4/…/tcp/…/p2p/… --model NAME   a swarm that exists
   %swarm connect swarm1…                           a private one, by an invitation
+  %swarm connect --lan                             one of this network
   %swarm generate "Why is the sky blue?" -o answer
 """
 
@@ -143,6 +144,11 @@ class CommandLine:
             metavar="ADDRESS",
             help="servers of the swarm, as /ip4/…/tcp/…/p2p/…, or an invitation to a private one "
             "(default: begin a swarm of two server processes on this machine)",
+        )
+        connect.add_argument(
+            "--lan",
+            action="store_true",
+            help="find servers on this network that were started with --lan",
         )
         connect.add_argument(
             "--model",

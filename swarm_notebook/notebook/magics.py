@@ -136,7 +136,7 @@ class SwarmMagics:
         options["verify"] = arguments.verify
         given = {key: value for key, value in options.items() if value is not None}
         before = self._current()
-        swarm = connect(arguments.peers or None, **given)
+        swarm = connect(arguments.peers or None, lan=arguments.lan, **given)
         self.shell.push({"model": swarm.model, "tokenizer": swarm.tokenizer, "swarm": swarm})
         if before is not None:
             before.disconnect()

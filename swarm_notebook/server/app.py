@@ -19,7 +19,7 @@ from swarm_notebook.checkpoint.anatomy import context_length
 from swarm_notebook.checkpoint.digest import digest
 from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.errors import NotAMember
-from swarm_notebook.net import daemon
+from swarm_notebook.net import daemon, lan
 from swarm_notebook.net.membership.authority import Authority
 from swarm_notebook.net.membership.certificate import Role
 from swarm_notebook.net.membership.joining import offer
@@ -151,9 +151,7 @@ class Server:
     async def _start(self) -> None:
         source = resolve(self._options.model, dummy=self._options.dummy_weights)
         packed_dtype = replace(self._options, bits=MAX_BITS).settled(source).dtype
-        options = self._options = self._options.settled(source)
-        if options.bits is not None:
-            check_bits(options.bits)
+        options = self._options = await self._settled(source)
         compute = ComputeThread()
         # Python that ends while torch is at work in another thread aborts the process.
         self._stack.push_async_callback(asyncio.to_thread, compute.stop)
@@ -225,6 +223,22 @@ class Server:
             meter.rates.forward_rps,
         )
 
+    async def _settled(self, source: ModelSource) -> ServeOptions:
+        """The options, nothing left open but the blocks."""
+        options = self._options.settled(source)
+        if options.bits is not None:
+            check_bits(options.bits)
+        if options.lan:
+            found = await lan.peers(source.dht_prefix, options.initial_peers)
+            options = replace(options, initial_peers=[*options.initial_peers, *found])
+        return options
+
+    async def _be_found(self, node: Node, prefix: str) -> None:
+        """Answer those who look for a swarm on the local network."""
+        key = None if node.membership is None else node.membership.swarm
+        beacon = await lan.Beacon.start(await node.addresses(), prefix, key)
+        self._stack.push_async_callback(beacon.stop)
+
     async def _tell_invitation(self) -> None:
         """Print what to hand on, where a person reads it."""
         if self._options.swarm is not None and not self._options.exit_with_stdin:
@@ -245,6 +259,8 @@ class Server:
         # Both take seconds, and one mostly waits.
         loading = None if chooses else self._begin_loading(compute, source)
         node = await self._start_node(source.shared_name)
+        if options.lan:
+            await self._be_found(node, source.dht_prefix)
         blocks = source.config().num_hidden_layers
         placing = Placing(node, source.dht_prefix, blocks)
         if loading is None:

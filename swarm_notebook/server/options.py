@@ -55,6 +55,7 @@ class ServeOptions:
         update_period: seconds between announcements.
         swarm: folder with the key of a private swarm (`net.membership.authority`), made if it is
             not there; None: the swarm is public, or there is an invitation among the peers.
+        lan: be found on the local network, and join a swarm of the model that is (`net.lan`).
         chosen: the server has chosen its blocks itself, and may choose others.
         exit_with_stdin: leave when standard input ends.
     """
@@ -77,6 +78,7 @@ class ServeOptions:
     update_period: float = UPDATE_PERIOD
     swarm: Path | None = None
     memory: int | None = None
+    lan: bool = False
     chosen: bool = False
     exit_with_stdin: bool = False
 

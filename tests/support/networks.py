@@ -1,19 +1,47 @@
-"""Machines of one host: network namespaces that reach each other through one in the middle.
+"""Machines of one host: network namespaces. Needs root and `ip`.
 
-Their links can be cut, and made slow or lossy where the kernel has netem. Needs root and `ip`.
+Those of `Networks` reach each other through one in the middle; their links can be cut, and made
+slow or lossy where the kernel has netem. Those of `local_network` hang on one bridge.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Self
 
+CAN_BUILD = os.geteuid() == 0 and shutil.which("ip") is not None
+
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@contextlib.contextmanager
+def local_network(count: int) -> Iterator[list[Sequence[str]]]:
+    """Machines of one local network, where all hear what one says to all; gone with the context.
+
+    Yields:
+        of each, what precedes a command so that it runs there.
+    """
+    hub, *names = (f"lan-{os.getpid()}-{number}" for number in range(count + 1))
+    with contextlib.ExitStack() as stack:
+        for name in (hub, *names):
+            _ip("netns", "add", name)
+            stack.callback(_ip, "netns", "del", name)
+            _ip("-n", name, "link", "set", "lo", "up")
+        _ip("-n", hub, "link", "add", "br0", "type", "bridge")
+        _ip("-n", hub, "link", "set", "br0", "up")
+        for number, name in enumerate(names, 1):
+            inside = ("peer", "name", "eth0", "netns", name)
+            _ip("-n", hub, "link", "add", f"v{number}", "type", "veth", *inside)
+            _ip("-n", hub, "link", "set", f"v{number}", "master", "br0", "up")
+            _ip("-n", name, "addr", "add", f"10.78.0.{number}/24", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+        yield [("ip", "netns", "exec", name) for name in names]
 
 
 class Networks:

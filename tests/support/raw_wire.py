@@ -33,8 +33,8 @@ class ServerProcess:
 
     program: Sequence[str] = ("-m", "swarm_notebook.cli")
 
-    def __init__(self, model: str | Path, log: Path, *options: str):
-        command = [sys.executable, *self.program, "serve", str(model)]
+    def __init__(self, model: str | Path, log: Path, *options: str, prefix: Sequence[str] = ()):
+        command = [*prefix, sys.executable, *self.program, "serve", str(model)]
         command += ["--host-maddrs", *LOOPBACK, "--threads", "1", "--exit-with-stdin", *options]
         self.log = log
         with log.open("w") as stderr:
