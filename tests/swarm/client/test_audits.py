@@ -166,7 +166,7 @@ def test_a_small_lie_is_found_by_several_audits_and_two_witnesses(halves: Hosted
         liar = next_server(halves, swarm)
         # Half of what bfloat16 itself makes there: together about 1.14 times that.
         with liars.lying(liar, liars.noise(0.0148)):
-            for seed in range(60):
+            for seed in range(300):  # audits and witnesses are drawn
                 swarm.model(ids(seed), use_cache=False)
                 if found(swarm).wrong:
                     break
