@@ -106,16 +106,21 @@ function build({ model, root }) {
     body,
   );
   const box = h("div", { class: "sn-grid" }, grid);
-  // What comes next is on the right: in view until somebody scrolls.
-  let left = false;
+  // What comes next is on the right: in view until somebody takes hold of it. A change of theme or
+  // width scrolls as well, so that scrolling itself tells nothing.
+  let held = false;
   const toEnd = () => {
-    if (!left) box.scrollLeft = box.scrollWidth;
+    if (!held) box.scrollLeft = box.scrollWidth;
   };
-  box.addEventListener("scroll", () => {
-    if (box.clientWidth) left = box.scrollWidth - box.scrollLeft - box.clientWidth >= 30;
-  });
+  const hold = () => {
+    held = true;
+  };
+  for (const kind of ["wheel", "pointerdown", "keydown"]) {
+    box.addEventListener(kind, hold, { capture: true, passive: true });
+  }
   const sized = new ResizeObserver(toEnd);
   sized.observe(box);
+  sized.observe(grid);
   const details = h("div", {
     class: "sn-details",
     "aria-live": "polite",
@@ -188,7 +193,7 @@ function build({ model, root }) {
     fill(body, ...rows);
     colour();
     mark();
-    left = false;
+    held = false;
     toEnd();
     const entry = cells.get(shown) ?? cells.get((blocks.length - 1) * words.length + until - 1);
     entry?.setAttribute("tabindex", "0");
@@ -326,6 +331,7 @@ function build({ model, root }) {
     for (const tag of cells.values()) if (tag.tabIndex === 0) tag.tabIndex = -1;
     const tag = cells.get(cell);
     if (!tag) return;
+    hold();
     tag.tabIndex = 0;
     tag.focus({ preventScroll: false });
   }

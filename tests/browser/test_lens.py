@@ -104,8 +104,17 @@ def test_a_long_text_opens_on_its_end(notebook: Notebook) -> None:
     expect(row.get_by_role("gridcell")).to_have_count(32)
     assert row.get_by_role("gridcell").last.evaluate(inside)
     assert row.get_by_role("rowheader").evaluate(inside)
-    # Where somebody has scrolled to stays.
-    box.evaluate("(box) => { box.scrollLeft = 0; }")
-    notebook.page.set_viewport_size({"width": 600, "height": 900})
-    assert row.get_by_role("gridcell").first.evaluate(inside)
+    # Also after another theme and width; but where somebody has scrolled to stays.
+    notebook.theme(dark=True)
+    notebook.page.set_viewport_size({"width": 600, "height": HEIGHT})
+    notebook.page.wait_for_function(inside, arg=row.get_by_role("gridcell").last.element_handle())
+    notebook.theme(dark=False)
+    box.hover()
+    notebook.page.mouse.wheel(-9999, 0)
+    first = row.get_by_role("gridcell").first.element_handle()
+    notebook.page.wait_for_function(
+        "(cell) => cell.closest('.sn-grid').scrollLeft === 0", arg=first
+    )
     notebook.page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
+    notebook.page.wait_for_timeout(500)
+    assert box.evaluate("(box) => box.scrollLeft") == 0
