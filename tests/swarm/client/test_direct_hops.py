@@ -134,7 +134,7 @@ def test_a_long_prompt_keeps_all_servers_busy(
         2: [50] * 4 + [1] * 13,
         4: [0, 0, 0, 1] + [1] * 13,
     }
-    assert stage.sessions[-1].history.current.length == 1
+    assert stage.sessions[-1].length == 1
 
 
 def test_parts_are_large_enough_for_the_server() -> None:
