@@ -9,6 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# glibc's parameter for from how many bytes on an allocation is a mapping of its own. It raises it
+# by itself up to the second number, as such allocations are freed.
+_M_MMAP_THRESHOLD, _MMAP_MOST = -3, 32 << 20
+# Smaller than a packed matrix of the demo model's, larger than its scales.
+_APART = 64 << 10
 
 
 def freeze() -> None:
@@ -27,3 +35,22 @@ def trim() -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(ctypes.c_size_t(0))
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """What is allocated meanwhile, and not small, leaves nothing behind when it is freed.
+
+    For weights in few bits: what they are made of is many times as large, and comes and goes
+    between them. With the demo model at 4.5 bits, a server's heap had grown by 85 MB for 57.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, _APART)
+    try:
+        yield
+    finally:
+        # Activations come and go for as long as a server lives, and mappings are slow to make.
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_MOST)

@@ -11,6 +11,7 @@ from typing import Any
 from swarm_notebook.checkpoint.partial import LoadedBlocks
 from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.net import tensors
+from swarm_notebook.server import heap
 from swarm_notebook.server.engine.quantising.loading import Quantised, load_within
 from swarm_notebook.server.options import ServeOptions
 
@@ -50,16 +51,17 @@ class Reading:
         options = self._options
         started = self._logged = time.monotonic()
         start, end = options.blocks or (0, self._source.config().num_hidden_layers)
-        found = load_within(
-            self._source,
-            start,
-            end,
-            bits=options.bits,
-            memory=options.memory,
-            dtype=tensors.dtype_from_name(options.dtype),
-            device=options.device,
-            progress=self._progress,
-        )
+        with heap.apart():
+            found = load_within(
+                self._source,
+                start,
+                end,
+                bits=options.bits,
+                memory=options.memory,
+                dtype=tensors.dtype_from_name(options.dtype),
+                device=options.device,
+                progress=self._progress,
+            )
         logger.info("loaded blocks %d:%d in %.1f s", start, end, time.monotonic() - started)
         return found
 

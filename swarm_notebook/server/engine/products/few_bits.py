@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional
 
 from swarm_notebook.checkpoint.packed import Grid, Packed, PackedGrid, PackedWeight, pack, replace
+from swarm_notebook.server import heap
 
 # Tokens of which it is measured whether an operator is faster than unpacking.
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -122,7 +123,8 @@ def install(layers: Iterable[nn.Module]) -> None:
             if type(module) is not nn.Linear or not isinstance(module.weight, PackedWeight):
                 continue
             weight, dtype = module.weight, module.weight.dtype
-            packed = _arranged(weight.packed, dtype)
+            with heap.apart():
+                packed = _arranged(weight.packed, dtype)
             if packed is not weight.packed:
                 replace(module, "weight", packed, dtype)
             operator = operator_for(packed, dtype)

@@ -1,0 +1,47 @@
+"""What is allocated while weights are read, by glibc's own count."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from swarm_notebook.server import heap
+
+
+class _Info(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def mapped() -> int:
+    """Bytes of allocations that are mappings of their own."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Info
+    found: int = mallinfo2().hblkhd
+    return found
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+def test_weights_lie_apart_and_activations_do_not() -> None:
+    size = 8 << 20
+    with heap.apart():
+        before = mapped()
+        # Holes that others have left in the heap are filled first.
+        weights: list[torch.Tensor] = []
+        while mapped() - before < size and len(weights) < 64:
+            weights.append(torch.empty(size, dtype=torch.uint8))
+        assert mapped() - before >= size
+        weights.clear()
+        assert mapped() == before
+    activations = torch.empty(size, dtype=torch.uint8)
+    assert mapped() == before
+    del activations
