@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_status(commands)
     _add_plan(commands)
+    _add_measure(commands)
     _add_members(commands)
     _add_check(commands)
     return top
@@ -233,6 +234,49 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     add_plan(plan)
     plan.set_defaults(run=_plan)
+
+
+def _add_measure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    measure = commands.add_parser(
+        "measure",
+        help="say what a model loses with fewer bits per weight",
+        description="Say what a model loses with fewer bits per weight, on a small text of this "
+        "package: the perplexity beside that of the whole weights, and how far the distributions "
+        "of the next token are apart. The whole weights are read block by block.",
+    )
+    measure.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a Hub id, a folder, or a GGUF file (default: the demo model)",
+    )
+    measure.add_argument(
+        "--bits",
+        type=float,
+        default=4.5,
+        metavar="B",
+        help="per weight, 2.5 to 16 (default: %(default)s)",
+    )
+    measure.add_argument(
+        "--dtype",
+        choices=DTYPES[1:],
+        default="float32",
+        help="what to compute in (default: %(default)s)",
+    )
+    measure.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
+    measure.set_defaults(run=_measure)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    import torch
+
+    from swarm_notebook.checkpoint.source import resolve
+    from swarm_notebook.server.engine.quantising.loss import measure_loss
+
+    source = resolve(options.model)
+    dtype = getattr(torch, options.dtype)
+    print(measure_loss(source, bits=options.bits, dtype=dtype, device=options.device))
+    return 0
 
 
 def _add_members(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

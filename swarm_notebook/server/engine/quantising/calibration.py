@@ -39,19 +39,22 @@ TEXTS = (
 
 
 def calibration_states(source: ModelSource, dtype: torch.dtype) -> torch.Tensor:
-    """``[2, POSITIONS, hidden size]``: the embeddings of the two halves, in ``dtype``.
-
-    For a model without a tokenizer they are those of tokens spread over its vocabulary.
-    """
+    """``[2, POSITIONS, hidden size]``: the embeddings of the two halves, in ``dtype``."""
     model, _ = load_edges(source, dtype=dtype)
-    embed = model.get_input_embeddings()
+    with torch.inference_mode():
+        return model.get_input_embeddings()(calibration_tokens(source)).clone()
+
+
+def calibration_tokens(source: ModelSource) -> torch.Tensor:
+    """``[2, POSITIONS]``: the tokens of the two halves.
+
+    For a model without a tokenizer they are spread over its vocabulary.
+    """
     tokenizer = source.tokenizer()
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.vocab_size, (len(TEXTS), POSITIONS), generator=generator)
-    else:
-        rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
-        # A vocabulary of few letters has more tokens in a text, never fewer than words.
-        ids = torch.tensor([(row * POSITIONS)[:POSITIONS] for row in rows])
-    with torch.inference_mode():
-        return embed(ids).clone()
+        size = source.config().vocab_size
+        return torch.randint(size, (len(TEXTS), POSITIONS), generator=generator)
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    # A vocabulary of few letters has more tokens in a text, never fewer than words.
+    return torch.tensor([(row * POSITIONS)[:POSITIONS] for row in rows])
