@@ -197,7 +197,13 @@ def _invited_to(peers: Sequence[str]) -> str | None:
 
 def _tell_coarse(spans: Sequence[ServerSpan]) -> None:
     """Say that results will not be those of the model's own weights."""
-    coarse = [span for span in spans if span.weight_bits < WHOLE_BITS]
+    # Without an error they are as they were published.
+    coarse = [
+        span
+        for span in spans
+        if span.weight_bits < WHOLE_BITS
+        and (span.info.weight_bits is None or span.info.weight_error is not None)
+    ]
     if coarse:
         least = min(span.weight_bits for span in coarse)
         logger.warning(

@@ -37,6 +37,8 @@ DEFAULT_ALIGNMENT = 32
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS[12] = "d"
 _STRING, _ARRAY = 8, 9
+# The longest arrays are vocabularies, the largest of which have 262,144 words.
+MAX_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class _Cursor:
             return self.string()
         if kind == _ARRAY:
             element, count = self.take("IQ")
+            if count > MAX_ELEMENTS:
+                raise ValueError(f"an array of {count} elements")
             if element == _STRING:
                 return [self.string() for _ in range(count)]
             return list(self.take(f"{count}{_SCALARS[element]}"))
@@ -144,16 +148,27 @@ class GgufFile:
         return np.frombuffer(self._data, np.uint8, count, begin).reshape(shape)
 
     def values(self, name: str) -> np.ndarray:
-        """One tensor, dequantised to float32."""
+        """One tensor, dequantised to float32.
+
+        Raises:
+            ModelNotFound: it is cut off, or damaged.
+            Unsupported: of a type that is not read.
+        """
+        import numpy as np
         from gguf.quants import dequantize
 
         try:
-            return dequantize(self.raw(name), self.kind(name))
+            values = dequantize(self.raw(name), self.kind(name))
         except NotImplementedError as error:
             raise Unsupported(
                 f"{self.path}: tensor {name} is of the type {self.kind(name).name}, which the "
                 "`gguf` package cannot read; take a file with another quantisation"
             ) from error
+        if not np.isfinite(values).all():
+            raise ModelNotFound(
+                f"{self.path}: tensor {name} has NaN or infinity in it; fetch it again"
+            )
+        return values
 
     def _byte_shape(self, name: str) -> tuple[int, ...]:
         from gguf.quants import quant_shape_to_byte_shape

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from swarm_notebook.checkpoint.quantised import explained, method_of
 from swarm_notebook.checkpoint.weights import LazyTensor
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from swarm_notebook.checkpoint.source import ModelSource
 
@@ -52,23 +53,30 @@ def load(
     device: str | torch.device,
     progress: Progress | None,
     labels: Sequence[str] = (),
+    describe: Callable[[PreTrainedConfig], None] = lambda _: None,
 ) -> PreTrainedModel:
     """Load `tensors` into a `model_class` that `edit` has changed while it was empty.
 
     Args:
+        describe: changes the config before.
         labels: names of the classes of a classifier. Weights of its head that the checkpoint does
             not have are new and trainable; all others are frozen.
 
     Raises:
         ModelNotFound: a tensor that the edited model needs is missing, or has another shape.
+        Unsupported: the weights are quantised, and nothing here reads them.
     """
     partial_class: Any = _edited(model_class, edit)
     on_cpu = torch.device(device).type == "cpu"
     config = source.config()
+    describe(config)
+    method = method_of(config)
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-    with _construction, _no_progress_bars(), _naming_packages(source):
+    if method is not None:
+        tensors = {name: _finite(source, name, lazy) for name, lazy in tensors.items()}
+    with _construction, _no_progress_bars(), explained(source.name, method):
         model, report = partial_class.from_pretrained(
             None,
             config=config,
@@ -97,16 +105,22 @@ def load(
     return model
 
 
-@contextmanager
-def _naming_packages(source: ModelSource) -> Iterator[None]:
-    """Quantised weights whose package is not installed: transformers' words in one line."""
-    try:
-        yield
-    except ImportError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise Unsupported(
-            f"{source.name} cannot be loaded without another package: {lines[0]}"
-        ) from error
+def _finite(source: ModelSource, name: str, lazy: LazyTensor) -> LazyTensor:
+    """The same tensor; NaN in a scale of quantised weights would become many of them."""
+
+    def read() -> torch.Tensor:
+        tensor = lazy.read()
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1 and _damaged(tensor):
+            raise ModelNotFound(
+                f"{source.name}: tensor {name} has NaN or infinity in it; fetch it again"
+            )
+        return tensor
+
+    return LazyTensor(read, lazy.nbytes, lazy.slice)
+
+
+def _damaged(tensor: torch.Tensor) -> bool:
+    return not bool(tensor.isfinite().all())
 
 
 def _in_base(name: str, model: PreTrainedModel) -> bool:

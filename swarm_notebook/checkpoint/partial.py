@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from swarm_notebook.checkpoint.anatomy import (
 )
 from swarm_notebook.checkpoint.loading import Progress, class_for, load
 from swarm_notebook.checkpoint.passthrough import make_transparent
+from swarm_notebook.checkpoint.quantised import for_blocks, is_float, without_quantizer
 from swarm_notebook.checkpoint.weights import block_index, renumbered
 from swarm_notebook.errors import BlocksOutOfRange
 
@@ -105,9 +106,22 @@ def load_blocks(
     weights = source.weights()
     wanted = [name for name in weights.names() if _in_range(name, start, end)]
     tensors = {renumbered(name, start): lazy for name, lazy in weights.lazy(wanted).items()}
-    model_class = class_for(source, MODEL_MAPPING, "base model")
+    model_class: Any = class_for(source, MODEL_MAPPING, "base model")
     model = load(
-        source, model_class, keep_blocks, tensors, dtype=dtype, device=device, progress=progress
+        source,
+        model_class,
+        keep_blocks,
+        tensors,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        describe=lambda config: for_blocks(
+            config,
+            start,
+            end,
+            model_class.base_model_prefix,
+            on_cpu=torch.device(device).type == "cpu",
+        ),
     )
     trunk = trunks[0]
     make_transparent(model, trunk)
@@ -203,6 +217,7 @@ def load_edges(
         device=device,
         progress=progress,
         labels=labels,
+        describe=without_quantizer if is_float(tensors.items()) else lambda _: None,
     )
     trunk, layers, tuples = taken[0]
     for layer in layers:

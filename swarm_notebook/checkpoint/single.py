@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.quantised import method_of
 from swarm_notebook.checkpoint.weights import block_index
 from swarm_notebook.errors import ModelNotFound
 from swarm_notebook.progress import Waiting
@@ -27,7 +28,7 @@ class BlockTensors:
 
     def __init__(self, source: ModelSource, model: PreTrainedModel):
         self._source, self._dtype = source, model.dtype
-        self._as_stored = not _converts(model) and not hasattr(model.config, "quantization_config")
+        self._as_stored = not _converts(model) and not method_of(source.config())
 
     def read(self, block: int, name: str) -> torch.Tensor:
         """The tensor ``name`` of a block, in the dtype that the model was built with.

@@ -22,10 +22,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint import demo, hub, weights
+from swarm_notebook.checkpoint import demo, hub, weights, words
 from swarm_notebook.checkpoint.dummy import PREFIX as DUMMY_PREFIX
 from swarm_notebook.checkpoint.dummy import DummyWeights
-from swarm_notebook.checkpoint.gguf import MAGIC, GgufWeights
+from swarm_notebook.checkpoint.gguf import MAGIC, GgufFile, GgufWeights
+from swarm_notebook.checkpoint.quantised import method_of, settings_of, without_quantizer
 from swarm_notebook.checkpoint.weights import INDEX_FILE, SINGLE_FILE, Weights
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
@@ -41,6 +42,17 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+
+# Beyond these a model would not be built in memory or in time. The deepest model that is published
+# has 126 blocks, the widest is 18,432 wide, the largest vocabulary has 262,208 words.
+MOST = {
+    "num_hidden_layers": 4096,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_attention_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 24,
+}
 
 
 @dataclass(frozen=True)
@@ -86,21 +98,43 @@ class ModelSource:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
         where, options = self._location
+        if self.is_gguf and self.path is not None:
+            GgufFile(self.path)  # a header that lies is found before others trust its counts
         try:
             config = AutoConfig.from_pretrained(where, **options)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise ModelNotFound(f"model {self.name!r}: config not readable: {error}") from error
+        quantised = getattr(config, "quantization_config", None)
         config = config.get_text_config(decoder=True)
+        if quantised is not None:
+            config.quantization_config = quantised
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise Unsupported(
                 f"model {self.name!r} is a {config.model_type!r}: only causal language models can "
                 "be served by blocks"
             )
+        if absurd := [name for name, most in MOST.items() if not _below(config, name, most)]:
+            raise ModelNotFound(
+                f"model {self.name!r}: its config has {absurd[0]} = "
+                f"{getattr(config, absurd[0])!r}, which no model has; fetch it again"
+            )
         return config
 
+    @cached_property
+    def quantised_by(self) -> str | None:
+        """What the published weights were quantised by, as transformers calls it.
+
+        Raises:
+            Unsupported: nobody here knows it.
+        """
+        return method_of(self._config)
+
     def config(self) -> PreTrainedConfig:
-        """A fresh copy of the causal language model's own (text) config."""
-        return copy.deepcopy(self._config)
+        """A fresh copy of the causal language model's own (text) config, as it is loaded."""
+        config = copy.deepcopy(self._config)
+        if self.quantised_by in words.METHODS:
+            without_quantizer(config)
+        return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer, or None where the model has none."""
@@ -130,10 +164,21 @@ class ModelSource:
         if self.dummy:
             return DummyWeights(self.config())
         if self.path is None:
-            return weights.from_repository(self.name)
+            return self._unpacked(weights.from_repository(self.name))
         if self.is_gguf:
             return GgufWeights(self.path, self.config())
-        return weights.from_folder(self.path)
+        return self._unpacked(weights.from_folder(self.path))
+
+    def _unpacked(self, stored: Weights) -> Weights:
+        if self.quantised_by in words.METHODS:
+            return words.WordWeights(stored, settings_of(self._config))
+        return stored
+
+
+def _below(config: PreTrainedConfig, name: str, most: int) -> bool:
+    """Whether a number of a config is possible; it need not be there, and may be a list."""
+    told = getattr(config, name, None)
+    return not isinstance(told, (int, float)) or 0 <= told <= most
 
 
 def resolve(

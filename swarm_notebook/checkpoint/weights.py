@@ -97,14 +97,19 @@ class SafetensorsWeights:
         return list(self._shards)
 
     def lazy(self, names: Iterable[str]) -> dict[str, LazyTensor]:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         wanted = list(names)
-        files = {
-            shard: safe_open(self._locate(shard), framework="pt")
-            for shard in sorted({self._shards[name] for name in wanted})
-        }
-        return {name: _lazy_slice(files[self._shards[name]].get_slice(name)) for name in wanted}
+        paths = {shard: self._locate(shard) for shard in {self._shards[name] for name in wanted}}
+        try:
+            files = {shard: safe_open(path, framework="pt") for shard, path in paths.items()}
+            return {name: _lazy_slice(files[self._shards[name]].get_slice(name)) for name in wanted}
+        except SafetensorError as error:
+            where = ", ".join(str(path) for path in sorted(paths.values()))
+            raise ModelNotFound(
+                f"{where}: not readable as safetensors, or not what {INDEX_FILE} says ({error}); "
+                "fetch the whole model again"
+            ) from error
 
     def samples(self) -> list[Sample] | None:
         if not self._here:

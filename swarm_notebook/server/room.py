@@ -17,6 +17,7 @@ from swarm_notebook.checkpoint.anatomy import find_trunk
 from swarm_notebook.checkpoint.gguf import GgufWeights
 from swarm_notebook.checkpoint.loading import class_for
 from swarm_notebook.checkpoint.packed import matrices
+from swarm_notebook.checkpoint.quantised import method_of, without_quantizer
 from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.checkpoint.weights import block_index
 from swarm_notebook.errors import Unsupported
@@ -83,11 +84,11 @@ def room_for(source: ModelSource, options: ServeOptions, packed_dtype: str) -> R
     largest = max(sizes[first:end], key=lambda size: size.nbytes(width, width))
     wanted = range(1 if options.blocks is None else count, count + 1)
     bits, memory = options.bits, options.memory
-    fixed = memory is None or (bits is not None and bits >= MAX_BITS)
+    kept = method_of(source.config()) is not None or (bits is not None and bits >= MAX_BITS)
     if memory is None:
         memory = int(FREE_PART * free_memory(options.device))
-    if fixed:
-        taken = largest.nbytes(width if bits is None or bits >= MAX_BITS else bits, width)
+    if kept or options.memory is None:
+        taken = largest.nbytes(width if bits is None or kept else bits, width)
         return Room(_count(source, memory, taken, wanted), bits, options.dtype)
     if memory >= count * largest.nbytes(width, width):
         return Room(count, None, options.dtype)
@@ -142,8 +143,10 @@ def _sizes(source: ModelSource) -> list[BlockSize]:
     """Of all blocks, from the config alone."""
     from transformers import MODEL_MAPPING
 
+    config = source.config()
+    without_quantizer(config)
     with torch.device("meta"):
-        model = class_for(source, MODEL_MAPPING, "base model")(source.config())
+        model = class_for(source, MODEL_MAPPING, "base model")(config)
     found = []
     for layer in find_trunk(model).layers:
         packable = sum(weight.numel() for _, _, _, weight in matrices(layer))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.hosting import HostedServer, HostedSwarm
+from support.quantised import WIDE, fp8, written
 from support.tiny import tiny_model
 
 import swarm_notebook as sn
@@ -244,3 +245,26 @@ def test_memory_chooses_blocks_and_bits_together(
     few = ServeOptions(scene.folder, (0, 5), memory=block, **options)
     with pytest.raises(Unsupported, match=r"hold [0-4] of 5 blocks.*more --memory"):
         HostedServer(few).__enter__()
+
+
+def test_a_checkpoint_that_is_quantised_already(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model("llama", tmp_path, **WIDE)
+    written(folder, fp8, quant_method="fp8", weight_block_size=[128, 128])
+    local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(3, 15)[None]
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    with (
+        caplog.at_level(logging.WARNING, "swarm_notebook"),
+        HostedSwarm(folder, [(0, 2), (2, 4)], dtype="float32") as servers,
+        sn.connect(servers.initial_peers, model=folder) as swarm,
+    ):
+        tokens = swarm.model.generate(ids, **options)
+        assert torch.equal(tokens, local.generate(ids, **options))
+        rows = swarm.status().servers
+    # 147,456 weights in 8 bits with 10 scales of 32, and 256 of norms in 32: 8.044.
+    assert [row.precision for row in rows] == ["float32, 8.04 bits"] * 2
+    assert "results differ" not in caplog.text

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.tiny import build
 
-from swarm_notebook.checkpoint.gguf import GgufFile, GgufWeights
+from swarm_notebook.checkpoint.gguf import MAX_ELEMENTS, GgufFile, GgufWeights
 from swarm_notebook.checkpoint.gguf_packed import PackedGguf, keep_packed
 from swarm_notebook.checkpoint.packed import PackedWeight
 from swarm_notebook.checkpoint.partial import (
@@ -178,6 +178,35 @@ def test_a_count_that_lies_takes_no_memory(tmp_path: Path) -> None:
     path.write_bytes(header + key + array + bytes(64))
     with pytest.raises(ModelNotFound, match="cut off"):
         GgufFile(path)
+
+
+def test_an_array_that_is_there_but_has_too_many_elements(tmp_path: Path) -> None:
+    """Each of its bytes would be an object of Python."""
+    path = tmp_path / "long.gguf"
+    count = MAX_ELEMENTS + 1
+    header = b"GGUF" + np.array([3], "<u4").tobytes() + np.array([0, 1], "<u8").tobytes()
+    key = np.array([1], "<u8").tobytes() + b"k"
+    array = np.array([9, 0], "<u4").tobytes() + np.array([count], "<u8").tobytes()
+    path.write_bytes(header + key + array)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + count)
+    with pytest.raises(ModelNotFound, match=f"an array of {count} elements"):
+        resolve(path).config()
+
+
+def test_scales_that_are_no_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "nan.gguf"
+    kind = gguf.GGMLQuantizationType.Q8_0
+    stored = gguf.quants.quantize(np.ones((2, 64), np.float32), kind)
+    stored[1, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("a.weight", stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelNotFound, match=r"a\.weight has NaN or infinity"):
+        GgufFile(path).values("a.weight")
 
 
 def test_an_unknown_architecture(tmp_path: Path) -> None:

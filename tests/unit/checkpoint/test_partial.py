@@ -237,7 +237,7 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "quantised",
     [
-        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "vptq", "config_for_layers": {}, "shared_layer_config": {}},
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
     ],
     ids=lambda fields: fields["quant_method"],

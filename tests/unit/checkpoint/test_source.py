@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.tiny import tiny_model
 
 from swarm_notebook.checkpoint.partial import load_blocks
@@ -125,6 +126,27 @@ def test_a_config_that_cannot_be_read_is_refused(copied: Path, text: str) -> Non
     (copied / "config.json").write_text(text)
     with pytest.raises(ModelNotFound, match="config not readable"):
         resolve(copied).config()
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "head_dim", "vocab_size"])
+def test_absurd_numbers_are_refused_before_a_model_is_built(copied: Path, name: str) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, name: 10**12}))
+    with pytest.raises(ModelNotFound, match=f"its config has {name} = 1000000000000"):
+        resolve(copied).config()
+
+
+def test_a_shard_that_is_cut_off_is_refused(copied: Path) -> None:
+    weights, first = copied / "model.safetensors", copied / "first.safetensors"
+    names = load_file(weights)
+    weights.rename(first)
+    index = copied / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys([*names, "lie.0"], first.name)}))
+    with pytest.raises(ModelNotFound, match=r"not what .*index.json says"):
+        load_blocks(resolve(copied), 0, 1, dtype=torch.float32)
+    first.write_bytes(first.read_bytes()[:5000])
+    with pytest.raises(ModelNotFound, match="not readable as safetensors"):
+        load_blocks(resolve(copied), 1, 2, dtype=torch.float32)
 
 
 def test_weights_that_are_cut_off_are_refused(copied: Path) -> None:

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from swarm_notebook.checkpoint.anatomy import find_trunk
 from swarm_notebook.checkpoint.gguf import GgufWeights
 from swarm_notebook.checkpoint.gguf_packed import keep_packed
+from swarm_notebook.checkpoint.loading import class_for
 from swarm_notebook.checkpoint.packed import Grid, matrices, pack, replace
 from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks, load_one_by_one
+from swarm_notebook.checkpoint.quantised import method_of, without_quantizer
 from swarm_notebook.checkpoint.weights import block_index
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.server.engine.quantising.calibration import calibration_states
@@ -92,8 +95,16 @@ def load_within(
 
     Raises: as `load_quantised`.
     """
+    by = method_of(source.config())
     if bits is not None and bits < MAX_BITS:
+        if by is not None:
+            raise Unsupported(
+                f"the weights of {source.name} are quantised already, by {by}: serve them as they "
+                "are, without --bits"
+            )
         return load_quantised(source, start, end, bits=bits, **reading)
+    if source.quantised_by is not None:
+        return load_blocks(source, start, end, **reading), _published(source, start, end)
     weights = source.weights()
     if (
         bits is not None
@@ -111,6 +122,20 @@ def load_within(
     loaded = load_one_by_one(source, start, end, change, **reading)
     stored = 8 * nbytes / count
     return loaded, Quantised(stored, None) if stored < MAX_BITS else None
+
+
+def _published(source: ModelSource, start: int, end: int) -> Quantised | None:
+    """In how many bits the weights of some blocks are stored, who are loaded as they are."""
+    from transformers import MODEL_MAPPING
+
+    config, weights = source.config(), source.weights()
+    without_quantizer(config)
+    with torch.device("meta"):
+        layers = find_trunk(class_for(source, MODEL_MAPPING, "base model")(config)).layers
+    count = sum(one.numel() for layer in layers[start:end] for one in layer.parameters())
+    names = [name for name in weights.names() if block_index(name) in range(start, end)]
+    stored = 8 * sum(lazy.nbytes for lazy in weights.lazy(names).values()) / count
+    return Quantised(stored, None) if stored < MAX_BITS else None
 
 
 def _fits(

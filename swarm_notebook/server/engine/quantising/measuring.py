@@ -17,6 +17,7 @@ from torch import nn
 
 from swarm_notebook.checkpoint.packed import Grid, matrices, pack
 from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks
+from swarm_notebook.errors import ModelNotFound
 from swarm_notebook.server.engine.quantising.allocation import Choice, allocate
 
 if TYPE_CHECKING:
@@ -146,8 +147,18 @@ def around(bits: float) -> Callable[[torch.Size], list[Grid]]:
 
 @torch.inference_mode()
 def run(one: LoadedBlocks, states: torch.Tensor) -> torch.Tensor:
-    """What a block makes of some texts."""
-    return one.model(inputs_embeds=states, use_cache=False).last_hidden_state
+    """What a block makes of some texts.
+
+    Raises:
+        ModelNotFound: NaN or infinity.
+    """
+    found = one.model(inputs_embeds=states, use_cache=False).last_hidden_state
+    if not found.isfinite().all():
+        raise ModelNotFound(
+            f"block {one.start} of {one.config.name_or_path} makes NaN or infinity of plain text "
+            f"in {found.dtype}: its weights are damaged, or --dtype is too narrow for them"
+        )
+    return found
 
 
 def importance(one: LoadedBlocks, states: torch.Tensor) -> dict[str, torch.Tensor]:
