@@ -110,31 +110,43 @@ async def look(seconds: float = LOOK_SECONDS) -> list[Found]:
     """Servers that answer on the local network.
 
     Args:
-        seconds: how long to wait for the first.
+        seconds: how long to wait for the first that is one.
 
     Raises:
         Unsupported: `zeroconf` is not installed.
     """
     zeroconf = _package()
-    names: set[str] = set()
+    # Answers to all: those to who asks alone go to one of the machine's resolvers, perhaps another.
+    to_all = zeroconf.DNSQuestionType.QM
+    found: dict[str, Found] = {}
+    asking: set[asyncio.Task[None]] = set()
     first = asyncio.Event()
 
-    def changed(*, name: str, state_change: Any, **_: Any) -> None:
-        if state_change is not zeroconf.ServiceStateChange.Removed and len(names) < MAX_SERVERS:
-            names.add(name)
+    async def ask(opened: AsyncZeroconf, name: str) -> None:
+        service = zeroconf.asyncio.AsyncServiceInfo(SERVICE, name)
+        await service.async_request(opened.zeroconf, LOOK_SECONDS * 1000, question_type=to_all)
+        read = _read(service)
+        if read is not None:
+            found[name] = read
             first.set()
 
     async with _opened(zeroconf) as opened:
-        browser = zeroconf.asyncio.AsyncServiceBrowser(opened.zeroconf, SERVICE, handlers=[changed])
+
+        def changed(*, name: str, state_change: Any, **_: Any) -> None:
+            if state_change is zeroconf.ServiceStateChange.Added and len(asking) < MAX_SERVERS:
+                asking.add(asyncio.create_task(ask(opened, name)))
+
+        browser = zeroconf.asyncio.AsyncServiceBrowser(
+            opened.zeroconf, SERVICE, handlers=[changed], question_type=to_all
+        )
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(first.wait(), seconds)
             await asyncio.sleep(MORE_SECONDS)
         await browser.async_cancel()
-        services = [zeroconf.asyncio.AsyncServiceInfo(SERVICE, name) for name in sorted(names)]
-        asked = [one.async_request(opened.zeroconf, LOOK_SECONDS * 1000) for one in services]
-        await asyncio.gather(*asked)
-    read = [_read(one) for one in services]
-    return [one for one in read if one is not None]
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+    return [found[name] for name in sorted(found)]
 
 
 async def peers(model: str | None, given: Collection[str] = ()) -> list[str]:

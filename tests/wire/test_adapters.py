@@ -94,7 +94,7 @@ def test_a_new_version_takes_the_place_of_the_old_one(llama: Bench) -> None:
     with pytest.raises(AdapterMissing, match="version 2 is here"):
         llama.forward(hidden, adapter=key(version=1))
     close(llama.forward(hidden, adapter=key(version=2))[0], tuned.output(hidden))
-    got = llama.backward(hidden, grad, adapter=key(version=2), kept="old")
+    got = llama.backward(hidden, grad, adapter=key(version=2), kept="old", release=True)
     close(got[0], tuned.gradients(hidden, grad)[0])
     for part in ((1, 2), (2, 4)):
         states = run_blocks(tuned.model, 1, 4, hidden)
@@ -120,7 +120,7 @@ def test_lora_on_fused_experts(experts: Bench) -> None:
     grad = random(2, 5, HIDDEN, seed=1)
     expected = tuned.gradients(hidden, grad)
     experts.forward(hidden, adapter=key("experts"), keep="experts")
-    for options in ({}, {"kept": "experts"}):
+    for options in ({}, {"kept": "experts", "release": True}):
         got, said = experts.call(
             protocol.RPC_BACKWARD_STREAM, hidden, grad, adapter=key("experts"), **options
         )
@@ -168,7 +168,7 @@ def test_dropout_follows_from_the_seed(llama: Bench) -> None:
     llama.forward(hidden, **train, seed=7, keep="dropped")
     kept = llama.backward(hidden, grad, **train, seed=7, kept="dropped")
     anew = llama.backward(hidden, grad, **train, seed=7)
-    wrong = llama.backward(hidden, grad, **train, seed=8, kept="dropped")
+    wrong = llama.backward(hidden, grad, **train, seed=8, kept="dropped", release=True)
     for one, two in zip(kept, anew, strict=True):
         close(one, two)
     assert relative(wrong[0], anew[0]) > 0.01
@@ -198,6 +198,7 @@ def test_two_notebooks_with_the_same_id(llama: Bench, stranger: RawClient) -> No
     llama.forward(hidden, adapter=key("default"), keep="same")
     got = llama.backward(hidden, grad, adapter=key("default"), kept="same", client=stranger)
     close(got[0], theirs.gradients(hidden, grad)[0])
+    llama.backward(hidden, grad, adapter=key("default"), kept="same", release=True)
 
 
 def test_for_some_of_the_blocks(llama: Bench) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.bench import Bench, layers_of, relative, run_blocks
+from support.patience import wait_until
 from support.raw_wire import request
 
 from swarm_notebook.errors import BadRequest
@@ -65,6 +66,7 @@ def close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
 def test_gradients_computed_anew_and_from_what_was_kept(
     bench: Bench, padded: bool, prompted: bool
 ) -> None:
+    wait_until(lambda: bench.info()["activation_bytes_held"] == 0, "others' activations go", 0.5)
     case, states = Case(padded, prompted), (1, 2)
     expected = case.expected(bench.model, states=states)
     close(bench.backward(*case.slots(back=True), states=states), expected)
