@@ -96,13 +96,13 @@ def connect(
         OtherCheckpoint: it is served with other weights, or another config.
         ValueError: ``compression`` or ``verify`` is none of these.
     """
+    if lan:
+        initial_peers = _on_lan(initial_peers, model)
     rate = _audit_rate(verify, initial_peers)
     compressed = _compression(compression)
     local: LocalSwarm | None = None
     connection: Connection | None = None
     try:
-        if lan:
-            initial_peers = _on_lan(initial_peers, model)
         if initial_peers is None:
             local = LocalSwarm(model)
             initial_peers = local.initial_peers

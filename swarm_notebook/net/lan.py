@@ -14,7 +14,8 @@ import asyncio
 import contextlib
 import hashlib
 import ipaddress
-from collections.abc import AsyncIterator, Collection, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from swarm_notebook.texts import clean
 
 if TYPE_CHECKING:
     from zeroconf.asyncio import AsyncZeroconf
+
+logger = logging.getLogger(__name__)
 
 SERVICE = "_swarm-notebook._tcp.local."
 # Whoever has the name answers within 0.12 s (RFC 6762, 6); a question that was lost is asked again
@@ -106,11 +109,13 @@ class Beacon:
         await self._zeroconf.async_close()
 
 
-async def look(seconds: float = LOOK_SECONDS) -> list[Found]:
+async def look(
+    seconds: float = LOOK_SECONDS, wanted: Callable[[Found], bool] = lambda _: True
+) -> list[Found]:
     """Servers that answer on the local network.
 
     Args:
-        seconds: how long to wait for the first that is one.
+        seconds: how long to wait for the first that is wanted.
 
     Raises:
         Unsupported: `zeroconf` is not installed.
@@ -126,7 +131,7 @@ async def look(seconds: float = LOOK_SECONDS) -> list[Found]:
         service = zeroconf.asyncio.AsyncServiceInfo(SERVICE, name)
         await service.async_request(opened.zeroconf, LOOK_SECONDS * 1000, question_type=to_all)
         read = _read(service)
-        if read is not None:
+        if read is not None and wanted(read):
             found[name] = read
             first.set()
 
@@ -145,7 +150,9 @@ async def look(seconds: float = LOOK_SECONDS) -> list[Found]:
         await browser.async_cancel()
         for task in asking:
             task.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
+        for error in await asyncio.gather(*asking, return_exceptions=True):
+            if isinstance(error, Exception):
+                logger.warning("a server of the local network cannot be asked: %r", error)
     return [found[name] for name in sorted(found)]
 
 
@@ -161,16 +168,17 @@ async def peers(model: str | None, given: Collection[str] = ()) -> list[str]:
         Unsupported: `zeroconf` is not installed.
     """
     swarms = {fingerprint(Invitation.read(one).swarm) for one in given if is_invitation(one)}
-    found = await look()
-    if swarms:
-        return [address for one in found if one.swarm in swarms for address in one.addresses]
-    public = [one for one in found if not one.swarm and model in (None, one.model)]
-    models = sorted({one.model for one in public})
+
+    def wanted(one: Found) -> bool:
+        return one.swarm in swarms if swarms else not one.swarm and model in {None, one.model}
+
+    found = await look(wanted=wanted)
+    models = sorted({one.model for one in found})
     if len(models) > 1:
         raise ModelNotServed(
             f"model: on this network are {', '.join(models)}; name one with model=…"
         )
-    return [address for one in public for address in one.addresses]
+    return [address for one in found for address in one.addresses]
 
 
 def nobody(model: str | None) -> ConnectionFailed:
