@@ -28,8 +28,9 @@ FAULT_SECONDS = (0.5, 5.0)
 SLEEP_SECONDS = (1.0, 15.0)
 # The swarm is let alone so long between two faults of a lane.
 CALM_SECONDS = (0.2, 1.5)
-# A server whose clock is off; several at once, so that two differ by less than what is allowed.
-CLOCK_SECONDS = (-25, 25)
+# A server whose clock is off, by as much as is allowed and a little less.
+CLOCK_SECONDS = (-50, 50)
+_clocks = threading.Lock()
 TWIN_SECONDS = 10.0
 INTERRUPTS, INTERRUPT_SECONDS = 3, 15.0
 
@@ -126,7 +127,12 @@ class PairLane(Lane):
         self._again()
 
     def clock(self) -> None:
-        self._again(self.dice.choice(CLOCK_SECONDS))
+        """All that are off are off in one direction: servers refuse who differs by more."""
+        ahead = self.dice.choice(CLOCK_SECONDS)
+        with _clocks:
+            ahead = next((one.ahead for one in self.servers if one.ahead), ahead)
+            self.restarted.ahead = ahead
+        self._again(ahead)
 
     def twin(self) -> None:
         """A second server with the same identity, at another address."""

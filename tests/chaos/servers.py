@@ -44,6 +44,7 @@ class Server:
     ):
         self.number, self.blocks, self.folder, self.place = number, SPANS[number], folder, place
         self.device, self.peers, self.restarts = device, list[str](), 0
+        self.ahead = 0  # seconds by which its clock is
         self.prefix = networks.prefix(number) if networks else ()
         host = networks.address(number) if networks else "127.0.0.1"
         self.listen = f"/ip4/{host}/tcp/{_free_port()}"
@@ -64,6 +65,7 @@ class Server:
 
     def start(self, ahead: int = 0) -> None:
         """Start the process, with a clock that is so many seconds ahead."""
+        self.ahead = ahead
         program = ["-c", PROGRAM, str(ahead)] if ahead else ["-m", "swarm_notebook.cli"]
         start, end = self.blocks
         command = [*self.prefix, sys.executable, *program, "serve"]
