@@ -18,8 +18,17 @@ import torch
 from torch import nn
 
 from swarm_notebook.model.home import Blocks
-from swarm_notebook.probing.grid import Cell, Legend, as_html, as_text, by_block
-from swarm_notebook.probing.patching import Metric, places_of, run_metric, scores_of_both
+from swarm_notebook.probing.grid import as_html, as_text, by_block
+from swarm_notebook.probing.patching import (
+    LEGEND,
+    Metric,
+    Restored,
+    places_of,
+    restored_cell,
+    restored_text,
+    run_metric,
+    scores_of_both,
+)
 from swarm_notebook.probing.subject import Edit, Subject, Target, Text
 from swarm_notebook.progress import Waiting
 from swarm_notebook.report.formatting import data_frame, model_title
@@ -30,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HeadPatching:
+class HeadPatching(Restored):
     """What restoring the clean output of each head does to the metric.
 
     Attributes:
@@ -45,32 +54,19 @@ class HeadPatching:
     clean: float
     corrupted: float
 
-    @property
-    def restored(self) -> torch.Tensor:
-        """`scores` on a scale where the corrupted run is 0 and the clean run is 1."""
-        return (self.scores - self.corrupted) / (self.clean - self.corrupted)
-
     def __repr__(self) -> str:
-        rows = {
-            block: [f"{value:.1f}".replace("-0.0", "0.0") for value in row]
-            for block, row in self._rows()
-        }
+        rows = {block: [restored_text(value, 1) for value in row] for block, row in self._rows()}
         return as_text(self._title, self._heads, rows)
 
     def _repr_html_(self) -> str:
         rows = {
             block: [
-                Cell(
-                    f"{value:.2f}" if abs(value) >= 0.05 else "",
-                    value,
-                    f"block {block}, head {head}: {value:.4f}",
-                )
+                restored_cell(value, f"block {block}, head {head}: {value:.4f}")
                 for head, value in enumerate(row)
             ]
             for block, row in self._rows()
         }
-        legend = Legend("0, as corrupted", "1, as clean", "-1, away from clean")
-        return as_html(self._title, self._heads, by_block(rows), legend=legend)
+        return as_html(self._title, self._heads, by_block(rows), legend=LEGEND)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per block and head: the metric, and how much was restored."""

@@ -11,6 +11,7 @@ same states there, and these positions are left out unless they are asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -30,8 +31,38 @@ if TYPE_CHECKING:
 Metric: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
+LEGEND = Legend("0, as corrupted", "1, as clean", "-1, away from clean")
+
+
+class Restored:
+    """What the results of all kinds of patching have: the metric of runs between two others."""
+
+    scores: torch.Tensor
+    clean: float
+    corrupted: float
+
+    @property
+    def restored(self) -> torch.Tensor:
+        """`scores` on a scale where the corrupted run is 0 and the clean run is 1."""
+        return (self.scores - self.corrupted) / (self.clean - self.corrupted)
+
+
+def restored_text(value: float, digits: int) -> str:
+    """A share for people: nothing where nothing was patched (NaN), and no negative zero."""
+    if math.isnan(value):
+        return ""
+    text = f"{value:.{digits}f}"
+    return text if float(text) else text.removeprefix("-")
+
+
+def restored_cell(value: float, hint: str) -> Cell:
+    """A share as a cell. Where nothing happens it stays empty: what does is seen at once."""
+    shown = 0.0 if math.isnan(value) else value
+    return Cell(restored_text(value, 2) if abs(shown) >= 0.05 else "", shown, hint)
+
+
 @dataclass(frozen=True)
-class Patching:
+class Patching(Restored):
     """What restoring the clean state does to the metric.
 
     Attributes:
@@ -49,14 +80,9 @@ class Patching:
     clean: float
     corrupted: float
 
-    @property
-    def restored(self) -> torch.Tensor:
-        """`scores` on a scale where the corrupted run is 0 and the clean run is 1."""
-        return (self.scores - self.corrupted) / (self.clean - self.corrupted)
-
     def __repr__(self) -> str:
         rows = {
-            block: [f"{value:.1f}".replace("-0.0", "0.0") for value in row]
+            block: [restored_text(value, 1) for value in row]
             for block, row in zip(self.blocks, self.restored.tolist(), strict=True)
         }
         return as_text(self._title, self.words, rows)
@@ -64,15 +90,13 @@ class Patching:
     def _repr_html_(self) -> str:
         rows = {
             block: [
-                # Cells in which nothing happens stay empty: what does is seen at once.
-                Cell(f"{value:.2f}" if abs(value) >= 0.05 else "", value, f"{word!r} {value:.4f}")
+                restored_cell(value, f"{word!r} {value:.4f}")
                 for word, value in zip(self.words, row, strict=True)
             ]
             for block, row in zip(self.blocks, self.restored.tolist(), strict=True)
         }
         head = [visible(word) for word in self.words]
-        legend = Legend("0, as corrupted", "1, as clean", "-1, away from clean")
-        return as_html(self._title, head, by_block(rows), legend=legend)
+        return as_html(self._title, head, by_block(rows), legend=LEGEND)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per block and position: the token, the metric, and how much was restored."""

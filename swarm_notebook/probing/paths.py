@@ -23,8 +23,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from swarm_notebook.model.home import Blocks
-from swarm_notebook.probing.grid import Cell, Legend, as_html
-from swarm_notebook.probing.patching import Metric, places_of, run_metric, scores_of_both
+from swarm_notebook.probing.grid import as_html
+from swarm_notebook.probing.patching import (
+    LEGEND,
+    Metric,
+    Restored,
+    places_of,
+    restored_cell,
+    restored_text,
+    run_metric,
+    scores_of_both,
+)
 from swarm_notebook.probing.subject import Edit, Subject, Target, Text
 from swarm_notebook.progress import Waiting
 from swarm_notebook.report.formatting import data_frame, model_title, text_table
@@ -37,7 +46,7 @@ LOGITS = "logits"
 
 
 @dataclass(frozen=True)
-class PathPatching:
+class PathPatching(Restored):
     """What the direct path from each sender to each receiver carries.
 
     Attributes:
@@ -55,15 +64,11 @@ class PathPatching:
     clean: float
     corrupted: float
 
-    @property
-    def restored(self) -> torch.Tensor:
-        """`scores` on a scale where the corrupted run is 0 and the clean run is 1."""
-        return (self.scores - self.corrupted) / (self.clean - self.corrupted)
-
     def __repr__(self) -> str:
         head = ["receiver", *(f"from {block}" for block in self.senders)]
         rows = [
-            [str(receiver), *(_digits(value, 1) for value in row)] for receiver, row in self._rows()
+            [str(receiver), *(restored_text(value, 1) for value in row)]
+            for receiver, row in self._rows()
         ]
         return "\n".join([self._title, *text_table(head, rows)])
 
@@ -73,18 +78,15 @@ class PathPatching:
             (
                 receiver,
                 [
-                    Cell(
-                        _digits(value, 2) if abs(value) >= 0.05 else "",
-                        0.0 if math.isnan(value) else value,
-                        "" if math.isnan(value) else f"{sender} to {receiver}: {value:.4f}",
+                    restored_cell(
+                        value, "" if math.isnan(value) else f"{sender} to {receiver}: {value:.4f}"
                     )
                     for sender, value in zip(self.senders, row, strict=True)
                 ],
             )
             for receiver, row in self._rows()
         ]
-        legend = Legend("0, as corrupted", "1, as clean", "-1, away from clean")
-        return as_html(self._title, head, rows, corner="receiver", legend=legend)
+        return as_html(self._title, head, rows, corner="receiver", legend=LEGEND)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per path: sender, receiver, the metric, and how much was restored."""
@@ -191,10 +193,3 @@ def _adding(more: torch.Tensor, places: list[int], sign: int) -> Edit:
         return changed
 
     return edit
-
-
-def _digits(value: float, digits: int) -> str:
-    if math.isnan(value):
-        return ""
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if not float(text) else text
