@@ -10,6 +10,9 @@ their dtypes, shapes and of `SAMPLE_BYTES` in the middle of each: that takes mil
 any change that reaches all of a matrix. It is of what is stored, not of what is served from it: in
 lower precision it is the same. It is left out where not all files are on this machine (a sharded
 repository of the Hub, of which each peer fetches its part), and then only the first part counts.
+
+Dummy weights are made from a config, so only that counts: whoever tries them out has embeddings and
+a head in a folder of their own.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from __future__ import annotations
 import hashlib
 import json
 from typing import TYPE_CHECKING
+
+from swarm_notebook.checkpoint.dummy import PREFIX as DUMMY_PREFIX
 
 if TYPE_CHECKING:
     from swarm_notebook.checkpoint.source import ModelSource
@@ -41,8 +46,10 @@ def digest(source: ModelSource) -> str:
         ModelNotFound: a file of it cannot be read.
     """
     config = source.config().to_diff_dict()
-    weights = source.weights()
     settings = {key: value for key, value in config.items() if key not in _PASSING}
+    if source.dht_prefix.startswith(DUMMY_PREFIX):
+        return _hash(json.dumps(settings, sort_keys=True, default=str))
+    weights = source.weights()
     samples = weights.samples()
     names = weights.names() if samples is None else [name for name, *_ in samples]
     first = _hash(json.dumps([settings, sorted(names)], sort_keys=True, default=str))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.tiny import build, tiny_model
 
 from swarm_notebook.checkpoint.digest import digest, matches
@@ -45,6 +46,15 @@ def test_other_weights_and_other_configs_are_told_apart(tmp_path: Path) -> None:
     others = [of(each) for each in (other_seed, other_config, edited, half)]
     assert len({of(folder), *others}) == 5
     assert not any(matches(of(folder), other) for other in others)
+
+
+def test_dummy_weights_count_by_their_config(tmp_path: Path) -> None:
+    ends = tmp_path / "_dummy-llama"  # embeddings and head, as a notebook has them
+    model = build("llama")
+    model.config.save_pretrained(ends)
+    save_file({"lm_head.weight": torch.zeros(8, 4)}, ends / "model.safetensors", {"format": "pt"})
+    assert of(ends) == digest(resolve(ends, dummy=True))
+    assert of(ends) != of(tiny_model("llama", tmp_path / "real"))
 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
