@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
-from swarm_notebook.net import streams
+from swarm_notebook.net.wire import streams
 
 ROWS, LENGTH = 4, 64
 READ_ROWS = 32

@@ -32,7 +32,7 @@ from swarm_notebook.model.judge import HomeJudge
 from swarm_notebook.net import lan as net_lan
 from swarm_notebook.net.addresses import addresses_of, is_public
 from swarm_notebook.net.membership.invitation import Invitation, is_invitation
-from swarm_notebook.net.tensors import COMPRESSIONS, NONE
+from swarm_notebook.net.wire.tensors import COMPRESSIONS, NONE
 from swarm_notebook.progress import Waiting
 from swarm_notebook.report.status import SwarmStatus, status_of
 from swarm_notebook.swarm import Swarm

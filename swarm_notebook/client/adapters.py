@@ -20,7 +20,7 @@ from swarm_notebook.client.passes.call import ANSWER_SLACK, call, server_name
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.errors import AdapterMissing, Unsupported
-from swarm_notebook.net import protocol
+from swarm_notebook.net.wire import protocol
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.passes.call import ANSWER_SLACK
 from swarm_notebook.errors import BadRequest, ServerFailed, Unsupported
-from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.records import ServerSpan
+from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.texts import clean
 
 # A server's words in our messages and logs: a few lines.

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
 from swarm_notebook.client.servers.routing import RouteSegment
-from swarm_notebook.net.streams import ByteMeter
+from swarm_notebook.net.wire.streams import ByteMeter
 
 # Steps of one generation that are kept for its trace, the latest ones; a record with 8 servers is
 # about 2 kB, so 8 MB at most.

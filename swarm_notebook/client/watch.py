@@ -16,7 +16,7 @@ from typing import Self
 
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.errors import RemoteError, ServerFailed, ServerGone
-from swarm_notebook.net.streams import Stream
+from swarm_notebook.net.wire.streams import Stream
 
 logger = logging.getLogger(__name__)
 

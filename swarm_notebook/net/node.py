@@ -31,7 +31,7 @@ from swarm_notebook.errors import (
     RemoteError,
     from_wire,
 )
-from swarm_notebook.net import daemon, protocol, streams
+from swarm_notebook.net import daemon
 from swarm_notebook.net.addresses import LOOPBACK, addresses_of, parse_address, parse_peers
 from swarm_notebook.net.hivemind_fixes import (
     MAX_CLOCK_SECONDS,
@@ -47,7 +47,8 @@ from swarm_notebook.net.membership.invitation import Invitation, is_invitation
 from swarm_notebook.net.membership.joining import join
 from swarm_notebook.net.sockets import use_loop_writers
 from swarm_notebook.net.storage import MembersOnly, bound_storage, prefer_signed
-from swarm_notebook.net.traffic import Traffic
+from swarm_notebook.net.wire import protocol, streams
+from swarm_notebook.net.wire.traffic import Traffic
 
 bound_nesting()
 allow_clocks()

@@ -25,7 +25,7 @@ from swarm_notebook.net.membership.certificate import Role
 from swarm_notebook.net.membership.joining import offer
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
-from swarm_notebook.net.traffic import Traffic
+from swarm_notebook.net.wire.traffic import Traffic
 from swarm_notebook.server import heap
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.engine import Engine

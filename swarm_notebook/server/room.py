@@ -21,7 +21,7 @@ from swarm_notebook.checkpoint.quantised import method_of, without_quantizer
 from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.checkpoint.weights import block_index
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.net import tensors
+from swarm_notebook.net.wire import tensors
 from swarm_notebook.server.engine.quantising.loading import MAX_BITS, free_memory
 from swarm_notebook.server.engine.quantising.quality import LEVELS, least_bits
 from swarm_notebook.server.options import ServeOptions

@@ -19,10 +19,10 @@ from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import SwarmError
-from swarm_notebook.net import protocol, streams, tensors
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import ServerInfo, ServerState
-from swarm_notebook.net.stream_server import add_stream_handler
+from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire.stream_server import add_stream_handler
 
 Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse
 RPCS = (

@@ -22,7 +22,7 @@ from support.patience import PATIENCE
 from support.raw_wire import RawClient, ServerProcess
 from torch import nn
 
-from swarm_notebook.net import protocol, streams, tensors
+from swarm_notebook.net.wire import protocol, streams, tensors
 
 Answer = tuple[list[torch.Tensor], dict[str, Any]]
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from swarm_notebook.client.adapters import AdaptedBlock, Adapter
 from swarm_notebook.model.adapters.tuner_layers import describe
-from swarm_notebook.net import protocol
+from swarm_notebook.net.wire import protocol
 from swarm_notebook.server.adapters.file import parse_safetensors
 from swarm_notebook.server.adapters.layers import parse_description
 from swarm_notebook.server.adapters.upload import Upload, recipe_of

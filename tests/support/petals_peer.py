@@ -29,7 +29,7 @@ from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.protocol import PART_BYTES
+from swarm_notebook.net.wire.protocol import PART_BYTES
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.session_state import SessionState

@@ -22,10 +22,10 @@ from hivemind.proto import runtime_pb2
 from support.patience import PATIENCE
 
 from swarm_notebook.local.process import start_server
-from swarm_notebook.net import protocol, streams, tensors
 from swarm_notebook.net.addresses import LOOPBACK
 from swarm_notebook.net.membership.certificate import Credentials
 from swarm_notebook.net.node import Node
+from swarm_notebook.net.wire import protocol, streams, tensors
 
 
 class ServerProcess:

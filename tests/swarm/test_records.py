@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
 from swarm_notebook.client.servers.routing import HOP_SECONDS
-from swarm_notebook.net import protocol
 from swarm_notebook.net.records import MAX_PINGS_READ, MODEL_INDEX_KEY, parse_record
+from swarm_notebook.net.wire import protocol
 
 # No msgpack, nothing at all, a descriptor without fields.
 RUBBISH = [b"\xc1\xc1", b"", msgpack.packb(msgpack.ExtType(0x51, b"\x80"))]

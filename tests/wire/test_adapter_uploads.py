@@ -17,8 +17,8 @@ from support.peft_adapters import Tuned, key, random
 from support.raw_wire import RawClient
 
 from swarm_notebook.errors import AdapterMissing, BadRequest, ServerBusy
-from swarm_notebook.net import protocol, tensors, traffic
-from swarm_notebook.net.streams import Stream, StreamClosed, open_stream
+from swarm_notebook.net.wire import protocol, tensors, traffic
+from swarm_notebook.net.wire.streams import Stream, StreamClosed, open_stream
 
 
 def hostile(tuned: Tuned) -> dict[str, tuple[dict[str, Any], type[Exception]]]:

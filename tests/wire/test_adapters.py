@@ -13,7 +13,7 @@ from support.peft_adapters import Tuned, key, random
 from support.raw_wire import RawClient
 
 from swarm_notebook.errors import AdapterMissing, BadRequest
-from swarm_notebook.net import protocol
+from swarm_notebook.net.wire import protocol
 
 HIDDEN, TOLERANCE = 48, 1e-4
 

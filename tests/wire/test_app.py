@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import swarm_notebook as sn
 from swarm_notebook.errors import ModelNotFound
-from swarm_notebook.net import protocol, streams, tensors
 from swarm_notebook.net.node import Node
+from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.server.app import Server
 from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.swarm import Swarm

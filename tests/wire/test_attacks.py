@@ -15,7 +15,7 @@ from support.raw_wire import RawClient, ServerProcess
 from support.tiny import tiny_model
 
 from swarm_notebook.errors import BadRequest, ServerBusy
-from swarm_notebook.net.stream_server import STREAM_BYTES
+from swarm_notebook.net.wire.stream_server import STREAM_BYTES
 
 BUDGET, BEYOND = 64 << 20, 64 << 20
 SECONDS = 2.0

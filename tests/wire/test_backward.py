@@ -11,7 +11,7 @@ from support.patience import wait_until
 from support.raw_wire import request
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import protocol
+from swarm_notebook.net.wire import protocol
 
 START, END, ROWS, LENGTH, PREFIX, HIDDEN = 1, 4, 3, 12, 4, 48
 TOLERANCE = 1e-4

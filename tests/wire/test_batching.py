@@ -22,8 +22,8 @@ from support.raw_wire import RawClient, RawSession, request
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import ServerBusy
-from swarm_notebook.net import protocol
-from swarm_notebook.net.streams import StreamClosed
+from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire.streams import StreamClosed
 from swarm_notebook.server.engine.kv import budget as kv_budget
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
 from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.net import tensors
+from swarm_notebook.net.wire import tensors
 
 HIDDEN, BLOCKS = 48, 5
 ROOM = 1 << 17  # tokens in the cache of our server

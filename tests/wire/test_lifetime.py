@@ -20,7 +20,6 @@ from support.raw_wire import RawClient, ServerProcess, request
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import AddressError, ShuttingDown
-from swarm_notebook.net import protocol
 from swarm_notebook.net.records import (
     MODEL_INDEX_KEY,
     ServerInfo,
@@ -28,6 +27,7 @@ from swarm_notebook.net.records import (
     parse_model_record,
     parse_record,
 )
+from swarm_notebook.net.wire import protocol
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.server.process import serve, server_loop

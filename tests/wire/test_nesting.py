@@ -14,8 +14,8 @@ from hivemind.utils import MSGPackSerializer
 from support.bench import Bench
 from support.raw_wire import request
 
-from swarm_notebook.net import protocol
 from swarm_notebook.net.hivemind_fixes import MAX_DEPTH
+from swarm_notebook.net.wire import protocol
 
 # Eight times what overflows the stack, and as large as a record may be.
 DEEP = 1600

@@ -23,7 +23,7 @@ from support.raw_wire import RawClient, RawSession, request
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import protocol
+from swarm_notebook.net.wire import protocol
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.rpc import fields
 

@@ -9,7 +9,7 @@ from support.bench import Bench
 from support.memory import Peak
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import protocol, streams, tensors
+from swarm_notebook.net.wire import protocol, streams, tensors
 
 # What travels of a tensor is two copies at the most: as it came, and as a message or joined.
 MEBIBYTES, COPIES = 15, 3.5

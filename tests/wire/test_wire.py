@@ -23,7 +23,7 @@ from support.raw_wire import RawClient, RawSession, ServerProcess, request
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import BadRequest, CacheFull, SessionLost, from_wire
-from swarm_notebook.net import protocol, streams, tensors
+from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.server.engine.kv.cache import grown_capacity
 from swarm_notebook.server.engine.span import Span
 

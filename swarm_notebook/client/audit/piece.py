@@ -15,7 +15,7 @@ from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.client.request import Request, travelling
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.session.history import Computed, History
-from swarm_notebook.net import tensors
+from swarm_notebook.net.wire import tensors
 
 # Of a weight that is not quantised.
 WHOLE_BITS = 16

@@ -31,7 +31,7 @@ from swarm_notebook.client.request import (
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.errors import BadRequest, MissingBlocks, NotAMember, RemoteError, ServerFailed
-from swarm_notebook.net import protocol
+from swarm_notebook.net.wire import protocol
 
 
 @dataclass

@@ -20,7 +20,7 @@ from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import BadRequest, ServerFailed, ServerGone
-from swarm_notebook.net import protocol, streams, tensors
+from swarm_notebook.net.wire import protocol, streams, tensors
 
 # A dial takes a few round trips, the longest about 0.3 s; the rest is for busy machines.
 OPEN_TIMEOUT = 5.0

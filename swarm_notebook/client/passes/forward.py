@@ -37,7 +37,7 @@ from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.client.servers.waiting import await_chain
 from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import BadRequest, MissingBlocks, NotAMember, RemoteError
-from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net.wire import protocol, tensors
 
 logger = logging.getLogger(__name__)
 

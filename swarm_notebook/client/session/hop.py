@@ -46,7 +46,7 @@ from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import CacheFull, RemoteError, ServerFailed, ServerGone
-from swarm_notebook.net import protocol, streams
+from swarm_notebook.net.wire import protocol, streams
 
 # How long a Petals server may let a new session wait for room in its cache, in seconds.
 ALLOC_TIMEOUT = 10.0

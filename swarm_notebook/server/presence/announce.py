@@ -15,7 +15,6 @@ from typing import Any
 from hivemind.utils import get_dht_time
 
 from swarm_notebook import __version__
-from swarm_notebook.net import protocol
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.records import (
     MAX_SECONDS,
@@ -26,6 +25,7 @@ from swarm_notebook.net.records import (
     signed_record,
     to_petals_tokens,
 )
+from swarm_notebook.net.wire import protocol
 from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.quantising.loading import Quantised
 from swarm_notebook.server.engine.throughput import Throughput

@@ -13,9 +13,9 @@ import importlib.metadata
 from hivemind.p2p import PeerID
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import protocol, tensors
-from swarm_notebook.net.streams import Stream
-from swarm_notebook.net.traffic import COPIES, Traffic
+from swarm_notebook.net.wire import protocol, tensors
+from swarm_notebook.net.wire.streams import Stream
+from swarm_notebook.net.wire.traffic import COPIES, Traffic
 from swarm_notebook.server.adapters.file import MAX_HEADER_BYTES, parse_safetensors
 from swarm_notebook.server.adapters.layers import MAX_TEXT_BYTES, parse_description
 from swarm_notebook.server.adapters.upload import Upload, recipe_of

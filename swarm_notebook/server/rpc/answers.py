@@ -6,7 +6,7 @@ allowance, and `engine.captures` holds the request to it.
 
 from __future__ import annotations
 
-from swarm_notebook.net.traffic import COPIES, Account
+from swarm_notebook.net.wire.traffic import COPIES, Account
 from swarm_notebook.server.engine.requests import Backward, Forward, Limits
 
 # An output is there twice: as a tensor and packed for the wire.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import codecs, protocol, tensors
+from swarm_notebook.net.wire import codecs, protocol, tensors
 
 # Ids have 36 characters and names a few more; nobody reads 1,024 modules at once; a chain has at
 # most a server per block; nobody waits for a day.

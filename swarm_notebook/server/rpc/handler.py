@@ -21,14 +21,14 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from swarm_notebook import __version__
 from swarm_notebook.errors import BadRequest, NotAMember, ServerBusy, ShuttingDown, to_wire
-from swarm_notebook.net import protocol, tensors
-from swarm_notebook.net.conduct import Conduct
 from swarm_notebook.net.membership.certificate import Membership, Role
 from swarm_notebook.net.records import to_petals_tokens
-from swarm_notebook.net.stream_server import MAX_SHOWN_BYTES, add_stream_handler, shown_in
-from swarm_notebook.net.streams import Stream
-from swarm_notebook.net.traffic import COPIES, Account, Traffic
-from swarm_notebook.net.wire_format import MAX_REQUEST_FIELDS, check_fields
+from swarm_notebook.net.wire import protocol, tensors
+from swarm_notebook.net.wire.conduct import Conduct
+from swarm_notebook.net.wire.format import MAX_REQUEST_FIELDS, check_fields
+from swarm_notebook.net.wire.stream_server import MAX_SHOWN_BYTES, add_stream_handler, shown_in
+from swarm_notebook.net.wire.streams import Stream
+from swarm_notebook.net.wire.traffic import COPIES, Account, Traffic
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.passes.gradients import SpanGradients
@@ -328,7 +328,7 @@ class Handler:
         """A handler of bytes, as hivemind's control connection wants it.
 
         Args:
-            waits: it is late for peers that were refused often (see `net.conduct`).
+            waits: it is late for peers that were refused often (see `net.wire.conduct`).
         """
 
         async def call(data: bytes, peer: PeerID) -> bytes:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.server.rpc import fields
 from swarm_notebook.server.rpc.push import Arrived, PushChannel
 

@@ -12,9 +12,9 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import protocol, tensors
-from swarm_notebook.net.streams import SLOWEST_BYTES, Stream
-from swarm_notebook.net.traffic import COPIES
+from swarm_notebook.net.wire import protocol, tensors
+from swarm_notebook.net.wire.streams import SLOWEST_BYTES, Stream
+from swarm_notebook.net.wire.traffic import COPIES
 from swarm_notebook.server.engine.scheduling.worker import Job
 
 # Between two parts of one message: the largest part takes 34 s at 1 Mbit/s.

@@ -16,7 +16,7 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest, CacheFull
-from swarm_notebook.net import protocol, tensors
+from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.server.engine.requests import Backward, Forward, Limits, Step, StepTimes
 from swarm_notebook.server.rpc import fields, petals_push
 
@@ -59,7 +59,7 @@ class StepMessage:
     """A step, and how it is to be answered.
 
     Attributes:
-        compression: of the hidden states in the answer, as `net.tensors` has it.
+        compression: of the hidden states in the answer, as `net.wire.tensors` has it.
         step_id: the same for all servers of a chain, and when the step comes twice.
         alloc_timeout: how many seconds it may wait for memory.
         push_to: the peer that gets the output besides the client, and the session there, or what

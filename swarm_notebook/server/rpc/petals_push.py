@@ -16,7 +16,7 @@ from typing import Any
 
 from hivemind.proto import runtime_pb2
 
-from swarm_notebook.net import protocol
+from swarm_notebook.net.wire import protocol
 from swarm_notebook.server.rpc import fields
 
 

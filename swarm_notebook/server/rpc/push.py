@@ -29,10 +29,10 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest, RemoteError
-from swarm_notebook.net import protocol
 from swarm_notebook.net.membership.certificate import Membership
-from swarm_notebook.net.streams import TRANSPORT_ERRORS, Stream, open_stream
-from swarm_notebook.net.traffic import COPIES, Account, Traffic
+from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire.streams import TRANSPORT_ERRORS, Stream, open_stream
+from swarm_notebook.net.wire.traffic import COPIES, Account, Traffic
 from swarm_notebook.server.rpc import fields
 from swarm_notebook.server.rpc.petals_push import PetalsPush
 

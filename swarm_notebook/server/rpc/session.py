@@ -23,9 +23,9 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
-from swarm_notebook.net import protocol
-from swarm_notebook.net.streams import Stream
-from swarm_notebook.net.traffic import COPIES
+from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire.streams import Stream
+from swarm_notebook.net.wire.traffic import COPIES
 from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.requests import Limits, Step, StepTimes
 from swarm_notebook.server.engine.scheduling.scheduler import Kind, Task

@@ -16,8 +16,8 @@ from support.scene import TOLERANCE, AtToken, Scene, generate, scene
 import swarm_notebook as sn
 from swarm_notebook.client.servers import directory as directory_module
 from swarm_notebook.errors import BadRequest, CacheFull, MissingBlocks, SessionLost
-from swarm_notebook.net import tensors
-from swarm_notebook.net.streams import Stream
+from swarm_notebook.net.wire import tensors
+from swarm_notebook.net.wire.streams import Stream
 
 
 def answer(*outputs: torch.Tensor) -> Lie:

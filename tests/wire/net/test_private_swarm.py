@@ -31,11 +31,11 @@ from swarm_notebook.errors import (
     NotAMember,
     RemoteError,
 )
-from swarm_notebook.net import protocol, tensors
 from swarm_notebook.net.membership import joining
 from swarm_notebook.net.membership.authority import Authority
 from swarm_notebook.net.membership.certificate import Certificate, Credentials, Role
 from swarm_notebook.net.membership.invitation import Invitation, Redemption, unpack_answer
+from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.server.options import ServeOptions
 
 HIDDEN = 48

@@ -12,8 +12,8 @@ import gc
 from hivemind.proto import runtime_pb2
 from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.stream_server import add_stream_handler
-from swarm_notebook.net.streams import open_stream
+from swarm_notebook.net.wire.stream_server import add_stream_handler
+from swarm_notebook.net.wire.streams import open_stream
 
 async def flood(stream, peer):
     while True:

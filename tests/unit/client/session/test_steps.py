@@ -8,8 +8,8 @@ from swarm_notebook.client.request import Request
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.session.hop import StepRoute, StepWriter
-from swarm_notebook.net import protocol
 from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
+from swarm_notebook.net.wire import protocol
 
 
 def test_blocks_go_without_saying_only_after_a_step_for_the_same() -> None:

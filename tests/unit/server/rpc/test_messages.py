@@ -11,8 +11,8 @@ import pytest
 import torch
 from hivemind.proto import runtime_pb2
 
-from swarm_notebook.net import protocol, tensors
-from swarm_notebook.net.streams import Stream, StreamClosed
+from swarm_notebook.net.wire import protocol, tensors
+from swarm_notebook.net.wire.streams import Stream, StreamClosed
 from swarm_notebook.server.engine.scheduling.worker import ComputeThread
 from swarm_notebook.server.rpc import messages
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from swarm_notebook.client.request import read_report
 from swarm_notebook.errors import BadRequest, ServerFailed, from_wire
-from swarm_notebook.net import protocol
 from swarm_notebook.net.records import parse_record
+from swarm_notebook.net.wire import protocol
 
 # An escape that colours, a bell, a new line, and marks that turn a text around.
 HOSTILE = "\x1b[31mred\x07\r\n\u202egnol\u2066\u200f \u2028\x9b2J"

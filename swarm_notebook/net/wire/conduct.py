@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from swarm_notebook.errors import BadRequest, NotAMember, ServerBusy
 
 if TYPE_CHECKING:
-    from swarm_notebook.net.streams import Stream
+    from swarm_notebook.net.wire.streams import Stream
 
 # Whoever tries out what a server takes by hand meets fewer in a minute, and a notebook, which
 # avoids a server that refuses it, meets one of each kind.

@@ -8,8 +8,8 @@ import pytest
 from support.patience import PATIENCE
 
 from swarm_notebook.errors import ServerBusy
-from swarm_notebook.net import traffic
-from swarm_notebook.net.traffic import EXTRA_BYTES, LITTLE_BYTES, Traffic
+from swarm_notebook.net.wire import traffic
+from swarm_notebook.net.wire.traffic import EXTRA_BYTES, LITTLE_BYTES, Traffic
 
 MIB = 1 << 20
 

@@ -10,8 +10,8 @@ from hivemind.proto import runtime_pb2
 from support.memory import peak_of
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import tensors
-from swarm_notebook.net.tensors import INT8, pack, unpack
+from swarm_notebook.net.wire import tensors
+from swarm_notebook.net.wire.tensors import INT8, pack, unpack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

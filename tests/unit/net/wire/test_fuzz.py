@@ -1,7 +1,7 @@
 """Whatever comes from the network is read, or refused by an error of ours; it takes little memory.
 
 Seeded, so that a run is like the one before; by hand for longer with
-``HYPOTHESIS_EXAMPLES=100000 pytest tests/unit/net/test_fuzz.py``.
+``HYPOTHESIS_EXAMPLES=100000 pytest tests/unit/net/wire/test_fuzz.py``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from swarm_notebook.errors import BadRequest, RemoteError, from_wire
-from swarm_notebook.net import protocol, streams, tensors
 from swarm_notebook.net.records import parse_model_record, parse_record
-from swarm_notebook.net.wire_format import MAX_REQUEST_FIELDS, SMALL_BYTES, FieldCheck, check_fields
+from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire.format import MAX_REQUEST_FIELDS, SMALL_BYTES, FieldCheck, check_fields
 from swarm_notebook.server.adapters.file import parse_safetensors
 from swarm_notebook.server.adapters.layers import Builder, parse_description
 from swarm_notebook.server.engine.requests import Limits

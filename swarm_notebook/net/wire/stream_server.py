@@ -4,7 +4,7 @@ A handler runs once per stream; what it raises travels as an error frame. After 
 may still be sending, and p2pd, which closes both halves at once, would reset the stream: a reset
 overtakes what has not been read yet, the error. So the stream stays until the peer has closed it,
 for a while and for so many peers. Whoever is refused again and again is heard late
-(`net.conduct`).
+(`net.wire.conduct`).
 
 In a private swarm the first message of a stream shows who asks; what else comes is read only if
 that is a member (see `net.membership`).
@@ -22,18 +22,18 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest, NotAMember, RemoteError, ServerBusy
-from swarm_notebook.net import protocol
-from swarm_notebook.net.conduct import Conduct
 from swarm_notebook.net.membership.certificate import Membership, Role
-from swarm_notebook.net.streams import (
+from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire.conduct import Conduct
+from swarm_notebook.net.wire.format import MAX_REQUEST_FIELDS
+from swarm_notebook.net.wire.streams import (
     MAX_FRAME_BYTES,
     UNLIMITED,
     BadFrame,
     Stream,
     StreamClosed,
 )
-from swarm_notebook.net.traffic import Traffic
-from swarm_notebook.net.wire_format import MAX_REQUEST_FIELDS
+from swarm_notebook.net.wire.traffic import Traffic
 
 logger = logging.getLogger(__name__)
 

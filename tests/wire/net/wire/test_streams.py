@@ -13,8 +13,8 @@ from support.patience import PATIENCE
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.stream_server import add_stream_handler
-from swarm_notebook.net.streams import Stream, StreamClosed, open_stream
+from swarm_notebook.net.wire.stream_server import add_stream_handler
+from swarm_notebook.net.wire.streams import Stream, StreamClosed, open_stream
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse

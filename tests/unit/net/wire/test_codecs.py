@@ -8,7 +8,7 @@ from hivemind.compression import deserialize_torch_tensor, serialize_torch_tenso
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import codecs, tensors
+from swarm_notebook.net.wire import codecs, tensors
 
 KINDS = sorted(codecs.CODECS)
 # How far values may be off, relative to their deviation.

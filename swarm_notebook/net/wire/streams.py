@@ -30,10 +30,10 @@ from hivemind.proto import runtime_pb2
 from hivemind.proto.p2pd_pb2 import RPCError
 
 from swarm_notebook.errors import BadRequest, ServerBusy, from_wire, to_wire
-from swarm_notebook.net import protocol
 from swarm_notebook.net.membership.certificate import Membership
-from swarm_notebook.net.traffic import COPIES, Account, Traffic
-from swarm_notebook.net.wire_format import MAX_FIELDS, FieldCheck, check_fields
+from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire.format import MAX_FIELDS, FieldCheck, check_fields
+from swarm_notebook.net.wire.traffic import COPIES, Account, Traffic
 
 # 32,768 tokens of a hidden size of 8,192 in float32, which is a prompt in one message.
 MAX_FRAME_BYTES = 1 << 30

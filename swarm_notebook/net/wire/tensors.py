@@ -22,7 +22,7 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import codecs
+from swarm_notebook.net.wire import codecs
 
 NONE = runtime_pb2.CompressionType.NONE
 FLOAT16 = runtime_pb2.CompressionType.FLOAT16

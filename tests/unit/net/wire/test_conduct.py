@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from swarm_notebook.errors import BadRequest, CacheFull, ServerBusy
-from swarm_notebook.net import conduct
-from swarm_notebook.net.conduct import FREE_REFUSALS, MAX_PEERS, MOST_REFUSALS, Conduct
+from swarm_notebook.net.wire import conduct
+from swarm_notebook.net.wire.conduct import FREE_REFUSALS, MAX_PEERS, MOST_REFUSALS, Conduct
 
 WRONG = BadRequest("no tensor")
 

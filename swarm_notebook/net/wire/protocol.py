@@ -31,8 +31,8 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils import MSGPackSerializer
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net import tensors
 from swarm_notebook.net.hivemind_fixes import bound_nesting
+from swarm_notebook.net.wire import tensors
 
 bound_nesting()
 

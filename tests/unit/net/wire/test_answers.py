@@ -10,8 +10,8 @@ from hivemind.proto import runtime_pb2
 from support.patience import PATIENCE
 
 from swarm_notebook.errors import ServerBusy
-from swarm_notebook.net.streams import Stream
-from swarm_notebook.net.traffic import Traffic
+from swarm_notebook.net.wire.streams import Stream
+from swarm_notebook.net.wire.traffic import Traffic
 
 MIB = 1 << 20
 LIARS, TOTAL, FRAME = 6, 16 * MIB, 8 * MIB
