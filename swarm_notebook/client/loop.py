@@ -18,7 +18,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
 from swarm_notebook.errors import ConnectionFailed
-from swarm_notebook.net.loop import PeerLoop
+from swarm_notebook.net.p2p.loop import PeerLoop
 
 T = TypeVar("T")
 Cleanup = Callable[[], Coroutine[Any, Any, None]]

@@ -31,9 +31,13 @@ from swarm_notebook.errors import (
     RemoteError,
     from_wire,
 )
-from swarm_notebook.net import daemon
 from swarm_notebook.net.addresses import LOOPBACK, addresses_of, parse_address, parse_peers
-from swarm_notebook.net.hivemind_fixes import (
+from swarm_notebook.net.identity import Identity
+from swarm_notebook.net.membership.certificate import Credentials, Membership
+from swarm_notebook.net.membership.invitation import Invitation, is_invitation
+from swarm_notebook.net.membership.joining import join
+from swarm_notebook.net.p2p import daemon
+from swarm_notebook.net.p2p.fixes import (
     MAX_CLOCK_SECONDS,
     ReadableValues,
     allow_clocks,
@@ -41,11 +45,7 @@ from swarm_notebook.net.hivemind_fixes import (
     know_all_identities,
     mend_calls,
 )
-from swarm_notebook.net.identity import Identity
-from swarm_notebook.net.membership.certificate import Credentials, Membership
-from swarm_notebook.net.membership.invitation import Invitation, is_invitation
-from swarm_notebook.net.membership.joining import join
-from swarm_notebook.net.sockets import use_loop_writers
+from swarm_notebook.net.p2p.sockets import use_loop_writers
 from swarm_notebook.net.storage import MembersOnly, bound_storage, prefer_signed
 from swarm_notebook.net.wire import protocol, streams
 from swarm_notebook.net.wire.traffic import Traffic

@@ -27,7 +27,7 @@ import torch
 from hivemind.p2p import P2PDaemonError
 
 from swarm_notebook.errors import ConnectionFailed, ServerFailed
-from swarm_notebook.net.loop import PeerLoop
+from swarm_notebook.net.p2p.loop import PeerLoop
 from swarm_notebook.server import heap
 from swarm_notebook.server.app import GOODBYE_SECONDS, Server
 from swarm_notebook.server.options import ServeOptions

@@ -14,7 +14,7 @@ from hivemind.utils import MSGPackSerializer
 from support.bench import Bench
 from support.raw_wire import request
 
-from swarm_notebook.net.hivemind_fixes import MAX_DEPTH
+from swarm_notebook.net.p2p.fixes import MAX_DEPTH
 from swarm_notebook.net.wire import protocol
 
 # Eight times what overflows the stack, and as large as a record may be.

@@ -31,7 +31,7 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils import MSGPackSerializer
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net.hivemind_fixes import bound_nesting
+from swarm_notebook.net.p2p.fixes import bound_nesting
 from swarm_notebook.net.wire import tensors
 
 bound_nesting()
