@@ -20,7 +20,7 @@ from hivemind.p2p import PeerID
 
 from swarm_notebook.client.servers.directory import Directory, Snapshot
 from swarm_notebook.client.telemetry import HopTimes, StepRecord, Timeline
-from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
+from swarm_notebook.net.dht.records import ServerInfo, ServerSpan, ServerState
 from swarm_notebook.swarm import Swarm
 from swarm_notebook.widgets import SwarmMap
 

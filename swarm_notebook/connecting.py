@@ -38,7 +38,7 @@ from swarm_notebook.report.status import SwarmStatus, status_of
 from swarm_notebook.swarm import Swarm
 
 if TYPE_CHECKING:
-    from swarm_notebook.net.records import ServerSpan
+    from swarm_notebook.net.dht.records import ServerSpan
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from swarm_notebook.client.servers.catalogue import served
 from swarm_notebook.client.servers.directory import PATIENCE, Directory
 from swarm_notebook.client.session.batch import BatchSession
 from swarm_notebook.errors import ConnectionFailed, ServerGone
+from swarm_notebook.net.dht.records import ModelRecord
 from swarm_notebook.net.identity import is_peer_id
 from swarm_notebook.net.membership.certificate import Credentials
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.records import ModelRecord
 from swarm_notebook.progress import Waiting
 
 T = TypeVar("T")

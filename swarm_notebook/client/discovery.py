@@ -16,7 +16,7 @@ from swarm_notebook.client.connection import Connection, served_models
 from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.client.servers.waiting import check_checkpoint, check_membership
 from swarm_notebook.errors import MissingBlocks, ModelNotServed
-from swarm_notebook.net.records import ModelRecord, ServerSpan, ServerState
+from swarm_notebook.net.dht.records import ModelRecord, ServerSpan, ServerState
 from swarm_notebook.net.wire.tensors import dtype_from_name
 from swarm_notebook.progress import Waiting
 

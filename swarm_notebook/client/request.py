@@ -18,7 +18,7 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.passes.call import ANSWER_SLACK
 from swarm_notebook.errors import BadRequest, ServerFailed, Unsupported
-from swarm_notebook.net.records import ServerSpan
+from swarm_notebook.net.dht.records import ServerSpan
 from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.texts import clean
 

@@ -32,6 +32,7 @@ from swarm_notebook.errors import (
     from_wire,
 )
 from swarm_notebook.net.addresses import LOOPBACK, addresses_of, parse_address, parse_peers
+from swarm_notebook.net.dht.storage import MembersOnly, bound_storage, prefer_signed
 from swarm_notebook.net.identity import Identity
 from swarm_notebook.net.membership.certificate import Credentials, Membership
 from swarm_notebook.net.membership.invitation import Invitation, is_invitation
@@ -46,7 +47,6 @@ from swarm_notebook.net.p2p.fixes import (
     mend_calls,
 )
 from swarm_notebook.net.p2p.sockets import use_loop_writers
-from swarm_notebook.net.storage import MembersOnly, bound_storage, prefer_signed
 from swarm_notebook.net.wire import protocol, streams
 from swarm_notebook.net.wire.traffic import Traffic
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from swarm_notebook.client.audit.interface import Outcomes
 from swarm_notebook.client.servers.routing import describe_blocks
-from swarm_notebook.net.records import ServerSpan, ServerState
+from swarm_notebook.net.dht.records import ServerSpan, ServerState
 from swarm_notebook.net.wire.tensors import COMPRESSIONS
 from swarm_notebook.report.base import ModelReport
 from swarm_notebook.report.formatting import (

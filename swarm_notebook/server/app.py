@@ -20,12 +20,12 @@ from swarm_notebook.checkpoint.digest import digest
 from swarm_notebook.checkpoint.source import ModelSource, resolve
 from swarm_notebook.errors import NotAMember
 from swarm_notebook.net import lan
+from swarm_notebook.net.dht.records import ModelRecord, ServerInfo, ServerState
 from swarm_notebook.net.membership.authority import Authority
 from swarm_notebook.net.membership.certificate import Role
 from swarm_notebook.net.membership.joining import offer
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.p2p import daemon
-from swarm_notebook.net.records import ModelRecord, ServerInfo, ServerState
 from swarm_notebook.net.wire.traffic import Traffic
 from swarm_notebook.server import heap
 from swarm_notebook.server.adapters.store import AdapterLimits

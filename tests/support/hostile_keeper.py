@@ -13,8 +13,8 @@ from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer, ValueWithExpiration
 
 from swarm_notebook.client.loop import LoopThread
+from swarm_notebook.net.dht.records import ServerInfo, ServerState
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.records import ServerInfo, ServerState
 
 AT_ONCE = 2 << 20  # bytes in one request
 

@@ -10,8 +10,8 @@ from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.loop import LoopThread
+from swarm_notebook.net.dht.records import ServerInfo, ServerState
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.records import ServerInfo, ServerState
 from swarm_notebook.net.wire import protocol
 from swarm_notebook.net.wire.stream_server import add_stream_handler
 from swarm_notebook.net.wire.streams import Stream

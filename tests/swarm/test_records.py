@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
 from swarm_notebook.client.servers.routing import HOP_SECONDS
-from swarm_notebook.net.records import MAX_PINGS_READ, MODEL_INDEX_KEY, parse_record
+from swarm_notebook.net.dht.records import MAX_PINGS_READ, MODEL_INDEX_KEY, parse_record
 from swarm_notebook.net.wire import protocol
 
 # No msgpack, nothing at all, a descriptor without fields.

@@ -20,7 +20,7 @@ from support.raw_wire import RawClient, ServerProcess, request
 from swarm_notebook.checkpoint.partial import load_blocks
 from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import AddressError, ShuttingDown
-from swarm_notebook.net.records import (
+from swarm_notebook.net.dht.records import (
     MODEL_INDEX_KEY,
     ServerInfo,
     ServerState,

@@ -35,7 +35,7 @@ from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.client.session.history import History
 from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import MissingBlocks, ModelNotFound, RemoteError, Unsupported
-from swarm_notebook.net.records import ServerState
+from swarm_notebook.net.dht.records import ServerState
 from swarm_notebook.net.wire import tensors
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,7 @@ from typing import Any
 
 from hivemind.utils import ValueWithExpiration, get_dht_time
 
-from swarm_notebook.net.membership.certificate import Membership
-from swarm_notebook.net.records import (
+from swarm_notebook.net.dht.records import (
     MAX_SECONDS,
     Announcement,
     ServerInfo,
@@ -29,6 +28,7 @@ from swarm_notebook.net.records import (
     is_member,
     parse_record,
 )
+from swarm_notebook.net.membership.certificate import Membership
 
 # A server that has not signed anything for so long may be one without signatures by now.
 FORGET_SIGNER_SECONDS = 3600.0

@@ -16,8 +16,7 @@ from hivemind.utils import ValueWithExpiration
 
 from swarm_notebook.client.servers.asking import MAX_ASKED, try_ask
 from swarm_notebook.errors import NotAMember
-from swarm_notebook.net.node import Node
-from swarm_notebook.net.records import (
+from swarm_notebook.net.dht.records import (
     MODEL_INDEX_KEY,
     ModelRecord,
     announcements,
@@ -25,6 +24,7 @@ from swarm_notebook.net.records import (
     parse_model_record,
     parse_record,
 )
+from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol
 
 # Models that are listed and of which a server is looked for; and how many are asked for each.

@@ -35,8 +35,8 @@ from swarm_notebook.client.servers.bits import BitsInUse
 from swarm_notebook.client.servers.health import OTHER, Fault, PeerHealth
 from swarm_notebook.client.telemetry import Telemetry
 from swarm_notebook.errors import MissingBlocks, NotAMember, RemoteError, ServerGone
+from swarm_notebook.net.dht.records import ServerSpan, ServerState, spans_of
 from swarm_notebook.net.node import Node, smoothed_rtt
-from swarm_notebook.net.records import ServerSpan, ServerState, spans_of
 from swarm_notebook.net.wire import protocol, tensors
 
 logger = logging.getLogger(__name__)

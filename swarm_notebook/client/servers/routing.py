@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from swarm_notebook.errors import MissingBlocks
-from swarm_notebook.net.records import ServerSpan, ServerState
+from swarm_notebook.net.dht.records import ServerSpan, ServerState
 
 # Of a server that was not reached yet, in seconds: across an ocean, so that a known one that is
 # nearer comes first.

@@ -25,7 +25,7 @@ from swarm_notebook.client.session.history import Pass
 from swarm_notebook.client.session.hop import Hop, StepRoute, new_step_id
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.errors import RemoteError
-from swarm_notebook.net.records import ServerSpan
+from swarm_notebook.net.dht.records import ServerSpan
 
 # p parts keep s servers busy for the time of p + s - 1 of them: at 16 parts, four servers take a
 # fifth longer than they would at best, and each part more costs a message per server.

@@ -1,6 +1,6 @@
 """What a server says of itself, and telling it to the swarm again and again.
 
-The records are Petals' (see `net.records`): the same tuple under the key of every hosted block,
+The records are Petals' (see `net.dht.records`): the same tuple under the key of every hosted block,
 valid for two periods, so that a server that dies is forgotten, and signed. The model itself is
 entered in the model index, unless its prefix marks it as private with an underscore.
 """
@@ -15,8 +15,7 @@ from typing import Any
 from hivemind.utils import get_dht_time
 
 from swarm_notebook import __version__
-from swarm_notebook.net.node import Node
-from swarm_notebook.net.records import (
+from swarm_notebook.net.dht.records import (
     MAX_SECONDS,
     MODEL_INDEX_KEY,
     ModelRecord,
@@ -25,6 +24,7 @@ from swarm_notebook.net.records import (
     signed_record,
     to_petals_tokens,
 )
+from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol
 from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.quantising.loading import Quantised

@@ -11,8 +11,8 @@ import logging
 import random
 import statistics
 
+from swarm_notebook.net.dht.records import ServerSpan, ServerState, announcements, spans_of
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.records import ServerSpan, ServerState, announcements, spans_of
 from swarm_notebook.net.wire import protocol
 from swarm_notebook.server.presence.places import Place, better, choose
 

@@ -21,8 +21,8 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from swarm_notebook import __version__
 from swarm_notebook.errors import BadRequest, NotAMember, ServerBusy, ShuttingDown, to_wire
+from swarm_notebook.net.dht.records import to_petals_tokens
 from swarm_notebook.net.membership.certificate import Membership, Role
-from swarm_notebook.net.records import to_petals_tokens
 from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.net.wire.conduct import Conduct
 from swarm_notebook.net.wire.format import MAX_REQUEST_FIELDS, check_fields

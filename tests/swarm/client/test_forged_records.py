@@ -17,8 +17,8 @@ from support.scene import TOLERANCE
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
-from swarm_notebook.net.records import MODEL_INDEX_KEY, ServerState
-from swarm_notebook.net.storage import MAX_KEY_BYTES
+from swarm_notebook.net.dht.records import MODEL_INDEX_KEY, ServerState
+from swarm_notebook.net.dht.storage import MAX_KEY_BYTES
 from swarm_notebook.net.wire import protocol
 from swarm_notebook.swarm import Swarm
 

@@ -11,14 +11,14 @@ from hivemind.utils import MSGPackSerializer
 
 from swarm_notebook.errors import AddressError
 from swarm_notebook.net import node  # noqa: F401 - hivemind is mended when it is imported
-from swarm_notebook.net.identity import Identity, is_signature
-from swarm_notebook.net.records import (
+from swarm_notebook.net.dht.records import (
     ServerInfo,
     ServerState,
     is_signed,
     parse_record,
     signed_record,
 )
+from swarm_notebook.net.identity import Identity, is_signature
 
 INFO = ServerInfo(
     state=ServerState.ONLINE,

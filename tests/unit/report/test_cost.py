@@ -6,7 +6,7 @@ import pytest
 
 from swarm_notebook.client.servers.routing import HOP_SECONDS, Links, RouteSegment
 from swarm_notebook.client.telemetry import HopTimes, StepRecord, Usage
-from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
+from swarm_notebook.net.dht.records import ServerInfo, ServerSpan, ServerState
 from swarm_notebook.report.cost import Bill, ServerBill, expect
 from swarm_notebook.report.formatting import duration, size
 

@@ -11,16 +11,16 @@ from hivemind.utils import ValueWithExpiration, get_dht_time
 
 from swarm_notebook.client.servers import announced as announced_module
 from swarm_notebook.client.servers.announced import Announced
-from swarm_notebook.net.identity import Identity
-from swarm_notebook.net.membership.authority import Authority
-from swarm_notebook.net.membership.certificate import Membership
-from swarm_notebook.net.records import (
+from swarm_notebook.net.dht.records import (
     MAX_SECONDS,
     MAX_SUBKEYS,
     ServerInfo,
     ServerState,
     signed_record,
 )
+from swarm_notebook.net.identity import Identity
+from swarm_notebook.net.membership.authority import Authority
+from swarm_notebook.net.membership.certificate import Membership
 
 PEER = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 OTHER = "QmbLHAnMoJPWSCR5Zhtx6BHJX9KiKNN6tpvbUcqanj75Nb"

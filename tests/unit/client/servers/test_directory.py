@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from swarm_notebook.client.servers.directory import FORGET_SECONDS, Directory
-from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
+from swarm_notebook.net.dht.records import ServerInfo, ServerSpan, ServerState
 
 GONE = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 HERE = "QmbLHAnMoJPWSCR5Zhtx6BHJX9KiKNN6tpvbUcqanj75Nb"

@@ -17,7 +17,7 @@ from swarm_notebook.client.servers.routing import (
     token_seconds,
 )
 from swarm_notebook.errors import MissingBlocks
-from swarm_notebook.net.records import ServerInfo, ServerSpan, ServerState
+from swarm_notebook.net.dht.records import ServerInfo, ServerSpan, ServerState
 
 
 def server(

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from swarm_notebook.errors import BadRequest, RemoteError, from_wire
-from swarm_notebook.net.records import parse_model_record, parse_record
+from swarm_notebook.net.dht.records import parse_model_record, parse_record
 from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.net.wire.format import MAX_REQUEST_FIELDS, SMALL_BYTES, FieldCheck, check_fields
 from swarm_notebook.server.adapters.file import parse_safetensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from swarm_notebook.client.request import read_report
 from swarm_notebook.errors import BadRequest, ServerFailed, from_wire
-from swarm_notebook.net.records import parse_record
+from swarm_notebook.net.dht.records import parse_record
 from swarm_notebook.net.wire import protocol
 
 # An escape that colours, a bell, a new line, and marks that turn a text around.

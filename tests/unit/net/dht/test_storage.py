@@ -13,16 +13,15 @@ from hivemind.dht.node import _SearchState
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.utils import MSGPackSerializer, ValueWithExpiration, get_dht_time
 
-from swarm_notebook.net import storage as storage_module
-from swarm_notebook.net.identity import Identity
-from swarm_notebook.net.records import (
+from swarm_notebook.net.dht import storage as storage_module
+from swarm_notebook.net.dht.records import (
     MAX_RECORD_BYTES,
     MAX_SECONDS,
     ServerInfo,
     ServerState,
     signed_record,
 )
-from swarm_notebook.net.storage import (
+from swarm_notebook.net.dht.storage import (
     ENTRY_BYTES,
     LEAST_BYTES,
     MAX_KEY_BYTES,
@@ -32,6 +31,7 @@ from swarm_notebook.net.storage import (
     bound_storage,
     prefer_signed,
 )
+from swarm_notebook.net.identity import Identity
 
 INFO = ServerInfo(state=ServerState.ONLINE, throughput=1.0, start_block=0, end_block=5, model="m")
 UNSIGNED = MSGPackSerializer.dumps(INFO.model_copy(update={"state": 0}).to_record())

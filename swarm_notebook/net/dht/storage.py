@@ -29,8 +29,13 @@ from hivemind.utils.auth import AuthorizerBase
 from hivemind.utils.timed_storage import TimedStorage
 
 from swarm_notebook.errors import NotAMember
+from swarm_notebook.net.dht.records import (
+    MAX_RECORD_BYTES,
+    MAX_SECONDS,
+    MAX_SUBKEYS,
+    is_signed_bytes,
+)
 from swarm_notebook.net.membership.certificate import Membership, Role
-from swarm_notebook.net.records import MAX_RECORD_BYTES, MAX_SECONDS, MAX_SUBKEYS, is_signed_bytes
 
 # A search asks for up to 16 keys at once (hivemind's chunk), and an answer above 4 MiB is lost. A
 # store asks for the root of their number: 64 for a model of `protocol.MAX_BLOCKS` blocks.
