@@ -51,7 +51,7 @@ _MEMBER, _PEER, _REVOKED = (
 )
 # What was found right is checked once: a notebook opens a stream per server and session.
 _KNOWN_MOST = 4096
-# Clocks may differ by a minute (`hivemind_fixes.MAX_CLOCK_SECONDS`), and nobody is shut out by it.
+# Clocks may differ by a minute (`net.p2p.fixes.MAX_CLOCK_SECONDS`), and nobody is shut out by it.
 CLOCK_SECONDS = 60.0
 
 
