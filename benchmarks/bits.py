@@ -28,9 +28,9 @@ def main() -> None:
     import torch
     from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+    from swarm_notebook.checkpoint.files.source import resolve
     from swarm_notebook.checkpoint.packed import Grid, matrices, pack, replace
     from swarm_notebook.checkpoint.partial import load_blocks, load_edges
-    from swarm_notebook.checkpoint.source import resolve
     from swarm_notebook.server.engine.quantising.loading import load_quantised
 
     source = resolve(options.model)

@@ -190,7 +190,7 @@ def child(peers: list[str] | None, model: str | None) -> None:
     """In a fresh process: connect, generate one token, print the seconds of each part."""
     began = time.perf_counter()
     from swarm_notebook import connecting as module
-    from swarm_notebook.checkpoint.source import ModelSource
+    from swarm_notebook.checkpoint.files.source import ModelSource
     from swarm_notebook.client import connection
 
     parts = {"import": time.perf_counter() - began}

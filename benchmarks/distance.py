@@ -77,7 +77,7 @@ def build(which: str, folder: Path) -> str:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    from swarm_notebook.checkpoint.demo import demo_model
+    from swarm_notebook.checkpoint.files.demo import demo_model
 
     demo = str(demo_model())
     if which == "demo":

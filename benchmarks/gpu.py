@@ -65,8 +65,8 @@ def folder_of(shape: str, where: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from swarm_notebook.checkpoint.dummy import PREFIX, DummyWeights
-    from swarm_notebook.checkpoint.weights import block_index
+    from swarm_notebook.checkpoint.files.dummy import PREFIX, DummyWeights
+    from swarm_notebook.checkpoint.files.weights import block_index
 
     folder = where / f"{PREFIX}{shape}"
     config(shape).save_pretrained(folder)

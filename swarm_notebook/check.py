@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from swarm_notebook.checkpoint.digest import digest, matches
-from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.checkpoint.files.digest import digest, matches
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.client.audit import limits, record
 from swarm_notebook.client.audit.comparison import Result, errors_of
 from swarm_notebook.client.audit.record import Recorded

@@ -270,7 +270,7 @@ def _add_measure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _measure(options: argparse.Namespace) -> int:
     import torch
 
-    from swarm_notebook.checkpoint.source import resolve
+    from swarm_notebook.checkpoint.files.source import resolve
     from swarm_notebook.server.engine.quantising.loss import measure_loss
 
     source = resolve(options.model)
@@ -350,7 +350,7 @@ def _serve(options: argparse.Namespace) -> int:
     # Read when torch is loaded. Threads that spin while they wait for each other take the cores
     # from other servers on the same machine: two that computed at once took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from swarm_notebook.checkpoint.source import resolve
+    from swarm_notebook.checkpoint.files.source import resolve
     from swarm_notebook.server import process
     from swarm_notebook.server.options import ServeOptions
 
@@ -377,7 +377,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _private_swarm(options: argparse.Namespace) -> Path:
     """The folder of the swarm that is begun here."""
-    from swarm_notebook.checkpoint.demo import DEMO_NAME
+    from swarm_notebook.checkpoint.files.demo import DEMO_NAME
     from swarm_notebook.net.membership.authority import swarms_folder
 
     name = options.swarm or Path(options.model or DEMO_NAME).name

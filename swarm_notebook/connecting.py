@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swarm_notebook.checkpoint.digest import digest
-from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.checkpoint.files.digest import digest
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.discovery import await_spans, choose_dtype, only_model, only_record
 from swarm_notebook.client.loop import network_thread

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from swarm_notebook.checkpoint.source import ModelSource
+from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.errors import Unsupported

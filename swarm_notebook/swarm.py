@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from swarm_notebook.checkpoint.source import ModelSource
+from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.telemetry import MAX_EVENTS, Subscription
 from swarm_notebook.local.swarm import LocalSwarm

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from swarm_notebook.checkpoint.gguf import GgufWeights
+from swarm_notebook.checkpoint.files.gguf import GgufWeights
 from swarm_notebook.checkpoint.packed import Packed, matrices, replace
 from swarm_notebook.checkpoint.partial import LoadedBlocks
 

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swarm_notebook.checkpoint.quantised import explained, method_of
-from swarm_notebook.checkpoint.weights import LazyTensor
+from swarm_notebook.checkpoint.files.quantised import explained, method_of
+from swarm_notebook.checkpoint.files.weights import LazyTensor
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from swarm_notebook.checkpoint.source import ModelSource
+    from swarm_notebook.checkpoint.files.source import ModelSource
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes to read), from whatever thread reads."""

@@ -22,16 +22,16 @@ from swarm_notebook.checkpoint.anatomy import (
     returns_tuple,
     silence_branches,
 )
+from swarm_notebook.checkpoint.files.quantised import for_blocks, is_float, without_quantizer
+from swarm_notebook.checkpoint.files.weights import block_index, renumbered
 from swarm_notebook.checkpoint.loading import Progress, class_for, load
 from swarm_notebook.checkpoint.passthrough import make_transparent
-from swarm_notebook.checkpoint.quantised import for_blocks, is_float, without_quantizer
-from swarm_notebook.checkpoint.weights import block_index, renumbered
 from swarm_notebook.errors import BlocksOutOfRange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from swarm_notebook.checkpoint.source import ModelSource
+    from swarm_notebook.checkpoint.files.source import ModelSource
 
 
 @dataclass(frozen=True)

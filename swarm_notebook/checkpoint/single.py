@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from swarm_notebook.checkpoint.files.quantised import method_of
+from swarm_notebook.checkpoint.files.weights import block_index
 from swarm_notebook.checkpoint.partial import load_blocks
-from swarm_notebook.checkpoint.quantised import method_of
-from swarm_notebook.checkpoint.weights import block_index
 from swarm_notebook.errors import ModelNotFound
 from swarm_notebook.progress import Waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from swarm_notebook.checkpoint.source import ModelSource
+    from swarm_notebook.checkpoint.files.source import ModelSource
 
 
 class BlockTensors:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.client.connection import Inquiry
 from swarm_notebook.errors import BlocksOutOfRange, InvitationError, ServerStartError
 from swarm_notebook.local.folder import ServerFolder

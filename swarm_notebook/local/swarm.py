@@ -83,7 +83,7 @@ class LocalSwarm:
         start_timeout: float | None = None,
     ) -> None:
         # Found here, once, with progress; the servers get a place that is known to exist.
-        from swarm_notebook.checkpoint.source import resolve
+        from swarm_notebook.checkpoint.files.source import resolve
 
         with Conversion() as progress:
             source = resolve(model, progress=progress)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint import hub
 from swarm_notebook.checkpoint.anatomy import find_trunk
-from swarm_notebook.checkpoint.source import ModelSource, resolve
-from swarm_notebook.checkpoint.weights import INDEX_FILE, SINGLE_FILE, block_index
+from swarm_notebook.checkpoint.files import hub
+from swarm_notebook.checkpoint.files.source import ModelSource, resolve
+from swarm_notebook.checkpoint.files.weights import INDEX_FILE, SINGLE_FILE, block_index
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _title(source: ModelSource) -> str:
 def _stored_bytes(source: ModelSource) -> dict[int, int] | None:
     """Bytes of each block in the files, if there are files to look at."""
     if source.is_gguf and source.path is not None:
-        from swarm_notebook.checkpoint.gguf import GgufWeights
+        from swarm_notebook.checkpoint.files.gguf import GgufWeights
 
         lazy = GgufWeights(source.path, source.config())
         return _by_block((name, one.nbytes) for name, one in lazy.lazy(lazy.names()).items())

@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any
 
 from swarm_notebook.checkpoint.anatomy import context_length
-from swarm_notebook.checkpoint.digest import digest
-from swarm_notebook.checkpoint.source import ModelSource, resolve
+from swarm_notebook.checkpoint.files.digest import digest
+from swarm_notebook.checkpoint.files.source import ModelSource, resolve
 from swarm_notebook.errors import NotAMember
 from swarm_notebook.net import lan
 from swarm_notebook.net.dht.records import ModelRecord, ServerInfo, ServerState

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from swarm_notebook.checkpoint.source import ModelSource
+from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.net.addresses import LOOPBACK
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.passes.activation_store import BUDGET_BYTES

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.checkpoint.partial import LoadedBlocks
-from swarm_notebook.checkpoint.source import ModelSource
 from swarm_notebook.net.wire import tensors
 from swarm_notebook.server import heap
 from swarm_notebook.server.engine.quantising.loading import Quantised, load_within

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from hivemind.p2p import PeerID
 
-from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.local.swarm import plan_spans
 from swarm_notebook.server.app import Server

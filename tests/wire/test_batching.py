@@ -19,8 +19,8 @@ from support.peft_adapters import Tuned, key, random
 from support.random_sessions import RandomSession
 from support.raw_wire import RawClient, RawSession, request
 
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.partial import load_blocks
-from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import ServerBusy
 from swarm_notebook.net.wire import protocol
 from swarm_notebook.net.wire.streams import StreamClosed

@@ -18,7 +18,7 @@ from support.bench import Bench
 from support.patience import PATIENCE
 from support.raw_wire import RawClient, ServerProcess, request
 
-from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.server.rpc.push import EARLY_SECONDS
 

@@ -33,7 +33,7 @@ from support.raw_wire import RawClient
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
-from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.net.wire import tensors
 
 HIDDEN, BLOCKS = 48, 5

@@ -20,8 +20,8 @@ from hivemind.proto import runtime_pb2
 from support.hosting import HostedSwarm
 from support.raw_wire import RawClient, RawSession, request
 
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.partial import load_blocks
-from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.wire import protocol
 from swarm_notebook.server.engine.span import Span

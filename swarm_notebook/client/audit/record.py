@@ -38,7 +38,7 @@ class Recorded:
     """One wrong answer as it was recorded.
 
     Attributes:
-        model, digest: the checkpoint's name and digest (`checkpoint.digest`).
+        model, digest: the checkpoint's name and digest (`checkpoint.files.digest`).
         peer, name: the server.
         why: what was found.
         dtype: what the server said it computes in.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from swarm_notebook.checkpoint.digest import matches
+from swarm_notebook.checkpoint.files.digest import matches
 from swarm_notebook.client.audit.interface import Audits
 from swarm_notebook.client.servers import routing
 from swarm_notebook.client.servers.announced import Announced

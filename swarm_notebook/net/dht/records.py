@@ -92,7 +92,7 @@ class ServerInfo(BaseModel):
             square of the output.
         next_pings: round trips in seconds to servers of neighbouring blocks, by peer (base58 id).
         model: the prefix of the model that the record is about.
-        digest: of the checkpoint that is served, see `checkpoint.digest`.
+        digest: of the checkpoint that is served, see `checkpoint.files.digest`.
         member: what the server shows as a member of a private swarm.
         public_key: of the server, where its peer id does not hold it.
         signature: by the server, of all else in the record.

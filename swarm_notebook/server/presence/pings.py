@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 
-from swarm_notebook.checkpoint.digest import matches
+from swarm_notebook.checkpoint.files.digest import matches
 from swarm_notebook.net.dht.records import MAX_PINGS, ServerInfo, ServerState, announcements
 from swarm_notebook.net.node import Node, smoothed_rtt
 from swarm_notebook.net.wire import protocol

@@ -12,8 +12,8 @@ from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
-from swarm_notebook.checkpoint.digest import digest
-from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.checkpoint.files.digest import digest
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.errors import OtherCheckpoint
 from swarm_notebook.server.options import ServeOptions
 

@@ -12,8 +12,8 @@ from support.tiny import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from swarm_notebook.checkpoint.anatomy import find_trunk
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.partial import load_blocks, load_edges
-from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import Unsupported
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from swarm_notebook.checkpoint.demo import demo_model
-from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.checkpoint.files.demo import demo_model
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.writing.draft import Draft, Token, common_prefix
 from swarm_notebook.writing.pieces import BROKEN, Pieces, Vocabulary
 from swarm_notebook.writing.timing import Timing

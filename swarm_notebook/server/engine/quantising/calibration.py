@@ -12,7 +12,7 @@ import torch
 from swarm_notebook.checkpoint.partial import load_edges
 
 if TYPE_CHECKING:
-    from swarm_notebook.checkpoint.source import ModelSource
+    from swarm_notebook.checkpoint.files.source import ModelSource
 
 # Positions of each half. Errors of 64 tokens rank the matrices of a block as those of 256 do (demo
 # model), and every one is a pass through the block for each matrix and each number of bits.

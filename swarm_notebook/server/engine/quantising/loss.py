@@ -21,7 +21,7 @@ from swarm_notebook.server.engine.quantising.loading import load_quantised
 from swarm_notebook.server.engine.quantising.measuring import output_error, run
 
 if TYPE_CHECKING:
-    from swarm_notebook.checkpoint.source import ModelSource
+    from swarm_notebook.checkpoint.files.source import ModelSource
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from swarm_notebook.server.engine.quantising.allocation import Choice, allocate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from swarm_notebook.checkpoint.source import ModelSource
+    from swarm_notebook.checkpoint.files.source import ModelSource
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint.weights import block_index
+from swarm_notebook.checkpoint.files.weights import block_index
 
 if TYPE_CHECKING:
-    from swarm_notebook.checkpoint.source import ModelSource
+    from swarm_notebook.checkpoint.files.source import ModelSource
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from swarm_notebook.server.engine.quantising.measuring import fitting, measure
 from swarm_notebook.server.engine.quantising.memory import Memory
 
 if TYPE_CHECKING:
-    from swarm_notebook.checkpoint.source import ModelSource
+    from swarm_notebook.checkpoint.files.source import ModelSource
 
 logger = logging.getLogger(__name__)
 

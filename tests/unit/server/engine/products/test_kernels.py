@@ -12,8 +12,8 @@ import torch
 from support.tiny import FAMILIES, tiny_model
 from torch import nn
 
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.partial import load_blocks
-from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.engine.products import kernels
 from swarm_notebook.server.engine.products.kernels import (
     LONG_TOKENS,

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 from swarm_notebook import cli
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.packed import PackedWeight
-from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.server.engine.quantising.calibration import calibration_tokens
 from swarm_notebook.server.engine.quantising.loading import load_quantised
 from swarm_notebook.server.engine.quantising.loss import measure_loss

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint.weights import LazyTensor, block_index, renumbered
+from swarm_notebook.checkpoint.files.weights import LazyTensor, block_index, renumbered
 from swarm_notebook.errors import SwarmError, Unsupported
 
 if TYPE_CHECKING:

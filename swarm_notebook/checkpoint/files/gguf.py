@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint.weights import SAMPLE_BYTES, LazyTensor, Sample, middle
+from swarm_notebook.checkpoint.files.weights import SAMPLE_BYTES, LazyTensor, Sample, middle
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
 if TYPE_CHECKING:

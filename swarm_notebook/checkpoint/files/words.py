@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint.weights import LazyTensor, Sample, Weights
+from swarm_notebook.checkpoint.files.weights import LazyTensor, Sample, Weights
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
 if TYPE_CHECKING:

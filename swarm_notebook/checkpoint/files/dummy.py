@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swarm_notebook.checkpoint.weights import LazyTensor
+from swarm_notebook.checkpoint.files.weights import LazyTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

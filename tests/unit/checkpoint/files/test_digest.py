@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from support.tiny import build, tiny_model
 
-from swarm_notebook.checkpoint.digest import digest, matches
-from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.checkpoint.weights import INDEX_FILE
+from swarm_notebook.checkpoint.files.digest import digest, matches
+from swarm_notebook.checkpoint.files.source import resolve
+from swarm_notebook.checkpoint.files.weights import INDEX_FILE
 from swarm_notebook.errors import ModelNotFound
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from swarm_notebook.checkpoint import hub
+from swarm_notebook.checkpoint.files import hub
 from swarm_notebook.errors import ModelNotFound
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from swarm_notebook.checkpoint import demo
-from swarm_notebook.checkpoint.gguf import GgufFile
-from swarm_notebook.checkpoint.source import resolve
+from swarm_notebook.checkpoint.files import demo
+from swarm_notebook.checkpoint.files.gguf import GgufFile
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.errors import ModelNotFound
 
 pytestmark = pytest.mark.skipif(
@@ -177,7 +177,7 @@ def _resident_bytes(folder: Path, start: int, end: int) -> dict[str, int]:
     script = textwrap.dedent(f"""
         import json, os, torch, transformers
         from swarm_notebook.checkpoint.partial import load_blocks
-        from swarm_notebook.checkpoint.source import resolve
+        from swarm_notebook.checkpoint.files.source import resolve
         def resident():
             pages = int(open("/proc/self/statm").read().split()[1])
             return pages * os.sysconf("SC_PAGE_SIZE")

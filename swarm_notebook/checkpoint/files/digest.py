@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from swarm_notebook.checkpoint.dummy import PREFIX as DUMMY_PREFIX
 
 if TYPE_CHECKING:
-    from swarm_notebook.checkpoint.source import ModelSource
+    from swarm_notebook.checkpoint.files.source import ModelSource
 
 # Settings of a run or of a file's history, not of the model.
 _PASSING = {

@@ -14,8 +14,8 @@ from support.quantised import WIDE, awq, fp8, gptq, mxfp4, written
 from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.partial import load_blocks, load_edges
-from swarm_notebook.checkpoint.source import resolve
 from swarm_notebook.errors import ModelNotFound, Unsupported
 from swarm_notebook.server.engine.quantising.loading import load_within
 

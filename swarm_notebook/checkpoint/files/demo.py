@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint.gguf import GgufFile, GgufWeights
+from swarm_notebook.checkpoint.files.gguf import GgufFile, GgufWeights
 from swarm_notebook.errors import ModelNotFound
 
 if TYPE_CHECKING:

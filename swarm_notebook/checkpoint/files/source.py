@@ -22,12 +22,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint import demo, hub, weights, words
-from swarm_notebook.checkpoint.dummy import PREFIX as DUMMY_PREFIX
-from swarm_notebook.checkpoint.dummy import DummyWeights
-from swarm_notebook.checkpoint.gguf import MAGIC, GgufFile, GgufWeights
-from swarm_notebook.checkpoint.quantised import method_of, settings_of, without_quantizer
-from swarm_notebook.checkpoint.weights import INDEX_FILE, SINGLE_FILE, Weights
+from swarm_notebook.checkpoint.files import demo, hub, weights, words
+from swarm_notebook.checkpoint.files.dummy import PREFIX as DUMMY_PREFIX
+from swarm_notebook.checkpoint.files.dummy import DummyWeights
+from swarm_notebook.checkpoint.files.gguf import MAGIC, GgufFile, GgufWeights
+from swarm_notebook.checkpoint.files.quantised import method_of, settings_of, without_quantizer
+from swarm_notebook.checkpoint.files.weights import INDEX_FILE, SINGLE_FILE, Weights
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import pytest
 from support.patience import PATIENCE, slowdown
 from support.tiny import build
 
-from swarm_notebook.checkpoint import hub
+from swarm_notebook.checkpoint.files import hub
 
 COMMIT = "f" * 40
 
@@ -108,7 +108,7 @@ def test_only_the_shards_of_the_hosted_blocks_are_downloaded(
         """
         import torch
         from swarm_notebook.checkpoint.partial import load_blocks
-        from swarm_notebook.checkpoint.source import resolve
+        from swarm_notebook.checkpoint.files.source import resolve
         source = resolve("org/tiny")
         print(source.dht_prefix, source.tokenizer(), source.generation_config() is not None)
         load_blocks(source, 1, 2, dtype=torch.float32)
@@ -127,7 +127,7 @@ def test_only_the_shards_of_the_hosted_blocks_are_downloaded(
 def test_a_repository_that_does_not_exist(stand_in: HubStandIn, tmp_path: Path) -> None:
     output = _run(
         """
-        from swarm_notebook.checkpoint.source import resolve
+        from swarm_notebook.checkpoint.files.source import resolve
         from swarm_notebook.errors import ModelNotFound
         try:
             resolve("nobody/nothing")
@@ -147,7 +147,7 @@ def test_a_repository_of_pickles(stand_in: HubStandIn, tmp_path: Path) -> None:
     (served / "pytorch_model.bin").write_bytes(b"pickle")
     output = _run(
         """
-        from swarm_notebook.checkpoint.source import resolve
+        from swarm_notebook.checkpoint.files.source import resolve
         from swarm_notebook.errors import ModelNotFound
         try:
             resolve("org/tiny")
@@ -166,7 +166,7 @@ def test_without_a_hub_the_answer_comes_soon(tmp_path: Path) -> None:
     output = _run(
         """
         import time
-        from swarm_notebook.checkpoint.source import resolve
+        from swarm_notebook.checkpoint.files.source import resolve
         from swarm_notebook.errors import ModelNotFound
         begin = time.monotonic()
         try:

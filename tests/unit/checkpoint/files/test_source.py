@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from support.tiny import tiny_model
 
+from swarm_notebook.checkpoint.files.source import ModelSource, _repository_prefix, resolve
 from swarm_notebook.checkpoint.partial import load_blocks
-from swarm_notebook.checkpoint.source import ModelSource, _repository_prefix, resolve
 from swarm_notebook.errors import BlocksOutOfRange, ModelNotFound, Unsupported
 
 
@@ -214,7 +214,7 @@ def test_of_a_cached_repository_only_the_needed_shards_are_sought(
     script = textwrap.dedent("""
         import torch
         from swarm_notebook.checkpoint.partial import load_blocks
-        from swarm_notebook.checkpoint.source import resolve
+        from swarm_notebook.checkpoint.files.source import resolve
         from swarm_notebook.errors import ModelNotFound
         source = resolve("org/tiny.model")
         print(source.dht_prefix, source.repository, len(load_blocks(source, 0, 1,

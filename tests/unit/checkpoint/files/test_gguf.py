@@ -13,7 +13,9 @@ import pytest
 import torch
 from support.tiny import build
 
-from swarm_notebook.checkpoint.gguf import MAX_ELEMENTS, GgufFile, GgufWeights
+from swarm_notebook.checkpoint.files.gguf import MAX_ELEMENTS, GgufFile, GgufWeights
+from swarm_notebook.checkpoint.files.source import resolve
+from swarm_notebook.checkpoint.files.weights import block_index
 from swarm_notebook.checkpoint.gguf_packed import PackedGguf, keep_packed
 from swarm_notebook.checkpoint.packed import PackedWeight
 from swarm_notebook.checkpoint.partial import (
@@ -22,8 +24,6 @@ from swarm_notebook.checkpoint.partial import (
     load_edges,
     load_one_by_one,
 )
-from swarm_notebook.checkpoint.source import resolve
-from swarm_notebook.checkpoint.weights import block_index
 from swarm_notebook.errors import ModelNotFound, Unsupported
 from swarm_notebook.server.engine.quantising.loading import load_within
 
