@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks, load_edges
+from swarm_notebook.checkpoint.parts.partial import load_blocks, load_edges
 from swarm_notebook.client.audit import limits
 from swarm_notebook.client.audit.comparison import Errors, compare, compare_gradients
 from swarm_notebook.client.audit.evidence import Evidence

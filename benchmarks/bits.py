@@ -30,7 +30,7 @@ def main() -> None:
 
     from swarm_notebook.checkpoint.files.source import resolve
     from swarm_notebook.checkpoint.packed import Grid, matrices, pack, replace
-    from swarm_notebook.checkpoint.partial import load_blocks, load_edges
+    from swarm_notebook.checkpoint.parts.partial import load_blocks, load_edges
     from swarm_notebook.server.engine.quantising.loading import load_quantised
 
     source = resolve(options.model)

@@ -26,7 +26,7 @@ def main() -> None:
     from gpu import config
 
     from swarm_notebook.checkpoint.files.source import resolve
-    from swarm_notebook.checkpoint.partial import load_blocks
+    from swarm_notebook.checkpoint.parts.partial import load_blocks
     from swarm_notebook.server.engine import throughput
     from swarm_notebook.server.engine.products import few_bits
     from swarm_notebook.server.engine.quantising.loading import load_quantised

@@ -15,7 +15,7 @@ import torch
 
 from swarm_notebook.checkpoint.files.gguf import GgufWeights
 from swarm_notebook.checkpoint.packed import Packed, matrices, replace
-from swarm_notebook.checkpoint.partial import LoadedBlocks
+from swarm_notebook.checkpoint.parts.partial import LoadedBlocks
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from swarm_notebook.checkpoint.files.source import ModelSource
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import BlocksOutOfRange, Unsupported
 from swarm_notebook.model.blocks.base_modules import base_of
 from swarm_notebook.model.blocks.placeholders import (

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from swarm_notebook.checkpoint.files.source import ModelSource
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.checkpoint.states import input_state, output_state
 from swarm_notebook.progress import Waiting
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from swarm_notebook.checkpoint.files.source import ModelSource
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.client.request import Request
 from swarm_notebook.errors import Unsupported

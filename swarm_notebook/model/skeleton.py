@@ -16,8 +16,8 @@ from transformers import GenerationMixin
 from swarm_notebook.checkpoint.anatomy import context_length
 from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.checkpoint.files.weights import SINGLE_FILE
-from swarm_notebook.checkpoint.partial import load_edges
-from swarm_notebook.checkpoint.single import BlockTensors
+from swarm_notebook.checkpoint.parts.partial import load_edges
+from swarm_notebook.checkpoint.parts.single import BlockTensors
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.adapters.injected import Adapters
 from swarm_notebook.model.blocks.remote import remote_class

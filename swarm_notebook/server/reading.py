@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from swarm_notebook.checkpoint.files.source import ModelSource
-from swarm_notebook.checkpoint.partial import LoadedBlocks
+from swarm_notebook.checkpoint.parts.partial import LoadedBlocks
 from swarm_notebook.net.wire import tensors
 from swarm_notebook.server import heap
 from swarm_notebook.server.engine.quantising.loading import Quantised, load_within

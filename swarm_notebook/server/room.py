@@ -18,8 +18,8 @@ from swarm_notebook.checkpoint.files.gguf import GgufWeights
 from swarm_notebook.checkpoint.files.quantised import method_of, without_quantizer
 from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.checkpoint.files.weights import block_index
-from swarm_notebook.checkpoint.loading import class_for
 from swarm_notebook.checkpoint.packed import matrices
+from swarm_notebook.checkpoint.parts.loading import class_for
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.net.wire import tensors
 from swarm_notebook.server.engine.quantising.loading import MAX_BITS, free_memory

@@ -26,7 +26,7 @@ from hivemind.utils.streaming import combine_from_streaming, split_for_streaming
 from hivemind.utils.timed_storage import get_dht_time
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire.protocol import PART_BYTES

@@ -20,7 +20,7 @@ from support.random_sessions import RandomSession
 from support.raw_wire import RawClient, RawSession, request
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import ServerBusy
 from swarm_notebook.net.wire import protocol
 from swarm_notebook.net.wire.streams import StreamClosed

@@ -18,7 +18,7 @@ from support.tiny import tiny_model
 import swarm_notebook as sn
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.packed import PackedWeight
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.client.servers import bits
 from swarm_notebook.errors import MissingBlocks, Unsupported
 from swarm_notebook.server.engine.quantising import quality

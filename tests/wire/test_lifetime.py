@@ -18,7 +18,7 @@ from support.patience import PATIENCE
 from support.raw_wire import RawClient, ServerProcess, request
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import AddressError, ShuttingDown
 from swarm_notebook.net.dht.records import (
     MODEL_INDEX_KEY,

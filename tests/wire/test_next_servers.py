@@ -21,7 +21,7 @@ from support.hosting import HostedSwarm
 from support.raw_wire import RawClient, RawSession, request
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.wire import protocol
 from swarm_notebook.server.engine.span import Span

@@ -21,7 +21,7 @@ from support.patience import PATIENCE, within
 from support.raw_wire import RawClient, RawSession, ServerProcess, request
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import BadRequest, CacheFull, SessionLost, from_wire
 from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.server.engine.kv.cache import grown_capacity

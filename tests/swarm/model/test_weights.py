@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
-from swarm_notebook.checkpoint import single
+from swarm_notebook.checkpoint.parts import single
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.placeholders import RemoteParameter
 from swarm_notebook.swarm import Swarm

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swarm_notebook.checkpoint.partial import load_edges
+from swarm_notebook.checkpoint.parts.partial import load_edges
 
 if TYPE_CHECKING:
     from swarm_notebook.checkpoint.files.source import ModelSource

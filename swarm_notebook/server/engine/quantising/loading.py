@@ -19,9 +19,9 @@ from swarm_notebook.checkpoint.files.gguf import GgufWeights
 from swarm_notebook.checkpoint.files.quantised import method_of, without_quantizer
 from swarm_notebook.checkpoint.files.weights import block_index
 from swarm_notebook.checkpoint.gguf_packed import keep_packed
-from swarm_notebook.checkpoint.loading import class_for
 from swarm_notebook.checkpoint.packed import Grid, matrices, pack, replace
-from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks, load_one_by_one
+from swarm_notebook.checkpoint.parts.loading import class_for
+from swarm_notebook.checkpoint.parts.partial import LoadedBlocks, load_blocks, load_one_by_one
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.server.engine.quantising.calibration import calibration_states
 from swarm_notebook.server.engine.quantising.measuring import (
@@ -37,7 +37,7 @@ from swarm_notebook.server.engine.quantising.memory import Memory
 
 if TYPE_CHECKING:
     from swarm_notebook.checkpoint.files.source import ModelSource
-    from swarm_notebook.checkpoint.loading import Progress
+    from swarm_notebook.checkpoint.parts.loading import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from swarm_notebook.checkpoint.partial import DecoderInfo, load_blocks, load_edges
+from swarm_notebook.checkpoint.parts.partial import DecoderInfo, load_blocks, load_edges
 from swarm_notebook.server.engine.quantising.calibration import calibration_tokens
 from swarm_notebook.server.engine.quantising.loading import load_quantised
 from swarm_notebook.server.engine.quantising.measuring import output_error, run

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from swarm_notebook.checkpoint.packed import Grid, matrices, pack
-from swarm_notebook.checkpoint.partial import LoadedBlocks, load_blocks
+from swarm_notebook.checkpoint.parts.partial import LoadedBlocks, load_blocks
 from swarm_notebook.errors import ModelNotFound
 from swarm_notebook.server.engine.quantising.allocation import Choice, allocate
 

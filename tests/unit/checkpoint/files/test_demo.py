@@ -176,7 +176,7 @@ def _resident_bytes(folder: Path, start: int, end: int) -> dict[str, int]:
     """What loading and running blocks start..end-1 adds to a fresh process, in bytes."""
     script = textwrap.dedent(f"""
         import json, os, torch, transformers
-        from swarm_notebook.checkpoint.partial import load_blocks
+        from swarm_notebook.checkpoint.parts.partial import load_blocks
         from swarm_notebook.checkpoint.files.source import resolve
         def resident():
             pages = int(open("/proc/self/statm").read().split()[1])

@@ -18,7 +18,7 @@ from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.files.weights import block_index
 from swarm_notebook.checkpoint.gguf_packed import PackedGguf, keep_packed
 from swarm_notebook.checkpoint.packed import PackedWeight
-from swarm_notebook.checkpoint.partial import (
+from swarm_notebook.checkpoint.parts.partial import (
     LoadedBlocks,
     load_blocks,
     load_edges,

@@ -107,7 +107,7 @@ def test_only_the_shards_of_the_hosted_blocks_are_downloaded(
     output = _run(
         """
         import torch
-        from swarm_notebook.checkpoint.partial import load_blocks
+        from swarm_notebook.checkpoint.parts.partial import load_blocks
         from swarm_notebook.checkpoint.files.source import resolve
         source = resolve("org/tiny")
         print(source.dht_prefix, source.tokenizer(), source.generation_config() is not None)

@@ -15,7 +15,7 @@ from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks, load_edges
+from swarm_notebook.checkpoint.parts.partial import load_blocks, load_edges
 from swarm_notebook.errors import ModelNotFound, Unsupported
 from swarm_notebook.server.engine.quantising.loading import load_within
 

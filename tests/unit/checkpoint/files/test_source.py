@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from support.tiny import tiny_model
 
 from swarm_notebook.checkpoint.files.source import ModelSource, _repository_prefix, resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import BlocksOutOfRange, ModelNotFound, Unsupported
 
 
@@ -213,7 +213,7 @@ def test_of_a_cached_repository_only_the_needed_shards_are_sought(
             path.unlink()
     script = textwrap.dedent("""
         import torch
-        from swarm_notebook.checkpoint.partial import load_blocks
+        from swarm_notebook.checkpoint.parts.partial import load_blocks
         from swarm_notebook.checkpoint.files.source import resolve
         from swarm_notebook.errors import ModelNotFound
         source = resolve("org/tiny.model")

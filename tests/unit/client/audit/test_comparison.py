@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.client.audit import limits
 from swarm_notebook.client.audit.choice import Choice
 from swarm_notebook.client.audit.comparison import Errors, compare

@@ -17,7 +17,7 @@ from support.tiny import tiny_model
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.server.adapters.injection import AdaptedSpan
 from swarm_notebook.server.engine.products import kernels
 from swarm_notebook.server.engine.span import Span

@@ -11,7 +11,7 @@ from support.bench import LocalModel
 from support.peft_adapters import Tuned
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.requests import Forward

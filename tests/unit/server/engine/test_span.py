@@ -16,7 +16,7 @@ from support.tiny import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import BadRequest, Unsupported
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span

@@ -12,7 +12,7 @@ from support.bench import LocalModel
 from support.peft_adapters import Tuned
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.server.adapters.injection import AdaptedSpan
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span

@@ -8,7 +8,7 @@ import torch
 from support.glibc import allocated, needs_glibc
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.server.engine.passes.recording import AutogradPass, record
 from swarm_notebook.server.engine.requests import Forward
 from swarm_notebook.server.engine.scheduling.pieces import run_whole

@@ -13,7 +13,7 @@ from support.tiny import FAMILIES, tiny_model
 from torch import nn
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.server.engine.products import kernels
 from swarm_notebook.server.engine.products.kernels import (
     LONG_TOKENS,

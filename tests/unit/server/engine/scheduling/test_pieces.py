@@ -17,7 +17,7 @@ from support.peft_adapters import Tuned
 from support.tiny import tiny_model
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.passes import recording

@@ -10,7 +10,7 @@ from support.random_sessions import RandomSession, prepared
 from support.tiny import FAMILIES, tiny_model
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.server.engine.kv.cache import PAGE
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span

@@ -9,7 +9,7 @@ from support.random_sessions import prepared
 from support.tiny import tiny_model
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.prefill import ChunkedPrefill

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from swarm_notebook.checkpoint.anatomy import find_trunk
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.partial import load_blocks, load_edges
+from swarm_notebook.checkpoint.parts.partial import load_blocks, load_edges
 from swarm_notebook.errors import Unsupported
 
 

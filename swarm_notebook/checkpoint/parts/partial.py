@@ -24,8 +24,8 @@ from swarm_notebook.checkpoint.anatomy import (
 )
 from swarm_notebook.checkpoint.files.quantised import for_blocks, is_float, without_quantizer
 from swarm_notebook.checkpoint.files.weights import block_index, renumbered
-from swarm_notebook.checkpoint.loading import Progress, class_for, load
-from swarm_notebook.checkpoint.passthrough import make_transparent
+from swarm_notebook.checkpoint.parts.loading import Progress, class_for, load
+from swarm_notebook.checkpoint.parts.passthrough import make_transparent
 from swarm_notebook.errors import BlocksOutOfRange
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 
 from swarm_notebook.checkpoint.files.quantised import method_of
 from swarm_notebook.checkpoint.files.weights import block_index
-from swarm_notebook.checkpoint.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import ModelNotFound
 from swarm_notebook.progress import Waiting
 
