@@ -27,7 +27,6 @@ from swarm_notebook.net.membership.joining import offer
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.p2p import daemon
 from swarm_notebook.net.wire.traffic import Traffic
-from swarm_notebook.server import heap
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
@@ -37,14 +36,15 @@ from swarm_notebook.server.engine.scheduling.worker import ComputeThread, Job
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.startup import leave_cores_alone, prepare
 from swarm_notebook.server.engine.throughput import RateMeter
+from swarm_notebook.server.loading.reading import Reading
+from swarm_notebook.server.loading.room import room_for
+from swarm_notebook.server.memory import heap
 from swarm_notebook.server.options import CACHE_TOKENS, ServeOptions
 from swarm_notebook.server.presence.announce import Announcer, describe
 from swarm_notebook.server.presence.membership import MembershipKeeper
 from swarm_notebook.server.presence.pings import NeighbourPings
 from swarm_notebook.server.presence.places import Place
 from swarm_notebook.server.presence.placing import Placing
-from swarm_notebook.server.reading import Reading
-from swarm_notebook.server.room import room_for
 from swarm_notebook.server.rpc.answers import traffic_for
 from swarm_notebook.server.rpc.handler import Handler
 

@@ -28,8 +28,8 @@ from hivemind.p2p import P2PDaemonError
 
 from swarm_notebook.errors import ConnectionFailed, ServerFailed
 from swarm_notebook.net.p2p.loop import PeerLoop
-from swarm_notebook.server import heap
 from swarm_notebook.server.app import GOODBYE_SECONDS, Server
+from swarm_notebook.server.memory import heap
 from swarm_notebook.server.options import ServeOptions
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from swarm_notebook.errors import BadRequest, CacheFull
-from swarm_notebook.server.lru import LRUStore, V
+from swarm_notebook.server.memory.lru import LRUStore, V
 
 # Longer than a step of training over a slow link, so that nobody loses an adapter between two.
 IDLE_SECONDS = 60.0

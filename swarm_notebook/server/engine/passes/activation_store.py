@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from swarm_notebook.server.lru import K, LRUStore, V
+from swarm_notebook.server.memory.lru import K, LRUStore, V
 
 # About 1,100 tokens through the 30 blocks of the demo model in float32. Measured: a Llama keeps
 # 32 kB per token and block at hidden size 576, and 144 kB at 2,048.

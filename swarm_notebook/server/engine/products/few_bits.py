@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional
 
 from swarm_notebook.checkpoint.packed import Grid, Packed, PackedGrid, PackedWeight, pack, replace
-from swarm_notebook.server import heap
+from swarm_notebook.server.memory import heap
 
 # Tokens of which it is measured whether an operator is faster than unpacking.
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -11,8 +11,8 @@ from typing import Any
 from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.checkpoint.parts.partial import LoadedBlocks
 from swarm_notebook.net.wire import tensors
-from swarm_notebook.server import heap
 from swarm_notebook.server.engine.quantising.loading import Quantised, load_within
+from swarm_notebook.server.memory import heap
 from swarm_notebook.server.options import ServeOptions
 
 logger = logging.getLogger(__name__)

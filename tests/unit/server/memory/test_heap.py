@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from swarm_notebook.server import heap
+from swarm_notebook.server.memory import heap
 
 
 class _Info(ctypes.Structure):
