@@ -2,7 +2,7 @@
 
 `resolve` turns what the user wrote into a `ModelSource` and fails at once, saying what it tried,
 when there is nothing to load. A source is cheap to hold: config and tokenizer are read when asked
-for, weights tensor by tensor (weights.py), and of a Hub repository only the files that hold them.
+for, weights tensor by tensor (`weights`), and of a Hub repository only the files that hold them.
 
 Weights are read from safetensors or GGUF. Pickles (``pytorch_model.bin``) can run code while they
 are read, so they are refused.

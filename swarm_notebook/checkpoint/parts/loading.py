@@ -4,7 +4,7 @@ Two things make the loading partial:
 
 - While `from_pretrained` constructs the model (on meta: no memory), a subclass of the same name
   lets the caller edit it, before any weight is sought. Afterwards the object gets its class back.
-- The state dict that is handed over holds `LazyTensor`s of the wanted part only (weights.py).
+- The state dict that is handed over holds `LazyTensor`s of the wanted part only (`files.weights`).
 
 So renamed and fused weights, precision plans and tied embeddings are handled by the code that
 knows them. Constructing a model sets process-wide defaults of torch for a moment, so one lock
