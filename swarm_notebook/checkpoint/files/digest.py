@@ -21,7 +21,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
-from swarm_notebook.checkpoint.dummy import PREFIX as DUMMY_PREFIX
+from swarm_notebook.checkpoint.files.dummy import PREFIX as DUMMY_PREFIX
 
 if TYPE_CHECKING:
     from swarm_notebook.checkpoint.files.source import ModelSource
