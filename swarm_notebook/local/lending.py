@@ -21,7 +21,12 @@ from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.client.connection import Inquiry
 from swarm_notebook.errors import BlocksOutOfRange, InvitationError, ServerStartError
 from swarm_notebook.local.folder import ServerFolder
-from swarm_notebook.local.process import ANY_PORT, LocalServer, server_environment
+from swarm_notebook.local.process import (
+    ANY_INTERFACE,
+    ANY_PORT,
+    LocalServer,
+    server_environment,
+)
 from swarm_notebook.local.swarm import Conversion
 from swarm_notebook.net.addresses import addresses_of
 from swarm_notebook.net.membership import INVITATION_SECONDS
@@ -30,7 +35,6 @@ from swarm_notebook.net.membership.authority import Authority, swarms_folder
 if TYPE_CHECKING:
     from swarm_notebook.swarm import Swarm
 
-ANY_INTERFACE = "/ip4/0.0.0.0/tcp/0"
 STATES = ("stopped", "starting", "loading", "measuring", "serving", "failed")
 
 
@@ -40,7 +44,7 @@ class Lending:
     Args:
         model: a Hub id, a folder or a GGUF file; None takes the swarm's, or the demo model.
         blocks: ``(start, end)`` to hold; None takes what the swarm lacks, else all blocks; with
-            ``memory`` the server chooses then.
+            ``memory`` or ``lan`` the server chooses then.
         swarm: an attached swarm to serve in.
         initial_peers: addresses of the swarm to join, if none is attached; none begin a new one.
         dtype: what to compute in.
@@ -53,6 +57,7 @@ class Lending:
         listen: multiaddr to listen at; None takes the loopback interface if all known peers are
             there, else all interfaces.
         private: begin a swarm in which only those are let in who are invited, see `invite`.
+        lan: be found on the local network, and join the swarm of the model that is found there.
 
     Attributes:
         config: of the model.
@@ -78,6 +83,7 @@ class Lending:
         name: str = "notebook",
         listen: str | None = None,
         private: bool = False,
+        lan: bool = False,
     ) -> None:
         self._peers = swarm.initial_peers if swarm is not None else list(initial_peers)
         with Conversion() as progress:
@@ -90,7 +96,9 @@ class Lending:
             if self._peers:
                 raise ValueError("private: begins a swarm, and there are peers of one to join")
             self._swarm = swarms_folder() / Path(self.model).name
-        self._listen = listen or (ANY_PORT if _all_loopback(self._peers) else ANY_INTERFACE)
+        alone = _all_loopback(self._peers) and not lan
+        self._listen = listen or (ANY_PORT if alone else ANY_INTERFACE)
+        self._lan = lan
         self._folder: ServerFolder | None = None
         self._key: bytes | None = None  # others know it under the same peer id when it comes back
         self._server: LocalServer | None = None
@@ -98,13 +106,13 @@ class Lending:
         self.dtype, self.device, self.bits, self.memory = dtype, device, bits, memory
         self._chooses, self._blocks = False, (0, 0)
         self.blocks = blocks or _lacking(swarm) or (0, self.num_blocks)
-        self._chooses = blocks is None and memory is not None
+        self._chooses = blocks is None and (memory is not None or lan)
 
     @property
     def blocks(self) -> tuple[int, int]:
         """The blocks to hold, ``(start, end)``; a change counts from the next start on.
 
-        With ``memory``, and until they are set: those that the server has chosen.
+        Where the server chooses, and until they are set: those that the server has chosen.
         """
         if self._chooses and self._server is not None:
             return self._server.blocks
@@ -179,6 +187,7 @@ class Lending:
             options=[self._path, "--dtype", self.dtype, "--device", self.device]
             + ([] if self.bits is None else ["--bits", str(self.bits)])
             + ([] if self.memory is None else ["--memory", str(self.memory)])
+            + (["--lan"] if self._lan else [])
             + ([] if self._swarm is None else ["--private", "--swarm", str(self._swarm)])
             + ([] if self._threads is None else ["--threads", str(self._threads)]),
             environment=server_environment(self._threads),

@@ -38,7 +38,8 @@ START_SECONDS = 180.0  # a start takes 10 to 30 s, of a large model from a slow 
 TERMINATE_SECONDS = 10.0
 POLL_SECONDS = 0.05
 ANY_PORT = "/ip4/127.0.0.1/tcp/0"
-LOOPBACK_PORT = re.compile(r"/ip4/127\.0\.0\.1/tcp/\d+")
+ANY_INTERFACE = "/ip4/0.0.0.0/tcp/0"
+PORT = re.compile(r"/ip4/[\d.]+/tcp/(\d+)")
 
 
 def server_environment(threads: int | None) -> dict[str, str]:
@@ -161,9 +162,9 @@ class LocalServer:
         Raises:
             ServerStartError: its log or its key cannot be written.
         """
-        on_loopback = self._listen == ANY_PORT
-        if on_loopback and self.addresses and (known := LOOPBACK_PORT.match(self.addresses[0])):
-            self._listen = known[0]
+        free = self._listen in (ANY_PORT, ANY_INTERFACE)
+        if free and self.addresses and (known := PORT.match(self.addresses[0])):
+            self._listen = self._listen.removesuffix("0") + known[1]
         command = [sys.executable, "-m", "swarm_notebook.cli", "serve", *self._options]
         command += ["--name", self.name, "--exit-with-stdin"]
         if not self._chooses:

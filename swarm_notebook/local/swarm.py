@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Self
 from swarm_notebook.errors import InvitationError
 from swarm_notebook.local.folder import ServerFolder
 from swarm_notebook.local.process import (
+    ANY_INTERFACE,
+    ANY_PORT,
     POLL_SECONDS,
     START_SECONDS,
     TERMINATE_SECONDS,
@@ -59,6 +61,8 @@ class LocalSwarm:
         threads: CPU threads per server; None leaves it to torch.
         cache_tokens: room for keys and values per server; None is the server's default.
         private: only those who are invited get anything of it, see `invite`.
+        lan: listen on all interfaces, be found on the local network by ``connect(lan=True)``, and
+            join the swarm of the model that is found there.
         start_timeout: seconds until every server must be ready; None is `START_SECONDS`, or
             `MEASURE_SECONDS` where bits may have to be measured.
 
@@ -80,6 +84,7 @@ class LocalSwarm:
         threads: int | None = None,
         cache_tokens: int | None = None,
         private: bool = False,
+        lan: bool = False,
         start_timeout: float | None = None,
     ) -> None:
         # Found here, once, with progress; the servers get a place that is known to exist.
@@ -102,6 +107,8 @@ class LocalSwarm:
         self._swarm = self._folder.path / "swarm" if private else None
         if self._swarm is not None:
             options += ["--private", "--swarm", str(self._swarm)]
+        if lan:
+            options.append("--lan")
         environment = server_environment(threads)
         self.servers = [
             LocalServer(
@@ -111,6 +118,7 @@ class LocalSwarm:
                 options=options,
                 environment=environment,
                 swarm_addresses=lambda: self.initial_peers,
+                listen=ANY_INTERFACE if lan else ANY_PORT,
             )
             for index, span in enumerate(spans)
         ]

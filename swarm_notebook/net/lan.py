@@ -53,6 +53,17 @@ class Found:
     model: str = ""
     swarm: str = ""
 
+    @property
+    def peer(self) -> str:
+        """Its peer id, base58."""
+        return self.addresses[0].rpartition("/")[2]
+
+    def is_of(self, model: str | None, swarms: Collection[str]) -> bool:
+        """Whether it serves in one of these private swarms; without any, a model in public."""
+        if swarms:
+            return self.swarm in swarms
+        return not self.swarm and model in {None, self.model}
+
 
 def fingerprint(key: bytes) -> str:
     """By which those who know a private swarm's public key recognise it."""
@@ -60,14 +71,18 @@ def fingerprint(key: bytes) -> str:
 
 
 class Beacon:
-    """Answers on the local network for one server, from `start` to `stop`."""
+    """Answers on the local network for one server, and hears others, from `start` to `stop`."""
 
-    def __init__(self, zeroconf: AsyncZeroconf):
-        self._zeroconf = zeroconf
+    def __init__(self, zeroconf: AsyncZeroconf, listening: _Listening):
+        self._zeroconf, self._listening = zeroconf, listening
 
     @classmethod
     async def start(
-        cls, addresses: Sequence[str], model: str, swarm: bytes | None = None
+        cls,
+        addresses: Sequence[str],
+        model: str,
+        swarm: bytes | None = None,
+        heard: Callable[[Found], None] = lambda _: None,
     ) -> Beacon:
         """Begin to answer.
 
@@ -75,6 +90,7 @@ class Beacon:
             addresses: multiaddrs under which the server is reached, with its peer id.
             model: the prefix of the model's keys in the DHT; not told of a private swarm.
             swarm: the public key of a private swarm.
+            heard: gets every other server of the same swarm that answers, now or later.
 
         Raises:
             AddressError: none of the addresses leads to this machine from another one.
@@ -83,8 +99,9 @@ class Beacon:
         zeroconf = _package()
         port, peer, hosts = _reachable(addresses)
         words = {"peer": peer}
+        model = model.encode()[:MAX_NAME].decode(errors="ignore")
         if swarm is None:
-            words["model"] = model.encode()[:MAX_NAME].decode(errors="ignore")
+            words["model"] = model
         else:
             words["swarm"] = fingerprint(swarm)
         service = zeroconf.asyncio.AsyncServiceInfo(
@@ -101,10 +118,17 @@ class Beacon:
         except BaseException:
             await made.async_close()
             raise
-        return cls(made)
+        own = None if swarm is None else fingerprint(swarm)
+
+        def other(found: Found) -> None:
+            if found.peer != peer and found.is_of(model, {own} if own else set()):
+                heard(found)
+
+        return cls(made, _Listening(zeroconf, made, other))
 
     async def stop(self) -> None:
         """Take back what was said, and answer no more."""
+        await self._listening.stop()
         await self._zeroconf.async_unregister_all_services()
         await self._zeroconf.async_close()
 
@@ -121,58 +145,87 @@ async def look(
         Unsupported: `zeroconf` is not installed.
     """
     zeroconf = _package()
-    # Answers to all: those to who asks alone go to one of the machine's resolvers, perhaps another.
-    to_all = zeroconf.DNSQuestionType.QM
     found: dict[str, Found] = {}
-    asking: set[asyncio.Task[None]] = set()
     first = asyncio.Event()
 
-    async def ask(opened: AsyncZeroconf, name: str) -> None:
-        service = zeroconf.asyncio.AsyncServiceInfo(SERVICE, name)
-        await service.async_request(opened.zeroconf, LOOK_SECONDS * 1000, question_type=to_all)
-        read = _read(service)
-        if read is not None and wanted(read):
-            found[name] = read
+    def heard(one: Found) -> None:
+        if wanted(one) and len(found) < MAX_SERVERS:
+            found[one.peer] = one
             first.set()
 
     async with _opened(zeroconf) as opened:
-
-        def changed(*, name: str, state_change: Any, **_: Any) -> None:
-            if state_change is zeroconf.ServiceStateChange.Added and len(asking) < MAX_SERVERS:
-                asking.add(asyncio.create_task(ask(opened, name)))
-
-        browser = zeroconf.asyncio.AsyncServiceBrowser(
-            opened.zeroconf, SERVICE, handlers=[changed], question_type=to_all
-        )
+        listening = _Listening(zeroconf, opened, heard)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(first.wait(), seconds)
             await asyncio.sleep(MORE_SECONDS)
-        await browser.async_cancel()
+        await listening.stop()
+    return [found[peer] for peer in sorted(found)]
+
+
+class _Listening:
+    """Asks for servers, and each that answers for its details, until it is stopped.
+
+    Args:
+        heard: gets what is to be read; called in the running loop.
+    """
+
+    def __init__(self, zeroconf: Any, opened: AsyncZeroconf, heard: Callable[[Found], None]):
+        self._package, self._opened, self._heard = zeroconf, opened, heard
+        # Answers to all: those to who asks alone go to one of a machine's resolvers, perhaps
+        # another.
+        self._to_all = zeroconf.DNSQuestionType.QM
+        self._asking: set[asyncio.Task[None]] = set()
+        self._browser = zeroconf.asyncio.AsyncServiceBrowser(
+            opened.zeroconf, SERVICE, handlers=[self._changed], question_type=self._to_all
+        )
+
+    async def stop(self) -> None:
+        await self._browser.async_cancel()
+        asking = list(self._asking)
         for task in asking:
             task.cancel()
-        for error in await asyncio.gather(*asking, return_exceptions=True):
-            if isinstance(error, Exception):
-                logger.warning("a server of the local network cannot be asked: %r", error)
-    return [found[name] for name in sorted(found)]
+        await asyncio.gather(*asking, return_exceptions=True)
+
+    def _changed(self, *, name: str, state_change: Any, **_: Any) -> None:
+        # One that has come back from elsewhere is known by its name already.
+        gone = state_change is self._package.ServiceStateChange.Removed
+        if not gone and len(self._asking) < MAX_SERVERS:
+            task = asyncio.create_task(self._ask(name))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    async def _ask(self, name: str) -> None:
+        service = self._package.asyncio.AsyncServiceInfo(SERVICE, name)
+        try:
+            await service.async_request(
+                self._opened.zeroconf, LOOK_SECONDS * 1000, question_type=self._to_all
+            )
+            read = _read(service)
+        except Exception as error:
+            logger.warning("a server of the local network cannot be asked: %r", error)
+            return
+        if read is not None:
+            self._heard(read)
 
 
-async def peers(model: str | None, given: Collection[str] = ()) -> list[str]:
-    """Addresses of servers on the local network: those of invitations' swarms, else of a model's.
+async def peers(
+    model: str | None, given: Collection[str] = (), swarm: bytes | None = None
+) -> list[str]:
+    """Addresses of servers on the local network: those of private swarms, else of a model's.
 
     Args:
         model: the prefix of its keys in the DHT; None takes the one that is served.
         given: what is known besides, perhaps invitations.
+        swarm: the public key of a private swarm, as those of invitations.
 
     Raises:
         ModelNotServed: several models are served, and none is named.
         Unsupported: `zeroconf` is not installed.
     """
     swarms = {fingerprint(Invitation.read(one).swarm) for one in given if is_invitation(one)}
-
-    def wanted(one: Found) -> bool:
-        return one.swarm in swarms if swarms else not one.swarm and model in {None, one.model}
-
-    found = await look(wanted=wanted)
+    if swarm is not None:
+        swarms.add(fingerprint(swarm))
+    found = await look(wanted=lambda one: one.is_of(model, swarms))
     models = sorted({one.model for one in found})
     if len(models) > 1:
         raise ModelNotServed(

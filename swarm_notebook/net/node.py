@@ -249,6 +249,34 @@ class Node:
         own = self.peer_id.to_base58()
         return [peer for peer in dict.fromkeys([*initial, *met]) if peer != own]
 
+    async def acquaintances(self) -> dict[str, list[str]]:
+        """The multiaddrs of the peers that are known in the DHT, by their base58 ids.
+
+        Those of who told them are without a peer id; a peer that is not connected has none.
+        """
+        met = set(self.dht.protocol.routing_table.uid_to_peer_id.values())
+        connected = {peer.peer_id: peer.addrs for peer in await self.p2p.list_peers()}
+        return {
+            peer.to_base58(): [str(address) for address in connected.get(peer, ())]
+            for peer in met
+            if peer != self.peer_id
+        }
+
+    async def meet(self, peer: str, addresses: Collection[str]) -> bool:
+        """Let the DHT of a peer and this one's be one; whether it answers.
+
+        Args:
+            peer: its base58 id.
+            addresses: multiaddrs at which it may be; without any, where it was last.
+        """
+        known = PeerID.from_base58(peer)
+        # A ping makes each known to the other, and a search for oneself makes both known to those
+        # who would be asked for the same keys.
+        if not await self._dial(known, [Multiaddr(address) for address in addresses]):
+            return False
+        await self.dht.find_nearest_nodes([self.dht.node_id])
+        return True
+
     async def redial(self, peers: Collection[str] = ()) -> None:
         """Connect again to peers that have gone away (and may have come back).
 
@@ -259,7 +287,7 @@ class Node:
         known |= {peer: [] for peer in map(PeerID.from_base58, peers) if peer not in known}
         await asyncio.gather(*(self._dial(peer, maddrs) for peer, maddrs in known.items()))
 
-    async def _dial(self, peer: PeerID, maddrs: Sequence[Multiaddr]) -> None:
+    async def _dial(self, peer: PeerID, maddrs: Sequence[Multiaddr]) -> bool:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 if maddrs:
@@ -269,8 +297,10 @@ class Node:
                     await self.p2p._client.connect(peer, bare)
                 if await self.dht.protocol.call_ping(peer) is not None:
                     self.dht.blacklist.register_success(peer)
+                    return True
         except (ControlFailure, TimeoutError, OSError, P2PDaemonError) as error:
             logger.debug("peer %s does not answer: %s", peer, error)
+        return False
 
     async def stop(self) -> None:
         """Leave the DHT and end the daemon."""

@@ -287,6 +287,12 @@ class CommandLine:
             action="store_true",
             help="begin a swarm that lets in only who is invited; see %%swarm invite",
         )
+        serve.add_argument(
+            "--lan",
+            action="store_true",
+            help="be found on this network by %%swarm connect --lan, and join the swarm of the "
+            "model that is found there",
+        )
         _add_output(serve, "the ServePanel, instead of showing it,")
 
     def _private(self) -> None:

@@ -207,6 +207,7 @@ class SwarmMagics:
             swarm=swarm,
             initial_peers=arguments.initial_peers,
             private=arguments.private,
+            lan=arguments.lan,
             **{key: value for key, value in given.items() if value is not None},
         )
         if arguments.blocks is not None or arguments.memory is not None:

@@ -20,6 +20,7 @@ from swarm_notebook.checkpoint.files.digest import digest
 from swarm_notebook.checkpoint.files.source import ModelSource, resolve
 from swarm_notebook.errors import NotAMember
 from swarm_notebook.net import lan
+from swarm_notebook.net.addresses import addresses_of
 from swarm_notebook.net.dht.records import ModelRecord, ServerInfo, ServerState
 from swarm_notebook.net.membership.authority import Authority
 from swarm_notebook.net.membership.certificate import Role
@@ -45,6 +46,7 @@ from swarm_notebook.server.presence.membership import MembershipKeeper
 from swarm_notebook.server.presence.pings import NeighbourPings
 from swarm_notebook.server.presence.places import Place
 from swarm_notebook.server.presence.placing import Placing
+from swarm_notebook.server.presence.reunion import Reunion
 from swarm_notebook.server.rpc.answers import traffic_for
 from swarm_notebook.server.rpc.handler import Handler
 
@@ -83,6 +85,8 @@ class Server:
         self._options, self._tell, self._tells_progress = options, tell, progress
         self.facts: dict[str, Any] = {}
         self._stack = contextlib.AsyncExitStack()
+        self._announcer: Announcer | None = None
+        self._reunion: Reunion | None = None
         self._up: _Up | None = None
 
     async def start(self) -> None:
@@ -167,6 +171,7 @@ class Server:
         model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
         announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
         self._stack.push_async_callback(announcer.cancel)
+        self._announcer = announcer
         told = await asyncio.to_thread(digest, source)
         about = partial(describe, blocks, options, told, quantised)
         await announcer.announce(about(ServerState.JOINING))
@@ -230,15 +235,30 @@ class Server:
         if options.bits is not None:
             check_bits(options.bits)
         if options.lan:
-            found = await lan.peers(source.dht_prefix, options.initial_peers)
+            folder = options.swarm
+            key = None if folder is None else (await asyncio.to_thread(Authority, folder)).swarm
+            found = await lan.peers(source.dht_prefix, options.initial_peers, key)
             options = replace(options, initial_peers=[*options.initial_peers, *found])
         return options
 
-    async def _be_found(self, node: Node, prefix: str) -> None:
-        """Answer those who look for a swarm on the local network."""
-        key = None if node.membership is None else node.membership.swarm
-        beacon = await lan.Beacon.start(await node.addresses(), prefix, key)
-        self._stack.push_async_callback(beacon.stop)
+    async def _stay_together(self, node: Node, prefix: str) -> None:
+        """Keep together with the rest of the swarm; on a local network, answer who looks for it."""
+
+        def announce() -> None:
+            if self._announcer is not None:  # it announces by itself when it has loaded
+                self._announcer.soon()
+
+        reunion = self._reunion = Reunion(node, addresses_of(self._options.initial_peers), announce)
+        if self._options.lan:
+            key = None if node.membership is None else node.membership.swarm
+
+            def heard(one: lan.Found) -> None:
+                reunion.hear(one.peer, one.addresses)
+
+            beacon = await lan.Beacon.start(await node.addresses(), prefix, key, heard)
+            self._stack.push_async_callback(beacon.stop)
+        looking = asyncio.create_task(reunion.run())
+        self._stack.push_async_callback(_end_task, looking)
 
     async def _tell_invitation(self) -> None:
         """Print what to hand on, where a person reads it."""
@@ -260,8 +280,7 @@ class Server:
         # Both take seconds, and one mostly waits.
         loading = None if chooses else self._begin_loading(compute, source)
         node = await self._start_node(source.shared_name)
-        if options.lan:
-            await self._be_found(node, source.dht_prefix)
+        await self._stay_together(node, source.dht_prefix)
         blocks = source.config().num_hidden_layers
         placing = Placing(node, source.dht_prefix, blocks)
         if loading is None:

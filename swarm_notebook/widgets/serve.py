@@ -34,7 +34,7 @@ class ServePanel(Widget, module="serve"):
     Args:
         lending: what to start and stop; None makes one of the other arguments.
         model, blocks, swarm, initial_peers, dtype, device, bits, memory, threads, name, listen,
-            private: as for `Lending`.
+            private, lan: as for `Lending`.
 
     Attributes:
         title: the model's name.

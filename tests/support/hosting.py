@@ -21,8 +21,10 @@ from hivemind.p2p import PeerID
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.local.swarm import plan_spans
+from swarm_notebook.net.node import Node
 from swarm_notebook.server.app import Server
 from swarm_notebook.server.options import ServeOptions
+from swarm_notebook.server.presence.reunion import Reunion
 
 
 @functools.cache
@@ -85,11 +87,43 @@ class HostedServer:
         await self._server.stop()
         self.facts.pop("ready", None)
 
-    def forget_records(self) -> None:
-        """As a keeper in the DHT, lose all that it keeps."""
+    @property
+    def node(self) -> Node:
         up = self._server._up
         assert up is not None
-        _thread().loop.call_soon_threadsafe(up.node.dht.protocol.storage.clear)
+        return up.node
+
+    def acquaintances(self) -> dict[str, list[str]]:
+        """See `Node.acquaintances`."""
+        return _thread().run(self.node.acquaintances())
+
+    def forget_records(self) -> None:
+        """As a keeper in the DHT, lose all that it keeps."""
+        _thread().loop.call_soon_threadsafe(self.node.dht.protocol.storage.clear)
+
+    def lose(self, other: HostedServer) -> None:
+        """Be as after calls to another one that nobody answered, with no record of it."""
+        _thread().run(self._lose(other))
+
+    async def _lose(self, other: HostedServer) -> None:
+        table = self.node.dht.protocol.routing_table
+        del table[table.get(peer_id=other.peer)]
+        self.node.dht.protocol.storage.clear()
+        await self.node.p2p._client.disconnect(other.peer)
+
+    @property
+    def _reunion(self) -> Reunion:
+        reunion = self._server._reunion
+        assert reunion is not None
+        return reunion
+
+    def remembers(self, other: HostedServer) -> bool:
+        """Whether it would find another one again that it has lost."""
+        return bool(self._reunion.addresses(other.peer_id))
+
+    def hear_of(self, other: HostedServer) -> None:
+        """Be told by the local network where another server of the swarm is."""
+        _thread().loop.call_soon_threadsafe(self._reunion.hear, other.peer_id, other.addresses)
 
     def _told(self, facts: dict[str, Any]) -> None:
         if "maddrs" in facts:

@@ -8,6 +8,7 @@ entered in the model index, unless its prefix marks it as private with an unders
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -109,6 +110,7 @@ class Announcer:
         self._period = min(period, MAX_SECONDS / 2)  # nobody keeps a record for longer than that
         self._uids = [protocol.block_uid(prefix, index) for index in range(*blocks)]
         self._task: asyncio.Task[None] | None = None
+        self._due = asyncio.Event()
         self.latest: dict[str, Any] = {}
 
     async def announce(self, info: ServerInfo) -> bool:
@@ -136,6 +138,10 @@ class Announcer:
             logger.warning("could not announce %s; trying again later", ", ".join(failed[:3]))
         return not failed
 
+    def soon(self) -> None:
+        """Announce at once what is due within the period."""
+        self._due.set()
+
     def keep(self, describe: Callable[[], Awaitable[ServerInfo]]) -> None:
         """From now on announce what ``describe`` says, once per period."""
         self._task = asyncio.create_task(self._keep(describe))
@@ -154,7 +160,10 @@ class Announcer:
     async def _keep(self, describe: Callable[[], Awaitable[ServerInfo]]) -> None:
         stored = True
         while True:
-            await asyncio.sleep(self._period if stored else min(self._period, RETRY_SECONDS))
+            pause = self._period if stored else min(self._period, RETRY_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._due.wait(), pause)
+            self._due.clear()
             try:
                 stored = await self.announce(await describe())
             except Exception:

@@ -13,8 +13,7 @@ from support.patience import PATIENCE, wait_until
 
 import swarm_notebook as sn
 from swarm_notebook.errors import BlocksOutOfRange, ServerStartError
-from swarm_notebook.local.lending import ANY_INTERFACE
-from swarm_notebook.local.process import ANY_PORT
+from swarm_notebook.local.process import ANY_INTERFACE, ANY_PORT
 from swarm_notebook.widgets import ServePanel
 
 if TYPE_CHECKING:
@@ -89,6 +88,8 @@ def test_blocks_and_where_to_listen_are_chosen_sensibly(tiny_llama: Path) -> Non
     with pytest.raises(BlocksOutOfRange, match=r"blocks: 3:9, but .* has blocks 0:5"):
         lending.blocks = (3, 9)
     assert sn.Lending(tiny_llama, initial_peers=["/ip4/127.0.0.1/tcp/1/p2p/Q"])._listen == ANY_PORT
+    near = ["/ip4/127.0.0.1/tcp/1/p2p/Q"]
+    assert sn.Lending(tiny_llama, initial_peers=near, lan=True)._listen == ANY_INTERFACE
     far = ["/ip4/127.0.0.1/tcp/1/p2p/Q", "/ip4/10.0.0.2/tcp/1/p2p/Q"]
     assert sn.Lending(tiny_llama, initial_peers=far)._listen == ANY_INTERFACE
     assert issubclass(BlocksOutOfRange, ValueError)
