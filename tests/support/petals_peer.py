@@ -217,7 +217,7 @@ class PetalsPeer(TransformerConnectionHandler):
         self, requests: AsyncIterator[ExpertRequest], context: P2PContext
     ) -> AsyncIterator[ExpertResponse]:
         self.seen.append("rpc_inference")
-        state, blocks, length = SessionState(self._span, context=None), None, 0
+        state, blocks, length, batch = SessionState(self._span, context=None), None, 0, 0
         async for request in requests:
             if not request.uid:
                 break
@@ -231,7 +231,11 @@ class PetalsPeer(TransformerConnectionHandler):
                         f"Cannot allocate KV cache for {length} tokens, max = {self.most}"
                     )
                 self.reserved.append(length)
-            step = Step(blocks, hidden, position=metadata.get("start_from_position"))
+                batch = hidden.shape[0]
+            if hidden.shape[0] != batch:
+                raise ValueError(f"{hidden.shape[0]} rows, the cache has {batch}")
+            # As Petals' releases do, which read no place: each token is one more.
+            step = Step(blocks, hidden)
             step.row_ids = rows.tolist() if rows.numel() else None
             position = state.check(step)
             if position + step.length > length:

@@ -317,6 +317,28 @@ def test_hooks_read_and_write_while_it_generates(models: tuple[Any, Any]) -> Non
         close(mine, local)
 
 
+@pytest.mark.works("Petals' servers: rollback, prompt lookup, other rows of a batch")
+def test_what_has_been_computed_is_taken_back(models: tuple[Any, Any]) -> None:
+    """Petals' servers count on whatever place they are told: their caches begin anew."""
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(6))
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    found = []
+    for model in models:
+        with torch.no_grad():
+            cache = model(ids, use_cache=True).past_key_values
+            cache.crop(-4)
+            again = model(ids[:, 3:6], past_key_values=cache).logits
+            cache.batch_select_indices(torch.tensor([1]))
+            one = model(ids[1:, 6:], past_key_values=cache).logits
+        repeated = torch.cat([ids[:1], ids[:1]], dim=1)
+        looked_up = model.generate(repeated, prompt_lookup_num_tokens=3, **options)
+        with writing(model, read=3, written=2):
+            changed = model.generate(ids, **options)
+        found.append((again, one, looked_up.float(), changed.float()))
+    for mine, local in zip(*found, strict=True):
+        close(mine, local)
+
+
 def test_gradients_reach_observed_states(models: tuple[Any, Any]) -> None:
     found = []
     for model in models:

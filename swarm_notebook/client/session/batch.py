@@ -117,6 +117,11 @@ class BatchSession:
         for part in self._parts:
             part.session.edit(block, part.of(hidden, self._pass.position))
 
+    @property
+    def edited(self) -> frozenset[int]:
+        """As `InferenceSession.edited`."""
+        return self._parts[0].session.edited
+
     def copy_from(self, other: BatchSession) -> None:
         """As `InferenceSession.copy_from`."""
         self._pass = other._pass

@@ -88,16 +88,16 @@ class Chain:
         self._hops.sort(key=lambda hop: hop.start)
 
     async def catch_up(self, hop: Hop, history: History, times: list[HopTimes]) -> None:
-        """Rebuild a hop's cache, if it lacks something of what precedes the current pass.
+        """Rebuild a hop's cache, if it is not what precedes the current pass.
 
         Args:
             history: what the cache is made of.
             times: gets those of what is replayed.
         """
-        until = history.current.position
+        until, rows = history.current.position, history.current.rows
         hop.reserve(history.current.end)
         behind = 0 if hop.rows_version is None else history.rows_version - hop.rows_version
-        if hop.position >= until and behind <= 1:
+        if hop.goes_on_from(until, rows) and behind <= 1:
             return
         hop.reset()
         for part in history.replay(hop.start, hop.end, until):

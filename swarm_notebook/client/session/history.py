@@ -71,6 +71,11 @@ class Pass:
     def end(self) -> int:
         return self.position + self.length
 
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return next(iter(self.edits.values())).shape[0]
+
     def input_of(self, block: int) -> torch.Tensor | None:
         """The known input of `block`, if any."""
         known = self.edits.get(block)
@@ -175,6 +180,12 @@ class History:
         """In the current pass, ``block`` gets this input instead of the one before's output."""
         self.current.edits[block] = hidden
         self._edited.add(block)
+
+    @property
+    def edited_last(self) -> frozenset[int]:
+        """Blocks whose input was decided by a hook in the latest pass."""
+        passes = (event for event in reversed(self._events) if isinstance(event, Pass))
+        return next((frozenset(latest.edits) for latest in passes), frozenset())
 
     @property
     def edited(self) -> Collection[int]:
@@ -334,7 +345,7 @@ def _merge(run: list[Pass], start: int) -> Pass:
     first = run[0]
     length = sum(part.length for part in run)
     known = [part.input_of(start) for part in run]
-    batch = next(iter(first.edits.values())).shape[0]
+    batch = first.rows
     shared = set(first.edits).intersection(*(part.edits for part in run))
     return Pass(
         first.position,

@@ -157,6 +157,9 @@ class Hop:
         position: tokens in the server's cache.
         rows_version: how many of the session's row selections the cache followed; None while there
             is none, which has no rows to select.
+        counted: tokens that were sent; a Petals server takes each for a further one, also where it
+            is told the place of one that came before (``start_from_position`` is not in a release).
+        rows: those of its cache; a Petals server keeps to them.
         sending, receiving: held by the step that is just sent or answered, so that the parts of
             a long one keep their order.
     """
@@ -173,7 +176,7 @@ class Hop:
     def reset(self) -> None:
         """Begin anew with an empty cache on the same server."""
         self.close()
-        self.position = 0
+        self.position = self.counted = self.rows = 0
         self.rows_version: int | None = None
         # Steps that were sent and not answered yet.
         self._owed: deque[tuple[Request, StepRoute]] = deque()
@@ -190,6 +193,12 @@ class Hop:
         if not self.segment.span.extended and tokens > self._max_length:
             self._max_length = max(tokens, 2 * self._max_length)
             self.reset()
+
+    def goes_on_from(self, position: int, rows: int) -> bool:
+        """Whether a step of so many rows from there is one that the server's cache is ready for."""
+        if self.segment.span.extended:
+            return self.position >= position
+        return self.counted == position and self.rows in (0, rows)
 
     def content_with_less(self, error: RemoteError) -> bool:
         """After a refusal: if the server would reserve less, and that is enough, begin anew so."""
@@ -245,6 +254,8 @@ class Hop:
         message = self._writer.write(request, route)
         packed = time.perf_counter()
         self._owed.append((request, route))
+        self.rows = request.hidden.shape[0]
+        self.counted += request.hidden.shape[1]
         self.rows_version = request.rows_version
         with self._blamed(), self._watch(request) as stream:
             await stream.send(message)

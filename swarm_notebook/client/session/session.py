@@ -117,6 +117,11 @@ class InferenceSession:
         """In the current pass, ``block`` gets this input instead of the one before's output."""
         self.history.edit(block, hidden)
 
+    @property
+    def edited(self) -> frozenset[int]:
+        """Blocks whose input a hook decided in the latest pass: it will again, most likely."""
+        return self.history.edited_last
+
     def copy_from(self, other: InferenceSession) -> None:
         """Begin where another session is; the servers rebuild its caches when they are needed."""
         self.history, self._absent = other.history.copy(), other._absent

@@ -31,6 +31,7 @@ class Call:
         asked: how often the rotary modules had been asked before.
         unmasked: the decoder gave its first block no mask; None before that.
         embeddings: rotary embeddings that blocks were given and servers have, too.
+        edited: blocks whose input a hook decided in the pass before.
         kept: how many of the last positions of the last block's output are needed; None for all.
         packs: transformers would take positions that begin again for sequences packed in one row.
     """
@@ -49,6 +50,7 @@ class Call:
     recorded: set[tuple[int, str]]
     last: int
     kept: int | None
+    edited: frozenset[int]
     packs: bool
     asked: int
     unmasked: bool | None = None
@@ -80,6 +82,14 @@ class Call:
         if place is not None:
             self.place = place + 1
         return place
+
+    def end_before_edits(self, index: int) -> None:
+        """Let the request from block ``index`` on end where a hook changes the state, most likely.
+
+        What lies behind would be computed for nothing, and again with the changed state.
+        """
+        ends = (block for block in self.edited if block > index and block - 1 in self.states)
+        self.end = min([self.end, *ends])
 
     def refuse_detours(self, index: int, before: int, place: int | None) -> None:
         """With a cache, all blocks have to be called as they are listed."""

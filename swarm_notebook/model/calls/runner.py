@@ -224,6 +224,7 @@ class Runner:
             recorded=recorded,
             last=position + new if ids is None else int(ids.max()) + 1,
             kept=kept if unseen else None,
+            edited=frozenset() if cache is None else cache.session.edited,
             packs=packs,
             asked=self._rotations.count,
             whole=own and not boundaries and layout.one_stretch,
@@ -383,6 +384,8 @@ class Runner:
             if call.adapter is not None and "alora_offsets" in call.adapter.by_row:
                 raise Unsupported(_ALORA)
         call.end = index + 1 if place is None else call.layout.stretch_end(place)
+        if not stateless:
+            call.end_before_edits(index)
         length = self._rotations.length(call.last)
         request = request_of(call, index, hidden, self._prompts(index, call.end), length)
         if stateless and not call.packs and request.position_ids is not None:
