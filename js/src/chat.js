@@ -22,6 +22,7 @@ import { copyButton, downloadButton, exportBar } from "./export.js";
  * @typedef {{ role: string, text: string, html?: string, edited?: boolean, branch: number[],
  *   suspicion?: string, beside?: Turn & { branch: number } }} Turn
  */
+/** An edit that was begun in a turn, of which text. @typedef {{ turn: number, of: string, text: string }} Edit */
 
 const NAMES = /** @type {Record<string, string>} */ ({
   user: "You",
@@ -66,40 +67,49 @@ function entry(attributes, send, leave) {
 }
 
 /**
- * Keep what is typed in the model after a pause of typing: it is there again when the page was
- * loaded anew, and in other views.
- * @param {Model} model
+ * Keep what is typed in an area after a pause of typing, and when it is left.
  * @param {HTMLTextAreaElement} area
+ * @param {(text: string) => void} keep
  */
-function keepTyped(model, area) {
+function keepTyped(area, keep) {
   /** @type {number | undefined} */
   let timer;
+  const typing = () => timer !== undefined;
   const save = () => {
     clearTimeout(timer);
     timer = undefined;
-    if (area.value !== model.get("typed")) set(model, "typed", area.value);
+    keep(area.value);
   };
-  area.addEventListener("input", () => {
+  const touch = () => {
     clearTimeout(timer);
     timer = window.setTimeout(save, PAUSE);
-  });
+  };
+  area.addEventListener("input", touch);
   area.addEventListener("blur", save);
-  const end = follow(model, ["typed"], () => {
-    const typing = timer !== undefined || area.matches(":focus");
-    if (!typing) area.value = model.get("typed");
-  });
   return {
+    area,
     save,
+    typing,
+    touch,
+    /** @param {string} text what was typed elsewhere, which nobody sees who is typing here */
+    show: (text) => {
+      if (!typing() && !area.matches(":focus")) area.value = text;
+    },
+    drop: () => {
+      clearTimeout(timer);
+      timer = undefined;
+      area.removeEventListener("blur", save);
+    },
     end: () => {
-      if (timer !== undefined) save();
-      end();
+      if (typing()) save();
     },
   };
 }
 
 /** @param {{ model: Model, root: HTMLElement }} view */
 function build({ model, root }) {
-  let editing = -1;
+  /** The boxes in which turns are edited, by turn. @type {Map<number, ReturnType<typeof keepTyped>>} */
+  const boxes = new Map();
   const log = h("div", {
     class: "sn-log",
     role: "log",
@@ -120,16 +130,58 @@ function build({ model, root }) {
   );
   const empty = h("p", { class: "sn-dim" }, "No messages yet.");
 
+  /**
+   * The edit that was begun in a turn, and is neither sent nor given up. One of a turn that another
+   * branch has in this place waits until that branch is shown again.
+   * @param {number} at
+   * @returns {Edit | undefined}
+   */
+  const editOf = (at) =>
+    /** @type {Edit[]} */ (model.get("edits")).find(
+      (one) => one.turn === at && one.of === model.get("turns")[at]?.text,
+    );
+
+  /**
+   * @param {number} at
+   * @param {string | null} text null: no edit any more
+   */
+  function keepEdit(at, text) {
+    const known = editOf(at);
+    if (known?.text === (text ?? undefined)) return;
+    const others = /** @type {Edit[]} */ (model.get("edits")).filter((one) => one !== known);
+    const of = model.get("turns")[at].text;
+    set(model, "edits", text === null ? others : [...others, { turn: at, of, text }]);
+  }
+
+  /** @param {number} at */
+  function giveUp(at) {
+    boxes.get(at)?.drop();
+    keepEdit(at, null);
+  }
+
+  /** @param {number} at */
+  function editBox(at) {
+    const area = entry(
+      { "aria-label": "Edit this turn", "data-testid": "edit-text" },
+      (text) => change(at, text),
+      () => giveUp(at),
+    );
+    const before = boxes.get(at);
+    const box = keepTyped(area, (text) => editOf(at) && keepEdit(at, text));
+    if (before?.typing()) {
+      area.value = before.area.value;
+      box.touch();
+    } else area.value = editOf(at)?.text ?? "";
+    before?.drop();
+    boxes.set(at, box);
+    return area;
+  }
+
   /** @param {{ turn: Turn, at: number, edited: boolean }} item */
   function article({ turn, at, edited }) {
     let said = words(turn);
     if (edited) {
-      const area = entry(
-        { "aria-label": "Edit this turn", "data-testid": "edit-text" },
-        (text) => change(at, text),
-        () => edit(-1),
-      );
-      area.value = turn.text;
+      const area = editBox(at);
       const label = turn.role === "user" ? "Send" : "Save";
       fill(
         said,
@@ -138,7 +190,7 @@ function build({ model, root }) {
           "div",
           { class: "sn-bar" },
           button(label, "edit-save", () => change(at, area.value), "sn-primary"),
-          button("Cancel", "edit-cancel", () => edit(-1)),
+          button("Cancel", "edit-cancel", () => giveUp(at)),
           h("span", { class: "sn-dim", "data-testid": "edit-what" }, whatEditDoes(at)),
         ),
       );
@@ -192,7 +244,7 @@ function build({ model, root }) {
     /** @type {Array<{ name: string, at: number, say?: any }>} */
     const found = [];
     if (count > 1) found.push({ name: "step", at, say: [which, count, idle] });
-    if (idle && editing !== at) found.push({ name: "edit", at, say: whatEditDoes(at) });
+    if (idle && !editOf(at)) found.push({ name: "edit", at, say: whatEditDoes(at) });
     if (idle && last && turn.role !== "system") found.push({ name: "retry", at, say: turn.role });
     if (count > 1) found.push({ name: "compare", at, say: [which, count, Boolean(turn.beside)] });
     return [...found, { name: "copy", at }];
@@ -225,7 +277,7 @@ function build({ model, root }) {
   function show() {
     const turns = /** @type {Turn[]} */ (model.get("turns"));
     const running = isRunning(model);
-    const items = turns.map((turn, at) => ({ turn, at, edited: editing === at }));
+    const items = turns.map((turn, at) => ({ turn, at, edited: Boolean(editOf(at)) }));
     const focus = focused();
     sight.during(() => {
       keepItems(past, items, article);
@@ -242,24 +294,32 @@ function build({ model, root }) {
       if (running || turns.length) empty.remove();
       else log.append(empty);
     });
-    if (focus) past.children[focus.at]?.querySelectorAll("button").forEach((one) => {
-      if (one.dataset.testid === focus.id) one.focus();
+    for (const [at, box] of boxes) {
+      const text = editOf(at)?.text;
+      if (text === undefined) boxes.delete(at);
+      else box.show(text);
+    }
+    root.querySelectorAll('[data-testid="edit-save"]').forEach((one) => {
+      /** @type {HTMLButtonElement} */ (one).disabled = running;
+    });
+    if (!focus) return;
+    past.children[focus.at]?.querySelectorAll("button, textarea").forEach((one) => {
+      if (one instanceof HTMLElement && one.dataset.testid === focus.id) one.focus();
     });
   }
 
-  /** Which button of which turn has the focus: a turn that changes is made anew. */
+  /** What of which turn has the focus: a turn that changes is made anew. */
   function focused() {
     const active = /** @type {Document} */ (root.getRootNode()).activeElement;
     const at = [...past.children].findIndex((one) => one.contains(active));
-    const id = active instanceof HTMLButtonElement && active.dataset.testid;
+    const id = active instanceof HTMLElement && active.dataset.testid;
     return at >= 0 && id ? { at, id } : null;
   }
 
   /** @param {number} at */
   function edit(at) {
-    editing = at;
-    show();
-    /** @type {HTMLElement | null} */ (log.querySelector("textarea"))?.focus();
+    keepEdit(at, model.get("turns")[at].text);
+    boxes.get(at)?.area.focus();
   }
 
   /**
@@ -268,8 +328,8 @@ function build({ model, root }) {
    */
   function change(turn, text) {
     if (isRunning(model) || !text.trim() || !isAlive(model)) return;
+    giveUp(turn);
     act(model, "edit", { turn, text });
-    edit(-1);
   }
 
   /** @param {string} text */
@@ -284,7 +344,9 @@ function build({ model, root }) {
     { placeholder: "Message", "aria-label": "Message", "data-testid": "message" },
     send,
   );
-  const typed = keepTyped(model, message);
+  const typed = keepTyped(message, (text) => {
+    if (text !== model.get("typed")) set(model, "typed", text);
+  });
   const start = button(
     "Send",
     "send",
@@ -332,9 +394,11 @@ function build({ model, root }) {
     controls.end,
     title.end,
     typed.end,
+    () => boxes.forEach((box) => box.end()),
     sight.end,
     ...facts.ends,
-    follow(model, ["turns", "state", "can_restore"], () => {
+    follow(model, ["typed"], () => typed.show(model.get("typed"))),
+    follow(model, ["turns", "edits", "state", "can_restore"], () => {
       const turns = /** @type {Turn[]} */ (model.get("turns"));
       const running = isRunning(model);
       start.disabled = running;
@@ -346,7 +410,6 @@ function build({ model, root }) {
       clear.title = restorable()
         ? "Bring back what was said before"
         : "Begin anew; what was said is kept and can be brought back";
-      if (running) editing = -1;
       show();
     }),
     follow(model, ["live"], () => {

@@ -39,6 +39,7 @@ const model = (more = {}) =>
     turns: TURNS,
     live: "",
     typed: "",
+    edits: [],
     can_restore: false,
     ...more,
   });
@@ -223,6 +224,53 @@ describe("typing", () => {
     expect(fake.sent).toEqual([{ action: "send", with: { text: "half a sentence" } }]);
     expect([fake.saved.typed, area.value]).toEqual(["", ""]);
     vi.useRealTimers();
+  });
+
+  test("an edit inside of a turn is kept, is there in a new view, and waits on its branch", () => {
+    vi.useFakeTimers();
+    const fake = model();
+    const view = show(chat, fake);
+    view.byId("edit").click();
+    const area = field(view, "edit-text");
+    expect([area.value, area.matches(":focus")]).toEqual(["<b>hi</b>", true]);
+    area.value = "hello";
+    area.dispatchEvent(new Event("input"));
+    vi.advanceTimersByTime(500);
+    const kept = { turn: 0, of: "<b>hi</b>", text: "hello" };
+    expect(fake.saved.edits).toEqual([kept]);
+    const other = show(chat, fake);
+    expect(field(other, "edit-text").value).toBe("hello");
+    area.value = "hello there";
+    area.dispatchEvent(new Event("input"));
+    // The turn gets a second branch while somebody types: the box is made anew.
+    fake.update({ turns: [{ ...TURNS[0], branch: [0, 2] }, TURNS[1]] });
+    expect(field(view, "edit-text").value).toBe("hello there");
+    expect(field(view, "edit-text").matches(":focus")).toBe(true);
+    field(view, "edit-text").blur();
+    expect(field(other, "edit-text").value).toBe("hello there");
+    fake.update({ turns: [{ ...TURNS[0], text: "another branch", branch: [1, 2] }] });
+    expect(view.byId("edit-text")).toBe(null);
+    fake.update({ turns: TURNS });
+    expect(field(view, "edit-text").value).toBe("hello there");
+    fake.update({ state: "writing" });
+    press(field(view, "edit-text"), "Enter");
+    expect(fake.sent).toEqual([]);
+    expect(/** @type {HTMLButtonElement} */ (view.byId("edit-save")).disabled).toBe(true);
+    fake.update({ state: "idle" });
+    press(field(view, "edit-text"), "Enter");
+    expect(fake.sent).toEqual([{ action: "edit", with: { turn: 0, text: "hello there" } }]);
+    expect([fake.saved.edits, view.byId("edit-text"), other.byId("edit-text")]).toEqual([[], null, null]);
+    vi.useRealTimers();
+  });
+
+  test("an edit that was given up leaves the turn as it was", () => {
+    const fake = model();
+    const view = show(chat, fake);
+    view.byId("edit").click();
+    field(view, "edit-text").value = "nothing of this stays";
+    press(field(view, "edit-text"), "Escape");
+    expect([fake.saved.edits, view.byId("edit-text"), fake.sent]).toEqual([[], null, []]);
+    expect(view.all("[data-role=user]")[0].textContent).toContain("<b>hi</b>");
   });
 
   test("Enter sends, Shift+Enter does not, an empty message does not; no key gets out", () => {

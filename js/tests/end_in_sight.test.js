@@ -6,7 +6,7 @@ import { FakeModel } from "./fake_model.js";
 
 const ROW = 50; // pixels
 const HEIGHT = 200;
-const RUN = { prompt: "", seed: null, state: "idle", progress: [], stats: {}, waiting: {}, adapters: [], typed: "", touched: [], suspicion: "" };
+const RUN = { prompt: "", seed: null, state: "idle", progress: [], stats: {}, waiting: {}, adapters: [], typed: "", edits: [], touched: [], suspicion: "" };
 
 // A browser's layout, as far as scrolling needs it: what is not on the page has no size and cannot
 // be scrolled.

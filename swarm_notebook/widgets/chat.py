@@ -54,6 +54,7 @@ class ChatWidget(WritingWidget, module="chat"):
             wrong since, where answers are audited.
         live: the HTML of the answer that is being written.
         typed: what stands in the box for the next message.
+        edits: those begun in the view and not sent: ``turn``, ``of`` (its text), ``text``.
         can_restore: whether `restore` brings something back.
 
     Raises:
@@ -66,6 +67,7 @@ class ChatWidget(WritingWidget, module="chat"):
     turns: traitlets.List[dict[str, Any]] = traitlets.List().tag(sync=True)
     live = traitlets.Unicode().tag(sync=True)
     typed = traitlets.Unicode().tag(sync=True)
+    edits: traitlets.List[dict[str, Any]] = traitlets.List().tag(sync=True)
     can_restore = traitlets.Bool().tag(sync=True)
 
     def __init__(

@@ -90,6 +90,9 @@ def test_what_is_typed_and_all_branches_are_there_after_a_reload(
 ) -> None:
     prompts = notebook.run("sn.widgets.GenerateWidget(swarm)").get_by_test_id("prompt")
     prompts.fill("Once upon a")
+    turns(chat).nth(2).get_by_test_id("edit").click()
+    edit = turns(chat).nth(2).get_by_test_id("edit-text")
+    edit.fill("Tell me a short")
     chat.get_by_test_id("message").fill("And the")
     # Nobody leaves the box: it is kept after a pause.
     notebook.page.wait_for_function(
@@ -100,7 +103,11 @@ def test_what_is_typed_and_all_branches_are_there_after_a_reload(
     notebook.open(lab.address(notebook.path.name))
     expect(chat.get_by_test_id("message")).to_have_value("And the")
     expect(prompts).to_have_value("Once upon a")
+    expect(edit).to_have_value("Tell me a short")
     assert notebook.value("chat.typed") == "'And the'"
+    assert notebook.value("chat.edits[0]['text']") == "'Tell me a short'"
+    edit.press("Escape")
+    expect(edit).to_have_count(0)
     expect(turns(chat)).to_have_count(4)
     expect(turns(chat).first.get_by_test_id("place")).to_have_text("2/2")
     turns(chat).first.get_by_test_id("previous").click()
