@@ -10,12 +10,14 @@ model no extra round trip; what writes costs one, from the written block on.
     patch(swarm, clean, corrupted, metric)
     path_patch(swarm, clean, corrupted, metric)                          # who reads whom
     patch_heads(swarm, clean, corrupted, metric, blocks=3)               # after swarm.own(3)
+    attention_patterns(swarm, text, blocks=3)                            # after swarm.own(3)
     vector = steering_vector(swarm, happy, sad, block=14)
     with vector.steer(swarm, scale=4): swarm.model.generate(...)
 
 *Block k's state* means its output: the residual stream after block k.
 """
 
+from swarm_notebook.probing.attention import AttentionPatterns, HeadPattern, attention_patterns
 from swarm_notebook.probing.heads import HeadPatching, patch_heads
 from swarm_notebook.probing.lens import Lens, decode_states, logit_lens, token_ranks
 from swarm_notebook.probing.linear import Confusion, LinearProbe, Probes, linear_probe, load_probes
@@ -26,8 +28,10 @@ from swarm_notebook.probing.steering import SteeringVector, load_vector, steer, 
 from swarm_notebook.probing.view import HiddenStates, load_states
 
 __all__ = [
+    "AttentionPatterns",
     "Confusion",
     "HeadPatching",
+    "HeadPattern",
     "HiddenStates",
     "Lens",
     "LinearProbe",
@@ -35,6 +39,7 @@ __all__ = [
     "PathPatching",
     "Probes",
     "SteeringVector",
+    "attention_patterns",
     "decode_states",
     "hidden_states",
     "linear_probe",

@@ -102,7 +102,7 @@ def patch_heads(
     *,
     blocks: Blocks | None = None,
     positions: Iterable[int] | None = None,
-    projection: str = "self_attn.o_proj",
+    projection: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> HeadPatching:
     """Restore the clean output of each head of the corrupted run.
@@ -111,31 +111,35 @@ def patch_heads(
         target, clean, corrupted, metric, tokenizer: as for `patch`.
         blocks: a block, a list, a range or a slice, at home; None is all.
         positions: where it is restored; None is all from the first token that differs.
-        projection: the name, in a block, of the linear layer that reads what the heads give.
+        projection: the name, in a block, of the layer that reads what the heads give, such as
+            ``"self_attn.o_proj"``. None takes the last one with a matrix that runs in the module
+            that attends.
 
     Raises:
         Unsupported: a block runs on a server; the message says how to bring it home.
-        ValueError: as `patch`; or a block has no such layer.
+        ValueError: as `patch`; or a block has no such layer, or none that can be found.
     """
     subject = Subject.of(target, tokenizer)
     chosen, good, bad = subject.chosen(blocks), subject.ids(clean), subject.ids(corrupted)
     places = places_of(positions, subject, good, bad)
-    layers = {block: _layer(subject, block, projection) for block in chosen}
+    able = {block: _layers(subject, block, projection) for block in chosen}
+    layers: dict[int, nn.Module] = {}
     heads = subject.model.config.get_text_config().num_attention_heads
     states: dict[int, torch.Tensor] = {}
     scores: list[list[float]] = []
 
-    def keep(block: int) -> Edit:
+    def keep(block: int, layer: nn.Module) -> Edit:
         def note(state: torch.Tensor) -> torch.Tensor:
-            states[block] = state[0].detach()
+            states[block], layers[block] = state[0].detach(), layer  # the last to run stays
             return state
 
         return note
 
     with subject.at_rest():
         with ExitStack() as hooks:
-            for block, layer in layers.items():
-                hooks.enter_context(_editing_input(layer, keep(block)))
+            for block, found in able.items():
+                for layer in found:
+                    hooks.enter_context(_editing_input(layer, keep(block, layer)))
             # The clean run is the last of the two, and so the one whose states are kept.
             score_clean, score_corrupted = scores_of_both(subject, good, bad, metric)
         rows, at = bad.expand(heads, -1), [place - len(bad) for place in places]
@@ -148,12 +152,20 @@ def patch_heads(
     )
 
 
-def _layer(subject: Subject, block: int, name: str) -> nn.Module:
+def _layers(subject: Subject, block: int, name: str | None) -> list[nn.Module]:
+    """The layer of that name; or those of the block's attention, the last of which is meant."""
     modules = dict(subject.blocks[block].named_modules())
-    if name not in modules:
+    if name is None:
+        attention = subject.attention(block)
+        parts = list(attention.children()) if attention else []
+        found = [one for one in parts if any(weight.dim() == 2 for weight in one.parameters())]
+    else:
+        found = [modules[name]] if name in modules else []
+    if not found:
         linear = ", ".join(key for key, one in modules.items() if isinstance(one, nn.Linear))
-        raise ValueError(f"projection: block {block} has no {name!r}; its linear layers: {linear}")
-    return modules[name]
+        wrong = f"has no {name!r}" if name else "has no module that is known to attend"
+        raise ValueError(f"projection: block {block} {wrong}; its linear layers: {linear}")
+    return found
 
 
 @contextmanager

@@ -78,6 +78,14 @@ class Subject:
         total = len(self.blocks)
         return list(range(total)) if blocks is None else which(blocks, total)
 
+    def attention(self, block: int) -> nn.Module | None:
+        """The module of a block that attends: the one inside of it that keeps its layer's place in
+        the cache (``layer_idx``). None if there is not exactly one.
+        """
+        _whole, *inside = self.blocks[block].modules()
+        found = [one for one in inside if "layer_idx" in vars(one)]
+        return found[0] if len(found) == 1 else None
+
     def ids(self, text: Text) -> torch.Tensor:
         """The token ids of one text, ``[tokens]``; ids pass through.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -233,6 +234,14 @@ def test_patch_heads(pair: Pair) -> None:
     assert len(remote.to_pandas()) == 2 * heads
     assert "<table>" in remote._repr_html_()
     assert repr(remote).splitlines()[1].split()[:3] == ["block", "h0", "h1"]
+    named = probing.patch_heads(
+        pair.local,
+        *(pair.tokenizer(text).input_ids for text in (clean, corrupted)),
+        metric,
+        blocks=[1, 3],
+        projection="self_attn.o_proj",
+    )
+    assert torch.equal(named.scores, local.scores)
     with pytest.raises(ValueError, match=r"its linear layers: .*o_proj"):
         probing.patch_heads(pair.local, [40, 41], [40, 42], metric, projection="out")
     # One of them by hand.
@@ -252,6 +261,55 @@ def test_patch_heads(pair: Pair) -> None:
         by_hand = metric(pair.local(texts[1]).logits[:, -1])
         handle.remove()
     assert remote.scores[1, 1].item() == pytest.approx(by_hand.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("gpt2", "attn.c_proj"), ("bloom", "self_attention.dense"), ("qwen3", "self_attn.o_proj")],
+)
+def test_what_reads_the_heads_is_found_in_every_architecture(
+    family: str, name: str, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(family, tmp_path)).eval()
+    texts = [40, 41, 42], [40, 43, 42]
+    found = probing.patch_heads(model, *texts, lambda logits: logits[:, 7])
+    named = probing.patch_heads(model, *texts, lambda logits: logits[:, 7], projection=name)
+    assert torch.equal(found.scores, named.scores)
+
+
+@pytest.mark.works("Probing: attention patterns, of blocks at home")
+def test_attention_patterns(pair: Pair) -> None:
+    with pytest.raises(Unsupported, match=r"swarm\.own"):
+        probing.attention_patterns(pair.swarm, "it was", blocks=1)
+    pair.swarm.own([1, 3])
+    try:
+        remote = probing.attention_patterns(pair.swarm, "it was", blocks=[1, 3])
+    finally:
+        pair.swarm.release()
+    local = probing.attention_patterns(
+        pair.local, "it was", blocks=[1, 3], tokenizer=pair.tokenizer
+    )
+    same(remote.weights, local.weights)
+    model = copy.deepcopy(pair.local)
+    model.set_attn_implementation("eager")
+    ids = pair.tokenizer("it was", return_tensors="pt").input_ids
+    with torch.no_grad():
+        real = model(ids, output_attentions=True).attentions
+    same(local.weights, torch.stack([real[block][0] for block in (1, 3)]))
+    # Afterwards everything is as it was.
+    implementations = {pair.swarm.model.config._attn_implementation}
+    assert implementations | {pair.local.config._attn_implementation} == {"sdpa"}
+    heads = pair.local.config.num_attention_heads
+    assert repr(remote).splitlines()[2].split()[0] == "3.0"
+    assert len(repr(remote).splitlines()) == 2 + 2 * heads
+    assert len(remote.to_pandas()) == 2 * heads * 21
+    one = remote.head(3, 1)
+    same(one.weights.sum(-1), torch.ones(6))
+    assert "<table>" in one._repr_html_()
+    assert "<table>" in remote._repr_html_()
+    assert repr(one).splitlines()[1].split()[:3] == ["from", "i", "t"]
+    with pytest.raises(LookupError, match=r"blocks \[1, 3\]"):
+        remote.head(2, 0)
 
 
 @pytest.mark.works("Probing: `steer`, `patch`, linear probes, the logit lens")
