@@ -6,18 +6,13 @@ package. Both give what the package gives, bit by bit.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from swarm_notebook.checkpoint.files.gguf import GgufWeights
-from swarm_notebook.checkpoint.packed import Packed, matrices, replace
-from swarm_notebook.checkpoint.parts.partial import LoadedBlocks
-
-logger = logging.getLogger(__name__)
+from swarm_notebook.checkpoint.packed import Packed
 
 # Weights that share a scale, in the types that are unpacked here.
 _GROUP = 32
@@ -80,37 +75,3 @@ _READERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Q4_1": _q4_1,
     "Q8_0": _q8_0,
 }
-
-
-def keep_packed(weights: GgufWeights, one: LoadedBlocks) -> tuple[int, int]:
-    """Put the bytes of the file in the place of a block's matrices.
-
-    Only where they unpack to exactly what was loaded: what is put together of several tensors, or
-    stored in another order than by rows, stays as it was loaded.
-
-    Returns:
-        bytes and numbers of the block's matrices.
-    """
-    (layer,) = one.layers
-    nbytes = count = 0
-    for name, module, attribute, loaded in list(matrices(layer)):
-        packed = _stored(weights, f".{one.start}.{name}", loaded)
-        count += loaded.numel()
-        if packed is None:
-            nbytes += loaded.numel() * loaded.itemsize
-            logger.info("block %d: %s is not packed in memory", one.start, name)
-            continue
-        nbytes += packed.nbytes
-        replace(module, attribute, packed, loaded.dtype)
-    return nbytes, count
-
-
-def _stored(weights: GgufWeights, ending: str, loaded: torch.Tensor) -> PackedGguf | None:
-    named = [name for name in weights.names() if name.endswith(ending)]
-    found = weights.rows(named[0]) if len(named) == 1 else None
-    if found is None:
-        return None
-    kind, raw = found
-    packed = PackedGguf(kind, loaded.shape, torch.from_numpy(raw).to(loaded.device))
-    same = torch.equal(packed.unpack(loaded.dtype), loaded)
-    return packed if same else None

@@ -104,7 +104,7 @@ class PackedGrid(Packed):
             return self.planes[0]
         values: torch.Tensor | int = 0
         for plane, (bits, shift) in zip(self.planes, _PLANES[self.grid.bits], strict=True):
-            values = values | (_spread(plane, bits) << shift)
+            values = values | (spread(plane, bits) << shift)
         return torch.as_tensor(values).to(torch.int8) - (1 << (self.grid.bits - 1))
 
 
@@ -112,14 +112,14 @@ class PackedGrid(Packed):
 _PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),)}
 
 
-def _spread(plane: torch.Tensor, bits: int) -> torch.Tensor:
+def spread(plane: torch.Tensor, bits: int) -> torch.Tensor:
     """Bytes to integers: the lowest bits of all bytes first, then the next ones."""
     mask = (1 << bits) - 1
     return torch.cat([(plane >> shift) & mask for shift in range(0, 8, bits)], dim=1)
 
 
-def _gathered(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integers to bytes, as `_spread` reads them."""
+def gathered(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers to bytes, as `spread` reads them."""
     mask = (1 << bits) - 1
     parts = values.chunk(8 // bits, dim=1)
     plane = parts[0] & mask
@@ -183,7 +183,7 @@ def _pack_rows(
         best = tuple(torch.where(better, a, b) for a, b in zip(new, best, strict=True))
     _, integers, scale, offset = best
     unsigned = (integers.reshape(values.shape) + half).to(torch.uint8)
-    planes = tuple(_gathered(unsigned >> shift, bits) for bits, shift in _PLANES[grid.bits])
+    planes = tuple(gathered(unsigned >> shift, bits) for bits, shift in _PLANES[grid.bits])
     return planes, scale.squeeze(2), offset.squeeze(2)
 
 

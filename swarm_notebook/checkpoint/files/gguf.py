@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
+    from swarm_notebook.checkpoint.packed import Packed
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -270,6 +272,24 @@ class GgufWeights:
     def samples(self) -> list[Sample]:
         return [file.sample(name) for name, file in self._files.items()]
 
+    def packed(self, name: str, shape: torch.Size, device: torch.device) -> Packed | None:
+        """A matrix as it is stored; None if it is not stored as one, row by row."""
+        import torch
+
+        from swarm_notebook.checkpoint.gguf_packed import PackedGguf
+
+        found = self.rows(name)
+        return found and PackedGguf(found[0], shape, torch.from_numpy(found[1]).to(device))
+
+    def packed_bytes(self, name: str, itemsize: int) -> int:
+        """What a tensor takes if it stays as it is stored, or is no matrix."""
+        matrix = len(self._parts[name]) == 1 and self._matrix(self._parts[name][0])
+        return self._lazy(name).nbytes if matrix else self.count([name]) * itemsize
+
+    def _matrix(self, part: str) -> bool:
+        file = self._files[part]
+        return len(file.tensors[part].shape) > 1 and file.kind(part).name != "F32"
+
     def _lazy(self, name: str) -> LazyTensor:
         nbytes = sum(self._files[part].nbytes(part) for part in self._parts[name])
         return LazyTensor(lambda: self._read(name), nbytes)
@@ -302,7 +322,7 @@ class GgufWeights:
         (part,) = self._parts[name]
         file = self._files[part]
         shape, kind = file.tensors[part].shape, file.kind(part)
-        if len(shape) < 2 or kind.name == "F32":
+        if not self._matrix(part):
             return None
         raw = file.raw(part).reshape(-1, file.raw(part).shape[-1])
         # Where the rows go shows in what becomes of their numbers; float32 holds them exactly.

@@ -1,8 +1,8 @@
-"""Checkpoints of GPTQ and AWQ, whose integers lie in words of 32 bits, unpacked as they are read.
+"""Checkpoints of GPTQ and AWQ, whose integers lie in words of 32 bits.
 
 The libraries that run them want a card. What they compute is defined, though: a weight is
 ``(integer - zero) * scale``, with a zero and a scale for each group of inputs. So a server takes
-the values, tensor by tensor, and may pack them anew (`--bits`). Shapes, types and scales are
+the values, tensor by tensor, or keeps the integers (`words_packed`). Shapes, types and scales are
 checked before anything is unpacked.
 """
 
@@ -17,6 +17,8 @@ from swarm_notebook.errors import ModelNotFound, Unsupported
 
 if TYPE_CHECKING:
     import torch
+
+    from swarm_notebook.checkpoint.words_packed import PackedWords
 
 METHODS = ("gptq", "awq")
 
@@ -51,8 +53,9 @@ class WordWeights:
                 "for"
             )
         self._group = told.get("group_size", 128)
+        self._names = set(stored.names())
         self._packed = {
-            name.removesuffix(".qweight") for name in stored.names() if name.endswith(".qweight")
+            name.removesuffix(".qweight") for name in self._names if name.endswith(".qweight")
         }
 
     def names(self) -> list[str]:
@@ -64,14 +67,46 @@ class WordWeights:
         modules = [name.removesuffix(".weight") for name in wanted]
         packed = {module for module in modules if module in self._packed}
         found = self._stored.lazy(name for name in wanted if name[: -len(".weight")] not in packed)
-        known = set(self._stored.names())
         for module in packed:
-            parts = [part for part in _PARTS if f"{module}.{part}" in known]
-            lazy = self._stored.lazy(f"{module}.{part}" for part in parts)
-            found[f"{module}.weight"] = self._lazy(
-                module, {part: lazy[f"{module}.{part}"] for part in parts}
-            )
+            found[f"{module}.weight"] = self._lazy(module, self._parts(module))
         return found
+
+    def packed(self, name: str, _: torch.Size, device: torch.device) -> PackedWords | None:
+        """A matrix as it is stored; None if it is stored as it is."""
+        module = name.removesuffix(".weight")
+        if module not in self._packed:
+            return None
+        parts = self._parts(module)
+        self._check(module, {part: lazy.slice.get_shape() for part, lazy in parts.items()})
+        return self._packed_of(module, parts).on(device)
+
+    def packed_bytes(self, name: str, itemsize: int) -> int:
+        """What a tensor takes if it stays as it is stored, or is no matrix."""
+        module = name.removesuffix(".weight")
+        if module not in self._packed:
+            return self.count([name]) * itemsize
+        parts = self._parts(module)
+        groups, rows = parts["scales"].slice.get_shape()
+        index = parts["g_idx"].nbytes if "g_idx" in parts else 0
+        return parts["qweight"].nbytes + parts["scales"].nbytes + groups * rows + index
+
+    def count(self, names: Iterable[str]) -> int:
+        """How many numbers tensors have."""
+        found = 0
+        for name in names:
+            module = name.removesuffix(".weight")
+            if module in self._packed:
+                words = self._stored.lazy([f"{module}.qweight"])[f"{module}.qweight"]
+                found += math.prod(words.slice.get_shape()) * (_WORD // self._bits)
+            else:
+                found += math.prod(self._stored.lazy([name])[name].slice.get_shape())
+        return found
+
+    def _parts(self, module: str) -> dict[str, LazyTensor]:
+        names = {part: f"{module}.{part}" for part in _PARTS}
+        known = {part: name for part, name in names.items() if name in self._names}
+        lazy = self._stored.lazy(known.values())
+        return {part: lazy[name] for part, name in known.items()}
 
     def samples(self) -> list[Sample] | None:
         return self._stored.samples()
@@ -84,7 +119,9 @@ class WordWeights:
         self._check(module, {part: lazy.slice.get_shape() for part, lazy in parts.items()})
 
         def read() -> torch.Tensor:
-            return self._unpack(module, {part: lazy.read() for part, lazy in parts.items()})
+            import torch
+
+            return self._packed_of(module, parts).unpack(torch.float32)
 
         return LazyTensor(read, sum(lazy.nbytes for lazy in parts.values()))
 
@@ -114,28 +151,30 @@ class WordWeights:
                     f"{tuple(expected[part])}"
                 )
 
-    def _unpack(self, module: str, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _packed_of(self, module: str, parts: Mapping[str, LazyTensor]) -> PackedWords:
         import torch
 
-        words, zero_words, scales = parts["qweight"], parts["qzeros"], parts["scales"]
+        from swarm_notebook.checkpoint.words_packed import packed_words
+
+        tensors = {part: lazy.read() for part, lazy in parts.items()}
+        words, zero_words, scales = (tensors[part] for part in ("qweight", "qzeros", "scales"))
         if words.dtype != torch.int32 or zero_words.dtype != torch.int32:
             raise ModelNotFound(f"{module}: its integers are not in words of 32 bits")
         if not scales.is_floating_point() or not scales.isfinite().all():
             raise ModelNotFound(f"{module}.scales has NaN or infinity in it; fetch it again")
-        most = (1 << self._bits) - 1
+        zeros = self._spread(zero_words)
         if self._awq:
-            integers, zeros = self._spread(words), self._spread(zero_words)
+            integers = self._spread(words).t()
         else:
-            integers, zeros = self._spread(words.t()).t(), self._spread(zero_words)
+            integers = self._spread(words.t())
             if str(self._version).lower() == "gptq":
-                zeros = (zeros + 1) & most  # stored less one
-        columns = integers.shape[0]
+                zeros = (zeros + 1) & ((1 << self._bits) - 1)  # stored less one
+        columns = integers.shape[1]
         groups = torch.arange(columns) // (columns if self._group == -1 else self._group)
-        index = parts.get("g_idx", groups).to(torch.int64)
+        index = tensors.get("g_idx", groups).to(torch.int64)
         if index.min() < 0 or index.max() >= len(scales):
             raise ModelNotFound(f"{module}.g_idx names groups that are not there; fetch it again")
-        values = (integers - zeros[index]).to(torch.float32) * scales.to(torch.float32)[index]
-        return values.t().contiguous()
+        return packed_words(self._bits, integers, zeros.t(), scales.t(), index)
 
     def _spread(self, words: torch.Tensor) -> torch.Tensor:
         """``[rows, words]`` to ``[rows, integers]``."""

@@ -2,7 +2,8 @@
 
 As they are, if all that are wanted fit so. Else as many as possible at bits that are good enough
 (those asked for, or what `least_bits` measures), and then the most bits at which that many fit.
-Blocks of a GGUF file that is not to be packed anew stay as they are in the file.
+Blocks that are not to be packed anew stay as their file has them, where it is one of GGUF, GPTQ or
+AWQ; what those take that transformers' quantizers read is found out with one of them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from swarm_notebook.checkpoint.anatomy import find_trunk
-from swarm_notebook.checkpoint.files.gguf import GgufWeights
+from swarm_notebook.checkpoint.as_stored import bytes_by_block, keepable
 from swarm_notebook.checkpoint.files.quantised import method_of, without_quantizer
 from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.checkpoint.files.weights import block_index
 from swarm_notebook.checkpoint.packed import matrices
 from swarm_notebook.checkpoint.parts.loading import class_for
+from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.net.wire import tensors
 from swarm_notebook.server.engine.quantising.loading import MAX_BITS, free_memory
@@ -84,17 +86,24 @@ def room_for(source: ModelSource, options: ServeOptions, packed_dtype: str) -> R
     largest = max(sizes[first:end], key=lambda size: size.nbytes(width, width))
     wanted = range(1 if options.blocks is None else count, count + 1)
     bits, memory = options.bits, options.memory
-    kept = method_of(source.config()) is not None or (bits is not None and bits >= MAX_BITS)
     if memory is None:
         memory = int(FREE_PART * free_memory(options.device))
+    if method_of(source.config()) is not None:
+        index = sizes.index(largest)
+        return Room(
+            _count(source, memory, _resident(source, index, options), wanted), bits, options.dtype
+        )
+    weights = keepable(source.weights()) if bits is None else None
+    if weights is not None and memory < count * largest.nbytes(width, width):
+        stored = bytes_by_block(weights, width // 8)
+        taken = float(max(stored.get(block, 0) for block in range(first, end)))
+        return Room(_count(source, memory, taken, wanted), None, options.dtype)
+    kept = bits is not None and bits >= MAX_BITS
     if kept or options.memory is None:
         taken = largest.nbytes(width if bits is None or kept else bits, width)
         return Room(_count(source, memory, taken, wanted), bits, options.dtype)
     if memory >= count * largest.nbytes(width, width):
         return Room(count, None, options.dtype)
-    if bits is None and (stored := _stored(source)):
-        taken = max(stored[first:end])
-        return Room(_count(source, memory, taken, wanted), None, options.dtype)
     width = _width(packed_dtype)
     if bits is None:
         dtype = tensors.dtype_from_name(packed_dtype)
@@ -154,16 +163,16 @@ def _sizes(source: ModelSource) -> list[BlockSize]:
     return found
 
 
-def _stored(source: ModelSource) -> list[int] | None:
-    """Bytes of each block in a GGUF file; None if it is none."""
-    weights = source.weights() if source.is_gguf else None
-    if not isinstance(weights, GgufWeights):
-        return None
-    found = [0] * source.config().num_hidden_layers
-    for name, lazy in weights.lazy(weights.names()).items():
-        if (block := block_index(name)) is not None:
-            found[block] += lazy.nbytes
-    return found
+def _resident(source: ModelSource, block: int, options: ServeOptions) -> int:
+    """Bytes of a block whose weights a quantizer of transformers has read."""
+    dtype = tensors.dtype_from_name(options.dtype)
+    loaded = load_blocks(source, block, block + 1, dtype=dtype, device=options.device)
+    (layer,) = loaded.layers
+    held = sum(one.nbytes for one in (*layer.parameters(), *layer.buffers()))
+    weights = source.weights()
+    lazy = weights.lazy(name for name in weights.names() if block_index(name) == block)
+    # Some keep their scales beside the modules' parameters; they are in the file, too.
+    return max(held, sum(one.nbytes for one in lazy.values()))
 
 
 def _width(dtype: str) -> int:

@@ -15,10 +15,9 @@ import psutil
 import torch
 
 from swarm_notebook.checkpoint.anatomy import find_trunk
-from swarm_notebook.checkpoint.files.gguf import GgufWeights
+from swarm_notebook.checkpoint.as_stored import Keepable, keep_packed, keepable
 from swarm_notebook.checkpoint.files.quantised import method_of, without_quantizer
 from swarm_notebook.checkpoint.files.weights import block_index
-from swarm_notebook.checkpoint.gguf_packed import keep_packed
 from swarm_notebook.checkpoint.packed import Grid, matrices, pack, replace
 from swarm_notebook.checkpoint.parts.loading import class_for
 from swarm_notebook.checkpoint.parts.partial import LoadedBlocks, load_blocks, load_one_by_one
@@ -82,15 +81,15 @@ def load_within(
     memory: int | None = None,
     **reading: Any,
 ) -> tuple[LoadedBlocks, Quantised | None]:
-    """Load blocks as they are, at ``bits`` per weight, or packed as their GGUF file has them.
+    """Load blocks as they are, at ``bits`` per weight, or packed as their file has them.
 
     Unpacked weights are faster: with the demo model on two busy cores, 10.3 tokens/s instead of
-    7.3, and a prompt in a third of the time. So a GGUF file's stay packed only where memory is
-    short, by the rule for packed copies (`products.kernels`): half of what was free is to stay
-    free.
+    7.3, and a prompt in a third of the time. So those of a GGUF file, of GPTQ or AWQ stay packed
+    only where memory is short, by the rule for packed copies (`products.kernels`): half of what was
+    free is to stay free.
 
     Args:
-        bits: None decides so for a GGUF file; 16 or more unpacks it whatever memory is there.
+        bits: None decides so for such files; 16 or more unpacks them whatever memory is there.
         reading: as for `load_blocks`.
 
     Raises: as `load_quantised`.
@@ -103,15 +102,10 @@ def load_within(
                 "are, without --bits"
             )
         return load_quantised(source, start, end, bits=bits, **reading)
-    if source.quantised_by is not None:
-        return load_blocks(source, start, end, **reading), _published(source, start, end)
-    weights = source.weights()
-    if (
-        bits is not None
-        or not isinstance(weights, GgufWeights)
-        or _fits(weights, start, end, memory=memory, **reading)
-    ):
-        return load_blocks(source, start, end, **reading), None
+    weights = keepable(source.weights())
+    if bits is not None or weights is None or _fits(weights, start, end, memory=memory, **reading):
+        told = None if source.quantised_by is None else _published(source, start, end)
+        return load_blocks(source, start, end, **reading), told
     nbytes = count = 0
 
     def change(one: LoadedBlocks) -> None:
@@ -139,7 +133,7 @@ def _published(source: ModelSource, start: int, end: int) -> Quantised | None:
 
 
 def _fits(
-    weights: GgufWeights,
+    weights: Keepable,
     start: int,
     end: int,
     *,

@@ -13,10 +13,11 @@ import pytest
 import torch
 from support.tiny import build
 
+from swarm_notebook.checkpoint.as_stored import keep_packed
 from swarm_notebook.checkpoint.files.gguf import MAX_ELEMENTS, GgufFile, GgufWeights
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.files.weights import block_index
-from swarm_notebook.checkpoint.gguf_packed import PackedGguf, keep_packed
+from swarm_notebook.checkpoint.gguf_packed import PackedGguf
 from swarm_notebook.checkpoint.packed import PackedWeight
 from swarm_notebook.checkpoint.parts.partial import (
     LoadedBlocks,

@@ -15,9 +15,14 @@ from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from swarm_notebook.checkpoint.files.source import resolve
+from swarm_notebook.checkpoint.files.weights import block_index
+from swarm_notebook.checkpoint.packed import PackedWeight
 from swarm_notebook.checkpoint.parts.partial import load_blocks, load_edges
 from swarm_notebook.errors import ModelNotFound, Unsupported
+from swarm_notebook.server.engine.products import few_bits
 from swarm_notebook.server.engine.quantising.loading import load_within
+from swarm_notebook.server.loading.room import room_for
+from swarm_notebook.server.options import ServeOptions
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
@@ -62,6 +67,62 @@ def test_values_are_those_that_the_format_defines(
     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
     assert told is not None
     assert bits[0] < told < bits[1]
+
+
+@pytest.mark.parametrize(
+    ("write", "config"),
+    [(gptq(), GPTQ), (gptq(act_order=True), {**GPTQ, "desc_act": True}), (awq, AWQ)],
+)
+def test_words_stay_packed_where_memory_is_short(
+    write: Callable[..., Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tiny_model("llama", tmp_path, **WIDE)
+    written(folder, write, **config, modules_to_not_convert=LEFT_OUT)
+    source, options = resolve(folder), {"bits": None, "dtype": torch.float32}
+    packed, told = load_within(source, 1, 3, memory=1, **options)
+    whole, _ = load_within(source, 1, 3, memory=1 << 40, **options)
+    few_bits.install(packed.layers)
+    kept = [one for layer in packed.layers for one in layer.parameters()]
+    assert sum(isinstance(one, PackedWeight) for one in kept) == 12
+    assert sum(isinstance(one, PackedWeight) for one in whole.model.parameters()) == 0
+    stored, index = source.weights(), {name: block_index(name) for name in source.weights().names()}
+    names = [name for name, block in index.items() if block in (1, 2)]
+    share = sum(lazy.nbytes for lazy in stored.lazy(names).values())
+    held = sum(one.packed.nbytes if isinstance(one, PackedWeight) else one.nbytes for one in kept)
+    assert held <= 1.05 * share
+    assert told is not None
+    assert 4.5 < told.bits < 10  # two of 14 matrices are whole
+    states = torch.randn(2, 7, 128)
+    with torch.inference_mode():
+        found, expected = (
+            one.model(inputs_embeds=states, use_cache=False).last_hidden_state
+            for one in (packed, whole)
+        )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("write", "config"), [(gptq(), GPTQ), (awq, AWQ), (fp8, FP8)])
+def test_memory_counts_what_blocks_will_take(
+    write: Callable[..., Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    """8-bit floats are dequantised on CPUs; integers in words stay."""
+    folder = tiny_model("llama", tmp_path, **WIDE)
+    written(folder, write, **config)
+    source = resolve(folder)
+
+    def held(count: int, memory: int) -> int:
+        loaded, _ = load_within(source, 0, count, bits=None, memory=memory, dtype=torch.float32)
+        return sum(
+            one.packed.nbytes if isinstance(one, PackedWeight) else one.nbytes
+            for layer in loaded.layers
+            for one in layer.parameters()
+        )
+
+    memory = int(2.5 * held(1, memory=1))
+    options = ServeOptions(folder, memory=memory, device="cpu").settled(source)
+    room = room_for(source, options, "bfloat16")
+    assert (room.blocks, room.bits) == (2, None)
+    assert held(2, memory) <= memory
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])

@@ -1,0 +1,84 @@
+"""A matrix of GPTQ's or AWQ's integers in memory: ``(integer - zero) * scale``, exactly.
+
+torch's own operator for four bits wants scales in bfloat16, which does not hold float16's; so these
+are unpacked for each product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from swarm_notebook.checkpoint.packed import Packed, gathered, spread
+
+
+@dataclass(frozen=True)
+class PackedWords(Packed):
+    """One matrix.
+
+    Attributes:
+        bits: of an integer in ``plane``: 2, 4 or 8.
+        plane: ``[rows, columns * bits / 8]`` bytes.
+        zeros: ``[rows, groups]`` bytes.
+        scales: ``[rows, groups]``, in the precision of the file.
+        index: ``[columns]``, the group of each column; None where a group is of neighbours.
+    """
+
+    shape: torch.Size
+    bits: int
+    plane: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+    index: torch.Tensor | None
+
+    def parts(self) -> Sequence[torch.Tensor]:
+        parts = [self.plane, self.zeros, self.scales]
+        return parts if self.index is None else [*parts, self.index]
+
+    def on(self, device: torch.device) -> PackedWords:
+        """The same on a device."""
+        plane, zeros, scales = (part.to(device) for part in (self.plane, self.zeros, self.scales))
+        index = self.index if self.index is None else self.index.to(device)
+        return replace(self, plane=plane, zeros=zeros, scales=scales, index=index)
+
+    def unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        values = spread(self.plane, self.bits).to(torch.float32)
+        zeros, scales = self.zeros.to(torch.float32), self.scales.to(torch.float32)
+        if self.index is None:
+            groups = values.view(len(values), zeros.shape[1], -1)
+            groups.sub_(zeros[:, :, None]).mul_(scales[:, :, None])
+        else:
+            values.sub_(zeros[:, self.index]).mul_(scales[:, self.index])
+        return values.to(dtype)
+
+
+def packed_words(
+    bits: int,
+    integers: torch.Tensor,
+    zeros: torch.Tensor,
+    scales: torch.Tensor,
+    index: torch.Tensor,
+) -> PackedWords:
+    """Put integers into as few bytes as hold them.
+
+    Args:
+        bits: of an integer.
+        integers: ``[rows, columns]``.
+        zeros: ``[rows, groups]``, scales likewise.
+        index: ``[columns]``.
+    """
+    columns, groups = integers.shape[1], zeros.shape[1]
+    # Columns that do not fill their last byte get one each.
+    bits = bits if columns % (8 // bits) == 0 else 8
+    size = columns // groups
+    neighbours = size * groups == columns and torch.equal(index, torch.arange(columns) // size)
+    return PackedWords(
+        integers.shape,
+        bits,
+        gathered(integers.to(torch.uint8), bits),
+        zeros.to(torch.uint8).contiguous(),
+        scales.contiguous(),
+        None if neighbours else index.to(torch.int32),
+    )
