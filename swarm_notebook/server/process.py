@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 def main(options: ServeOptions) -> NoReturn:
     """Serve until told to leave, then end the process with exit code 0."""
+    heap.bound_compiled()
     # PEFT warns of configs. They are the notebook's, whose own PEFT has warned there.
     warnings.filterwarnings("ignore", module=r"peft\.tuners\.")
     # It plans anew for every length of a context: 60 ms per token instead of 15 on an H100.

@@ -14,6 +14,7 @@ Everything here belongs to the torch thread.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import timeit
 from collections.abc import Callable, Iterable, Sequence
@@ -174,16 +175,18 @@ def _operator(packed: PackedInt4 | PackedGrid) -> Operator:
 
 
 def _crossover(operator: Operator, packed: Packed, dtype: torch.dtype) -> int:
-    """The number of tokens up to which the operator is faster than unpacking."""
-    up_to = 0
-    for size in _SIZES:
+    """The number of tokens up to which the operator is faster than unpacking.
+
+    Looked for by halves: what oneDNN compiles for each size that is tried stays in memory.
+    """
+
+    def faster(size: int) -> bool:
         x = torch.randn(size, packed.shape[1], generator=torch.Generator()).to(dtype)
         with torch.inference_mode():
-            seconds = _seconds(partial(operator, x)), _seconds(partial(_unpacked, packed, x))
-        if seconds[0] > seconds[1]:
-            break
-        up_to = size
-    return up_to
+            return _seconds(partial(operator, x)) <= _seconds(partial(_unpacked, packed, x))
+
+    slower = bisect.bisect_left(_SIZES, True, key=lambda size: not faster(size))
+    return _SIZES[slower - 1] if slower else 0
 
 
 def _unpacked(packed: Packed, x: torch.Tensor) -> torch.Tensor:

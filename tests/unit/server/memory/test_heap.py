@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,3 +48,30 @@ def test_weights_lie_apart_and_activations_do_not() -> None:
     activations = torch.empty(size, dtype=torch.uint8)
     assert mapped() == before
     del activations
+
+
+# What oneDNN has compiled is the process's: one of its own.
+_COMPILING = """
+import psutil, torch
+from swarm_notebook.server.memory import heap
+if {bound}: heap.bound_compiled()
+weight = torch.zeros(64, 64, dtype=torch.bfloat16)
+product = torch.nn.functional.linear
+product(torch.zeros(300, 64, dtype=torch.bfloat16), weight)
+before = psutil.Process().memory_info().rss
+for tokens in range(1, 193):
+    product(torch.zeros(tokens, 64, dtype=torch.bfloat16), weight)
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+def test_prompts_of_many_lengths_leave_little_behind() -> None:
+    taken = []
+    for bound in (True, False):
+        environment = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}
+        command = [sys.executable, "-c", _COMPILING.format(bound=bound)]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        taken.append(int(found.stdout))
+    if taken[1] < 32 << 20:
+        pytest.skip("oneDNN compiles nothing here")
+    assert taken[0] < taken[1] / 2
