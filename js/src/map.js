@@ -236,13 +236,15 @@ function lossItem([when, , name, start, end, reason, taken, seconds]) {
 
 /**
  * Runs of blocks whose number of servers looks the same: none, one, two, more.
- * @param {number[][]} runs `[start, end, count]`
- * @returns {number[][]} `[start, end, lowest count, highest count]`
+ * @param {Array<[number, number, number | null]>} runs `[start, end, count]`; null: they need none
+ * @returns {Array<[number, number, number, number]>} `[start, end, lowest count, highest count]`;
+ *   both are -1 where they need none
  */
 export function looksAlike(runs) {
-  /** @type {number[][]} */
+  /** @type {Array<[number, number, number, number]>} */
   const found = [];
-  for (const [start, end, count] of runs) {
+  for (const [start, end, known] of runs) {
+    const count = known ?? -1;
     const last = found[found.length - 1];
     if (last && Math.min(last[2], 3) === Math.min(count, 3)) {
       last[1] = end;
@@ -279,6 +281,7 @@ function build({ model, root }) {
   const privacy = h("span", { class: "sn-dim", "data-testid": "privacy" });
   const cover = h("div", { class: "sn-track sn-cover", "data-testid": "coverage" });
   const way = h("div", { class: "sn-track", "data-testid": "route" });
+  const home = h("div", { class: "sn-track sn-home" });
   const body = h("tbody");
   const strip = (/** @type {string} */ title, /** @type {HTMLElement} */ track) =>
     h(
@@ -290,6 +293,8 @@ function build({ model, root }) {
         h("td", { class: kind }),
       ),
     );
+  const own = strip("this notebook", home);
+  own.dataset.testid = "home";
   const table = h(
     "table",
     { "aria-label": "Servers", role: "grid" },
@@ -310,6 +315,7 @@ function build({ model, root }) {
       ),
       strip("redundancy", cover),
       strip("route", way),
+      own,
     ),
     body,
   );
@@ -419,6 +425,13 @@ function build({ model, root }) {
     follow(model, ["coverage"], () => {
       keepItems(cover, looksAlike(model.get("coverage")), (run) => coverRun(run, blocks));
     }),
+    follow(model, ["home"], () => {
+      own.hidden = !model.get("home").length;
+      keepItems(home, model.get("home"), ([start, end]) => {
+        const title = `blocks ${start}:${end} run in this notebook`;
+        return place(h("div", { title, role: "img", "aria-label": title }), start, end, blocks);
+      });
+    }),
     follow(model, ["servers", "route", "planned"], () => {
       showRows();
       showWay();
@@ -447,10 +460,15 @@ function build({ model, root }) {
 
 /**
  * Blocks with about as many servers, as a part of the strip above all servers.
- * @param {number[]} run
+ * @param {[number, number, number, number]} run
  * @param {number} blocks
  */
 function coverRun([start, end, low, high], blocks) {
+  if (low < 0) {
+    const title = `blocks ${start}:${end}: in this notebook, no server needed`;
+    const run = h("div", { class: "sn-many", title, role: "img", "aria-label": title }, "home");
+    return place(run, start, end, blocks);
+  }
   const kind = ["sn-none", "sn-alone", "sn-few"][low] ?? "sn-many";
   const count = low === high ? String(low) : `${low}–${high}`;
   const title = `blocks ${start}:${end}: ${low ? count : "no"} server${count === "1" ? "" : "s"}`;

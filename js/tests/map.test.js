@@ -34,6 +34,7 @@ function swarm(traits = {}) {
     headline: "2 servers online, all 10 blocks served",
     missing: [],
     coverage: [[0, 10, 1]],
+    home: [],
     servers: [server("a", 0, 6), server("b", 6, 10)],
     read: NOW,
     route: [["peer-a", 0, 6], ["peer-b", 6, 10]],
@@ -64,6 +65,22 @@ describe("the swarm map", () => {
     expect(view.byId("route").textContent).toBe("ab");
     expect(view.byId("pace").textContent).toBe("no tokens yet");
     expect(view.byId("privacy").textContent).toContain("activations: none");
+  });
+
+  test("has a row for the blocks that run in the notebook, while there are any", () => {
+    const model = swarm({ home: [[2, 3], [9, 10]], coverage: [[0, 9, 1], [9, 10, null]] });
+    const view = show(map, model);
+    const row = view.byId("home");
+    expect(row.hidden).toBe(false);
+    const spans = /** @type {HTMLElement[]} */ ([...row.querySelectorAll("[role=img]")]);
+    expect(spans.map((span) => span.title)).toEqual([
+      "blocks 2:3 run in this notebook", "blocks 9:10 run in this notebook",
+    ]);
+    expect([spans[0].style.left, spans[0].style.width]).toEqual(["20.000%", "10.000%"]);
+    expect(view.byId("coverage").querySelectorAll(".sn-none").length).toBe(0);
+    expect(view.byId("coverage").textContent).toContain("home");
+    model.update({ home: [] });
+    expect(row.hidden).toBe(true);
   });
 
   test("keeps its rows when facts change, and shows traffic and who has seen it", () => {
@@ -236,11 +253,13 @@ describe("the swarm map", () => {
 });
 
 test("runs that look the same are one", () => {
-  const runs = [[0, 2, 3], [2, 4, 7], [4, 5, 2], [5, 6, 1], [6, 7, 0]];
+  /** @type {Array<[number, number, number | null]>} */
+  const runs = [[0, 2, 3], [2, 4, 7], [4, 5, 2], [5, 6, 1], [6, 7, 0], [7, 9, null]];
   expect(looksAlike(runs)).toEqual([
     [0, 4, 3, 7],
     [4, 5, 2, 2],
     [5, 6, 1, 1],
     [6, 7, 0, 0],
+    [7, 9, -1, -1],
   ]);
 });

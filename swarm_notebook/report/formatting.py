@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from swarm_notebook.texts import clean
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Count = TypeVar("Count", bound=int | None)
+
 UNKNOWN = "-"
 # What stands in the place of a server's name for blocks at home.
 HERE = "this notebook"
 
 
-def runs(counts: Sequence[int]) -> list[tuple[int, int, int]]:
+def runs(counts: Sequence[Count]) -> list[tuple[int, int, Count]]:
     """Neighbours with the same count as ``(start, end, count)``."""
-    found: list[tuple[int, int, int]] = []
+    found: list[tuple[int, int, Count]] = []
     for index, count in enumerate(counts):
         if found and found[-1][2] == count:
             found[-1] = (found[-1][0], index + 1, count)

@@ -163,6 +163,18 @@ class SwarmStatus(ModelReport):
         return runs(self.servers_per_block)
 
     @property
+    def strip(self) -> list[tuple[int, int, int | None]]:
+        """`coverage`, with None for blocks at home that no server has: they need none."""
+        counts = enumerate(self.servers_per_block)
+        return runs([count or (None if at in self.home else 0) for at, count in counts])
+
+    @property
+    def home_runs(self) -> list[tuple[int, int]]:
+        """The blocks that run in the notebook, as ``(start, end)``."""
+        at_home = [block in self.home for block in range(self.num_blocks)]
+        return [(start, end) for start, end, home in runs(at_home) if home]
+
+    @property
     def missing(self) -> list[int]:
         """The blocks that no server holds and that are not at home."""
         counts = enumerate(self.servers_per_block)
@@ -292,11 +304,13 @@ def _server_row(span: ServerSpan, snapshot: Snapshot, directory: Directory) -> S
 def _strip(status: SwarmStatus) -> str:
     """Neighbouring blocks with as many servers as one bar; red where there is none."""
     bars = []
-    for start, end, count in status.coverage:
-        label = "none" if count == 0 else f"&times;{count}"
-        title = f"blocks {start}:{end}: {count} server{'' if count == 1 else 's'}"
+    for start, end, count in status.strip:
+        label = "home" if count is None else f"&times;{count}" if count else "none"
+        servers = f"{count} server{'' if count == 1 else 's'}"
+        title = f"blocks {start}:{end}: {f'in {HERE}' if count is None else servers}"
+        kind = 2 if count is None else min(count, 2)
         bars.append(
-            f'<div class="sn-run sn-{min(count, 2)}" style="flex:{end - start}" '
+            f'<div class="sn-run sn-{kind}" style="flex:{end - start}" '
             f'title="{title}">{start}:{end} {label}</div>'
         )
     return f'<div class="sn-strip">{"".join(bars)}</div>'

@@ -44,7 +44,9 @@ class SwarmMap(Widget, module="map"):
         num_blocks: how many blocks it has.
         headline: one sentence on whether it is whole.
         missing: the blocks that nobody serves.
-        coverage: how many servers each block has, as runs ``[start, end, count]``.
+        coverage: how many servers each block has, as runs ``[start, end, count]``; the count is
+            None where none has it and it is at home.
+        home: the blocks that run in this notebook, as runs ``[start, end]``.
         servers: the facts on each server, see `compact`.
         read: when they were read, in seconds of Unix time.
         route: who computes the blocks, as ``[peer, start, end]``.
@@ -61,7 +63,8 @@ class SwarmMap(Widget, module="map"):
     num_blocks = traitlets.Int().tag(sync=True)
     headline = traitlets.Unicode().tag(sync=True)
     missing: traitlets.List[int] = traitlets.List(traitlets.Int()).tag(sync=True)
-    coverage: traitlets.List[list[int]] = traitlets.List().tag(sync=True)
+    coverage: traitlets.List[list[int | None]] = traitlets.List().tag(sync=True)
+    home: traitlets.List[list[int]] = traitlets.List().tag(sync=True)
     servers: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
     read = traitlets.Float().tag(sync=True)
     route: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
@@ -139,7 +142,8 @@ class SwarmMap(Widget, module="map"):
                 changed |= {
                     "headline": status.headline,
                     "missing": status.missing,
-                    "coverage": [list(run) for run in status.coverage],
+                    "coverage": [list(run) for run in status.strip],
+                    "home": [list(run) for run in status.home_runs],
                     "servers": [compact(row, status) for row in status.servers],
                     "read": float(round(status.read or 0)),
                 }

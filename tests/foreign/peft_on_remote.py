@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign.refusals import reason_for
 from support.hosting import HostedSwarm
 from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
@@ -75,12 +76,6 @@ def _from_pretrained(name: Any, *args: Any, **kwargs: Any) -> Any:
     return model if dtype is None else model.to(dtype)
 
 
-def _listed() -> list[tuple[str, str]]:
-    lines = Path(__file__).with_name("refused.txt").read_text().splitlines()
-    entries = [line.split(" | ") for line in lines if line and line[0] != "#"]
-    return [(pattern, reason) for pattern, reason in entries]
-
-
 def pytest_configure(config: pytest.Config) -> None:
     AutoModelForCausalLM.from_pretrained = _from_pretrained  # type: ignore[method-assign]
     torch.set_num_threads(1)
@@ -101,7 +96,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[None]:
         return
     if report.failed:
         said = f"{item.name} {call.excinfo.exconly()}"
-        reason = next((reason for pattern, reason in _listed() if pattern in said), None)
+        reason = reason_for(said)
         if reason is not None:
             report.outcome, report.wasxfail = "skipped", reason
             _totals["refused as listed"] += 1

@@ -19,6 +19,7 @@ import transformers
 from support.hosting import HostedSwarm
 from support.letter_tokenizer import add_tokenizer
 from support.tiny import tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swarm_notebook as sn
@@ -213,6 +214,17 @@ def test_nnsight_is_refused_what_is_not_there(pair: Pair) -> None:
         with pytest.raises(Unsupported, match=words):
             use()
     pair.same(lambda model: [model(pair.ids).logits.detach()])
+
+
+def test_shapes_without_values(pair: Pair) -> None:
+    """As nnsight's `scan` of a whole model asks for them: the servers are asked nothing."""
+    found = []
+    for model in (pair.remote, pair.local()):
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            ids, mask = fake.from_tensor(pair.ids), fake.from_tensor(torch.ones_like(pair.ids))
+            out = model(ids, attention_mask=mask, output_hidden_states=True)
+        found.append((out.logits.shape, [state.shape for state in out.hidden_states]))
+    assert found[0] == found[1]
 
 
 def test_nnsight_skips_a_block(pair: Pair) -> None:

@@ -15,6 +15,7 @@ Gradients of gradients are not supported and raise, instead of being silently wr
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -61,6 +62,23 @@ class Segment:
         self._starts: list[int] = []
         self._handed_out: dict[int, SameTensor] = {}
         self._fetched: PassGradients | None = None
+        self._inside: list[tuple[int, str, weakref.ref[torch.Tensor]]] = []
+
+    def watch(self, block: int, name: str, output: torch.Tensor) -> torch.Tensor:
+        """An output of a module inside of a block, as `without_gradient` hands it out.
+
+        A gradient that somebody waits for there (``retain_grad``, a tensor hook) never comes, as
+        what follows was computed elsewhere: the backward pass says so.
+        """
+        given = without_gradient(output, name)
+        self._inside.append((block, name, weakref.ref(given)))
+        return given
+
+    def _refuse_waiting(self, end: int) -> None:
+        for block, name, known in self._inside:
+            output = known() if block < end else None
+            if output is not None and (output.retains_grad or output._backward_hooks):
+                raise _no_gradient(f"gradients at the output of {name}")
 
     def node(
         self,
@@ -87,6 +105,7 @@ class Segment:
 
     def gradients(self, start: int, end: int, grad: torch.Tensor) -> PassGradients:
         """What blocks ``[start, end)`` make of ``grad``, the gradient of their output."""
+        self._refuse_waiting(end)
         expected = self._handed_out.get(end - 1)
         if self._fetched is None or expected is None or not expected.matches(grad):
             inner = [first - 1 for first in self._starts if self._request.start < first < end]
@@ -196,7 +215,11 @@ class _Ungraded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _grad: torch.Tensor) -> NoReturn:
-        raise Unsupported(
-            f"gradients through the output of {ctx.name}: of modules inside a remote block only "
-            "values are sent; detach it, or bring the block home: swarm.own(block)"
-        )
+        raise _no_gradient(f"gradients through the output of {ctx.name}")
+
+
+def _no_gradient(what: str) -> Unsupported:
+    return Unsupported(
+        f"{what}: of modules inside a remote block only values are sent; detach it, or bring the "
+        "block home: swarm.own(block)"
+    )

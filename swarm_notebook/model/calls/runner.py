@@ -41,7 +41,7 @@ from swarm_notebook.model.blocks.layout import Layout, plan
 from swarm_notebook.model.blocks.observer import Observer
 from swarm_notebook.model.blocks.remote import OwnBlock
 from swarm_notebook.model.calls import inputs
-from swarm_notebook.model.calls.autograd import SameTensor, Segment, without_gradient
+from swarm_notebook.model.calls.autograd import SameTensor, Segment
 from swarm_notebook.model.calls.call import Call
 from swarm_notebook.model.calls.given import refuse_blank, refuse_changed, refuse_others
 from swarm_notebook.model.calls.kept import Kept
@@ -165,7 +165,7 @@ class Runner:
             kwargs = {**bound.pop("kwargs", {}), **bound}
         tokens = kwargs.get("inputs_embeds")
         tokens = kwargs.get("input_ids") if tokens is None else tokens
-        if tokens is None or tokens.is_meta:
+        if tokens is None or _without_values(tokens):
             return (), kwargs
         rows, new = tokens.shape[:2]
         config: Any = decoder.config
@@ -300,7 +300,7 @@ class Runner:
         inner = call.outputs.inner[index, name]
         if call.segment is None:
             return inner
-        return without_gradient(inner, f"block {index}.{name}")
+        return call.segment.watch(index, f"block {index}.{name}", inner)
 
     def _serve_trace(self, call: Call, index: int, hidden: torch.Tensor, place: int | None) -> None:
         """Give a trace of nnsight what it waits for inside of a block, one trip for each wish."""

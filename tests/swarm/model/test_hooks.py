@@ -303,6 +303,26 @@ def test_modules_inside_blocks_can_be_read(pair: Pair, requests: list[str]) -> N
         same(ours, theirs)
 
 
+@pytest.mark.refused(
+    "Gradients: at outputs of modules inside remote blocks (`retain_grad`)", "`swarm.own(block)`"
+)
+@pytest.mark.parametrize(
+    "wait", [torch.Tensor.retain_grad, lambda state: state.register_hook(torch.clone)]
+)
+def test_gradients_inside_of_blocks(pair: Pair, wait: Any) -> None:
+    """They never come: said in the backward pass, instead of a gradient that stays None."""
+    seen: list[torch.Tensor] = []
+    mlp = pair.remote.model.layers[3].mlp
+    handle = mlp.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    embeds = pair.remote.get_input_embeddings()(ids()).detach().requires_grad_()
+    loss = pair.remote(inputs_embeds=embeds).logits.square().mean()
+    handle.remove()
+    loss.backward(retain_graph=True)
+    wait(seen[0])
+    with pytest.raises(Unsupported, match=r"at the output of block 3\.mlp.*swarm\.own"):
+        loss.backward()
+
+
 @torch.no_grad()
 def test_attention_modules_return_what_they_return_locally(pair: Pair) -> None:
     found: list[Any] = []

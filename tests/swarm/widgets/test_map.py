@@ -49,6 +49,21 @@ def test_the_map_follows_a_real_swarm_without_the_main_thread(tiny_scene: Scene)
         shown.close()
 
 
+def test_blocks_at_home_have_a_row(tiny_scene: Scene) -> None:
+    swarm = tiny_scene.swarm
+    shown = SwarmMap(swarm)
+    assert shown.home == []
+    swarm.own([1, 2])
+    try:
+        wait_until(lambda: shown.home == [[1, 3]])
+        assert shown.missing == []
+        assert "in this notebook" in shown.headline
+    finally:
+        swarm.release()
+    wait_until(lambda: shown.home == [])
+    shown.close()
+
+
 def test_an_unknown_argument_is_refused(tiny_scene: Scene) -> None:
     with pytest.raises(TypeError, match=r"SwarmMap\(\) has no argument height"):
         SwarmMap(tiny_scene.swarm, height=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import replace
 
@@ -47,6 +48,14 @@ def test_coverage_counts_only_servers_that_answer(torn: SwarmStatus) -> None:
     assert torn.servers_per_block == [1, 1, 1, 1, 2, 2, 1, 1, 0, 0]
     assert torn.missing == [8, 9]
     assert torn.headline == "2 servers online, MISSING blocks 8:10: no server"
+
+
+def test_blocks_at_home_need_no_server(torn: SwarmStatus) -> None:
+    status = dataclasses.replace(torn, home=(5, 8, 9))
+    assert status.missing == []
+    assert status.home_runs == [(5, 6), (8, 10)]
+    assert status.strip == [(0, 4, 1), (4, 6, 2), (6, 8, 1), (8, 10, None)]
+    assert "8:10 home" in status.as_html()
 
 
 def test_a_server_that_claims_too_much_breaks_nothing() -> None:
