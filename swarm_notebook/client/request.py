@@ -204,12 +204,13 @@ def read_outputs(packed: Sequence[runtime_pb2.Tensor], request: Request, server:
     shapes = [request.output_shape, *(whole for _ in request.states)]
     outer = list(zip(packed, shapes, strict=False))
     # All shapes first: nothing is unpacked of an answer that is not what was asked for.
-    for tensor, shape in outer:
-        check_layout(tensor, dtype, shape, server)
-    for tensor in packed[len(blocks) :]:
-        check_layout(tensor, dtype, None, server)
-    states = [read_tensor(tensor, dtype, shape, server) for tensor, shape in outer]
-    inner = [read_tensor(tensor, dtype, None, server) for tensor in packed[len(blocks) :]]
+    layouts = [check_layout(tensor, dtype, shape, server) for tensor, shape in outer]
+    layouts += [check_layout(tensor, dtype, None, server) for tensor in packed[len(blocks) :]]
+    read = [
+        tensors.unpack(tensor, layout).to(dtype)
+        for tensor, layout in zip(packed, layouts, strict=True)
+    ]
+    states, inner = read[: len(blocks)], read[len(blocks) :]
     for state in states:
         check_finite(state, "hidden states", server)
     return Outputs(
@@ -269,14 +270,13 @@ def read_tensor(
     Raises:
         ServerFailed: it is none, or has another shape, which is found before it is unpacked.
     """
-    check_layout(packed, dtype, shape, server)
-    return tensors.unpack(packed).to(dtype)
+    return tensors.unpack(packed, check_layout(packed, dtype, shape, server)).to(dtype)
 
 
 def check_layout(
     packed: runtime_pb2.Tensor, dtype: torch.dtype, shape: Sequence[int] | None, server: str
-) -> None:
-    """Refuse a tensor that is not what was asked for, without unpacking it."""
+) -> tensors.Layout:
+    """Refuse a tensor that is not what was asked for, without unpacking it; else its layout."""
     try:
         layout = tensors.layout(packed)
     except BadRequest as error:
@@ -289,6 +289,7 @@ def check_layout(
     widest = max(dtype.itemsize, _WIDEST)
     if not layout.dtype.is_floating_point or layout.dtype.itemsize > widest:
         raise ServerFailed(f"{server} sent a {layout.dtype} tensor, expected {dtype}")
+    return layout
 
 
 def check_finite(tensor: torch.Tensor, what: str, server: str) -> None:

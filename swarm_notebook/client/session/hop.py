@@ -257,8 +257,12 @@ class Hop:
         self.rows = request.hidden.shape[0]
         self.counted += request.hidden.shape[1]
         self.rows_version = request.rows_version
+        # Whoever receives the answer watches.
+        data = message.SerializeToString()
+        if self._stream is not None and self._stream.send_at_once(data):
+            return packed
         with self._blamed(), self._watch(request) as stream:
-            await stream.send(message)
+            await stream.send_packed(data)
         return packed
 
     async def resend(self, request: Request, route: StepRoute) -> None:

@@ -109,6 +109,8 @@ def _field(data: bytes, at: int) -> tuple[int, int, int, int] | None:
 
 def _varint(data: bytes, at: int) -> tuple[int, int] | None:
     """A number and where it ends; None if it is cut."""
+    if at < len(data) and data[at] < 0x80:
+        return data[at], at + 1
     value = 0
     for index, byte in enumerate(data[at : at + _MAX_VARINT]):
         value |= (byte & 0x7F) << (7 * index)

@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
@@ -114,7 +114,20 @@ class Stream:
 
     async def send(self, message: Message) -> None:
         """Write one message and wait until the buffer has room again."""
-        await self._send(message.SerializeToString())
+        await self.send_packed(message.SerializeToString())
+
+    def send_at_once(self, data: bytes) -> bool:
+        """Write one packed message if nothing waits before it, and it is small; whether it was.
+
+        Whoever sends a message per answer needs no more: no wait, and so nothing that bounds it.
+        """
+        if len(data) >= _JOIN_BYTES or self._writer.is_closing():
+            return False
+        if self._writer.transport.get_write_buffer_size():
+            return False
+        self.unanswered = 0
+        self._write(_MESSAGE, data)
+        return True
 
     async def answer(self, message: Message, seconds: float) -> None:
         """`send` to a peer that has so many seconds to read, and more if there is much.
@@ -123,13 +136,15 @@ class Stream:
             StreamClosed: it did not, or others needed the memory.
         """
         data = message.SerializeToString()
+        if self.send_at_once(data):
+            return
         try:
             if len(data) < _JOIN_BYTES:
                 async with asyncio.timeout(seconds):
-                    await self._send(data)
+                    await self.send_packed(data)
             else:
                 async with self.account.waiting_for_peer(seconds + len(data) / SLOWEST_BYTES):
-                    await self._send(data)
+                    await self.send_packed(data)
         except (TimeoutError, ServerBusy):
             self.abort()
             raise StreamClosed(f"peer {self.peer} does not read its answers") from None
@@ -210,8 +225,11 @@ class Stream:
     async def _read(self, length: int) -> bytes:
         try:
             if length < _JOIN_BYTES:
-                async with asyncio.timeout(STALLED_SECONDS):
+                if self._has_come(length):
                     data = await self._reader.readexactly(length)
+                else:
+                    async with asyncio.timeout(STALLED_SECONDS):
+                        data = await self._reader.readexactly(length)
                 self._came(_HEADER_BYTES + length)
                 check_fields(data, self._max_fields)
                 return data
@@ -236,6 +254,11 @@ class Stream:
             data += piece
         return bytes(data)
 
+    def _has_come(self, length: int) -> bool:
+        """Whether so many bytes can be read without a wait, which would need a timer."""
+        reader: Any = self._reader  # asyncio tells it to nobody else
+        return len(reader._buffer) >= length
+
     def _came(self, size: int) -> None:
         self._meter.received += size
         self.unanswered += size
@@ -259,7 +282,8 @@ class Stream:
         """End both directions now; a peer that reads no more cannot hold this up."""
         self._writer.transport.abort()
 
-    async def _send(self, data: bytes) -> None:
+    async def send_packed(self, data: bytes) -> None:
+        """As `send`, of the bytes of a message."""
         self.unanswered = 0
         try:
             self._write(_MESSAGE, data)

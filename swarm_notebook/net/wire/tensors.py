@@ -161,13 +161,16 @@ def is_file(message: runtime_pb2.Tensor) -> bool:
     return found.dtype == found.stored == torch.uint8 and len(found.shape) == 1
 
 
-def unpack(message: runtime_pb2.Tensor) -> torch.Tensor:
+def unpack(message: runtime_pb2.Tensor, found: Layout | None = None) -> torch.Tensor:
     """The tensor in a protobuf, as an own writable CPU tensor.
+
+    Args:
+        found: its `layout`, if somebody has asked for it.
 
     Raises: as `layout`.
     """
     buffer = message.buffer
-    found = _layout(message, buffer)
+    found = found or _layout(message, buffer)
     if not buffer:
         return torch.empty(found.shape, dtype=found.dtype)
     if found.stored is torch.int8:

@@ -42,7 +42,7 @@ class _Slot:
         return self.layout.dtype
 
     def unpack(self) -> torch.Tensor:
-        return tensors.unpack(self.message)
+        return tensors.unpack(self.message, self.layout)
 
     def unpack_values(self, name: str) -> torch.Tensor:
         """The tensor, which is to have finite floating point numbers."""

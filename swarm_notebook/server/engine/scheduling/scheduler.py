@@ -215,14 +215,14 @@ class Admission:
     def __init__(self) -> None:
         self._passes: Counter[str] = Counter()
 
-    def enter(self, task: Task) -> None:
-        """Count a task in.
+    def enter(self, task: Task) -> bool:
+        """Count a task in; whether it counts, and has to `leave`.
 
         Raises:
             ServerBusy: this client, or all together, have too many waiting.
         """
         if task.kind is not Kind.STATELESS or not task.client:
-            return  # a session has one step in flight at most, and sessions are counted
+            return False  # a session has one step in flight at most, and sessions are counted
         mine, all_ = self._passes[task.client], self._passes.total()
         if mine >= CLIENT_PASSES or all_ >= PASSES:
             raise ServerBusy(
@@ -230,6 +230,7 @@ class Admission:
                 f"{CLIENT_PASSES} and {PASSES}); wait for their answers or use another server"
             )
         self._passes[task.client] += 1
+        return True
 
     def leave(self, task: Task) -> None:
         """Count a task out: it is done or given up."""

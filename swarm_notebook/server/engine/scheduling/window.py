@@ -97,9 +97,14 @@ class _CallTime:
 
 
 class BatchWindow:
-    """Learns when steps come, and says how long the next call should wait for them."""
+    """Learns when steps come, and says how long the next call should wait for them.
+
+    Attributes:
+        awaited: for how many more steps it was to wait, when it was asked last.
+    """
 
     def __init__(self) -> None:
+        self.awaited = 0
         self._rhythms: dict[Hashable, _Rhythm] = {}
         self._call = _CallTime()
 
@@ -138,4 +143,5 @@ class BatchWindow:
             if rate > best:
                 # At least a moment: who is expected right now is not here yet.
                 best, patience = rate, max(seconds, _MOMENT)
+                self.awaited = count - waiting
         return patience

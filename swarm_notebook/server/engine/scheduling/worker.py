@@ -1,7 +1,7 @@
 """The one thread in which torch runs, and the way in and out of it.
 
-The loop's side calls `submit` and awaits ``job.future``: one hop to the thread through a
-`SimpleQueue`, one hop back through ``call_soon_threadsafe``. In the thread, everything that has
+The loop's side calls `submit` and awaits ``job.future``: one hop to the thread through
+`Arrivals`, one hop back through ``call_soon_threadsafe``. In the thread, everything that has
 arrived goes into the `Schedule`, which says what runs next: one job, or several that run as one
 batch. A job that is cancelled before it begins never runs. One that has begun
 runs to its end (a forward pass cannot be stopped from outside), and `Job.on_settled` tells when:
@@ -17,10 +17,9 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
-from queue import Empty, SimpleQueue
 from typing import Any
 
+from swarm_notebook.server.engine.scheduling.arrivals import Arrivals
 from swarm_notebook.server.engine.scheduling.pieces import Pieces
 from swarm_notebook.server.engine.scheduling.scheduler import (
     UPKEEP,
@@ -180,7 +179,7 @@ class ComputeThread:
 
     def __init__(self) -> None:
         self.on_ran: Callable[[Task, float], None] = lambda _task, _seconds: None
-        self._arrived: SimpleQueue[Job | None] = SimpleQueue()
+        self._arrived: Arrivals[Job | None] = Arrivals()
         self._schedule: Schedule[Job] = Schedule()
         self._admission = Admission()
         self._chunks = ChunkSizer()
@@ -208,10 +207,12 @@ class ComputeThread:
         Raises:
             ServerBusy: too much is queued already.
         """
-        self._admission.enter(task)
+        counts = self._admission.enter(task)
         job = Job(asyncio.get_running_loop().create_future(), function, arguments, task, run_batch)
-        job.on_settled(lambda: self._admission.leave(task))
-        self._arrived.put(job)
+        if counts:
+            job.on_settled(lambda: self._admission.leave(task))
+        # Only a step that could share a call may have to wait for others.
+        self._arrived.put(job, urgent=task.kind is not Kind.STEP or task.group is None)
         return job
 
     def chunk_tokens(self) -> int:
@@ -230,7 +231,7 @@ class ComputeThread:
 
     def stop(self, timeout: float = 30.0) -> None:
         """End the thread after the jobs that are queued."""
-        self._arrived.put(None)
+        self._arrived.put(None, urgent=True)
         self._thread.join(timeout)
 
     def _work(self) -> None:
@@ -268,23 +269,28 @@ class ComputeThread:
 
     def _let_in(self) -> None:
         """Move what has arrived to the schedule; wait if there is nothing at all."""
-        with suppress(Empty):
-            while True:
-                wait = not self._schedule and not self._stopping
-                self._accept(self._arrived.get(block=wait))
+        self._accept_all()
+        while not self._schedule and not self._stopping:
+            self._arrived.wait(1)
+            self._accept_all()
 
     def _wait_for_more(self) -> None:
         """Wait a moment for steps that could share the next call, if some are on their way."""
-        with suppress(Empty):
-            while patience := self._window.patience(self._schedule.batchable, time.monotonic()):
-                self._accept(self._arrived.get(timeout=patience))
+        while patience := self._window.patience(self._schedule.batchable, time.monotonic()):
+            in_time = self._arrived.wait(self._window.awaited, patience)
+            if not self._accept_all() and not in_time:
+                return
 
-    def _accept(self, job: Job | None) -> None:
-        if job is None:
-            self._stopping = True
-        else:
-            self._schedule.add(job.task, job)
-            self._window.came(job.task, job.arrived)
+    def _accept_all(self) -> bool:
+        """Move what has arrived to the schedule; whether that is anything."""
+        arrived = self._arrived.take()
+        for job in arrived:
+            if job is None:
+                self._stopping = True
+            else:
+                self._schedule.add(job.task, job)
+                self._window.came(job.task, job.arrived)
+        return bool(arrived)
 
     def _learn(self, jobs: Sequence[Job], outcome: Any, seconds: float, now: float) -> None:
         tasks = [job.task for job in jobs]
