@@ -129,7 +129,7 @@ class Span:
         cache: SessionCache | BatchCache | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        prompts: torch.Tensor | None = None,
+        prompts: torch.Tensor | Sequence[torch.Tensor] | None = None,
         states: Sequence[int] = (),
         inner: Sequence[tuple[int, str]] = (),
         inner_bytes: int | None = None,
@@ -142,8 +142,8 @@ class Span:
             cache: what earlier positions left behind; the new ones are appended.
             attention_mask: ``[rows, cached + new positions]``, 0 for padding.
             position_ids: ``[rows or 1, new positions]``; the decoder counts by itself if None.
-            prompts: ``[blocks, rows or 1, length, hidden size]``, added to the first positions of
-                each block's input.
+            prompts: of each block ``[rows or 1, length, hidden size]``, added to the first
+                positions of its input.
             states: indices of the blocks whose outputs come back as well.
             inner: modules inside of blocks whose outputs come back as well, without gradients.
             inner_bytes: how many bytes those may have.
@@ -254,16 +254,16 @@ class Span:
         start: int,
         states: set[int],
         captured: dict[int, torch.Tensor],
-        prompts: torch.Tensor | None,
+        prompts: torch.Tensor | Sequence[torch.Tensor] | None,
     ) -> Iterator[None]:
         """Hooks that keep the outputs of the blocks ``states`` and add ``prompts`` to inputs."""
         with ExitStack() as hooks:
             for index in states:
                 hook = _keep(captured, index)
                 hooks.enter_context(self.layer(index).register_forward_hook(hook))
-            if prompts is not None and prompts.shape[2]:
-                for index, prompt in enumerate(prompts.to(self.device, self.dtype), start):
-                    add = _add(prompt)
+            for index, prompt in enumerate(() if prompts is None else prompts, start):
+                if prompt.shape[1]:
+                    add = _add(prompt.to(self.device, self.dtype))
                     hooks.enter_context(
                         self.layer(index).register_forward_pre_hook(add, with_kwargs=True)
                     )

@@ -42,25 +42,27 @@ class AutogradPass:
     Attributes:
         span: the blocks that computed it.
         request: what was computed.
-        hidden, prompts: the leaves of the graph, together with the span's adapter weights.
+        hidden, prompts: the leaves of the graph, together with the span's adapter weights; of
+            prompts one for each block: on its way to one for all, a block's gradient would pass
+            all blocks before it.
         outputs: the output of every block, by index.
     """
 
     span: Span
     request: Forward
     hidden: torch.Tensor
-    prompts: torch.Tensor | None
+    prompts: list[torch.Tensor] | None
     outputs: dict[int, torch.Tensor]
 
     @classmethod
     def begin(cls, span: Span, request: Forward) -> AutogradPass:
         """A pass of which no block has run yet."""
         hidden = request.hidden.to(span.device, span.dtype).detach().requires_grad_()
-        prompts = request.prompts
-        if prompts is not None:
+        prompts = None
+        if request.prompts is not None:
             # Every row's own gradient is wanted, also where the rows share a prompt.
-            prompts = prompts.to(span.device, span.dtype).expand(-1, request.rows, -1, -1)
-            prompts = prompts.detach().requires_grad_()
+            given = request.prompts.to(span.device, span.dtype).expand(-1, request.rows, -1, -1)
+            prompts = [prompt.detach().requires_grad_() for prompt in given]
         return cls(span, request, hidden, prompts, {})
 
     def extend(self, start: int, end: int) -> dict[tuple[int, str], torch.Tensor]:
@@ -111,7 +113,7 @@ class AutogradPass:
         found = Gathered(wanted)
         for block in reversed(range(start, end)):
             inside = replace(wanted, states=())
-            # Blocks may share a node, that of the prompts, so it all stays until the end.
+            # Blocks may share what a parameter goes through, so it all stays until the end.
             found.add(self.stretch(inside, block, block + 1, found.grad, keep=True), block)
             if block > start:
                 yield BACKWARD_COST * wanted.rows * wanted.length
@@ -122,9 +124,8 @@ class AutogradPass:
     ) -> SpanGradients:
         """The gradients through blocks ``[start, end)`` alone."""
         first = self.request.blocks[0]
-        sources = [self.hidden if start == first else self.outputs[start - 1]]
-        if self.prompts is not None:
-            sources.append(self.prompts)
+        prompts = () if self.prompts is None else self.prompts[start - first : end - first]
+        sources = [self.hidden if start == first else self.outputs[start - 1], *prompts]
         sources += [self.outputs[index] for index in wanted.states]
         weights = self.span.adapter_weights(start, end)
         sources += weights.values()
@@ -138,8 +139,8 @@ class AutogradPass:
             materialize_grads=True,
         )
         gradients = list(found)
-        if self.prompts is not None:
-            gradients[1] = gradients[1][start - first : end - first]
+        if prompts:
+            gradients[1 : 1 + len(prompts)] = [torch.stack(gradients[1 : 1 + len(prompts)])]
         return SpanGradients(gradients, None if wanted.adapter is None else list(weights))
 
 
