@@ -23,8 +23,12 @@ from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.local.swarm import plan_spans
 from swarm_notebook.net.node import Node
 from swarm_notebook.server.app import Server
+from swarm_notebook.server.engine import throughput
 from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.server.presence.reunion import Reunion
+
+# No test rests on how fast a server finds itself, and a run of all tests starts some hundreds.
+throughput.SECONDS /= 20
 
 
 @functools.cache
