@@ -31,7 +31,7 @@ from swarm_notebook.net.wire.traffic import Traffic
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.kv.budget import CachePool
-from swarm_notebook.server.engine.quantising.loading import MAX_BITS, check_bits
+from swarm_notebook.server.engine.quantising.loading import check_bits
 from swarm_notebook.server.engine.requests import Limits
 from swarm_notebook.server.engine.scheduling.worker import ComputeThread, Job
 from swarm_notebook.server.engine.span import Span
@@ -155,12 +155,11 @@ class Server:
 
     async def _start(self) -> None:
         source = resolve(self._options.model, dummy=self._options.dummy_weights)
-        packed_dtype = replace(self._options, bits=MAX_BITS).settled(source).dtype
         options = self._options = await self._settled(source)
         compute = ComputeThread()
         # Python that ends while torch is at work in another thread aborts the process.
         self._stack.push_async_callback(asyncio.to_thread, compute.stop)
-        node, placing, loading = await self._take_place(compute, source, packed_dtype)
+        node, placing, loading = await self._take_place(compute, source)
         options = self._options
         self._say(peer_id=node.peer_id.to_base58(), maddrs=await node.addresses(), pid=os.getpid())
         loaded, quantised = await loading.future
@@ -230,8 +229,8 @@ class Server:
         )
 
     async def _settled(self, source: ModelSource) -> ServeOptions:
-        """The options, nothing left open but the blocks."""
-        options = self._options.settled(source)
+        """The options, nothing left open but the blocks and the dtype."""
+        options = self._options.with_device()
         if options.bits is not None:
             check_bits(options.bits)
         if options.lan:
@@ -272,19 +271,23 @@ class Server:
         self._tell(dict(self.facts))
 
     async def _take_place(
-        self, compute: ComputeThread, source: ModelSource, packed_dtype: str
+        self, compute: ComputeThread, source: ModelSource
     ) -> tuple[Node, Placing, Job]:
         """Join the swarm, and begin to read the blocks: at once where it is known which."""
         options = self._options
         chooses = options.memory is not None or (options.blocks is None and options.initial_peers)
-        # Both take seconds, and one mostly waits.
-        loading = None if chooses else self._begin_loading(compute, source)
+        loading = None
+        if not chooses:
+            # It and joining take seconds, and one mostly waits.
+            dtype = options.computes_in(source, packed=options.bits is not None)
+            self._options = replace(options, dtype=dtype)
+            loading = self._begin_loading(compute, source)
         node = await self._start_node(source.shared_name)
         await self._stay_together(node, source.dht_prefix)
         blocks = source.config().num_hidden_layers
         placing = Placing(node, source.dht_prefix, blocks)
         if loading is None:
-            measuring = compute.submit(room_for, source, options, packed_dtype)
+            measuring = compute.submit(room_for, source, options)
             self._stack.callback(measuring.cancel)
             room = await measuring.future
             if (span := options.blocks) is None:

@@ -82,16 +82,16 @@ class ServeOptions:
     chosen: bool = False
     exit_with_stdin: bool = False
 
-    def settled(self, source: ModelSource) -> ServeOptions:
-        """The options with a device and a dtype in the place of "auto"."""
-        device, dtype = self.device, self.dtype
+    def with_device(self) -> ServeOptions:
+        """The options with a device in the place of "auto"."""
+        return self if self.device != "auto" else replace(self, device=best_device())
+
+    def computes_in(self, source: ModelSource, *, packed: bool) -> str:
+        """The dtype of a server with this device, if its weights have fewer bits or not."""
+        if self.dtype != "auto":
+            return self.dtype
+        if torch.device(self.device).type == "cpu":
+            # torch multiplies by 4 and 8 bits in bfloat16 alone.
+            return "bfloat16" if packed else "float32"
         halves: dict[Any, str] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-        if device == "auto":
-            device = best_device()
-        if dtype == "auto":
-            stored = source.config().dtype if torch.device(device).type != "cpu" else None
-            dtype = halves.get(stored, "float32")
-            if self.bits is not None and torch.device(device).type == "cpu":
-                # torch multiplies by 4 and 8 bits in it alone.
-                dtype = "bfloat16"
-        return replace(self, device=device, dtype=dtype)
+        return halves.get(source.config().dtype, "float32")

@@ -70,19 +70,19 @@ class Room:
     dtype: str
 
 
-def room_for(source: ModelSource, options: ServeOptions, packed_dtype: str) -> Room:
+def room_for(source: ModelSource, options: ServeOptions) -> Room:
     """What fits into the memory that a server may use.
 
     Args:
-        options: settled; with blocks only if ``memory`` is given.
-        packed_dtype: what is computed in with fewer bits per weight.
+        options: with a device; with blocks only if ``memory`` is given.
 
     Raises:
         Unsupported: not even one block does, or not all that were asked for.
     """
     sizes = _sizes(source)
     first, end = options.blocks or (0, len(sizes))
-    width, count = _width(options.dtype), end - first
+    dtype = options.computes_in(source, packed=options.bits is not None)
+    width, count = _width(dtype), end - first
     largest = max(sizes[first:end], key=lambda size: size.nbytes(width, width))
     wanted = range(1 if options.blocks is None else count, count + 1)
     bits, memory = options.bits, options.memory
@@ -91,23 +91,25 @@ def room_for(source: ModelSource, options: ServeOptions, packed_dtype: str) -> R
     if method_of(source.config()) is not None:
         index = sizes.index(largest)
         return Room(
-            _count(source, memory, _resident(source, index, options), wanted), bits, options.dtype
+            _count(source, memory, _resident(source, index, dtype, options.device), wanted),
+            bits,
+            dtype,
         )
     weights = keepable(source.weights()) if bits is None else None
     if weights is not None and memory < count * largest.nbytes(width, width):
         stored = bytes_by_block(weights, width // 8)
         taken = float(max(stored.get(block, 0) for block in range(first, end)))
-        return Room(_count(source, memory, taken, wanted), None, options.dtype)
+        return Room(_count(source, memory, taken, wanted), None, dtype)
     kept = bits is not None and bits >= MAX_BITS
     if kept or options.memory is None:
         taken = largest.nbytes(width if bits is None or kept else bits, width)
-        return Room(_count(source, memory, taken, wanted), bits, options.dtype)
+        return Room(_count(source, memory, taken, wanted), bits, dtype)
     if memory >= count * largest.nbytes(width, width):
-        return Room(count, None, options.dtype)
-    width = _width(packed_dtype)
+        return Room(count, None, dtype)
+    dtype = options.computes_in(source, packed=True)
+    width = _width(dtype)
     if bits is None:
-        dtype = tensors.dtype_from_name(packed_dtype)
-        bits = least_bits(source, dtype=dtype, device=options.device)
+        bits = least_bits(source, dtype=tensors.dtype_from_name(dtype), device=options.device)
     count = _count(source, memory, largest.nbytes(bits, width), wanted, bits=bits)
     most = max(bits, most_bits(largest, memory / count, width))
     logger.info(
@@ -117,7 +119,7 @@ def room_for(source: ModelSource, options: ServeOptions, packed_dtype: str) -> R
         bits,
         most,
     )
-    return Room(count, None if most >= width else min(most, LEVELS[-1]), packed_dtype)
+    return Room(count, None if most >= width else min(most, LEVELS[-1]), dtype)
 
 
 def most_bits(block: BlockSize, memory: float, width: float) -> float:
@@ -163,10 +165,10 @@ def _sizes(source: ModelSource) -> list[BlockSize]:
     return found
 
 
-def _resident(source: ModelSource, block: int, options: ServeOptions) -> int:
+def _resident(source: ModelSource, block: int, dtype: str, device: str) -> int:
     """Bytes of a block whose weights a quantizer of transformers has read."""
-    dtype = tensors.dtype_from_name(options.dtype)
-    loaded = load_blocks(source, block, block + 1, dtype=dtype, device=options.device)
+    computes_in = tensors.dtype_from_name(dtype)
+    loaded = load_blocks(source, block, block + 1, dtype=computes_in, device=device)
     (layer,) = loaded.layers
     held = sum(one.nbytes for one in (*layer.parameters(), *layer.buffers()))
     weights = source.weights()

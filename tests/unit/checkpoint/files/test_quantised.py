@@ -119,8 +119,8 @@ def test_memory_counts_what_blocks_will_take(
         )
 
     memory = int(2.5 * held(1, memory=1))
-    options = ServeOptions(folder, memory=memory, device="cpu").settled(source)
-    room = room_for(source, options, "bfloat16")
+    options = ServeOptions(folder, memory=memory, device="cpu")
+    room = room_for(source, options)
     assert (room.blocks, room.bits) == (2, None)
     assert held(2, memory) <= memory
 
