@@ -19,11 +19,12 @@ NODE := $(if $(shell command -v npm),js/node_modules/.package-lock.json)
 NOTEBOOK := examples/01_quickstart.ipynb
 # uv, where it is there, downloads in parallel: one minute instead of two and a half for a first run.
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
-# Two files at a time, each from its first test to its last: most of a test is waiting. A process
-# that ends before its tests do is not replaced: the run fails at once, where xdist may wait for ever.
-BY_FILE := -n 2 --dist loadfile --max-worker-restart 0
+# Several files at a time, each from its first test to its last: a third of most tests is waiting. A
+# process that ends before its tests do is not replaced: the run fails at once, where xdist may wait
+# for ever.
+BY_FILE := --dist loadfile --max-worker-restart 0
 # In the order of tests/conftest.py: xdist would take files with many tests for long ones.
-IN_ORDER := $(BY_FILE) --no-loadscope-reorder
+IN_ORDER := -n 3 $(BY_FILE) --no-loadscope-reorder
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
@@ -39,13 +40,12 @@ lab: $(READY)
 test: $(READY) $(NODE)
 	tests/browser/install-chromium
 	$(if $(NODE),npm --prefix js run --silent test)
-	$(OFFLINE) $(BIN)/pytest $(IN_ORDER) --ignore tests/browser tests
-	$(OFFLINE) $(BIN)/pytest tests/browser
-	$(OFFLINE) $(BIN)/pytest $(BY_FILE) --nbval --nbval-kernel-startup-timeout 180 \
+	$(OFFLINE) $(BIN)/pytest $(IN_ORDER) tests
+	$(OFFLINE) $(BIN)/pytest -n 2 $(BY_FILE) --nbval --nbval-kernel-startup-timeout 180 \
 	  --nbval-sanitize-with examples/sanitize.cfg examples
 
 unit: $(READY)
-	$(OFFLINE) $(BIN)/pytest $(BY_FILE) -m unit tests/unit
+	$(OFFLINE) $(BIN)/pytest -n 2 $(BY_FILE) -m unit tests/unit
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
