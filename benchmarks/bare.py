@@ -44,9 +44,10 @@ class BareSession:
 
     async def _pass(self, position: int, length: int) -> Any:
         from swarm_notebook.client.session.history import Pass
+        from swarm_notebook.client.session.session import Given
 
         hidden = self._hidden[:, position : position + length]
-        self._session.begin(Pass(position, length, {0: hidden}), adapter=None, prompts=None)
+        self._session.begin(Pass(position, length, {0: hidden}), Given())
         last = self._connection.num_blocks
         return (await self._session.step(0, last)).states[last - 1]
 

@@ -149,9 +149,10 @@ class Bare:
 
     async def go(self, length: int) -> None:
         from swarm_notebook.client.session.history import Pass
+        from swarm_notebook.client.session.session import Given
 
         hidden = self._hidden[:, :length]
-        self._session.begin(Pass(self._position, length, {0: hidden}), adapter=None, prompts=None)
+        self._session.begin(Pass(self._position, length, {0: hidden}), Given())
         await self._session.step(0, self._connection.num_blocks)
         self._position += length
 

@@ -18,13 +18,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.passes.padding import groups_of_rows
 from swarm_notebook.client.request import Outputs
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.session.history import Pass
 from swarm_notebook.client.session.hop import Hop
-from swarm_notebook.client.session.session import InferenceSession
+from swarm_notebook.client.session.session import Given, InferenceSession
 from swarm_notebook.client.telemetry import StepRecord
 from swarm_notebook.errors import Unsupported
 
@@ -92,13 +91,7 @@ class BatchSession:
         for session in others:
             session.timeline = first.timeline
 
-    def begin(
-        self,
-        new: Pass,
-        adapter: Adapter | None,
-        prompts: torch.Tensor | None,
-        absent: frozenset[int] = frozenset(),
-    ) -> None:
+    def begin(self, new: Pass, given: Given) -> None:
         """As `InferenceSession.begin`; a first pass decides how the batch is divided.
 
         Raises:
@@ -110,7 +103,7 @@ class BatchSession:
             part.refuse_gaps(new)
         self._pass = new
         for part in self._parts:
-            part.begin(new, adapter, prompts, absent)
+            part.session.begin(part.of_pass(new), part.of_given(given))
 
     def edit(self, block: int, hidden: torch.Tensor) -> None:
         """As `InferenceSession.edit`."""
@@ -227,15 +220,13 @@ class _Part:
     def refuse_gaps(self, new: Pass) -> None:
         """Refuse padding or a jump of positions behind the tokens before, if it cannot travel."""
 
-    def begin(
-        self,
-        new: Pass,
-        adapter: Adapter | None,
-        prompts: torch.Tensor | None,
-        absent: frozenset[int],
-    ) -> None:
-        """Start a pass of the batch."""
-        self.session.begin(new, adapter, prompts, absent)
+    def of_pass(self, new: Pass) -> Pass:
+        """Their part of a pass of the batch."""
+        return new
+
+    def of_given(self, given: Given) -> Given:
+        """Their part of what it runs with."""
+        return given
 
     def copy(self, session: InferenceSession) -> _Part:
         """The same rows in a session that begins where theirs is."""
@@ -290,20 +281,14 @@ class _Rows(_Part):
                 "`swarm-notebook serve`"
             )
 
-    def begin(
-        self,
-        new: Pass,
-        adapter: Adapter | None,
-        prompts: torch.Tensor | None,
-        absent: frozenset[int],
-    ) -> None:
+    def of_pass(self, new: Pass) -> Pass:
         edits = {block: self.of(states, new.position) for block, states in new.edits.items()}
         position, end = max(new.position - self.first, 0), new.end - self.first
-        own = Pass(position, end - position, edits, rotary_length=new.rotary_length)
-        rest = None if prompts is None else prompts[:, :, self.first :]
-        self.session.begin(
-            own,
-            None if adapter is None else adapter.for_rows(self.rows),
-            rest if rest is not None and rest.shape[2] else None,
-            absent,
-        )
+        return Pass(position, end - position, edits, rotary_length=new.rotary_length)
+
+    def of_given(self, given: Given) -> Given:
+        adapter = None if given.adapter is None else given.adapter.for_rows(self.rows)
+        prompts = None if given.prompts is None else given.prompts[:, :, self.first :]
+        if prompts is not None and not prompts.shape[2]:
+            prompts = None
+        return Given(adapter, prompts, given.absent)

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 
@@ -31,6 +32,20 @@ logger = logging.getLogger(__name__)
 
 # The most that a Petals server reserves by default for models without grouped queries.
 DEFAULT_MAX_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a pass runs with besides the blocks' own weights.
+
+    Attributes:
+        prompts: deep prompts, ``[blocks, rows or 1, length, hidden]``.
+        absent: blocks that no server computes: they run in the notebook, or not at all.
+    """
+
+    adapter: Adapter | None = None
+    prompts: torch.Tensor | None = None
+    absent: frozenset[int] = frozenset()
 
 
 class InferenceSession:
@@ -95,22 +110,13 @@ class InferenceSession:
         """What follows is one generation, for those who watch (see `telemetry`)."""
         self.timeline = self._telemetry.begin(time.perf_counter())
 
-    def begin(
-        self,
-        new: Pass,
-        adapter: Adapter | None,
-        prompts: torch.Tensor | None,
-        absent: frozenset[int] = frozenset(),
-    ) -> None:
-        """Start a pass; what follows its position is forgotten.
+    def begin(self, new: Pass, given: Given) -> None:
+        """Start a pass, whose ``edits`` hold the input of the first block.
 
-        Args:
-            new: its ``edits`` hold the input of the first block.
-            adapter, prompts: what the blocks run with besides their own weights.
-            absent: blocks that no server computes: they run in the notebook, or not at all.
+        What follows its position is forgotten.
         """
-        self._absent = absent
-        self.history.adapter, self.history.prompts = adapter, prompts
+        self._absent = given.absent
+        self.history.adapter, self.history.prompts = given.adapter, given.prompts
         self.history.begin(new)
 
     def edit(self, block: int, hidden: torch.Tensor) -> None:

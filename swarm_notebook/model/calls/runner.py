@@ -31,6 +31,7 @@ from torch import nn
 from swarm_notebook.checkpoint.states import input_state, with_input_state
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.request import Outputs
+from swarm_notebook.client.session.session import Given
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.adapters.injected import Adapters
 from swarm_notebook.model.blocks import hooks
@@ -423,7 +424,7 @@ class Runner:
         new = pass_of(call, index, hidden, self._rotations.length(call.last))
         absent = call.layout.absent(len(self.blocks))
         prompts = detached(self._prompts(0, len(self.blocks)), hidden.dtype)
-        session.begin(new, call.adapter, prompts, absent)
+        session.begin(new, Given(call.adapter, prompts, absent))
 
     def _run_alone(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """A block that is called by itself, outside of the model's own forward."""
