@@ -18,7 +18,7 @@ from typing import Any
 
 from swarm_notebook import __version__
 from swarm_notebook.errors import InvitationError, MissingBlocks, SwarmError
-from swarm_notebook.parsing import add_expires, add_plan, blocks, count, size
+from swarm_notebook.parsing import add_plan, add_private, blocks, count, size
 from swarm_notebook.texts import clean
 
 PROGRAM = "swarm-notebook"
@@ -286,20 +286,6 @@ def _add_members(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Print an invitation, for `%%swarm connect INVITE`, `sn.connect(INVITE)` or "
         "`swarm-notebook serve --join INVITE`. A server of the swarm must run on this machine.",
     )
-    invite.add_argument(
-        "--role",
-        choices=("notebook", "server"),
-        default="notebook",
-        help="what they may do; a server may do what a notebook may (default: %(default)s)",
-    )
-    add_expires(invite)
-    invite.add_argument(
-        "--uses",
-        type=count,
-        default=1,
-        metavar="N",
-        help="how many may redeem it (default: 1)",
-    )
     invite.set_defaults(run=_invite)
     members = commands.add_parser(
         "members",
@@ -312,14 +298,8 @@ def _add_members(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="shut a member out of a private swarm of this machine",
         description="Shut a member out, or all who came by an invitation, within ten seconds.",
     )
-    revoke.add_argument(
-        "member", metavar="MEMBER", help="as `members` shows it; or an invitation, or its name"
-    )
     revoke.set_defaults(run=_revoke)
-    for command in (invite, members, revoke):
-        command.add_argument(
-            "--swarm", metavar="NAME", help="which one (default: the only one of this machine)"
-        )
+    add_private(invite, members, revoke, which="which one (default: the only of this machine)")
 
 
 def _invite(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What ``swarm-notebook`` and ``%swarm`` read alike: types of arguments, options of `plan`."""
+"""What ``swarm-notebook`` and ``%swarm`` read alike: types of arguments, and options of both."""
 
 from __future__ import annotations
 
@@ -41,8 +41,24 @@ def duration(text: str) -> int:
     return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-def add_expires(invite: argparse.ArgumentParser) -> None:
-    """For how long an invitation holds."""
+def add_private(
+    invite: argparse.ArgumentParser,
+    members: argparse.ArgumentParser,
+    revoke: argparse.ArgumentParser,
+    *,
+    which: str,
+) -> None:
+    """Which private swarm, who may join it, and who is shut out (see `net.membership`).
+
+    Args:
+        which: swarm is meant, for the help.
+    """
+    invite.add_argument(
+        "--role",
+        choices=("notebook", "server"),
+        default="notebook",
+        help="what they may do; a server may do what a notebook may (default: %(default)s)",
+    )
     invite.add_argument(
         "--expires",
         type=duration,
@@ -50,6 +66,16 @@ def add_expires(invite: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="until it is redeemed, such as 30m, 12h or 7d (default: %(default)s)",
     )
+    invite.add_argument(
+        "--uses", type=count, default=1, metavar="N", help="how many may redeem it (default: 1)"
+    )
+    revoke.add_argument(
+        "member",
+        metavar="MEMBER",
+        help="as `members` shows it; or an invitation, or its name: all who came by it",
+    )
+    for command in (invite, members, revoke):
+        command.add_argument("--swarm", metavar="NAME", help=which)
 
 
 def add_plan(plan: argparse.ArgumentParser) -> None:

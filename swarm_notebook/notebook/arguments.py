@@ -17,7 +17,7 @@ from IPython.core.error import UsageError
 
 from swarm_notebook.notebook import values
 from swarm_notebook.notebook.typed import split
-from swarm_notebook.parsing import add_expires, add_plan, blocks, count, size
+from swarm_notebook.parsing import add_plan, add_private, blocks, count, size
 
 DTYPES = ("float32", "bfloat16", "float16")
 COMPRESSIONS = ("float16", "int8")
@@ -297,27 +297,15 @@ class CommandLine:
 
     def _private(self) -> None:
         invite = self._add("invite", "let somebody join a private swarm that was begun here")
-        invite.add_argument(
-            "--role", choices=("notebook", "server"), default="notebook", help="what they may do"
-        )
-        invite.add_argument(
-            "--uses", type=count, default=1, metavar="N", help="how many may redeem it"
-        )
-        add_expires(invite)
         members = self._add("members", "show who has joined a private swarm that was begun here")
         revoke = self._add("revoke", "shut a member out of a private swarm that was begun here")
-        revoke.add_argument(
-            "member",
-            metavar="MEMBER",
-            help="as %%swarm members shows it; or an invitation, or its name: all who came by it",
+        add_private(
+            invite,
+            members,
+            revoke,
+            which="which one: a variable, or its name on this machine (default: the only one of "
+            "this notebook, else of this machine)",
         )
-        for command in (invite, members, revoke):
-            command.add_argument(
-                "--swarm",
-                metavar="NAME",
-                help="which one: a variable, or its name on this machine (default: the only one of "
-                "this notebook, else of this machine)",
-            )
         _add_output(invite, "the invitation, instead of printing it,")
         _add_output(members, "the list of them, instead of printing it,")
 
