@@ -166,14 +166,15 @@ export function modelTitle(model) {
   const steering = h("label", { class: "sn-adapters" }, h("span", {}, model.get("steering")), strength, much);
   const element = h(
     "div",
-    { class: "sn-dim sn-title" },
-    h("span", {}, model.get("title")),
+    { class: "sn-heading" },
+    h("span", { class: "sn-title" }, model.get("title")),
     adapters,
     model.get("steering") && steering,
   );
   const end = follow(model, ["adapters", "adapters_on", "state", "strength"], () => {
     if (strength.value !== String(model.get("strength"))) strength.value = String(model.get("strength"));
     setText(much, `${number(model.get("strength"))} ×`);
+    strength.dataset.sign = model.get("strength") < 0 ? "minus" : "plus";
     const found = model.get("adapters");
     adapters.hidden = !found.length;
     setText(names, `with adapter ${found.join(", ")}`);
@@ -224,7 +225,8 @@ function sentence(stats) {
   const parts = [`${number(stats.tokens)} token${stats.tokens === 1 ? "" : "s"}`];
   parts.push(`first after ${duration(stats.first)}`);
   if (stats.rate) parts.push(`${number(stats.rate)} tokens/s`);
-  parts.push(`${number(stats.computed)} prompt tokens processed`);
+  const { computed } = stats;
+  parts.push(`${number(computed)} prompt token${computed === 1 ? "" : "s"} processed`);
   if (stats.lost) parts.push(`${stats.lost} server${stats.lost === 1 ? "" : "s"} lost and replaced`);
   return parts.join(" · ");
 }

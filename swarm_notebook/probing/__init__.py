@@ -24,7 +24,13 @@ from swarm_notebook.probing.linear import Confusion, LinearProbe, Probes, linear
 from swarm_notebook.probing.patching import Patching, patch
 from swarm_notebook.probing.paths import PathPatching, path_patch
 from swarm_notebook.probing.states import hidden_states
-from swarm_notebook.probing.steering import SteeringVector, load_vector, steer, steering_vector
+from swarm_notebook.probing.steering import (
+    SteeringVector,
+    Sweep,
+    load_vector,
+    steer,
+    steering_vector,
+)
 from swarm_notebook.probing.view import HiddenStates, load_states
 
 __all__ = [
@@ -39,6 +45,7 @@ __all__ = [
     "PathPatching",
     "Probes",
     "SteeringVector",
+    "Sweep",
     "attention_patterns",
     "decode_states",
     "hidden_states",

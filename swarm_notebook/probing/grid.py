@@ -1,9 +1,8 @@
 """A table of cells by row and column, as text and as HTML with colours that follow the theme.
 
 For a table of blocks the first row is the last block, as papers draw it: the text enters below and
-leaves on top. A cell's colour says how strong it is, from -1 to 1; values beyond are cut. One blue
-that grows darker tells strengths apart without any sense of colour, and what is below 0 is orange,
-which no form of colour blindness takes for blue. The legend says what the ends mean.
+leaves on top. A cell's colour says how strong it is, from -1 to 1, on the diverging scale of
+`report/palette.py`; values beyond are cut. The legend says what the ends mean.
 """
 
 from __future__ import annotations
@@ -13,11 +12,14 @@ from dataclasses import dataclass
 from html import escape
 
 from swarm_notebook.report.formatting import text_table
+from swarm_notebook.report.palette import MINUS, MOST, PLUS
 
 # Its classes are its own: several pictures and widgets stand on one page.
-_STYLE = """<style>
+_COLOURS = f".sn-heat {{ --snh-plus: {PLUS}; --snh-minus: {MINUS}; --snh-most: {MOST:.0%}; }}"
+_STYLE = (
+    f"<style>\n{_COLOURS}"
+    """
 .sn-heat {
-  --snh-plus: #2b7bd6; --snh-minus: #d9730d;
   overflow-x: auto; color: var(--jp-ui-font-color1, inherit);
   font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif);
 }
@@ -27,32 +29,39 @@ _STYLE = """<style>
   font: 12px/1.5 var(--jp-code-font-family, monospace);
 }
 .sn-heat th, .sn-heat td {
-  padding: 1px 7px; text-align: center; white-space: pre; border: 0; border-radius: 2px;
+  padding: 2px 8px; text-align: center; white-space: pre; border: 0; border-radius: 2px;
   color: inherit; background: none; max-width: 12em; overflow: hidden; text-overflow: ellipsis;
+}
+.sn-heat td.snh-prose {
+  text-align: start; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 75ch;
+  padding: 4px 8px; font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif);
 }
 .sn-heat th { color: var(--jp-ui-font-color2, inherit); font-weight: 500; }
 /* The notebook's own stripes would shine through and be taken for values. */
 .sn-heat tbody tr:nth-child(n), .sn-heat tbody tr:hover { background: none; }
 .sn-heat tbody td {
-  background: color-mix(in srgb, var(--snh-hue) calc(var(--snh-strength) * 62%), transparent);
+  background: color-mix(
+    in srgb, var(--snh-hue) calc(var(--snh-strength) * var(--snh-most)), transparent);
 }
 .sn-heat .snh-legend {
-  display: flex; gap: 6px; align-items: center; font-size: 12px;
+  display: flex; gap: 8px; align-items: center; font-size: 12px;
   color: var(--jp-ui-font-color2, inherit);
 }
 .sn-heat .snh-scale { width: 7em; height: 10px; border-radius: 2px; background: linear-gradient(
   to right, var(--snh-low), transparent var(--snh-zero),
-  color-mix(in srgb, var(--snh-plus) 62%, transparent)); }
+  color-mix(in srgb, var(--snh-plus) var(--snh-most), transparent)); }
 </style>"""
+)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows, how strong it is, and what it says when pointed at."""
+    """What a cell shows, how strong it is, what it says when pointed at; prose is wrapped."""
 
     text: str
     strength: float
     hint: str = ""
+    prose: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Legend:
 
     def html(self) -> str:
         """A scale between its ends."""
-        minus = "color-mix(in srgb, var(--snh-minus) 62%, transparent)"
+        minus = "color-mix(in srgb, var(--snh-minus) var(--snh-most), transparent)"
         style = (
             f"--snh-low:{minus};--snh-zero:50%"
             if self.below
@@ -125,4 +134,5 @@ def _cell(cell: Cell) -> str:
     hue = "minus" if cell.strength < 0 else "plus"
     hint = f' title="{escape(cell.hint)}"' if cell.hint else ""
     style = f"--snh-strength:{strength:.2f};--snh-hue:var(--snh-{hue})"
-    return f'<td style="{style}"{hint}>{escape(cell.text)}</td>'
+    kind = ' class="snh-prose" dir="auto"' if cell.prose else ""
+    return f'<td{kind} style="{style}"{hint}>{escape(cell.text)}</td>'

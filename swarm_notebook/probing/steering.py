@@ -3,6 +3,7 @@
     vector = steering_vector(swarm, happy, sad, block=14)     # texts in pairs, or any numbers
     with vector.steer(swarm, scale=4):
         swarm.model.generate(**inputs)
+    vector.sweep(swarm, "I opened the letter and")            # what each strength makes of a text
     vector.save("happy.safetensors")                          # load_vector reads it back
 
 The vector is added at every position, those of the prompt included. It may require gradients: then
@@ -23,11 +24,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from swarm_notebook.model.home import which
+from swarm_notebook.probing.grid import Cell, Legend, as_html
 from swarm_notebook.probing.states import Pool, hidden_states
-from swarm_notebook.probing.subject import Subject, Target
-from swarm_notebook.report.formatting import model_title
+from swarm_notebook.probing.subject import Subject, Target, Text
+from swarm_notebook.report.formatting import data_frame, model_title, text_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
 
@@ -53,12 +56,94 @@ class SteeringVector:
         """`steer` with this vector, for as long as a ``with`` block lasts."""
         return steer(target, self.block, self.vector, scale=scale)
 
+    def sweep(
+        self,
+        target: Target,
+        text: Text,
+        strengths: Sequence[float] = (-4, -2, 0, 2, 4),
+        *,
+        max_new_tokens: int = 24,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Sweep:
+        """What the model makes of a text at several strengths, greedily; all are one batch.
+
+        Args:
+            target: a swarm or a model.
+            text: what is continued as it is, or its token ids.
+            strengths: how many times the vector; 0 is the model as it is.
+            max_new_tokens: how many tokens each text gets at most.
+            tokenizer: for a model alone; a swarm has its own.
+
+        Raises:
+            ValueError: there are no strengths, or no tokenizer.
+        """
+        subject = Subject.of(target, tokenizer)
+        if not strengths or subject.tokenizer is None:
+            raise ValueError("strengths: none" if not strengths else "tokenizer: none is known")
+        ids = subject.ids(text)
+        scales = torch.tensor(strengths, dtype=torch.float32)[:, None, None]
+
+        def add(state: torch.Tensor) -> torch.Tensor:
+            return state + (scales * self.vector).to(state.device, state.dtype)
+
+        rows = ids.expand(len(strengths), -1).to(subject.model.device)
+        with subject.at_rest() as model, subject.editing(self.block, add):
+            found = model.generate(
+                input_ids=rows,
+                attention_mask=torch.ones_like(rows),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+        texts = subject.tokenizer.batch_decode(found[:, len(ids) :], skip_special_tokens=True)
+        said = subject.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return Sweep(model_title(subject.name), self.block, str(said), list(strengths), texts)
+
     def save(self, path: str | Path) -> Path:
         """Write it as one safetensors file."""
         path = Path(path)
         metadata = {"model": self.model, "block": str(self.block)}
         save_file({"vector": self.vector.contiguous()}, path, metadata)
         return path
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a model has made of one text at several strengths of a vector.
+
+    Attributes:
+        block: where the vector was added.
+        prompt: the text that was continued.
+        strengths: how many times the vector.
+        texts: the continuation at each strength.
+    """
+
+    model: str
+    block: int
+    prompt: str
+    strengths: list[float]
+    texts: list[str]
+
+    def __repr__(self) -> str:
+        rows = [[f"{one:g}", repr(text)] for one, text in self._rows()]
+        return "\n".join([self._title, *text_table(["strength", "text"], rows)])
+
+    def _repr_html_(self) -> str:
+        most = max(map(abs, self.strengths)) or 1.0
+        rows = [(f"{one:g}", [Cell(text, one / most, prose=True)]) for one, text in self._rows()]
+        legend = Legend("0, as it is", f"{most:g} times the vector", f"-{most:g} times")
+        return as_html(self._title, [self.prompt], rows, corner="strength", legend=legend)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per strength: ``strength``, ``text``."""
+        rows = [{"strength": one, "text": text} for one, text in self._rows()]
+        return data_frame(rows, ["strength", "text"])
+
+    def _rows(self) -> list[tuple[float, str]]:
+        return list(zip(self.strengths, self.texts, strict=True))
+
+    @property
+    def _title(self) -> str:
+        return f"{self.model}: {self.prompt!r}, steered at block {self.block}"
 
 
 def load_vector(path: str | Path) -> SteeringVector:

@@ -27,10 +27,10 @@ STYLE = """<style>
 .sn-view .sn-model { font-weight: 600; font-size: 14px; }
 .sn-view .sn-dim { color: var(--sn-dim); }
 .sn-view .sn-alarm {
-  color: #fff; background: var(--sn-bad); border-radius: 3px; padding: 1px 8px; font-weight: 600;
+  color: #fff; background: var(--sn-bad); border-radius: 3px; padding: 2px 8px; font-weight: 600;
 }
 .sn-view .sn-strip {
-  display: flex; gap: 2px; height: 18px; margin: 6px 0 8px; font-size: 11px; line-height: 18px;
+  display: flex; gap: 2px; height: 18px; margin: 8px 0 8px; font-size: 12px; line-height: 18px;
 }
 .sn-view .sn-run {
   min-width: 3px; text-align: center; color: #fff; overflow: hidden; white-space: nowrap;
@@ -41,7 +41,7 @@ STYLE = """<style>
 .sn-view .sn-run.sn-2 { background: var(--sn-good); }
 .sn-view .sn-table { border-collapse: collapse; margin: 0; font-size: 12px; width: auto; }
 .sn-view .sn-table th, .sn-view .sn-table td {
-  text-align: left; padding: 3px 14px 3px 0; border: 0; border-bottom: 1px solid var(--sn-line);
+  text-align: left; padding: 4px 12px 4px 0; border: 0; border-bottom: 1px solid var(--sn-line);
   background: none; color: var(--sn-text); white-space: nowrap; vertical-align: middle;
 }
 .sn-view .sn-table th { color: var(--sn-dim); font-weight: 500; }

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-# Okabe and Ito's colours (2008), which people of any colour vision tell apart; dark enough on
-# white and light enough on black to be seen as lines.
-COLOURS = ("#2b7bd6", "#d9730d", "#1a936f", "#b05a9a", "#8a7a1d")
+from swarm_notebook.report.palette import SERIES
+
 _WIDTH, _HEIGHT = 640, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 8, 40
 
@@ -103,7 +102,7 @@ class LineChart:
             )
             parts.append(_text(_WIDTH - _RIGHT, y - 4, name, "end"))
         for number, line in enumerate(self.lines):
-            parts.append(_line(line, place, COLOURS[number % len(COLOURS)]))
+            parts.append(_line(line, place, SERIES[number % len(SERIES)]))
         said = "; ".join(
             f"{line.name} from {_short(min(line.ys))} to {_short(max(line.ys))}"
             for line in self.lines

@@ -254,7 +254,7 @@ class ChatWidget(WritingWidget, module="chat"):
             for turn in turns
         )
         last = f'<div class="snw-dim">{escape(facts(self.note, self.stats))}</div>'
-        return shell(f'<div class="snw-dim">{escape(self.title)}</div>{shown}{last}')
+        return shell(f'<div class="snw-title">{escape(self.title)}</div>{shown}{last}')
 
     def _say(self, messages: list[Message], change: Callable[[], None]) -> None:
         """Let the model answer to these, which `change` makes the path."""

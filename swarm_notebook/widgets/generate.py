@@ -214,7 +214,7 @@ class GenerateWidget(WritingWidget, module="generate"):
             if not cell[2]
         )
         return shell(
-            f'<div class="snw-dim">{escape(self.title)}</div>'
+            f'<div class="snw-title">{escape(self.title)}</div>'
             f'<div class="snw-prompt">{escape(self._shown_prompt())}</div>'
             f'<div class="snw-text" dir="auto">{body}</div>{warning(self.suspicion)}'
             f'<div class="snw-dim">{escape(facts(self.note, self.stats))}</div>'

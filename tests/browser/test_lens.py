@@ -82,6 +82,23 @@ def test_pictures(lens: Locator, picture: Callable[[Locator, str], None]) -> Non
     picture(lens, "lens")
 
 
+def test_a_static_table_leaves_the_lens_its_colours(notebook: Notebook, lens: Locator) -> None:
+    """Both are on one page, and each has a style sheet of its own."""
+    colour = "cell => getComputedStyle(cell).backgroundColor"
+    cell = lens.get_by_role("row").nth(1).get_by_role("gridcell").last
+    before = cell.evaluate(colour)
+    static = notebook.run(f"sn.probing.logit_lens(swarm, {TEXT!r}, blocks=[0, 29])").locator(
+        "table"
+    )
+    assert cell.evaluate(colour) == before
+    shown = [static.locator("tbody tr").nth(row).locator("td").last for row in (0, 1)]
+    strong, weak = (each.evaluate(colour) for each in shown)
+    assert len({strong, weak, "rgba(0, 0, 0, 0)"}) == 3
+    # The notebook's own stripes do not shine through.
+    for row in static.locator("tbody tr").all():
+        assert row.evaluate(colour) == "rgba(0, 0, 0, 0)"
+
+
 def test_a_lens_says_that_its_swarm_was_left(notebook: Notebook) -> None:
     notebook.run("away = sn.connect(local.initial_peers, model=local.model)")
     view = notebook.run(f"sn.widgets.LensWidget(away, {TEXT!r}, blocks=[29])")

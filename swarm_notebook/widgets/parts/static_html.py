@@ -9,6 +9,7 @@ from typing import Any
 _STYLE = """<style>
 .snw { color: var(--jp-ui-font-color1, inherit); max-width: 60em; overflow: hidden;
   font: 13px/1.6 var(--jp-ui-font-family, system-ui, sans-serif); }
+.snw-title { font-weight: 600; font-size: 14px; }
 .snw-dim { color: var(--jp-ui-font-color2, color-mix(in srgb, currentColor 65%, transparent));
   font-size: 12px; }
 .snw-prompt, .snw-text, .snw-turn { white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0;

@@ -328,6 +328,24 @@ def test_steer(pair: Pair) -> None:
     assert told[0] == told[1]
 
 
+def test_a_sweep_over_strengths(pair: Pair) -> None:
+    direction = torch.randn(48, generator=torch.Generator().manual_seed(2))
+    vector = probing.SteeringVector("tiny", 2, direction)
+    strengths = [-3.0, 0.0, 3.0]
+    swept = vector.sweep(pair.swarm, "once", strengths, max_new_tokens=6)
+    assert swept.strengths == strengths
+    ids = pair.tokenizer("once", return_tensors="pt").input_ids
+    for scale, text in zip(swept.strengths, swept.texts, strict=True):
+        with vector.steer(pair.local, scale=scale):
+            made = pair.local.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        assert text == pair.tokenizer.decode(made, skip_special_tokens=True)
+    assert list(swept.to_pandas()["strength"]) == strengths
+    assert repr(swept).splitlines()[2].split()[0] == "-3"
+    assert swept._repr_html_().count("snh-prose") >= len(strengths)
+    with pytest.raises(ValueError, match="strengths"):
+        vector.sweep(pair.swarm, "once", [])
+
+
 def test_a_steering_vector_from_contrast_pairs(pair: Pair, tmp_path: Path) -> None:
     texts = ["so good", "fine", "so bad", "poor"]
     made = probing.steering_vector(pair.swarm, texts[:2], texts[2:], block=-3)
