@@ -1,0 +1,44 @@
+"""What other ways to install have in common with pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+
+import swarm_notebook
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONDA = {"torch": "pytorch"}  # names that differ there
+
+
+def wanted() -> set[str]:
+    """What the package needs, as conda writes it."""
+    found = {f"python {PROJECT['requires-python']}"}
+    for line in PROJECT["dependencies"]:
+        name, version = re.fullmatch(r"([\w-]+)(.*)", line).groups()  # type: ignore[union-attr]
+        found.add(f"{CONDA.get(name, name)} {version}")
+    return found
+
+
+def test_the_conda_recipe_needs_what_the_package_needs() -> None:
+    recipe = yaml.safe_load((ROOT / "conda" / "recipe.yaml").read_text())
+    assert set(recipe["requirements"]["run"]) == wanted()
+    assert recipe["context"]["version"] == swarm_notebook.__version__
+    assert recipe["about"]["summary"] == PROJECT["description"]
+    (entry,) = recipe["build"]["python"]["entry_points"]
+    assert entry.split(" = ") == list(*PROJECT["scripts"].items())
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == swarm_notebook.__version__
+
+
+def test_binder_asks_for_extras_that_there_are() -> None:
+    asked = (ROOT / "binder" / "requirements.txt").read_text()
+    (extras,) = re.findall(r"^\.\[(.*)\]$", asked, re.MULTILINE)
+    assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
