@@ -7,6 +7,7 @@
 # make release   wheel and sdist in dist/, checked, and tried in an environment of their own
 # make foreign  PEFT's own tests of decoder models, on remote ones (K=llama)
 # make chaos  ten minutes (SECONDS=600, SEED=0) of faults while notebooks work, and a table of pauses
+# make places  five minutes (SECONDS=300, SEED=0) of servers that come and go and choose their blocks
 # make hostile  attacks on a server process beside an honest notebook, and a table of them
 #
 # The environment is .venv/ in this folder; a second run installs nothing. Where Node is, `test` and
@@ -28,7 +29,7 @@ IN_ORDER := -n 3 $(BY_FILE) --no-loadscope-reorder
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab docs release test unit foreign chaos hostile lint format outputs screenshots clean
+.PHONY: demo lab docs release test unit foreign chaos places hostile lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -77,6 +78,9 @@ foreign: $(READY)
 
 chaos: $(READY)
 	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
+
+places: $(READY)
+	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos.places --seconds $(or $(SECONDS),300) --seed $(or $(SEED),0)
 
 lint: $(READY) $(NODE)
 	$(BIN)/ruff check .

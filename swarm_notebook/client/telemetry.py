@@ -232,6 +232,10 @@ class Usage:
         usage.seconds += seconds
         usage.last = time.time()
 
+    def requests(self, peer: str) -> int:
+        """How many requests a server has answered to this notebook."""
+        return self._servers[peer].requests if peer in self._servers else 0
+
     def by_peer(self) -> dict[str, ServerUsage]:
         """Copies, by peer."""
         return {peer: usage.copy() for peer, usage in list(self._servers.items())}

@@ -155,7 +155,8 @@ class Node:
         use_loop_writers(p2p)
         try:
             if credentials is None and invitations:
-                credentials = await join(p2p, invitations[0])
+                known = [PeerID.from_base58(peer["p2p"]) for peer in peers]
+                credentials = await join(p2p, invitations[0], known)
             membership = None if credentials is None else Membership(credentials, p2p.peer_id)
             dht = await DHTNode.create(
                 p2p=p2p,

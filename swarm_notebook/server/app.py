@@ -46,6 +46,7 @@ from swarm_notebook.server.presence.membership import MembershipKeeper
 from swarm_notebook.server.presence.pings import NeighbourPings
 from swarm_notebook.server.presence.places import Place
 from swarm_notebook.server.presence.placing import Placing
+from swarm_notebook.server.presence.residence import Residence
 from swarm_notebook.server.presence.reunion import Reunion
 from swarm_notebook.server.rpc.answers import traffic_for
 from swarm_notebook.server.rpc.handler import Handler
@@ -130,8 +131,9 @@ class Server:
         up = self._up
         while up is None or not self._options.chosen:
             await asyncio.Event().wait()  # for ever
-        (start, end), rate = self.facts["blocks"], up.describe(ServerState.ONLINE).throughput
-        span = await up.placing.better(Place(start, end, rate))
+        start, end = self.facts["blocks"]
+        throughput = up.describe(ServerState.ONLINE).throughput
+        span = await up.placing.better(Place.announced(start, end, throughput))
         logger.info("moving to blocks %d:%d, where the swarm needs this server more", *span)
         return replace(self._options, blocks=span, chosen=True)
 
@@ -311,18 +313,25 @@ class Server:
         options = self._options
         swarm = options.swarm
         authority = None if swarm is None else await asyncio.to_thread(Authority, swarm)
+        identity, listen, residence = options.identity, options.host_maddrs, None
+        if swarm is not None and identity is None:
+            residence = Residence(swarm)
+            self._stack.callback(residence.leave)
+            identity, listen = residence.identity, residence.listen(listen)
         starting = asyncio.create_task(
             Node.start(
                 options.initial_peers,
                 client=False,
-                host_maddrs=options.host_maddrs,
-                identity=options.identity,
+                host_maddrs=listen,
+                identity=identity,
                 credentials=None if authority is None else authority.owner(),
             )
         )
         # Shielded: hivemind would leave the daemon behind that it is just starting.
         self._stack.push_async_callback(_stop_node, starting)
         node = await asyncio.shield(starting)
+        if residence is not None:
+            residence.keep(await node.addresses())
         if node.membership is not None:
             await self._take_part(node, authority, shared_name)
         return node

@@ -32,6 +32,7 @@ from swarm_notebook.client.servers.asking import (
     try_ask,
 )
 from swarm_notebook.client.servers.bits import BitsInUse
+from swarm_notebook.client.servers.crowd import Crowd
 from swarm_notebook.client.servers.health import OTHER, Fault, PeerHealth
 from swarm_notebook.client.telemetry import Telemetry
 from swarm_notebook.errors import MissingBlocks, NotAMember, RemoteError, ServerGone
@@ -117,6 +118,7 @@ class Directory:
         shortages: what calls wait for just now.
         refused: what a private swarm has said last to this notebook, if it is no member.
         bits: per weight of the blocks that are computed.
+        crowd: how busy servers are for others.
     """
 
     node: Node
@@ -140,6 +142,7 @@ class Directory:
     shortages: list[Shortage] = field(default_factory=list)
     refused: list[NotAMember] = field(default_factory=list)
     bits: BitsInUse = field(default_factory=BitsInUse)
+    crowd: Crowd = field(init=False)
     _announced: Announced = field(init=False)
     _asked: dict[str, float] = field(default_factory=dict)
     _last_seen: dict[str, _LastSeen] = field(default_factory=dict)
@@ -150,6 +153,7 @@ class Directory:
     def __post_init__(self) -> None:
         membership = self.node.membership if self.node is not None else None
         self._announced = Announced(self.prefix, membership)
+        self.crowd = Crowd("" if self.node is None else self.node.peer_id.to_base58())
 
     async def start(self) -> None:
         """Read the records once, then keep reading them in the background."""
@@ -239,6 +243,8 @@ class Directory:
         self.health.answered(peer)
         self._announced.told(peer, info, self.num_blocks)
         self.rtt[peer] = smoothed_rtt(self.rtt.get(peer), time.perf_counter() - began)
+        here = self.telemetry.usage.requests(peer)
+        self.crowd.told(peer, info.get("requests_served"), here, time.monotonic())
         return True
 
     def note(self, spans: Sequence[ServerSpan], now: float) -> None:
@@ -259,6 +265,7 @@ class Directory:
         for key in [key for key in self.uploaded if key[0] == peer]:
             del self.uploaded[key]
         self.health.forget(peer)
+        self.crowd.forget(peer)
 
     async def info(self, peer: str) -> dict:
         """The server's answer to rpc_info; room in the cache of ours is in tokens."""
@@ -296,7 +303,7 @@ class Directory:
     @property
     def links(self) -> routing.Links:
         """How far notebook and servers are from each other."""
-        return routing.Links(self.rtt, self.together)
+        return routing.Links(self.rtt, self.together, self.crowd)
 
     def chain(
         self, start: int, end: int, exclude: Collection[str] = ()

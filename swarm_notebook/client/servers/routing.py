@@ -1,11 +1,11 @@
 """Which server computes which blocks: the chain with the lowest expected latency. Pure code.
 
-A token takes its blocks' time at the servers' announced speed, and the network's time on the
-critical path: to the first server, from each to the next, and back from the last. (Every server
-answers to the notebook besides, but nobody waits for that.) Two servers that push to each other
-are half of their round trip apart, which servers measure to their neighbours and announce. Where
-the notebook passes the hidden states on, or no ping is known, the way over the notebook counts:
-half of its own round trip to each of the two.
+A token takes its blocks' time at the servers' announced speed, more where others are served at the
+same time (`crowd`), and the network's time on the critical path: to the first server, from each to
+the next, and back from the last. (Every server answers to the notebook besides, but nobody waits
+for that.) Two servers that push to each other are half of their round trip apart, which servers
+measure to their neighbours and announce. Where the notebook passes the hidden states on, or no ping
+is known, the way over the notebook counts: half of its own round trip to each of the two.
 
 The best chain from `start` to `end` is found block by block: the cheapest way to have passed block
 b on server s stays on s, or switches to it from whichever server is cheapest together with the
@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from swarm_notebook.client.servers.crowd import Crowd
 from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.net.dht.records import ServerSpan, ServerState
 
@@ -69,10 +70,28 @@ class Links:
     Attributes:
         rtt: round trips between notebook and servers that were measured here, in seconds by peer.
         pushes: whether the first of two servers can push its output to the second.
+        crowd: how busy servers are for others; None: not known.
     """
 
     rtt: Mapping[str, float]
     pushes: Pushes = lambda _sender, _receiver: False
+    crowd: Crowd | None = None
+
+    def block_seconds(self, span: ServerSpan) -> float:
+        """Expected seconds of one token in one block of a server.
+
+        Each request of others that is there makes one wait for about as long as its own takes:
+        what comes while a step is computed goes into the next.
+        """
+        seconds = block_seconds(span)
+        if self.crowd is None:
+            return seconds
+        return seconds * (1 + self.crowd.load(span.peer, seconds * (span.end - span.start)))
+
+    def preference(self, span: ServerSpan) -> float:
+        """As `block_seconds`, and for each notebook a little different."""
+        alike = 0.0 if self.crowd is None else self.crowd.reluctance(span.peer)
+        return self.block_seconds(span) * (1 + alike)
 
     def to_notebook(self, span: ServerSpan) -> float:
         """Seconds one way between the notebook and a server."""
@@ -124,7 +143,7 @@ def network_seconds(chain: Sequence[RouteSegment], links: Links) -> list[float]:
 def token_seconds(chain: Sequence[RouteSegment], links: Links) -> list[float]:
     """Expected seconds of one token on each segment, network included."""
     return [
-        network + (segment.end - segment.start) * block_seconds(segment.span)
+        network + (segment.end - segment.start) * links.block_seconds(segment.span)
         for segment, network in zip(chain, network_seconds(chain, links), strict=True)
     ]
 
@@ -191,7 +210,7 @@ def best_chain(
                 else:
                     best = _Passed(cost, span, block, passed[other])
             following[number] = _Passed(
-                best.cost + block_seconds(span), span, best.start, best.before
+                best.cost + links.preference(span), span, best.start, best.before
             )
         passed = following
     last = min(

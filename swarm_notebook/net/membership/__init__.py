@@ -8,3 +8,5 @@ own, for which the member signs, and shows both signatures wherever it asks for 
 
 # For so long an invitation can be redeemed, if nothing else is said: a week.
 INVITATION_SECONDS = 7 * 86400
+# A membership lasts for a year and is renewed in its last quarter, whenever its member connects.
+RENEW_SECONDS = 91 * 86400

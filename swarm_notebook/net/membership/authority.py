@@ -22,7 +22,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from swarm_notebook.errors import InvitationError
-from swarm_notebook.net.membership import INVITATION_SECONDS
+from swarm_notebook.net.membership import INVITATION_SECONDS, RENEW_SECONDS
 from swarm_notebook.net.membership.certificate import (
     MAX_REVOKED,
     Certificate,
@@ -167,7 +167,8 @@ class Authority:
     def redeem(self, request: bytes) -> bytes:
         """The answer to what somebody has sent to become a member, who may be anybody.
 
-        Who asks again with the same key gets the same again: an answer may have been lost.
+        Who asks again with the same key gets the same again: an answer may have been lost. Late in
+        its term a membership is renewed by that, also when the invitation has expired or is spent.
         """
         asked, now = Redemption.unpack(request), int(time.time())
         if asked is None:
@@ -189,9 +190,9 @@ class Authority:
             ).fetchone()
             if revoked or (known is not None and known[1]):
                 return pack_answer(Verdict.REVOKED)
-            if expires < now:
-                return pack_answer(Verdict.EXPIRED)
             if known is None or known[2] != asked.id:
+                if expires < now:
+                    return pack_answer(Verdict.EXPIRED)
                 if used >= uses:
                     return pack_answer(Verdict.SPENT)
                 book.execute("UPDATE invitations SET used = used + 1 WHERE id = ?", (asked.id,))
@@ -202,6 +203,11 @@ class Authority:
                 )
             else:
                 until = known[0]
+                if until - now < RENEW_SECONDS:
+                    until = now + MEMBER_SECONDS
+                    book.execute(
+                        "UPDATE members SET expires = ? WHERE key = ?", (until, asked.member)
+                    )
         certificate = Certificate(Role(role), until, asked.member).signed(self._key)
         return pack_answer(Verdict.GRANTED, certificate)
 

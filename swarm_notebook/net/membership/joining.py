@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -20,6 +21,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm_notebook.errors import ClocksDiffer, ConnectionFailed, InvitationError, NotAMember
+from swarm_notebook.net.membership import RENEW_SECONDS
 from swarm_notebook.net.membership.authority import Authority
 from swarm_notebook.net.membership.certificate import (
     CLOCK_SECONDS,
@@ -62,8 +64,12 @@ async def offer(p2p: P2P, authority: Authority) -> None:
     await p2p._client.add_unary_handler(RPC_JOIN, redeem)
 
 
-async def join(p2p: P2P, invitation: Invitation) -> Credentials:
+async def join(p2p: P2P, invitation: Invitation, others: Collection[PeerID] = ()) -> Credentials:
     """What makes this machine's user a member; asks a server unless that was done before.
+
+    Args:
+        others: peers besides those of the invitation that may be of the swarm, as the local
+            network tells; what they answer is the swarm's own word, or nothing.
 
     Raises:
         InvitationError: the servers refuse it.
@@ -71,20 +77,39 @@ async def join(p2p: P2P, invitation: Invitation) -> Credentials:
         ClocksDiffer: this machine's clock and a server's differ by more than a minute.
     """
     key, certificate = await asyncio.to_thread(_read, invitation)
-    if certificate:
-        return Credentials(invitation.swarm, key, certificate)
+    if not certificate:
+        return await _redeem(p2p, invitation, others, key)
+    kept = Credentials(invitation.swarm, key, certificate)
+    left = Certificate.read(certificate, invitation.swarm).expires - time.time()
+    if left < RENEW_SECONDS:
+        try:
+            return await _redeem(p2p, invitation, others, key)
+        except (ConnectionFailed, ClocksDiffer) as error:
+            logger.info("the membership is not renewed: %s", error)
+    return kept
+
+
+async def _redeem(
+    p2p: P2P, invitation: Invitation, others: Collection[PeerID], key: Ed25519PrivateKey
+) -> Credentials:
+    """Ask one server after the other to be let in with a key."""
     request = Redemption.of(invitation, key.public_key().public_bytes_raw()).pack()
     failed: Exception | None = None
-    for peer in dict.fromkeys(Multiaddr(address)["p2p"] for address in invitation.addresses):
+    invited = [PeerID.from_base58(Multiaddr(one)["p2p"]) for one in invitation.addresses]
+    for peer in dict.fromkeys([*invited, *others]):
         try:
             async with asyncio.timeout(REDEEM_SECONDS):
-                answer = await p2p._client.call_unary_handler(
-                    PeerID.from_base58(peer), RPC_JOIN, request
-                )
+                answer = await p2p._client.call_unary_handler(peer, RPC_JOIN, request)
         except (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, TimeoutError) as error:
             failed = error
             continue
-        certificate = _granted(answer, invitation, key.public_key().public_bytes_raw())
+        try:
+            certificate = _granted(answer, invitation, key.public_key().public_bytes_raw())
+        except (InvitationError, ClocksDiffer) as error:
+            if peer in invited:
+                raise
+            failed = error
+            continue
         await asyncio.to_thread(_write, invitation, key, certificate)
         return Credentials(invitation.swarm, key, certificate)
     raise ConnectionFailed(

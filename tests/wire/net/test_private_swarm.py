@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from swarm_notebook.errors import (
     NotAMember,
     RemoteError,
 )
+from swarm_notebook.net.membership import authority as authority_module
 from swarm_notebook.net.membership import joining
 from swarm_notebook.net.membership.authority import Authority
 from swarm_notebook.net.membership.certificate import Certificate, Credentials, Role
@@ -243,7 +245,7 @@ def test_a_notebook_with_an_address_is_told_what_it_lacks(swarm: HostedSwarm, fo
 def test_what_is_no_invitation_any_more(
     swarm: HostedSwarm, authority: Authority, folder: Path
 ) -> None:
-    spent, expired, late = (authority.invite(expires=1) for _ in range(3))
+    spent, (expired, late) = authority.invite(), (authority.invite(expires=1) for _ in range(2))
     other = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
     authority.redeem(Redemption.of(spent, other).pack())
     with pytest.raises(InvitationError, match="as many"):
@@ -269,6 +271,36 @@ def test_a_clock_that_is_an_hour_wrong_is_noticed(
     monkeypatch.setattr(joining.time, "time", lambda: now + 3600)
     with pytest.raises(ClocksDiffer, match=r"36\d\d s ahead"):
         joining._granted(answer, invitation, public)
+
+
+def test_a_server_that_starts_again_is_found_by_old_invitations(
+    data: Path, folder: Path, tmp_path: Path
+) -> None:
+    options = ServeOptions(folder, (0, 5), swarm=tmp_path)
+    with HostedServer(options) as first:
+        invitation = Authority(tmp_path).invite()
+        with HostedServer(dataclasses.replace(options, blocks=(0, 2))) as beside:
+            assert beside.peer_id != first.peer_id
+    with HostedServer(options) as again:
+        assert again.addresses == first.addresses
+        sn.connect(str(invitation), model=folder).disconnect()
+
+
+def test_a_membership_is_renewed_late_in_its_term(
+    swarm: HostedSwarm, authority: Authority, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invitation = authority.invite(expires=2)
+    sn.connect(str(invitation), model=folder).disconnect()
+    (before,) = (one for one in authority.members() if one.invitation == invitation.id)
+    wait_until(lambda: invitation.expires < time.time() - 1)
+    for module in (joining, authority_module):
+        monkeypatch.setattr(module, "RENEW_SECONDS", 2 * authority_module.MEMBER_SECONDS)
+    sn.connect(str(invitation), model=folder).disconnect()
+    (after,) = (one for one in authority.members() if one.invitation == invitation.id)
+    assert after.expires > before.expires
+    authority.revoke(after.name)
+    with pytest.raises(InvitationError, match="revoked"):
+        sn.connect(str(invitation), model=folder)
 
 
 def test_a_server_needs_the_role(swarm: HostedSwarm, authority: Authority, folder: Path) -> None:

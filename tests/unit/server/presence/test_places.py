@@ -24,9 +24,9 @@ def settled(machines: list[tuple[int, float]], blocks: int, seed: int) -> list[P
             others = [place for other, place in enumerate(places) if other != index]
             span = better(others, blocks, places[index])
             if span is not None:
-                assert value([*others, Place(*span, places[index].rate)], blocks) > value(
-                    places, blocks
-                )
+                whole = value(places, blocks).covered == blocks
+                moved = value([*others, Place(*span, places[index].rate)], blocks)
+                assert moved.covered == blocks or not whole
                 places[index] = Place(*span, places[index].rate)
                 break
         else:
@@ -63,9 +63,7 @@ def test_they_come_near_the_best_places_on_small_swarms() -> None:
         found = value(settled(machines, blocks, seed), blocks)
         covered, narrowest = optimum(machines, blocks)
         reached.append((found.covered / covered, found.narrowest / narrowest))
-    # Nobody moves others out of the way, so a few blocks may stay without a server.
-    assert sorted(share for share, _ in reached)[len(reached) // 10] == 1.0
-    assert min(share for share, _ in reached) >= 0.7
+    assert min(share for share, _ in reached) == 1.0
     full = sorted(rate for share, rate in reached if share == 1.0)
     assert full[len(full) // 2] >= 0.9
 
@@ -89,6 +87,21 @@ def test_nobody_uncovers_a_block_or_moves_for_little() -> None:
     assert better([Place(0, 3, 100.0)], 6, own) == (3, 6), "somebody has left"
     assert better([Place(0, 3, 100.0), Place(3, 6, 20.0)], 6, own) == (3, 6)
     assert better([Place(0, 3, 100.0), Place(3, 6, 90.0)], 6, own) is None
+
+
+def test_several_move_one_after_the_other_where_no_single_move_helps() -> None:
+    # There is room for all, but the hole is at one end and what is held twice at the other.
+    places = [Place(0, 4, 100.0), Place(2, 6, 100.0), Place(6, 9, 100.0), Place(9, 11, 100.0)]
+    moved = []
+    for _ in range(8):
+        for index, own in enumerate(places):
+            others = [place for other, place in enumerate(places) if other != index]
+            if (span := better(others, 12, own)) is not None:
+                places[index] = Place(*span, own.rate)
+                moved.append(index)
+                break
+    assert value(places, 12).covered == 12
+    assert 1 < len(moved) <= 4
 
 
 def test_a_stream_needs_few_hops() -> None:

@@ -1,0 +1,335 @@
+"""How good the places are that servers choose by themselves, in swarms that come and go.
+
+    python benchmarks/places.py [--seeds 4] [--limit 10]
+
+Each trace is a seeded list of joins and leaves of unlike cards, with the memory and the speed that
+`sn.plan` reckons with. After each event servers move until none wants to. What they have then is
+the most tokens per second that can flow through all blocks, each token taking any servers (a linear
+program), as a part of what the best places of the same servers allow (a mixed integer program, by
+HiGHS; where it runs out of time, of its bound, so that the part is never too good).
+
+The rule is the servers' own code (`server/presence/places.py`). Beside it are two others, written
+from their descriptions:
+
+- Petals [1]: a server takes the blocks with the least throughput, and moves when, after all others
+  have moved as they would, the narrowest place were a third better.
+- Parallax [2]: one scheduler knows all. It forms as many whole pipelines as the memory allows, of
+  as few servers each as it can, shares the blocks of each by the servers' speed as far as their
+  memory goes, and puts who is left where the least throughput is. Here it does that anew at every
+  event, and a move costs it nothing.
+
+[1] https://arxiv.org/abs/2312.08361, appendix; [2] https://arxiv.org/abs/2509.26182, section 3.2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import lil_matrix
+
+from swarm_notebook.planning.machines import KNOWN, Machine
+from swarm_notebook.planning.placement import Share, prompt_seconds, weight_bytes
+from swarm_notebook.planning.shape import BlockShape, ModelShape
+from swarm_notebook.server.presence.places import Place, better, choose
+
+# More moves than this after one event are an oscillation.
+MOST_MOVES = 200
+PETALS_BALANCE = 0.75  # its ``balance_quality``
+CARDS = ("rtx3060", "rtx3090", "rtx4090", "a6000", "l4", "a100", "h100")
+CACHE_PART, PROMPT_TOKENS = 0.2, 512
+# Blocks, weights in the matrices of each, hidden size, bits: of a 70B and a 405B Llama.
+SHAPES = {
+    "70B": (80, 855_638_016, 8192, 4.5),
+    "70B-bf16": (80, 855_638_016, 8192, 16.0),
+    "405B": (126, 3_187_671_040, 16384, 4.5),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Server:
+    """A card that can hold `size` blocks, and passes `rate` tokens per second through one."""
+
+    size: int
+    rate: float
+
+    def span_rate(self, blocks: int) -> float:
+        """Tokens per second through a span; servers announce it for half of their blocks."""
+        return self.rate / blocks
+
+    def announced(self, blocks: int) -> float:
+        """``throughput``, as Petals' servers announce it and reckon with it."""
+        return self.rate * 2 / (blocks + 1)
+
+
+Span = tuple[int, int]
+Servers = Mapping[int, Server]
+Spans = dict[int, Span]
+# Changes the spans after one server has come or has left, until no server wants to move; how many
+# have moved.
+Rule = Callable[[Servers, Spans, int, random.Random], int]
+
+
+def servers_of(shape: str) -> tuple[int, list[Server]]:
+    """How many blocks a model has, and what cards can do with it."""
+    blocks, weights, hidden, bits = SHAPES[shape]
+    block = BlockShape(weights, 0, 2 * hidden, 2048)
+    model = ModelShape(shape, (block,) * blocks, hidden, 0, 0, None)
+    return blocks, [_server(model, KNOWN[name], bits) for name in CARDS]
+
+
+def _server(model: ModelShape, card: Machine, bits: float) -> Server:
+    size = int(card.room * (1 - CACHE_PART) / weight_bytes(model.blocks[0], card, bits))
+    size = max(1, min(size, len(model.blocks)))
+    seconds = prompt_seconds(model, Share(card, 0, 1, bits, 0, 0), PROMPT_TOKENS)
+    return Server(size, round(PROMPT_TOKENS / seconds, 1))
+
+
+def trace(seed: int, kinds: Sequence[Server], most: int) -> Iterator[tuple[int, Server | None]]:
+    """Twice `most` events: a number and the server that joins, or None for the one that leaves."""
+    drawn, there = random.Random(seed), []
+    for number in range(2 * most):
+        if there and drawn.random() < (0.15 if len(there) < most else 0.5):
+            yield there.pop(drawn.randrange(len(there))), None
+        else:
+            there.append(number)
+            yield number, drawn.choice(kinds)
+
+
+def ours(servers: Servers, spans: Spans, blocks: int, drawn: random.Random) -> int:
+    """Each server decides alone, by the code that servers run."""
+
+    def others(own: int) -> list[Place]:
+        return [
+            Place(*spans[one], servers[one].span_rate(spans[one][1] - spans[one][0]))
+            for one in spans
+            if one != own
+        ]
+
+    for new in servers.keys() - spans.keys():
+        size = min(servers[new].size, blocks)
+        spans[new] = choose(others(new), blocks, size, servers[new].span_rate(size))
+    for moves in range(MOST_MOVES):
+        order = list(servers)
+        drawn.shuffle(order)
+        for one in order:
+            start, end = spans[one]
+            own = Place(start, end, servers[one].span_rate(end - start))
+            wanted = better(others(one), blocks, own)
+            if wanted is not None:
+                spans[one] = wanted
+                break
+        else:
+            return moves
+    return MOST_MOVES
+
+
+def petals(servers: Servers, spans: Spans, blocks: int, drawn: random.Random) -> int:
+    """The least throughput first; a move when it helps although the others move, too."""
+    for new in servers.keys() - spans.keys():
+        spans[new] = _least(servers, spans, blocks, new)
+    for moves in range(MOST_MOVES):
+        order = list(servers)
+        drawn.shuffle(order)
+        for one in order:
+            now = _throughputs(servers, spans, blocks).min()
+            then = _throughputs(servers, _after_all(servers, spans, blocks, one, drawn), blocks)
+            if now < PETALS_BALANCE * then.min():
+                spans[one] = _least(servers, spans, blocks, one)
+                break
+        else:
+            return moves
+    return MOST_MOVES
+
+
+def _after_all(
+    servers: Servers, spans: Spans, blocks: int, first: int, drawn: random.Random
+) -> Spans:
+    """Where all would be if one moved, and the others for as long as any of them then wants to."""
+    trial = dict(spans)
+    trial[first] = _least(servers, trial, blocks, first)
+    if trial[first] == spans[first]:
+        return dict(spans)
+    for _ in servers:
+        before = dict(trial)
+        for other in drawn.sample(list(servers), len(servers)):
+            trial[other] = _least(servers, trial, blocks, other)
+        if trial == before:
+            break
+    return trial
+
+
+def _throughputs(servers: Servers, spans: Spans, blocks: int) -> np.ndarray:
+    """Tokens per second through each block, as servers announce them."""
+    rates = np.zeros(blocks)
+    for one, (start, end) in spans.items():
+        rates[start:end] += servers[one].announced(end - start)
+    return rates
+
+
+def _least(servers: Servers, spans: Spans, blocks: int, one: int) -> Span:
+    """The span of a server's size with the least throughput without it."""
+    others = {other: span for other, span in spans.items() if other != one}
+    rates = _throughputs(servers, others, blocks)
+    size = min(servers[one].size, blocks)
+    start = min(range(blocks - size + 1), key=lambda begin: sorted(rates[begin : begin + size]))
+    return start, start + size
+
+
+def parallax(servers: Servers, spans: Spans, blocks: int, _: random.Random) -> int:
+    """All places anew, by one who knows all."""
+    before = dict(spans)
+    spans.clear()
+    left = sorted(servers, key=lambda one: (-servers[one].size, -servers[one].rate))
+    while sum(servers[one].size for one in left) >= blocks:
+        pipeline, missing = [], blocks
+        while missing > 0:
+            # As few as possible: the largest, and at last the smallest that is enough.
+            enough = [one for one in left if servers[one].size >= missing]
+            one = enough[-1] if enough else left[0]
+            left.remove(one)
+            pipeline.append(one)
+            missing -= servers[one].size
+        start = 0
+        for one, count in zip(
+            pipeline, _by_speed([servers[x] for x in pipeline], blocks), strict=True
+        ):
+            spans[one] = start, start + count
+            start += count
+    for one in left:
+        spans[one] = _least(servers, spans, blocks, one)
+    return sum(before.get(one, span) != span for one, span in spans.items())
+
+
+def _by_speed(pipeline: Sequence[Server], blocks: int) -> list[int]:
+    """Blocks of each, in proportion to its speed and within its memory."""
+    counts = [1] * len(pipeline)
+    for _ in range(blocks - len(pipeline)):
+        free = [one for one, server in enumerate(pipeline) if counts[one] < server.size]
+        counts[min(free, key=lambda one: (counts[one] + 1) / pipeline[one].rate)] += 1
+    return counts
+
+
+RULES: dict[str, Rule] = {"ours": ours, "petals": petals, "parallax": parallax}
+
+
+def throughput(servers: Servers, spans: Spans, blocks: int) -> float:
+    """The most tokens per second that can flow through all blocks."""
+    pairs = [(one, block) for one, (start, end) in spans.items() for block in range(start, end)]
+    rows = {one: blocks + row for row, one in enumerate(servers)}
+    matrix = lil_matrix((blocks + len(servers), len(pairs) + 1))
+    limits = np.zeros(blocks + len(servers))
+    for column, (one, block) in enumerate(pairs):
+        matrix[block, column] = -1
+        matrix[rows[one], column] = 1
+    matrix[:blocks, len(pairs)] = 1
+    for one, row in rows.items():
+        limits[row] = servers[one].rate
+    costs = np.zeros(len(pairs) + 1)
+    costs[-1] = -1
+    return -linprog(costs, A_ub=matrix.tocsr(), b_ub=limits, method="highs").fun
+
+
+def optimum(servers: Servers, blocks: int, seconds: float) -> float:
+    """The most with the best places, or a bound of it if `seconds` are not enough.
+
+    Servers of a kind are alike, so how many of them begin at each block is all that is asked for.
+    """
+    kinds = sorted(set(servers.values()))
+    counts = [sum(one == kind for one in servers.values()) for kind in kinds]
+    begins = [
+        (kind, start)
+        for kind, server in enumerate(kinds)
+        for start in range(blocks - min(server.size, blocks) + 1)
+    ]
+    shares = [
+        (begin, block)
+        for begin, (kind, start) in enumerate(begins)
+        for block in range(start, start + min(kinds[kind].size, blocks))
+    ]
+    first, last = len(begins), len(begins) + len(shares)
+    matrix = lil_matrix((blocks + len(begins) + len(kinds), last + 1))
+    least, most = np.full(matrix.shape[0], -np.inf), np.zeros(matrix.shape[0])
+    for column, (begin, block) in enumerate(shares, first):
+        matrix[block, column] = -1
+        matrix[blocks + begin, column] = 1
+    matrix[:blocks, last] = 1
+    for begin, (kind, _) in enumerate(begins):
+        matrix[blocks + begin, begin] = -kinds[kind].rate
+        matrix[blocks + len(begins) + kind, begin] = 1
+    least[blocks + len(begins) :] = most[blocks + len(begins) :] = counts
+    costs, whole = np.zeros(last + 1), np.zeros(last + 1)
+    costs[last], whole[:first] = -1, 1
+    found = milp(
+        costs,
+        constraints=LinearConstraint(matrix.tocsr(), least, most),
+        integrality=whole,
+        bounds=Bounds(0, np.inf),
+        options={"time_limit": seconds, "mip_rel_gap": 0.01},
+    )
+    # What no arrangement has more of, found without any search.
+    total = sum(server.rate for server in servers.values()) / blocks
+    return min(-found.mip_dual_bound, total) if found.mip_dual_bound is not None else total
+
+
+def compare(
+    seed: int, blocks: int, kinds: Sequence[Server], most: int, seconds: float, *, every: int
+) -> dict[str, tuple[list[float], int]]:
+    """By rule: parts of the optimum after every so many events of a trace, and all moves."""
+    parts: dict[str, list[float]] = {name: [] for name in RULES}
+    moves = dict.fromkeys(RULES, 0)
+    spans: dict[str, Spans] = {name: {} for name in RULES}
+    drawn = {name: random.Random(seed) for name in RULES}
+    servers: dict[int, Server] = {}
+    for event, (number, joined) in enumerate(trace(seed, kinds, most)):
+        if joined is not None:
+            servers[number] = joined
+        else:
+            del servers[number]
+        for name, rule in RULES.items():
+            if joined is None:
+                del spans[name][number]
+            moves[name] += rule(servers, spans[name], blocks, drawn[name])
+        if event % every == every - 1 and (best := optimum(servers, blocks, seconds)) > 0:
+            for name in RULES:
+                parts[name].append(throughput(servers, spans[name], blocks) / best)
+    return {name: (parts[name], moves[name]) for name in RULES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--limit", type=float, default=10.0, help="seconds of one optimum")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 40])
+    options = parser.parse_args()
+    for shape in SHAPES:
+        blocks, kinds = servers_of(shape)
+        for most in options.sizes:
+            for seed in range(options.seeds):
+                found = compare(seed, blocks, kinds, most, options.limit, every=max(4, most // 4))
+                for name, (parts, moves) in found.items():
+                    print(
+                        json.dumps(
+                            {
+                                "shape": shape,
+                                "servers": most,
+                                "seed": seed,
+                                "rule": name,
+                                "events": len(parts),
+                                "median": round(statistics.median(parts), 3) if parts else None,
+                                "worst": round(min(parts), 3) if parts else None,
+                                "moves": moves,
+                            }
+                        ),
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

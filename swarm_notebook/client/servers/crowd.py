@@ -1,0 +1,76 @@
+"""How busy servers are for others, and how notebooks that know the same choose differently.
+
+Servers tell with every ping how many requests they have answered. What is not this notebook's own
+is others', and a request keeps a server for about as long as a token takes in its blocks. So
+whoever comes later sees who is busy. Those that come at the same moment all see the same, and would
+all take the server that measured itself a little faster than its twins: each prefers other ones a
+little, by a number that depends on both peers' ids, so that it keeps to its choice.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+# Servers of equal machines announce rates that differ by so much: with six runs of a tenth of a
+# second on two cores, nine in ten are within it of each other.
+ALIKE = 0.1
+# Two pings that are closer than that say little of a rate.
+LEAST_SECONDS = 1.0
+
+
+@dataclass
+class _Told:
+    """Requests answered for others until `when` (by `time.monotonic`), and their rate then."""
+
+    requests: int
+    when: float
+    rate: float = 0.0
+
+
+@dataclass
+class Crowd:
+    """What one notebook knows of the work of servers for others.
+
+    Attributes:
+        own: this notebook's peer id.
+    """
+
+    own: str
+    _told: dict[str, _Told] = field(default_factory=dict)
+
+    def told(self, peer: str, answered: object, here: int, when: float) -> None:
+        """A server has said how much it has done.
+
+        Args:
+            answered: requests since it started, as it says; anything at all may come.
+            here: those of them that were this notebook's.
+            when: by `time.monotonic`.
+        """
+        if not isinstance(answered, int) or not 0 <= answered < 1 << 62:
+            return
+        others = answered - here
+        before = self._told.get(peer)
+        if before is None or others < before.requests:  # it has started again
+            self._told[peer] = _Told(others, when)
+        elif when - before.when >= LEAST_SECONDS:
+            rate = (others - before.requests) / (when - before.when)
+            self._told[peer] = _Told(others, when, rate)
+
+    def load(self, peer: str, seconds: float) -> float:
+        """How many requests of others a server has at a time (Little's law).
+
+        Above 1 where those of several share a call.
+
+        Args:
+            seconds: of one request there.
+        """
+        known = self._told.get(peer)
+        return 0.0 if known is None else known.rate * seconds
+
+    def reluctance(self, peer: str) -> float:
+        """By which part, up to `ALIKE`, a server counts as slower than it is, only to choose."""
+        return ALIKE * zlib.crc32(f"{self.own} {peer}".encode()) / (1 << 32)
+
+    def forget(self, peer: str) -> None:
+        self._told.pop(peer, None)

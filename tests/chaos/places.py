@@ -1,0 +1,286 @@
+"""Servers that choose their blocks come and go while notebooks work (``make places``).
+
+    PYTHONPATH=tests python -m chaos.places [--seconds 300] [--seed 0] [--servers 6]
+
+Six servers of a tiny Llama, real processes, each with room for two or three of its five blocks and
+nobody who says which. At random, about every ten seconds, one is killed or told to leave or comes
+back, so that those that stay have room for all blocks and some more; where root may make network
+namespaces, half of the servers are also cut off for half a minute. Meanwhile a notebook generates
+and trains, another one does anything, and both compare all with the local model.
+
+What is told at the end: how long blocks were without a server that is ready, as the servers'
+processes say themselves and not as the swarm believes; how often servers moved; and what notebooks
+had of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from support import forkserver
+from support.networks import Networks
+from support.tiny import tiny_model
+from transformers import AutoModelForCausalLM
+
+from chaos.__main__ import networks_if_allowed
+from chaos.told import Told, say
+from swarm_notebook.local.process import start_server
+
+BLOCKS = 5
+PAUSE_SECONDS = 10.0  # between two events, on average
+CUT_SECONDS = 30.0
+# Of those that are up, the room for blocks that stays, as a part of the blocks.
+ROOM = 1.6
+START_SECONDS = 120.0
+
+
+class Chooser:
+    """A server that chooses its blocks, and what its process says of them.
+
+    Attributes:
+        held: the blocks that it serves now; None while it serves none.
+        moves: how often it has taken others by itself.
+    """
+
+    def __init__(self, number: int, size: int, command: Sequence[str], log: Path):
+        self.number, self.size, self._command, self._log = number, size, command, log
+        self.held: tuple[int, int] | None = None
+        self.moves, self.addresses = 0, list[str]()
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def up(self) -> bool:
+        return self._process is not None
+
+    def start(self, peers: Sequence[str]) -> None:
+        joining = ["--initial-peers", *peers] if peers else []
+        with self._log.open("a") as log:
+            self._process = start_server([*self._command, *joining], log)
+        threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
+
+    def end(self, number: int) -> None:
+        """End it by a signal; wait until it is gone."""
+        process, self._process = self._process, None
+        assert process is not None
+        if number == signal.SIGKILL:
+            self.held, self.addresses = None, []
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        process.wait()
+        self.held, self.addresses = None, []
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        before: tuple[int, int] | None = None
+        for line in process.stdout:
+            with contextlib.suppress(json.JSONDecodeError):
+                told = json.loads(line)
+                if self._process is not process:
+                    return
+                self.addresses = told.get("maddrs", self.addresses)
+                self.held = tuple(told["blocks"]) if told.get("ready") else None
+                if self.held is not None:
+                    self.moves += before not in {None, self.held}
+                    before = self.held
+
+
+class Holes:
+    """Watches which blocks nobody serves, twenty times a second."""
+
+    def __init__(self, servers: Sequence[Chooser]):
+        self._servers, self._stop = servers, threading.Event()
+        self.found: list[float] = []
+        self._thread = threading.Thread(target=self._watch)
+
+    @property
+    def there(self) -> bool:
+        held = [server.held for server in self._servers]
+        return {block for span in held if span for block in range(*span)} != set(range(BLOCKS))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        began: float | None = None
+        while not self._stop.wait(0.05):
+            if self.there:
+                began = began or time.monotonic()
+            elif began is not None:
+                self.found.append(time.monotonic() - began)
+                began = None
+        if began is not None:
+            self.found.append(time.monotonic() - began)
+
+
+class Run:
+    """The servers and the events."""
+
+    def __init__(self, servers: Sequence[Chooser], networks: Networks | None, seed: int):
+        self.servers, self.networks, self.random = servers, networks, random.Random(seed)
+        self.events: Counter[str] = Counter()
+
+    def join(self, server: Chooser) -> None:
+        server.start([one for other in self.servers if other.up for one in other.addresses])
+
+    def event(self) -> None:
+        """One server comes or goes."""
+        there = [server for server in self.servers if server.held]
+        gone = [server for server in self.servers if not server.up]
+        room = sum(server.size for server in there)
+        # The first stays, as an address that others keep.
+        spare = [one for one in there[1:] if room - one.size >= ROOM * BLOCKS]
+        if gone and (not spare or self.random.random() < 0.5):
+            self.join(self.random.choice(gone))
+            self.events["joined"] += 1
+        elif spare:
+            kind = self.random.choice(["killed", "left"])
+            server = self.random.choice(spare)
+            server.end(signal.SIGKILL if kind == "killed" else signal.SIGTERM)
+            self.events[kind] += 1
+
+    def cut(self) -> None:
+        """Half of the servers cannot be reached for a time, each by itself."""
+        assert self.networks is not None
+        with contextlib.ExitStack() as stack:
+            for server in self.servers[len(self.servers) // 2 :]:
+                stack.enter_context(self.networks.cut(server.number))
+            time.sleep(CUT_SECONDS)
+        self.events["cut"] += 1
+
+
+def servers_for(folder: Path, place: Path, count: int, networks: Networks | None) -> list[Chooser]:
+    """Some with room for two blocks, some for three."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    block = max(sum(4 * one.numel() for one in layer.parameters()) for layer in model.model.layers)
+    made = []
+    for number in range(count):
+        prefix = networks.prefix(number) if networks else ()
+        host = networks.address(number) if networks else "127.0.0.1"
+        size = 2 + number % 2
+        command = [*prefix, sys.executable, "-m", "swarm_notebook.cli", "serve", str(folder)]
+        command += ["--memory", str(size * block), "--bits", "16", "--dtype", "float32"]
+        command += ["--threads", "1", "--cache-tokens", "4096", "--exit-with-stdin"]
+        command += ["--host-maddrs", f"/ip4/{host}/tcp/0", "--name", f"server-{number}"]
+        made.append(Chooser(number, size, command, place / f"{number}.log"))
+    return made
+
+
+@contextlib.contextmanager
+def notebook(kind: str, peers: Sequence[str], folder: Path, told: Told, prefix: Sequence[str]):
+    command = [*prefix, sys.executable, "-m", "chaos", "--notebook", kind, str(folder)]
+    process = subprocess.Popen(
+        [*command, "--peers", *peers], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    reading = threading.Thread(target=told.read, args=(process.stdout,))
+    reading.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reading.join()
+
+
+def wait(ready, seconds: float = START_SECONDS) -> None:
+    """Raises: RuntimeError: it does not become true in time."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            raise RuntimeError("the swarm does not become whole")
+        time.sleep(0.1)
+
+
+def work(run: Run, seconds: float, holes: Holes) -> None:
+    """Events for so long, at last a cut; then the swarm is left alone until it is whole."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(run.random.uniform(0.5, 1.5) * PAUSE_SECONDS)
+        run.event()
+    wait(lambda: not holes.there)
+    if run.networks is not None:
+        run.cut()
+        time.sleep(CUT_SECONDS)
+    wait(lambda: not holes.there)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="chaos.places", description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--servers", type=int, default=6)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    forkserver.install()
+    told = Told()
+    with tempfile.TemporaryDirectory() as name, networks_if_allowed() as networks:
+        place = Path(name)
+        folder = tiny_model("llama", place)
+        servers = servers_for(folder, place, options.servers, networks)
+        run = Run(servers, networks, options.seed)
+        with contextlib.ExitStack() as stack:
+            stack.callback(lambda: [one.end(signal.SIGKILL) for one in servers if one.up])
+            for server in servers:
+                run.join(server)
+                wait(lambda server=server: server.held)
+            wait(lambda: not Holes(servers).there)
+            say(f"whole: {[server.held for server in servers]}")
+            before = [server.moves for server in servers]
+            peers = [address for server in servers for address in server.addresses]
+            prefix = networks.prefix(len(servers)) if networks else ()
+            for kind in ("works", "acts"):
+                stack.enter_context(notebook(kind, peers, folder, told, prefix))
+            wait(lambda: told.counts["tokens"] and told.counts["steps"])
+            with Holes(servers) as holes:
+                work(run, options.seconds, holes)
+            moves = sum(server.moves for server in servers) - sum(before)
+    for text, times in Counter(told.errors).items():
+        say(f"{times} x {text}")
+    gaps = [
+        after - before
+        for beats in told.beats.values()
+        for before, after in itertools.pairwise(beats)
+    ]
+    print(
+        json.dumps(
+            {
+                "events": dict(run.events),
+                "moves": moves,
+                "holes": len(holes.found),
+                "longest_hole_s": round(max(holes.found, default=0.0), 1),
+                "median_hole_s": round(statistics.median(holes.found or [0.0]), 1),
+                "longest_pause_s": round(max(gaps, default=0.0), 1),
+                "counts": dict(told.counts),
+                "errors": len(told.errors),
+            }
+        )
+    )
+    bad = told.counts["wrong"] or told.counts["lost"] or told.unclear
+    return 1 if bad or not told.counts["tokens"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
