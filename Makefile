@@ -6,6 +6,7 @@
 # make docs   the site, in build/site/
 # make release   wheel and sdist in dist/, checked, and tried in an environment of their own
 # make foreign  PEFT's own tests of decoder models, on remote ones (K=llama)
+# make quantisers  checkpoints of bitsandbytes, compressed-tensors and torchao, with these libraries
 # make chaos  ten minutes (SECONDS=600, SEED=0) of faults while notebooks work, and a table of pauses
 # make places  five minutes (SECONDS=300, SEED=0) of servers that come and go and choose their blocks
 # make hostile  attacks on a server process beside an honest notebook, and a table of them
@@ -29,7 +30,7 @@ IN_ORDER := -n 3 $(BY_FILE) --no-loadscope-reorder
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab docs release test unit foreign chaos places hostile lint format outputs screenshots clean
+.PHONY: demo lab docs release test unit foreign quantisers chaos places hostile lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -75,6 +76,12 @@ foreign: $(READY)
 	cd .venv/foreign && $(OFFLINE) PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(CURDIR)/$(BIN)/python -m pytest \
 	  -q -p no:cacheprovider -p foreign.peft_on_remote -W ignore --rootdir . -c /dev/null --tb=line \
 	  -k "$(or $(K),llama)" tests/test_decoder_models.py
+
+# In a folder of their own: torchao alone changes what transformers imports.
+quantisers: $(READY)
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target .venv/quantisers \
+	  bitsandbytes==0.50.2 compressed-tensors==0.20.1 torchao==0.18.0 loguru==0.7.3
+	$(OFFLINE) PYTHONPATH=$(CURDIR)/.venv/quantisers $(BIN)/pytest -q tests/foreign/test_quantisers.py
 
 chaos: $(READY)
 	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)

@@ -1,0 +1,133 @@
+"""Checkpoints that other libraries quantised, in part, against the whole model of transformers.
+
+The libraries are none of ours: what is not installed is skipped (`make quantisers` installs them
+into a folder of their own, and runs this).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.quantised import WIDE
+from support.tiny import tiny_model
+from transformers import AutoModelForCausalLM
+
+from swarm_notebook.checkpoint.files.source import resolve
+from swarm_notebook.checkpoint.parts.partial import load_edges
+from swarm_notebook.errors import Unsupported
+from swarm_notebook.server.engine.quantising.loading import load_within
+from swarm_notebook.server.loading.room import room_for
+from swarm_notebook.server.options import ServeOptions
+
+IDS = torch.arange(3, 15)[None]
+
+
+def needs(library: str) -> pytest.MarkDecorator:
+    """Skip a test where a library is not installed."""
+    missing = importlib.util.find_spec(library) is None
+    return pytest.mark.skipif(missing, reason=f"{library} is not installed: make quantisers")
+
+
+def logits(folder: Path) -> tuple[torch.Tensor, list[float]]:
+    """What two servers and a notebook make of some tokens, and the servers' bits per weight."""
+    source = resolve(folder)
+    edges, _ = load_edges(source, dtype=torch.float32)
+    bits = []
+    with torch.inference_mode():
+        states = edges.get_input_embeddings()(IDS)
+        for start, end in ((0, 2), (2, 4)):
+            loaded, told = load_within(source, start, end, bits=None, dtype=torch.float32)
+            states = loaded.model(inputs_embeds=states, use_cache=False).last_hidden_state
+            bits += [] if told is None else [told.bits]
+        found: torch.Tensor = edges.lm_head(edges.base_model.norm(states))
+    return found, bits
+
+
+def check(folder: Path, most: float, **options: Any) -> None:
+    """Whether results are exactly those of the whole model, in about so many bits."""
+    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    with torch.inference_mode():
+        expected = local(IDS).logits
+    found, bits = logits(folder)
+    assert torch.equal(found, expected)
+    assert len(bits) == 2
+    assert most - 0.8 < max(bits) < most
+
+
+@needs("bitsandbytes")
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 5.2),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, 5.2),
+        ({"load_in_8bit": True}, 8.9),
+    ],
+)
+def test_bitsandbytes(config: dict[str, Any], most: float, tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig
+
+    folder = tiny_model("llama", tmp_path, **WIDE)
+    told = BitsAndBytesConfig(**config)
+    saved = tmp_path / "saved"
+    AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=told, dtype=torch.float32
+    ).save_pretrained(saved)
+    check(saved, most)
+    # It stays packed here, and `--memory` knows.
+    source = resolve(saved)
+    (layer,) = load_within(source, 0, 1, bits=None, dtype=torch.float32)[0].layers
+    held = sum(one.nbytes for one in layer.parameters())
+    options = ServeOptions(saved, memory=int(2.6 * held), device="cpu").settled(source)
+    assert room_for(source, options, "bfloat16").blocks == 2
+
+
+@needs("compressed_tensors")
+@pytest.mark.parametrize(
+    ("preset", "largest", "most"),
+    [("W4A16", 7.5, 5.0), ("W8A16", 127.5, 9.0), ("FP8_DYNAMIC", 448.0, 9.0)],
+)
+def test_compressed_tensors(preset: str, largest: float, most: float, tmp_path: Path) -> None:
+    """On CPUs weights alone are read; a preset that rounds activations, too, has them whole."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        apply_quantization_config,
+        preset_name_to_scheme,
+    )
+    from transformers import CompressedTensorsConfig
+
+    folder, saved = tiny_model("llama", tmp_path, **WIDE), tmp_path / "saved"
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    apply_quantization_config(
+        model, QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"])
+    )
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            groups = module.weight_scale.shape[1]
+            rows = module.weight.detach().unflatten(1, (groups, -1))
+            module.weight_scale.data.copy_(rows.abs().amax(dim=2) / largest)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(saved)
+    compressor.update_config(str(saved))
+    check(saved, most, quantization_config=CompressedTensorsConfig(dequantize=True))
+
+
+@needs("torchao")
+def test_torchao_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    """Its tensors are put together by what a whole file's header says of them."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    folder, saved = tiny_model("llama", tmp_path, **WIDE), tmp_path / "saved"
+    told = TorchAoConfig(Int8WeightOnlyConfig())
+    AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=told, dtype=torch.float32
+    ).save_pretrained(saved)
+    with pytest.raises(Unsupported, match=r"by torchao, which does not load a part of them"):
+        load_within(resolve(saved), 0, 2, bits=None, dtype=torch.float32)
