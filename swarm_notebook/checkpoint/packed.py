@@ -230,12 +230,17 @@ class PackedWeight(torch.Tensor):
 
 def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     """Where a tensor's bytes are."""
-    parts = [tensor]
     if isinstance(tensor, PackedWeight):
         parts = list(tensor.packed.parts())
+    elif (flatten := getattr(tensor, "__tensor_flatten__", None)) is not None:  # torchao's
+        parts = [getattr(tensor, name) for name in flatten()[0]]
     elif tensor.layout == torch.sparse_coo:
         parts = [tensor._indices(), tensor._values()]
-    return (part.untyped_storage() for part in parts)
+    else:
+        yield tensor.untyped_storage()
+        return
+    for part in parts:
+        yield from storages(part)
 
 
 def matrices(layer: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

@@ -52,6 +52,7 @@ _COLUMNS = [
     "quant",
     "bits",
     "error",
+    "perplexity",
     "cache_left",
     "version",
     "note",
@@ -85,6 +86,7 @@ class ServerRow:
     heard: float | None = None  # Unix time when it last answered anything
     bits: float | None = None  # per weight of its blocks' matrices, if they were packed
     error: float | None = None  # of its blocks' outputs for that, relative to their mean square
+    perplexity: float | None = None  # the whole model's at these bits, by that of whole weights
     audits: Outcomes | None = None  # None where nothing is audited
 
     @property
@@ -131,6 +133,8 @@ class ServerRow:
         """The dtype, with the quantisation if there is one, and what was measured of it."""
         if self.bits is not None:
             measured = "" if self.error is None else f", error {self.error:.1%}"
+            if self.perplexity is not None:
+                measured += f", perplexity x {self.perplexity:.3g}"
             return f"{self.dtype}, {self.bits:.3g} bits{measured}"
         quantised = self.quant not in (None, "none")
         return f"{self.dtype} ({self.quant})" if quantised else self.dtype
@@ -297,6 +301,7 @@ def _server_row(span: ServerSpan, snapshot: Snapshot, directory: Directory) -> S
         heard=directory.heard.get(span.peer),
         bits=info.weight_bits,
         error=info.weight_error,
+        perplexity=info.weight_perplexity,
         audits=None if directory.audits is None else directory.audits.outcomes(span.peer),
     )
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.hosting import HostedSwarm
 from support.quantised import WIDE
 from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
+import swarm_notebook as sn
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.parts.partial import load_edges
-from swarm_notebook.errors import Unsupported
 from swarm_notebook.server.engine.quantising.loading import load_within
 from swarm_notebook.server.loading.room import room_for
 from swarm_notebook.server.options import ServeOptions
@@ -118,16 +119,52 @@ def test_compressed_tensors(preset: str, largest: float, most: float, tmp_path: 
     check(saved, most, quantization_config=CompressedTensorsConfig(dequantize=True))
 
 
-@needs("torchao")
-def test_torchao_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    """Its tensors are put together by what a whole file's header says of them."""
-    from torchao.quantization import Int8WeightOnlyConfig
+def torchao_saved(kind: str, folder: Path) -> Path:
+    """A tiny Llama that torchao has quantised."""
+    from torchao import quantization
     from transformers import TorchAoConfig
 
-    folder, saved = tiny_model("llama", tmp_path, **WIDE), tmp_path / "saved"
-    told = TorchAoConfig(Int8WeightOnlyConfig())
+    saved, told = folder / "saved", TorchAoConfig(getattr(quantization, kind)())
     AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=told, dtype=torch.float32
+        tiny_model("llama", folder, **WIDE), quantization_config=told, dtype=torch.float32
     ).save_pretrained(saved)
-    with pytest.raises(Unsupported, match=r"by torchao, which does not load a part of them"):
-        load_within(resolve(saved), 0, 2, bits=None, dtype=torch.float32)
+    return saved
+
+
+@needs("torchao")
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_torchao(kind: str, tmp_path: Path) -> None:
+    """Its tensors are put together by what the headers of whole files say of them."""
+    check(torchao_saved(kind, tmp_path), 9.0)
+
+
+@needs("bitsandbytes")
+@needs("torchao")
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+def test_servers(library: str, tmp_path: Path) -> None:
+    """Steps, a prompt and gradients through servers of what these libraries have packed."""
+    from transformers import BitsAndBytesConfig
+
+    if library == "torchao":
+        saved = torchao_saved("Int8WeightOnlyConfig", tmp_path)
+    else:
+        saved = tmp_path / "saved"
+        AutoModelForCausalLM.from_pretrained(
+            tiny_model("llama", tmp_path, **WIDE),
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+            dtype=torch.float32,
+        ).save_pretrained(saved)
+    local: Any = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+    with (
+        HostedSwarm(saved, [(0, 2), (2, 4)], dtype="float32") as servers,
+        sn.connect(servers.initial_peers, model=saved) as swarm,
+    ):
+        tokens = swarm.model.generate(IDS, **options)
+        assert torch.equal(tokens, local.generate(IDS, **options))
+        gradients = []
+        for model in (swarm.model, local):
+            states = model.get_input_embeddings()(IDS).detach().requires_grad_()
+            model(inputs_embeds=states).logits.square().mean().backward()
+            gradients.append(states.grad)
+    assert torch.allclose(*gradients, atol=1e-4 * float(gradients[1].abs().max()))

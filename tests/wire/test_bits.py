@@ -23,6 +23,7 @@ from swarm_notebook.client.servers import bits
 from swarm_notebook.errors import MissingBlocks, Unsupported
 from swarm_notebook.server.engine.quantising import quality
 from swarm_notebook.server.engine.quantising.loading import load_quantised
+from swarm_notebook.server.engine.quantising.loss import measure_loss
 from swarm_notebook.server.options import ServeOptions
 
 BITS = 5.0
@@ -33,6 +34,7 @@ class Scene:
     folder: Path
     servers: HostedSwarm
     local: Any
+    ratio: float
 
 
 def unpacked(folder: Path, spans: list[tuple[int, int]]) -> Any:
@@ -57,8 +59,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         folder = tiny_model("llama", tmp_path_factory.mktemp("models"))
         spans = [(0, 3), (3, 5)]
+        ratio = measure_loss(resolve(folder), bits=BITS, dtype=torch.float32).ratio
         with HostedSwarm(folder, spans, bits=BITS, dtype="float32") as servers:
-            yield Scene(folder, servers, unpacked(folder, spans))
+            yield Scene(folder, servers, unpacked(folder, spans), ratio)
 
 
 def test_results_are_those_of_the_unpacked_values(scene: Scene) -> None:
@@ -148,7 +151,9 @@ def test_status_says_what_is_served(scene: Scene, caplog: pytest.LogCaptureFixtu
         assert 4 < row.bits <= BITS
         assert row.error is not None
         assert 0 < row.error < 1  # random weights amplify errors
+        assert row.perplexity == scene.ratio
         assert f"{row.bits:.3g} bits" in str(status)
+        assert f"perplexity x {scene.ratio:.3g}" in str(status)
     with sn.connect(scene.servers.initial_peers, model=scene.folder) as swarm:
         swarm.connection.directory.min_bits = 16
         with pytest.raises(MissingBlocks, match="min_bits is 16"):

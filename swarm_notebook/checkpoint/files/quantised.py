@@ -9,12 +9,19 @@ weight is read.
 from __future__ import annotations
 
 import inspect
+import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from swarm_notebook.checkpoint.files.weights import LazyTensor, block_index, renumbered
+from swarm_notebook.checkpoint.files.weights import (
+    LazyTensor,
+    SafetensorsWeights,
+    Weights,
+    block_index,
+    renumbered,
+)
 from swarm_notebook.errors import SwarmError, Unsupported
 
 if TYPE_CHECKING:
@@ -65,20 +72,68 @@ def for_blocks(
     if told:
         from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+        here = _names_of(start, end, prefix)
         kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(method_of(config)))
         if on_cpu and kind is not None and "dequantize" in inspect.signature(kind).parameters:
             told["dequantize"] = True
-
-        def here(name: str) -> list[str]:
-            index = block_index(name)
-            if index is None:
-                return [name]
-            if not start <= index < end:
-                return []
-            local = renumbered(name, start)
-            return [local, local.removeprefix(f"{prefix}.")]
-
         config.quantization_config = _mapped(told, here)
+
+
+def headers_of_blocks(
+    weights: Weights, names: Iterable[str], start: int, end: int, prefix: str
+) -> dict[str, str]:
+    """What the headers of a checkpoint's files say of some tensors, as if they had only these.
+
+    torchao writes there what its tensors are made of, by their names.
+    """
+    if not isinstance(weights, SafetensorsWeights):
+        return {}
+    here = _names_of(start, end, prefix)
+    found = {}
+    for key, text in _mapped(weights.headers(names), here).items():
+        try:
+            listed = json.loads(text)
+        except ValueError:
+            listed = None
+        found[key] = json.dumps(_mapped(listed, here)) if isinstance(listed, list) else text
+    return found
+
+
+@contextmanager
+def telling(headers: Mapping[str, str]) -> Iterator[None]:
+    """Quantizers get these headers of files; of a part of a model there are no files.
+
+    For whoever holds the lock of `parts.loading`: transformers' base class is changed meanwhile.
+    """
+    from transformers.quantizers.base import HfQuantizer
+
+    kind: Any = HfQuantizer
+    plain = kind.preprocess_model
+
+    def preprocess(self: Any, *args: Any, **named: Any) -> Any:
+        self.metadata = dict(headers)
+        return plain(self, *args, **named)
+
+    kind.preprocess_model = preprocess
+    try:
+        yield
+    finally:
+        kind.preprocess_model = plain
+
+
+def _names_of(start: int, end: int, prefix: str) -> Callable[[str], list[str]]:
+    """What a name in a whole model is among blocks start..end-1; nothing if it is not there."""
+
+    def here(name: str) -> list[str]:
+        index = block_index(name)
+        if index is None:
+            return [name]
+        if not start <= index < end:
+            return []
+        local = renumbered(name, start)
+        return [local, local.removeprefix(f"{prefix}.")]
+
+    return here
 
 
 def is_float(tensors: Iterable[tuple[str, LazyTensor]]) -> bool:

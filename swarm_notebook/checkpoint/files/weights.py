@@ -111,6 +111,16 @@ class SafetensorsWeights:
                 "fetch the whole model again"
             ) from error
 
+    def headers(self, names: Iterable[str]) -> dict[str, str]:
+        """What the files that hold these tensors say of them beside their names and shapes."""
+        from safetensors import safe_open
+
+        found: dict[str, str] = {}
+        for shard in sorted({self._shards[name] for name in names}):
+            with safe_open(self._locate(shard), framework="pt") as file:
+                found |= file.metadata() or {}
+        return found
+
     def samples(self) -> list[Sample] | None:
         if not self._here:
             return None

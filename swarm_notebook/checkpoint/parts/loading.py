@@ -14,13 +14,13 @@ serialises it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swarm_notebook.checkpoint.files.quantised import explained, method_of
+from swarm_notebook.checkpoint.files.quantised import explained, method_of, telling
 from swarm_notebook.checkpoint.files.weights import LazyTensor
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
@@ -52,6 +52,7 @@ def load(
     dtype: torch.dtype,
     device: str | torch.device,
     progress: Progress | None,
+    headers: Mapping[str, str] | None = None,
     labels: Sequence[str] = (),
     describe: Callable[[PreTrainedConfig], None] = lambda _: None,
 ) -> PreTrainedModel:
@@ -59,6 +60,7 @@ def load(
 
     Args:
         describe: changes the config before.
+        headers: what a quantizer is to find in the headers of the files.
         labels: names of the classes of a classifier. Weights of its head that the checkpoint does
             not have are new and trainable; all others are frozen.
 
@@ -76,7 +78,7 @@ def load(
         config.label2id = {label: index for index, label in enumerate(labels)}
     if method is not None:
         tensors = {name: _finite(source, name, lazy) for name, lazy in tensors.items()}
-    with _construction, _no_progress_bars(), explained(source.name, method):
+    with _construction, _no_progress_bars(), explained(source.name, method), telling(headers or {}):
         model, report = partial_class.from_pretrained(
             None,
             config=config,

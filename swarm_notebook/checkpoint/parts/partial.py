@@ -22,7 +22,12 @@ from swarm_notebook.checkpoint.anatomy import (
     returns_tuple,
     silence_branches,
 )
-from swarm_notebook.checkpoint.files.quantised import for_blocks, is_float, without_quantizer
+from swarm_notebook.checkpoint.files.quantised import (
+    for_blocks,
+    headers_of_blocks,
+    is_float,
+    without_quantizer,
+)
 from swarm_notebook.checkpoint.files.weights import block_index, renumbered
 from swarm_notebook.checkpoint.parts.loading import Progress, class_for, load
 from swarm_notebook.checkpoint.parts.passthrough import make_transparent
@@ -107,11 +112,13 @@ def load_blocks(
     wanted = [name for name in weights.names() if _in_range(name, start, end)]
     tensors = {renumbered(name, start): lazy for name, lazy in weights.lazy(wanted).items()}
     model_class: Any = class_for(source, MODEL_MAPPING, "base model")
+    prefix, quantised = model_class.base_model_prefix, source.quantised_by is not None
     model = load(
         source,
         model_class,
         keep_blocks,
         tensors,
+        headers=headers_of_blocks(weights, wanted, start, end, prefix) if quantised else {},
         dtype=dtype,
         device=device,
         progress=progress,
@@ -119,7 +126,7 @@ def load_blocks(
             config,
             start,
             end,
-            model_class.base_model_prefix,
+            prefix,
             on_cpu=torch.device(device).type == "cpu",
         ),
     )

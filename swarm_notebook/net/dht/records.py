@@ -90,6 +90,7 @@ class ServerInfo(BaseModel):
         weight_bits: per weight of the blocks' matrices, if they were packed.
         weight_error: what that does to the blocks' output: mean square of the difference by mean
             square of the output.
+        weight_perplexity: the whole model's perplexity at these bits, by that of its whole weights.
         next_pings: round trips in seconds to servers of neighbouring blocks, by peer (base58 id).
         model: the prefix of the model that the record is about.
         digest: of the checkpoint that is served, see `checkpoint.files.digest`.
@@ -119,6 +120,7 @@ class ServerInfo(BaseModel):
     cache_tokens_total: Annotated[int, Field(ge=0)] | None = None
     weight_bits: Annotated[float, Field(gt=0, le=64)] | None = None
     weight_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    weight_perplexity: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     model: Name | None = None
     digest: Name | None = None
     member: Annotated[bytes, Field(max_length=SHOWN_BYTES)] | None = None

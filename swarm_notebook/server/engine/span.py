@@ -63,9 +63,12 @@ class Span:
         self.layers: Final[tuple[nn.Module, ...]] = tuple(getattr(decoder, layers_name))
         self.start: Final = start
         self.end: Final = start + len(self.layers)
-        parameter = next(parameter for layer in self.layers for parameter in layer.parameters())
-        self.dtype: Final = parameter.dtype
-        self.device: Final = parameter.device
+        parameters = [one for layer in self.layers for one in layer.parameters()]
+        # Libraries pack weights into integers, or floats of a byte, in which nobody computes.
+        computed = (one.dtype for one in parameters if one.is_floating_point() and one.itemsize > 1)
+        config: Any = decoder.config
+        self.dtype: Final[torch.dtype] = next(computed, config.dtype)
+        self.device: Final = parameters[0].device
         self.takes_positions: Final = (
             "position_ids" in inspect.signature(decoder.forward).parameters
         )

@@ -67,6 +67,7 @@ def describe(
             "quant_type": "int8" if quantised.bits > INT8_BITS else "int4",
             "weight_bits": round(quantised.bits, 2),
             "weight_error": quantised.error,
+            "weight_perplexity": quantised.perplexity,
         }
     return ServerInfo(
         state=state,

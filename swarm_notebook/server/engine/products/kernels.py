@@ -23,8 +23,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from swarm_notebook.checkpoint.packed import PackedWeight
-
 # Numbers of tokens up to which kernels are measured by powers of two; all longer passes are taken
 # to be like one of `LONG_TOKENS`.
 MAX_TOKENS, LONG_TOKENS = 64, 160
@@ -115,7 +113,8 @@ def install(layers: Iterable[nn.Module], later: Later) -> None:
             # Those that inherit from it do something else.
             if type(module) is not nn.Linear or module.weight.device.type != "cpu":
                 continue
-            if isinstance(module.weight, PackedWeight):
+            # Packed, by us or by a library.
+            if type(module.weight.detach()) is not torch.Tensor:
                 continue
             key = module.weight.shape, module.weight.dtype
             family = families.setdefault(key, _Family(later))

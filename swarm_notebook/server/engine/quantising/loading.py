@@ -52,10 +52,13 @@ class Quantised:
         error: of their output, relative to its size: the mean square of the difference from the
             output of the weights as they are, by the mean square of that output. None where the
             weights are as they were published.
+        perplexity: by how much the whole model's grows at these bits, as `loss` measured it; None
+            if nobody asked.
     """
 
     bits: float
     error: float | None
+    perplexity: float | None = None
 
 
 def check_bits(bits: float) -> float:
@@ -172,7 +175,7 @@ def load_quantised(
     check_bits(bits)
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     states = calibration_states(source, dtype).to(device)
-    memory = Memory(source, start, end, (bits, GRIDS))
+    memory = Memory.of_blocks(source, start, end, (bits, GRIDS))
     chosen = _grids(memory.read())
     if chosen is None:
         losses = measure(source, start, end, states=states, grids=around(bits), **options)
@@ -197,7 +200,12 @@ def load_quantised(
         states = run(one, states)
 
     loaded = load_one_by_one(source, start, end, change, progress=progress, **options)
-    result = Quantised(8 * packed / unpacked, output_error(states[1:], float_states[1:]))
+    ratio = Memory.of_loss(source, bits).read()
+    result = Quantised(
+        8 * packed / unpacked,
+        output_error(states[1:], float_states[1:]),
+        ratio if isinstance(ratio, float) and ratio > 0 else None,
+    )
     logger.info("packed the weights: %.2f bits each, error %.2g", result.bits, result.error)
     return loaded, result
 

@@ -19,6 +19,7 @@ from swarm_notebook.checkpoint.parts.partial import DecoderInfo, load_blocks, lo
 from swarm_notebook.server.engine.quantising.calibration import calibration_tokens
 from swarm_notebook.server.engine.quantising.loading import load_quantised
 from swarm_notebook.server.engine.quantising.measuring import output_error, run
+from swarm_notebook.server.engine.quantising.memory import Memory
 
 if TYPE_CHECKING:
     from swarm_notebook.checkpoint.files.source import ModelSource
@@ -61,6 +62,8 @@ def measure_loss(
 ) -> Loss:
     """Compare a model at ``bits`` per weight with itself as it is.
 
+    Servers of it on this machine at these bits say from now on by how much perplexity grows.
+
     Raises: as `load_quantised`.
     """
     options: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -89,12 +92,14 @@ def measure_loss(
     divergence = functional.kl_div(
         distributions[1], distributions[0], log_target=True, reduction="sum"
     )
-    return Loss(
+    loss = Loss(
         told.bits,
         output_error(outputs[1], outputs[0]),
         (whole, found),
         float(divergence) / tokens.numel(),
     )
+    Memory.of_loss(source, bits).write(loss.ratio)
+    return loss
 
 
 def _given(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:

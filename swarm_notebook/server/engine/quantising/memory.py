@@ -1,7 +1,7 @@
 """What was measured of a model's weights, remembered in the user's cache.
 
-They are known by the first row of every tensor of the first block: revisions differ in them. Best
-effort: what is not remembered is measured again.
+Blocks are known by the first row of every tensor of the first of them: revisions differ in them. A
+whole model is known by its digest. Best effort: what is not remembered is measured again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swarm_notebook.checkpoint.files.digest import digest
 from swarm_notebook.checkpoint.files.weights import block_index
 
 if TYPE_CHECKING:
@@ -22,23 +23,38 @@ logger = logging.getLogger(__name__)
 
 
 class Memory:
-    """One thing to remember about blocks start..end-1.
+    """One thing to remember.
 
     Args:
-        asked: what it depends on beside the weights; its `repr` counts.
+        known: what it depends on; its `repr` counts.
     """
 
-    def __init__(self, source: ModelSource, start: int, end: int, asked: object):
+    def __init__(self, known: object):
         import platformdirs
 
+        digest = hashlib.sha256(repr(known).encode()).hexdigest()
+        folder = Path(platformdirs.user_cache_dir("swarm_notebook")) / "bits"
+        self._path = folder / f"{digest[:32]}.json"
+
+    @classmethod
+    def of_blocks(cls, source: ModelSource, start: int, end: int, asked: object) -> Memory:
+        """About blocks start..end-1 of a model.
+
+        Args:
+            asked: what it depends on beside the weights.
+        """
         weights = source.weights()
         names = [name for name in weights.names() if block_index(name) == start]
-        digest = hashlib.sha256(repr((source.dht_prefix, start, end, asked)).encode())
+        rows = hashlib.sha256()
         for name, lazy in sorted(weights.lazy(names).items()):
-            digest.update(name.encode())
-            digest.update(lazy[:1].float().numpy().tobytes())
-        folder = Path(platformdirs.user_cache_dir("swarm_notebook")) / "bits"
-        self._path = folder / f"{digest.hexdigest()[:32]}.json"
+            rows.update(name.encode())
+            rows.update(lazy[:1].float().numpy().tobytes())
+        return cls((source.dht_prefix, start, end, asked, rows.hexdigest()))
+
+    @classmethod
+    def of_loss(cls, source: ModelSource, bits: float) -> Memory:
+        """By how much a model's perplexity grows at so many bits per weight."""
+        return cls(("perplexity", digest(source), bits))
 
     def read(self) -> Any:
         """What was remembered, as JSON has it; None if nothing was. It is not to be trusted."""

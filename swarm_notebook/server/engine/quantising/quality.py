@@ -36,7 +36,7 @@ def least_bits(source: ModelSource, *, dtype: torch.dtype, device: str) -> float
     Raises:
         Unsupported: none are.
     """
-    memory = Memory(source, 0, 1, (LEVELS, GOOD_ERROR))
+    memory = Memory.of_blocks(source, 0, 1, (LEVELS, GOOD_ERROR))
     found = memory.read()
     if isinstance(found, float) and found in LEVELS:
         return found

@@ -262,3 +262,11 @@ def test_blocks_with_a_state_that_cannot_be_rolled_back_are_refused() -> None:
         decoder = AutoModel.from_config(config)
     with pytest.raises(Unsupported, match="of the kind linear_attention"):
         Span(decoder, "layers", 0)
+
+
+def test_blocks_compute_in_no_integers(tmp_path: Path) -> None:
+    """As libraries pack weights, the first of which may be the first parameter of all."""
+    loaded = load_blocks(resolve(tiny_model("llama", tmp_path)), 0, 2, dtype=torch.bfloat16)
+    first = next(loaded.layers[0].parameters())
+    first.data = torch.zeros(first.shape, dtype=torch.uint8)
+    assert Span(loaded.decoder, loaded.layers_name, 0).dtype == torch.bfloat16
