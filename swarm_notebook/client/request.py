@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.passes.call import ANSWER_SLACK
 from swarm_notebook.errors import BadRequest, ServerFailed, Unsupported
 from swarm_notebook.net.dht.records import ServerSpan
 from swarm_notebook.net.wire import protocol, tensors
+from swarm_notebook.net.wire.message import PackedTensor
 from swarm_notebook.texts import clean
 
 # A server's words in our messages and logs: a few lines.
@@ -189,7 +189,7 @@ async def beside_loop(size: int, read: Callable[[], T]) -> T:
     return await asyncio.to_thread(read)
 
 
-def read_outputs(packed: Sequence[runtime_pb2.Tensor], request: Request, server: str) -> Outputs:
+def read_outputs(packed: Sequence[PackedTensor], request: Request, server: str) -> Outputs:
     """The outputs in a server's answer, in the dtype of the request.
 
     Raises:
@@ -260,7 +260,7 @@ def read_report(metadata: bytes) -> ServerReport:
 
 
 def read_tensor(
-    packed: runtime_pb2.Tensor, dtype: torch.dtype, shape: Sequence[int] | None, server: str
+    packed: PackedTensor, dtype: torch.dtype, shape: Sequence[int] | None, server: str
 ) -> torch.Tensor:
     """A floating point tensor from the wire, in ``dtype``.
 
@@ -274,7 +274,7 @@ def read_tensor(
 
 
 def check_layout(
-    packed: runtime_pb2.Tensor, dtype: torch.dtype, shape: Sequence[int] | None, server: str
+    packed: PackedTensor, dtype: torch.dtype, shape: Sequence[int] | None, server: str
 ) -> tensors.Layout:
     """Refuse a tensor that is not what was asked for, without unpacking it; else its layout."""
     try:

@@ -16,15 +16,14 @@ from dataclasses import dataclass, field
 
 import torch
 from hivemind.p2p import PeerID
-from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import SwarmError
 from swarm_notebook.net.dht.records import ServerInfo, ServerState
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.net.wire.stream_server import add_stream_handler
 
-Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse
 RPCS = (
     protocol.RPC_INFERENCE,
     protocol.RPC_PUSH_STREAM,
@@ -62,8 +61,8 @@ class Target:
     async def open(self, rpc: str) -> streams.Stream:
         return await streams.open_stream(self.node.p2p, self.peer, rpc)
 
-    def request(self, *slots: torch.Tensor | None, **metadata: object) -> Request:
-        return Request(
+    def request(self, *slots: torch.Tensor | None, **metadata: object) -> PackedMessage:
+        return PackedMessage(
             uid=self.uid,
             tensors=protocol.pack_slots(list(slots)),
             metadata=protocol.pack_metadata(metadata),
@@ -95,7 +94,7 @@ async def _hold(target: Target, opened: Sequence[streams.Stream]) -> Errors:
 
     async def listen(stream: streams.Stream) -> None:
         try:
-            await stream.receive(Response)
+            await stream.receive()
         except (SwarmError, *BARE) as error:
             errors.append(error)
 
@@ -140,7 +139,7 @@ async def sessions_of_one_id(target: Target, count: int = 1000) -> Errors:
         stream = await target.open(protocol.RPC_INFERENCE)
         try:
             await stream.send(target.request(hidden, session_id="the same", max_length=8))
-            await stream.receive(Response)
+            await stream.receive()
         except Exception:
             stream.abort()
             raise
@@ -164,7 +163,7 @@ async def malformed(target: Target, count: int = 35) -> Errors:
         try:
             await stream.send(target.request(slot, None, slot, **metadata))
             await stream.send_end()
-            await stream.receive(Response)
+            await stream.receive()
         finally:
             stream.abort()
 
@@ -177,7 +176,7 @@ async def unannounced_pushes(target: Target, count: int = 21200) -> Errors:
     with contextlib.suppress(*BARE):
         for number in range(count):
             metadata = protocol.pack_metadata({"session_id": "none", "step_id": str(number)})
-            await opened[number % 4].send(Request(tensors=[tensor], metadata=metadata))
+            await opened[number % 4].send(PackedMessage(tensors=[tensor], metadata=metadata))
     return await _hold(target, opened)
 
 
@@ -204,12 +203,12 @@ async def made_up_peers(target: Target, count: int = 200) -> Errors:
 async def narrow_rows(target: Target, count: int = 16) -> Errors:
     """8-bit values in rows of one: forty times their bytes if they were unpacked; over and over."""
     values = (48 << 20) // 3
-    tensor = runtime_pb2.Tensor(
-        buffer=bytes(3 * values), size=[values, 1], dtype="float64", compression=tensors.INT8
+    tensor = PackedTensor(
+        buffer=bytes(3 * values), size=(values, 1), dtype="float64", compression=tensors.INT8
     )
     small = (target.frame - 4096) // 3
-    fits = runtime_pb2.Tensor(
-        buffer=bytes(3 * small), size=[small, 1], dtype="float64", compression=tensors.INT8
+    fits = PackedTensor(
+        buffer=bytes(3 * small), size=(small, 1), dtype="float64", compression=tensors.INT8
     )
     slots = [tensor if number % 4 == 0 else fits for number in range(count)]
     return await _again(target, lambda: _ask(target, slots))
@@ -223,19 +222,19 @@ async def _again(target: Target, attack: Callable[[], Awaitable[Errors]]) -> Err
     return errors
 
 
-async def _ask(target: Target, slots: Sequence[runtime_pb2.Tensor]) -> Errors:
+async def _ask(target: Target, slots: Sequence[PackedTensor]) -> Errors:
     async def one(number: int) -> None:
         stream = await target.open(RPCS[number % 2 * 2])
         sending = asyncio.create_task(send(stream, number))
         try:
-            await stream.receive(Response)  # a refusal comes before all is sent
+            await stream.receive()  # a refusal comes before all is sent
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
             stream.abort()
 
     async def send(stream: streams.Stream, number: int) -> None:
-        await stream.send(Request(uid=target.uid, tensors=[slots[number]]))
+        await stream.send(PackedMessage(uid=target.uid, tensors=[slots[number]]))
         if number % 2:  # a session that is ended is owed no answer
             await stream.send_end()
 
@@ -271,7 +270,7 @@ async def unread_answers(target: Target, count: int = 16) -> Errors:
     opened = [await target.open(protocol.RPC_FORWARD_STREAM) for _ in range(count)]
     packed = tensors.pack(hidden, tensors.INT8)
     states = list(range(*target.blocks))
-    message = Request(
+    message = PackedMessage(
         uid=target.uid, tensors=[packed], metadata=protocol.pack_metadata({"states": states})
     )
     for stream in opened:
@@ -299,7 +298,7 @@ async def long_passes(target: Target, at_once: int = 2) -> Errors:
                     await stream.send(target.request(slot))
                 await stream.send_end()
                 async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
-                    while await stream.receive(Response) is not None:
+                    while await stream.receive() is not None:
                         pass
             finally:
                 stream.abort()
@@ -320,7 +319,7 @@ async def inner_modules(target: Target, at_once: int = 8) -> Errors:
             await stream.send(target.request(hidden, inner=inner))
             await stream.send_end()
             async with asyncio.timeout(target.seconds):
-                await stream.receive(Response)
+                await stream.receive()
             await asyncio.sleep(target.seconds)
         finally:
             stream.abort()
@@ -349,7 +348,7 @@ async def push_to_a_drip(target: Target, address: str) -> Errors:
                 hidden, session_id="mine", step_id=str(number), max_length=8, push_to=to
             )
             await stream.send(message)
-            await stream.receive(Response)
+            await stream.receive()
         await asyncio.sleep(target.seconds)
         stream.abort()
     finally:

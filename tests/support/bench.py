@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from hivemind.p2p import PeerID
-from hivemind.proto import runtime_pb2
 from support.hosting import HostedServer
 from support.patience import PATIENCE
 from support.raw_wire import RawClient, ServerProcess
 from torch import nn
 
 from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 
 Answer = tuple[list[torch.Tensor], dict[str, Any]]
 
@@ -43,14 +43,12 @@ async def call(
         with suppress(streams.StreamClosed):
             for tensor in protocol.pack_slots(list(slots)):
                 for part in tensors.split(tensor, protocol.PART_BYTES):
-                    await stream.send(
-                        runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed)
-                    )
+                    await stream.send(PackedMessage(uid=uid, tensors=[part], metadata=packed))
             await stream.send_end()
-        parts: list[runtime_pb2.Tensor] = []
+        parts: list[PackedTensor] = []
         answered: dict[str, Any] = {}
         async with asyncio.timeout(PATIENCE):
-            while (answer := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
+            while (answer := await stream.receive()) is not None:
                 answered.update(protocol.unpack_metadata(answer.metadata))
                 parts.extend(answer.tensors)
         return [tensors.unpack(tensor) for tensor in tensors.join(parts)], answered
@@ -97,12 +95,8 @@ class Bench(LocalModel):
     def backward(self, *slots: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:
         return self.call(protocol.RPC_BACKWARD_STREAM, *slots, **options)[0]
 
-    def unary(self, rpc: str, message: runtime_pb2.ExpertRequest) -> list[torch.Tensor]:
-        answer = self.client.run(
-            self.client.node.p2p.call_protobuf_handler(
-                self.server.peer, rpc, message, runtime_pb2.ExpertResponse
-            )
-        )
+    def unary(self, rpc: str, message: PackedMessage) -> list[torch.Tensor]:
+        answer = self.client.run(self.client.unary(self.server.peer, rpc, message))
         return [tensors.unpack(tensor) for tensor in answer.tensors]
 
     def info(self) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.net.dht.records import ServerInfo, ServerState
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.net.wire.stream_server import add_stream_handler
 from swarm_notebook.net.wire.streams import Stream
 
 NAME = "liar"
 VALID_SECONDS = 600.0
 
-Lie = Callable[[Stream, runtime_pb2.ExpertRequest], Awaitable[None]]
+Lie = Callable[[Stream, PackedMessage], Awaitable[None]]
 
 
 class LyingServer:
@@ -76,12 +77,12 @@ class LyingServer:
         return self.info
 
     async def _on_stream(self, stream: Stream, _peer: PeerID) -> None:
-        while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
+        while (message := await stream.receive()) is not None:
             await self.lie(stream, message)
 
     async def _on_backward(self, stream: Stream, _peer: PeerID) -> None:
-        first: runtime_pb2.ExpertRequest | None = None
-        while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
+        first: PackedMessage | None = None
+        while (message := await stream.receive()) is not None:
             first = first or message
         if first is not None:
             await self.back(stream, first)

@@ -26,6 +26,7 @@ from swarm_notebook.net.addresses import LOOPBACK
 from swarm_notebook.net.membership.certificate import Credentials
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 
 
 class ServerProcess:
@@ -90,21 +91,23 @@ class RawClient:
         )
         return protocol.unpack_metadata(answer.serialized_info)
 
-    async def forward(self, peer: PeerID, message: runtime_pb2.ExpertRequest) -> list[torch.Tensor]:
-        answer = await self.node.p2p.call_protobuf_handler(
-            peer, protocol.RPC_FORWARD, message, runtime_pb2.ExpertResponse
-        )
+    async def unary(self, peer: PeerID, rpc: str, message: PackedMessage) -> PackedMessage:
+        data = await self.node.p2p._client.call_unary_handler(peer, rpc, message.to_bytes())
+        return PackedMessage.of(data)
+
+    async def forward(self, peer: PeerID, message: PackedMessage) -> list[torch.Tensor]:
+        answer = await self.unary(peer, protocol.RPC_FORWARD, message)
         return [tensors.unpack(tensor) for tensor in answer.tensors]
 
     async def forward_stream(
-        self, peer: PeerID, messages: Sequence[runtime_pb2.ExpertRequest]
+        self, peer: PeerID, messages: Sequence[PackedMessage]
     ) -> list[torch.Tensor]:
         stream = await streams.open_stream(self.node.p2p, peer, protocol.RPC_FORWARD_STREAM)
         for message in messages:
             await stream.send(message)
         await stream.send_end()
-        parts: list[runtime_pb2.Tensor] = []
-        while (answer := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
+        parts: list[PackedTensor] = []
+        while (answer := await stream.receive()) is not None:
             parts.extend(answer.tensors)
         stream.close()
         return [tensors.unpack(tensor) for tensor in tensors.join(parts)]
@@ -123,7 +126,7 @@ class RawSession:
 
     async def receive(self) -> list[torch.Tensor]:
         async with asyncio.timeout(PATIENCE):
-            answer = await self.stream.receive(runtime_pb2.ExpertResponse)
+            answer = await self.stream.receive()
         return [tensors.unpack(tensor) for tensor in answer.tensors]
 
     async def send_bytes(self, data: bytes) -> None:
@@ -134,8 +137,8 @@ class RawSession:
         self.stream.close()
 
 
-def request(uid: str, *slots: torch.Tensor | None, **metadata: Any) -> runtime_pb2.ExpertRequest:
-    return runtime_pb2.ExpertRequest(
+def request(uid: str, *slots: torch.Tensor | None, **metadata: Any) -> PackedMessage:
+    return PackedMessage(
         uid=uid,
         tensors=protocol.pack_slots(list(slots)),
         metadata=protocol.pack_metadata(metadata),

@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from hivemind.proto import runtime_pb2
 from safetensors.torch import load, save
 from support.bench import Bench, relative
 from support.peft_adapters import Tuned, key, random
@@ -18,6 +17,7 @@ from support.raw_wire import RawClient
 
 from swarm_notebook.errors import AdapterMissing, BadRequest, ServerBusy
 from swarm_notebook.net.wire import protocol, tensors, traffic
+from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.net.wire.streams import Stream, StreamClosed, open_stream
 
 
@@ -143,10 +143,10 @@ def test_uploads_at_once_are_bounded_together(
         part = tensors.pack(torch.zeros(4 << 20, dtype=torch.uint8))
         try:
             for _ in range(10):  # 40 MB; one upload may have 72
-                await stream.send(runtime_pb2.ExpertRequest(uid="x", tensors=[part]))
+                await stream.send(PackedMessage(uid="x", tensors=[part]))
             await asyncio.sleep(0.5)
             await stream.send_end()
-            await stream.receive(runtime_pb2.ExpertResponse)
+            await stream.receive()
         finally:
             stream.close()
 

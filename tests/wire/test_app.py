@@ -16,7 +16,6 @@ import psutil
 import pytest
 import torch
 from hivemind.p2p import P2P, P2PDaemonError
-from hivemind.proto import runtime_pb2
 from support.patience import PATIENCE
 from support.raw_wire import RawSession, request
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +24,7 @@ import swarm_notebook as sn
 from swarm_notebook.errors import ModelNotFound
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire.message import PackedTensor
 from swarm_notebook.server.app import Server
 from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.swarm import Swarm
@@ -242,7 +242,7 @@ def test_nothing_large_is_computed_or_packed_on_the_event_loop(
     seen: list[str] = []
     packed: list[tuple[str, int]] = []
 
-    async def ask(server: Server) -> list[list[runtime_pb2.Tensor]]:
+    async def ask(server: Server) -> list[list[PackedTensor]]:
         node = await Node.start(server.facts["maddrs"], client=True)
         peer = node.p2p.peer_id.from_base58(server.facts["peer_id"])
         answers = []
@@ -255,7 +255,7 @@ def test_nothing_large_is_computed_or_packed_on_the_event_loop(
                 stream = await streams.open_stream(node.p2p, peer, rpc)
                 await stream.send(message)
                 await stream.send_end() if rpc is not protocol.RPC_INFERENCE else None
-                answers.append(list((await stream.receive(runtime_pb2.ExpertResponse)).tensors))
+                answers.append(list((await stream.receive()).tensors))
                 stream.close()
         seen.extend(operations.seen)
         await node.stop()
@@ -265,7 +265,7 @@ def test_nothing_large_is_computed_or_packed_on_the_event_loop(
         patch.setattr(tensors, "pack", _watch(tensors.pack, packed))
         patch.setattr(tensors, "unpack", _watch(tensors.unpack, packed))
         answers = loop.run(ask(server))
-    assert [answer[0].size for answer in answers] == [[rows, length, HIDDEN]] * 3
+    assert [answer[0].size for answer in answers] == [(rows, length, HIDDEN)] * 3
     assert not seen
     threads = {name for name, elements in packed if elements > large}
     assert threads == {"codec_0"}

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import psutil
 import torch
-from hivemind.proto import runtime_pb2
 from support.bench import Bench
 from support.patience import PATIENCE
 from support.raw_wire import RawClient, ServerProcess, request
 
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.server.rpc.push import EARLY_SECONDS
 
 BLOCKS, SOME, HIDDEN = 30, (10, 15), 576
@@ -75,7 +75,7 @@ def test_what_a_crowd_leaves_behind_goes_back_to_the_system(llama_process: Bench
         for number in range(PUSHES):
             metadata = protocol.pack_metadata({"session_id": "none", "step_id": str(number)})
             pushed = [tensors.pack(PUSHED)]
-            await stream.send(runtime_pb2.ExpertRequest(tensors=pushed, metadata=metadata))
+            await stream.send(PackedMessage(tensors=pushed, metadata=metadata))
         peak = 0
         while (now := process.memory_info().rss) > peak:  # until all has come
             peak = now

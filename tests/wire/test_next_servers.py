@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from hivemind.p2p import PeerID
-from hivemind.proto import runtime_pb2
 from support.hosting import HostedSwarm
 from support.raw_wire import RawClient, RawSession, request
 
@@ -92,7 +91,7 @@ class Chain:
     async def silence(self, number: int) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(QUIET_SECONDS):
-                await self.sessions[number].stream.receive(runtime_pb2.ExpertResponse)
+                await self.sessions[number].stream.receive()
 
     def close(self) -> None:
         for session in self.sessions:

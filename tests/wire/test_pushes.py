@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from hivemind.p2p import P2PHandlerError
-from hivemind.proto import runtime_pb2
 from support.bench import Bench
 from support.patience import PATIENCE
 from support.raw_wire import RawClient, RawSession, request
@@ -19,6 +18,7 @@ from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.rpc import inbox
 from swarm_notebook.server.rpc.push import EARLY_BYTES_PER_PEER
@@ -54,14 +54,14 @@ class Pushes:
         node = (client or self.client).node
         return await streams.open_stream(node.p2p, self.bench.server.peer, protocol.RPC_PUSH_STREAM)
 
-    def push(self, hidden: torch.Tensor, step: str) -> runtime_pb2.ExpertRequest:
+    def push(self, hidden: torch.Tensor, step: str) -> PackedMessage:
         metadata = protocol.pack_metadata({"session_id": self.id, "step_id": step})
-        return runtime_pb2.ExpertRequest(tensors=[tensors.pack(hidden)], metadata=metadata)
+        return PackedMessage(tensors=[tensors.pack(hidden)], metadata=metadata)
 
     async def silence(self, session: RawSession) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(QUIET_SECONDS):
-                await session.stream.receive(runtime_pb2.ExpertResponse)
+                await session.stream.receive()
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_nobody_but_the_announced_peer_is_heard(pushes: Pushes, early: bool) -> 
         await stream.send(pushes.push(torch.zeros(1, 3, HIDDEN), "a"))
         try:
             async with asyncio.timeout(QUIET_SECONDS):
-                await stream.receive(runtime_pb2.ExpertResponse)
+                await stream.receive()
         except TimeoutError:
             return "silence"
         except BadRequest as error:
@@ -251,8 +251,8 @@ def test_a_push_that_is_none_is_dropped_and_its_stream_goes_on(pushes: Pushes) -
         for wrong in (
             pushes.push(hidden(), "for another sender"),
             pushes.push(hidden(), ""),
-            runtime_pb2.ExpertRequest(uid="x"),
-            runtime_pb2.ExpertRequest(metadata=b"\xc1"),
+            PackedMessage(uid="x"),
+            PackedMessage(metadata=b"\xc1"),
         ):
             await stream.send(wrong)
         await pushes.announce(session, "a")
@@ -332,7 +332,7 @@ def test_a_target_that_is_not_there_costs_the_client_nothing(pushes: Pushes) -> 
         target = ["QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N", "session"]
         await session.stream.send(request(pushes.uid, hidden(), push_to=target, **fields))
         async with asyncio.timeout(PATIENCE):
-            answer = await session.stream.receive(runtime_pb2.ExpertResponse)
+            answer = await session.stream.receive()
         assert answer is not None
         assert protocol.unpack_metadata(answer.metadata)["push_failed"]
         got = tensors.unpack(answer.tensors[0])
@@ -348,12 +348,7 @@ def test_petals_unary_push(pushes: Pushes) -> None:
 
     async def push(step: str) -> None:
         message = request(pushes.uid, states[:, 1:], session_id=pushes.id, step_id=step)
-        await pushes.client.node.p2p.call_protobuf_handler(
-            pushes.bench.server.peer,
-            protocol.RPC_PUSH,
-            message,
-            runtime_pb2.ExpertResponse,
-        )
+        await pushes.client.unary(pushes.bench.server.peer, protocol.RPC_PUSH, message)
 
     async def main() -> None:
         session = await pushes.open()

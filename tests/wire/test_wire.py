@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from hivemind.p2p import P2PHandlerError
-from hivemind.proto import runtime_pb2
 from support.patience import PATIENCE, within
 from support.raw_wire import RawClient, RawSession, ServerProcess, request
 
@@ -24,6 +23,7 @@ from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import BadRequest, CacheFull, SessionLost, from_wire
 from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.server.engine.kv.cache import grown_capacity
 from swarm_notebook.server.engine.span import Span
 
@@ -137,8 +137,8 @@ def test_a_session_as_petals_clients_hold_it(wire: Wire) -> None:
                 output_compression=(tensors.NONE,),
             )
             got.extend(answer)
-        await session.stream.send(runtime_pb2.ExpertRequest())
-        assert await session.stream.receive(runtime_pb2.ExpertResponse) is None
+        await session.stream.send(PackedMessage())
+        assert await session.stream.receive() is None
         return torch.cat(got, dim=1)
 
     close(wire.run(work()), wire.local(hidden))
@@ -208,7 +208,7 @@ def test_forward(wire: Wire) -> None:
     )[0]
     message = request(UID, hidden, None, mask, positions, states=[2])
     split = [
-        runtime_pb2.ExpertRequest(uid=UID, tensors=[part], metadata=message.metadata)
+        PackedMessage(uid=UID, tensors=[part], metadata=message.metadata)
         for tensor in message.tensors
         for part in tensors.split(tensor, 1000)
     ]
@@ -235,15 +235,15 @@ def test_an_answer_too_large_for_a_unary_call_is_refused(wire: Wire) -> None:
     assert len(wire.run(wire.client.forward_stream(wire.server.peer, [message]))) == 4
 
 
-def tensor(shape: list[int], dtype: str = "float32", **fields: Any) -> runtime_pb2.Tensor:
-    return runtime_pb2.Tensor(size=shape, dtype=dtype, **fields)
+def tensor(shape: list[int], dtype: str = "float32", **fields: Any) -> PackedTensor:
+    return PackedTensor(size=tuple(shape), dtype=dtype, **fields)
 
 
-def with_tensor(broken: runtime_pb2.Tensor) -> runtime_pb2.ExpertRequest:
-    return runtime_pb2.ExpertRequest(uid=UID, tensors=[broken])
+def with_tensor(broken: PackedTensor) -> PackedMessage:
+    return PackedMessage(uid=UID, tensors=[broken])
 
 
-def with_hidden(*slots: torch.Tensor | None, **metadata: Any) -> runtime_pb2.ExpertRequest:
+def with_hidden(*slots: torch.Tensor | None, **metadata: Any) -> PackedMessage:
     return request(UID, torch.randn(2, 3, HIDDEN), *slots, **metadata)
 
 
@@ -257,7 +257,7 @@ GOOD = torch.zeros(2, 3, HIDDEN)
 INTS = torch.zeros(2, 3, dtype=torch.int64)
 
 # Wrong in any request.
-WRONG: dict[str, tuple[runtime_pb2.ExpertRequest, str]] = {
+WRONG: dict[str, tuple[PackedMessage, str]] = {
     "another model": (request("other.1", GOOD), "'other.1' is not of the form"),
     "no index": (request(f"{PREFIX}.x", GOOD), "is not of the form"),
     "negative index": (request(f"{PREFIX}.-1", GOOD), "is not of the form"),
@@ -266,7 +266,7 @@ WRONG: dict[str, tuple[runtime_pb2.ExpertRequest, str]] = {
     "with a hole": (request(f"{PREFIX}.1 {PREFIX}.3", GOOD), "not contiguous"),
     "backwards": (request(f"{PREFIX}.2 {PREFIX}.1", GOOD), "not contiguous"),
     "too many blocks": (request(" ".join([f"{PREFIX}.1"] * 5000), GOOD), "5000 blocks"),
-    "no tensors": (runtime_pb2.ExpertRequest(uid=UID), "0 tensors"),
+    "no tensors": (PackedMessage(uid=UID), "0 tensors"),
     "many tensors": (with_hidden(*[GOOD] * 9), "10 tensors"),
     "a dummy": (request(UID, protocol.DUMMY), "hidden states: nothing"),
     "two dimensions": (request(UID, GOOD[0]), r"shape \[3, 48\]"),
@@ -287,14 +287,14 @@ WRONG: dict[str, tuple[runtime_pb2.ExpertRequest, str]] = {
     "eight dimensions": (with_tensor(tensor([1] * 8, buffer=b"1234")), "8 dimensions"),
     "prompts": (with_hidden(torch.zeros(2, 2, 1, HIDDEN)), r"expected \[3, 1 or 2"),
     "NaN in prompts": (with_hidden(torch.full((3, 1, 1, HIDDEN), float("nan"))), "prompts: .*NaN"),
-    "no msgpack": (runtime_pb2.ExpertRequest(uid=UID, metadata=b"\xc1\xc1"), "metadata"),
+    "no msgpack": (PackedMessage(uid=UID, metadata=b"\xc1\xc1"), "metadata"),
     # hivemind's descriptor of a tensor, without a single field
     "no descriptor": (
-        runtime_pb2.ExpertRequest(uid=UID, metadata=b"\x81\xa1x\xc7\x01\x51\x80"),
+        PackedMessage(uid=UID, metadata=b"\x81\xa1x\xc7\x01\x51\x80"),
         "metadata is no msgpack",
     ),
     "a list": (
-        runtime_pb2.ExpertRequest(uid=UID, metadata=protocol.pack_metadata([1])),
+        PackedMessage(uid=UID, metadata=protocol.pack_metadata([1])),
         "expected a dict",
     ),
     "states": (with_hidden(states=[0]), "states: "),
@@ -304,7 +304,7 @@ WRONG: dict[str, tuple[runtime_pb2.ExpertRequest, str]] = {
     "adapter": (with_hidden(active_adapter="x"), "active_adapter: 'x'"),
 }
 # Wrong in a session's step, where hypo_ids stand before the mask and the positions.
-WRONG_STEPS: dict[str, tuple[runtime_pb2.ExpertRequest, str]] = {
+WRONG_STEPS: dict[str, tuple[PackedMessage, str]] = {
     "no blocks": (request("", GOOD), "is not of the form"),
     "negative position": (with_hidden(start_from_position=-1), "start_from_position: '-1'"),
     "position ahead": (with_hidden(start_from_position=1), "holds only 0"),
@@ -329,7 +329,7 @@ WRONG_STEPS: dict[str, tuple[runtime_pb2.ExpertRequest, str]] = {
     "huge positions": (with_hidden(None, None, None, INTS + (1 << 40)), "position ids: "),
     "negative positions": (with_hidden(None, None, None, INTS - 2), "position ids: "),
 }
-WRONG_FORWARDS: dict[str, tuple[runtime_pb2.ExpertRequest, str]] = {
+WRONG_FORWARDS: dict[str, tuple[PackedMessage, str]] = {
     "long prompts": (with_hidden(torch.zeros(3, 1, 4, HIDDEN)), "up to 3"),
     "mask shape": (with_hidden(None, INTS[:1]), "attention mask: "),
     "positions": (with_hidden(None, None, INTS[:, :1]), "position ids: "),
@@ -360,7 +360,7 @@ def test_wrong_passes_are_refused(wire: Wire, bystander: Bystander, name: str) -
     peer = wire.server.peer
     with pytest.raises(BadRequest, match=expected):
         wire.run(wire.client.forward_stream(peer, [message]))
-    if message.ByteSize() < protocol.MAX_UNARY_BYTES:
+    if message.size < protocol.MAX_UNARY_BYTES:
         with pytest.raises(P2PHandlerError) as caught:
             wire.run(wire.client.forward(peer, message))
         assert isinstance(from_wire(str(caught.value), "test"), BadRequest), caught.value

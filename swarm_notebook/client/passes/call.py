@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hivemind.proto import runtime_pb2
 
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import BadRequest, ServerFailed, ServerGone
 from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 
 # A dial takes a few round trips, the longest about 0.3 s; the rest is for busy machines.
 OPEN_TIMEOUT = 5.0
@@ -38,7 +38,7 @@ class CallAnswer:
         size: bytes of all messages.
     """
 
-    tensors: list[runtime_pb2.Tensor]
+    tensors: list[PackedTensor]
     metadata: dict[str, Any]
     size: int
 
@@ -91,7 +91,7 @@ async def call(
             uid = protocol.uid_chain(directory.prefix, segment.start, segment.end)
             packed = protocol.pack_metadata(dict(metadata))
             messages = (
-                runtime_pb2.ExpertRequest(uid=uid, tensors=[part], metadata=packed)
+                PackedMessage(uid=uid, tensors=[part], metadata=packed)
                 for tensor in protocol.pack_slots(list(slots), always, compression)
                 for part in tensors.split(tensor, protocol.PART_BYTES)
             )
@@ -118,8 +118,8 @@ def _tokens(slots: Sequence[torch.Tensor | None]) -> int:
 
 
 async def _exchange(
-    stream: streams.Stream, messages: Iterable[runtime_pb2.ExpertRequest], most: int
-) -> tuple[list[runtime_pb2.Tensor], bytes, int]:
+    stream: streams.Stream, messages: Iterable[PackedMessage], most: int
+) -> tuple[list[PackedTensor], bytes, int]:
     """Send a request and receive its answer, which is a refusal if it comes before all is sent."""
     receiving = asyncio.create_task(_receive(stream, most))
     try:
@@ -136,20 +136,18 @@ async def _exchange(
         await asyncio.gather(receiving, return_exceptions=True)
 
 
-async def _receive(
-    stream: streams.Stream, most: int
-) -> tuple[list[runtime_pb2.Tensor], bytes, int]:
+async def _receive(stream: streams.Stream, most: int) -> tuple[list[PackedTensor], bytes, int]:
     """The tensor parts of an answer, the metadata of its first message, and bytes of all of them.
 
     An answer of ours says how many tensors it has; others end with the stream.
     """
-    parts: list[runtime_pb2.Tensor] = []
+    parts: list[PackedTensor] = []
     metadata: bytes | None = None
     count: int | None = None
     begun = missing = size = 0
     stream.max_frame = most
     try:
-        while (message := await stream.receive(runtime_pb2.ExpertResponse)) is not None:
+        while (message := await stream.receive()) is not None:
             # Every message counts, or one without anything could come for ever.
             stream.max_frame = max(0, stream.max_frame - stream.size - MESSAGE_BYTES)
             size += stream.size

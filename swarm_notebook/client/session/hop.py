@@ -26,8 +26,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from hivemind.proto import runtime_pb2
-
 from swarm_notebook.client.adapters import Adapter, ensure_uploaded
 from swarm_notebook.client.passes.call import OPEN_TIMEOUT, gone, server_name
 from swarm_notebook.client.request import (
@@ -47,6 +45,7 @@ from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import CacheFull, RemoteError, ServerFailed, ServerGone
 from swarm_notebook.net.wire import protocol, streams
+from swarm_notebook.net.wire.message import PackedMessage
 
 # How long a Petals server may let a new session wait for room in its cache, in seconds.
 ALLOC_TIMEOUT = 10.0
@@ -86,9 +85,7 @@ class StepWriter:
         self._introduced = False
         self._named: tuple[int, int] | None = None
 
-    def write(
-        self, request: Request, route: StepRoute, *, again: bool = False
-    ) -> runtime_pb2.ExpertRequest:
+    def write(self, request: Request, route: StepRoute, *, again: bool = False) -> PackedMessage:
         """The message for a step.
 
         Raises:
@@ -115,7 +112,7 @@ class StepWriter:
             metadata["output_compression"] = (compression,)
         hidden = None if route.push_from else travelling(request.hidden, span)
         slots = [hidden, request.prompts, request.rows, request.mask, request.position_ids]
-        return runtime_pb2.ExpertRequest(
+        return PackedMessage(
             uid=self._uid(request, again),
             # Only Petals insists on the slots that are not used; building them takes time.
             tensors=protocol.pack_slots(
@@ -258,11 +255,10 @@ class Hop:
         self.counted += request.hidden.shape[1]
         self.rows_version = request.rows_version
         # Whoever receives the answer watches.
-        data = message.SerializeToString()
-        if self._stream is not None and self._stream.send_at_once(data):
+        if self._stream is not None and self._stream.send_at_once(message):
             return packed
         with self._blamed(), self._watch(request) as stream:
-            await stream.send_packed(data)
+            await stream.send(message)
         return packed
 
     async def resend(self, request: Request, route: StepRoute) -> None:
@@ -324,9 +320,9 @@ class Hop:
         self._directory.telemetry.usage.received(self.segment)
         return HopAnswer(outputs, read_report(answer.metadata), received, since)
 
-    async def _next_answer(self, stream: streams.Stream) -> runtime_pb2.ExpertResponse:
+    async def _next_answer(self, stream: streams.Stream) -> PackedMessage:
         stream.max_frame = answer_bytes(self._owed[0][0])
-        answer = await stream.receive(runtime_pb2.ExpertResponse)
+        answer = await stream.receive()
         if answer is None:
             raise ServerGone(f"{self} ended the session")
         self._owed.popleft()

@@ -20,6 +20,7 @@ from hivemind.compression import serialize_torch_tensor
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
+from swarm_notebook.net.wire.message import Buffer
 
 MEANSTD_16BIT = runtime_pb2.CompressionType.MEANSTD_16BIT
 QUANTILE_8BIT = runtime_pb2.CompressionType.QUANTILE_8BIT
@@ -39,7 +40,7 @@ def pack(tensor: torch.Tensor, compression: int) -> runtime_pb2.Tensor | None:
     return serialize_torch_tensor(values, compression)
 
 
-def check(compression: int, buffer: bytes, shape: Sequence[int], dtype: torch.dtype) -> None:
+def check(compression: int, buffer: Buffer, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Compare the number of bytes with the shape; takes no memory.
 
     Raises:
@@ -62,7 +63,7 @@ def check(compression: int, buffer: bytes, shape: Sequence[int], dtype: torch.dt
 
 
 def unpack(
-    compression: int, buffer: bytes, shape: Sequence[int], dtype: torch.dtype
+    compression: int, buffer: Buffer, shape: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
     """The tensor in a buffer that `check` has passed.
 

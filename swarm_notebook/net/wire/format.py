@@ -23,7 +23,7 @@ MAX_SIZE_BYTES = 64
 # Below this, no message takes much.
 SMALL_BYTES = 4096
 # Of ``ExpertRequest`` and ``ExpertResponse``; and of ``Tensor``.
-_TENSORS, _SIZE = 2, 2
+_TENSORS, _SIZE, _BUFFER = 2, 2, 1
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
 _FIXED = {_EIGHT: 8, _FOUR: 4}
 # Seven bits each, of the 64 that a number has.
@@ -44,6 +44,11 @@ class FieldCheck:
     """What `check_fields` does, for a message of ``length`` bytes that comes in pieces.
 
     Fields are walked through as far as they have come; of their contents nothing is kept.
+
+    Attributes:
+        tensors: where those are that have begun: the key, the content from its first byte to its
+            end.
+        buffers: the same of the bytes of tensors, behind the number of the tensor.
     """
 
     def __init__(self, length: int, most: int = MAX_FIELDS):
@@ -52,6 +57,8 @@ class FieldCheck:
         self._at = self._fed = 0  # where the next field begins, and how much has come
         self._tensor_end = 0  # of the tensor in which that is, if it is in one
         self._rest = b""  # the beginning of a field, cut
+        self.tensors: list[tuple[int, int, int]] = []
+        self.buffers: list[tuple[int, int, int, int]] = []
 
     def feed(self, piece: bytes) -> None:
         """Look at the next bytes.
@@ -75,18 +82,24 @@ class FieldCheck:
         inside = self._at < self._tensor_end
         if last > (self._tensor_end if inside else self._length):
             raise BadRequest("a field ends beyond its message")
-        self._at = last
+        begin, self._at = self._at, last
         if inside:
             self._tensor_fields += 1
             long = field == _SIZE and last - first > MAX_SIZE_BYTES
             if self._tensor_fields > MAX_TENSOR_FIELDS or long:
                 raise BadRequest("a tensor with more sizes or fields than any has")
+            if field == _BUFFER and kind == _BYTES:
+                number = len(self.tensors) - 1
+                if self.buffers and self.buffers[-1][0] == number:
+                    raise BadRequest("a tensor that has its bytes twice")
+                self.buffers.append((number, begin, first, last))
             return
         self._fields += 1
         if self._fields > self._most:
             raise BadRequest(f"a message of more than {self._most} fields")
         if field == _TENSORS and kind == _BYTES:
             self._at, self._tensor_end, self._tensor_fields = first, last, 0
+            self.tensors.append((begin, first, last))
 
 
 def _field(data: bytes, at: int) -> tuple[int, int, int, int] | None:

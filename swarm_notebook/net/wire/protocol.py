@@ -27,12 +27,12 @@ hivemind's dialect; it is read under a size bound and yields a plain dict.
 from __future__ import annotations
 
 import torch
-from hivemind.proto import runtime_pb2
 from hivemind.utils import MSGPackSerializer
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.p2p.fixes import bound_nesting
 from swarm_notebook.net.wire import tensors
+from swarm_notebook.net.wire.message import PackedTensor
 
 bound_nesting()
 
@@ -136,7 +136,7 @@ def unpack_metadata(data: bytes) -> dict:
 
 def pack_slots(
     slots: list[torch.Tensor | None], always: int = 3, compression: int = tensors.NONE
-) -> list[runtime_pb2.Tensor]:
+) -> list[PackedTensor]:
     """The tensors of a request by position; None becomes a dummy.
 
     The first ``always`` slots travel in any case (Petals insists on them: three for inference,

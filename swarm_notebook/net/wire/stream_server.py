@@ -19,7 +19,6 @@ from collections.abc import Awaitable, Callable
 
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
-from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest, NotAMember, RemoteError, ServerBusy
 from swarm_notebook.net.membership.certificate import Membership, Role
@@ -134,7 +133,7 @@ async def _shown(stream: Stream) -> object:
     limit, stream.max_frame = stream.max_frame, MAX_SHOWN_BYTES
     try:
         async with asyncio.timeout(UNHEARD_SECONDS):
-            message = await stream.receive(runtime_pb2.ExpertRequest)
+            message = await stream.receive()
     except BadFrame:
         return None
     except TimeoutError:

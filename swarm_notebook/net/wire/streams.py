@@ -21,18 +21,24 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
-from hivemind.proto import runtime_pb2
 from hivemind.proto.p2pd_pb2 import RPCError
 
 from swarm_notebook.errors import BadRequest, ServerBusy, from_wire, to_wire
 from swarm_notebook.net.membership.certificate import Membership
 from swarm_notebook.net.wire import protocol
-from swarm_notebook.net.wire.format import MAX_FIELDS, FieldCheck, check_fields
+from swarm_notebook.net.wire.format import MAX_FIELDS, check_fields
+from swarm_notebook.net.wire.frame import Frame
+from swarm_notebook.net.wire.message import (
+    LARGE_BYTES,
+    Buffer,
+    PackedMessage,
+    parsed,
+    total_bytes,
+)
 from swarm_notebook.net.wire.traffic import COPIES, Account, Traffic
 
 # 32,768 tokens of a hidden size of 8,192 in float32, which is a prompt in one message.
@@ -50,14 +56,12 @@ UNLIMITED = 1 << 60
 _HEADER_BYTES = 9
 _MESSAGE, _ERROR = 0, 1
 # Below this a frame is written and read as one piece: one system call instead of two.
-_JOIN_BYTES = 1 << 16
+_JOIN_BYTES = LARGE_BYTES
 # As much as uvloop reads at once.
 _READ_BYTES = 1 << 18
 
 # What opening or using a stream raises when the peer, the daemon or the way there fails.
 TRANSPORT_ERRORS = (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, TimeoutError)
-
-M = TypeVar("M", bound=Message)
 
 
 class StreamClosed(ConnectionError):
@@ -112,46 +116,51 @@ class Stream:
         self._meter = meter or ByteMeter()
         self._answers, self._answered, self._receiving = answers, False, False
 
-    async def send(self, message: Message) -> None:
-        """Write one message and wait until the buffer has room again."""
-        await self.send_packed(message.SerializeToString())
-
-    def send_at_once(self, data: bytes) -> bool:
-        """Write one packed message if nothing waits before it, and it is small; whether it was.
+    def send_at_once(self, message: PackedMessage) -> bool:
+        """Write a small message if nothing waits before it; whether that was so.
 
         Whoever sends a message per answer needs no more: no wait, and so nothing that bounds it.
         """
-        if len(data) >= _JOIN_BYTES or self._writer.is_closing():
+        if self._writer.is_closing() or self._writer.transport.get_write_buffer_size():
             return False
-        if self._writer.transport.get_write_buffer_size():
+        pieces = message.pieces()
+        if total_bytes(pieces) >= _JOIN_BYTES:
             return False
         self.unanswered = 0
-        self._write(_MESSAGE, data)
+        self._write(_MESSAGE, pieces)
         return True
 
-    async def answer(self, message: Message, seconds: float) -> None:
+    async def send(self, message: PackedMessage) -> None:
+        """Write one message and wait until the buffer has room again.
+
+        What is large of it is not copied: the last of it may be read a little later.
+        """
+        await self._send(message.pieces())
+
+    async def answer(self, message: PackedMessage, seconds: float) -> None:
         """`send` to a peer that has so many seconds to read, and more if there is much.
 
         Raises:
             StreamClosed: it did not, or others needed the memory.
         """
-        data = message.SerializeToString()
-        if self.send_at_once(data):
+        if self.send_at_once(message):
             return
+        pieces = message.pieces()
+        size = total_bytes(pieces)
         try:
-            if len(data) < _JOIN_BYTES:
+            if size < _JOIN_BYTES:
                 async with asyncio.timeout(seconds):
-                    await self.send_packed(data)
+                    await self._send(pieces)
             else:
-                async with self.account.waiting_for_peer(seconds + len(data) / SLOWEST_BYTES):
-                    await self.send_packed(data)
+                async with self.account.waiting_for_peer(seconds + size / SLOWEST_BYTES):
+                    await self._send(pieces)
         except (TimeoutError, ServerBusy):
             self.abort()
             raise StreamClosed(f"peer {self.peer} does not read its answers") from None
 
     async def send_end(self) -> None:
         """Tell who answers that nothing more is asked."""
-        self._write(_ERROR, b"")
+        self._write(_ERROR, [])
         await self._drain()
 
     async def end_answers(self) -> None:
@@ -172,10 +181,10 @@ class Stream:
 
     async def send_error(self, error: BaseException) -> None:
         """Tell the other side why this stream ends."""
-        self._write(_ERROR, RPCError(message=to_wire(error)).SerializeToString())
+        self._write(_ERROR, [RPCError(message=to_wire(error)).SerializeToString()])
         await self._drain()
 
-    async def receive(self, kind: type[M]) -> M | None:
+    async def receive(self) -> PackedMessage | None:
         """The next message, or None when the other side has said its last.
 
         Answers may end with the file, after one of them at least.
@@ -206,13 +215,13 @@ class Stream:
         self.arriving = 0
         if marker == _MESSAGE:
             self._answered, self.size = self._answers, length
-            return _parse(kind, data)
-        failure = _parse(RPCError, data)
-        if not failure.message:
+            return _read_message(data)
+        failure = _read_error(data)
+        if not failure:
             return None
-        raise from_wire(failure.message, self.peer)
+        raise from_wire(failure, self.peer)
 
-    async def _body(self, length: int) -> bytes:
+    async def _body(self, length: int) -> bytes | Frame:
         """The bytes of a frame, which are counted before they are read."""
         self.arriving = await self.account.take(COPIES * length)
         try:
@@ -222,7 +231,7 @@ class Stream:
             self.arriving = 0
             raise
 
-    async def _read(self, length: int) -> bytes:
+    async def _read(self, length: int) -> bytes | Frame:
         try:
             if length < _JOIN_BYTES:
                 if self._has_come(length):
@@ -241,18 +250,17 @@ class Stream:
         except BadRequest as error:
             raise BadFrame(str(error)) from None
 
-    async def _pieces(self, length: int) -> bytes:
-        # One buffer that grows: a list of pieces leaves the heap in pieces, too.
-        check, data = FieldCheck(length, self._max_fields), bytearray()
+    async def _pieces(self, length: int) -> Frame:
+        frame, missing = Frame(length, self._max_fields), length
         self._came(_HEADER_BYTES)
-        while len(data) < length:
-            piece = await self._reader.read(min(length - len(data), _READ_BYTES))
+        while missing:
+            piece = await self._reader.read(min(missing, _READ_BYTES))
             if not piece:
                 raise StreamClosed(_closed(self.peer))
             self._came(len(piece))
-            check.feed(piece)
-            data += piece
-        return bytes(data)
+            frame.feed(piece)
+            missing -= len(piece)
+        return frame
 
     def _has_come(self, length: int) -> bool:
         """Whether so many bytes can be read without a wait, which would need a timer."""
@@ -282,11 +290,10 @@ class Stream:
         """End both directions now; a peer that reads no more cannot hold this up."""
         self._writer.transport.abort()
 
-    async def send_packed(self, data: bytes) -> None:
-        """As `send`, of the bytes of a message."""
+    async def _send(self, pieces: list[Buffer]) -> None:
         self.unanswered = 0
         try:
-            self._write(_MESSAGE, data)
+            self._write(_MESSAGE, pieces)
             await self._drain()
         except StreamClosed:
             await self._hear_out()
@@ -298,20 +305,20 @@ class Stream:
             return  # whoever receives hears it
         with contextlib.suppress(TimeoutError, StreamClosed, BadFrame):
             async with asyncio.timeout(END_SECONDS):
-                while await self.receive(runtime_pb2.ExpertResponse) is not None:
+                while await self.receive() is not None:
                     pass
 
-    def _write(self, marker: int, data: bytes) -> None:
+    def _write(self, marker: int, pieces: list[Buffer]) -> None:
         # asyncio's loop would drop what is written to a stream that is closed, uvloop's raises.
         if self._writer.is_closing():
             raise StreamClosed(_closed(self.peer))
-        self._meter.sent += _HEADER_BYTES + len(data)
-        header = bytes((marker,)) + len(data).to_bytes(8, "big")
-        if len(data) < _JOIN_BYTES:
-            self._writer.write(header + data)
+        size = total_bytes(pieces)
+        self._meter.sent += _HEADER_BYTES + size
+        header = bytes((marker,)) + size.to_bytes(8, "big")
+        if size < _JOIN_BYTES:
+            self._writer.write(b"".join((header, *pieces)))
         else:
-            self._writer.write(header)
-            self._writer.write(data)
+            self._writer.writelines([header, *pieces])
 
     async def _drain(self) -> None:
         try:
@@ -324,11 +331,18 @@ def _closed(peer: str) -> str:
     return f"peer {peer} closed the stream without a reason: it has ended, or is flooded"
 
 
-def _parse(kind: type[M], data: bytes) -> M:
+def _read_message(data: bytes | Frame) -> PackedMessage:
     try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        raise BadFrame(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
+        return data.message() if isinstance(data, Frame) else PackedMessage.of(data)
+    except BadRequest as error:
+        raise BadFrame(str(error)) from None
+
+
+def _read_error(data: bytes | Frame) -> str:
+    try:
+        return parsed(RPCError, data.rest() if isinstance(data, Frame) else data).message
+    except BadRequest as error:
+        raise BadFrame(str(error)) from None
 
 
 async def open_stream(
@@ -358,7 +372,7 @@ async def open_stream(
     )
     if membership is not None:
         try:
-            await stream.send(runtime_pb2.ExpertRequest(metadata=show(membership)))
+            await stream.send(PackedMessage(metadata=show(membership)))
         except BaseException:
             stream.abort()
             raise

@@ -1,4 +1,4 @@
-"""Tensors on the wire: hivemind's `Tensor` protobuf, read with suspicion.
+"""Tensors on the wire, read with suspicion.
 
 The format is hivemind's (proto/runtime.proto): raw little-endian elements, a dtype name and a
 shape. We write bfloat16 as two bytes per element; hivemind's older form, which sends it as
@@ -16,21 +16,21 @@ spoil all others.) Only peers that announce our protocol are sent it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.wire import codecs
+from swarm_notebook.net.wire.message import LARGE_BYTES, Buffer, PackedTensor
 
 NONE = runtime_pb2.CompressionType.NONE
 FLOAT16 = runtime_pb2.CompressionType.FLOAT16
 INT8 = 64  # of no type that hivemind knows; the enumeration is open
 COMPRESSIONS = {"float16": FLOAT16, "int8": INT8}
 
-# Deep prompts have most: blocks, batch, length, hidden.
-MAX_DIMENSIONS = 6
 # Far more than any frame holds, and far from where torch's own arithmetic of sizes overflows.
 MAX_ELEMENTS = 1 << 34
 INT8_GROUP = 16
@@ -64,33 +64,32 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def pack(tensor: torch.Tensor, compression: int = NONE) -> runtime_pb2.Tensor:
-    """`tensor` as a protobuf; ``compression`` is `NONE`, `FLOAT16`, `INT8` or of `codecs`."""
+def pack(tensor: torch.Tensor, compression: int = NONE) -> PackedTensor:
+    """`tensor` for the wire; ``compression`` is `NONE`, `FLOAT16`, `INT8` or of `codecs`.
+
+    A large one that is on the CPU, contiguous and not compressed is not copied: nobody may write
+    to it until it has left.
+    """
     if compression in codecs.CODECS:
-        packed = codecs.pack(tensor, compression)
-        return pack(tensor) if packed is None else packed
+        found = codecs.pack(tensor, compression)
+        return pack(tensor) if found is None else PackedTensor.of(found)
     # Once per token on every server: what the common case does not need is left out.
     raw = tensor.detach() if tensor.requires_grad else tensor
     if compression == FLOAT16:
         raw = raw.to(torch.float16)
     if not raw.is_cpu:
         raw = raw.cpu()
-    if compression == INT8:
-        return runtime_pb2.Tensor(
-            buffer=_to_int8(raw),
-            size=tensor.shape,
-            dtype=_NAMES[tensor.dtype],
-            compression=compression,
-        )
+    buffer = _to_int8(raw) if compression == INT8 else _bytes(raw)
+    return PackedTensor(buffer, tuple(tensor.shape), _NAMES[tensor.dtype], compression)
+
+
+def _bytes(raw: torch.Tensor) -> Buffer:
+    """The elements of a tensor: a copy if they are few, else its own memory where that will do."""
     if raw.dtype == torch.bfloat16:
         raw = raw.view(torch.int16)
-    return runtime_pb2.Tensor(
-        buffer=raw.numpy().tobytes(),
-        size=tensor.shape,
-        dtype=_NAMES[tensor.dtype],
-        compression=compression,
-        requires_grad=False,
-    )
+    if raw.nbytes < LARGE_BYTES:
+        return raw.numpy().tobytes()
+    return raw.contiguous().numpy().data.toreadonly().cast("B")
 
 
 def state_bytes(width: int, ours: torch.dtype, theirs: str | None, compression: int) -> int:
@@ -112,7 +111,7 @@ def state_bytes(width: int, ours: torch.dtype, theirs: str | None, compression: 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a tensor in a protobuf will be when it is unpacked.
+    """What a tensor on the wire will be when it is unpacked.
 
     Attributes:
         stored: the dtype of the bytes in the buffer; int8 for `INT8`, uint8 for `codecs`.
@@ -123,62 +122,61 @@ class Layout:
     stored: torch.dtype
 
 
-def layout(message: runtime_pb2.Tensor) -> Layout:
+def layout(packed: PackedTensor) -> Layout:
     """The layout of a tensor, whose bytes are as many as it needs; takes no memory that stays.
 
     Raises:
         BadRequest: unknown dtype or compression, sizes that no tensor has, or bytes that do not
             match the shape.
     """
-    return _layout(message, message.buffer)
-
-
-def _layout(message: runtime_pb2.Tensor, buffer: bytes) -> Layout:
-    # The buffer comes apart: protobuf copies it whenever it is asked for it.
-    dtype = dtype_from_name(message.dtype)
-    dimensions = len(message.size)
-    if dimensions > MAX_DIMENSIONS:
-        raise BadRequest(f"a tensor has {dimensions} dimensions, at most {MAX_DIMENSIONS} are read")
-    shape = tuple(message.size)
+    dtype, shape, buffer = dtype_from_name(packed.dtype), packed.size, packed.buffer
     # Without elements no bytes tell, but torch multiplies the other sizes.
     if 0 in shape and math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
         raise BadRequest(f"no tensor that is read here has the shape {list(shape)}")
-    if message.compression == INT8:
+    if packed.compression == INT8:
         _check_int8(len(buffer), shape, dtype)
         return Layout(dtype, shape, torch.int8)
-    if message.compression in codecs.CODECS:
-        codecs.check(message.compression, buffer, shape, dtype)
+    if packed.compression in codecs.CODECS:
+        codecs.check(packed.compression, buffer, shape, dtype)
         return Layout(dtype, shape, torch.uint8)
-    return Layout(dtype, shape, _stored_dtype(message, len(buffer), dtype, math.prod(shape)))
+    return Layout(dtype, shape, _stored_dtype(packed, dtype, math.prod(shape)))
 
 
-def is_file(message: runtime_pb2.Tensor) -> bool:
+def is_file(packed: PackedTensor) -> bool:
     """Whether a tensor is nothing but bytes, as a file travels; takes no memory.
 
     Raises: as `layout`.
     """
-    found = layout(message)
+    found = layout(packed)
     return found.dtype == found.stored == torch.uint8 and len(found.shape) == 1
 
 
-def unpack(message: runtime_pb2.Tensor, found: Layout | None = None) -> torch.Tensor:
-    """The tensor in a protobuf, as an own writable CPU tensor.
+def unpack(packed: PackedTensor, found: Layout | None = None) -> torch.Tensor:
+    """The tensor, as an own writable CPU tensor.
+
+    A large one that has been received and is not compressed is made of the very bytes that came.
 
     Args:
         found: its `layout`, if somebody has asked for it.
 
     Raises: as `layout`.
     """
-    buffer = message.buffer
-    found = found or _layout(message, buffer)
+    found, buffer = found or layout(packed), packed.buffer
     if not buffer:
         return torch.empty(found.shape, dtype=found.dtype)
     if found.stored is torch.int8:
         return _from_int8(buffer, found.shape, found.dtype)
-    if message.compression in codecs.CODECS:
-        return codecs.unpack(message.compression, buffer, found.shape, found.dtype)
-    tensor = torch.frombuffer(bytearray(buffer), dtype=found.stored).reshape(found.shape)
+    if packed.compression in codecs.CODECS:
+        return codecs.unpack(packed.compression, buffer, found.shape, found.dtype)
+    tensor = torch.frombuffer(_own(buffer), dtype=found.stored).reshape(found.shape)
     return tensor if found.stored == found.dtype else tensor.to(found.dtype)
+
+
+def _own(buffer: Buffer) -> bytearray | memoryview:
+    """Memory to make a tensor of: what was received, else a copy."""
+    if isinstance(buffer, memoryview) and not buffer.readonly:
+        return buffer
+    return bytearray(buffer)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -187,24 +185,23 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
-def _stored_dtype(
-    message: runtime_pb2.Tensor, size: int, dtype: torch.dtype, elements: int
-) -> torch.dtype:
+def _stored_dtype(packed: PackedTensor, dtype: torch.dtype, elements: int) -> torch.dtype:
     """The dtype of the bytes in the buffer, checked against their number."""
-    if message.compression == FLOAT16:
+    size = len(packed.buffer)
+    if packed.compression == FLOAT16:
         candidates = [torch.float16]
-    elif message.compression == NONE:
+    elif packed.compression == NONE:
         candidates = [dtype, torch.float32] if dtype == torch.bfloat16 else [dtype]
     else:
         raise BadRequest(
-            f"compression {message.compression} is not read here, send NONE ({NONE}), "
+            f"compression {packed.compression} is not read here, send NONE ({NONE}), "
             f"FLOAT16 ({FLOAT16}) or 8-bit values ({INT8})"
         )
     for candidate in candidates:
         if elements * candidate.itemsize == size:
             return candidate
     raise BadRequest(
-        f"a {message.dtype} tensor of shape {list(message.size)} needs "
+        f"a {packed.dtype} tensor of shape {list(packed.size)} needs "
         f"{elements * candidates[0].itemsize} bytes, its buffer has {size}"
     )
 
@@ -230,12 +227,13 @@ def _check_int8(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         )
 
 
-def _from_int8(buffer: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _from_int8(buffer: Buffer, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     elements, width = math.prod(shape), shape[-1]
-    own = bytearray(buffer)
+    own = _own(buffer)
     values = torch.frombuffer(own, dtype=torch.int8, count=elements).reshape(-1, width)
     # A copy: the scales may begin at an odd byte.
-    scales = torch.frombuffer(own[elements:], dtype=torch.bfloat16).reshape(len(values), -1, 1)
+    behind = bytearray(own[elements:])
+    scales = torch.frombuffer(behind, dtype=torch.bfloat16).reshape(len(values), -1, 1)
     result = torch.empty(values.shape, dtype=dtype)
     rows = max(1, _PIECE_ELEMENTS // (scales.shape[1] * INT8_GROUP))
     for piece, scale, into in zip(
@@ -252,32 +250,29 @@ def _in_groups(tensor: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, (0, missing)).unflatten(-1, (-1, INT8_GROUP))
 
 
-def split(message: runtime_pb2.Tensor, part_bytes: int) -> list[runtime_pb2.Tensor]:
-    """`message` cut into parts of at most ``part_bytes``, as hivemind streams large tensors.
+def split(packed: PackedTensor, part_bytes: int) -> list[PackedTensor]:
+    """A tensor cut into parts of at most ``part_bytes``, as hivemind streams large tensors.
 
     The first part carries dtype, shape and the number of parts, the others only bytes.
     """
-    buffer = message.buffer
-    count = max(1, math.ceil(len(buffer) / part_bytes))
-    first = runtime_pb2.Tensor(
-        buffer=buffer[:part_bytes],
-        size=message.size,
-        requires_grad=message.requires_grad,
-        dtype=message.dtype,
-        compression=message.compression,
-        chunks=count,
-    )
-    rest = [
-        runtime_pb2.Tensor(buffer=buffer[offset : offset + part_bytes])
-        for offset in range(part_bytes, len(buffer), part_bytes)
+    whole = memoryview(packed.buffer)
+    count = max(1, math.ceil(len(whole) / part_bytes))
+    if count == 1:
+        return [replace(packed, chunks=1)]
+    first = replace(packed, buffer=whole[:part_bytes], chunks=count)
+    return [
+        first,
+        *(
+            PackedTensor(whole[offset : offset + part_bytes])
+            for offset in range(part_bytes, len(whole), part_bytes)
+        ),
     ]
-    return [first, *rest]
 
 
-def join(parts: list[runtime_pb2.Tensor]) -> list[runtime_pb2.Tensor]:
+def join(parts: list[PackedTensor]) -> list[PackedTensor]:
     """The tensors of a sequence of `split` parts; a part with a dtype begins a new tensor."""
-    tensors: list[runtime_pb2.Tensor] = []
-    buffers_of: list[list[bytes]] = []
+    tensors: list[PackedTensor] = []
+    buffers_of: list[list[Buffer]] = []
     for part in parts:
         if part.dtype:
             tensors.append(part)
@@ -290,5 +285,6 @@ def join(parts: list[runtime_pb2.Tensor]) -> list[runtime_pb2.Tensor]:
         if tensor.chunks > 1 and tensor.chunks != len(buffers):
             raise BadRequest(f"a tensor announced {tensor.chunks} parts, {len(buffers)} came")
         if len(buffers) > 1:
-            tensor.buffer = b"".join(buffers)
+            views = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
+            tensor.buffer = np.concatenate(views).data
     return tensors

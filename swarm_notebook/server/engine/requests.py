@@ -136,12 +136,19 @@ class Step(Forward):
         times: where its time goes.
         last: how many of the last positions of the last block's output the client wants; None for
             all.
+        pushed: whether another server gets the last block's output, all of it.
     """
 
     position: int | None = None
     row_ids: list[int] | None = None
     last: int | None = None
+    pushed: bool = False
     times: StepTimes = field(default_factory=StepTimes)
+
+    @property
+    def unwanted(self) -> int:
+        """How many of the first positions of the last block's output nobody gets."""
+        return 0 if self.last is None or self.pushed else max(self.length - self.last, 0)
 
 
 @dataclass(slots=True)

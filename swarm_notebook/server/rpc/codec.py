@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
-from hivemind.proto import runtime_pb2
 
+from swarm_notebook.net.wire.message import PackedTensor
 from swarm_notebook.server.rpc import messages
 
 # Measured on two cores of a shared x86 machine: up to here the slowest of all, packing as 8-bit
@@ -41,9 +41,7 @@ class Codec:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, function, *arguments)
 
-    async def pack(
-        self, outputs: Iterable[torch.Tensor], compression: int
-    ) -> list[runtime_pb2.Tensor]:
+    async def pack(self, outputs: Iterable[torch.Tensor], compression: int) -> list[PackedTensor]:
         """Tensors for the wire; only floating point is compressed (see `messages.pack`)."""
         outputs = list(outputs)
         size = sum(output.numel() * output.itemsize for output in outputs)
@@ -54,6 +52,6 @@ class Codec:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-def packed_bytes(packed: Iterable[runtime_pb2.Tensor]) -> int:
+def packed_bytes(packed: Iterable[PackedTensor]) -> int:
     """How many bytes of tensors a message carries."""
     return sum(len(tensor.buffer) for tensor in packed)

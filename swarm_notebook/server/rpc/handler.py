@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import P2P, PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
@@ -26,6 +25,7 @@ from swarm_notebook.net.membership.certificate import Membership, Role
 from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.net.wire.conduct import Conduct
 from swarm_notebook.net.wire.format import MAX_REQUEST_FIELDS, check_fields
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor, parsed
 from swarm_notebook.net.wire.stream_server import MAX_SHOWN_BYTES, add_stream_handler, shown_in
 from swarm_notebook.net.wire.streams import Stream
 from swarm_notebook.net.wire.traffic import COPIES, Account, Traffic
@@ -59,6 +59,7 @@ LINGER_SECONDS = 0.5
 _SCHEMA_TOKENS = 2048
 
 F = TypeVar("F", bound=Forward)
+_Unary = Callable[[Any, Account], Awaitable[bytes]]
 
 
 class _WireError(Exception):
@@ -138,18 +139,17 @@ class Handler:
             membership=member,
             role=Role.SERVER,
         )
-        unary: dict[str, tuple[Callable[..., Awaitable[Message]], type[Message]]]
-        unary = {protocol.RPC_INFO: (self._info, runtime_pb2.ExpertUID)}
-        public: dict[str, tuple[Callable[..., Awaitable[Message]], type[Message]]] = {
-            protocol.RPC_FORWARD: (self._forward, runtime_pb2.ExpertRequest),
-            protocol.RPC_BACKWARD: (self._backward, runtime_pb2.ExpertRequest),
-            protocol.RPC_PUSH: (self._push, runtime_pb2.ExpertRequest),
-        }
+        unary: dict[str, tuple[_Unary, Callable[[bytes], Any]]]
+        unary = {protocol.RPC_INFO: (self._info, partial(parsed, runtime_pb2.ExpertUID))}
         if member is None:
-            unary |= public
-        for name, (handler, kind) in unary.items():
+            unary |= {
+                protocol.RPC_FORWARD: (self._forward, PackedMessage.of),
+                protocol.RPC_BACKWARD: (self._backward, PackedMessage.of),
+                protocol.RPC_PUSH: (self._push, PackedMessage.of),
+            }
+        for name, (handler, parse) in unary.items():
             # Below P2P.add_protobuf_handler, which would parse the bytes outside our reach.
-            call = self._tracked(self._unary(handler, kind, waits=name != protocol.RPC_INFO))
+            call = self._tracked(self._unary(handler, parse, waits=name != protocol.RPC_INFO))
             await p2p._client.add_unary_handler(name, call)
 
     @property
@@ -211,9 +211,7 @@ class Handler:
         finally:
             self._sessions.discard(session)
 
-    async def _info(
-        self, request: runtime_pb2.ExpertUID, _account: Account
-    ) -> runtime_pb2.ExpertInfo:
+    async def _info(self, request: runtime_pb2.ExpertUID, _account: Account) -> bytes:
         blocks = self._limits.end - self._limits.start
         info: dict[str, Any] = {
             "version": __version__,
@@ -237,23 +235,19 @@ class Handler:
         if request.uid:
             parse_blocks(request.uid, self._limits)
             info.update(_schemas(self._limits.hidden_size, self._span.dtype))
-        return runtime_pb2.ExpertInfo(serialized_info=protocol.pack_metadata(info))
+        answer = runtime_pb2.ExpertInfo(serialized_info=protocol.pack_metadata(info))
+        return answer.SerializeToString()
 
-    async def _forward(
-        self, message: runtime_pb2.ExpertRequest, account: Account
-    ) -> runtime_pb2.ExpertResponse:
+    async def _forward(self, message: PackedMessage, account: Account) -> bytes:
         return _unary_answer(await self._run_forward(message, account), "rpc_forward_stream")
 
-    async def _backward(
-        self, message: runtime_pb2.ExpertRequest, account: Account
-    ) -> runtime_pb2.ExpertResponse:
+    async def _backward(self, message: PackedMessage, account: Account) -> bytes:
         packed, metadata = await self._run_backward(message, account)
         return _unary_answer(packed, "rpc_backward_stream", metadata)
 
-    async def _push(
-        self, message: runtime_pb2.ExpertRequest, _account: Account
-    ) -> runtime_pb2.ExpertResponse:
-        return self._pushes.take_petals(message)
+    async def _push(self, message: PackedMessage, _account: Account) -> bytes:
+        self._pushes.take_petals(message)
+        return b""
 
     async def _forward_stream(self, stream: Stream, _peer: PeerID) -> None:
         self._check_open()
@@ -276,10 +270,10 @@ class Handler:
 
     async def _run_forward(
         self,
-        message: Received | runtime_pb2.ExpertRequest,
+        message: Received | PackedMessage,
         account: Account,
         stream: Stream | None = None,
-    ) -> list[runtime_pb2.Tensor]:
+    ) -> list[PackedTensor]:
         request, compression = await self._parse(parse_forward, message)
         del message
         await allow_pass(account, request)
@@ -291,10 +285,10 @@ class Handler:
 
     async def _run_backward(
         self,
-        message: Received | runtime_pb2.ExpertRequest,
+        message: Received | PackedMessage,
         account: Account,
         stream: Stream | None = None,
-    ) -> tuple[list[runtime_pb2.Tensor], dict[str, Any]]:
+    ) -> tuple[list[PackedTensor], dict[str, Any]]:
         request, compression = await self._parse(parse_backward, message)
         del message
         await allow_pass(account, request)
@@ -306,7 +300,7 @@ class Handler:
         return packed, {} if gradients.weights is None else {"adapter_grads": gradients.weights}
 
     async def _parse(
-        self, parse: Callable[..., tuple[F, int]], message: Received | runtime_pb2.ExpertRequest
+        self, parse: Callable[..., tuple[F, int]], message: Received | PackedMessage
     ) -> tuple[F, int]:
         """What `parse` makes of a message; in the codec's thread if it is large."""
 
@@ -320,8 +314,8 @@ class Handler:
 
     def _unary(
         self,
-        handler: Callable[[Any, Account], Awaitable[Message]],
-        kind: type[Message],
+        handler: _Unary,
+        parse: Callable[[bytes], Any],
         *,
         waits: bool,
     ) -> Callable[[bytes, PeerID], Awaitable[bytes]]:
@@ -340,12 +334,8 @@ class Handler:
                     raise ServerBusy("too much of this peer, or of all, waits here; try again")
                 if waits:
                     await self._conduct.turn(name)
-                try:
-                    check_fields(data, MAX_REQUEST_FIELDS)
-                    request = kind.FromString(data)
-                except DecodeError as error:
-                    raise BadRequest(f"{len(data)} bytes are no {kind.__name__}: {error}") from None
-                return (await handler(request, account)).SerializeToString()
+                check_fields(data, MAX_REQUEST_FIELDS)
+                return await handler(parse(data), account)
             except Exception as error:
                 self._conduct.refused(name, error, len(data))
                 if not _typed(error):
@@ -367,7 +357,7 @@ class Handler:
         shown = None
         if len(data) <= MAX_SHOWN_BYTES:
             check_fields(data, MAX_REQUEST_FIELDS)
-            shown = shown_in(runtime_pb2.ExpertRequest.FromString(data).metadata)
+            shown = shown_in(PackedMessage.of(data).metadata)
         self._membership.check(peer.to_base58(), shown)
 
     def _check_open(self) -> None:
@@ -399,16 +389,16 @@ def _typed(error: Exception) -> bool:
 
 
 def _unary_answer(
-    packed: list[runtime_pb2.Tensor], instead: str, metadata: dict[str, Any] | None = None
-) -> runtime_pb2.ExpertResponse:
+    packed: list[PackedTensor], instead: str, metadata: dict[str, Any] | None = None
+) -> bytes:
     serialized = protocol.pack_metadata(metadata) if metadata else b""
-    answer = runtime_pb2.ExpertResponse(tensors=packed, metadata=serialized)
-    if answer.ByteSize() > protocol.MAX_UNARY_BYTES:
+    answer = PackedMessage(tensors=packed, metadata=serialized)
+    if answer.size > protocol.MAX_UNARY_BYTES:
         raise BadRequest(
-            f"the answer has {answer.ByteSize()} bytes, a unary call carries "
+            f"the answer has {answer.size} bytes, a unary call carries "
             f"{protocol.MAX_UNARY_BYTES}; use {instead}"
         )
-    return answer
+    return answer.to_bytes()
 
 
 def _schemas(hidden_size: int, dtype: torch.dtype) -> dict[str, Any]:

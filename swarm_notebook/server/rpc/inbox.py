@@ -17,10 +17,9 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from hivemind.proto import runtime_pb2
-
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net.wire import protocol, tensors
+from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.server.rpc import fields
 from swarm_notebook.server.rpc.push import Arrived, PushChannel
 
@@ -37,9 +36,9 @@ class _Announced:
 
     arrived: Arrived
 
-    def __init__(self, message: runtime_pb2.ExpertRequest, size: int, step_id: str):
+    def __init__(self, message: PackedMessage, size: int, step_id: str):
         self.message, self.size, self.step_id = message, size, step_id
-        self.tensor: runtime_pb2.Tensor | None = None
+        self.tensor: PackedTensor | None = None
         self.tensor_size = 0
         self.filled = False
 
@@ -65,7 +64,7 @@ class Inbox:
         self._held = 0
         self.filled = False
         self._session_id: str | None = None
-        self._steps: deque[tuple[runtime_pb2.ExpertRequest, int] | _Announced] = deque()
+        self._steps: deque[tuple[PackedMessage, int] | _Announced] = deque()
         self._announced: dict[str, tuple[str, _Announced]] = {}
         # The latest steps that may come a second time: announced ones that were taken out, and
         # all of a Petals client.
@@ -79,7 +78,7 @@ class Inbox:
         """All that waits here."""
         return self._held + self._whole_bytes
 
-    async def put(self, message: runtime_pb2.ExpertRequest, size: int) -> None:
+    async def put(self, message: PackedMessage, size: int) -> None:
         """Take a message of the client of ``size`` bytes; waits while too much waits already.
 
         Raises:
@@ -95,7 +94,7 @@ class Inbox:
             await self._wait()
         self._append(message, size)
 
-    def _append(self, message: runtime_pb2.ExpertRequest, size: int) -> None:
+    def _append(self, message: PackedMessage, size: int) -> None:
         if self._plain and (step_id := _step_id(message)):
             self._known.append(step_id)
         self._whole += 1
@@ -103,13 +102,13 @@ class Inbox:
         self._steps.append((message, size))
         self._changed.set()
 
-    def offer(self, message: runtime_pb2.ExpertRequest) -> None:
+    def offer(self, message: PackedMessage) -> None:
         """Take a step that a Petals server pushes, if there is room; its client sends it, too."""
-        size = message.ByteSize()
+        size = message.size
         if not self._whole and _step_id(message) not in self._known and self._may_hold(size):
             self._append(message, size)
 
-    async def get(self) -> tuple[runtime_pb2.ExpertRequest, int]:
+    async def get(self) -> tuple[PackedMessage, int]:
         """The next step, whole, and how many bytes it has."""
         while not self._steps or not _is_whole(self._steps[0]):
             await self._wait()
@@ -125,7 +124,7 @@ class Inbox:
         self._known.append(first.step_id)
         self._held -= first.bytes
         if first.tensor is not None:
-            first.message.tensors[0].CopyFrom(first.tensor)
+            first.message.tensors[0] = first.tensor
         return first.message, first.bytes
 
     def close(self) -> None:
@@ -136,7 +135,7 @@ class Inbox:
         if self._session_id:
             self._pushes.dismiss(self._session_id, self.offer)
 
-    def _introduce(self, message: runtime_pb2.ExpertRequest) -> None:
+    def _introduce(self, message: PackedMessage) -> None:
         """Take a session's name from its first step; Petals' clients leave out the position."""
         metadata = protocol.unpack_metadata(message.metadata)
         self._session_id = fields.text(metadata, "session_id") or ""
@@ -144,7 +143,7 @@ class Inbox:
             self._plain = True
             self._pushes.admit(self._session_id, self.offer)
 
-    def _announce(self, message: runtime_pb2.ExpertRequest, size: int) -> bool:
+    def _announce(self, message: PackedMessage, size: int) -> bool:
         metadata = protocol.unpack_metadata(message.metadata)
         peer = fields.text(metadata, protocol.PUSH_FROM)
         if not peer:
@@ -159,7 +158,7 @@ class Inbox:
             )
         announced = _Announced(message, size, step_id)
 
-        def arrived(tensor: runtime_pb2.Tensor, size: int) -> None:
+        def arrived(tensor: PackedTensor, size: int) -> None:
             # What does not fit is left out: the client sends it when the step is next.
             fits = announced.tensor is None and self._held + size <= self._limit
             if fits and self._may_hold(size):
@@ -173,7 +172,7 @@ class Inbox:
         self._changed.set()
         return True
 
-    def _fill(self, message: runtime_pb2.ExpertRequest, size: int) -> bool:
+    def _fill(self, message: PackedMessage, size: int) -> bool:
         """Whether the message is for a step that has been announced, or is here already."""
         step_id = _step_id(message)
         found = self._announced.get(step_id)
@@ -195,7 +194,7 @@ class Inbox:
             self._hold(announced, message.tensors[0], size)
         return True
 
-    def _hold(self, announced: _Announced, tensor: runtime_pb2.Tensor, size: int) -> None:
+    def _hold(self, announced: _Announced, tensor: PackedTensor, size: int) -> None:
         announced.tensor, announced.tensor_size = tensor, size
         self._held += size
         self._changed.set()
@@ -205,13 +204,13 @@ class Inbox:
         await self._changed.wait()
 
 
-def _is_whole(step: tuple[runtime_pb2.ExpertRequest, int] | _Announced) -> bool:
+def _is_whole(step: tuple[PackedMessage, int] | _Announced) -> bool:
     return not isinstance(step, _Announced) or step.tensor is not None
 
 
-def _has_no_elements(tensor: runtime_pb2.Tensor) -> bool:
-    return len(tensor.size) <= tensors.MAX_DIMENSIONS and 0 in tensor.size
+def _has_no_elements(tensor: PackedTensor) -> bool:
+    return 0 in tensor.size
 
 
-def _step_id(message: runtime_pb2.ExpertRequest) -> str:
+def _step_id(message: PackedMessage) -> str:
     return fields.text(protocol.unpack_metadata(message.metadata), "step_id") or ""

@@ -9,10 +9,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.wire import protocol, tensors
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.net.wire.streams import SLOWEST_BYTES, Stream
 from swarm_notebook.net.wire.traffic import COPIES
 from swarm_notebook.server.engine.scheduling.worker import Job
@@ -34,11 +34,11 @@ class Received:
 
     uid: str
     metadata: bytes
-    parts: list[runtime_pb2.Tensor]
+    parts: list[PackedTensor]
     size: int
 
     @cached_property
-    def tensors(self) -> list[runtime_pb2.Tensor]:
+    def tensors(self) -> list[PackedTensor]:
         """The tensors, joined from their parts: a copy of all that came (see `codec`)."""
         parts, self.parts = self.parts, []
         return tensors.join(parts)
@@ -46,7 +46,7 @@ class Received:
 
 async def receive(stream: Stream, limit: int) -> Received:
     """A whole request of at most ``limit`` bytes, which the stream's account holds."""
-    parts: list[runtime_pb2.Tensor] = []
+    parts: list[PackedTensor] = []
     received, first = 0, None
     began = asyncio.get_running_loop().time()
     while (message := await _next(stream, began + received / SLOWEST_BYTES)) is not None:
@@ -62,10 +62,10 @@ async def receive(stream: Stream, limit: int) -> Received:
     return Received(first.uid, first.metadata, parts, received)
 
 
-async def _next(stream: Stream, since: float) -> runtime_pb2.ExpertRequest | None:
+async def _next(stream: Stream, since: float) -> PackedMessage | None:
     try:
         async with asyncio.timeout_at(since + STALLED_SECONDS):
-            return await stream.receive(runtime_pb2.ExpertRequest)
+            return await stream.receive()
     except TimeoutError:
         raise BadRequest(
             f"the request did not get on for {STALLED_SECONDS:.0f} s; send it in one go"
@@ -73,18 +73,18 @@ async def _next(stream: Stream, since: float) -> runtime_pb2.ExpertRequest | Non
 
 
 async def send(
-    stream: Stream, packed: Iterable[runtime_pb2.Tensor], metadata: dict[str, Any] | None = None
+    stream: Stream, packed: Iterable[PackedTensor], metadata: dict[str, Any] | None = None
 ) -> None:
     """An answer; the first message carries the metadata, and says how many tensors there are."""
     packed = list(packed)
     serialized = protocol.pack_metadata({**(metadata or {}), protocol.TENSORS: len(packed)})
     for group in _grouped(packed):
-        message = runtime_pb2.ExpertResponse(tensors=group, metadata=serialized)
+        message = PackedMessage(tensors=group, metadata=serialized)
         await stream.answer(message, UNREAD_SECONDS)
         serialized = b""
 
 
-def pack(outputs: Iterable[torch.Tensor], compression: int) -> list[runtime_pb2.Tensor]:
+def pack(outputs: Iterable[torch.Tensor], compression: int) -> list[PackedTensor]:
     """Tensors for the wire; only floating point is compressed."""
     return [
         tensors.pack(output, compression if output.is_floating_point() else tensors.NONE)
@@ -119,13 +119,13 @@ async def result(job: Job, stream: Stream | None = None) -> Any:
 async def _left(stream: Stream) -> None:
     """Wait until the peer has said its last or is gone."""
     held = stream.account.held
-    while await stream.receive(runtime_pb2.ExpertRequest) is not None:
+    while await stream.receive() is not None:
         stream.account.resize(held)
 
 
-def _grouped(packed: Iterable[runtime_pb2.Tensor]) -> Iterator[list[runtime_pb2.Tensor]]:
+def _grouped(packed: Iterable[PackedTensor]) -> Iterator[list[PackedTensor]]:
     """Tensors in messages of about `protocol.PART_BYTES`: large ones cut, small ones shared."""
-    group: list[runtime_pb2.Tensor] = []
+    group: list[PackedTensor] = []
     size = 0
     for tensor in packed:
         for part in tensors.split(tensor, protocol.PART_BYTES):

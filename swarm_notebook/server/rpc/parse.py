@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest, CacheFull
 from swarm_notebook.net.wire import protocol, tensors
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.server.engine.requests import Backward, Forward, Limits, Step, StepTimes
 from swarm_notebook.server.rpc import fields, petals_push
 
@@ -30,7 +30,7 @@ _MASK_DTYPES = (torch.uint8, torch.bool, torch.int64, torch.int32)
 class _Slot:
     """A tensor of a request, still packed; its bytes match its layout."""
 
-    message: runtime_pb2.Tensor
+    message: PackedTensor
     layout: tensors.Layout
 
     @property
@@ -85,7 +85,7 @@ def parse_blocks(uid: str, limits: Limits) -> tuple[int, int]:
 
 
 def parse_forward(
-    uid: str, packed: Sequence[runtime_pb2.Tensor], metadata: dict[str, Any], limits: Limits
+    uid: str, packed: Sequence[PackedTensor], metadata: dict[str, Any], limits: Limits
 ) -> tuple[Forward, int]:
     """A forward request: ``[hidden, prompts, attention mask, position ids]``.
 
@@ -103,7 +103,7 @@ def parse_forward(
 
 
 def parse_backward(
-    uid: str, packed: Sequence[runtime_pb2.Tensor], metadata: dict[str, Any], limits: Limits
+    uid: str, packed: Sequence[PackedTensor], metadata: dict[str, Any], limits: Limits
 ) -> tuple[Backward, int]:
     """A backward request: ``[inputs, gradient, prompts, attention mask, position ids]``.
 
@@ -140,7 +140,7 @@ def _read_dtype(request: Forward, metadata: dict[str, Any]) -> None:
 
 
 def parse_step(
-    message: runtime_pb2.ExpertRequest,
+    message: PackedMessage,
     previous: tuple[int, int] | None,
     limits: Limits,
     times: StepTimes | None = None,
@@ -174,6 +174,7 @@ def parse_step(
     elif metadata.get(protocol.NEXT_SERVERS) and request.prompts is None:
         behind = message.tensors[1:]
         parsed.push_to = petals_push.read(metadata, behind, limits.prefix, blocks[1])
+    request.pushed = parsed.push_to is not None
     times.parsed()
     return parsed
 
@@ -205,7 +206,7 @@ def _read_common(
         )
 
 
-def _slots(packed: Sequence[runtime_pb2.Tensor]) -> list[_Slot | None]:
+def _slots(packed: Sequence[PackedTensor]) -> list[_Slot | None]:
     """The tensors by position, None for unused ones."""
     if not 1 <= len(packed) <= MAX_TENSORS:
         raise BadRequest(f"a request has {len(packed)} tensors, expected 1 to {MAX_TENSORS}")

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hivemind.proto import runtime_pb2
-
 from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.server.rpc import fields
 
 
@@ -32,17 +31,15 @@ class PetalsPush:
 
     uid: str
     metadata: bytes
-    slots: Sequence[runtime_pb2.Tensor]
+    slots: Sequence[PackedTensor]
 
-    def message(self, output: runtime_pb2.Tensor) -> runtime_pb2.ExpertRequest:
+    def message(self, output: PackedTensor) -> PackedMessage:
         """The next server's step."""
-        return runtime_pb2.ExpertRequest(
-            uid=self.uid, tensors=[output, *self.slots], metadata=self.metadata
-        )
+        return PackedMessage(uid=self.uid, tensors=[output, *self.slots], metadata=self.metadata)
 
 
 def read(
-    metadata: dict[str, Any], slots: Sequence[runtime_pb2.Tensor], prefix: str, end: int
+    metadata: dict[str, Any], slots: Sequence[PackedTensor], prefix: str, end: int
 ) -> tuple[str, PetalsPush]:
     """The peer that gets the output of a step whose blocks end before ``end``, and what else.
 

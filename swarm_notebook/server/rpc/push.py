@@ -24,13 +24,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf.message import DecodeError
 from hivemind.p2p import P2P, PeerID
-from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net.membership.certificate import Membership
 from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.net.wire.streams import TRANSPORT_ERRORS, Stream, open_stream
 from swarm_notebook.net.wire.traffic import COPIES, Account, Traffic
 from swarm_notebook.server.rpc import fields
@@ -54,14 +53,14 @@ EARLY_ENTRY_BYTES = 4096
 MAX_REPLY_BYTES = 64 << 10
 
 # Takes what was pushed, and how many bytes it had.
-Arrived = Callable[[runtime_pb2.Tensor, int], None]
+Arrived = Callable[[PackedTensor, int], None]
 
 
 @dataclass
 class _Early:
     """A push that nobody has announced yet."""
 
-    tensor: runtime_pb2.Tensor
+    tensor: PackedTensor
     size: int
     account: Account
     when: float
@@ -81,7 +80,7 @@ class PushChannel:
         self._expected: dict[tuple[str, str], tuple[str, Arrived]] = {}
         self._early: OrderedDict[tuple[str, str, str], _Early] = OrderedDict()
         self._early_bytes: Counter[str] = Counter()
-        self._plain: dict[str, Callable[[runtime_pb2.ExpertRequest], None]] = {}
+        self._plain: dict[str, Callable[[PackedMessage], None]] = {}
 
     def start(self, p2p: P2P, membership: Membership | None = None) -> None:
         """From now on pushes can be sent, as a member of a private swarm if it is one."""
@@ -101,7 +100,7 @@ class PushChannel:
             self._pop_early(key)
 
     async def push(
-        self, peer: str, target: str | PetalsPush, step_id: str, tensor: runtime_pb2.Tensor
+        self, peer: str, target: str | PetalsPush, step_id: str, tensor: PackedTensor
     ) -> str:
         """Send hidden states to the server that is next; an empty text, or why that failed.
 
@@ -115,7 +114,7 @@ class PushChannel:
         if self._avoided.get(peer, 0.0) > time.monotonic():
             return "it could not be reached a moment ago"
         metadata = protocol.pack_metadata({"session_id": target, "step_id": step_id})
-        message = runtime_pb2.ExpertRequest(tensors=[tensor], metadata=metadata)
+        message = PackedMessage(tensors=[tensor], metadata=metadata)
         try:
             async with asyncio.timeout(PUSH_SECONDS):
                 await (await self._stream(peer)).send(message)
@@ -127,9 +126,9 @@ class PushChannel:
             return str(error) or "it does not take anything"
         return ""
 
-    def _call_petals(self, peer: str, message: runtime_pb2.ExpertRequest) -> None:
+    def _call_petals(self, peer: str, message: PackedMessage) -> None:
         """Call Petals' ``rpc_push``, if that is likely to succeed."""
-        size = message.ByteSize()
+        size = message.size
         too_large = size > protocol.MAX_UNARY_BYTES
         avoided = self._avoided.get(peer, 0.0) > time.monotonic()
         if too_large or avoided or len(self._calls) >= MAX_CALLS:
@@ -137,18 +136,18 @@ class PushChannel:
         account = self._traffic.open(peer)
         if not account.try_take(COPIES * size):
             return
-        call = asyncio.create_task(self._call(peer, message))
+        call = asyncio.create_task(self._call(peer, message.to_bytes()))
         call.add_done_callback(lambda _: account.close())
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
 
-    async def _call(self, peer: str, message: runtime_pb2.ExpertRequest) -> None:
+    async def _call(self, peer: str, message: bytes) -> None:
         try:
             async with asyncio.timeout(PUSH_SECONDS):
-                await self._connected().call_protobuf_handler(
-                    _peer_id(peer), protocol.RPC_PUSH, message, runtime_pb2.ExpertResponse
+                await self._connected()._client.call_unary_handler(
+                    _peer_id(peer), protocol.RPC_PUSH, message
                 )
-        except (*TRANSPORT_ERRORS, DecodeError) as error:
+        except TRANSPORT_ERRORS as error:
             logger.info("a push to %s has failed: %s", peer, error)
             if isinstance(error, TimeoutError):
                 self._avoid(peer)
@@ -192,11 +191,11 @@ class PushChannel:
             early.account.close()
         return early
 
-    def admit(self, session_id: str, put: Callable[[runtime_pb2.ExpertRequest], None]) -> None:
+    def admit(self, session_id: str, put: Callable[[PackedMessage], None]) -> None:
         """A Petals client's session takes steps that are pushed to it."""
         self._plain.setdefault(session_id, put)
 
-    def dismiss(self, session_id: str, put: Callable[[runtime_pb2.ExpertRequest], None]) -> None:
+    def dismiss(self, session_id: str, put: Callable[[PackedMessage], None]) -> None:
         """Undo `admit`."""
         if self._plain.get(session_id) == put:
             del self._plain[session_id]
@@ -204,7 +203,7 @@ class PushChannel:
     async def handle(self, stream: Stream, peer: PeerID) -> None:
         """Take what a server pushes, for as long as it does."""
         sender = peer.to_base58()
-        while (message := await stream.receive(runtime_pb2.ExpertRequest)) is not None:
+        while (message := await stream.receive()) is not None:
             try:
                 self._take(sender, message, stream.size, stream.max_frame)
             except BadRequest as error:
@@ -213,7 +212,7 @@ class PushChannel:
             # What is kept has an account of its own, or that of its session.
             stream.account.resize(0)
 
-    def take_petals(self, message: runtime_pb2.ExpertRequest) -> runtime_pb2.ExpertResponse:
+    def take_petals(self, message: PackedMessage) -> None:
         """Petals' ``rpc_push``."""
         metadata = protocol.unpack_metadata(message.metadata)
         if not fields.text(metadata, "step_id"):
@@ -222,9 +221,8 @@ class PushChannel:
         if put is None:
             raise BadRequest("rpc_push: no session that takes pushes has this session_id")
         put(message)
-        return runtime_pb2.ExpertResponse()
 
-    def _take(self, sender: str, message: runtime_pb2.ExpertRequest, size: int, limit: int) -> None:
+    def _take(self, sender: str, message: PackedMessage, size: int, limit: int) -> None:
         metadata = protocol.unpack_metadata(message.metadata)
         session_id, step_id = fields.text(metadata, "session_id"), fields.text(metadata, "step_id")
         if not session_id or not step_id or len(message.tensors) != 1:
@@ -239,9 +237,7 @@ class PushChannel:
         del self._expected[session_id, step_id]
         arrived(message.tensors[0], size)
 
-    def _keep(
-        self, key: tuple[str, str, str], tensor: runtime_pb2.Tensor, size: int, limit: int
-    ) -> None:
+    def _keep(self, key: tuple[str, str, str], tensor: PackedTensor, size: int, limit: int) -> None:
         """Hold a push until it is announced, if there is room."""
         self.expire()
         # Of each peer and of all: to add them up for every push would take a flood's square.
@@ -296,7 +292,7 @@ class PushChannel:
     async def _listen(self, peer: str, stream: Stream, opening: object) -> None:
         """The other side says nothing, unless to end the stream: then the next push opens anew."""
         try:
-            await stream.receive(runtime_pb2.ExpertResponse)
+            await stream.receive()
         except (RemoteError, ConnectionError) as error:
             logger.info("the stream to %s for pushes has ended: %s", peer, error)
         stream.abort()

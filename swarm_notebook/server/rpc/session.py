@@ -20,10 +20,10 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
 from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.net.wire.streams import Stream
 from swarm_notebook.net.wire.traffic import COPIES
 from swarm_notebook.server.engine.kv.budget import CachePool
@@ -142,7 +142,7 @@ class ServerSession:
 
     async def _read(self) -> None:
         while True:
-            message = await self._stream.receive(runtime_pb2.ExpertRequest)
+            message = await self._stream.receive()
             if message is None or not (message.uid or message.tensors):
                 return
             self._read_bytes = self._stream.size
@@ -166,7 +166,7 @@ class ServerSession:
             if self._leaving:
                 self.leave()
 
-    async def _step(self, message: runtime_pb2.ExpertRequest) -> runtime_pb2.ExpertResponse | None:
+    async def _step(self, message: PackedMessage) -> PackedMessage | None:
         """Check a step, find room for it, compute it; None if there is nothing to answer."""
         times = StepTimes()
         parsed = await self._codec.run(
@@ -190,8 +190,8 @@ class ServerSession:
         self._counters.count(step)
         step.times.computed()
         wanted = outputs
-        if step.last is not None and step.last < step.length:
-            wanted = [outputs[0][:, step.length - step.last :], *outputs[1:]]
+        if step.last is not None and step.last < outputs[0].shape[1]:
+            wanted = [outputs[0][:, outputs[0].shape[1] - step.last :], *outputs[1:]]
         packed = await self._codec.pack(wanted, parsed.compression)
         told: dict[str, Any] = {protocol.TIMES_KEY: step.times.parts()}
         if self._inbox.filled:
@@ -204,7 +204,7 @@ class ServerSession:
             if failed:
                 told[protocol.PUSH_FAILED] = failed
         metadata = protocol.pack_metadata(told)
-        return runtime_pb2.ExpertResponse(tensors=packed, metadata=metadata)
+        return PackedMessage(tensors=packed, metadata=metadata)
 
     async def _run(self, state: SessionState, step: Step, position: int) -> list[torch.Tensor]:
         if step.rows * step.length <= SHORT_TOKENS:

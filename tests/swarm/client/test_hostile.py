@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hivemind.proto import runtime_pb2
 from support.lying_server import NAME, Lie, LyingServer
 from support.patience import PATIENCE, wait_until
 from support.scene import TOLERANCE, AtToken, Scene, generate, scene
@@ -17,15 +16,16 @@ import swarm_notebook as sn
 from swarm_notebook.client.servers import directory as directory_module
 from swarm_notebook.errors import BadRequest, CacheFull, MissingBlocks, SessionLost
 from swarm_notebook.net.wire import tensors
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.net.wire.streams import Stream
 
 
 def answer(*outputs: torch.Tensor) -> Lie:
     """Always the same tensors."""
 
-    async def lie(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+    async def lie(stream: Stream, _request: PackedMessage) -> None:
         packed = [tensors.pack(output) for output in outputs]
-        await stream.send(runtime_pb2.ExpertResponse(tensors=packed))
+        await stream.send(PackedMessage(tensors=packed))
 
     return lie
 
@@ -33,51 +33,51 @@ def answer(*outputs: torch.Tensor) -> Lie:
 def write(data: bytes) -> Lie:
     """Bytes that are no frame."""
 
-    async def lie(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+    async def lie(stream: Stream, _request: PackedMessage) -> None:
         stream._writer.write(data)
 
     return lie
 
 
 def fail(error: Exception) -> Lie:
-    async def lie(_stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+    async def lie(_stream: Stream, _request: PackedMessage) -> None:
         raise error
 
     return lie
 
 
-async def claim_much(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+async def claim_much(stream: Stream, _request: PackedMessage) -> None:
     """A tensor of a terabyte, according to its header."""
-    tensor = runtime_pb2.Tensor(buffer=b"1234", size=[1 << 20, 1 << 20], dtype="float32")
-    await stream.send(runtime_pb2.ExpertResponse(tensors=[tensor]))
+    tensor = PackedTensor(buffer=b"1234", size=(1 << 20, 1 << 20), dtype="float32")
+    await stream.send(PackedMessage(tensors=[tensor]))
 
 
-async def claim_narrow_rows(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+async def claim_narrow_rows(stream: Stream, _request: PackedMessage) -> None:
     """8-bit values in rows of one, which take a whole group each while they are multiplied out."""
     count = 200_000
-    tensor = runtime_pb2.Tensor(
-        buffer=bytes(3 * count), size=[count, 1], dtype="float64", compression=tensors.INT8
+    tensor = PackedTensor(
+        buffer=bytes(3 * count), size=(count, 1), dtype="float64", compression=tensors.INT8
     )
-    await stream.send(runtime_pb2.ExpertResponse(tensors=[tensor]))
+    await stream.send(PackedMessage(tensors=[tensor]))
 
 
-async def claim_no_tensor(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
-    tensor = runtime_pb2.Tensor(size=[2**31 - 1] * 3 + [0], dtype="float32")
-    await stream.send(runtime_pb2.ExpertResponse(tensors=[tensor]))
+async def claim_no_tensor(stream: Stream, _request: PackedMessage) -> None:
+    tensor = PackedTensor(size=(*[2**31 - 1] * 3, 0), dtype="float32")
+    await stream.send(PackedMessage(tensors=[tensor]))
 
 
-async def echo_nan(stream: Stream, request: runtime_pb2.ExpertRequest) -> None:
+async def echo_nan(stream: Stream, request: PackedMessage) -> None:
     hidden = tensors.unpack(request.tensors[0])
     await answer(torch.full_like(hidden, torch.nan))(stream, request)
 
 
-async def echo(stream: Stream, request: runtime_pb2.ExpertRequest) -> None:
+async def echo(stream: Stream, request: PackedMessage) -> None:
     """Of a pass that comes in several messages, the first has the hidden states."""
     if len(request.tensors[0].size) == 3:
         await answer(tensors.unpack(request.tensors[0]))(stream, request)
 
 
-async def end(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+async def end(stream: Stream, _request: PackedMessage) -> None:
     await stream.send_end()
 
 
@@ -169,7 +169,7 @@ def test_a_pass_that_one_server_calls_wrong_goes_on_elsewhere(stage: Stage) -> N
     assert "your request is bad" in directory.avoided(stage.liar.peer_id)
 
 
-async def nan_gradients(stream: Stream, _request: runtime_pb2.ExpertRequest) -> None:
+async def nan_gradients(stream: Stream, _request: PackedMessage) -> None:
     await answer(torch.full((2, 9, 48), torch.nan))(stream, _request)
 
 

@@ -14,7 +14,6 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2PDaemonError
-from hivemind.proto import runtime_pb2
 from hivemind.utils import MSGPackSerializer, get_dht_time
 from support.hosting import HostedServer, HostedSwarm
 from support.patience import PATIENCE, wait_until
@@ -38,6 +37,7 @@ from swarm_notebook.net.membership.authority import Authority
 from swarm_notebook.net.membership.certificate import Certificate, Credentials, Role
 from swarm_notebook.net.membership.invitation import Invitation, Redemption, unpack_answer
 from swarm_notebook.net.wire import protocol, tensors
+from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.server.options import ServeOptions
 
 HIDDEN = 48
@@ -131,15 +131,13 @@ async def _answered(node: Any, server: HostedServer, rpc: str) -> bool:
     try:
         for tensor in protocol.pack_slots(slots):
             uid = protocol.uid_chain("tiny-llama", start, end)
-            await stream.send(
-                runtime_pb2.ExpertRequest(uid=uid, tensors=[tensor], metadata=metadata)
-            )
+            await stream.send(PackedMessage(uid=uid, tensors=[tensor], metadata=metadata))
             if rpc in (protocol.RPC_PUSH_STREAM, protocol.RPC_INFERENCE):
                 break
         if rpc != protocol.RPC_INFERENCE:
             await stream.send_end()
         async with asyncio.timeout(PATIENCE):
-            answer = await stream.receive(runtime_pb2.ExpertResponse)
+            answer = await stream.receive()
     except ConnectionError:
         return rpc == protocol.RPC_PUSH_STREAM  # it has ended without a word, as it should
     finally:
@@ -179,7 +177,7 @@ def test_strangers_get_nothing(
             member.shown = b"\xff" * 300_000
         assert got(client, swarm.servers[0]) == set()
         with pytest.raises(P2PDaemonError):
-            client.run(client.forward(swarm.servers[0].peer, runtime_pb2.ExpertRequest()))
+            client.run(client.forward(swarm.servers[0].peer, PackedMessage()))
         assert not swarm.servers[0]._server.busy
     finally:
         client.close()
@@ -206,7 +204,7 @@ async def _open_session(client: RawClient, server: HostedServer) -> None:
 
 async def _await_end(client: RawClient) -> None:
     async with asyncio.timeout(PATIENCE):
-        await client.stream.receive(runtime_pb2.ExpertResponse)
+        await client.stream.receive()
 
 
 def test_an_invitation_is_all_it_takes(

@@ -40,11 +40,12 @@ class ChunkedPrefill:
         if positions == self._step.length:
             self.outputs = found
         else:
+            missing = [self._step.unwanted, *[0] * (len(found) - 1)]
             if not self.outputs:
-                self.outputs = [self._whole(chunk) for chunk in found]
-            for whole, chunk in zip(self.outputs, found, strict=True):
-                whole[:, begin:end] = chunk
+                self.outputs = list(map(self._whole, found, missing))
+            for whole, chunk, first in zip(self.outputs, found, missing, strict=True):
+                whole[:, max(begin - first, 0) : max(end - first, 0)] = chunk
         self.computed = end
 
-    def _whole(self, chunk: torch.Tensor) -> torch.Tensor:
-        return chunk.new_empty(chunk.shape[0], self._step.length, *chunk.shape[2:])
+    def _whole(self, chunk: torch.Tensor, missing: int) -> torch.Tensor:
+        return chunk.new_empty(chunk.shape[0], self._step.length - missing, *chunk.shape[2:])

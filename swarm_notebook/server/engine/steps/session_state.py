@@ -181,7 +181,7 @@ class BatchItem:
 
 
 def run_one(item: BatchItem) -> list[torch.Tensor]:
-    """The outputs of an item by itself, on the CPU.
+    """The outputs of an item by itself, on the CPU; without positions that nobody gets.
 
     Raises:
         ServerBusy: the card has no memory left for it.
@@ -191,6 +191,9 @@ def run_one(item: BatchItem) -> list[torch.Tensor]:
         outputs = item.state.run(item.step, item.position, item.begin, item.end)
     except torch.OutOfMemoryError:
         raise no_memory(item.step) from None
+    unwanted = item.step.unwanted - item.begin
+    if unwanted > 0:
+        outputs[0] = outputs[0][:, unwanted:]
     # Here and not where it is packed: nobody else's answer waits for the card meanwhile.
     outputs = [output.cpu() for output in outputs]
     item.step.times.compute += time.perf_counter() - began

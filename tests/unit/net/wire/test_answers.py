@@ -6,16 +6,15 @@ import asyncio
 import socket
 
 import pytest
-from hivemind.proto import runtime_pb2
 from support.patience import PATIENCE
 
 from swarm_notebook.errors import ServerBusy
+from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.net.wire.streams import Stream
 from swarm_notebook.net.wire.traffic import Traffic
 
 MIB = 1 << 20
 LIARS, TOTAL, FRAME = 6, 16 * MIB, 8 * MIB
-Response = runtime_pb2.ExpertResponse
 
 
 async def connected(peer: str, budget: Traffic) -> tuple[Stream, asyncio.StreamWriter]:
@@ -31,7 +30,7 @@ def test_several_liars_at_once_hold_no_more_than_the_budget() -> None:
     async def main() -> None:
         budget = Traffic(TOTAL)
         pairs = [await connected(f"liar {number}", budget) for number in range(LIARS)]
-        waiting = [asyncio.create_task(stream.receive(Response)) for stream, _ in pairs]
+        waiting = [asyncio.create_task(stream.receive()) for stream, _ in pairs]
         for _, writer in pairs:
             writer.write(b"\x00" + FRAME.to_bytes(8, "big") + b"\x0a\x80")
         for _ in range(1000):
@@ -40,10 +39,10 @@ def test_several_liars_at_once_hold_no_more_than_the_budget() -> None:
                 break
         assert TOTAL // 2 < budget.held <= TOTAL
         honest, writer = await connected("honest", budget)
-        data = Response(metadata=bytes(2 * MIB)).SerializeToString()
+        data = PackedMessage(metadata=bytes(2 * MIB)).to_bytes()
         writer.write(b"\x00" + len(data).to_bytes(8, "big") + data)
         async with asyncio.timeout(PATIENCE):
-            answer = await honest.receive(Response)
+            answer = await honest.receive()
         assert answer is not None
         assert len(answer.metadata) == 2 * MIB
         assert budget.held <= TOTAL

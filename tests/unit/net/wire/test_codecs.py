@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
@@ -9,6 +11,7 @@ from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.wire import codecs, tensors
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 
 KINDS = sorted(codecs.CODECS)
 # How far values may be off, relative to their deviation.
@@ -23,7 +26,7 @@ def values(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_hivemind_wrote_is_read(kind: int, dtype: torch.dtype) -> None:
     whole = values(2, 5, 48).to(dtype)
-    got = tensors.unpack(serialize_torch_tensor(whole, kind))
+    got = tensors.unpack(PackedTensor.of(serialize_torch_tensor(whole, kind)))
     assert (got.dtype, got.shape) == (dtype, whole.shape)
     error = (got - whole).float().norm() / whole.float().norm()
     assert float(error) < CLOSE[kind]
@@ -35,7 +38,9 @@ def test_what_is_written_here_is_what_hivemind_reads(kind: int) -> None:
     packed = tensors.pack(whole, kind)
     assert packed.compression == kind
     if kind == codecs.MEANSTD_16BIT:  # the others hivemind cannot read with today's numpy
-        torch.testing.assert_close(deserialize_torch_tensor(packed), tensors.unpack(packed))
+        written = PackedMessage(tensors=[packed]).to_bytes()
+        (theirs,) = runtime_pb2.ExpertRequest.FromString(written).tensors
+        torch.testing.assert_close(deserialize_torch_tensor(theirs), tensors.unpack(packed))
     halves = tensors.pack(whole.bfloat16(), kind)
     assert halves.dtype == "float32"
     assert tensors.unpack(halves).shape == whole.shape
@@ -47,32 +52,25 @@ def test_what_is_written_here_is_what_hivemind_reads(kind: int) -> None:
 def test_bytes_that_do_not_fit_are_refused_before_memory_is_taken(kind: int) -> None:
     packed = tensors.pack(values(2, 8), kind)
     for shape in ([1 << 20, 1 << 20], [0, 8], []):
-        lying = runtime_pb2.Tensor()
-        lying.CopyFrom(packed)
-        del lying.size[:]
-        lying.size.extend(shape)
+        lying = replace(packed, size=tuple(shape))
         with pytest.raises(BadRequest):
             tensors.layout(lying)
     for buffer in (b"", packed.buffer[:-1], bytes(8) + packed.buffer[8:]):
-        lying = runtime_pb2.Tensor()
-        lying.CopyFrom(packed)
-        lying.buffer = buffer
+        lying = replace(packed, buffer=buffer)
         if buffer == packed.buffer or (kind == codecs.MEANSTD_16BIT and buffer[8:]):
             continue
         with pytest.raises(BadRequest):
             tensors.layout(lying)
-    whole = runtime_pb2.Tensor()
-    whole.CopyFrom(packed)
-    whole.dtype = "int64"
+    whole = replace(packed, dtype="int64")
     with pytest.raises(BadRequest, match="cannot be compressed"):
         tensors.layout(whole)
 
 
 def test_a_codebook_that_lacks_an_entry() -> None:
     book = (3).to_bytes(8, "little") + bytes(12)
-    packed = runtime_pb2.Tensor(
+    packed = PackedTensor(
         buffer=book + bytes([0, 1, 2, 3]),
-        size=[4],
+        size=(4,),
         dtype="float32",
         compression=codecs.UNIFORM_8BIT,
     )

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import peft.tuners  # noqa: F401 (what is not imported is no class)
 import pytest
 import torch
-from hivemind.proto import runtime_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -24,7 +23,15 @@ from torch import nn
 from swarm_notebook.errors import BadRequest, RemoteError, from_wire
 from swarm_notebook.net.dht.records import parse_model_record, parse_record
 from swarm_notebook.net.wire import protocol, streams, tensors
-from swarm_notebook.net.wire.format import MAX_REQUEST_FIELDS, SMALL_BYTES, FieldCheck, check_fields
+from swarm_notebook.net.wire.format import (
+    MAX_FIELDS,
+    MAX_REQUEST_FIELDS,
+    SMALL_BYTES,
+    FieldCheck,
+    check_fields,
+)
+from swarm_notebook.net.wire.frame import Frame
+from swarm_notebook.net.wire.message import MAX_DIMENSIONS, PackedMessage, PackedTensor
 from swarm_notebook.server.adapters.file import parse_safetensors
 from swarm_notebook.server.adapters.layers import Builder, parse_description
 from swarm_notebook.server.engine.requests import Limits
@@ -38,7 +45,6 @@ fuzz = settings(
     suppress_health_check=list(HealthCheck),
 )
 LIMITS = Limits("tiny", 1, 4, hidden_size=8, context=64, tokens=256)
-Request = runtime_pb2.ExpertRequest
 
 scalars = (
     st.none()
@@ -60,11 +66,13 @@ FIELDS = [
 ]  # fmt: skip
 metadata = st.dictionaries(st.sampled_from(FIELDS), values, max_size=5)
 dtypes = st.sampled_from([*tensors._DTYPES, "", "complex64", "qint8"])
-sizes = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 2**31 - 1, 2**32 - 1]), max_size=8)
+sizes = st.lists(
+    st.sampled_from([0, 1, 2, 3, 8, 16, 2**31 - 1, 2**32 - 1]), max_size=MAX_DIMENSIONS
+).map(tuple)
 
 
 @st.composite
-def fitting(draw: st.DrawFn) -> runtime_pb2.Tensor:
+def fitting(draw: st.DrawFn) -> PackedTensor:
     """A tensor as it should be, of some shape and dtype; its values are anything."""
     shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 8]), min_size=1, max_size=4))
     dtype = draw(st.sampled_from([torch.float32, torch.int64, torch.uint8, torch.bfloat16]))
@@ -75,13 +83,21 @@ def fitting(draw: st.DrawFn) -> runtime_pb2.Tensor:
 
 
 any_tensor = fitting() | st.builds(
-    runtime_pb2.Tensor,
+    PackedTensor,
     buffer=st.binary(max_size=64),
     size=sizes,
     dtype=dtypes,
     compression=st.sampled_from([0, 1, 2, 3, 4, 5, tensors.INT8]),
     chunks=st.integers(-2, 5),
 )
+
+
+def framed(data: bytes, cuts: Sequence[int] = ()) -> Frame:
+    """The bytes as a large frame that came in pieces."""
+    frame = Frame(len(data), MAX_FIELDS)
+    for begin, end in pairwise([0, *sorted(cuts), len(data)]):
+        frame.feed(data[begin:end])
+    return frame
 
 
 def read(work: Callable[[], Any]) -> None:
@@ -99,8 +115,9 @@ def read(work: Callable[[], Any]) -> None:
 @given(st.binary(max_size=200))
 def test_bytes(data: bytes) -> None:
     read(lambda: check_fields(data))
-    for kind in (Request, runtime_pb2.ExpertResponse, runtime_pb2.ExpertUID):
-        read(lambda kind=kind: streams._parse(kind, data))
+    read(lambda: PackedMessage.of(data))
+    for read_frame in (streams._read_message, streams._read_error):
+        read(lambda read_frame=read_frame: read_frame(framed(data)))
     read(lambda: protocol.unpack_metadata(data))
     read(lambda: parse_safetensors(torch.frombuffer(bytearray(data + b"."), dtype=torch.uint8)))
     from_wire(data.decode("latin-1"), "a peer")
@@ -108,25 +125,25 @@ def test_bytes(data: bytes) -> None:
 
 @fuzz
 @given(any_tensor)
-def test_a_tensor(packed: runtime_pb2.Tensor) -> None:
+def test_a_tensor(packed: PackedTensor) -> None:
     read(lambda: tensors.unpack(packed))
     read(lambda: tensors.is_file(packed))
 
 
 @fuzz
 @given(st.lists(any_tensor, max_size=5))
-def test_parts_of_tensors(parts: list[runtime_pb2.Tensor]) -> None:
+def test_parts_of_tensors(parts: list[PackedTensor]) -> None:
     read(lambda: tensors.join(parts))
 
 
 @fuzz
 @given(st.lists(any_tensor, max_size=9), metadata, st.text(max_size=30) | st.just("tiny.1 tiny.2"))
-def test_requests(packed: list[runtime_pb2.Tensor], named: dict[str, Any], uid: str) -> None:
+def test_requests(packed: list[PackedTensor], named: dict[str, Any], uid: str) -> None:
     hidden = tensors.pack(torch.zeros(2, 3, 8))
     for slots in (packed, [hidden, *packed]):
         for parse in (parse_forward, parse_backward):
             read(lambda parse=parse, slots=slots: parse(uid, slots, named, LIMITS))
-        message = Request(uid=uid, tensors=slots, metadata=protocol.pack_metadata(named))
+        message = PackedMessage(uid=uid, tensors=slots, metadata=protocol.pack_metadata(named))
         read(lambda message=message: parse_step(message, (1, 4), LIMITS))
 
 
@@ -162,7 +179,7 @@ def test_descriptions_of_adapters(found: Any, more: Any) -> None:
 SMALL_PARTS = {
     "empty tensors": (b"\x12\x00" * (1 << 20), "more than 8192 fields"),
     "sizes": (
-        Request(tensors=[runtime_pb2.Tensor(size=[7] * (1 << 20))]).SerializeToString(),
+        PackedMessage(tensors=[PackedTensor(size=(7,) * (1 << 20))]).to_bytes(),
         "more sizes or fields",
     ),
 }
@@ -183,8 +200,8 @@ def test_small_parts_do_not_take_large_memory(name: str) -> None:
 @fuzz
 @given(st.lists(fitting(), max_size=6), st.binary(max_size=3 * SMALL_BYTES))
 def test_what_is_let_through_is_what_parses(packed: list[Any], more: bytes) -> None:
-    message = Request(uid="tiny.1", tensors=packed, metadata=bytes(SMALL_BYTES) + more)
-    check_fields(message.SerializeToString())
+    message = PackedMessage(uid="tiny.1", tensors=packed, metadata=bytes(SMALL_BYTES) + more)
+    check_fields(message.to_bytes())
 
 
 def refused(data: bytes, cuts: list[int]) -> bool:
@@ -201,7 +218,7 @@ def refused(data: bytes, cuts: list[int]) -> bool:
 @fuzz
 @given(st.lists(fitting(), max_size=6), st.data())
 def test_in_pieces_a_message_is_what_it_is_as_a_whole(packed: list[Any], data: Any) -> None:
-    message = bytearray(Request(uid="tiny.1", tensors=packed, metadata=b"m").SerializeToString())
+    message = bytearray(PackedMessage(uid="tiny.1", tensors=packed, metadata=b"m").to_bytes())
     places = st.integers(0, len(message) - 1)
     for place in data.draw(st.lists(places, max_size=2)):
         message[place] = data.draw(st.integers(0, 255))

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hivemind.proto import runtime_pb2
 from support.memory import peak_of
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.wire import tensors
+from swarm_notebook.net.wire.message import PackedTensor
 from swarm_notebook.net.wire.tensors import INT8, pack, unpack
 
 
@@ -42,27 +42,23 @@ def test_nan_stays_visible_and_nothing_is_nothing() -> None:
     ("change", "message"),
     [
         ({"buffer": b"12345"}, "8-bit values of shape"),
-        ({"size": [1 << 20, 1 << 20]}, "8-bit values of shape"),
+        ({"size": (1 << 20, 1 << 20)}, "8-bit values of shape"),
         ({"dtype": "int64"}, "cannot be 8-bit values"),
-        ({"size": []}, "cannot be 8-bit values"),
+        ({"size": ()}, "cannot be 8-bit values"),
     ],
 )
 def test_values_that_are_none(change: dict[str, Any], message: str) -> None:
     packed = pack(torch.randn(1, 2, 4), INT8)
     for name, value in change.items():
-        if name == "size":
-            del packed.size[:]
-            packed.size.extend(value)
-        else:
-            setattr(packed, name, value)
+        setattr(packed, name, value)
     with pytest.raises(BadRequest, match=message):
         unpack(packed)
 
 
 @pytest.mark.parametrize("compression", [tensors.NONE, tensors.FLOAT16, INT8])
 def test_a_shape_that_no_tensor_has(compression: int) -> None:
-    shape = [2**31 - 1] * 3 + [0]
-    packed = runtime_pb2.Tensor(size=shape, dtype="float32", compression=compression)
+    shape = (*[2**31 - 1] * 3, 0)
+    packed = PackedTensor(size=shape, dtype="float32", compression=compression)
     with pytest.raises(BadRequest, match="no tensor that is read here has the shape"):
         unpack(packed)
 

@@ -10,6 +10,7 @@ import sys
 DROPPING = """
 import gc
 from hivemind.proto import runtime_pb2
+from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire.stream_server import add_stream_handler
@@ -17,7 +18,7 @@ from swarm_notebook.net.wire.streams import open_stream
 
 async def flood(stream, peer):
     while True:
-        await stream.send(runtime_pb2.ExpertRequest(metadata=bytes(1 << 16)))
+        await stream.send(PackedMessage(metadata=bytes(1 << 16)))
 
 async def start():
     server = await Node.start(client=False)
@@ -28,7 +29,7 @@ async def start():
 async def drop(server, client):
     for _ in range(4):
         stream = await open_stream(client.p2p, server.peer_id, "Test.flood")
-        await stream.receive(runtime_pb2.ExpertRequest)
+        await stream.receive()
         circle = [stream]
         circle.append(circle)
 

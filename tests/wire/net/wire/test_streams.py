@@ -8,21 +8,20 @@ from collections.abc import Callable
 import pytest
 import uvloop
 from hivemind.p2p import PeerID
-from hivemind.proto import runtime_pb2
 from support.patience import PATIENCE
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.node import Node
+from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.net.wire.stream_server import add_stream_handler
 from swarm_notebook.net.wire.streams import Stream, StreamClosed, open_stream
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
-Request, Response = runtime_pb2.ExpertRequest, runtime_pb2.ExpertResponse
 
 
 async def _answer(stream: Stream, _peer: PeerID) -> None:
-    await stream.receive(Request)
-    await stream.send(Response(metadata=b"the last word"))
+    await stream.receive()
+    await stream.send(PackedMessage(metadata=b"the last word"))
 
 
 async def _refuse(stream: Stream, _peer: PeerID) -> None:
@@ -36,18 +35,18 @@ async def _talk() -> None:
         await add_stream_handler(server.p2p, "Test.answer", _answer)
         await add_stream_handler(server.p2p, "Test.refuse", _refuse)
         stream = await open_stream(client.p2p, server.peer_id, "Test.answer")
-        await stream.send(Request(uid="question"))
-        answer = await stream.receive(Response)
+        await stream.send(PackedMessage(uid="question"))
+        answer = await stream.receive()
         assert answer is not None
         assert answer.metadata == b"the last word"
-        assert await stream.receive(Response) is None
+        assert await stream.receive() is None
         stream.abort()
 
         refused = await open_stream(client.p2p, server.peer_id, "Test.refuse")
         for _ in range(64):  # more than lies between the two
-            await refused.send(Request(metadata=bytes(1 << 18)))
+            await refused.send(PackedMessage(metadata=bytes(1 << 18)))
         with pytest.raises(BadRequest, match="not like this"):
-            await refused.receive(Response)
+            await refused.receive()
         refused.abort()
     finally:
         await client.stop()
@@ -66,7 +65,7 @@ async def _hang_up(stream: Stream, _peer: PeerID) -> None:
 
 async def _keep_sending(stream: Stream) -> None:
     while True:
-        await stream.send(Request(uid="hello?"))
+        await stream.send(PackedMessage(uid="hello?"))
 
 
 async def _talk_to_nobody() -> None:
@@ -80,7 +79,7 @@ async def _talk_to_nobody() -> None:
             await asyncio.wait_for(_keep_sending(stream), PATIENCE)
         for _ in range(3):
             with pytest.raises(StreamClosed):
-                await stream.send(Request(uid="hello?"))
+                await stream.send(PackedMessage(uid="hello?"))
             await asyncio.sleep(0.1)
     finally:
         await client.stop()

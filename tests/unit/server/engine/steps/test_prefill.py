@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from support.random_sessions import prepared
@@ -39,3 +40,26 @@ def test_a_padded_session_goes_on_after_it(tmp_path: Path) -> None:
             outputs.append(run_one(prepared(state, one))[0])
         found.append(torch.cat(outputs, dim=1))
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
+def test_positions_that_nobody_gets_are_left_out(tmp_path: Path) -> None:
+    loaded = load_blocks(resolve(tiny_model("llama", tmp_path)), 1, 4, dtype=torch.float32)
+    span = Span(loaded.decoder, loaded.layers_name, 1)
+    hidden = torch.randn(2, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(0))
+
+    def outputs(chunk: int, **options: Any) -> list[torch.Tensor]:
+        state, step = SessionState(span, context=None), Step((1, 4), hidden, **options)
+        step.states = (1,)
+        prefill = ChunkedPrefill(state, step, prepared(state, step).position)
+        while not prefill.finished:
+            prefill.run(min(chunk, LENGTH - prefill.computed))
+        return prefill.outputs
+
+    for chunk in (16, LENGTH):
+        whole, state = outputs(chunk)
+        for last in (0, 1, 30, LENGTH, LENGTH + 1):
+            some, same = outputs(chunk, last=last)
+            assert some.shape[1] == min(last, LENGTH)
+            torch.testing.assert_close(some, whole[:, LENGTH - some.shape[1] :])
+            torch.testing.assert_close(same, state)
+        assert outputs(chunk, last=1, pushed=True)[0].shape == whole.shape
