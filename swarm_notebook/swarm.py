@@ -26,7 +26,7 @@ from swarm_notebook.report.trace import Trace, from_timeline
 from swarm_notebook.writing.prompts import callback_streamer, encode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Swarm:
@@ -38,6 +38,10 @@ class Swarm:
         name: the model's name.
         connection: how the servers are reached; what it offers may change with any version.
     """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
 
     def __init__(
         self,

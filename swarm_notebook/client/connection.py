@@ -64,6 +64,9 @@ class Connection:
         AddressError, ConnectionFailed: from joining the swarm.
     """
 
+    prefix: str
+    num_blocks: int
+
     def __init__(
         self,
         initial_peers: Sequence[str],
@@ -77,7 +80,9 @@ class Connection:
         self._peers = frozenset(str(peer) for peer in initial_peers)
         self._open = True
         shared = _acquire(self._peers, self.network)
-        self.directory = Directory(shared.node, prefix, num_blocks, patience, digest=digest)
+        self.directory: Directory = Directory(
+            shared.node, prefix, num_blocks, patience, digest=digest
+        )
         self.auditor: Auditor | None = None
         self._when_forgotten: weakref.finalize[Any, Any] | None = None
         try:

@@ -31,7 +31,7 @@ class LoopThread:
     """A daemon thread that runs an asyncio loop for as long as the process lives."""
 
     def __init__(self) -> None:
-        self.loop = PeerLoop(detached=True)
+        self.loop: PeerLoop = PeerLoop(detached=True)
         self._process = os.getpid()
         self._thread = threading.Thread(
             target=self._main, name="swarm_notebook-network", daemon=True

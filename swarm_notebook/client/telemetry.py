@@ -251,7 +251,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.latest: Timeline | None = None
-        self.usage = Usage()
+        self.usage: Usage = Usage()
         self._subscriptions: tuple[Subscription, ...] = ()
         self._lock = threading.Lock()
 

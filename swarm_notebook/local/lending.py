@@ -68,6 +68,12 @@ class Lending:
         ValueError: ``private``, and peers of a swarm that is there.
     """
 
+    model: str
+    dtype: str
+    device: str
+    bits: float | None
+    memory: int | str | None
+
     def __init__(
         self,
         model: str | os.PathLike[str] | None = None,

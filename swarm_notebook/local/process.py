@@ -31,7 +31,7 @@ import psutil
 from swarm_notebook.errors import ServerStartError
 from swarm_notebook.local.folder import ServerFolder
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 LOG_TAIL_LINES = 25  # more than a traceback through torch has, less than a screen
 START_SECONDS = 180.0  # a start takes 10 to 30 s, of a large model from a slow disk some minutes
@@ -90,6 +90,8 @@ class LocalServer:
         log_path: the log; it is removed with the folder, unless the server failed.
         key: the private key behind the peer id, as soon as there is one.
     """
+
+    name: str
 
     def __init__(
         self,

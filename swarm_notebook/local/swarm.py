@@ -93,7 +93,7 @@ class LocalSwarm:
         with Conversion() as progress:
             source = resolve(model, progress=progress)
         spans = plan_spans(source.config().num_hidden_layers, servers)
-        self.model = str(source.path or source.name)
+        self.model: str = str(source.path or source.name)
         options = [self.model, "--dtype", dtype, "--device", device]
         if bits is not None:
             options += ["--bits", str(bits)]
@@ -110,7 +110,7 @@ class LocalSwarm:
         if lan:
             options.append("--lan")
         environment = server_environment(threads)
-        self.servers = [
+        self.servers: list[LocalServer] = [
             LocalServer(
                 f"local-{index}",
                 span,

@@ -55,7 +55,7 @@ allow_clocks()
 know_all_identities()
 prefer_signed()
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # hivemind's own 15 s are too few on slow networks and busy machines (seen in others' issues).
 START_TIMEOUT = 30.0
@@ -86,6 +86,11 @@ class Node:
         answers: the memory for answers that arrive or wait to be unpacked, of all peers together.
     """
 
+    p2p: P2P
+    dht: DHTNode
+    identity: Identity
+    membership: Membership | None
+
     def __init__(
         self,
         p2p: P2P,
@@ -96,7 +101,7 @@ class Node:
     ):
         self.p2p, self.dht, self.identity, self.membership = p2p, dht, identity, membership
         self._initial_peers = list(initial_peers)
-        self.answers = Traffic(max(LEAST_ANSWER_BYTES, psutil.virtual_memory().total // 4))
+        self.answers: Traffic = Traffic(max(LEAST_ANSWER_BYTES, psutil.virtual_memory().total // 4))
 
     @classmethod
     async def start(

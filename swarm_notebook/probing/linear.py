@@ -129,6 +129,10 @@ class Probes(Mapping[int, LinearProbe]):
         states: what they were fitted on, if that was collected from texts in this kernel.
     """
 
+    chance: float
+    count: int
+    manifest: dict[str, Any] | None
+
     def __init__(
         self,
         probes: Iterable[LinearProbe],

@@ -30,7 +30,7 @@ from swarm_notebook.tuning.manifest import describe_run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Pool: TypeAlias = Literal["last", "mean"]
 

@@ -41,7 +41,7 @@ from swarm_notebook.probing.identity import alike
 from swarm_notebook.report.formatting import model_title
 from swarm_notebook.tuning.manifest import MANIFEST_FILE
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.json"
 SAMPLE_FILE = "sample.safetensors"

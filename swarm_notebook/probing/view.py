@@ -31,6 +31,10 @@ class HiddenStates:
         subject: the model that they were collected from, unless they were read back from a store.
     """
 
+    blocks: list[int]
+    key: Key
+    subject: Subject | None
+
     def __init__(
         self,
         shards: Shards,

@@ -25,6 +25,7 @@ from swarm_notebook.widgets.parts import markdown
 from swarm_notebook.widgets.parts.base import action
 from swarm_notebook.widgets.parts.conversation import Conversation, Message, Turn
 from swarm_notebook.widgets.parts.static_html import facts, shell, warning
+from swarm_notebook.widgets.parts.traits import Flag, String
 from swarm_notebook.widgets.writing import TOKEN_COLUMNS, WritingWidget, token_rows
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ class ChatWidget(WritingWidget, module="chat"):
     GO_ON = "connect again (%swarm connect); ChatWidget(swarm, chat.messages) has what was said"
 
     turns: traitlets.List[dict[str, Any]] = traitlets.List().tag(sync=True)
-    live = traitlets.Unicode().tag(sync=True)
-    typed = traitlets.Unicode().tag(sync=True)
+    live: String = traitlets.Unicode().tag(sync=True)
+    typed: String = traitlets.Unicode().tag(sync=True)
     edits: traitlets.List[dict[str, Any]] = traitlets.List().tag(sync=True)
-    can_restore = traitlets.Bool().tag(sync=True)
+    can_restore: Flag = traitlets.Bool().tag(sync=True)
 
     def __init__(
         self,

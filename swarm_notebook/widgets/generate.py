@@ -22,6 +22,7 @@ from swarm_notebook.errors import Busy
 from swarm_notebook.widgets.parts.base import action
 from swarm_notebook.widgets.parts.static_html import facts, shell, warning
 from swarm_notebook.widgets.parts.token_cells import Cell, Cells
+from swarm_notebook.widgets.parts.traits import Flag, MaybeWhole, String, Whole
 from swarm_notebook.widgets.writing import TOKEN_COLUMNS, WritingWidget, token_rows
 
 if TYPE_CHECKING:
@@ -70,17 +71,17 @@ class GenerateWidget(WritingWidget, module="generate"):
         TypeError: an option is unknown.
     """
 
-    prompt = traitlets.Unicode().tag(sync=True)
-    chat = traitlets.Bool().tag(sync=True)
-    pages = traitlets.Int().tag(sync=True)
+    prompt: String = traitlets.Unicode().tag(sync=True)
+    chat: Flag = traitlets.Bool().tag(sync=True)
+    pages: Whole = traitlets.Int().tag(sync=True)
     tail: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
-    texts = traitlets.Int().tag(sync=True)
-    shown = traitlets.Int().tag(sync=True)
-    origin = traitlets.Unicode().tag(sync=True)
-    beside = traitlets.Int(None, allow_none=True).tag(sync=True)
+    texts: Whole = traitlets.Int().tag(sync=True)
+    shown: Whole = traitlets.Int().tag(sync=True)
+    origin: String = traitlets.Unicode().tag(sync=True)
+    beside: MaybeWhole = traitlets.Int(None, allow_none=True).tag(sync=True)
     aside: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
     touched: traitlets.List[list[int]] = traitlets.List().tag(sync=True)
-    suspicion = traitlets.Unicode().tag(sync=True)
+    suspicion: String = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, target: Any, prompt: str = "", **options: Any) -> None:
         self._cells: Cells | None = None

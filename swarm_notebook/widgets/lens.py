@@ -25,6 +25,7 @@ from swarm_notebook.probing.lens import Lens, logit_lens, token_ranks
 from swarm_notebook.probing.subject import Subject, Target, Text
 from swarm_notebook.swarm import Swarm
 from swarm_notebook.widgets.parts.base import Widget, action
+from swarm_notebook.widgets.parts.traits import Blob, Flag, String, Whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,21 +54,25 @@ class LensWidget(Widget, module="lens"):
         ValueError: there is nothing to read, or ``token`` is not one token.
     """
 
-    title = traitlets.Unicode().tag(sync=True)
-    words = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    first = traitlets.Int().tag(sync=True)
-    blocks = traitlets.List(traitlets.Int()).tag(sync=True)
-    vocabulary = traitlets.List(traitlets.Unicode(), help="what `tops` numbers").tag(sync=True)
-    vocabulary_size = traitlets.Int(help="how many tokens the model has").tag(sync=True)
-    top = traitlets.Int(help="tokens kept per cell").tag(sync=True)
-    tops = traitlets.Bytes(help="uint32 [blocks, words, top]").tag(sync=True)
-    chances = traitlets.Bytes(help="float32 [blocks, words, top]").tag(sync=True)
-    entropy = traitlets.Bytes(help="float32 [blocks, words], in bits").tag(sync=True)
-    token = traitlets.Unicode(help="the word that is ranked").tag(sync=True)
-    ranks = traitlets.Bytes(help="uint32 [blocks, words], 1 is the top; or empty").tag(sync=True)
-    ranking = traitlets.Bool(help="ranks are being computed").tag(sync=True)
+    title: String = traitlets.Unicode().tag(sync=True)
+    words: traitlets.List[str] = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    first: Whole = traitlets.Int().tag(sync=True)
+    blocks: traitlets.List[int] = traitlets.List(traitlets.Int()).tag(sync=True)
+    vocabulary: traitlets.List[str] = traitlets.List(
+        traitlets.Unicode(), help="what `tops` numbers"
+    ).tag(sync=True)
+    vocabulary_size: Whole = traitlets.Int(help="how many tokens the model has").tag(sync=True)
+    top: Whole = traitlets.Int(help="tokens kept per cell").tag(sync=True)
+    tops: Blob = traitlets.Bytes(help="uint32 [blocks, words, top]").tag(sync=True)
+    chances: Blob = traitlets.Bytes(help="float32 [blocks, words, top]").tag(sync=True)
+    entropy: Blob = traitlets.Bytes(help="float32 [blocks, words], in bits").tag(sync=True)
+    token: String = traitlets.Unicode(help="the word that is ranked").tag(sync=True)
+    ranks: Blob = traitlets.Bytes(help="uint32 [blocks, words], 1 is the top; or empty").tag(
+        sync=True
+    )
+    ranking: Flag = traitlets.Bool(help="ranks are being computed").tag(sync=True)
     colour = traitlets.Enum(["probability", "entropy", "rank"], "probability").tag(sync=True)
-    selected = traitlets.List(traitlets.Int()).tag(sync=True)
+    selected: traitlets.List[int] = traitlets.List(traitlets.Int()).tag(sync=True)
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.pulse import start_pulse
+from swarm_notebook.widgets.parts.traits import Flag, Real, String, Whole
 from swarm_notebook.widgets.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -59,22 +60,22 @@ class SwarmMap(Widget, module="map"):
         selected: the peer id of the row that a user has chosen, or empty.
     """
 
-    title = traitlets.Unicode().tag(sync=True)
-    num_blocks = traitlets.Int().tag(sync=True)
-    headline = traitlets.Unicode().tag(sync=True)
+    title: String = traitlets.Unicode().tag(sync=True)
+    num_blocks: Whole = traitlets.Int().tag(sync=True)
+    headline: String = traitlets.Unicode().tag(sync=True)
     missing: traitlets.List[int] = traitlets.List(traitlets.Int()).tag(sync=True)
     coverage: traitlets.List[list[int | None]] = traitlets.List().tag(sync=True)
     home: traitlets.List[list[int]] = traitlets.List().tag(sync=True)
     servers: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
-    read = traitlets.Float().tag(sync=True)
+    read: Real = traitlets.Float().tag(sync=True)
     route: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
-    planned = traitlets.Bool(True).tag(sync=True)
+    planned: Flag = traitlets.Bool(True).tag(sync=True)
     pace: traitlets.List[float] = traitlets.List([0, 0.0, 0.0]).tag(sync=True)
-    bill = traitlets.Unicode().tag(sync=True)
+    bill: String = traitlets.Unicode().tag(sync=True)
     seen: traitlets.Dict[str, list[Any]] = traitlets.Dict().tag(sync=True)
     failovers: traitlets.List[list[Any]] = traitlets.List().tag(sync=True)
-    connected = traitlets.Bool(True).tag(sync=True)
-    selected = traitlets.Unicode().tag(sync=True)
+    connected: Flag = traitlets.Bool(True).tag(sync=True)
+    selected: String = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, swarm: Swarm, **options: Any) -> None:
         self._swarm, self._traffic, self._events = swarm, Traffic(), swarm.events()

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainingMonitor", "TrainingStopped"]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class TrainingMonitor(TrainingRun):

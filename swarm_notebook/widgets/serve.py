@@ -22,8 +22,9 @@ from swarm_notebook.report.formatting import model_title, number
 from swarm_notebook.report.html import facts, head, view
 from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.pulse import start_pulse
+from swarm_notebook.widgets.parts.traits import Real, String, Whole
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 PERIOD = 0.5  # from one question to the server process to the next
 
@@ -50,17 +51,17 @@ class ServePanel(Widget, module="serve"):
         log: the end of its log.
     """
 
-    title = traitlets.Unicode().tag(sync=True)
-    num_blocks = traitlets.Int().tag(sync=True)
-    start = traitlets.Int().tag(sync=True)
-    end = traitlets.Int().tag(sync=True)
-    state = traitlets.Unicode("stopped").tag(sync=True)
+    title: String = traitlets.Unicode().tag(sync=True)
+    num_blocks: Whole = traitlets.Int().tag(sync=True)
+    start: Whole = traitlets.Int().tag(sync=True)
+    end: Whole = traitlets.Int().tag(sync=True)
+    state: String = traitlets.Unicode("stopped").tag(sync=True)
     weights: traitlets.List[int] = traitlets.List([0, 0]).tag(sync=True)
     needs: traitlets.List[int] = traitlets.List().tag(sync=True)
     addresses: traitlets.List[str] = traitlets.List().tag(sync=True)
     facts: traitlets.Dict[str, int] = traitlets.Dict().tag(sync=True)
-    since = traitlets.Float().tag(sync=True)
-    log = traitlets.Unicode().tag(sync=True)
+    since: Real = traitlets.Float().tag(sync=True)
+    log: String = traitlets.Unicode().tag(sync=True)
 
     def __init__(
         self, model: Any = None, *, lending: Lending | None = None, **options: Any
@@ -68,7 +69,7 @@ class ServePanel(Widget, module="serve"):
         traits = {name: options.pop(name) for name in [*options] if name in _LAYOUT}
         self._turning = threading.Lock()
         self._turns = 0  # starts and stops that were asked for and are not done
-        self.lending = lending or Lending(model, **options)
+        self.lending: Lending = lending or Lending(model, **options)
         start, end = self.lending.blocks
         super().__init__(
             title=model_title(self.lending.model),

@@ -48,7 +48,7 @@ class Traffic:
     def __init__(self) -> None:
         self.route: list[tuple[str, int, int]] = []
         self.losses: deque[Loss] = deque(maxlen=MAX_FAILOVERS)
-        self.tokens = 0
+        self.tokens: int = 0
         self._recent: deque[StepRecord] = deque(maxlen=256)
 
     def take(self, events: Iterable[Event]) -> None:

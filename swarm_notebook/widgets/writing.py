@@ -21,6 +21,7 @@ from swarm_notebook.swarm import Swarm
 from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.pulse import start_pulse
 from swarm_notebook.widgets.parts.throttle import Throttle
+from swarm_notebook.widgets.parts.traits import AnyReal, Flag, MaybeWhole, String, Whole
 from swarm_notebook.writing import Sampling, Vocabulary, Writer
 from swarm_notebook.writing.adapters import adapters, switch
 
@@ -80,25 +81,29 @@ class WritingWidget(Widget):
         TypeError: an option is unknown.
     """
 
-    title = traitlets.Unicode().tag(sync=True)
-    steering = traitlets.Unicode(help="where a vector is added, if one is").tag(sync=True)
-    strength = traitlets.CFloat(1.0, help="how many times the vector").tag(sync=True)
-    adapters = traitlets.List(traitlets.Unicode(), help="PEFT's, in the model").tag(sync=True)
-    adapters_on = traitlets.Bool(True).tag(sync=True)
-    has_template = traitlets.Bool(help="the tokenizer has a chat template").tag(sync=True)
-    do_sample = traitlets.Bool().tag(sync=True)
-    temperature = traitlets.CFloat().tag(sync=True)
-    top_p = traitlets.CFloat().tag(sync=True)
-    top_k = traitlets.Int().tag(sync=True)
-    max_new_tokens = traitlets.Int().tag(sync=True)
-    seed = traitlets.Int(None, allow_none=True).tag(sync=True)
-    state = traitlets.Unicode("idle").tag(sync=True)
-    progress = traitlets.List(traitlets.Int(), help="tokens read, of how many").tag(sync=True)
-    note = traitlets.Unicode().tag(sync=True)
+    title: String = traitlets.Unicode().tag(sync=True)
+    steering: String = traitlets.Unicode(help="where a vector is added, if one is").tag(sync=True)
+    strength: AnyReal = traitlets.CFloat(1.0, help="how many times the vector").tag(sync=True)
+    adapters: traitlets.List[str] = traitlets.List(
+        traitlets.Unicode(), help="PEFT's, in the model"
+    ).tag(sync=True)
+    adapters_on: Flag = traitlets.Bool(True).tag(sync=True)
+    has_template: Flag = traitlets.Bool(help="the tokenizer has a chat template").tag(sync=True)
+    do_sample: Flag = traitlets.Bool().tag(sync=True)
+    temperature: AnyReal = traitlets.CFloat().tag(sync=True)
+    top_p: AnyReal = traitlets.CFloat().tag(sync=True)
+    top_k: Whole = traitlets.Int().tag(sync=True)
+    max_new_tokens: Whole = traitlets.Int().tag(sync=True)
+    seed: MaybeWhole = traitlets.Int(None, allow_none=True).tag(sync=True)
+    state: String = traitlets.Unicode("idle").tag(sync=True)
+    progress: traitlets.List[int] = traitlets.List(
+        traitlets.Int(), help="tokens read, of how many"
+    ).tag(sync=True)
+    note: String = traitlets.Unicode().tag(sync=True)
     stats: traitlets.Dict[str, Any] = traitlets.Dict().tag(sync=True)
-    preview = traitlets.Unicode().tag(sync=True)
-    obstacle = traitlets.Unicode().tag(sync=True)
-    bill = traitlets.Unicode().tag(sync=True)
+    preview: String = traitlets.Unicode().tag(sync=True)
+    obstacle: String = traitlets.Unicode().tag(sync=True)
+    bill: String = traitlets.Unicode().tag(sync=True)
     waiting: traitlets.Dict[str, Any] = traitlets.Dict().tag(sync=True)
 
     def __init__(
@@ -128,7 +133,7 @@ class WritingWidget(Widget):
         self._counting = threading.Condition()
         self._showing = threading.Lock()
         self._views = Throttle(self._show)
-        self.writer = Writer(model, self._changed)
+        self.writer: Writer = Writer(model, self._changed)
         name = swarm.name if swarm else str(model.config._name_or_path) or type(model).__name__
         super().__init__(
             title=model_title(name),

@@ -38,7 +38,7 @@ from swarm_notebook.errors import MissingBlocks, ModelNotFound, RemoteError, Uns
 from swarm_notebook.net.dht.records import ServerState
 from swarm_notebook.net.wire import tensors
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Pieces that wait; each holds its input and answer. More than a few wait only where witnesses are
 # slower than the work itself: then the newest are not audited.
@@ -75,6 +75,8 @@ class Auditor:
 
     positions = limits.MIN_TOKENS
 
+    rate: float
+
     def __init__(
         self,
         directory: Directory,
@@ -90,7 +92,7 @@ class Auditor:
         self._waiting: list[Piece] = []
         self._working: asyncio.Task | None = None
         self._evidence = Evidence()
-        self.verdicts = Verdicts()
+        self.verdicts: Verdicts = Verdicts()
 
     def step(self, history: History) -> None:
         """A step of a session has come back."""

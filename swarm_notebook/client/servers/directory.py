@@ -40,7 +40,7 @@ from swarm_notebook.net.dht.records import ServerSpan, ServerState, spans_of
 from swarm_notebook.net.node import Node, smoothed_rtt
 from swarm_notebook.net.wire import protocol, tensors
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # A reading costs one DHT search per block. Servers announce themselves every minute; ten seconds
 # show a new one soon enough, and one second is for a user who waits for it.

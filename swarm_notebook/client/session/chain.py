@@ -32,11 +32,13 @@ class Chain:
         absent: blocks that no server computes for this session.
     """
 
+    directory: Directory
+
     def __init__(self, directory: Directory, max_length: int):
         self.directory, self._max_length = directory, max_length
         self._hops: list[Hop] = []
         self._cuts: set[int] = set()
-        self.dropped = 0
+        self.dropped: int = 0
         self.absent: frozenset[int] = frozenset()
 
     @property

@@ -132,7 +132,7 @@ class History:
         self.adapter: Adapter | None = None
         self.prompts: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
-        self.rows_version = 0
+        self.rows_version: int = 0
 
     def __bool__(self) -> bool:
         return any(isinstance(event, Pass) for event in self._events)

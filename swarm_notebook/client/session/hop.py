@@ -81,7 +81,7 @@ class StepWriter:
 
     def __init__(self, segment: RouteSegment, directory: Directory, max_length: int):
         self._segment, self._directory, self._max_length = segment, directory, max_length
-        self.session_id = str(uuid.uuid4())
+        self.session_id: str = str(uuid.uuid4())
         self._introduced = False
         self._named: tuple[int, int] | None = None
 
@@ -160,6 +160,10 @@ class Hop:
         sending, receiving: held by the step that is just sent or answered, so that the parts of
             a long one keep their order.
     """
+
+    segment: RouteSegment
+    start: int
+    end: int
 
     def __init__(self, segment: RouteSegment, directory: Directory, max_length: int):
         self.segment, self.start, self.end = segment, segment.start, segment.end

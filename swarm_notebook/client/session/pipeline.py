@@ -55,6 +55,9 @@ class Stage:
 class HopLost(Exception):
     """A hop failed; `error` says how."""
 
+    stage: Stage
+    error: RemoteError
+
     def __init__(self, stage: Stage, error: RemoteError):
         super().__init__(str(error))
         self.stage, self.error = stage, error

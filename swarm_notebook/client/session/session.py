@@ -28,7 +28,7 @@ from swarm_notebook.client.session.hop import Hop
 from swarm_notebook.client.session.step import StepRun
 from swarm_notebook.client.telemetry import StepRecord, Timeline
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # The most that a Petals server reserves by default for models without grouped queries.
 DEFAULT_MAX_LENGTH = 2048
@@ -61,7 +61,7 @@ class InferenceSession:
     """
 
     def __init__(self, directory: Directory, max_length: int | None = None):
-        self.history = History()
+        self.history: History = History()
         self._directory, self._telemetry = directory, directory.telemetry
         self._known_wrong = 0
         self._chain = Chain(directory, max_length or DEFAULT_MAX_LENGTH)

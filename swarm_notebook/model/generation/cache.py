@@ -139,7 +139,7 @@ class RemoteCache(Cache):
     def __init__(
         self, connection: Connection, *, lazy: bool = False, max_length: int | None = None
     ):
-        self.length = 0
+        self.length: int = 0
         self._held = [RemoteLayer(self) for _ in range(connection.num_blocks)]
         super().__init__(layers=list(self._held))
         self.connection = connection
@@ -147,7 +147,7 @@ class RemoteCache(Cache):
         self.session = connection.session(max_length)
         self.lazy = lazy
         self.layout: Layout | None = None
-        self.rows = -1
+        self.rows: int = -1
         self.mask: torch.Tensor | None = None
         # Garbage collection may run in any thread, so the streams are closed by their own loop.
         self.leave = functools.partial(
@@ -158,7 +158,7 @@ class RemoteCache(Cache):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(batch_size={self.rows}, length={self.length})"
 
-    def __deepcopy__(self, memo: dict) -> RemoteCache:
+    def __deepcopy__(self, memo: dict[Any, Any]) -> RemoteCache:
         """A cache that goes its own way; the servers rebuild its part from a copied history."""
         memo[id(self)] = twin = RemoteCache(
             self.connection, lazy=self.lazy, max_length=self._max_length

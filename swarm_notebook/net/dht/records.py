@@ -19,7 +19,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from hivemind.utils import MSGPackSerializer, ValueWithExpiration, get_dht_time
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -99,7 +99,7 @@ class ServerInfo(BaseModel):
         signature: by the server, of all else in the record.
     """
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+    model_config: ClassVar[ConfigDict] = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     state: Annotated[ServerState, Field(strict=False)]
     throughput: Rate
@@ -355,7 +355,7 @@ def spans_of(blocks: Mapping[int, Mapping[str, ServerInfo]]) -> list[ServerSpan]
 class ModelRecord(BaseModel):
     """An entry of the model index: a served model's number of blocks and where it comes from."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+    model_config: ClassVar[ConfigDict] = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     num_blocks: Annotated[int, Field(ge=1, le=MAX_BLOCK)]
     repository: Annotated[str, Field(max_length=500), AfterValidator(clean)] | None = None

@@ -173,6 +173,12 @@ class Membership:
         NotAMember: the credentials are not this swarm's.
     """
 
+    swarm: bytes
+    role: Role
+    expires: int
+    shown: bytes
+    revocations: bytes
+
     def __init__(self, credentials: Credentials, peer: PeerID) -> None:
         own = Certificate.read(credentials.certificate, credentials.swarm)
         self.swarm, self.role, self.expires = credentials.swarm, own.role, own.expires

@@ -26,6 +26,8 @@ hivemind's dialect; it is read under a size bound and yields a plain dict.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hivemind.utils import MSGPackSerializer
 
@@ -111,11 +113,11 @@ def parse_uid_chain(text: str, prefix: str) -> tuple[int, int]:
     return start, end
 
 
-def pack_metadata(values: dict) -> bytes:
+def pack_metadata(values: dict[Any, Any]) -> bytes:
     return MSGPackSerializer.dumps(values)
 
 
-def unpack_metadata(data: bytes) -> dict:
+def unpack_metadata(data: bytes) -> dict[Any, Any]:
     """The metadata dict of a request or response; an empty one for no bytes.
 
     Raises:

@@ -96,6 +96,10 @@ class Stream:
         unanswered: bytes that came since a message was sent last.
     """
 
+    peer: str
+    max_frame: int
+    arriving: int
+
     def __init__(
         self,
         reader: asyncio.StreamReader,
@@ -110,7 +114,7 @@ class Stream:
     ):
         self._reader, self._writer = reader, writer
         self.peer, self.max_frame = peer, max_frame
-        self.account = account or Traffic(UNLIMITED, UNLIMITED).open(peer)
+        self.account: Account = account or Traffic(UNLIMITED, UNLIMITED).open(peer)
         self.arriving = self.size = self.unanswered = 0
         self._max_fields = max_fields
         self._meter = meter or ByteMeter()

@@ -121,6 +121,9 @@ class Traffic:
         share: the most that one peer may hold; half of the total if None.
     """
 
+    total: int
+    share: int
+
     def __init__(self, total: int, share: int | None = None):
         self.total, self.share = total, share or total // 2
         self._held: Counter[str] = Counter()

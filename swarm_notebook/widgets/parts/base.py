@@ -33,11 +33,12 @@ import traitlets
 
 from swarm_notebook.widgets.parts import assets
 from swarm_notebook.widgets.parts.heart import keep_alive
+from swarm_notebook.widgets.parts.traits import String
 
 if TYPE_CHECKING:
     from swarm_notebook.swarm import Swarm
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -51,11 +52,11 @@ def action(method: Method) -> Method:
 class Widget(anywidget.AnyWidget):
     """Base class of the widgets; unknown keywords are a TypeError."""
 
-    error = traitlets.Unicode(help="What went wrong last; empty if nothing.").tag(sync=True)
+    error: String = traitlets.Unicode(help="What went wrong last; empty if nothing.").tag(sync=True)
     NEEDS_SWARM: ClassVar[bool] = True  # whether a view is over when the notebook leaves its swarm
     GO_ON: ClassVar[str] = "connect again (%swarm connect) and run this cell anew"
 
-    gone = traitlets.Unicode(help="Why this cannot go on; empty if it can.").tag(sync=True)
+    gone: String = traitlets.Unicode(help="Why this cannot go on; empty if it can.").tag(sync=True)
 
     def __init_subclass__(cls, *, module: str | None = None, **options: Any) -> None:
         if module is not None:

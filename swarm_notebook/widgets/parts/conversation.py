@@ -46,7 +46,7 @@ class Conversation:
 
     def __init__(self) -> None:
         self._root = Turn({})
-        self.version = 0
+        self.version: int = 0
 
     @property
     def path(self) -> list[Turn]:

@@ -12,7 +12,7 @@ import time
 import weakref
 from typing import Any, Protocol
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # `js/src/dom.js` waits for four of these: a cell that holds Python's lock for so long is rare.
 BEAT_SECONDS = 3.0

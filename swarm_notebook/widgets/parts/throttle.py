@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 PERIOD = 0.04  # 25 times a second: an eye sees no steps
 _PATIENCE = 1.0  # how long the thread waits for more before it ends

@@ -11,6 +11,7 @@ import traitlets
 
 from swarm_notebook.client.telemetry import Failover, Subscription
 from swarm_notebook.widgets.parts.base import Widget
+from swarm_notebook.widgets.parts.traits import Flag, MaybeReal, Real, String, Whole
 from swarm_notebook.widgets.training.curves import as_html
 from swarm_notebook.widgets.training.record import TrainingRecord
 
@@ -25,32 +26,38 @@ TOLD = 5  # failovers that are shown in words
 class TrainingView(Widget, module="monitor"):
     """The curves and facts of one run at a time; `_changing` guards its record and its state."""
 
-    state = traitlets.Unicode("ready").tag(sync=True)
-    step = traitlets.Int(help="the last one that was logged").tag(sync=True)
-    total = traitlets.Int(0, help="0: unknown").tag(sync=True)
-    names = traitlets.List(traitlets.Unicode(), help="of the curves").tag(sync=True)
+    state: String = traitlets.Unicode("ready").tag(sync=True)
+    step: Whole = traitlets.Int(help="the last one that was logged").tag(sync=True)
+    total: Whole = traitlets.Int(0, help="0: unknown").tag(sync=True)
+    names: traitlets.List[str] = traitlets.List(traitlets.Unicode(), help="of the curves").tag(
+        sync=True
+    )
     points = traitlets.List(
         traitlets.List(), help="[step, value or null per name], thinned out"
     ).tag(sync=True)
     runs: traitlets.List[dict[str, Any]] = traitlets.List(
         help="runs before this one: name, names, points"
     ).tag(sync=True)
-    run_name = traitlets.Unicode("run 1").tag(sync=True)
-    smoothing = traitlets.Float(
+    run_name: String = traitlets.Unicode("run 1").tag(sync=True)
+    smoothing: Real = traitlets.Float(
         0.0, help="weight of what came before in the mean that is drawn, 0 to 0.99"
     ).tag(sync=True)
-    outcome = traitlets.Unicode(help="of a run that was stopped: whether it was saved").tag(
+    outcome: String = traitlets.Unicode(help="of a run that was stopped: whether it was saved").tag(
         sync=True
     )
-    alarm = traitlets.Unicode(help="a value that is no number").tag(sync=True)
-    elapsed = traitlets.Float(help="seconds, without pauses").tag(sync=True)
-    tokens = traitlets.Int().tag(sync=True)
-    speed = traitlets.Float(None, allow_none=True, help="tokens per second").tag(sync=True)
-    retries = traitlets.Int(help="requests that were repeated").tag(sync=True)
-    failovers = traitlets.Int(help="servers lost, once per step").tag(sync=True)
-    told = traitlets.List(traitlets.Unicode(), help="the last failovers").tag(sync=True)
-    saves = traitlets.Bool(help="stopping saves").tag(sync=True)
-    background = traitlets.Bool(help="started by run").tag(sync=True)
+    alarm: String = traitlets.Unicode(help="a value that is no number").tag(sync=True)
+    elapsed: Real = traitlets.Float(help="seconds, without pauses").tag(sync=True)
+    tokens: Whole = traitlets.Int().tag(sync=True)
+    speed: MaybeReal = traitlets.Float(None, allow_none=True, help="tokens per second").tag(
+        sync=True
+    )
+    retries: Whole = traitlets.Int(help="requests that were repeated").tag(sync=True)
+    failovers: Whole = traitlets.Int(help="servers lost, once per step").tag(sync=True)
+    told: traitlets.List[str] = traitlets.List(traitlets.Unicode(), help="the last failovers").tag(
+        sync=True
+    )
+    saves: Flag = traitlets.Bool(help="stopping saves").tag(sync=True)
+    background: Flag = traitlets.Bool(help="started by run").tag(sync=True)
 
     NEEDS_SWARM = False  # what a run has logged stays true
 

@@ -54,11 +54,14 @@ class SessionCache(Cache):
 
     granule = 1
 
+    start: int
+    end: int
+
     def __init__(self, start: int, end: int):
         super().__init__(layers=[])
         self.start, self.end = start, end
-        self.rows = 0
-        self.capacity = 0
+        self.rows: int = 0
+        self.capacity: int = 0
         self._lengths = [0] * (end - start)
         # Of every block, ``[rows, heads, capacity, head size]``.
         self._keys: list[torch.Tensor | None] = [None] * (end - start)
