@@ -1,1 +1,1 @@
-"""What a process keeps: values that go by their last use, and a heap that is given back."""
+"""What a process keeps: values that go by their last use, a heap that is given back, huge pages."""

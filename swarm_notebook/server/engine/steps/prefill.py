@@ -6,10 +6,18 @@ whole step. So nothing is left to put together when the last one is done.
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
+from swarm_notebook.server.engine.steps.session_state import (
+    BatchItem,
+    SessionState,
+    run_one,
+    run_where_it_is,
+)
+from swarm_notebook.server.memory.host import empty
 
 
 class ChunkedPrefill:
@@ -36,16 +44,23 @@ class ChunkedPrefill:
     def run(self, positions: int) -> None:
         """In the torch thread: compute the next ``positions``."""
         begin, end = self.computed, self.computed + positions
-        found = run_one(BatchItem(self._state, self._step, self._position, begin, end))
+        item = BatchItem(self._state, self._step, self._position, begin, end)
         if positions == self._step.length:
-            self.outputs = found
+            self.outputs = run_one(item)
         else:
-            missing = [self._step.unwanted, *[0] * (len(found) - 1)]
-            if not self.outputs:
-                self.outputs = list(map(self._whole, found, missing))
-            for whole, chunk, first in zip(self.outputs, found, missing, strict=True):
-                whole[:, max(begin - first, 0) : max(end - first, 0)] = chunk
+            began = time.perf_counter()
+            self._put(run_where_it_is(item), begin, end)
+            self._step.times.compute += time.perf_counter() - began
         self.computed = end
 
+    def _put(self, found: list[torch.Tensor], begin: int, end: int) -> None:
+        """Write the outputs of positions ``[begin, end)`` to their places."""
+        missing = [self._step.unwanted, *[0] * (len(found) - 1)]
+        if not self.outputs:
+            self.outputs = list(map(self._whole, found, missing))
+        for whole, chunk, first in zip(self.outputs, found, missing, strict=True):
+            whole[:, max(begin - first, 0) : max(end - first, 0)] = chunk
+
     def _whole(self, chunk: torch.Tensor, missing: int) -> torch.Tensor:
-        return chunk.new_empty(chunk.shape[0], self._step.length - missing, *chunk.shape[2:])
+        shape = (chunk.shape[0], self._step.length - missing, *chunk.shape[2:])
+        return empty(shape, chunk.dtype)

@@ -22,6 +22,7 @@ from swarm_notebook.server.engine.attention.batch import Part
 from swarm_notebook.server.engine.kv.cache import SessionCache, grown_capacity
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.memory.host import to_host
 
 
 class SessionState:
@@ -183,20 +184,31 @@ class BatchItem:
 def run_one(item: BatchItem) -> list[torch.Tensor]:
     """The outputs of an item by itself, on the CPU; without positions that nobody gets.
 
+    Raises: as `run_where_it_is`.
+    """
+    began = time.perf_counter()
+    # Here and not where it is packed: nobody else's answer waits for the card meanwhile.
+    outputs = [to_host(output) for output in run_where_it_is(item)]
+    item.step.times.compute += time.perf_counter() - began
+    return outputs
+
+
+def run_where_it_is(item: BatchItem) -> list[torch.Tensor]:
+    """As `run_one`, on the device that computes it, which is done then.
+
     Raises:
         ServerBusy: the card has no memory left for it.
     """
-    began = time.perf_counter()
     try:
         outputs = item.state.run(item.step, item.position, item.begin, item.end)
     except torch.OutOfMemoryError:
         raise no_memory(item.step) from None
+    if item.state.span.device.type == "cuda":
+        # Even if nothing of it is wanted: how long it takes decides how much is computed at once.
+        torch.cuda.current_stream().synchronize()
     unwanted = item.step.unwanted - item.begin
     if unwanted > 0:
         outputs[0] = outputs[0][:, unwanted:]
-    # Here and not where it is packed: nobody else's answer waits for the card meanwhile.
-    outputs = [output.cpu() for output in outputs]
-    item.step.times.compute += time.perf_counter() - began
     return outputs
 
 
