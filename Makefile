@@ -5,7 +5,7 @@
 #             which is a mark: .venv/bin/pytest -m wire (or swarm, notebook, browser, gpu)
 # make docs   the site, in build/site/
 # make release   wheel and sdist in dist/, checked, and tried in an environment of their own
-# make foreign  PEFT's own tests of decoder models, on remote ones (K=llama)
+# make foreign  PEFT's and nnsight's own tests on remote models, TRL's trainers, a real Petals
 # make quantisers  checkpoints of bitsandbytes, compressed-tensors and torchao, with these libraries
 # make chaos  ten minutes (SECONDS=600, SEED=0) of faults while notebooks work, and a table of pauses
 # make places  five minutes (SECONDS=300, SEED=0) of servers that come and go and choose their blocks
@@ -30,7 +30,8 @@ IN_ORDER := -n 3 $(BY_FILE) --no-loadscope-reorder
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab docs release test unit foreign quantisers chaos places hostile lint format outputs screenshots clean
+.PHONY: demo lab docs release test unit foreign foreign-peft foreign-nnsight foreign-trl \
+  foreign-petals quantisers chaos places hostile lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -65,17 +66,42 @@ release: $(READY)
 hostile: $(READY)
 	$(OFFLINE) $(BIN)/python tests/hostile.py --seconds $(or $(SECONDS),10) --seed $(or $(SEED),0)
 
-# PEFT's own tests, of the version that is installed, on remote models: downloaded, never kept.
-# K="llama and training" runs some of them.
-foreign: $(READY)
-	rm -rf .venv/foreign && mkdir .venv/foreign
-	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: -c constraints.txt \
-	  --dest .venv/foreign peft
-	tar xzf .venv/foreign/peft-*.tar.gz -C .venv/foreign --strip-components 1
-	touch .venv/foreign/tests/__init__.py
-	cd .venv/foreign && $(OFFLINE) PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(CURDIR)/$(BIN)/python -m pytest \
-	  -q -p no:cacheprovider -p foreign.peft_on_remote -W ignore --rootdir . -c /dev/null --tb=line \
+# Other projects' tests, of the versions that are installed, on remote models: downloaded, never
+# kept. WHAT="peft nnsight" runs some of them; K="llama and training" some of PEFT's (llama
+# alone: six minutes; K=for is all families). TRL and Petals, which nothing else here needs, are
+# installed beside the environment; Petals wants Python 3.11 and, with the torch of its time, 6 GB.
+FOREIGN := $(CURDIR)/.venv/foreign
+ELSEWHERE := $(OFFLINE) HF_HUB_CACHE=$(FOREIGN)/hub PYTHONPATH=$(CURDIR):$(CURDIR)/tests:$(FOREIGN)/trl \
+  $(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider -W ignore -c /dev/null --tb=short
+SOURCES = rm -rf $(FOREIGN)/$(1) && mkdir -p $(FOREIGN)/$(1) && \
+  $(BIN)/python -m pip download --quiet --no-deps --no-binary :all: -c constraints.txt \
+  --dest $(FOREIGN)/$(1) $(1) && \
+  tar xzf $(FOREIGN)/$(1)/$(1)-*.tar.gz -C $(FOREIGN)/$(1) --strip-components 1
+# Those of nnsight that ask for GPT-2.
+OF_GPT2 := $(addprefix tests/test_,batching.py deprecations.py editing.py envoy.py language.py \
+  memory.py modeling.py ndif.py serialization.py source.py)
+
+foreign: $(addprefix foreign-,$(or $(WHAT),peft nnsight trl petals))
+
+foreign-peft: $(READY)
+	$(call SOURCES,peft)
+	touch $(FOREIGN)/peft/tests/__init__.py
+	cd $(FOREIGN)/peft && $(ELSEWHERE) -p foreign.peft_on_remote --rootdir . \
 	  -k "$(or $(K),llama)" tests/test_decoder_models.py
+
+foreign-nnsight: $(READY)
+	$(call SOURCES,nnsight)
+	cd $(FOREIGN)/nnsight && for where in --on-local --on-remote; do $(ELSEWHERE) \
+	  -p foreign.nnsight_on_remote $$where --known=$(FOREIGN)/nnsight.json --rootdir . $(OF_GPT2) \
+	  || exit 1; done
+
+foreign-trl: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(FOREIGN)/trl 'trl==1.16.0'
+	$(ELSEWHERE) --noconftest tests/foreign/trl_on_remote.py
+
+foreign-petals: $(READY)
+	tests/foreign/install-petals $(FOREIGN)/petals $(CURDIR)/$(BIN)/python
+	PETALS=$(FOREIGN)/petals $(ELSEWHERE) --noconftest tests/foreign/petals_both_ways.py
 
 # In a folder of their own: torchao alone changes what transformers imports.
 quantisers: $(READY)

@@ -1,8 +1,9 @@
 """Lets nnsight's own tests of GPT-2 run on a remote model (a plugin of pytest).
 
 They ask the Hub for GPT-2; a cache is laid in its place that has a tiny random one, with as many
-blocks. Run first with ``--on-local``, which holds that model locally and writes which tests pass
-(many want the real one's words); then without, on the same model served inside of this process.
+blocks. Run first with ``--on-local``, which holds that model locally and writes which tests fail
+(many want the real one's words); then with ``--on-remote``, on the same model served inside of this
+process.
 A test that passes locally and fails on the remote model is unexpected, unless its error is one of
 `refused.txt`.
 """
@@ -42,6 +43,7 @@ _failed: list[str] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--on-local", action="store_true", help="hold the model locally")
+    parser.addoption("--on-remote", action="store_false", dest="on_local", help="the default")
     parser.addoption("--known", type=Path, required=True, help="where the results are kept")
 
 

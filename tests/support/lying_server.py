@@ -24,15 +24,15 @@ Lie = Callable[[Stream, PackedMessage], Awaitable[None]]
 
 
 class LyingServer:
-    """Announces all blocks of a model, and to be faster than anybody else."""
+    """Announces blocks of a model, all or some, and to be faster than anybody else."""
 
     lie: Lie
     back: Lie  # of backward passes
     info: bytes
 
-    def __init__(self, peers: Sequence[str], prefix: str, num_blocks: int):
+    def __init__(self, peers: Sequence[str], prefix: str, end: int, start: int = 0):
         self._network = LoopThread()
-        self._peers, self._prefix, self._num_blocks = list(peers), prefix, num_blocks
+        self._peers, self._prefix, self._blocks = list(peers), prefix, range(start, end)
         facts = protocol.pack_metadata({"sessions": 0})
         self.info = runtime_pb2.ExpertInfo(serialized_info=facts).SerializeToString()
 
@@ -64,8 +64,8 @@ class LyingServer:
             torch_dtype="float32",
             swarm_notebook=protocol.PROTOCOL_VERSION,
         )
-        count = self._num_blocks
-        keys = [protocol.block_uid(self._prefix, index) for index in range(count)]
+        count = len(self._blocks)
+        keys = [protocol.block_uid(self._prefix, index) for index in self._blocks]
         await self._node.dht.store_many(
             keys,
             [boast.to_record()] * count,

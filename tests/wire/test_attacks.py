@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hivemind.p2p import P2PHandlerError
 from support import attacks
 from support.attacks import BARE, Attack, Target
+from support.hosting import HostedSwarm
 from support.memory import Peak
 from support.patience import wait_until
 from support.raw_wire import RawClient, ServerProcess
 from support.tiny import tiny_model
 
 from swarm_notebook.errors import BadRequest, ServerBusy
+from swarm_notebook.net.wire import conduct
 from swarm_notebook.net.wire.stream_server import STREAM_BYTES
 
 BUDGET, BEYOND = 64 << 20, 64 << 20
@@ -100,3 +103,28 @@ def test_frames_that_would_grow_and_who_sends_them_is_heard_late(target: Setting
         assert "late" not in str(error)
     finally:
         honest.close()
+
+
+def test_who_never_stops_is_cut_off_and_nobody_else(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its streams end unread and its calls are refused; what others ask is answered."""
+    monkeypatch.setattr(conduct, "CUT_AFTER", 0.0)
+    with HostedSwarm(tiny_llama, [(0, 5)]) as servers:
+        peer, peers = servers.servers[0].peer, servers.initial_peers
+        flood, honest = RawClient(peers), RawClient(peers)
+        try:
+            made = Target(flood.node, peer, tiny_llama.name, (0, 5), 48, 0.0, tokens=256)
+            flood.run(attacks.malformed(made, int(conduct.FREE_REFUSALS) + 8))
+            errors = flood.run(attacks.malformed(made, 8))
+            assert len(errors) == 8
+            assert all(isinstance(error, BARE) for error in errors)
+            with pytest.raises(P2PHandlerError, match="busy: this peer is cut off"):
+                flood.run(flood.info(peer))
+            (error,) = honest.run(attacks.malformed(replace(made, node=honest.node), 1))
+            assert isinstance(error, BadRequest)
+            assert "late" not in str(error)
+            assert honest.run(honest.info(peer))["traffic_bytes_held"] < 1 << 20
+        finally:
+            flood.close()
+            honest.close()

@@ -378,6 +378,9 @@ class Hop:
         except streams.TRANSPORT_ERRORS as error:
             raise ServerGone(f"{self} {gone(error)}") from None
         except streams.BadFrame as error:
+            # Nothing behind it can be read: the other parts of a prompt are not to wait for that.
+            if self._stream is not None:
+                self._stream.abort()
             raise ServerFailed(f"{self} sent no readable answer: {error}") from None
 
     @contextlib.contextmanager

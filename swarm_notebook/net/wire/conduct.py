@@ -6,6 +6,9 @@ each is forgiven in time; beyond, the peer is heard late: what it begins waits, 
 before anything of it is read. Its refusals say so. Nothing else is late: not its sessions that are
 open, nor anybody else.
 
+Who goes on so for long, though late and told so, is cut off for a while: what it begins ends at
+once, unread.
+
 What a peer still sends after a refusal is thrown away, at a bounded pace for each peer: faster, and
 a frame that nobody wants would cost what one costs that somebody does.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import resource
 from collections import deque
 from dataclasses import dataclass
@@ -23,6 +27,8 @@ from swarm_notebook.errors import BadRequest, NotAMember, ServerBusy
 
 if TYPE_CHECKING:
     from swarm_notebook.net.wire.streams import Stream
+
+logger = logging.getLogger(__name__)
 
 # Whoever tries out what a server takes by hand meets fewer in a minute, and a notebook, which
 # avoids a server that refuses it, meets one of each kind.
@@ -36,6 +42,10 @@ LATE_SECONDS = 0.02
 LONGEST_TURN = 10.0
 # A server that is busy is no fault of who asks; who asks without end is a flood nevertheless.
 BUSY_WEIGHT = 0.25
+# A minute of refusals that are all late: a notebook leaves a server that refuses it within seconds.
+CUT_AFTER = 60.0
+# Long enough that coming back is not worth a stream, short enough for who has mended a fault.
+CUT_SECONDS = 600.0
 # What was read for nothing counts as well: a refusal more for every MiB.
 REFUSED_BYTES = 1 << 20
 # Peers that are remembered, of 200 bytes each; then those go that have least to be forgiven.
@@ -48,12 +58,19 @@ MAX_LINGERING = 1024
 
 @dataclass(slots=True)
 class _Record:
-    """One peer's refusals at a moment, and until when it is kept waiting for each of two things."""
+    """One peer's refusals at a moment, and until when it is kept waiting for each of two things.
+
+    Attributes:
+        late: since when it has been late without a break; 0 if it is not.
+        cut: until when it is cut off.
+    """
 
     refusals: float = 0.0
     when: float = 0.0
     heard: float = 0.0
     discarded: float = 0.0
+    late: float = 0.0
+    cut: float = 0.0
 
 
 class Conduct:
@@ -78,6 +95,23 @@ class Conduct:
         now, record = _now(), self._record(peer)
         left = _left(record, now) + weight + read / REFUSED_BYTES
         record.refusals, record.when = min(left, MOST_REFUSALS), now
+        if left <= FREE_REFUSALS:
+            record.late = 0.0
+        elif not record.late:
+            record.late = now
+        elif now - record.late >= CUT_AFTER and now >= record.cut:
+            record.cut = now + CUT_SECONDS
+            logger.warning(
+                "cut off peer %s for %.0f s: refused for %.0f s on end, though heard late",
+                peer,
+                CUT_SECONDS,
+                now - record.late,
+            )
+
+    def cut_off(self, peer: str) -> bool:
+        """Whether nothing of a peer is heard at present."""
+        record = self._records.get(peer)
+        return record is not None and _now() < record.cut
 
     def told(self, peer: str) -> str:
         """What a refusal says besides, to a peer that is heard late; else nothing."""
@@ -139,7 +173,7 @@ class Conduct:
         if record is None:
             if len(self._records) >= MAX_PEERS:
                 now = _now()
-                kept = sorted(self._records.items(), key=lambda item: _left(item[1], now))
+                kept = sorted(self._records.items(), key=lambda item: _worth(item[1], now))
                 self._records = dict(kept[MAX_PEERS // 2 :])
             record = self._records[peer] = _Record()
         return record
@@ -151,3 +185,8 @@ def _now() -> float:
 
 def _left(record: _Record, now: float) -> float:
     return max(0.0, record.refusals - (now - record.when) * FORGIVEN_PER_SECOND)
+
+
+def _worth(record: _Record, now: float) -> tuple[bool, float]:
+    """How much there is to remember of a peer."""
+    return now < record.cut, _left(record, now)

@@ -81,6 +81,9 @@ async def add_stream_handler(
             _serving.add(task)
             task.add_done_callback(_serving.discard)
         peer = info.peer_id.to_base58()
+        if known.cut_off(peer):
+            writer.transport.abort()
+            return
         base, account = traffic.open(peer), traffic.open(peer)
         stream = Stream(
             reader, writer, peer, max_frame, max_fields=MAX_REQUEST_FIELDS, account=account

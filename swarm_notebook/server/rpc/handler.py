@@ -327,6 +327,8 @@ class Handler:
 
         async def call(data: bytes, peer: PeerID) -> bytes:
             name = peer.to_base58()
+            if self._conduct.cut_off(name):
+                raise _WireError(ServerBusy("this peer is cut off: it was refused for too long"))
             account, late = self._traffic.open(name), self._conduct.told(name)
             try:
                 self._check_member(data, peer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from support.scene import TOLERANCE, AtToken, Scene, generate, scene
 import swarm_notebook as sn
 from swarm_notebook.client.servers import directory as directory_module
 from swarm_notebook.errors import BadRequest, CacheFull, MissingBlocks, SessionLost
-from swarm_notebook.net.wire import tensors
+from swarm_notebook.net.wire import streams, tensors
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.net.wire.streams import Stream
+from swarm_notebook.net.wire.traffic import Traffic
 
 
 def answer(*outputs: torch.Tensor) -> Lie:
@@ -217,6 +220,51 @@ def test_nobody_but_a_liar(stage: Stage) -> None:
     finally:
         directory.patience = patience
         stage.scene.heal()
+
+
+def test_liars_that_never_end_their_answers_cost_a_pause_together(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks have liars that begin answers as large as they may be and never end them.
+
+    What the notebook holds for all of them stays within its budget, of which one gets half; the
+    text goes on with the honest server, whose answers need room, too.
+    """
+    monkeypatch.setattr(streams, "STALLED_SECONDS", 2.0)
+    monkeypatch.setattr(streams, "SLOWEST_BYTES", 1 << 20)
+    rows, length, total = 8, 200, 2 << 20
+    held: list[int] = []
+    with scene(tiny_llama, [(0, 5)]) as made, ExitStack() as stack:
+        directory = made.swarm.connection.directory
+        budget = directory.node.answers = Traffic(total)
+
+        async def begin(stream: Stream, _request: PackedMessage) -> None:
+            packed = tensors.pack(torch.zeros(rows, length, 48))
+            data = PackedMessage(tensors=[packed]).to_bytes()
+            stream._writer.write(b"\x00" + len(data).to_bytes(8, "big") + data[: 1 << 17])
+            for _ in range(100):
+                held.append(budget.held)
+                await asyncio.sleep(0.02)
+
+        peers = made.local.initial_peers
+        spans = [(0, 2), (2, 4), (4, 5)]
+        liars = [LyingServer(peers, directory.prefix, end, start) for start, end in spans]
+        for liar in liars:
+            stack.enter_context(liar)
+            liar.lie = begin
+
+        def tempted() -> bool:
+            made.swarm.status()
+            directory.rtt.update({liar.peer_id: 0.0 for liar in liars})
+            return [hop.name for hop in made.swarm.route().hops] == [NAME] * len(liars)
+
+        wait_until(tempted)
+        ids = made.ids(rows, length)
+        ours = generate(made.remote, ids)
+        assert total // 2 < max(held) <= total
+        made.same(ours, generate(made.reference, ids))
+        assert made.sessions[-1].failovers >= 2
+        wait_until(lambda: budget.held == 0)
 
 
 def test_a_ping_answered_with_rubbish_does_not_keep_others_from_connecting(

@@ -55,6 +55,30 @@ def test_who_goes_on_is_heard_late_and_told_so_and_nobody_else(clock: list[float
     assert known.told("another") == ""
 
 
+def test_who_never_stops_is_cut_off_for_a_while(clock: list[float]) -> None:
+    known = Conduct()
+    for _ in range(int(conduct.CUT_AFTER) + 1):
+        assert not known.cut_off("flood")
+        refuse(known, "flood", 2 * FREE_REFUSALS)
+        clock[0] += 1.0
+    assert known.cut_off("flood")
+    assert not known.cut_off("another")
+    for number in range(MAX_PEERS):
+        refuse(known, f"crowd {number}", 1)
+    clock[0] += conduct.CUT_SECONDS - 2.0
+    assert known.cut_off("flood")
+    clock[0] += 2.0
+    assert not known.cut_off("flood")
+
+
+def test_who_pauses_is_not_cut_off(clock: list[float]) -> None:
+    known = Conduct()
+    for _ in range(20):
+        refuse(known, "clumsy", 2 * FREE_REFUSALS)
+        clock[0] += conduct.CUT_AFTER
+    assert not known.cut_off("clumsy")
+
+
 def test_all_is_forgiven_in_time(clock: list[float]) -> None:
     known = Conduct()
     refuse(known, "flood", 10 * MOST_REFUSALS)
