@@ -72,7 +72,7 @@ class Identity:
                 Encoding.DER, PublicFormat.SubjectPublicKeyInfo
             )
         packed = crypto_pb2.PublicKey(key_type=message.key_type, data=public).SerializeToString()
-        self.peer_id = _peer_of(packed)
+        self.peer_id: PeerID = _peer_of(packed)
         self.stated_key = b"" if len(packed) <= _INLINE_BYTES else packed
 
     @classmethod

@@ -33,6 +33,7 @@ class HiddenStates:
 
     blocks: list[int]
     key: Key
+    manifest: dict[str, Any] | None
     subject: Subject | None
 
     def __init__(

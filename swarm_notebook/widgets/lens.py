@@ -71,7 +71,9 @@ class LensWidget(Widget, module="lens"):
         sync=True
     )
     ranking: Flag = traitlets.Bool(help="ranks are being computed").tag(sync=True)
-    colour = traitlets.Enum(["probability", "entropy", "rank"], "probability").tag(sync=True)
+    colour: traitlets.Enum[str] = traitlets.Enum(
+        ["probability", "entropy", "rank"], "probability"
+    ).tag(sync=True)
     selected: traitlets.List[int] = traitlets.List(traitlets.Int()).tag(sync=True)
 
     def __init__(

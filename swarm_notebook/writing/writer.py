@@ -65,12 +65,12 @@ class Writer:
         alternatives: int = ALTERNATIVES,
     ):
         self.model = model
-        self.draft = Draft()
+        self.draft: Draft = Draft()
         self.state: State = "idle"
-        self.read = 0
+        self.read: int = 0
         self.error: Exception | None = None
         self.timing: Timing | None = None
-        self.finished = False
+        self.finished: bool = False
         self._on_change = on_change or (lambda: None)
         self._alternatives = alternatives
         self._keys = KeysAndValues(model)

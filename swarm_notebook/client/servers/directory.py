@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -267,11 +268,11 @@ class Directory:
         self.health.forget(peer)
         self.crowd.forget(peer)
 
-    async def info(self, peer: str) -> dict:
+    async def info(self, peer: str) -> dict[str, Any]:
         """The server's answer to rpc_info; room in the cache of ours is in tokens."""
         return await ask(self.node, peer)
 
-    async def try_info(self, peer: str) -> dict | None:
+    async def try_info(self, peer: str) -> dict[str, Any] | None:
         """`info`, or None if no readable answer comes within `PING_TIMEOUT`."""
         refused: list[NotAMember] = []
         found = await try_ask(self.node, peer, refused)

@@ -164,6 +164,11 @@ class Hop:
     segment: RouteSegment
     start: int
     end: int
+    sending: asyncio.Lock
+    receiving: asyncio.Lock
+    position: int
+    counted: int
+    rows: int
 
     def __init__(self, segment: RouteSegment, directory: Directory, max_length: int):
         self.segment, self.start, self.end = segment, segment.start, segment.end

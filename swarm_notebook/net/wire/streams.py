@@ -99,6 +99,8 @@ class Stream:
     peer: str
     max_frame: int
     arriving: int
+    size: int
+    unanswered: int
 
     def __init__(
         self,

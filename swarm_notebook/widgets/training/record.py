@@ -27,7 +27,8 @@ class TrainingRecord:
 
     def __init__(self, now: float) -> None:
         self.history: list[dict[str, float]] = []
-        self.step = self.tokens = 0
+        self.step: int = 0
+        self.tokens: int = 0
         self._curves = Curves()
         self._began = now
         self._paused: float | None = None

@@ -32,7 +32,7 @@ class TrainingView(Widget, module="monitor"):
     names: traitlets.List[str] = traitlets.List(traitlets.Unicode(), help="of the curves").tag(
         sync=True
     )
-    points = traitlets.List(
+    points: traitlets.List[list[Any]] = traitlets.List(
         traitlets.List(), help="[step, value or null per name], thinned out"
     ).tag(sync=True)
     runs: traitlets.List[dict[str, Any]] = traitlets.List(
