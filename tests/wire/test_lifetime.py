@@ -95,6 +95,7 @@ def test_the_ready_line_and_the_records(swarm: Swarm) -> None:
         assert info.inference_rps is not None
         assert info.forward_rps is not None
         assert info.forward_rps > info.inference_rps > 1
+        assert info.part_tokens in (64, 128, 256, 512, 1024)
     index = swarm.client.run(swarm.client.node.dht.get(MODEL_INDEX_KEY, latest=True))
     model = parse_model_record(index.value[PREFIX].value)
     assert model is not None

@@ -91,6 +91,7 @@ class ServerInfo(BaseModel):
         weight_error: what that does to the blocks' output: mean square of the difference by mean
             square of the output.
         weight_perplexity: the whole model's perplexity at these bits, by that of its whole weights.
+        part_tokens: from how many tokens on a pass takes as long as its tokens need.
         next_pings: round trips in seconds to servers of neighbouring blocks, by peer (base58 id).
         model: the prefix of the model that the record is about.
         digest: of the checkpoint that is served, see `checkpoint.files.digest`.
@@ -110,6 +111,7 @@ class ServerInfo(BaseModel):
     network_rps: Rate | None = None
     forward_rps: Rate | None = None
     inference_rps: Rate | None = None
+    part_tokens: Annotated[int, Field(gt=0)] | None = None
     adapters: tuple[Name, ...] | list[Name] = ()
     torch_dtype: Name | None = None
     quant_type: Name | None = None

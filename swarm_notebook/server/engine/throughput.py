@@ -11,9 +11,11 @@ that are really computed, with the contexts and the batches that they have.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -31,16 +33,27 @@ MIN_RUNS = 2
 # Enough tokens for the speed of a long pass, and a context as of a conversation that begins.
 FORWARD_TOKENS = 128
 CONTEXT_TOKENS = 64
+# A pass is bound by its tokens where twice as many take about twice as long. On an H200 32 blocks
+# of an 8B model take 20 to 25 ms for however few: so long their kernels are launched.
+TWICE = 1.8
+FEWEST_TOKENS, MOST_TOKENS = 64, 1024
+PASS_TRIES = 3
 # The newest value's weight in a running mean: half is forgotten after 34 calls.
 _NEWEST = 0.02
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Tokens per second through one block."""
+    """Tokens per second through one block.
+
+    Attributes:
+        part_tokens: from how many tokens on a pass is bound by them, and not by what every pass
+            costs: parts of a long prompt that are smaller are slower in all.
+    """
 
     inference_rps: float
     forward_rps: float
+    part_tokens: int = FEWEST_TOKENS
 
     def of_span(self, blocks: int) -> float:
         """Tokens per second of a request that uses half of the blocks, as requests do on average.
@@ -70,7 +83,44 @@ def measure(span: Span, hidden_size: int, batching: Batching | None = None) -> T
     steps = _rate(step)
     if batching is not None and batching.decoding is not None:
         steps = max(steps, _rate_of_graphs(span, long, batching))
-    return Throughput(steps, FORWARD_TOKENS * _rate(forward))
+    forwards = FORWARD_TOKENS * _rate(forward)
+    return Throughput(steps, forwards, bound_from(partial(_pass_seconds, span, hidden_size)))
+
+
+def bound_from(seconds: Callable[[int], float]) -> int:
+    """The fewest tokens, a power of two, of which twice as many take about twice as long.
+
+    Args:
+        seconds: how long a pass of so many tokens takes.
+    """
+    tokens, taken = FEWEST_TOKENS, seconds(FEWEST_TOKENS)
+    # What takes that long has long been bound by its tokens.
+    while tokens < MOST_TOKENS and taken < SECONDS:
+        longer = seconds(2 * tokens)
+        if longer >= TWICE * taken:
+            break
+        tokens, taken = 2 * tokens, longer
+    return tokens
+
+
+def _pass_seconds(span: Span, hidden_size: int, tokens: int) -> float:
+    """How long the first block takes for so many tokens, which are where it is.
+
+    For ever, if there is no room for them beside the sessions' cache.
+    """
+    hidden = torch.zeros(1, tokens, hidden_size, dtype=span.dtype, device=span.device)
+
+    def run() -> float:
+        began = time.perf_counter()
+        span.run(span.start, span.start + 1, hidden)[0][:, -1:].cpu()
+        return time.perf_counter() - began
+
+    try:
+        run()
+        return min(run() for _ in range(PASS_TRIES))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return math.inf
 
 
 def _rate_of_graphs(span: Span, long: torch.Tensor, batching: Batching) -> float:
@@ -94,12 +144,13 @@ class RateMeter:
     """The rates as they are now, told of every step and prefill chunk by `worker`."""
 
     def __init__(self, measured: Throughput):
+        self._part_tokens = measured.part_tokens
         self._step_seconds = 1 / measured.inference_rps
         self._token_seconds = 1 / measured.forward_rps
 
     @property
     def rates(self) -> Throughput:
-        return Throughput(1 / self._step_seconds, 1 / self._token_seconds)
+        return Throughput(1 / self._step_seconds, 1 / self._token_seconds, self._part_tokens)
 
     def ran(self, task: Task, seconds: float) -> None:
         """A call of the blocks took so many seconds; of a batch, one task is given."""

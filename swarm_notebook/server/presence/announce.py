@@ -78,6 +78,7 @@ def describe(
         version=__version__,
         inference_rps=rates.inference_rps if rates else None,
         forward_rps=rates.forward_rps if rates else None,
+        part_tokens=rates.part_tokens if rates else None,
         torch_dtype=options.dtype,
         using_relay=False,
         next_pings=dict(pings) if pings else None,

@@ -138,16 +138,38 @@ def test_a_long_prompt_keeps_all_servers_busy(
 
 
 def test_parts_are_large_enough_for_the_server() -> None:
-    def tokens(single: float | None, many: float | None) -> int:
+    def span(
+        single: float | None = None, many: float | None = None, said: int | None = None
+    ) -> ServerSpan:
         info = ServerInfo(
-            state=ServerState.ONLINE, throughput=1.0, inference_rps=single, forward_rps=many
+            state=ServerState.ONLINE,
+            throughput=1.0,
+            inference_rps=single,
+            forward_rps=many,
+            part_tokens=said,
         )
-        return pipeline.part_tokens(ServerSpan("Qm", 0, 1, info))
+        return ServerSpan("Qm", 0, 1, info)
+
+    def tokens(*said: Any) -> int:
+        return pipeline.part_tokens(span(*said))
 
     assert tokens(1000.0, 30_000.0) == 120
     assert tokens(1000.0, 1000.0) == pipeline.MIN_PART_TOKENS
     assert tokens(1e-9, 1e300) == pipeline.MAX_PART_TOKENS
     assert tokens(None, 5.0) == tokens(0.0, 5.0) == pipeline.PART_TOKENS
+    # What a server says of it itself counts, in bounds.
+    assert tokens(1000.0, 1000.0, 1024) == 1024
+    assert tokens(None, None, 1) == pipeline.MIN_PART_TOKENS
+
+    def parts(length: int, *servers: ServerSpan) -> int:
+        return pipeline.part_count(length, 1, servers)
+
+    card, old = span(said=1024), span(1000.0, 30_000.0)
+    assert [parts(length, card) for length in (1, 1023, 2048, 3500, 8192)] == [1, 1, 2, 3, 4]
+    small = span(said=64)
+    assert [parts(length, small) for length in (512, 1024, 8192)] == [1, 2, 4]
+    assert parts(8192, old) == 1
+    assert [parts(length, card, old) for length in (1, 2048, 1 << 20)] == [1, 2, 16]
 
 
 def test_a_long_padded_prompt_with_states_asked_for(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from swarm_notebook.server.engine import throughput
 from swarm_notebook.server.engine.scheduling.scheduler import UPKEEP, Kind, Task
-from swarm_notebook.server.engine.throughput import RateMeter, Throughput
+from swarm_notebook.server.engine.throughput import RateMeter, Throughput, bound_from
 
 
 def test_the_best_of_several_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +36,16 @@ def test_steps_that_were_computed_take_the_place_of_the_first_guess() -> None:
         meter.ran(UPKEEP, 5.0)
     assert meter.rates.inference_rps == pytest.approx(100, rel=0.02)
     assert meter.rates.forward_rps == pytest.approx(2000, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "tokens"),
+    [
+        (lambda n: n / 1e5, 64),  # a CPU
+        (lambda n: 7e-4 + n / 1e7, 1024),  # a card: launching takes as long as 7,000 tokens
+        (lambda n: max(7e-4, n / 4e5), 256),
+        (lambda n: 1e-3 * n + 0.5, 64),  # slow: not tried with more
+    ],
+)
+def test_where_a_pass_is_bound_by_its_tokens(seconds: Callable[[int], float], tokens: int) -> None:
+    assert bound_from(seconds) == tokens
