@@ -275,7 +275,7 @@ def read_tensor(
 
 def check_layout(
     packed: PackedTensor, dtype: torch.dtype, shape: Sequence[int] | None, server: str
-) -> tensors.Layout:
+) -> tensors.TensorLayout:
     """Refuse a tensor that is not what was asked for, without unpacking it; else its layout."""
     try:
         layout = tensors.layout(packed)

@@ -49,7 +49,7 @@ Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Observed:
+class TextStates:
     """The states of one text.
 
     Attributes:
@@ -68,7 +68,7 @@ class _Enough(Exception):
     """Leaves the model once block 0 was given its input."""
 
 
-def observe(model: Any, ids: torch.Tensor) -> Observed:
+def observe(model: Any, ids: torch.Tensor) -> TextStates:
     """Run a text, ``[positions]``, and keep its states at all block boundaries."""
     blocks = model._runner.blocks
     states: dict[int, torch.Tensor] = {}
@@ -88,7 +88,7 @@ def observe(model: Any, ids: torch.Tensor) -> Observed:
             hooks.enter_context(block.register_forward_hook(keeper(index + 1)))
         logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits
     kept = [states[boundary][0].detach().float() for boundary in range(len(blocks) + 1)]
-    return Observed(ids, kept, logits[0].float())
+    return TextStates(ids, kept, logits[0].float())
 
 
 def nearest_entries(model: Any, state: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ def nearest_entries(model: Any, state: torch.Tensor) -> torch.Tensor:
 def invert(
     model: Any,
     source: ModelSource,
-    observed: Observed,
+    observed: TextStates,
     boundaries: Sequence[int],
     *,
     candidates: int,
@@ -146,7 +146,7 @@ class _Search:
         self,
         model: Any,
         home: Any,
-        observed: Observed,
+        observed: TextStates,
         candidates: int,
         dtype: torch.dtype,
     ):

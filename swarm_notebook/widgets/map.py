@@ -22,7 +22,7 @@ from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.pulse import start_pulse
 from swarm_notebook.widgets.parts.traits import Flag, Real, String, Whole
-from swarm_notebook.widgets.traffic import Traffic
+from swarm_notebook.widgets.traffic import NotebookTraffic
 
 if TYPE_CHECKING:
     from swarm_notebook.report.cost import ServerBill
@@ -55,7 +55,7 @@ class SwarmMap(Widget, module="map"):
         pace: ``[tokens, tokens per second, seconds per pass]``.
         bill: what was used since the notebook was attached, in one line.
         seen: what each server got from this notebook, by peer, see `account`.
-        failovers: servers that were lost, see `Traffic.failovers`.
+        failovers: servers that were lost, see `NotebookTraffic.failovers`.
         connected: whether the notebook still is.
         selected: the peer id of the row that a user has chosen, or empty.
     """
@@ -78,7 +78,7 @@ class SwarmMap(Widget, module="map"):
     selected: String = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, swarm: Swarm, **options: Any) -> None:
-        self._swarm, self._traffic, self._events = swarm, Traffic(), swarm.events()
+        self._swarm, self._traffic, self._events = swarm, NotebookTraffic(), swarm.events()
         self._status = swarm.status(refresh=False)
         self._next_facts = 0.0
         self._telling = threading.Lock()

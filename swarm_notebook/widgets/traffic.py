@@ -19,7 +19,7 @@ MAX_FAILOVERS = 20
 
 
 @dataclass
-class Loss:
+class LostServer:
     """A server that was lost, and who went on in its place.
 
     Attributes:
@@ -36,7 +36,7 @@ class Loss:
     seconds: float | None = None
 
 
-class Traffic:
+class NotebookTraffic:
     """The traffic of one notebook, as far as its events were taken in.
 
     Attributes:
@@ -47,7 +47,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.route: list[tuple[str, int, int]] = []
-        self.losses: deque[Loss] = deque(maxlen=MAX_FAILOVERS)
+        self.losses: deque[LostServer] = deque(maxlen=MAX_FAILOVERS)
         self.tokens: int = 0
         self._recent: deque[StepRecord] = deque(maxlen=256)
 
@@ -58,7 +58,7 @@ class Traffic:
                 self._pass(event)
             else:
                 when = event.when + time.time() - time.perf_counter()
-                self.losses.append(Loss(event, when, set(range(event.start, event.end))))
+                self.losses.append(LostServer(event, when, set(range(event.start, event.end))))
 
     def speed(self, now: float | None = None) -> tuple[float, float]:
         """Tokens per second in the last seconds, and seconds per pass; zeros if none passed.
@@ -112,7 +112,7 @@ def route_of_hops(hops: Iterable[HopTimes]) -> list[tuple[str, int, int]]:
     return found
 
 
-def _mend(loss: Loss, step: StepRecord) -> None:
+def _mend(loss: LostServer, step: StepRecord) -> None:
     """Note who computed a lost server's blocks after it."""
     for hop in step.hops:
         mended = loss.left & set(range(hop.start, hop.end))

@@ -1,8 +1,9 @@
-"""Imports go one way: no circles, and no arrow against the order of the rooms."""
+"""Imports go one way: no circles, and no arrow against the order of the rooms. Names stand once."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -77,3 +78,13 @@ def test_no_arrow_goes_against_the_order_of_the_rooms() -> None:
         if within(name, "server.engine") and other.partition(".")[0] == "hivemind"
     ]
     assert not wrong
+
+
+def test_one_thing_has_one_name() -> None:
+    names = Counter(
+        node.name
+        for path in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, times in names.items() if times > 1] == []

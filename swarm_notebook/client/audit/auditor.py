@@ -1,9 +1,10 @@
 """Replays finished work elsewhere, in the background, and leaves servers that answered wrong.
 
-Nothing waits for an audit: session and passes hand over what they have finished, `Choice` draws
-some of it, and one task of the network thread works it off. The *witness* that replays is drawn
-among the other servers of the same blocks, so that two friends cannot count on vouching for each
-other. When it disagrees, a second one decides, or the notebook itself where its user allows that.
+Nothing waits for an audit: session and passes hand over what they have finished, `PieceSampler`
+draws some of it, and one task of the network thread works it off. The *witness* that replays is
+drawn among the other servers of the same blocks, so that two friends cannot count on vouching for
+each other. When it disagrees, a second one decides, or the notebook itself where its user allows
+that.
 
 The server in question is never asked again. So it cannot tell audited work from other work; it can
 only be right or wrong when it answers.
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from swarm_notebook.client.audit import limits, piece
-from swarm_notebook.client.audit.choice import Choice
+from swarm_notebook.client.audit.choice import PieceSampler
 from swarm_notebook.client.audit.comparison import Errors, Result, errors_of
 from swarm_notebook.client.audit.evidence import Evidence
 from swarm_notebook.client.audit.interface import Outcomes
@@ -86,7 +87,7 @@ class Auditor:
     ):
         self._directory, self._judge, self.rate = directory, judge, rate
         self._source = source or random.SystemRandom()
-        self._choice = Choice(rate, self._source)
+        self._choice = PieceSampler(rate, self._source)
         # By peer, and whether it was a way back: who is new to gradients may lie in them alone.
         self._tried: set[tuple[str, bool]] = set()
         self._waiting: list[Piece] = []

@@ -17,7 +17,7 @@ import random
 STRANGER_TOKENS = 128.0
 
 
-class Choice:
+class PieceSampler:
     """Draws which pieces are audited.
 
     Args:

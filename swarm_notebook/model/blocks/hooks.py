@@ -107,7 +107,7 @@ def foreign_hooks(module: nn.Module) -> bool:
     )
 
 
-class Watch:
+class ChangeWatch:
     """Tells, as fast as Python can, whether anything about modules has changed since it was made.
 
     Sees modules that were added, removed or exchanged, hooks, and a ``forward`` that was planted.
@@ -159,7 +159,7 @@ def observed_inside(
     return found
 
 
-class Recorded:
+class RecordedOutputs:
     """What transformers itself records of modules inside of blocks.
 
     A decoder's ``_can_record_outputs`` names classes of modules and, for each, which part of their
@@ -251,7 +251,7 @@ class _NoNamedArguments(dict):
 
 
 def deliver(
-    name: str, module: nn.Module, output: torch.Tensor, recorded: Recorded, *, record: bool
+    name: str, module: nn.Module, output: torch.Tensor, recorded: RecordedOutputs, *, record: bool
 ) -> None:
     """Call a module's forward hooks with the output that its server captured.
 

@@ -61,7 +61,7 @@ def dropouts(block: nn.Module) -> Iterator[str]:
                 yield f"{name}.{own}"
 
 
-class Plan:
+class BlockPlan:
     """How a block is built: its modules by name, and what they compute with besides weights."""
 
     def __init__(self, block: nn.Module):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from swarm_notebook.model.blocks import hooks
-from swarm_notebook.model.blocks.intact import Plan, refuse_export
+from swarm_notebook.model.blocks.intact import BlockPlan, refuse_export
 from swarm_notebook.model.blocks.layout import Layout
 
 
@@ -32,9 +32,9 @@ class Observer:
 
     def __init__(self, blocks: Sequence[nn.Module]):
         self._blocks = blocks
-        self._plans = [Plan(block) for block in blocks]
+        self._plans = [BlockPlan(block) for block in blocks]
         self._inside: tuple[int, list[tuple[int, str, nn.Module]]] = (-1, [])
-        self._looked: tuple[Any, hooks.Watch, Observed] | None = None
+        self._looked: tuple[Any, hooks.ChangeWatch, Observed] | None = None
 
     def __deepcopy__(self, memo: dict) -> Observer:
         twin = object.__new__(Observer)
@@ -55,7 +55,7 @@ class Observer:
             if watch.unchanged:
                 return found
         # Before all is looked at: what changes meanwhile is seen the next time.
-        watch = hooks.Watch(self._blocks)
+        watch = hooks.ChangeWatch(self._blocks)
         self.check_intact(layout, thorough=not continued)
         boundaries = hooks.observed_boundaries(self._blocks, False)
         modules = self.modules(layout, injections)

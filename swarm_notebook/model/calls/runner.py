@@ -152,7 +152,7 @@ class Runner:
         """Follow the calls of the module that owns the blocks, in a list of this name."""
         self._layers_name = layers_name
         self._masks = hooks.Masks(decoder)
-        self._recorded = hooks.Recorded(decoder, self._masks)
+        self._recorded = hooks.RecordedOutputs(decoder, self._masks)
         self._rotations = Rotations(decoder, self.blocks)
         self._signature = inspect.signature(decoder.forward)
         self._forward_code = inspect.unwrap(type(decoder).forward).__code__

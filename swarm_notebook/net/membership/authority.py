@@ -39,7 +39,7 @@ from swarm_notebook.net.membership.invitation import (
     SECRET_BYTES,
     Invitation,
     Redemption,
-    Verdict,
+    Ruling,
     pack_answer,
 )
 
@@ -172,14 +172,14 @@ class Authority:
         """
         asked, now = Redemption.unpack(request), int(time.time())
         if asked is None:
-            return pack_answer(Verdict.UNKNOWN)
+            return pack_answer(Ruling.UNKNOWN)
         with self._open() as book:
             # Strangers lock nobody out of the book.
             secret = book.execute(
                 "SELECT secret FROM invitations WHERE id = ?", (asked.id,)
             ).fetchone()
             if secret is None or not asked.is_made_with(secret[0], self.swarm):
-                return pack_answer(Verdict.UNKNOWN)
+                return pack_answer(Ruling.UNKNOWN)
             book.execute("BEGIN IMMEDIATE")
             role, expires, uses, used, revoked = book.execute(
                 "SELECT role, expires, uses, used, revoked FROM invitations WHERE id = ?",
@@ -189,12 +189,12 @@ class Authority:
                 "SELECT expires, revoked, invitation FROM members WHERE key = ?", (asked.member,)
             ).fetchone()
             if revoked or (known is not None and known[1]):
-                return pack_answer(Verdict.REVOKED)
+                return pack_answer(Ruling.REVOKED)
             if known is None or known[2] != asked.id:
                 if expires < now:
-                    return pack_answer(Verdict.EXPIRED)
+                    return pack_answer(Ruling.EXPIRED)
                 if used >= uses:
-                    return pack_answer(Verdict.SPENT)
+                    return pack_answer(Ruling.SPENT)
                 book.execute("UPDATE invitations SET used = used + 1 WHERE id = ?", (asked.id,))
                 until = now + MEMBER_SECONDS
                 book.execute(
@@ -209,7 +209,7 @@ class Authority:
                         "UPDATE members SET expires = ? WHERE key = ?", (until, asked.member)
                     )
         certificate = Certificate(Role(role), until, asked.member).signed(self._key)
-        return pack_answer(Verdict.GRANTED, certificate)
+        return pack_answer(Ruling.GRANTED, certificate)
 
     def members(self) -> list[Member]:
         """All who have joined, the latest last."""

@@ -187,7 +187,7 @@ class Redemption:
         return cls(*_REQUEST.unpack(data)[1:])
 
 
-class Verdict:
+class Ruling:
     """How a redemption ends, as a byte on the wire."""
 
     GRANTED, UNKNOWN, EXPIRED, SPENT, REVOKED = range(5)

@@ -33,7 +33,7 @@ from swarm_notebook.net.membership.certificate import (
 from swarm_notebook.net.membership.invitation import (
     Invitation,
     Redemption,
-    Verdict,
+    Ruling,
     unpack_answer,
 )
 
@@ -44,9 +44,9 @@ RPC_JOIN = "TransformerConnectionHandler.rpc_join"
 REDEEM_SECONDS = 10.0
 
 _REFUSED = {
-    Verdict.UNKNOWN: "the swarm does not know it",
-    Verdict.SPENT: "as many have redeemed it as it was made for",
-    Verdict.REVOKED: "it was revoked",
+    Ruling.UNKNOWN: "the swarm does not know it",
+    Ruling.SPENT: "as many have redeemed it as it was made for",
+    Ruling.REVOKED: "it was revoked",
 }
 
 
@@ -132,7 +132,7 @@ def _granted(answer: bytes, invitation: Invitation, member: bytes) -> bytes:
             f"that of the server that redeems invitations, at most {CLOCK_SECONDS:.0f} s are "
             "allowed; set the clock of whichever is wrong (with NTP, say) and connect again"
         )
-    if verdict == Verdict.GRANTED:
+    if verdict == Ruling.GRANTED:
         if Certificate.read(certificate, invitation.swarm).member != member:
             raise InvitationError("a server has answered with somebody else's certificate")
         return certificate

@@ -110,7 +110,7 @@ def state_bytes(width: int, ours: torch.dtype, theirs: str | None, compression: 
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TensorLayout:
     """What a tensor on the wire will be when it is unpacked.
 
     Attributes:
@@ -122,7 +122,7 @@ class Layout:
     stored: torch.dtype
 
 
-def layout(packed: PackedTensor) -> Layout:
+def layout(packed: PackedTensor) -> TensorLayout:
     """The layout of a tensor, whose bytes are as many as it needs; takes no memory that stays.
 
     Raises:
@@ -135,11 +135,11 @@ def layout(packed: PackedTensor) -> Layout:
         raise BadRequest(f"no tensor that is read here has the shape {list(shape)}")
     if packed.compression == INT8:
         _check_int8(len(buffer), shape, dtype)
-        return Layout(dtype, shape, torch.int8)
+        return TensorLayout(dtype, shape, torch.int8)
     if packed.compression in codecs.CODECS:
         codecs.check(packed.compression, buffer, shape, dtype)
-        return Layout(dtype, shape, torch.uint8)
-    return Layout(dtype, shape, _stored_dtype(packed, dtype, math.prod(shape)))
+        return TensorLayout(dtype, shape, torch.uint8)
+    return TensorLayout(dtype, shape, _stored_dtype(packed, dtype, math.prod(shape)))
 
 
 def is_file(packed: PackedTensor) -> bool:
@@ -151,7 +151,7 @@ def is_file(packed: PackedTensor) -> bool:
     return found.dtype == found.stored == torch.uint8 and len(found.shape) == 1
 
 
-def unpack(packed: PackedTensor, found: Layout | None = None) -> torch.Tensor:
+def unpack(packed: PackedTensor, found: TensorLayout | None = None) -> torch.Tensor:
     """The tensor, as an own writable CPU tensor.
 
     A large one that has been received and is not compressed is made of the very bytes that came.

@@ -31,7 +31,7 @@ class _Slot:
     """A tensor of a request, still packed; its bytes match its layout."""
 
     message: PackedTensor
-    layout: tensors.Layout
+    layout: tensors.TensorLayout
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import pytest
 from swarm_notebook.client.telemetry import Failover, HopTimes, StepRecord
 from swarm_notebook.report.status import ServerRow, SwarmStatus
 from swarm_notebook.widgets.map import all_online
-from swarm_notebook.widgets.traffic import Traffic, route_of_hops
+from swarm_notebook.widgets.traffic import NotebookTraffic, route_of_hops
 
 
 def hop(name: str, start: int, end: int) -> HopTimes:
@@ -34,7 +34,7 @@ def test_a_route_through_a_server_that_is_gone_is_none() -> None:
 
 
 def test_pace_is_that_of_the_last_seconds() -> None:
-    traffic = Traffic()
+    traffic = NotebookTraffic()
     assert traffic.speed(100.0) == (0.0, 0.0)
     traffic.take([step(50.0, hop("a", 0, 5), tokens=90), step(99.0, hop("a", 0, 5))])
     traffic.take([step(100.0, hop("a", 0, 5))])
@@ -46,7 +46,7 @@ def test_pace_is_that_of_the_last_seconds() -> None:
 
 
 def test_a_loss_is_mended_by_those_who_compute_its_blocks() -> None:
-    traffic = Traffic()
+    traffic = NotebookTraffic()
     now = time.perf_counter()
     traffic.take([step(now - 1, hop("a", 0, 2), hop("b", 2, 5))])
     traffic.take([Failover("peer-b", "b", 2, 5, "is gone", now)])

@@ -11,7 +11,7 @@ import torch
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.client.audit import limits
-from swarm_notebook.client.audit.choice import Choice
+from swarm_notebook.client.audit.choice import PieceSampler
 from swarm_notebook.client.audit.comparison import Errors, compare
 from swarm_notebook.client.request import Request
 from swarm_notebook.model.judge import HomeJudge
@@ -75,7 +75,7 @@ def test_positions_that_do_not_count_do_not_count() -> None:
 
 
 def test_audits_cost_no_more_than_the_rate() -> None:
-    choice, spent, done = Choice(0.02, random.Random(0)), 0.0, 0.0
+    choice, spent, done = PieceSampler(0.02, random.Random(0)), 0.0, 0.0
     for number in range(200_000):
         length = number % 1000 + 1
         done += 10
@@ -87,12 +87,12 @@ def test_audits_cost_no_more_than_the_rate() -> None:
 def test_a_stranger_is_audited_early_and_nobody_without_a_rate() -> None:
     waits = []
     for seed in range(200):
-        choice = Choice(0.001, random.Random(seed))
+        choice = PieceSampler(0.001, random.Random(seed))
         waits.append(
             next(n for n in range(10_000) if choice.draw(1, 10, 10 * (n + 1), stranger=True))
         )
     assert 90 < sum(waits) / len(waits) < 170
-    assert not Choice(0.0).draw(10_000, 10, 10, stranger=True)
+    assert not PieceSampler(0.0).draw(10_000, 10, 10, stranger=True)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from swarm_notebook.net.membership.invitation import (
     PREFIX,
     Invitation,
     Redemption,
-    Verdict,
+    Ruling,
     is_invitation,
     unpack_answer,
 )
@@ -53,7 +53,7 @@ def redeem(swarm: Authority, invitation: Invitation, key: Ed25519PrivateKey) -> 
 def joined(swarm: Authority, role: str = "notebook") -> Credentials:
     key = Ed25519PrivateKey.generate()
     verdict, certificate = redeem(swarm, swarm.invite(role), key)
-    assert verdict == Verdict.GRANTED
+    assert verdict == Ruling.GRANTED
     return Credentials(swarm.swarm, key, certificate)
 
 
@@ -157,10 +157,10 @@ def test_an_invitation_is_redeemed_as_often_as_it_says(swarm: Authority) -> None
     invitation = swarm.invite(uses=2)
     first, second, third = (Ed25519PrivateKey.generate() for _ in range(3))
     granted = redeem(swarm, invitation, first)
-    assert granted[0] == Verdict.GRANTED
+    assert granted[0] == Ruling.GRANTED
     assert redeem(swarm, invitation, first) == granted
-    assert redeem(swarm, invitation, second)[0] == Verdict.GRANTED
-    assert redeem(swarm, invitation, third)[0] == Verdict.SPENT
+    assert redeem(swarm, invitation, second)[0] == Ruling.GRANTED
+    assert redeem(swarm, invitation, third)[0] == Ruling.SPENT
     assert len(swarm.members()) == 2
 
 
@@ -170,16 +170,16 @@ def test_what_is_not_redeemed(swarm: Authority, monkeypatch: pytest.MonkeyPatch)
     forged = Invitation(**{**invitation.__dict__, "secret": b"\0" * 16})
     unknown = Invitation(**{**invitation.__dict__, "id": b"\0" * 8})
     for wrong in (forged, unknown):
-        assert redeem(swarm, wrong, key)[0] == Verdict.UNKNOWN
+        assert redeem(swarm, wrong, key)[0] == Ruling.UNKNOWN
     for rubbish in (b"", b"\1" * 10**6, b"\2" * 73):
         answer = unpack_answer(swarm.redeem(rubbish))
         assert answer is not None
-        assert answer[0] == Verdict.UNKNOWN
+        assert answer[0] == Ruling.UNKNOWN
     swarm.revoke(str(leaked))
-    assert redeem(swarm, leaked, key)[0] == Verdict.REVOKED
+    assert redeem(swarm, leaked, key)[0] == Ruling.REVOKED
     now = time.time()
     monkeypatch.setattr(authorities.time, "time", lambda: now + 8 * 86400)
-    assert redeem(swarm, invitation, key)[0] == Verdict.EXPIRED
+    assert redeem(swarm, invitation, key)[0] == Ruling.EXPIRED
     assert not swarm.members()
 
 
