@@ -107,7 +107,8 @@ async def ensure_uploaded(
     if not segment.span.extended:
         raise Unsupported(
             f"{server_name(segment)} is a Petals server, which runs no adapters from notebooks; "
-            "use servers started with `swarm-notebook serve`"
+            f"bring its blocks home: swarm.own(slice({segment.start}, {segment.end})), or use "
+            "servers started with `swarm-notebook serve`"
         )
     # The groups of a batch come here at once: the first uploads, the others wait for it.
     async with directory.upload_locks[segment.peer]:

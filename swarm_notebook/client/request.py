@@ -146,7 +146,10 @@ def refuse_extensions(span: ServerSpan, server: str, request: Request) -> None:
     wanted = {
         "padding between or behind tokens in a cache": (request.mask is not None, without_cache),
         "positions that jump in a cache": (request.position_ids is not None, without_cache),
-        "hooks on modules inside of blocks": (bool(request.inner), "hook whole blocks"),
+        "hooks on modules inside of blocks": (
+            bool(request.inner),
+            "hook whole blocks, bring the block home (swarm.own(block))",
+        ),
         "rotary embeddings beyond the length that the model was made for": (
             request.rotary_length is not None,
             "shorten the prompt",

@@ -5,11 +5,13 @@ That is what Petals' peers consist of; Petals itself is not needed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
@@ -362,10 +364,20 @@ def test_modules_inside_are_refused(models: tuple[Any, Any]) -> None:
     remote, _ = models
     handle = remote.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     try:
-        with pytest.raises(sn.errors.Unsupported, match="modules inside of blocks"):
+        with pytest.raises(sn.errors.Unsupported, match=r"modules inside of blocks.*swarm\.own"):
             remote(torch.tensor([[3, 4, 5]]))
     finally:
         handle.remove()
+
+
+@pytest.mark.refused("Petals' servers: PEFT's adapters", "`swarm.own(block)`")
+def test_adapters_are_refused(models: tuple[Any, Any]) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    wrapped: Any = peft.get_peft_model(copy.deepcopy(models[0]), config)
+    ids = torch.tensor([[3, 4, 5]])
+    for use in (wrapped, wrapped.generate):
+        with pytest.raises(sn.errors.Unsupported, match=r"runs no adapters.*swarm\.own\(slice"):
+            use(input_ids=ids)
 
 
 def padded() -> tuple[torch.Tensor, torch.Tensor]:
