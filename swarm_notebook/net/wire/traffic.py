@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 
 from swarm_notebook.errors import ServerBusy
 
-# What is read from the wire is there up to three times: as it came, as a message, and unpacked.
+# Float16 that stands for float32 takes most: its bytes as they came, and twice as many unpacked.
+# What is not compressed is there once, made of the bytes that came, or twice while its parts are
+# joined; what is no tensor's three times while it is parsed.
 COPIES = 3
 # Longer than a pass of another peer takes; a notebook asks another server then.
 WAIT_SECONDS = 20.0

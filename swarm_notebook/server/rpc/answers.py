@@ -9,7 +9,7 @@ from __future__ import annotations
 from swarm_notebook.net.wire.traffic import COPIES, Account
 from swarm_notebook.server.engine.requests import Backward, Forward, Limits
 
-# An output is there twice: as a tensor and packed for the wire.
+# An output is there twice at the most: as a tensor, and compressed for the wire.
 _COPIES = 2
 # What a pass holds meanwhile, in hidden states: a block's input, its output, its keys and values.
 _IN_WORK = 3
