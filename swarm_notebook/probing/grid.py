@@ -28,18 +28,19 @@ _STYLE = (
   border-collapse: separate; border-spacing: 1px; margin: 4px 0; width: auto; table-layout: auto;
   font: 12px/1.5 var(--jp-code-font-family, monospace);
 }
-.sn-heat th, .sn-heat td {
+.sn-heat table th, .sn-heat table td {
   padding: 2px 8px; text-align: center; white-space: pre; border: 0; border-radius: 2px;
   color: inherit; background: none; max-width: 12em; overflow: hidden; text-overflow: ellipsis;
 }
-.sn-heat td.snh-prose {
+.sn-heat table:has(.snh-prose) th { text-align: start; }
+.sn-heat table td.snh-prose {
   text-align: start; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 75ch;
   padding: 4px 8px; font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif);
 }
-.sn-heat th { color: var(--jp-ui-font-color2, inherit); font-weight: 500; }
+.sn-heat table th { color: var(--jp-ui-font-color2, inherit); font-weight: 500; }
 /* The notebook's own stripes would shine through and be taken for values. */
 .sn-heat tbody tr:nth-child(n), .sn-heat tbody tr:hover { background: none; }
-.sn-heat tbody td {
+.sn-heat table tbody td {
   background: color-mix(
     in srgb, var(--snh-hue) calc(var(--snh-strength) * var(--snh-most)), transparent);
 }
@@ -81,7 +82,7 @@ class Legend:
             else ("--snh-low:transparent;--snh-zero:0%")
         )
         ends = (self.below, self.high) if self.below else (self.low, self.high)
-        middle = f"<span>(none: {escape(self.low)})</span>" if self.below else ""
+        middle = f"<span>no colour: {escape(self.low)}</span>" if self.below else ""
         return (
             f'<div class="snh-legend"><span>{escape(ends[0])}</span>'
             f'<span class="snh-scale" style="{style}"></span><span>{escape(ends[1])}</span>'

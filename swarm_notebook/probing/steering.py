@@ -131,7 +131,7 @@ class Sweep:
         most = max(map(abs, self.strengths)) or 1.0
         rows = [(f"{one:g}", [Cell(text, one / most, prose=True)]) for one, text in self._rows()]
         legend = Legend("0, as it is", f"{most:g} times the vector", f"-{most:g} times")
-        return as_html(self._title, [self.prompt], rows, corner="strength", legend=legend)
+        return as_html(self._title, ["text"], rows, corner="strength", legend=legend)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per strength: ``strength``, ``text``."""

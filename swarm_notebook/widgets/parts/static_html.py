@@ -19,6 +19,8 @@ _STYLE = """<style>
   in srgb, var(--jp-warn-color1, #f57c00) calc(var(--u) * 55%), transparent); }
 .snw-turn { border-left: 3px solid color-mix(in srgb, currentColor 30%, transparent);
   padding-left: .8em; }
+/* What was Markdown has lines between its paragraphs that are none of the text. */
+.snw-turn:has(> p) { white-space: normal; }
 .snw-turn > :is(p, pre) { margin: .3em 0; }
 .snw-wrong { border-left: 3px solid var(--jp-error-color1, #d32f2f); padding-left: .8em;
   font-size: 12px; font-weight: 600; }
