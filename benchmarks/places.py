@@ -296,7 +296,7 @@ def compare(
             if joined is None:
                 del spans[name][number]
             moves[name] += rule(servers, spans[name], blocks, drawn[name])
-        if event % every == every - 1 and (best := optimum(servers, blocks, seconds)) > 0:
+        if event % every == every - 1 and (best := optimum(servers, blocks, seconds)) > 1e-3:
             for name in RULES:
                 parts[name].append(throughput(servers, spans[name], blocks) / best)
     return {name: (parts[name], moves[name]) for name in RULES}

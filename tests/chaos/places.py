@@ -48,7 +48,17 @@ PAUSE_SECONDS = 10.0  # between two events, on average
 CUT_SECONDS = 30.0
 # Of those that are up, the room for blocks that stays, as a part of the blocks.
 ROOM = 1.6
-START_SECONDS = 120.0
+START_SECONDS, LEAVE_SECONDS = 120.0, 45.0
+# Waits for a line, and then until the swarm tells of all servers through the address of one.
+LOOK = """
+import sys, time, swarm_notebook as sn
+folder, names, *address = sys.argv[1:]
+sys.stdin.readline()
+began = time.monotonic()
+while not set(names.split()) <= {row.name for row in sn.look(address, model=folder).servers}:
+    pass
+print(time.monotonic() - began)
+"""
 
 
 class Chooser:
@@ -81,9 +91,13 @@ class Chooser:
         assert process is not None
         if number == signal.SIGKILL:
             self.held, self.addresses = None, []
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        process.wait()
+        # To leave in good order, a server needs its daemon for a moment.
+        (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
+        try:
+            process.wait(LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         self.held, self.addresses = None, []
 
     def _read(self, process: subprocess.Popen[str]) -> None:
@@ -137,9 +151,13 @@ class Holes:
 class Run:
     """The servers and the events."""
 
-    def __init__(self, servers: Sequence[Chooser], networks: Networks | None, seed: int):
+    def __init__(
+        self, servers: Sequence[Chooser], networks: Networks | None, folder: Path, seed: int
+    ):
         self.servers, self.networks, self.random = servers, networks, random.Random(seed)
+        self.folder = folder
         self.events: Counter[str] = Counter()
+        self.healed: float | None = None
 
     def join(self, server: Chooser) -> None:
         server.start([one for other in self.servers if other.up for one in other.addresses])
@@ -163,11 +181,19 @@ class Run:
     def cut(self) -> None:
         """Half of the servers cannot be reached for a time, each by itself."""
         assert self.networks is not None
+        names = " ".join(f"server-{one.number}" for one in self.servers if one.up)
+        command = [*self.networks.prefix(len(self.servers)), sys.executable, "-c", LOOK]
+        command += [str(self.folder), names, *self.servers[0].addresses]
+        looking = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         with contextlib.ExitStack() as stack:
             for server in self.servers[len(self.servers) // 2 :]:
                 stack.enter_context(self.networks.cut(server.number))
             time.sleep(CUT_SECONDS)
         self.events["cut"] += 1
+        said, _ = looking.communicate("\n", timeout=START_SECONDS)
+        self.healed = float(said)
 
 
 def servers_for(folder: Path, place: Path, count: int, networks: Networks | None) -> list[Chooser]:
@@ -223,7 +249,6 @@ def work(run: Run, seconds: float, holes: Holes) -> None:
     wait(lambda: not holes.there)
     if run.networks is not None:
         run.cut()
-        time.sleep(CUT_SECONDS)
     wait(lambda: not holes.there)
 
 
@@ -240,7 +265,7 @@ def main() -> int:
         place = Path(name)
         folder = tiny_model("llama", place)
         servers = servers_for(folder, place, options.servers, networks)
-        run = Run(servers, networks, options.seed)
+        run = Run(servers, networks, folder, options.seed)
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [one.end(signal.SIGKILL) for one in servers if one.up])
             for server in servers:
@@ -272,6 +297,7 @@ def main() -> int:
                 "holes": len(holes.found),
                 "longest_hole_s": round(max(holes.found, default=0.0), 1),
                 "median_hole_s": round(statistics.median(holes.found or [0.0]), 1),
+                "healed_s": run.healed and round(run.healed, 1),
                 "longest_pause_s": round(max(gaps, default=0.0), 1),
                 "counts": dict(told.counts),
                 "errors": len(told.errors),

@@ -6,15 +6,21 @@ latest audits are added up, and held to the limit for so many tokens (`limits.ma
 Audits by different witnesses are not mixed: a single one could otherwise spoil the evidence on a
 server that is honest. A sum that is over its limit is a *doubt*; it counts once somebody else, or
 the notebook itself, has come to the same.
+
+What was audited last is kept, and the rest forgotten: a notebook meets servers without end.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 from swarm_notebook.client.audit import limits
 from swarm_notebook.client.audit.comparison import Errors
+
+# Sums that are kept, each of up to 17 audits of 32 tokens: 10 MB at most, and more pairs of
+# servers and witnesses than a notebook audits in a day at 2 % of a request per second.
+MOST_SUMS = 2048
 
 
 @dataclass
@@ -48,7 +54,7 @@ class Evidence:
     """Adds up the audits of each server in halves; those of float32 need no second one."""
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, str | None, frozenset[str]], _Sum] = {}
+        self._sums: OrderedDict[tuple[str, str | None, frozenset[str]], _Sum] = OrderedDict()
         self._doubts: dict[tuple[str, str | None], set[frozenset[str]]] = {}
 
     def add(self, peer: str, handed: str | None, by: frozenset[str], errors: Errors) -> str:
@@ -62,12 +68,25 @@ class Evidence:
         """
         if errors.ratio is None:
             return ""
-        found = self._sums.setdefault((peer, handed, by), _Sum())
+        key = peer, handed, by
+        found = self._sums.setdefault(key, _Sum())
+        self._sums.move_to_end(key)
+        if len(self._sums) > MOST_SUMS:
+            self._drop(next(iter(self._sums)))
         found.add(errors)
         why = found.why()
         if why:
             self._doubts.setdefault((peer, handed), set()).add(by)
         return why
+
+    def _drop(self, key: tuple[str, str | None, frozenset[str]]) -> None:
+        """Forget a sum, and the doubt that came of it."""
+        peer, handed, by = key
+        del self._sums[key]
+        doubts = self._doubts.get((peer, handed), set())
+        doubts.discard(by)
+        if not doubts:
+            self._doubts.pop((peer, handed), None)
 
     def counts(self, peer: str, handed: str | None) -> bool:
         """Whether the doubts about a server are more than the word of one witness."""

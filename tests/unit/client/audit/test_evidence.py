@@ -73,6 +73,26 @@ def test_what_is_long_past_does_not_excuse() -> None:
     assert found <= 256
 
 
+def test_it_does_not_grow_with_all_that_were_ever_audited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("swarm_notebook.client.audit.evidence.MOST_SUMS", 20)
+    evidence = Evidence()
+    assert tokens_until_doubted(evidence, audits(1.2), ANN)
+    errors = audits(1.0)[0]
+    for number in range(19):
+        evidence.add(f"peer{number}", None, ANN, errors)
+    assert evidence.doubters("liar", None) == {"ann"}, "it is among the latest twenty"
+    for number in range(1000):
+        evidence.add(f"new{number}", None, ANN, errors)
+    assert not evidence.doubters("liar", None)
+    # Who is audited again and again stays, whoever comes besides.
+    for number, errors in enumerate(audits(1.2)):
+        evidence.add("liar", None, BOB, errors)
+        evidence.add(f"other{number}", None, BOB, errors)
+    assert evidence.doubters("liar", None) == {"bob"}
+
+
 def test_float32_has_no_share_in_it() -> None:
     evidence = Evidence()
     for _ in range(100):
