@@ -1,10 +1,12 @@
 """How near `sn.plan` comes to swarms that run; prints a JSON line per swarm.
 
     python benchmarks/plan.py [--threads N] [--models demo tiny] [--servers 1 2]
+                              [--weights float32 bfloat16 4.5]
 
-This machine is measured, a swarm of it is planned and then run: a generation of one stream that
-fills the planned context, and the time to the first token of a prompt. The servers of one machine
-take turns, so a plan of several is one of that many machines like this one.
+In turns of some tokens, this machine is measured and a swarm of it generates: a machine whose
+speed changes is the same for both then. Of either the fastest quarter counts, as other programs
+only ever make something slower. The servers of one machine take turns, so a plan of several is one
+of that many machines like this one.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import json
 import os
 import statistics
 import tempfile
-import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-CONTEXT, NEW_TOKENS, REPEATS = 128, 64, 3
+CONTEXT, NEW_TOKENS, TURNS = 128, 16, 6
 PROMPT_TOKENS = 512
 LOOPBACK = "0.3ms:1GB/s"
 TINY: dict[str, Any] = {
@@ -29,36 +32,84 @@ TINY: dict[str, Any] = {
     "num_key_value_heads": 4,
     "vocab_size": 1024,
 }
+PARTS = ("compute", "queue", "network", "serialisation")
 
 
-def measured(model: Any, servers: int, threads: int) -> tuple[float, float]:
-    """Tokens per second of one stream, and seconds to the first token of a prompt."""
+def quick(values: Sequence[float]) -> float:
+    """Where the fastest quarter ends."""
+    return statistics.quantiles(values, n=4)[0] if len(values) > 1 else values[0]
+
+
+def measured(model: Any, servers: int, threads: int, weights: str) -> tuple[Any, Any, Any]:
+    """This machine, and the passes of tokens and of prompts of a swarm of it."""
     import torch
 
     import swarm_notebook as sn
+    from swarm_notebook.planning.measure import this_machine
 
+    how: dict[str, Any] = {"bits": float(weights)} if weights[0].isdigit() else {"dtype": weights}
+    machines, tokens, prompts = [], [], []
     with (
-        sn.LocalSwarm(model, servers, threads=threads) as local,
+        sn.LocalSwarm(model, servers, threads=threads, **how) as local,
         sn.connect(local.initial_peers, model=local.model) as swarm,
     ):
-        ids = torch.randint(3, 1000, (1, CONTEXT - NEW_TOKENS))
         options = {"do_sample": False, "pad_token_id": 0}
         more = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, **options}
-        one = {"max_new_tokens": 1, **options}
-        rates, firsts = [], []
+        ids = torch.randint(3, 1000, (1, CONTEXT // 2))
         swarm.model.generate(ids, **more)
-        for _ in range(REPEATS):
-            began = time.perf_counter()
-            swarm.model.generate(ids, **one)
-            between = time.perf_counter()
+        for _ in range(TURNS):
+            machines.append(this_machine())
             swarm.model.generate(ids, **more)
-            ended = time.perf_counter()
-            rates.append((NEW_TOKENS - 1) / (ended - between - (between - began)))
+            tokens += swarm.trace().passes[1:]
             prompt = torch.randint(3, 1000, (1, PROMPT_TOKENS))
-            began = time.perf_counter()
-            swarm.model.generate(prompt, **one)
-            firsts.append(time.perf_counter() - began)
-    return statistics.median(rates), statistics.median(firsts)
+            swarm.model.generate(prompt, max_new_tokens=1, **options)
+            prompts.append(swarm.trace().passes[0])
+    here = replace(
+        machines[0],
+        bandwidth=1 / quick([1 / one.bandwidth for one in machines]),
+        operations=1 / quick([1 / one.operations for one in machines]),
+        block_seconds=quick([one.block_seconds for one in machines]),
+    )
+    return here, tokens, prompts
+
+
+def compared(name: str, model: Any, servers: int, threads: int, weights: str) -> dict[str, Any]:
+    """What was planned and what was measured."""
+    import swarm_notebook as sn
+    from swarm_notebook.planning.placement import hop_seconds
+
+    here, tokens, prompts = measured(model, servers, threads, weights)
+    bits = {"float32": None, "bfloat16": 16.0}.get(weights) or (
+        float(weights) if weights[0].isdigit() else None
+    )
+    plan = sn.plan(model, [here], context=CONTEXT, link=LOOPBACK, bits=bits)
+    long = sn.plan(model, [here], context=PROMPT_TOKENS, link=LOOPBACK, bits=bits)
+    hops = (servers - 1) * hop_seconds(plan.shape, plan.link, 1)
+    expected = 1 / plan.tokens_per_second + hops
+    first = long.first_token_seconds + (servers - 1) * hop_seconds(
+        plan.shape, plan.link, PROMPT_TOKENS
+    )
+    found = quick([one.seconds for one in tokens])
+    found_first = quick([one.seconds for one in prompts])
+
+    def parts(passes: Any) -> dict[str, float]:
+        told = {part: quick([one.part(part) for one in passes]) for part in PARTS}
+        told["client"] = quick([one.client for one in passes])
+        return {part: round(1000 * seconds, 2) for part, seconds in told.items()}
+
+    return {
+        "model": name,
+        "servers": servers,
+        "weights": weights,
+        "token_ms": [round(1000 * expected, 2), round(1000 * found, 2)],
+        "planned_by_measured": round(expected / found, 3),
+        "first_token_ms": [round(1000 * first, 1), round(1000 * found_first, 1)],
+        "first_planned_by_measured": round(first / found_first, 3),
+        "machine": [here.bandwidth, here.operations, here.block_seconds],
+        "planned_ms": {k: round(1000 * v, 2) for k, v in plan.parts.items()},
+        "measured_ms": parts(tokens),
+        "measured_first_ms": parts(prompts),
+    }
 
 
 def main() -> None:
@@ -66,13 +117,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--models", nargs="+", default=["demo", "tiny"])
     parser.add_argument("--servers", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--weights", nargs="+", default=["float32"])
     options = parser.parse_args()
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
-
-    import swarm_notebook as sn
-    from swarm_notebook.planning.measure import this_machine
-    from swarm_notebook.planning.placement import hop_seconds
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -81,30 +129,11 @@ def main() -> None:
             tiny
         )
         for name in options.models:
-            model = None if name == "demo" else tiny
-            for servers in options.servers:
-                here = this_machine()
-                whole = sn.plan(model, [here], context=CONTEXT, link=LOOPBACK)
-                found = measured(model, servers, options.threads)
-                hops = (servers - 1) * hop_seconds(whole.shape, whole.link, 1)
-                expected = 1 / (1 / whole.tokens_per_second + hops)
-                long = sn.plan(model, [here], context=PROMPT_TOKENS, link=LOOPBACK)
-                print(
-                    json.dumps(
-                        {
-                            "model": name,
-                            "servers": servers,
-                            "planned_tokens_per_s": round(expected, 2),
-                            "measured_tokens_per_s": round(found[0], 2),
-                            "ratio": round(expected / found[0], 3),
-                            "planned_first_token_s": round(long.first_token_seconds, 3),
-                            "measured_first_token_s": round(found[1], 3),
-                            "machine": [here.bandwidth, here.operations, here.block_seconds],
-                            "parts_ms": {k: round(1000 * v, 2) for k, v in whole.parts.items()},
-                        }
-                    ),
-                    flush=True,
-                )
+            for weights in options.weights:
+                for servers in options.servers:
+                    model = None if name == "demo" else tiny
+                    found = compared(name, model, servers, options.threads, weights)
+                    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from swarm_notebook.errors import PlanError
 GPU_REACHED, GPU_BLOCK_SECONDS = 0.92, 0.00013
 # Of a card's published arithmetic: 2,048 tokens through 14.0 GB of bfloat16 in 64 ms on an H200.
 GPU_ARITHMETIC = 0.45
-# A CPU's threads meet some ten times per block: 30 blocks of the demo model, whose weights are read
-# in 5 ms, take 9.7 ms on two cores.
-CPU_BLOCK_SECONDS = 0.00015
+# Blocks with hardly any weights, in a server on a core of an AMD EPYC: 30 take 7.9 ms, 5 take 1.7.
+CPU_BLOCK_SECONDS = 0.0003
 # Operations per byte of bandwidth where nobody says more: two cores of an AMD EPYC do 110 GFLOPS
 # in float32 and read 17 GB/s; an M2 does 3.6 TFLOPS and reads 100 GB/s.
 CPU_OPERATIONS, MAC_OPERATIONS = 6.0, 36.0

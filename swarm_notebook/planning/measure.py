@@ -1,12 +1,13 @@
 """What this machine can do: its memory, and what products with weights reach on it.
 
-Measured for a second or two, with as many threads as a server would take: long products for the
-arithmetic, products with one token for the bandwidth, and blocks that have hardly any weights for
-what a block costs beside them.
+Measured for some seconds, with as many threads as a server would take. On a CPU blocks of three
+sizes are run: those that have hardly any weights tell what a block costs beside reading them, and
+what the others take longer for one token is the bandwidth that products reach, on average.
 """
 
 from __future__ import annotations
 
+import math
 import timeit
 from collections.abc import Callable
 
@@ -16,11 +17,12 @@ from swarm_notebook.planning.machines import (
     Machine,
 )
 
-# Beyond any processor's cache, in pieces as weights are.
-_READ_BYTES, _SIZE = 256 << 20, 2048
-_LONG_TOKENS = 256
-_TRIES = 5
-_BLOCKS, _CONTEXT = 8, 64
+# Blocks beyond most processors' cache, of models with 0.1 and 0.5 billion weights; and some with
+# hardly any.
+_READ_BYTES, _MOST_BLOCKS, _WIDTHS = 128 << 20, 30, (64, 576, 1024)
+_CONTEXT, _PROMPT_TOKENS = 64, 256
+_TRIES = 9
+_SIZE = 2048
 
 
 def this_machine(name: str = "this machine") -> Machine:
@@ -35,52 +37,65 @@ def _cpu(name: str) -> Machine:
     import torch
 
     with torch.inference_mode():
-        weights = [torch.randn(_SIZE, _SIZE) for _ in range(_READ_BYTES // (4 * _SIZE * _SIZE))]
-        token, long = torch.randn(1, _SIZE), torch.randn(_LONG_TOKENS, _SIZE)
-        reading = _best(lambda: [torch.nn.functional.linear(token, one) for one in weights])
-        bandwidth = 4 * _SIZE * _SIZE * len(weights) / reading
-        operations = (
-            2
-            * _LONG_TOKENS
-            * _SIZE
-            * _SIZE
-            / _best(lambda: torch.nn.functional.linear(long, weights[0]))
-        )
-        block = _block_seconds()
+        blocks = [_Blocks(width) for width in _WIDTHS]
+        works = [*(one.step for one in blocks), blocks[-1].prompt]
+        seconds = [math.inf] * len(works)
+        # In turns: what else the machine does meanwhile slows all of them.
+        for _ in range(1 + _TRIES):
+            for index, work in enumerate(works):
+                seconds[index] = min(seconds[index], timeit.timeit(work, number=1))
+    empty, *steps = (taken / one.count for taken, one in zip(seconds, blocks, strict=False))
+    # What is beside the weights is a part of the time at most, however noisy the machine is.
+    empty = min(empty, *(step / 2 for step in steps))
+    reading = [(step - empty) / one.nbytes for step, one in zip(steps, blocks[1:], strict=True)]
     return Machine(
         name,
         psutil.virtual_memory().total,
-        bandwidth,
-        operations,
+        len(reading) / sum(reading),
+        2 * _PROMPT_TOKENS * blocks[-1].nbytes / 4 / seconds[-1],
         "cpu",
         f"measured with {torch.get_num_threads()} threads",
         1.0,
-        block,
+        empty,
     )
 
 
-def _block_seconds() -> float:
-    """Seconds of a step through a block with hardly any weights."""
-    import torch
-    from transformers import AutoModel, DynamicCache, LlamaConfig
+class _Blocks:
+    """Blocks of a Llama in float32, more than a processor's cache holds.
 
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_attention_heads=2,
-        num_hidden_layers=_BLOCKS,
-        vocab_size=8,
-    )
-    model = AutoModel.from_config(config).eval()
-    states = torch.zeros(1, _CONTEXT, 64)
-    cache = DynamicCache(config=config)
-    model(inputs_embeds=states, past_key_values=cache, use_cache=True)
+    Attributes:
+        nbytes: of one of them.
+    """
 
-    def step() -> None:
-        model(inputs_embeds=states[:, :1], past_key_values=cache, use_cache=True)
-        cache.crop(-1)
+    def __init__(self, width: int):
+        import torch
+        from transformers import AutoModel, DynamicCache, LlamaConfig
 
-    return _best(step) / _BLOCKS
+        self._config = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=8 * width // 3,
+            num_attention_heads=width // 64,
+            num_hidden_layers=1,
+            vocab_size=8,
+        )
+        self._one = AutoModel.from_config(self._config, dtype=torch.float32).eval()
+        self.nbytes = 4 * sum(one.numel() for one in self._one.layers.parameters())
+        self.count = min(_MOST_BLOCKS, -(-_READ_BYTES // self.nbytes))
+        self._config.num_hidden_layers = self.count
+        self._model = AutoModel.from_config(self._config, dtype=torch.float32).eval()
+        states = torch.zeros(1, _PROMPT_TOKENS, width)
+        self._token, self._prompt = states[:, :1], states
+        self._cache = DynamicCache(config=self._config)
+        self._model(inputs_embeds=states[:, :_CONTEXT], past_key_values=self._cache, use_cache=True)
+
+    def step(self) -> None:
+        """One token through all of them."""
+        self._model(inputs_embeds=self._token, past_key_values=self._cache, use_cache=True)
+        self._cache.crop(-1)
+
+    def prompt(self) -> None:
+        """A prompt through one of them."""
+        self._one(inputs_embeds=self._prompt, use_cache=False)
 
 
 def _card(name: str) -> Machine:

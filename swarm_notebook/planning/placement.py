@@ -17,14 +17,16 @@ from itertools import accumulate
 from swarm_notebook.planning.machines import Link, Machine
 from swarm_notebook.planning.shape import BlockShape, ModelShape
 
-# What a hop costs a token beside the network and its blocks, and what the notebook does in Python:
-# a tiny Llama over one and two servers on two cores of an AMD EPYC.
-HOP_SECONDS, NOTEBOOK_SECONDS = 0.0012, 0.0015
+# What a hop costs a token beside the network and its blocks; what the notebook does in Python, for
+# each token and for each block of it: tiny Llamas of 5 and 30 blocks over a server on a core of an
+# AMD EPYC (queue 0.3, serialisation 0.5, transport 0.6 ms; notebook 1.65 and 2.65 ms).
+HOP_SECONDS, NOTEBOOK_SECONDS, NOTEBOOK_BLOCK_SECONDS = 0.0014, 0.00145, 0.00004
 # Bytes of a request or an answer beside the hidden states.
 FRAME_BYTES = 200
 # The part of the bandwidth that products with packed weights reach. On cards they are unpacked for
-# each product: a block of an 8B model at 4.5 bits takes 4.1 ms of an H100. CPUs have operators for
-# 4 and 8 bits: 8.5 and 6.7 GB/s on a core of an AMD EPYC that reads 17 GB/s.
+# each product: a block of an 8B model at 4.5 bits takes 4.1 ms of an H100. On a core of an AMD EPYC
+# that reads float32 at 12 GB/s, those of the demo model's blocks reach 5 in bfloat16 (1.7 ms), and
+# as much in 4 bits (0.7 ms).
 PACKED_REACHED = {"gpu": 0.01, "mac": 0.01, "cpu": 0.4}
 
 
@@ -73,7 +75,8 @@ def step_seconds(
     """Seconds of a step of so many rows through the blocks of a share, ``context`` behind each."""
     machine = share.machine
     found = shape.blocks[share.start : share.end] if blocks is None else blocks
-    reached = machine.reached * (PACKED_REACHED[machine.kind] if share.bits < 16 else 1.0)
+    packed = share.bits < machine.float_bits
+    reached = machine.reached * (PACKED_REACHED[machine.kind] if packed else 1.0)
     seconds = 0.0
     for block in found:
         weights = shape.read(block, rows) * share.bits / 8 + block.vectors * machine.float_bits / 8
@@ -101,7 +104,7 @@ def notebook_seconds(shape: ModelShape, notebook: Machine, link: Link) -> float:
     """Seconds per token in the notebook, with the way back to it."""
     head = shape.head * notebook.float_bits / 8 / (notebook.bandwidth * notebook.reached)
     back = link.one_way(FRAME_BYTES + shape.hidden_size * 4)
-    return NOTEBOOK_SECONDS + head + back
+    return NOTEBOOK_SECONDS + len(shape.blocks) * NOTEBOOK_BLOCK_SECONDS + head + back
 
 
 def edge_bytes(shape: ModelShape, notebook: Machine) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from support.tiny import FAMILIES, build, tiny_config, tiny_model
 
 from swarm_notebook import cli
 from swarm_notebook.errors import ContextTooLong, ModelNotFound, PlanError
+from swarm_notebook.planning import measure
 from swarm_notebook.planning.machines import Link, card, machine, other, read_link
 from swarm_notebook.planning.placement import Demand, step_seconds
 from swarm_notebook.planning.plan import LAN, plan, plan_shape
@@ -163,3 +166,17 @@ def test_the_command_line_plans(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["plan", folder, "--machine", "tiny:930MB:1GB/s", "--context", "64"]) == 1
     assert cli.main(["plan", folder, "--machine", "abacus"]) == 1
     assert "abacus" in capsys.readouterr().err
+
+
+def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(measure, "_WIDTHS", (64, 128, 192))
+    monkeypatch.setattr(measure, "_TRIES", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here = measure.this_machine("here")
+    assert (here.name, here.kind) == ("here", "cpu")
+    assert here.memory == psutil.virtual_memory().total
+    # What is measured explains itself: no block is free, none takes a second.
+    assert 1e6 < here.bandwidth < 1e13
+    assert 1e6 < here.operations < 1e15
+    assert 0 <= here.block_seconds < 1
