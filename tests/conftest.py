@@ -101,22 +101,9 @@ def lettered(tmp_path_factory: pytest.TempPathFactory) -> Lettered:
     return lettered_model(tmp_path_factory.mktemp("lettered"))
 
 
-# In the order in which they run: where several processes share a run file by file, what takes long
-# comes first, and short files are left for whoever is done.
-FOLDERS = ("browser", "swarm", "wire", "notebook", "gpu", "unit")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each file is run by one process, and so are all of the browser, which share a notebook."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            scope = super()._split_scope(nodeid)
-            return "browser" if scope.startswith("tests/browser/") else scope
-
-    return Scheduling(config, log)
+# In the order in which they run: where several processes share a run file by file, long files come
+# first, and short ones are left for whoever is done.
+FOLDERS = ("swarm", "wire", "notebook", "browser", "gpu", "unit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
