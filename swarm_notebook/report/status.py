@@ -133,11 +133,15 @@ class ServerRow:
         """The dtype, with the quantisation if there is one, and what was measured of it."""
         if self.bits is not None:
             measured = "" if self.error is None else f", error {self.error:.1%}"
-            if self.perplexity is not None:
-                measured += f", perplexity x {self.perplexity:.3g}"
             return f"{self.dtype}, {self.bits:.3g} bits{measured}"
         quantised = self.quant not in (None, "none")
         return f"{self.dtype} ({self.quant})" if quantised else self.dtype
+
+    @property
+    def loss(self) -> str | None:
+        """`precision`, and by how much perplexity grows, if the server's machine measured that."""
+        ratio = "" if self.perplexity is None else f", perplexity x {self.perplexity:.3g}"
+        return self.precision and self.precision + ratio
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,7 @@ class SwarmStatus(ModelReport):
                 row.condition,
                 duration(row.rtt),
                 number(row.throughput),
-                row.precision,
+                row.loss,
                 number(row.cache_left),
                 row.version,
                 *([row.audited] if self._audited else []),
@@ -330,6 +334,6 @@ def _html_row(row: ServerRow, num_blocks: int, audited: bool) -> str:
         f"<td>{dot}{escape(row.condition)}{note}</td>"
         f"{number_cell(duration(row.rtt))}{number_cell(number(row.throughput))}"
         f"{number_cell(number(row.cache_left))}"
-        f"<td>{escape(row.precision or UNKNOWN)}</td><td>{escape(row.version or UNKNOWN)}</td>"
+        f"<td>{escape(row.loss or UNKNOWN)}</td><td>{escape(row.version or UNKNOWN)}</td>"
         f"{f'<td>{row.audited}</td>' if audited else ''}</tr>"
     )
