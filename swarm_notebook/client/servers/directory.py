@@ -304,7 +304,10 @@ class Directory:
     @property
     def links(self) -> routing.Links:
         """How far notebook and servers are from each other."""
-        return routing.Links(self.rtt, self.together, self.crowd)
+        return routing.Links(self.rtt, self.together, self.crowd, self._is_strange)
+
+    def _is_strange(self, span: ServerSpan) -> bool:
+        return self.audits is not None and not self.audits.outcomes(span.peer).agreed
 
     def chain(
         self, start: int, end: int, exclude: Collection[str] = ()

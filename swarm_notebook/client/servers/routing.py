@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from swarm_notebook.client.servers.crowd import Crowd
+from swarm_notebook.client.servers.crowd import ALIKE, Crowd
 from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.net.dht.records import ServerSpan, ServerState
 
@@ -71,11 +71,13 @@ class Links:
         rtt: round trips between notebook and servers that were measured here, in seconds by peer.
         pushes: whether the first of two servers can push its output to the second.
         crowd: how busy servers are for others; None: not known.
+        strange: whether audits are made, and none of a server has agreed with it yet.
     """
 
     rtt: Mapping[str, float]
     pushes: Pushes = lambda _sender, _receiver: False
     crowd: Crowd | None = None
+    strange: Callable[[ServerSpan], bool] = lambda _span: False
 
     def block_seconds(self, span: ServerSpan) -> float:
         """Expected seconds of one token in one block of a server.
@@ -89,9 +91,13 @@ class Links:
         return seconds * (1 + self.crowd.load(span.peer, seconds * (span.end - span.start)))
 
     def preference(self, span: ServerSpan) -> float:
-        """As `block_seconds`, and for each notebook a little different."""
+        """As `block_seconds`, for each notebook a little different, and more for strangers.
+
+        Of servers that are alike one is taken whose answers were audited and found right. Strangers
+        are taken where they are faster than that, and audited soon (`client.audit.choice`).
+        """
         alike = 0.0 if self.crowd is None else self.crowd.reluctance(span.peer)
-        return self.block_seconds(span) * (1 + alike)
+        return self.block_seconds(span) * (1 + alike + ALIKE * self.strange(span))
 
     def to_notebook(self, span: ServerSpan) -> float:
         """Seconds one way between the notebook and a server."""

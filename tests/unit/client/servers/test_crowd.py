@@ -65,6 +65,18 @@ def test_rubbish_is_no_load(rubbish: object) -> None:
     assert crowd.load("peer", 1.0) == 0.0
 
 
+def test_of_servers_that_are_alike_one_that_was_audited_is_taken() -> None:
+    servers = [server("known", 1000.0), server("stranger", 1000.0), server("faster", 1300.0)]
+    for number in range(30):
+        links = Links(
+            {one.peer: RTT for one in servers},
+            crowd=Crowd(f"notebook{number}"),
+            strange=lambda span: span.peer != "known",
+        )
+        assert best_chain(servers[:2], 0, BLOCKS, links)[0].peer == "known"
+        assert best_chain(servers, 0, BLOCKS, links)[0].peer == "faster"
+
+
 def test_what_is_expected_is_told_without_the_preference() -> None:
     one = server("peer", 1000.0)
     chain = best_chain([one], 0, BLOCKS, Links({"peer": RTT}, crowd=Crowd("me")))
