@@ -2,13 +2,14 @@
 
 What a step needs to know (which lines each row sees, and where its new ones go) stands in tensors
 of fixed shapes, so a decoder that is called with a `StepCache` can be captured in a CUDA graph, and
-its blocks compiled. As far as possible it stays the model's own code:
+its blocks compiled (`steps.compiled`). As far as possible it stays the model's own code:
 
-- `StepCache.update` files the new keys and values and gathers those that a row sees.
+- `StepCache.update` only notes which block is running.
 - The mask function, registered as `NAME`, evaluates the model's own rule (causal, windows, chunks)
   at the positions of the rows.
-- The attention function of the same name is plain arithmetic, or `kernel`. It honours what models
-  pass: ``scaling``, ``softcap``, ``s_aux`` (sinks of attention, one per head), grouped heads.
+- The attention function of the same name files the new keys and values and attends to those that a
+  row sees, by plain arithmetic or by `kernel`. It honours what models pass: ``scaling``,
+  ``softcap``, ``s_aux`` (sinks of attention, one per head), grouped heads.
 
 Whether a model is right with it is tried, not looked up by name: see `steps.decode`.
 """
@@ -70,21 +71,16 @@ class StepCache(Cache):
     def focus(self, start: int, end: int) -> int:
         return 0
 
-    def of_block(self, block: int) -> BlockStep:
-        """What concerns one block, in tensors."""
-        index = block - self.pool.start
-        keys, values = self.pool.keys[index], self.pool.values[index]
-        return BlockStep(keys, values, *self._places[keys.shape[0]])
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.table is not None:
-            index = layer_idx - self.pool.start
-            keys, values = self.pool.keys[index], self.pool.values[index]
-            _kernel().file(key_states, value_states, keys, values, self.new)
-            return keys[None], values[None]
-        return self.of_block(layer_idx).update(key_states, value_states)
+        """The new states as they are: `attend` files them, in the block that is named here."""
+        _running.block = layer_idx
+        return key_states, value_states
+
+    def places(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """In stores of so many heads: what is seen ``[heads, rows, length]``, and the new ones."""
+        return self._places[heads]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -98,37 +94,27 @@ class StepCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
-    def mask(self, rule: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """``[rows, 1, 1, length]``, True where a row sees, by a model's rule."""
+    def seen(self, rule: Callable[..., torch.Tensor]) -> Seen:
+        """What rows see by a model's rule."""
         rows = torch.arange(self.positions.shape[0], device=self.positions.device)
-        seen = rule(
+        allowed = rule(
             rows[:, None, None, None],
             rows.new_zeros(1, 1, 1, 1),
             self.positions[:, None, None],
             self._columns[None, None, None],
         )
-        return seen & self.visible[:, None, None]
+        return Seen(allowed & self.visible[:, None, None])
 
 
-class BlockStep:
-    """The part of a step that concerns one block; a cache to a block that is called by itself."""
+class Seen:
+    """What decoders get for a mask, and hand on to attention as it is.
 
-    def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, lines: torch.Tensor, new: torch.Tensor
-    ):
-        self.keys, self.values, self.lines, self.new = keys, values, lines, new
+    Attributes:
+        visible: ``[rows, 1, 1, length]``, True where a row sees.
+    """
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """File ``[rows, heads, 1, size]``; all that is seen, ``[rows, heads, length, size]``."""
-        return self._through(self.keys, key_states), self._through(self.values, value_states)
-
-    def _through(self, store: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        flat = store.flatten(0, 1)
-        flat.index_copy_(0, self.new.flatten(), states[:, :, 0].transpose(0, 1).flatten(0, 1))
-        seen = flat.index_select(0, self.lines.flatten()).unflatten(0, self.lines.shape)
-        return seen.transpose(0, 1)
+    def __init__(self, visible: torch.Tensor):
+        self.visible = visible
 
 
 def _kernel() -> Any:
@@ -138,24 +124,46 @@ def _kernel() -> Any:
     return kernel
 
 
-_running = threading.local()
+class _Running(threading.local):
+    """The step of this thread, and where it is.
+
+    Attributes:
+        block: the one that attends next.
+        seen: what its rows see.
+    """
+
+    cache: StepCache | None = None
+    block: int = 0
+    seen: Seen | None = None
+
+
+_running = _Running()
 
 
 @contextmanager
 def stepping(cache: StepCache) -> Iterator[None]:
-    """Let masks that this thread makes be those of a step."""
+    """Let masks that this thread makes, and attention, be those of a step."""
     _running.cache = cache
     try:
         yield
     finally:
-        _running.cache = None
+        _running.cache = _running.seen = None
 
 
-def _mask(*, mask_function: Callable[..., torch.Tensor], **_: Any) -> torch.Tensor:
-    cache: StepCache | None = getattr(_running, "cache", None)
+def at_block(block: int, seen: Seen) -> None:
+    """Name the block whose attention is called next, where the block does not do so itself."""
+    _running.block, _running.seen = block, seen
+
+
+def _mask(*, mask_function: Callable[..., torch.Tensor], **_: Any) -> Seen:
+    return _present()[0].seen(mask_function)
+
+
+def _present() -> tuple[StepCache, Seen | None]:
+    cache = _running.cache
     if cache is None:
         raise RuntimeError("what belongs to steps of many rows was called outside of one")
-    return cache.mask(mask_function)
+    return cache, _running.seen
 
 
 def _attention(
@@ -163,7 +171,7 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: Seen,
     *,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -171,38 +179,97 @@ def _attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """``[rows, 1, heads, head size]``."""
-    cache: StepCache | None = getattr(_running, "cache", None)
-    if cache is not None and cache.table is not None:
-        output = _kernel().attend(
-            query,
-            key[0],
-            value[0],
-            cache.table,
-            attention_mask[:, 0, 0],
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=softcap,
-            sinks=s_aux,
-        )
-        return output[:, None], None
+    _running.seen = attention_mask
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, s_aux, scaling=scaling, softcap=softcap), None
+
+
+# An operator of torch, and all that changes with the step beside its arguments: so compiled blocks
+# call it unseen, and are the same for every block and length.
+@torch.library.custom_op("swarm_notebook::attend", mutates_args=())
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """File ``[rows, heads, 1, size]`` in the present block; attention to all that rows see.
+
+    Returns:
+        ``[rows, 1, heads, value size]``.
+    """
+    cache, seen = _present()
+    if seen is None:
+        raise RuntimeError("attention was called without a mask")
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+    index = _running.block - cache.pool.start
+    keys, values = cache.pool.keys[index], cache.pool.values[index]
+    if cache.table is not None:
+        kernel = _kernel()
+        kernel.file(key, value, keys, values, cache.new)
+        visible = seen.visible[:, 0, 0]
+        found = kernel.attend(query, keys, values, cache.table, visible, **options)
+        return found[:, None]
+    lines, new = cache.places(keys.shape[0])
+    return _arithmetic(
+        query,
+        _through(keys, key, lines, new),
+        _through(values, value, lines, new),
+        seen.visible[:, 0],
+        **options,
+    )
+
+
+@attend.register_fake
+def _(
+    query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: object, **__: object
+) -> torch.Tensor:
+    rows, heads = query.shape[:2]
+    return value.new_empty(rows, 1, heads, value.shape[3])
+
+
+def _through(
+    store: torch.Tensor, states: torch.Tensor, lines: torch.Tensor, new: torch.Tensor
+) -> torch.Tensor:
+    """File ``[rows, heads, 1, size]``; all that may be seen, ``[rows, heads, length, size]``."""
+    flat = store.flatten(0, 1)
+    flat.index_copy_(0, new.flatten(), states[:, :, 0].transpose(0, 1).flatten(0, 1))
+    seen = flat.index_select(0, lines.flatten()).unflatten(0, lines.shape)
+    return seen.transpose(0, 1)
+
+
+def _arithmetic(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
     rows, heads, _length, size = query.shape
     groups = heads // key.shape[1]
     # By heads first, as the keys were gathered: their product needs no other copy.
     grouped = query.reshape(rows, -1, groups, size).transpose(0, 1)
     scores = grouped @ key.transpose(0, 1).transpose(-1, -2)
-    scores = scores * (size**-0.5 if scaling is None else scaling)
+    scores = scores * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     # Not infinite: a row that is all padding must stay finite, or its session never is again.
     lowest = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~attention_mask[:, 0][None], lowest)
-    if s_aux is not None:
-        sinks = s_aux.to(scores.dtype).view(-1, 1, groups, 1).expand(-1, rows, -1, -1)
-        scores = torch.cat([scores, sinks], dim=-1)
+    scores = scores.masked_fill(~visible[None], lowest)
+    if sinks is not None:
+        added = sinks.to(scores.dtype).view(-1, 1, groups, 1).expand(-1, rows, -1, -1)
+        scores = torch.cat([scores, added], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    if s_aux is not None:
+    if sinks is not None:
         weights = weights[..., :-1]
     output = weights @ value.transpose(0, 1)
-    return output.transpose(0, 1).reshape(rows, 1, heads, -1), None
+    return output.transpose(0, 1).reshape(rows, 1, heads, -1)
 
 
 AttentionInterface.register(NAME, _attention)

@@ -85,6 +85,7 @@ class Batching:
                 why = f"the card has no room for {tokens} cache tokens in one piece"
             logger.info("steps run without graphs: %s", why)
             return replace(self, why=why)
+        decoding.compile_beside()
         return replace(self, decoding=decoding, why="")
 
     @property

@@ -2,7 +2,7 @@
 
 With a token or a few the time of a step goes into launching kernels. A CUDA graph launches them all
 at once; it is captured for fixed shapes, so a step runs in the smallest bucket that holds it (see
-`program`).
+`program`). Meanwhile torch compiles the blocks (`compiled`); graphs of them take over.
 
 `Decoding.try_out` finds out whether a model can do this, by comparing what sessions get with and
 without. Nothing is known by architecture. What cannot (BLOOM and Falcon do not call transformers'
@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -31,6 +32,7 @@ from swarm_notebook.server.engine.kv.pages import KVShape, PagedCache, PagePool
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.rotary import STRETCHING
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.compiled import Compiler
 from swarm_notebook.server.engine.steps.program import Bucket, Program, pages_of
 from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 
@@ -82,6 +84,8 @@ class Decoding:
         self._programs: OrderedDict[Bucket, Program] = OrderedDict()
         self._graphs = torch.cuda.graph_pool_handle() if capture else None
         self._broken = ""
+        self._compiler: Compiler | None = None
+        self._compiled = False
         # Chunks are counted from a row's first token, which only the model's own mask knows.
         self._takes_padding = "chunked_attention" not in (
             getattr(span.config, "layer_types", None) or ()
@@ -92,7 +96,23 @@ class Decoding:
         """How steps run, for people."""
         if self._broken:
             return f"plain: {self._broken}"
+        if self._compiled:
+            return "compiled"
+        if self._compiler is not None and self._compiler.why_not:
+            return f"graph, not compiled: {self._compiler.why_not}"
         return "graph" if self._capture else "plain: without a card there are no graphs"
+
+    def compile_beside(self, **options: Any) -> None:
+        """Have the blocks compiled, for the numbers of rows that steps have (see `compiled`).
+
+        Args:
+            options: of `Compiler`.
+        """
+        self._compiler = Compiler(paged_span(self._host), **options)
+        # Somebody's first step has one row: what it needs is compiled before it comes.
+        bucket = Bucket((self._span.start, self._span.end), 1, self._length(1), padded=False)
+        with torch.inference_mode():
+            self._run(self._program(bucket), 1, [self._span.end - 1])
 
     def give_up(self, error: Exception) -> None:
         """Take no more steps: one has failed in a way that is no session's fault."""
@@ -135,7 +155,7 @@ class Decoding:
         program = self._program(bucket)
         program.fill(items, parts)
         states = sorted({index for item in items for index in item.step.states})
-        outputs = program.run(rows, [blocks[1] - 1, *states])
+        outputs = self._run(program, rows, [blocks[1] - 1, *states])
         for item in items:
             pages_of(item).advance(*blocks, item.position + 1)
         found = dict(zip(states, outputs[1:], strict=True))
@@ -148,6 +168,34 @@ class Decoding:
             results.append([output[own] for output in wanted])
         return results
 
+    def _run(self, program: Program, rows: int, blocks: Sequence[int]) -> list[torch.Tensor]:
+        """The outputs of some blocks; compiled ones take over where they are ready."""
+        compiler, settled = self._compiler, program.settled
+        if compiler is None or program.span is compiler.span:
+            return program.run(rows, blocks)
+        with compiler.watching(program.span, program.bucket.rows):
+            outputs = program.run(rows, blocks)
+        if settled and compiler.ready(program.bucket.rows):
+            self._improve(compiler, program, rows)
+        return outputs
+
+    def _improve(self, compiler: Compiler, program: Program, rows: int) -> None:
+        """Take compiled blocks for a bucket, if they give what its graph has just given."""
+        better = self._new_program(program.bucket, compiler.span)
+        try:
+            difference = better.like(program, rows)
+            if not difference <= _CLOSE.get(self._host.dtype, _CLOSE_HALF):
+                raise Impossible(f"compiled, results differ by {difference:.1e}")
+            better.capture()
+        except Exception as error:  # the step itself is done, and its session goes on
+            compiler.give_up(error)
+        else:
+            self._programs[program.bucket] = better
+            self._compiled = True
+
+    def _new_program(self, bucket: Bucket, span: Span) -> Program:
+        return Program(bucket, span, self.pool, self.hidden_size, self._graphs, fused=self._fused)
+
     def drop_graphs(self) -> None:
         """Give up what was captured, and its memory."""
         self._programs.clear()
@@ -158,9 +206,8 @@ class Decoding:
     def _program(self, bucket: Bucket) -> Program:
         program = self._programs.get(bucket)
         if program is None:
-            program = self._programs[bucket] = Program(
-                bucket, self._span, self.pool, self.hidden_size, self._graphs, fused=self._fused
-            )
+            program = self._new_program(bucket, self._span)
+            self._programs[bucket] = program
             if len(self._programs) > MAX_BUCKETS:
                 self._programs.popitem(last=False)
         self._programs.move_to_end(bucket)

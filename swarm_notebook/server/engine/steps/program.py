@@ -47,8 +47,9 @@ class Bucket:
 class Program:
     """A step in one bucket: its inputs, where they stay, and its graph once it is captured.
 
-    Attributes:
-        compute: gives the output of every block from the inputs as they are.
+    Args:
+        graphs: the memory of captured steps; None: none is captured.
+        fused: attend by `attention.kernel`.
     """
 
     def __init__(
@@ -72,11 +73,12 @@ class Program:
             self._hidden_here = hidden.pin_memory() if on_card else hidden
             self._output_here = torch.zeros_like(hidden, pin_memory=on_card)
             self.plan = self._plan_here.to(span.device)
-            self.hidden = self._hidden_here.to(span.device)
             self.padding = None
             if bucket.padded:
                 shape = rows, bucket.length
                 self.padding = torch.ones(shape, dtype=torch.bool, device=span.device)
+        # Made in inference mode as the outputs of blocks are: compiled blocks tell them apart.
+        self.hidden = self._hidden_here.to(span.device, copy=True)
         # As numpy's: many small writes.
         self._columns = self._plan_here.numpy()
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -117,15 +119,39 @@ class Program:
                     self.padding[row : row + part.rows, : own.shape[1]] = own.bool()
                 row += part.rows
 
+    def like(self, other: Program, rows: int) -> float:
+        """How far this one is from what another, which has just run, gives for the same inputs.
+
+        Args:
+            rows: that are somebody's.
+
+        Returns:
+            the largest difference of a block's outputs, relative to their size.
+        """
+        self.plan.copy_(other.plan)
+        self.hidden.copy_(other.hidden)
+        if self.padding is not None and other.padding is not None:
+            self.padding.copy_(other.padding)
+        differences = [
+            (one[:rows] - theirs[:rows]).float().norm() / theirs[:rows].float().norm()
+            for one, theirs in zip(self.compute(), other._outputs, strict=True)
+        ]
+        return float(torch.stack(differences).max())
+
+    @property
+    def settled(self) -> bool:
+        """Whether `run` leaves its outputs in place; if not, it captures a graph for the next."""
+        return self._graph is not None or self._graphs is None
+
     def run(self, rows: int, blocks: Sequence[int]) -> list[torch.Tensor]:
         """The outputs of some blocks for the first ``rows`` rows, on the CPU."""
         self.plan.copy_(self._plan_here, non_blocking=True)
         self.hidden.copy_(self._hidden_here, non_blocking=True)
         if self._graph is not None:
             self._graph.replay()
-            outputs = self._outputs
         else:
-            outputs = self.compute()
+            self._outputs = self.compute()
+        outputs = self._outputs
         start = self.bucket.blocks[0]
         result = self._output_here
         result[:rows].copy_(outputs[blocks[0] - start][:rows], non_blocking=True)
@@ -134,8 +160,8 @@ class Program:
             torch.cuda.current_stream().synchronize()
         # The next step writes over what stays here.
         answer = [result[:rows].clone(), *others]
-        if self._graph is None and self._graphs is not None:
-            self._capture()
+        if not self.settled:
+            self.capture()
         return answer
 
     def compute(self) -> list[torch.Tensor]:
@@ -156,12 +182,16 @@ class Program:
                 end,
                 self.hidden,
                 cache=cache,
-                position_ids=self.plan[:, _POSITION_ID : _POSITION_ID + 1],
+                # Compiled blocks are for strides, too, and those of the plan go by the length.
+                position_ids=self.plan[:, _POSITION_ID : _POSITION_ID + 1].contiguous(),
                 states=tuple(range(start, end - 1)),
             )
         return [*others, last]
 
-    def _capture(self) -> None:
+    def capture(self) -> None:
+        """Have a graph launch it from now on."""
+        if self._graphs is None:
+            return
         graph = torch.cuda.CUDAGraph()
         # Other threads may talk to the card meanwhile.
         with torch.cuda.graph(graph, pool=self._graphs, capture_error_mode="thread_local"):

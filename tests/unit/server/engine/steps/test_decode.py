@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from swarm_notebook.server.engine.kv.cache import PAGE
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
+from swarm_notebook.server.engine.steps.compiled import _Compiled, compile_elsewhere, traced
 from swarm_notebook.server.engine.steps.decode import Decoding, Impossible
 from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState
 
@@ -154,3 +157,87 @@ def test_a_row_does_not_depend_on_its_company(tmp_path: Path) -> None:
         for state in states:
             state.cache.release()
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def traced_only(jobs: list[Any]) -> list[_Compiled]:
+    """As graphs of operators, which is what a compiler gets."""
+    found = []
+    for job in jobs:
+        graph, _, constants, outputs = traced(job)
+        found.append(_Compiled(graph, constants, outputs))
+    return found
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - PLAIN))
+def test_compiled_blocks_take_over(family: str, tmp_path: Path) -> None:
+    """Once for all blocks that are alike; sessions get the same."""
+    compiled: list[int] = []
+
+    def compiling(jobs: list[Any]) -> list[_Compiled]:
+        compiled.append(len(jobs))
+        return traced_only(jobs)
+
+    span = load(family, tmp_path)
+    decoder = decoding(span)
+    if DEVICE == "cuda":
+        decoder.compile_beside()
+    else:
+        decoder.compile_beside(compile_jobs=compiling)
+    take_over(span, decoder)
+    if DEVICE == "cpu":
+        # Gemma has two kinds of blocks, and so has gpt-oss.
+        assert compiled == [2 if family in {"gemma2", "gemma3_text", "gpt_oss"} else 1]
+
+
+def test_blocks_compiled_by_inductor_take_over(tmp_path: Path) -> None:
+    """In a process of its own: of two rows, what is compiled depends on how inputs lie."""
+
+    def compiling(jobs: list[Any]) -> list[_Compiled]:
+        return traced_only(jobs) if jobs[0].inputs[0].shape[0] == 1 else compile_elsewhere(jobs)
+
+    span = load("llama", tmp_path)
+    decoder = decoding(span)
+    decoder.compile_beside(compile_jobs=compiling)
+    take_over(span, decoder, rows=2)
+
+
+def take_over(span: Span, decoder: Decoding, rows: int = 1) -> None:
+    """Decode until compiled blocks do, and beyond."""
+    batching = Batching(possible=True, decoding=decoder)
+    state, alone = session(span, decoder), SessionState(span, context=None)
+    deadline = time.monotonic() + 240
+    while alone.cache.length < PAGE + 3 or decoder.engine != "compiled":
+        assert time.monotonic() < deadline
+        assert "not compiled" not in decoder.engine
+        step = Step((span.start, span.end), torch.randn(rows, 1, HIDDEN), states=[span.start])
+        if alone.cache.length == PAGE + 3:
+            step.position = 1
+            time.sleep(0.1)
+        (got,) = batching.run([prepared(state, step)])
+        (expected,) = Batching().run([prepared(alone, step)])
+        for one, other in zip(got, expected, strict=True):
+            close(one, other)
+
+
+def test_compiled_blocks_that_differ_are_not_taken(tmp_path: Path) -> None:
+    span = load("llama", tmp_path)
+    decoder = decoding(span)
+
+    def wrong(jobs: list[Any]) -> list[_Compiled]:
+        found = traced_only(jobs)
+        for one in found:
+            one.function = lambda *inputs, right=one.function: [1.5 * o for o in right(*inputs)]
+        return found
+
+    decoder.compile_beside(compile_jobs=wrong)
+    batching = Batching(possible=True, decoding=decoder)
+    state, alone = session(span, decoder), SessionState(span, context=None)
+    deadline = time.monotonic() + 120
+    while "not compiled" not in decoder.engine:
+        assert time.monotonic() < deadline
+        step = Step((span.start, span.end), torch.randn(1, 1, HIDDEN), position=0)
+        (got,) = batching.run([prepared(state, step)])
+        (expected,) = Batching().run([prepared(alone, step)])
+        close(got[0], expected[0])
+        time.sleep(0.05)
+    assert "results differ" in decoder.engine
