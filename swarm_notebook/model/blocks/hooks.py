@@ -7,7 +7,7 @@ captures; they cannot write, because the block runs elsewhere as a whole.
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NoReturn
@@ -117,25 +117,35 @@ class ChangeWatch:
         # Attribute tables, which stay what they are as long as their modules.
         self._tables = [module.__dict__ for root in roots for module in root.modules()]
         self._planted = any("forward" in table for table in self._tables)
-        self._seen = self._look()
+        self._sizes = list(map(len, self._tables))
+        self._held = list(map(_HELD, self._tables))
+        self._families = [held[0] for held in self._held if held[0]]
+        self._children = list(self._all_children())
+        # Nearly all modules have no hooks: that they still have none is asked in one go.
+        every = [hooks for held in self._held for hooks in held[1:]]
+        self._bare = [hooks for hooks in every if not hooks]
+        self._hooked = [(hooks, len(hooks)) for hooks in every if hooks]
 
     @property
     def unchanged(self) -> bool:
-        return not self._planted and self._look() == self._seen
+        # Hardly a loop of Python's own: this is done for every token. Lists compare what is in them
+        # by identity first, which ends the comparison wherever nothing has changed.
+        return (
+            not self._planted
+            and list(map(len, self._tables)) == self._sizes
+            and list(map(_HELD, self._tables)) == self._held
+            and not any(self._bare)
+            and all(len(hooks) == count for hooks, count in self._hooked)
+            and list(self._all_children()) == self._children
+        )
 
-    def _look(self) -> list[list[int]]:
-        # No loop of Python's own: this is done for every token.
-        tables = self._tables
-        children = chain.from_iterable(map(dict.values, map(_CHILDREN, tables)))
-        hooks = [list(map(len, map(hooks_of, tables))) for hooks_of in _HOOKS]
-        return [list(map(len, tables)), list(map(id, children)), *hooks]
+    def _all_children(self) -> Iterator[nn.Module | None]:
+        return chain.from_iterable(map(dict.values, self._families))
 
 
-_CHILDREN = itemgetter("_modules")
-_HOOKS = [
-    itemgetter(name)
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-]
+_HELD = itemgetter(
+    "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
 
 
 def modules_inside(blocks: Mapping[int, nn.Module]) -> list[tuple[int, str, nn.Module]]:
