@@ -157,8 +157,11 @@ class _Piece(torch.autograd.Function):
         ctx.stretch = stretch
         parameters = [one for one in prompts_and_parameters[1:] if one is not None]
         ctx.devices = [hidden.device, *(parameter.device for parameter in parameters)]
-        # In a list: an input returned as it is would be a view, which no hook could write into.
-        return output[0]
+        # In a list, as an input returned as it is would be a view, and no view of the message that
+        # it came in: into parts of a view that a function returns no hook may write.
+        state = output[0]
+        place = state.storage_offset(), state.size(), state.stride()
+        return state.new_empty(0).set_(state.untyped_storage(), *place)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:

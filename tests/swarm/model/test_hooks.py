@@ -104,6 +104,13 @@ def write_in_place(block: Any, seen: Seen) -> None:
     seen.handles.append(block.register_forward_hook(hook))
 
 
+def write_into_a_view(block: Any, seen: Seen) -> None:
+    def hook(module: Any, args: Any, out: torch.Tensor) -> None:
+        out[0][1:3] = 0
+
+    seen.handles.append(block.register_forward_hook(hook))
+
+
 def replace_input(block: Any, seen: Seen) -> None:
     seen.handles.append(block.register_forward_pre_hook(lambda m, args: (args[0] + 0.3, *args[1:])))
 
@@ -169,7 +176,7 @@ def test_forward(pair: Pair, action: Any, place: int) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("action", [*ACTIONS, scale_gradient])
+@pytest.mark.parametrize("action", [*ACTIONS, write_into_a_view, scale_gradient])
 def test_training(pair: Pair, action: Any, place: int) -> None:
     results = []
     for model in (pair.remote, pair.local):
