@@ -49,7 +49,9 @@ def tokens(rows: int = 2, length: int = 9) -> torch.Tensor:
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    # C2. How a server multiplies is what was faster when it was tried, so last digits may differ:
+    # of states of size 10, at 1.5e-5.
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
 def same_text(models: Models, *, first_runs: bool = True, **options: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +23,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         now[0] += seconds
 
     monkeypatch.setattr(conduct, "_now", lambda: now[0])
-    monkeypatch.setattr(conduct.asyncio, "sleep", sleep)
+    # Not in asyncio itself: other threads' loops sleep, too, as those of tests before.
+    monkeypatch.setattr(conduct, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
     return now
 
 
