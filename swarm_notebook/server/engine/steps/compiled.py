@@ -85,6 +85,10 @@ class _Compiled:
     outputs: pytree.TreeSpec
 
 
+# A block, and the arguments of a call of it.
+_Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
 class Compiler:
     """Has the blocks of a span compiled, beside their use.
 
@@ -122,15 +126,20 @@ class Compiler:
         if rows in self._asked or self.why_not:
             yield
             return
-        jobs: dict[Hashable, _Job] = {}
+        calls: dict[Hashable, _Call] = {}
         with ExitStack() as hooks:
             for layer, own in zip(span.layers, self.span.layers, strict=True):
-                note = _noting(jobs, own, span.device)
+                note = _noting(calls, own)
                 hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
             yield
-        if not jobs:
+        if not calls:
             return  # a graph was launched
         self._asked.add(rows)
+        try:
+            jobs = {kind: _job(*call, span.device) for kind, call in calls.items()}
+        except Exception as error:  # whatever a block holds that cannot be copied
+            self.give_up(error)
+            return
         self._jobs.put((rows, jobs))
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="compile", daemon=True)
@@ -202,22 +211,24 @@ def _given(leaf: Any) -> Any:
     return leaf
 
 
-def _noting(
-    jobs: dict[Hashable, _Job], own: nn.Module, device: torch.device
-) -> Callable[..., None]:
-    """A hook that notes the arguments of a block, which is like ``own``."""
+def _noting(calls: dict[Hashable, _Call], own: nn.Module) -> Callable[..., None]:
+    """A hook that notes the first call of each kind of block; its own is like ``own``."""
 
     def note(_layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        kind = _kind(own)
-        if kind in jobs:
-            return
-        empty = {id(weight): _without_memory(weight) for weight in _weights(own).values()}
-        layer = copy.deepcopy(own, empty)
-        del vars(layer)["forward"]
-        inputs, named = pytree.tree_map(_without_memory, (inputs, named))
-        jobs[kind] = _Job(layer, inputs, named, device)
+        calls.setdefault(_kind(own), (own, inputs, named))
 
     return note
+
+
+def _job(
+    layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], device: torch.device
+) -> _Job:
+    """What a call of a block needs to be compiled."""
+    empty = {id(weight): _without_memory(weight) for weight in _weights(layer).values()}
+    bare = copy.deepcopy(layer, empty)
+    del vars(bare)["forward"]
+    inputs, named = pytree.tree_map(_without_memory, (inputs, named))
+    return _Job(bare, inputs, named, device)
 
 
 def _without_memory(leaf: Any) -> Any:

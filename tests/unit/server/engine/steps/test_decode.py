@@ -241,3 +241,25 @@ def test_compiled_blocks_that_differ_are_not_taken(tmp_path: Path) -> None:
         close(got[0], expected[0])
         time.sleep(0.05)
     assert "results differ" in decoder.engine
+
+
+def test_blocks_that_cannot_be_compiled_go_on_as_they_are(tmp_path: Path) -> None:
+    class CopiedOnce:
+        copies = 0
+
+        def __deepcopy__(self, _: Any) -> CopiedOnce:
+            self.copies += 1
+            if self.copies > 1:
+                raise TypeError("copied once only")
+            return self
+
+    span = load("llama", tmp_path)
+    decoder = decoding(span)
+    vars(span.layers[0])["odd"] = CopiedOnce()
+    decoder.compile_beside(compile_jobs=traced_only)
+    assert "not compiled: TypeError: copied once only" in decoder.engine
+    step = Step((span.start, span.end), torch.randn(1, 1, HIDDEN))
+    batching = Batching(possible=True, decoding=decoder)
+    (got,) = batching.run([prepared(session(span, decoder), step)])
+    (expected,) = Batching().run([prepared(SessionState(span, context=None), step)])
+    close(got[0], expected[0])
