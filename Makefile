@@ -21,12 +21,12 @@ NODE := $(if $(shell command -v npm),js/node_modules/.package-lock.json)
 NOTEBOOK := examples/01_quickstart.ipynb
 # uv, where it is there, downloads in parallel: one minute instead of two and a half for a first run.
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
-# Several files at a time, each from its first test to its last: a third of most tests is waiting. A
-# process that ends before its tests do is not replaced: the run fails at once, where xdist may wait
-# for ever.
+# Two files at a time, each from its first test to its last; three were a sixth faster on two cores,
+# and busy enough for tests to be late. A process that ends before its tests do is not replaced: the
+# run fails at once, where xdist may wait for ever.
 BY_FILE := --dist loadfile --max-worker-restart 0
 # In the order of tests/conftest.py: xdist would take files with many tests for long ones.
-IN_ORDER := -n 3 $(BY_FILE) --no-loadscope-reorder
+IN_ORDER := -n 2 $(BY_FILE) --no-loadscope-reorder
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 

@@ -31,6 +31,9 @@ SESSION_BYTES = 3 * 2 * 2 * 16 * 192 * 4
 # Hidden states that are pushed for a session that does not exist.
 PUSHES, PUSHED = 30, torch.zeros(1, 4096, 48)
 
+# What a process takes meanwhile for other things: frames are held once, so nothing makes up for it.
+BESIDE = 2 << 20
+
 
 def test_five_of_thirty_blocks_take_five_blocks_of_memory(tmp_path: Path) -> None:
     source = resolve(None)
@@ -76,9 +79,11 @@ def test_what_a_crowd_leaves_behind_goes_back_to_the_system(llama_process: Bench
             metadata = protocol.pack_metadata({"session_id": "none", "step_id": str(number)})
             pushed = [tensors.pack(PUSHED)]
             await stream.send(PackedMessage(tensors=pushed, metadata=metadata))
-        peak = 0
-        while (now := process.memory_info().rss) > peak:  # until all has come
-            peak = now
+        peak = same = 0
+        while same < 3:  # until all has come, on a busy machine with breaks
+            now = process.memory_info().rss
+            same = 0 if now > peak else same + 1
+            peak = max(peak, now)
             await asyncio.sleep(1.0)
         for session in sessions[:-1]:
             session.close()
@@ -86,7 +91,7 @@ def test_what_a_crowd_leaves_behind_goes_back_to_the_system(llama_process: Bench
         return peak
 
     peak = llama.client.run(crowd())
-    held = (SESSIONS - 1) * SESSION_BYTES + PUSHES * PUSHED.nbytes
+    held = (SESSIONS - 1) * SESSION_BYTES + PUSHES * PUSHED.nbytes - BESIDE
     deadline = time.monotonic() + EARLY_SECONDS + PATIENCE
     while (given_back := peak - process.memory_info().rss) < held:
         assert time.monotonic() < deadline, f"{given_back >> 20} MB of {held >> 20} MB came back"

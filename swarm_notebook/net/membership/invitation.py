@@ -108,7 +108,11 @@ class Invitation:
                     "the invitation has characters that none has; copy it again"
                 ) from None
             data = base64.urlsafe_b64decode(cut + "=" * (-len(cut) % 4))
-        return cls._unpack(data)
+        found = cls._unpack(data)
+        if base64.urlsafe_b64encode(data).decode().rstrip("=") != body:
+            # The last character has bits that no byte needs.
+            raise InvitationError("the invitation was changed on its way; copy it again")
+        return found
 
     @classmethod
     def _unpack(cls, data: bytes) -> Self:

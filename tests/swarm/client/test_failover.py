@@ -119,7 +119,8 @@ def test_killed_again_and_again(stage: Scene) -> None:
     options: dict[str, Any] = {"num_beams": 2}
     ours = generate(stage.remote, ids, stopping_criteria=[acts], **options)
     stage.same(ours, generate(stage.reference, ids, **options))
-    assert [hop.segment.peer for hop in stage.sessions[-1].hops] == [first.peer_id] * 2
+    # In two parts or three: the route may have left out who was just coming back.
+    assert {hop.segment.peer for hop in stage.sessions[-1].hops} == {first.peer_id}
 
 
 def test_killed_between_two_calls_of_a_conversation(stage: Scene) -> None:

@@ -80,6 +80,12 @@ def test_an_invitation_that_was_cut_or_changed_is_named_as_such(swarm: Authority
         other = "A" if text[at] != "A" else "B"
         with pytest.raises(InvitationError):
             Invitation.read(text[:at] + other + text[at + 1 :])
+    # Of its last character not every bit counts.
+    for other in set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_") - {
+        text[-1]
+    }:
+        with pytest.raises(InvitationError):
+            Invitation.read(text[:-1] + other)
     for rubbish in ("", "swarm1", "swarm1!", "hello", "x" * 10**7, PREFIX + "A" * 3000):
         with pytest.raises(InvitationError):
             Invitation.read(rubbish)
