@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 from support.bench import Bench
-from support.patience import PATIENCE
+from support.patience import wait_until
 from support.raw_wire import RawClient, ServerProcess, request
 
 from swarm_notebook.checkpoint.files.source import resolve
@@ -30,9 +30,6 @@ SESSIONS, POSITIONS = 80, 160
 SESSION_BYTES = 3 * 2 * 2 * 16 * 192 * 4
 # Hidden states that are pushed for a session that does not exist.
 PUSHES, PUSHED = 30, torch.zeros(1, 4096, 48)
-
-# What a process takes meanwhile for other things: frames are held once, so nothing makes up for it.
-BESIDE = 2 << 20
 
 
 def test_five_of_thirty_blocks_take_five_blocks_of_memory(tmp_path: Path) -> None:
@@ -79,20 +76,24 @@ def test_what_a_crowd_leaves_behind_goes_back_to_the_system(llama_process: Bench
             metadata = protocol.pack_metadata({"session_id": "none", "step_id": str(number)})
             pushed = [tensors.pack(PUSHED)]
             await stream.send(PackedMessage(tensors=pushed, metadata=metadata))
-        peak = same = 0
-        while same < 3:  # until all has come, on a busy machine with breaks
-            now = process.memory_info().rss
-            same = 0 if now > peak else same + 1
-            peak = max(peak, now)
+        peak = 0
+        while (now := process.memory_info().rss) > peak:  # until all has come
+            peak = now
             await asyncio.sleep(1.0)
         for session in sessions[:-1]:
             session.close()
         stream.abort()
         return peak
 
+    held = (SESSIONS - 1) * SESSION_BYTES + PUSHES * PUSHED.nbytes
+    # Arithmetic of these shapes takes some memory for good: that is not what a crowd leaves behind.
     peak = llama.client.run(crowd())
-    held = (SESSIONS - 1) * SESSION_BYTES + PUSHES * PUSHED.nbytes - BESIDE
-    deadline = time.monotonic() + EARLY_SECONDS + PATIENCE
-    while (given_back := peak - process.memory_info().rss) < held:
-        assert time.monotonic() < deadline, f"{given_back >> 20} MB of {held >> 20} MB came back"
-        time.sleep(0.5)
+    wait_until(lambda: peak - process.memory_info().rss > 0.9 * held, "forgetting a crowd", 0.5)
+    time.sleep(EARLY_SECONDS)
+    before = process.memory_info().rss
+    peak = llama.client.run(crowd())
+    assert peak - before > 0.9 * held
+    # Not even a single push may stay.
+    wait_until(
+        lambda: process.memory_info().rss - before < PUSHED.nbytes, "forgetting a second one", 0.5
+    )

@@ -49,9 +49,9 @@ def tokens(rows: int = 2, length: int = 9) -> torch.Tensor:
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    # C2. How a server multiplies is what was faster when it was tried, so last digits may differ:
-    # of states of size 10, at 1.5e-5.
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+    # A server multiplies as was faster when it was tried: 25 roundings of what is large may differ.
+    size = float(theirs.abs().max())
+    torch.testing.assert_close(ours, theirs, atol=max(1e-5, 3e-6 * size), rtol=0)
 
 
 def same_text(models: Models, *, first_runs: bool = True, **options: Any) -> None:
