@@ -107,40 +107,46 @@ class Compiler:
     ):
         self.span = span
         self._compile_jobs = compile_jobs or compile_elsewhere
-        self._jobs: SimpleQueue[tuple[int, dict[Hashable, _Job]]] = SimpleQueue()
-        self._asked: set[int] = set()
-        self._ready: set[int] = set()
+        self._jobs: SimpleQueue[dict[tuple[Hashable, int], _Job]] = SimpleQueue()
+        # What steps of some blocks and rows need, by kind of block and number of rows.
+        self._needed: dict[tuple[tuple[int, int], int], set[tuple[Hashable, int]]] = {}
+        self._asked: set[tuple[Hashable, int]] = set()
         self._compiled: dict[tuple[Hashable, int], _Compiled] = {}
         self._thread: threading.Thread | None = None
         self.why_not = ""
         for index, layer in enumerate(span.layers):
             vars(layer)["forward"] = self._caller(layer, span.start + index)
 
-    def ready(self, rows: int) -> bool:
-        """Whether `span` can take steps of so many rows."""
-        return rows in self._ready and not self.why_not
+    def ready(self, blocks: tuple[int, int], rows: int) -> bool:
+        """Whether `span` can take steps of some blocks, of so many rows."""
+        needed = self._needed.get((blocks, rows))
+        return not self.why_not and needed is not None and needed <= self._compiled.keys()
 
     @contextmanager
-    def watching(self, span: Span, rows: int) -> Iterator[None]:
-        """Have compiled, for so many rows, what runs through a span like the own one meanwhile."""
-        if rows in self._asked or self.why_not:
+    def watching(self, span: Span, blocks: tuple[int, int], rows: int) -> Iterator[None]:
+        """Have compiled what a step runs meanwhile through a span like the own one."""
+        if (blocks, rows) in self._needed or self.why_not:
             yield
             return
-        calls: dict[Hashable, _Call] = {}
+        calls: dict[tuple[Hashable, int], _Call] = {}
         with ExitStack() as hooks:
             for layer, own in zip(span.layers, self.span.layers, strict=True):
-                note = _noting(calls, own)
+                note = _noting(calls, own, rows)
                 hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
             yield
         if not calls:
             return  # a graph was launched
-        self._asked.add(rows)
+        self._needed[blocks, rows] = set(calls)
+        new = calls.keys() - self._asked
+        self._asked |= new
         try:
-            jobs = {kind: _job(*call, span.device) for kind, call in calls.items()}
+            jobs = {key: _job(*calls[key], span.device) for key in calls if key in new}
         except Exception as error:  # whatever a block holds that cannot be copied
             self.give_up(error)
             return
-        self._jobs.put((rows, jobs))
+        if not jobs:
+            return
+        self._jobs.put(jobs)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="compile", daemon=True)
             self._thread.start()
@@ -152,18 +158,17 @@ class Compiler:
 
     def _work(self) -> None:
         while not self.why_not:
-            rows, jobs = self._jobs.get()
+            jobs = self._jobs.get()
             began = time.monotonic()
             try:
                 found = self._compile_jobs(list(jobs.values()))
             except Exception as error:  # whatever a compiler does with what it does not expect
                 self.give_up(error)
                 return
-            for kind, compiled in zip(jobs, found, strict=True):
-                self._compiled[kind, rows] = compiled
-            self._ready.add(rows)
+            self._compiled |= dict(zip(jobs, found, strict=True))
             took = time.monotonic() - began
-            logger.info("compiled the blocks for steps of %d rows in %.1f s", rows, took)
+            rows = sorted({rows for _, rows in jobs})
+            logger.info("compiled %d kinds of blocks for %s rows in %.1f s", len(jobs), rows, took)
 
     def _caller(self, layer: nn.Module, block: int) -> Callable[..., Any]:
         kind, weights = _kind(layer), list(_weights(layer).values())
@@ -211,11 +216,13 @@ def _given(leaf: Any) -> Any:
     return leaf
 
 
-def _noting(calls: dict[Hashable, _Call], own: nn.Module) -> Callable[..., None]:
+def _noting(
+    calls: dict[tuple[Hashable, int], _Call], own: nn.Module, rows: int
+) -> Callable[..., None]:
     """A hook that notes the first call of each kind of block; its own is like ``own``."""
 
     def note(_layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        calls.setdefault(_kind(own), (own, inputs, named))
+        calls.setdefault((_kind(own), rows), (own, inputs, named))
 
     return note
 

@@ -65,6 +65,9 @@ class Decoding:
         capture: in CUDA graphs.
         fused: attend by `attention.kernel`.
         shortest: positions of the shortest bucket.
+
+    Attributes:
+        compiled: blocks and numbers of rows whose steps run through compiled blocks.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Decoding:
         self._graphs = torch.cuda.graph_pool_handle() if capture else None
         self._broken = ""
         self._compiler: Compiler | None = None
-        self._compiled = False
+        self.compiled: set[tuple[tuple[int, int], int]] = set()
         # Chunks are counted from a row's first token, which only the model's own mask knows.
         self._takes_padding = "chunked_attention" not in (
             getattr(span.config, "layer_types", None) or ()
@@ -96,10 +99,11 @@ class Decoding:
         """How steps run, for people."""
         if self._broken:
             return f"plain: {self._broken}"
-        if self._compiled:
-            return "compiled"
         if self._compiler is not None and self._compiler.why_not:
-            return f"graph, not compiled: {self._compiler.why_not}"
+            how = "compiled, but not for all" if self.compiled else "graph, not compiled"
+            return f"{how}: {self._compiler.why_not}"
+        if self.compiled:
+            return "compiled"
         return "graph" if self._capture else "plain: without a card there are no graphs"
 
     def compile_beside(self, **options: Any) -> None:
@@ -170,12 +174,12 @@ class Decoding:
 
     def _run(self, program: Program, rows: int, blocks: Sequence[int]) -> list[torch.Tensor]:
         """The outputs of some blocks; compiled ones take over where they are ready."""
-        compiler, settled = self._compiler, program.settled
+        compiler, settled, bucket = self._compiler, program.settled, program.bucket
         if compiler is None or program.span is compiler.span:
             return program.run(rows, blocks)
-        with compiler.watching(program.span, program.bucket.rows):
+        with compiler.watching(program.span, bucket.blocks, bucket.rows):
             outputs = program.run(rows, blocks)
-        if settled and compiler.ready(program.bucket.rows):
+        if settled and compiler.ready(bucket.blocks, bucket.rows):
             self._improve(compiler, program, rows)
         return outputs
 
@@ -191,7 +195,7 @@ class Decoding:
             compiler.give_up(error)
         else:
             self._programs[program.bucket] = better
-            self._compiled = True
+            self.compiled.add((program.bucket.blocks, program.bucket.rows))
 
     def _new_program(self, bucket: Bucket, span: Span) -> Program:
         return Program(bucket, span, self.pool, self.hidden_size, self._graphs, fused=self._fused)
@@ -199,6 +203,7 @@ class Decoding:
     def drop_graphs(self) -> None:
         """Give up what was captured, and its memory."""
         self._programs.clear()
+        self.compiled.clear()
 
     def _length(self, needed: int) -> int:
         return max(self._shortest, -(-_power(needed) // PAGE) * PAGE)

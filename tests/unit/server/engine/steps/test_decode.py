@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.patience import wait_until
 from support.random_sessions import RandomSession, prepared
 from support.tiny import FAMILIES, tiny_model
 
@@ -17,7 +18,12 @@ from swarm_notebook.server.engine.kv.cache import PAGE
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
-from swarm_notebook.server.engine.steps.compiled import _Compiled, compile_elsewhere, traced
+from swarm_notebook.server.engine.steps.compiled import (
+    CannotCompile,
+    _Compiled,
+    compile_elsewhere,
+    traced,
+)
 from swarm_notebook.server.engine.steps.decode import Decoding, Impossible
 from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState
 
@@ -201,15 +207,19 @@ def test_blocks_compiled_by_inductor_take_over(tmp_path: Path) -> None:
     take_over(span, decoder, rows=2)
 
 
-def take_over(span: Span, decoder: Decoding, rows: int = 1) -> None:
+def take_over(
+    span: Span, decoder: Decoding, rows: int = 1, blocks: tuple[int, int] | None = None
+) -> None:
     """Decode until compiled blocks do, and beyond."""
+    blocks = blocks or (span.start, span.end)
     batching = Batching(possible=True, decoding=decoder)
     state, alone = session(span, decoder), SessionState(span, context=None)
+
     deadline = time.monotonic() + 240
-    while alone.cache.length < PAGE + 3 or decoder.engine != "compiled":
+    while alone.cache.length < PAGE + 3 or (blocks, rows) not in decoder.compiled:
         assert time.monotonic() < deadline
         assert "not compiled" not in decoder.engine
-        step = Step((span.start, span.end), torch.randn(rows, 1, HIDDEN), states=[span.start])
+        step = Step(blocks, torch.randn(rows, 1, HIDDEN), states=[span.start])
         if alone.cache.length == PAGE + 3:
             step.position = 1
             time.sleep(0.1)
@@ -217,6 +227,7 @@ def take_over(span: Span, decoder: Decoding, rows: int = 1) -> None:
         (expected,) = Batching().run([prepared(alone, step)])
         for one, other in zip(got, expected, strict=True):
             close(one, other)
+    assert decoder.engine == "compiled"
 
 
 def test_compiled_blocks_that_differ_are_not_taken(tmp_path: Path) -> None:
@@ -263,3 +274,26 @@ def test_blocks_that_cannot_be_compiled_go_on_as_they_are(tmp_path: Path) -> Non
     (got,) = batching.run([prepared(session(span, decoder), step)])
     (expected,) = Batching().run([prepared(SessionState(span, context=None), step)])
     close(got[0], expected[0])
+
+
+def test_kinds_of_blocks_are_compiled_as_they_are_needed(tmp_path: Path) -> None:
+    """First for a part that has one kind of two, then for all; and a failure later is told."""
+    compiled: list[int] = []
+
+    def compiling(jobs: list[Any]) -> list[_Compiled]:
+        if jobs[0].inputs[0].shape[0] == 4:
+            raise CannotCompile("no more")
+        compiled.append(len(jobs))
+        return traced_only(jobs)
+
+    span = load("gemma2", tmp_path)
+    decoder = decoding(span)
+    decoder.compile_beside(compile_jobs=compiling)
+    part = (span.start, span.start + 1)
+    take_over(span, decoder, rows=2, blocks=part)
+    take_over(span, decoder, rows=2)
+    assert compiled == [2, 1, 1]
+    batching = Batching(possible=True, decoding=decoder)
+    state = session(span, decoder)
+    batching.run([prepared(state, Step((span.start, span.end), torch.randn(4, 1, HIDDEN)))])
+    wait_until(lambda: decoder.engine == "compiled, but not for all: CannotCompile: no more")
