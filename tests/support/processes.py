@@ -31,15 +31,16 @@ def mark_this_run() -> None:
 def marked_processes() -> dict[int, str]:
     """Servers and network daemons that this test run started and that still live."""
     found = {}
-    for process in psutil.process_iter(["cmdline"]):
+    for process in psutil.process_iter():
         try:
+            # Its environment last: those of all processes on a machine take longer than a test.
+            command = " ".join(process.cmdline())
             if (
-                process.pid in {os.getpid(), forkserver.pid()}
-                or process.environ().get(MARK) != os.environ[MARK]
+                _ours(command)
+                and process.pid not in {os.getpid(), forkserver.pid()}
+                and process.environ().get(MARK) == os.environ[MARK]
+                and process.status() != psutil.STATUS_ZOMBIE
             ):
-                continue
-            command = " ".join(process.info["cmdline"] or ())
-            if process.status() != psutil.STATUS_ZOMBIE and _ours(command):
                 found[process.pid] = command
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,46 +171,42 @@ def test_without_the_package_it_says_how_to_install(
         demo.demo_model()
 
 
-def _resident_bytes(folder: Path, start: int, end: int) -> dict[str, int]:
-    """What loading and running blocks start..end-1 adds to a fresh process, in bytes."""
-    script = textwrap.dedent(f"""
-        import json, os, torch, transformers
-        from swarm_notebook.checkpoint.parts.partial import load_blocks
-        from swarm_notebook.checkpoint.files.source import resolve
-        def resident():
-            pages = int(open("/proc/self/statm").read().split()[1])
-            return pages * os.sysconf("SC_PAGE_SIZE")
-        source = resolve({str(folder)!r})
-        load_blocks(source, 0, 1, dtype=torch.float32)
-        before = resident()
-        read = []
-        loaded = load_blocks(source, {start}, {end}, dtype=torch.float32,
-                             progress=lambda done, total: read.append((done, total)))
-        loaded.model(inputs_embeds=torch.randn(1, 4, 576), use_cache=False)
-        print(json.dumps({{
-            "resident": resident() - before,
-            "read": read[-1][0], "total": read[-1][1],
-            "parameters": sum(p.numel() for p in loaded.model.parameters()),
-        }}))
-    """)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+# What loading and running some blocks adds to a process, in bytes; all are held to its end.
+_MEASURE = """
+import json, os, sys, torch
+from swarm_notebook.checkpoint.parts.partial import load_blocks
+from swarm_notebook.checkpoint.files.source import resolve
+def resident():
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+source = resolve(sys.argv[1])
+held = [load_blocks(source, 0, 1, dtype=torch.float32)]
+for start, end in ((12, 17), (0, 30)):
+    before = resident()
+    read = []
+    loaded = load_blocks(source, start, end, dtype=torch.float32,
+                         progress=lambda done, total: read.append((done, total)))
+    loaded.model(inputs_embeds=torch.randn(1, 4, 576), use_cache=False)
+    held.append(loaded)
+    print(json.dumps({
+        "blocks": end - start, "resident": resident() - before,
+        "read": read[-1][0], "total": read[-1][1],
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+    }))
+"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux' /proc")
 def test_five_blocks_take_a_sixth_of_the_memory_of_thirty(source: Any) -> None:
-    for start, end in ((12, 17), (0, 30)):
-        measured = _resident_bytes(source.path, start, end)
-        blocks = end - start
+    command = [sys.executable, "-c", _MEASURE, str(source.path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    for measured in map(json.loads, done.stdout.splitlines()):
+        blocks = measured["blocks"]
         size = blocks * BLOCK_WEIGHTS * 4
         assert measured["parameters"] == blocks * BLOCK_WEIGHTS
         assert measured["read"] == measured["total"] == size
         # The weights and some megabytes; the embedding alone would be 108 MiB more.
-        print(f"blocks {start}:{end}: {measured}")
+        print(measured)
         assert size * 0.9 < measured["resident"] < size + 30 * 2**20
+    assert done.stdout.count("\n") == 2

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from huggingface_hub import constants, hf_api
 from support.patience import PATIENCE, slowdown
 from support.tiny import build
 
 from swarm_notebook.checkpoint.files import hub
+from swarm_notebook.checkpoint.files.source import resolve
+from swarm_notebook.checkpoint.parts.partial import load_blocks
+from swarm_notebook.errors import ModelNotFound
 
 COMMIT = "f" * 40
 
@@ -87,36 +89,31 @@ def stand_in(tmp_path: Path) -> Iterator[HubStandIn]:
     server.close()
 
 
-def _run(script: str, tmp_path: Path, endpoint: str) -> str:
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_ENDPOINT": endpoint}
-    environment.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Lets the Hub be at another address, with an empty cache."""
+
+    def at(endpoint: str) -> None:
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hf_api.api, "endpoint", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "_last_answer", None)
+
+    return at
 
 
 def test_only_the_shards_of_the_hosted_blocks_are_downloaded(
-    stand_in: HubStandIn, tmp_path: Path
+    stand_in: HubStandIn, online: Callable[[str], None], tmp_path: Path
 ) -> None:
-    output = _run(
-        """
-        import torch
-        from swarm_notebook.checkpoint.parts.partial import load_blocks
-        from swarm_notebook.checkpoint.files.source import resolve
-        source = resolve("org/tiny")
-        print(source.dht_prefix, source.tokenizer(), source.generation_config() is not None)
-        load_blocks(source, 1, 2, dtype=torch.float32)
-        """,
-        tmp_path,
-        stand_in.url,
-    )
-    assert output == "tiny-hf None True\n"
+    online(stand_in.url)
+    source = resolve("org/tiny")
+    assert source.dht_prefix == "tiny-hf"
+    assert source.tokenizer() is None
+    assert source.generation_config() is not None
+    load_blocks(source, 1, 2, dtype=torch.float32)
     index = json.loads((tmp_path / "served" / "model.safetensors.index.json").read_text())
     needed = {shard for name, shard in index["weight_map"].items() if ".layers.1." in name}
     shards = [name for name in stand_in.fetched if name.endswith(".safetensors")]
@@ -124,62 +121,33 @@ def test_only_the_shards_of_the_hosted_blocks_are_downloaded(
     assert len(needed) < len(set(index["weight_map"].values())) / 2
 
 
-def test_a_repository_that_does_not_exist(stand_in: HubStandIn, tmp_path: Path) -> None:
-    output = _run(
-        """
-        from swarm_notebook.checkpoint.files.source import resolve
-        from swarm_notebook.errors import ModelNotFound
-        try:
-            resolve("nobody/nothing")
-        except ModelNotFound as error:
-            print(error)
-        """,
-        tmp_path,
-        stand_in.url,
-    )
-    assert "'nobody/nothing': no such repository on the Hub" in output
+def test_a_repository_that_does_not_exist(
+    stand_in: HubStandIn, online: Callable[[str], None]
+) -> None:
+    online(stand_in.url)
+    with pytest.raises(ModelNotFound, match="'nobody/nothing': no such repository on the Hub"):
+        resolve("nobody/nothing")
 
 
-def test_a_repository_of_pickles(stand_in: HubStandIn, tmp_path: Path) -> None:
+def test_a_repository_of_pickles(
+    stand_in: HubStandIn, online: Callable[[str], None], tmp_path: Path
+) -> None:
     served = tmp_path / "served"
     for path in (*served.glob("*.safetensors"), served / "model.safetensors.index.json"):
         path.unlink()
     (served / "pytorch_model.bin").write_bytes(b"pickle")
-    output = _run(
-        """
-        from swarm_notebook.checkpoint.files.source import resolve
-        from swarm_notebook.errors import ModelNotFound
-        try:
-            resolve("org/tiny")
-        except ModelNotFound as error:
-            print(error)
-        """,
-        tmp_path,
-        stand_in.url,
-    )
-    assert "only as pytorch_model.bin, a pickle" in output
+    online(stand_in.url)
+    with pytest.raises(ModelNotFound, match=r"only as pytorch_model\.bin, a pickle"):
+        resolve("org/tiny")
     assert "pytorch_model.bin" not in stand_in.fetched
 
 
-def test_without_a_hub_the_answer_comes_soon(tmp_path: Path) -> None:
-    before = slowdown()
-    output = _run(
-        """
-        import time
-        from swarm_notebook.checkpoint.files.source import resolve
-        from swarm_notebook.errors import ModelNotFound
-        begin = time.monotonic()
-        try:
-            resolve("nobody/nothing")
-        except ModelNotFound as error:
-            print(time.monotonic() - begin, error)
-        """,
-        tmp_path,
-        "http://127.0.0.1:9",
-    )
-    seconds, _, message = output.partition(" ")
-    assert float(seconds) < 10 * max(before, slowdown())
-    assert "the Hub does not answer" in message
+def test_without_a_hub_the_answer_comes_soon(online: Callable[[str], None]) -> None:
+    before, began = slowdown(), time.monotonic()
+    online("http://127.0.0.1:9")
+    with pytest.raises(ModelNotFound, match="the Hub does not answer"):
+        resolve("nobody/nothing")
+    assert time.monotonic() - began < 10 * max(before, slowdown())
 
 
 def test_a_hub_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from support.tiny import tiny_model
 
@@ -197,7 +194,7 @@ def test_an_index_may_not_point_out_of_the_model(folder: Path, tmp_path: Path) -
 
 
 def test_of_a_cached_repository_only_the_needed_shards_are_sought(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Hub's cache holds the shard of block 0 only, as after a server's download of it."""
     commit = "0" * 40
@@ -211,26 +208,13 @@ def test_of_a_cached_repository_only_the_needed_shards_are_sought(
     for path in snapshot.glob("model-*.safetensors"):
         if path.name not in needed:
             path.unlink()
-    script = textwrap.dedent("""
-        import torch
-        from swarm_notebook.checkpoint.parts.partial import load_blocks
-        from swarm_notebook.checkpoint.files.source import resolve
-        from swarm_notebook.errors import ModelNotFound
-        source = resolve("org/tiny.model")
-        print(source.dht_prefix, source.repository, len(load_blocks(source, 0, 1,
-              dtype=torch.float32).layers))
-        try:
-            load_blocks(source, 3, 5, dtype=torch.float32)
-        except ModelNotFound as error:
-            print(error)
-    """)
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
-    )
-    first, second = done.stdout.splitlines()
-    assert first == "tiny-model-hf https://huggingface.co/org/tiny.model 1"
-    assert second.endswith("is neither on the Hub nor in its cache")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    source = resolve("org/tiny.model")
+    assert source.dht_prefix == "tiny-model-hf"
+    assert source.repository == "https://huggingface.co/org/tiny.model"
+    assert len(load_blocks(source, 0, 1, dtype=torch.float32).layers) == 1
+    with pytest.raises(ModelNotFound, match="is neither on the Hub nor in its cache"):
+        load_blocks(source, 3, 5, dtype=torch.float32)
 
 
 def test_a_source_is_a_value(folder: Path) -> None:
