@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from support.gguf_files import write_gguf
 from support.tiny import build
 
 from swarm_notebook.checkpoint.as_stored import keep_packed
@@ -29,82 +30,12 @@ from swarm_notebook.errors import ModelNotFound, Unsupported
 from swarm_notebook.server.engine.quantising.loading import load_within
 
 
-def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of Q and K rows: the halves that rotate together are interleaved."""
-    rows, columns = weight.shape
-    return (
-        weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-    )
-
-
-def _write(path: Path, model: Any, architecture: str, *, kind: Any = None, **options: Any) -> None:
-    """Write `model` as llama.cpp's converter does, in float32 or with matrices of another type."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture, **options)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    if experts := getattr(config, "num_experts", 0):
-        writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
-    writer.add_token_merges(["a b"])
-    known = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    table = gguf.get_tensor_name_map(known, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        _add(_Quantising(writer, kind), table, name, tensor.numpy(), config, architecture)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-class _Quantising:
-    """A writer that stores matrices in a type."""
-
-    def __init__(self, writer: Any, kind: Any):
-        self._writer, self._kind = writer, kind
-
-    def add_tensor(self, name: str, value: np.ndarray) -> None:
-        if self._kind is None or value.ndim < 2:
-            self._writer.add_tensor(name, value)
-            return
-        stored = gguf.quants.quantize(value, self._kind)
-        self._writer.add_tensor(name, stored, raw_dtype=self._kind)
-
-
-def _add(
-    writer: Any, table: Any, name: str, value: np.ndarray, config: Any, architecture: str
-) -> None:
-    if name.endswith("experts.gate_up_proj"):
-        block = name.split(".")[2]
-        gate, up = np.split(value, 2, axis=1)
-        writer.add_tensor(f"blk.{block}.ffn_gate_exps.weight", np.ascontiguousarray(gate))
-        writer.add_tensor(f"blk.{block}.ffn_up_exps.weight", np.ascontiguousarray(up))
-        return
-    stem = name.removesuffix(".weight")
-    if architecture == "llama" and stem.endswith("q_proj"):
-        value = _permuted(value, config.num_attention_heads)
-    if architecture == "llama" and stem.endswith("k_proj"):
-        value = _permuted(value, config.num_key_value_heads)
-    writer.add_tensor(f"{table.get_name(stem)}.weight", np.ascontiguousarray(value))
-
-
 @pytest.fixture(params=[("llama", "llama"), ("qwen3", "qwen3"), ("qwen3_moe", "qwen3moe")])
 def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
     family, architecture = request.param
     model = build(family)
     path = tmp_path / f"tiny.{family}.gguf"
-    _write(path, model, architecture)
+    write_gguf(path, model, architecture)
     return model, path
 
 
@@ -121,7 +52,7 @@ def test_every_tensor_comes_back(written: tuple[Any, Path]) -> None:
 @torch.no_grad()
 def test_blocks_and_edges_load_from_the_file(tmp_path: Path) -> None:
     model, path = build("llama"), tmp_path / "tiny.llama.gguf"
-    _write(path, model, "llama")
+    write_gguf(path, model, "llama")
     source = resolve(path)
     assert source.dht_prefix == path.stem.replace(".", "-")
     assert source.config().num_hidden_layers == model.config.num_hidden_layers
@@ -226,7 +157,7 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
 
 def test_a_split_file_is_read_as_one(tmp_path: Path) -> None:
     model, path = build("llama"), tmp_path / "tiny.gguf"
-    _write(path, model, "llama", split_max_tensors=20)
+    write_gguf(path, model, "llama", split_max_tensors=20)
     parts = sorted(tmp_path.glob("tiny-*.gguf"))
     assert len(parts) > 1
     weights = GgufWeights(parts[0], model.config)
@@ -254,7 +185,7 @@ def _wide(tmp_path: Path, kind: Any) -> Path:
         max_position_embeddings=64,
     )
     path = tmp_path / "wide.gguf"
-    _write(path, LlamaForCausalLM(config), "llama", kind=kind)
+    write_gguf(path, LlamaForCausalLM(config), "llama", kind=kind)
     return path
 
 
