@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--shape", default="8b")
     options = parser.parse_args()
     import torch
-    from gpu import config
+    from gpu_local import config
 
     from swarm_notebook.checkpoint.files.source import resolve
     from swarm_notebook.checkpoint.parts.partial import load_blocks

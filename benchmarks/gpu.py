@@ -1,63 +1,60 @@
 """How fast servers on a GPU are, against transformers on the same card; a JSON line per figure.
 
-    python benchmarks/gpu.py [--shapes 1b 8b 70b] [--seconds 480]
+    python benchmarks/gpu.py [--shapes 1b 8b 70b] [--works local one two fresh] [--seconds 480]
 
 Weights are random (``serve --dummy-weights``): shapes are real, answers mean nothing. *Bare*
 sessions have no embeddings and no head; they run in processes of their own, so that one Python is
 not what is measured. *generate* is a notebook, with its embeddings and its head on the card. The
-share of the bandwidth is that of the weights, once per call, against a copy of the device.
+last line of a shape has ratios to eager transformers of the same run, and the share of the card's
+bandwidth: that of the blocks' weights, once per step, against a copy of the device. The works:
+
+local, static     transformers eager, and compiled with its static cache
+one, two, cards   one server; two on one card; one on each card, where there are several
+fresh             a new server: its first token; 64 sessions of 2,048 tokens; sessions with adapters
+divergence        distributions in bfloat16, a swarm's and local eager's, from local sdpa's
+
+``--shapes tiny --device cpu`` tries the program itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-CONTEXT, STEPS, WARM = 448, 48, 8
-PROMPT, NEW_TOKENS, LOCAL_STEPS = 2048, 48, 24
-CLIENTS = 8
-CACHE_TOKENS = 64 << 10
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 30},
-}
-HEADS = {"tiny": (4, 2), "1b": (32, 8), "8b": (32, 8), "70b": (64, 8)}
+from gpu_bare import STEPS, Clients
+from gpu_local import (
+    CONTEXT,
+    KL_PROMPT,
+    KL_ROWS,
+    KL_TOKENS,
+    LORA_RANK,
+    NEW_TOKENS,
+    PROMPT,
+    SHAPES,
+    WARM,
+    config,
+)
+from gpu_report import Facts, copied_bytes_per_second, say, summary, token_bytes
 
-
-def say(shape: str, what: str, **facts: Any) -> None:
-    print(json.dumps({"shape": shape, "what": what, **facts}), flush=True)
-
-
-def config(shape: str) -> Any:
-    from transformers import LlamaConfig
-
-    heads, groups = HEADS[shape]
-    made = LlamaConfig(
-        **SHAPES[shape],
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    made.dtype = "bfloat16"
-    made.architectures = ["LlamaForCausalLM"]
-    return made
+PROCESSES = 8
+MANY, LORA_SESSIONS = 64, 8
+# A session that grows takes an eighth more than it needs.
+CACHE_TOKENS = MANY * (PROMPT + PROMPT // 8 + 64)
+WORKS = ("local", "static", "one", "two", "cards", "fresh", "divergence")
+LOADED = re.compile(r"^(\S+ \S+) INFO loaded blocks \S+ in ([\d.]+) s", re.MULTILINE)
 
 
 def folder_of(shape: str, where: Path) -> Path:
@@ -77,192 +74,83 @@ def folder_of(shape: str, where: Path) -> Path:
     return folder
 
 
-def copied_bytes_per_second() -> float:
-    import torch
+class Memory:
+    """The most that is taken of the card (of a CPU: by the server's process) within a block."""
 
-    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    target.copy_(source)
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(10):
-        target.copy_(source)
-    torch.cuda.synchronize()
-    return 10 * 2 * source.numel() / (time.perf_counter() - began)
+    def __init__(self, device: str, pid: int):
+        self._device, self._pid = device, pid
+        self._over = threading.Event()
+        self.before = self.most = 0
 
+    def __enter__(self) -> Self:
+        self.before = self.most = self._taken()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
 
-def local(shape: str, device: str) -> None:
-    """Transformers by itself, in a process of its own."""
-    import torch
-    from transformers import DynamicCache, LlamaForCausalLM
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
 
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = LlamaForCausalLM(config(shape)).eval()
-    size = model.config.hidden_size
+    def _watch(self) -> None:
+        while not self._over.wait(0.05):
+            self.most = max(self.most, self._taken())
 
-    def sync() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    ids = torch.randint(3, 1000, (1, PROMPT), device=device)
-    with torch.inference_mode():
-        for _ in range(2):
-            sync()
-            began = time.perf_counter()
-            model.model(ids)
-            sync()
-            took = time.perf_counter() - began
-        say(shape, "local eager prefill", tokens=PROMPT, ms=round(1000 * took, 1))
-        options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-        seconds = []
-        for _ in range(3):
-            began = time.perf_counter()
-            model.generate(ids[:, :CONTEXT], pad_token_id=0, **options)
-            sync()
-            seconds.append(time.perf_counter() - began)
-        rate = NEW_TOKENS / statistics.median(seconds)
-        say(shape, "local eager generate", streams=1, tokens_per_s=round(rate, 1))
-        for rows in (1, 8, 32):
-            cache = DynamicCache(config=model.config)
-            hidden = torch.randn(rows, CONTEXT, size, device=device)
-            model.model(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
-            for step in range(LOCAL_STEPS + WARM):
-                if step == WARM:
-                    sync()
-                    began = time.perf_counter()
-                model.model(inputs_embeds=hidden[:, :1], past_key_values=cache, use_cache=True)
-            sync()
-            rate = rows * LOCAL_STEPS / (time.perf_counter() - began)
-            say(shape, "local eager decode", streams=rows, tokens_per_s=round(rate, 1))
-
-
-class Bare:
-    """A session without a notebook: random hidden states in, the last block's output out."""
-
-    def __init__(self, connection: Any, size: int):
+    def _taken(self) -> int:
+        import psutil
         import torch
 
-        self._session, self._connection = connection.session(), connection
-        self._hidden = torch.randn(1, PROMPT, size).to(torch.bfloat16)
-        self._position = 0
-
-    async def go(self, length: int) -> None:
-        from swarm_notebook.client.session.history import Pass
-        from swarm_notebook.client.session.session import Given
-
-        hidden = self._hidden[:, :length]
-        self._session.begin(Pass(self._position, length, {0: hidden}), Given())
-        await self._session.step(0, self._connection.num_blocks)
-        self._position += length
-
-    def close(self) -> None:
-        self._session.close()
+        if self._device.startswith("cuda"):
+            free, total = torch.cuda.mem_get_info(self._device)
+            return total - free
+        return int(psutil.Process(self._pid).memory_info().rss)
 
 
-def client(shape: str, sessions: int, prompt: int) -> None:
-    """A process with some bare sessions; speaks with `crowd` in lines."""
-    from swarm_notebook.client.connection import Connection
-
-    peers = json.loads(sys.stdin.readline())
-    sizes = SHAPES[shape]
-    connection = Connection(peers, f"_dummy-{shape}", sizes["num_hidden_layers"])
-    run = connection.network.run
-    made = [Bare(connection, sizes["hidden_size"]) for _ in range(sessions)]
-
-    async def all_of(length: int, times: int) -> None:
-        async def one(session: Bare) -> None:
-            for _ in range(times):
-                await session.go(length)
-
-        await asyncio.gather(*map(one, made))
-
-    began = time.perf_counter()
-    run(all_of(prompt, 1))
-    prefill = time.perf_counter() - began
-    run(all_of(1, WARM))
-    print(json.dumps({"prefill": prefill}), flush=True)
-    sys.stdin.readline()
-    marks = [time.time()]
-    run(all_of(1, STEPS))
-    marks.append(time.time())
-    print(json.dumps(marks), flush=True)
-    for session in made:
-        session.close()
-    connection.close()
-    os._exit(0)
-
-
-def crowd(shape: str, peers: list[str], sessions: int, prompt: int = CONTEXT) -> dict[str, Any]:
-    """Bare sessions that decode together."""
-    from swarm_notebook.client.connection import Inquiry
-
-    count = min(CLIENTS, sessions)
-    inquiry = Inquiry(peers)
-    peer = peers[0].rpartition("/")[2]
-    before = inquiry.info(peer) or {}
-    command = [sys.executable, __file__, "--client", str(sessions // count)]
-    command += ["--shapes", shape, "--prompt", str(prompt)]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(count)]
-    for process in processes:
-        print(json.dumps(peers), file=process.stdin, flush=True)
-    prefills = [json.loads(process.stdout.readline())["prefill"] for process in processes]
-    for process in processes:
-        print("go", file=process.stdin, flush=True)
-    marks = [json.loads(process.stdout.readline()) for process in processes]
-    for process in processes:
-        process.wait(30)
-    after = inquiry.info(peer) or {}
-    inquiry.close()
-    steps, calls = (after[name] - before[name] for name in ("steps", "step_calls"))
-    seconds = max(mark[1] for mark in marks) - min(mark[0] for mark in marks)
-    return {
-        "sessions": sessions,
-        "context": prompt,
-        "tokens_per_s": round(sessions * STEPS / seconds, 1),
-        "ms_per_step": round(1000 * seconds / STEPS, 2),
-        "prefill_ms": round(1000 * max(prefills), 1),
-        "steps_per_call": round(steps / calls, 1),
-        "engine": after["engine"],
-    }
+def local(work: str, shape: str, device: str, *more: str) -> None:
+    """Transformers by itself, in a process of its own."""
+    program = str(Path(__file__).with_name("gpu_local.py"))
+    command = [sys.executable, program, work, "--shape", shape, "--device", device, *more]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for line in output.splitlines():
+        if line.startswith("{"):
+            say(**json.loads(line))
 
 
 @contextmanager
-def servers(folder: Path, count: int, device: str) -> Iterator[list[str]]:
+def servers(
+    model: Path, devices: Sequence[str], *, dummy: bool = True, begun: Callable[[], None] = int
+) -> Iterator[list[Any]]:
+    """Servers that share the blocks, one on each of the devices; all are ready."""
+    from swarm_notebook.checkpoint.files.source import resolve
     from swarm_notebook.local.folder import ServerFolder
     from swarm_notebook.local.process import LocalServer, server_environment
     from swarm_notebook.local.swarm import plan_spans
 
-    blocks = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    blocks = resolve(model, dummy=dummy).config().num_hidden_layers
     logs = ServerFolder()
     made: list[LocalServer] = []
-    options = [str(folder), "--dummy-weights", "--device", device, "--dtype", "bfloat16"]
-    options += ["--cache-tokens", str(CACHE_TOKENS)]
-
-    def peers() -> list[str]:
-        return [address for server in made for address in server.addresses]
-
+    options = [str(model), "--dtype", "bfloat16", "--cache-tokens", str(CACHE_TOKENS)]
+    options += ["--dummy-weights"] if dummy else []
     try:
-        for index, span in enumerate(plan_spans(blocks, count)):
+        for index, span in enumerate(plan_spans(blocks, len(devices))):
             server = LocalServer(
                 f"gpu-{index}",
                 span,
                 folder=logs,
-                options=options,
+                options=[*options, "--device", devices[index]],
                 environment=server_environment(None),
-                swarm_addresses=peers,
+                swarm_addresses=lambda: peers_of(made),
             )
+            begun()
             made.append(server)
             server.launch()
-            server.join(peers()[:1])
+            server.join(peers_of(made)[:1])
             while not server.addresses:
                 server.check()
-                time.sleep(0.1)
+                time.sleep(0.02)
         for server in made:
             server.wait_ready(200)
-        yield peers()
+        yield made
     finally:
         for server in made:
             print(server.log_tail(12), file=sys.stderr)
@@ -270,16 +158,52 @@ def servers(folder: Path, count: int, device: str) -> Iterator[list[str]]:
         logs.remove()
 
 
-def notebook(shape: str, folder: Path, peers: list[str], count: int, device: str) -> None:
+def peers_of(made: Sequence[Any]) -> list[str]:
+    return [address for server in made for address in server.addresses]
+
+
+def crowd(
+    shape: str, made: Sequence[Any], sessions: int, prompt: int = CONTEXT, *, adapted: bool = False
+) -> Facts:
+    """Bare sessions that decode together."""
+    from swarm_notebook.client.connection import Inquiry
+
+    processes = min(PROCESSES, sessions)
+    clients = Clients(shape, processes, sessions // processes, prompt, adapted=adapted)
+    peers = peers_of(made)
+    inquiry = Inquiry(peers)
+    try:
+        before = inquiry.info(made[0].peer_id) or {}
+        told = clients.prefill(peers)
+        marks = clients.decode()
+        after = inquiry.info(made[0].peer_id) or {}
+    finally:
+        inquiry.close()
+        clients.end()
+    steps, calls = (after[name] - before[name] for name in ("steps", "step_calls"))
+    seconds = max(mark[1] for mark in marks) - min(mark[0] for mark in marks)
+    return {
+        "servers": len(made),
+        "sessions": sessions,
+        "context": prompt,
+        "tokens_per_s": round(sessions * STEPS / seconds, 1),
+        "ms_per_step": round(1000 * seconds / STEPS, 2),
+        "prefill_ms": round(1000 * max(one["prefill"] for one in told), 1),
+        "steps_per_call": round(steps / calls, 1) if calls else None,
+        "cache_tokens_total": after["cache_tokens_total"],
+        "engine": after["engine"],
+    }
+
+
+def notebook(shape: str, folder: Path, made: Sequence[Any], device: str) -> None:
     """A notebook that generates."""
     import torch
 
     import swarm_notebook as sn
 
-    with sn.connect(peers, model=folder) as swarm:
+    with sn.connect(peers_of(made), model=folder) as swarm:
         model: Any = swarm.model
         model.to(device)
-        info = swarm.info(swarm.route().hops[0].peer_id)
         ids = torch.randint(3, 1000, (1, PROMPT), device=device)
         for length in (CONTEXT, PROMPT):
             seconds, first = [], []
@@ -294,62 +218,182 @@ def notebook(shape: str, folder: Path, peers: list[str], count: int, device: str
             say(
                 shape,
                 "generate",
-                servers=count,
+                servers=len(made),
                 context=length,
                 tokens_per_s=round(1 / statistics.median(seconds), 1),
                 first_token_ms=round(1000 * min(first), 1),
-                engine=info.get("engine"),
+                engine=swarm.info(made[0].peer_id).get("engine"),
             )
         parts = str(swarm.trace()).splitlines()
         print("\n".join(parts[-12:]), file=sys.stderr)
 
 
-def measure(shape: str, device: str, deadline: float) -> None:
+def serve(shape: str, folder: Path, devices: Sequence[str], until: float) -> None:
+    """Sessions alone and together, a long prompt, a notebook."""
+    began = time.perf_counter()
+    with servers(folder, devices) as made:
+        seconds = round(time.perf_counter() - began, 1)
+        say(shape, "start", servers=len(devices), seconds=seconds)
+        for sessions, prompt in ((1, CONTEXT), (8, CONTEXT), (32, CONTEXT), (1, PROMPT)):
+            if time.monotonic() < until:
+                say(shape, "bare", **crowd(shape, made, sessions, prompt))
+        if time.monotonic() < until:
+            notebook(shape, folder, made, devices[0])
+
+
+def fresh(shape: str, folder: Path, device: str, until: float) -> None:
+    """What is asked of a server right after its start, then many sessions, then adapters."""
+    clients = Clients(shape, 1, 1, CONTEXT)
+    marks: list[float] = []
+    try:
+        with servers(folder, [device], begun=lambda: marks.append(time.time())) as made:
+            ready = time.time()
+            (told,) = clients.prefill(peers_of(made))
+            clients.decode()
+            say(shape, "first token", **first_token(made[0], marks[0], ready, told))
+            if time.monotonic() < until:
+                say(shape, "many", **many(shape, made, device))
+            if time.monotonic() < until:
+                adapters(shape, made)
+    finally:
+        clients.end()
+
+
+def first_token(server: Any, began: float, ready: float, told: Facts) -> Facts:
+    """Seconds since the start of the server's process, and the part that is loading weights."""
+    loaded = LOADED.search(server.log_path.read_text())
+    if loaded is None:
+        raise RuntimeError("the server's log does not say when it had loaded")
+    at = datetime.strptime(loaded[1], "%Y-%m-%d %H:%M:%S,%f").astimezone().timestamp()
+    return {
+        "prompt": CONTEXT,
+        "load_s": float(loaded[2]),
+        "loaded_after_s": round(at - began, 2),
+        "ready_after_s": round(ready - began, 2),
+        "first_token_after_s": round(told["at"] - began, 2),
+        "first_token_since_loaded_s": round(told["at"] - at, 2),
+        "prompt_ms": round(1000 * told["prefill"], 1),
+        "slowest_of_first_steps_ms": round(1000 * told["slowest"], 1),
+    }
+
+
+def many(shape: str, made: Sequence[Any], device: str) -> Facts:
+    with Memory(device, made[0].pid) as memory:
+        found = crowd(shape, made, MANY, PROMPT)
+    grown = memory.most - memory.before
+    budget = found["cache_tokens_total"] * token_bytes(shape)
+    return {
+        **found,
+        "budget_mb": round(budget / 1e6),
+        "cache_mb": round(MANY * (PROMPT + WARM + STEPS) * token_bytes(shape) / 1e6),
+        "grown_mb": round(grown / 1e6),
+        "grown_of_budget": round(grown / budget, 2),
+    }
+
+
+def adapters(shape: str, made: Sequence[Any]) -> None:
+    """Sessions with an adapter each, beside as many without."""
+    base = crowd(shape, made, LORA_SESSIONS)
+    with_lora = crowd(shape, made, LORA_SESSIONS, adapted=True)
+    share = round(with_lora["tokens_per_s"] / base["tokens_per_s"], 2)
+    say(
+        shape,
+        "lora",
+        rank=LORA_RANK,
+        base=base["tokens_per_s"],
+        of_base=share,
+        **with_lora,
+    )
+
+
+def divergence(shape: str, folder: Path, device: str, *, dummy: bool = True) -> None:
+    """Distributions of texts that a swarm writes, step by step, against local ones."""
+    import torch
+
+    import swarm_notebook as sn
+
+    options = {"max_new_tokens": KL_TOKENS, "min_new_tokens": KL_TOKENS, "do_sample": True}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    with tempfile.TemporaryDirectory() as where:
+        file = Path(where) / "found"
+        with servers(folder, [device], dummy=dummy) as made:
+            with sn.connect(peers_of(made), model=folder) as swarm:
+                model: Any = swarm.model
+                torch.manual_seed(0)
+                ids = torch.randint(3, 1000, (KL_ROWS, KL_PROMPT))
+                found = model.generate(ids, pad_token_id=0, **options)
+            logits = torch.stack(found.logits, 1).cpu()
+        torch.save({"sequences": found.sequences.cpu(), "logits": logits}, file)
+        more = ["--folder", str(folder), "--found", str(file)]
+        local("divergence", shape, device, *more)
+
+
+def trained_divergence(shape: str, device: str) -> None:
+    """The same of the demo model, whose weights are no noise."""
+    from swarm_notebook.checkpoint.files.demo import demo_model
+
+    divergence(shape, demo_model(), device, dummy=False)
+
+
+def attempt(shape: str, what: str, work: Callable[[], None]) -> None:
+    """One that fails does not keep the others from being measured."""
+    try:
+        work()
+    except Exception as error:
+        say(shape, what, failed=f"{type(error).__name__}: {error}"[:600])
+
+
+def measure(shape: str, device: str, works: Sequence[str], until: float) -> None:
+    import torch
+
+    cards = torch.cuda.device_count() if device == "cuda" else 0
     with tempfile.TemporaryDirectory() as where:
         folder = folder_of(shape, Path(where))
-        me = [sys.executable, __file__, "--shapes", shape, "--device", device]
-        subprocess.run([*me, "--local"], check=False)
-        for count in (1, 2):
-            began = time.perf_counter()
-            with servers(folder, count, device) as peers:
-                say(shape, "start", servers=count, seconds=round(time.perf_counter() - began, 1))
-                for sessions in (1, 8, 32):
-                    if time.monotonic() < deadline:
-                        say(shape, "bare", servers=count, **crowd(shape, peers, sessions))
-                if time.monotonic() < deadline:
-                    say(shape, "bare", servers=count, **crowd(shape, peers, 1, PROMPT))
-                if time.monotonic() < deadline:
-                    notebook(shape, folder, peers, count, device)
+        known: dict[str, list[Callable[[], None]]] = {
+            "local": [lambda: local("eager", shape, device)],
+            "static": [lambda: local("static", shape, device)],
+            "one": [lambda: serve(shape, folder, [device], until)],
+            "two": [lambda: serve(shape, folder, [device] * 2, until)],
+            "cards": [lambda: serve(shape, folder, [f"cuda:{n}" for n in range(cards)], until)],
+            "fresh": [lambda: fresh(shape, folder, device, until)],
+            "divergence": [
+                lambda: divergence(shape, folder, device),
+                lambda: trained_divergence(shape, device),
+            ],
+        }
+        for name in works:
+            if name == "cards" and cards < 2:
+                continue
+            for work in known[name]:
+                if time.monotonic() < until:
+                    attempt(shape, name, work)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--shapes", nargs="+", default=["1b", "8b"], choices=SHAPES)
+    parser.add_argument("--works", nargs="+", default=WORKS, choices=WORKS)
     parser.add_argument("--seconds", type=float, default=480, help="begin nothing after these")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--client", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--prompt", type=int, default=CONTEXT, help=argparse.SUPPRESS)
-    parser.add_argument("--local", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
-    if options.client:
-        client(options.shapes[0], options.client, options.prompt)
-    elif options.local:
-        local(options.shapes[0], options.device)
-    else:
-        import torch
+    import torch
 
-        deadline = time.monotonic() + options.seconds
-        if options.device == "cuda":
-            say(
-                "",
-                "card",
-                name=torch.cuda.get_device_name(),
-                torch=torch.__version__,
-                copy_tb_per_s=round(copied_bytes_per_second() / 1e12, 2),
-            )
-        for shape in options.shapes:
-            measure(shape, options.device, deadline)
+    until = time.monotonic() + options.seconds
+    copied = None
+    if options.device == "cuda":
+        copied = copied_bytes_per_second()
+        say(
+            "",
+            "card",
+            name=torch.cuda.get_device_name(),
+            torch=torch.__version__,
+            copy_tb_per_s=round(copied / 1e12, 2),
+        )
+        torch.cuda.empty_cache()
+    for shape in options.shapes:
+        measure(shape, options.device, options.works, until)
+        summary(shape, copied)
 
 
 if __name__ == "__main__":
