@@ -212,7 +212,8 @@ class ServerSession:
         prefill = ChunkedPrefill(state, step, position)
         while not prefill.finished:
             # What a module inside of a block puts out may not be cut by positions.
-            size = step.length if step.inner else self._compute.chunk_tokens() // step.rows
+            size = self._compute.chunk_tokens(self._stream.peer) // step.rows
+            size = step.length if step.inner else size
             size = min(max(1, size), step.length - prefill.computed)
             task = self._task(Kind.PREFILL_CHUNK, step, step.rows * size)
             await self._submit(prefill.run, size, task=task)

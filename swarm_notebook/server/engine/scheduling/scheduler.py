@@ -33,20 +33,16 @@ BATCH_TOKENS = 256
 CLIENT_PASSES = 64
 PASSES = 256
 
-# Seconds that a chunk of prefill should take. While others decode: about the time between two
-# tokens that a reader still sees as fluent. Alone: an interrupt takes effect within C5's half
-# second.
-CROWDED_SECONDS = 0.06
-ALONE_SECONDS = 0.5
 # Tokens of a chunk: fewer waste the weights that are read for them, and more gain little. On an
 # H100 (8B shape) 512 take 33 ms, 1,024 take 49 and 2,048 take 68. Where attention has no kernel
 # of its own, its weights take memory by the square.
 MIN_CHUNK, MAX_CHUNK = 32, 1024
 FIRST_CHUNK = 64
-# Of a pass, in tokens through one block: no bound but time, as cards want them large.
-MAX_PIECE = 1 << 30
 # The forward pass that autograd records, and two products for each of its own on the way back.
 BACKWARD_COST = 3
+# Of a pass, in tokens through one block: a chunk through one and back; and no bound but time, as
+# cards want them large.
+MIN_PIECE, MAX_PIECE = MIN_CHUNK * BACKWARD_COST, 1 << 30
 # The newest value's weight in a running mean: half is forgotten after two values.
 _NEWEST = 0.3
 
@@ -136,6 +132,10 @@ class Schedule(Generic[W]):
         """Let work wait; what has ``begun`` goes on before all else of its client."""
         self._waiting += 1
         self._by_kind[task.kind].add(task, work, begun=begun)
+
+    def has_others(self, client: str) -> bool:
+        """Whether work of anybody else waits; to be asked anywhere."""
+        return any(other != client for kind in self._by_kind.values() for other in [*kind.queues])
 
     @property
     def batchable(self) -> int:
@@ -264,12 +264,11 @@ class ChunkSizer:
         rate = tokens / max(seconds, 1e-6)
         self._rate = rate if self._rate is None else _NEWEST * rate + (1 - _NEWEST) * self._rate
 
-    def size(self, *, crowded: bool) -> int:
-        """The tokens of the next chunk; ``crowded`` if others decode or wait."""
+    def size(self, seconds: float) -> int:
+        """The tokens of the next chunk, which should take so long."""
         if self._rate is None:
             return self._first
-        tokens = self._rate * (CROWDED_SECONDS if crowded else ALONE_SECONDS)
-        return int(min(max(tokens, self._least), self._most))
+        return int(min(max(self._rate * seconds, self._least), self._most))
 
 
 class PassSizer:
@@ -286,7 +285,7 @@ class PassSizer:
     def begin(self, task: Task) -> ChunkSizer:
         """The sizes of one pass's pieces."""
         blocks = max(1, task.blocks)
-        return ChunkSizer(MIN_CHUNK * blocks, MAX_PIECE, FIRST_CHUNK * blocks, self._first)
+        return ChunkSizer(MIN_PIECE, MAX_PIECE, FIRST_CHUNK * blocks, self._first)
 
     def began(self, work: int, seconds: float) -> None:
         """The first piece of a pass had so much work and took so many seconds."""

@@ -30,14 +30,11 @@ from swarm_notebook.server.engine.scheduling.scheduler import (
     Schedule,
     Task,
 )
+from swarm_notebook.server.engine.scheduling.turns import Turns
 from swarm_notebook.server.engine.scheduling.window import BatchWindow
 
 # Takes the one argument of each of several jobs; gives, for each, its result or its error.
 RunBatch = Callable[[Sequence[Any]], Sequence[Any]]
-
-# After a step of any session, prompts go on in chunks that let the next token through: a token
-# over two continents takes less.
-DECODING_SECONDS = 1.0
 
 
 class _More:
@@ -117,6 +114,11 @@ class Job:
         """In the thread: whether a piece of it has run."""
         return self._pieces is not None
 
+    @property
+    def _in_pieces(self) -> bool:
+        """In the thread: whether it takes, or has taken, more than one piece."""
+        return self._begun and self._work < self.task.work
+
     def _run(self, room: int) -> Any:
         """In the thread: the result, or the error, which belongs to who awaits the future.
 
@@ -185,7 +187,7 @@ class ComputeThread:
         self._chunks = ChunkSizer()
         self._passes = PassSizer()
         self._window = BatchWindow()
-        self._stepped = -DECODING_SECONDS
+        self._turns = Turns()
         self._steps = self._step_calls = 0
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
@@ -215,15 +217,13 @@ class ComputeThread:
         self._arrived.put(job, urgent=task.kind is not Kind.STEP or task.group is None)
         return job
 
-    def chunk_tokens(self) -> int:
-        """How many tokens of a prefill to submit at once, as things are."""
-        return self._chunks.size(crowded=self._crowded)
+    def chunk_tokens(self, client: str) -> int:
+        """How many tokens of a client's prefill to submit at once, as things are."""
+        return self._chunks.size(self._piece_seconds(client))
 
-    @property
-    def _crowded(self) -> bool:
-        """Whether others decode or wait."""
-        decoding = time.monotonic() - self._stepped < DECODING_SECONDS
-        return decoding or len(self._schedule) > 0
+    def _piece_seconds(self, client: str) -> float:
+        others_wait = self._schedule.has_others(client)
+        return self._turns.piece_seconds(client, time.monotonic(), others_wait=others_wait)
 
     def facts(self) -> dict[str, int]:
         """How many steps have run since the start, and in how many calls of the blocks."""
@@ -254,7 +254,7 @@ class ComputeThread:
             return 0
         if job._sizer is None:
             job._sizer = self._passes.begin(job.task)
-        return job._sizer.size(crowded=self._crowded)
+        return job._sizer.size(self._piece_seconds(job.task.client))
 
     def _take(self) -> list[Job]:
         """The jobs to run next as one; waits for some, and is empty when all is done."""
@@ -290,14 +290,16 @@ class ComputeThread:
             else:
                 self._schedule.add(job.task, job)
                 self._window.came(job.task, job.arrived)
+                self._turns.came(job.task, job.arrived)
         return bool(arrived)
 
     def _learn(self, jobs: Sequence[Job], outcome: Any, seconds: float, now: float) -> None:
         tasks = [job.task for job in jobs]
         self._schedule.ran(tasks, seconds)
         self.on_ran(tasks[0], seconds)
+        if tasks[0].kind is not Kind.PREFILL_CHUNK and not jobs[0]._in_pieces:
+            self._turns.ran(tasks, seconds, now)
         if tasks[0].kind is Kind.STEP:
-            self._stepped = now
             self._window.ran(tasks, seconds, now)
             self._steps += len(tasks)
             self._step_calls += 1

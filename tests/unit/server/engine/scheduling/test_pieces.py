@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import statistics
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.engine import Engine
 from swarm_notebook.server.engine.passes import recording
 from swarm_notebook.server.engine.requests import Backward, Forward
-from swarm_notebook.server.engine.scheduling import worker
+from swarm_notebook.server.engine.scheduling import turns, worker
 from swarm_notebook.server.engine.scheduling.pieces import Pieces, run_whole
 from swarm_notebook.server.engine.scheduling.scheduler import Kind, Task
 from swarm_notebook.server.engine.scheduling.worker import ComputeThread
@@ -174,6 +176,34 @@ def test_passes_of_two_clients_take_turns(monkeypatch: pytest.MonkeyPatch) -> No
     assert log.index("a1") > max(index for index, name in enumerate(log) if name == "a0")
     assert max(index for index, name in enumerate(log) if name == "b2") < 12
     assert "b2" in log[:3]
+
+
+def test_a_long_pass_lets_who_decodes_have_every_second_turn() -> None:
+    rooms: list[int] = []
+    a_second = 100_000  # of work
+
+    def passing(work: int) -> Pieces[None]:
+        room = yield 0
+        while (work := work - room) > 0:
+            rooms.append(room)
+            time.sleep(room / a_second)
+            room = yield room
+
+    async def main() -> None:
+        compute = ComputeThread()
+        task = Task(Kind.STATELESS, "a", blocks=1, work=2 * a_second)
+        job = compute.submit(passing, task.work, task=task)
+        try:
+            for _ in range(40):
+                step = compute.submit(time.sleep, 0.002, task=Task(Kind.STEP, "b", 1))
+                await step.future
+        finally:
+            job.cancel()
+            compute.stop()
+
+    asyncio.run(main())
+    # A piece is as long as a step and the way to the next one, not as long as it might be.
+    assert statistics.median(rooms[-20:]) < 0.75 * turns.CROWDED_SECONDS * a_second
 
 
 def test_a_pass_that_is_given_up_ends_with_its_piece() -> None:

@@ -161,14 +161,22 @@ def test_nothing_is_waited_for_that_could_not_be_joined() -> None:
 
 def test_pieces_are_as_long_as_their_time() -> None:
     chunks = ChunkSizer()
-    assert chunks.size(crowded=True) == scheduler.FIRST_CHUNK
+    assert chunks.size(0.06) == scheduler.FIRST_CHUNK
     for _ in range(30):
         chunks.ran(100, 0.1)
-    assert chunks.size(crowded=True) == 60
-    assert chunks.size(crowded=False) == 500
+    assert chunks.size(0.06) == 60
+    assert chunks.size(0.5) == 500
     for _ in range(30):
         chunks.ran(10, 0.1)
-    assert chunks.size(crowded=True) == scheduler.MIN_CHUNK
+    assert chunks.size(0.06) == scheduler.MIN_CHUNK
     for _ in range(30):
         chunks.ran(100_000, 0.1)
-    assert chunks.size(crowded=True) == scheduler.MAX_CHUNK
+    assert chunks.size(0.06) == scheduler.MAX_CHUNK
+
+
+def test_who_waits_besides() -> None:
+    made = filled(step("a"), Task(Kind.STATELESS, "a"))
+    assert made.has_others("b")
+    assert not made.has_others("a")
+    made.add(Task(Kind.PREFILL_CHUNK, "b"), Task(Kind.PREFILL_CHUNK, "b"))
+    assert made.has_others("a")
