@@ -177,20 +177,8 @@ class ServerGone(ServerFailed):
     """The server gives no sign of life: it has died, or cannot be reached."""
 
 
-_BY_CODE = {
-    kind.code: kind
-    for kind in (
-        BadRequest,
-        CacheFull,
-        ServerBusy,
-        SessionLost,
-        AdapterMissing,
-        NotAMember,
-        ShuttingDown,
-        ServerFailed,
-    )
-}
-
+# Not those below them, such as `ServerGone`: nobody says so of itself.
+_BY_CODE = {kind.code: kind for kind in RemoteError.__subclasses__()}
 
 # How Petals' servers begin to say that a session has no room: more than it reserved, more than a
 # session may have, more than is free.

@@ -110,11 +110,19 @@ FOLDERS = ("swarm", "wire", "notebook", "browser", "gpu", "unit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test carries the name of its folder as a mark, and runs in the order of the folders."""
+    """A test carries the name of its folder as a mark, and runs in the order of the folders.
+
+    One that is marked as slow carries no other mark, and runs first.
+    """
     for item in items:
-        if _folder(item) in FOLDERS:
+        if _place(item) >= 0:
             item.add_marker(_folder(item))
-    items.sort(key=lambda item: FOLDERS.index(_folder(item)) if _folder(item) in FOLDERS else -1)
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    slow = item.get_closest_marker("slow") is not None
+    return FOLDERS.index(_folder(item)) if _folder(item) in FOLDERS and not slow else -1
 
 
 def _folder(item: pytest.Item) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+from collections.abc import Callable
 
 SOME_BLOCKS = "numbers as 3 or -1, or ranges as 0:2"
 
@@ -29,36 +31,24 @@ def name(text: str) -> str:
 
 def temperature(text: str) -> float:
     """0, which is greedy, or a positive number."""
-    value = _float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be 0 (greedy) or a positive number")
-    return value
+    return _number(text, lambda value: 0 <= value < math.inf, "0 (greedy) or a positive number")
 
 
 def number(text: str) -> float:
     """Any number but infinity."""
-    value = _float(text)
-    if not abs(value) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number")
-    return value
+    return _number(text, math.isfinite, "a number")
 
 
 def share(text: str) -> float:
     """Above 0 and at most 1."""
-    value = _float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and at most 1")
-    return value
+    return _number(text, lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 
 def verify(text: str) -> str | float:
     """How much is audited, as for `connect`."""
     if text in ("spot", "off"):
         return text
-    value = _float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be spot, off or a share from 0 to 1")
-    return value
+    return _number(text, lambda value: 0 <= value <= 1, "spot, off or a share from 0 to 1")
 
 
 def seed(text: str) -> int:
@@ -77,16 +67,16 @@ def address(text: str) -> str:
     return text
 
 
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
 def seconds(text: str) -> float:
     """A positive number of seconds."""
-    seconds = _float(text)
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a positive number of seconds")
-    return seconds
+    return _number(text, lambda value: value > 0, "a positive number of seconds")
+
+
+def _number(text: str, fits: Callable[[float], bool], what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} must be {what}")
+    return value

@@ -12,29 +12,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from swarm_notebook.model.home import Blocks
-from swarm_notebook.probing.grid import as_html, as_text, by_block
 from swarm_notebook.probing.patching import (
-    LEGEND,
     Metric,
     Restored,
     places_of,
-    restored_cell,
-    restored_text,
     run_metric,
     scores_of_both,
 )
 from swarm_notebook.probing.subject import Edit, Subject, Target, Text
 from swarm_notebook.progress import Waiting
-from swarm_notebook.report.formatting import data_frame, model_title
+from swarm_notebook.report.formatting import model_title
 
 if TYPE_CHECKING:
-    import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
 
@@ -54,44 +49,21 @@ class HeadPatching(Restored):
     clean: float
     corrupted: float
 
-    def __repr__(self) -> str:
-        rows = {block: [restored_text(value, 1) for value in row] for block, row in self._rows()}
-        return as_text(self._title, self._heads, rows)
-
-    def _repr_html_(self) -> str:
-        rows = {
-            block: [
-                restored_cell(value, f"block {block}, head {head}: {value:.4f}")
-                for head, value in enumerate(row)
-            ]
-            for block, row in self._rows()
-        }
-        return as_html(self._title, self._heads, by_block(rows), legend=LEGEND)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row per block and head: the metric, and how much was restored."""
-        rows = [
-            {
-                "block": block,
-                "head": head,
-                "score": float(self.scores[row, head]),
-                "restored": value,
-            }
-            for row, (block, values) in enumerate(self._rows())
-            for head, value in enumerate(values)
-        ]
-        return data_frame(rows, ["block", "head", "score", "restored"])
-
-    def _rows(self) -> list[tuple[int, list[float]]]:
-        return list(zip(self.blocks, self.restored.tolist(), strict=True))
+    _patch: ClassVar[str] = "head"
 
     @property
-    def _heads(self) -> list[str]:
+    def _lines(self) -> list[int]:
+        return self.blocks
+
+    @property
+    def _names(self) -> list[str]:
         return [f"h{number}" for number in range(self.scores.shape[1])]
 
-    @property
-    def _title(self) -> str:
-        return f"{self.model}: share of the clean run restored by each head"
+    def _hint(self, line: int | str, at: int) -> str:
+        return f"block {line}, head {at}: "
+
+    def _place(self, row: int, at: int) -> dict[str, Any]:
+        return {"block": self.blocks[row], "head": at}
 
 
 def patch_heads(

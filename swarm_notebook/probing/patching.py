@@ -12,17 +12,19 @@ same states there, and these positions are left out unless they are asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from itertools import product
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 
 from swarm_notebook.model.home import Blocks
-from swarm_notebook.probing.grid import Cell, Legend, as_html, as_text, by_block, visible
+from swarm_notebook.probing.grid import Cell, Legend, as_html, visible
 from swarm_notebook.probing.subject import Subject, Target, Text
 from swarm_notebook.progress import Waiting
-from swarm_notebook.report.formatting import data_frame, model_title
+from swarm_notebook.report.formatting import data_frame, model_title, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,20 +36,73 @@ Metric: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 LEGEND = Legend("0, as corrupted", "1, as clean", "-1, away from clean")
 
 
-class Restored:
+class Restored(ABC):
     """What the results of all kinds of patching have: the metric of runs between two others."""
 
+    model: str
     scores: torch.Tensor
     clean: float
     corrupted: float
+    _patch: ClassVar[str]
+    _corner: ClassVar[str] = "block"
 
     @property
     def restored(self) -> torch.Tensor:
         """`scores` on a scale where the corrupted run is 0 and the clean run is 1."""
         return (self.scores - self.corrupted) / (self.clean - self.corrupted)
 
+    def __repr__(self) -> str:
+        rows = [[str(name), *(_text(value, 1) for value in row)] for name, row in self._drawn()]
+        head = [self._corner, *map(visible, self._names)]
+        return "\n".join([self._title, *text_table(head, rows)])
 
-def restored_text(value: float, digits: int) -> str:
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, [_cell(value, self._hint(name, at)) for at, value in enumerate(row)])
+            for name, row in self._drawn()
+        ]
+        head = [visible(name) for name in self._names]
+        return as_html(self._title, head, rows, corner=self._corner, legend=LEGEND)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per patched run: its place, the metric, and how much was restored."""
+        restored = self.restored
+        rows = [
+            self._place(row, at)
+            | {"score": float(self.scores[row, at]), "restored": float(restored[row, at])}
+            for row, at in product(*map(range, self.scores.shape))
+            if not math.isnan(float(self.scores[row, at]))
+        ]
+        return data_frame(rows, [*self._place(0, 0), "score", "restored"])
+
+    def _drawn(self) -> list[tuple[Any, list[float]]]:
+        """The last row first, as blocks are drawn."""
+        return list(zip(self._lines, self.restored.tolist(), strict=True))[::-1]
+
+    @property
+    def _title(self) -> str:
+        return f"{self.model}: share of the clean run restored by each {self._patch}"
+
+    @property
+    @abstractmethod
+    def _lines(self) -> Sequence[int | str]:
+        """What the rows of `scores` are."""
+
+    @property
+    @abstractmethod
+    def _names(self) -> Sequence[str]:
+        """What its columns are."""
+
+    @abstractmethod
+    def _hint(self, line: int | str, at: int) -> str:
+        """What a cell's patch is called."""
+
+    @abstractmethod
+    def _place(self, row: int, at: int) -> dict[str, Any]:
+        """Where a patch was, as columns of a data frame."""
+
+
+def _text(value: float, digits: int) -> str:
     """A share for people: nothing where nothing was patched (NaN), and no negative zero."""
     if math.isnan(value):
         return ""
@@ -55,10 +110,11 @@ def restored_text(value: float, digits: int) -> str:
     return text if float(text) else text.removeprefix("-")
 
 
-def restored_cell(value: float, hint: str) -> Cell:
+def _cell(value: float, hint: str) -> Cell:
     """A share as a cell. Where nothing happens it stays empty: what does is seen at once."""
-    shown = 0.0 if math.isnan(value) else value
-    return Cell(restored_text(value, 2) if abs(shown) >= 0.05 else "", shown, hint)
+    if math.isnan(value):
+        return Cell("", 0.0)
+    return Cell(_text(value, 2) if abs(value) >= 0.05 else "", value, f"{hint}{value:.4f}")
 
 
 @dataclass(frozen=True)
@@ -80,43 +136,22 @@ class Patching(Restored):
     clean: float
     corrupted: float
 
-    def __repr__(self) -> str:
-        rows = {
-            block: [restored_text(value, 1) for value in row]
-            for block, row in zip(self.blocks, self.restored.tolist(), strict=True)
-        }
-        return as_text(self._title, self.words, rows)
-
-    def _repr_html_(self) -> str:
-        rows = {
-            block: [
-                restored_cell(value, f"{word!r} {value:.4f}")
-                for word, value in zip(self.words, row, strict=True)
-            ]
-            for block, row in zip(self.blocks, self.restored.tolist(), strict=True)
-        }
-        head = [visible(word) for word in self.words]
-        return as_html(self._title, head, by_block(rows), legend=LEGEND)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row per block and position: the token, the metric, and how much was restored."""
-        restored = self.restored
-        rows = [
-            {
-                "block": block,
-                "position": position,
-                "token": self.words[at],
-                "score": float(self.scores[row, at]),
-                "restored": float(restored[row, at]),
-            }
-            for row, block in enumerate(self.blocks)
-            for at, position in enumerate(self.positions)
-        ]
-        return data_frame(rows, ["block", "position", "token", "score", "restored"])
+    _patch: ClassVar[str] = "patch"
 
     @property
-    def _title(self) -> str:
-        return f"{self.model}: share of the clean run restored by each patch"
+    def _lines(self) -> list[int]:
+        return self.blocks
+
+    @property
+    def _names(self) -> list[str]:
+        return self.words
+
+    def _hint(self, line: int | str, at: int) -> str:
+        return f"{self.words[at]!r} "
+
+    def _place(self, row: int, at: int) -> dict[str, Any]:
+        position, token = self.positions[at], self.words[at]
+        return {"block": self.blocks[row], "position": position, "token": token}
 
 
 def patch(

@@ -18,28 +18,23 @@ import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from swarm_notebook.model.home import Blocks
-from swarm_notebook.probing.grid import as_html
 from swarm_notebook.probing.patching import (
-    LEGEND,
     Metric,
     Restored,
     places_of,
-    restored_cell,
-    restored_text,
     run_metric,
     scores_of_both,
 )
 from swarm_notebook.probing.subject import Edit, Subject, Target, Text
 from swarm_notebook.progress import Waiting
-from swarm_notebook.report.formatting import data_frame, model_title, text_table
+from swarm_notebook.report.formatting import model_title
 
 if TYPE_CHECKING:
-    import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
 LOGITS = "logits"
@@ -64,53 +59,22 @@ class PathPatching(Restored):
     clean: float
     corrupted: float
 
-    def __repr__(self) -> str:
-        head = ["receiver", *(f"from {block}" for block in self.senders)]
-        rows = [
-            [str(receiver), *(restored_text(value, 1) for value in row)]
-            for receiver, row in self._rows()
-        ]
-        return "\n".join([self._title, *text_table(head, rows)])
-
-    def _repr_html_(self) -> str:
-        head = [str(block) for block in self.senders]
-        rows = [
-            (
-                receiver,
-                [
-                    restored_cell(
-                        value, "" if math.isnan(value) else f"{sender} to {receiver}: {value:.4f}"
-                    )
-                    for sender, value in zip(self.senders, row, strict=True)
-                ],
-            )
-            for receiver, row in self._rows()
-        ]
-        return as_html(self._title, head, rows, corner="receiver", legend=LEGEND)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row per path: sender, receiver, the metric, and how much was restored."""
-        restored = self.restored
-        rows = [
-            {
-                "sender": sender,
-                "receiver": receiver,
-                "score": float(self.scores[row, column]),
-                "restored": float(restored[row, column]),
-            }
-            for row, receiver in enumerate(self.receivers)
-            for column, sender in enumerate(self.senders)
-            if not math.isnan(float(self.scores[row, column]))
-        ]
-        return data_frame(rows, ["sender", "receiver", "score", "restored"])
-
-    def _rows(self) -> list[tuple[int | str, list[float]]]:
-        """The last receiver first, as blocks are drawn."""
-        return list(zip(self.receivers, self.restored.tolist(), strict=True))[::-1]
+    _patch: ClassVar[str] = "direct path"
+    _corner: ClassVar[str] = "receiver"
 
     @property
-    def _title(self) -> str:
-        return f"{self.model}: share of the clean run restored by each direct path"
+    def _lines(self) -> list[int | str]:
+        return self.receivers
+
+    @property
+    def _names(self) -> list[str]:
+        return [f"from {block}" for block in self.senders]
+
+    def _hint(self, line: int | str, at: int) -> str:
+        return f"{self.senders[at]} to {line}: "
+
+    def _place(self, row: int, at: int) -> dict[str, Any]:
+        return {"sender": self.senders[at], "receiver": self.receivers[row]}
 
 
 def path_patch(

@@ -1,11 +1,12 @@
-"""Server processes that begin with their packages imported.
+"""Processes that begin with their packages imported.
 
 ``swarm-notebook serve`` computes for five seconds to import torch, transformers and hivemind before
 it does anything of its own. A test run starts about a hundred such processes, and is for the most
 part that. So one process imports the packages and does nothing else; it has one thread. Each server
 that a test starts is forked off it: a process of its own, in a session of its own, with the
 arguments, the environment and the streams that it was to get, and a child of the test's process, as
-if that had started it. The servers of kernels, notebooks and command lines are started as always.
+if that had started it. So is a script that is started with `WARM` instead of the interpreter alone.
+The servers of kernels, notebooks and command lines are started as always.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 SERVE = [sys.executable, "-m", "swarm_notebook.cli", "serve"]
+# Runs the code that follows, where nothing can be forked as any interpreter does.
+WARM = [sys.executable, "-X", "warm", "-c"]
 MARK = "support.forkserver"  # in the command line of every process here
 MESSAGE_BYTES = 1 << 17  # an environment, mostly
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
@@ -42,9 +45,11 @@ class Popen(subprocess.Popen):
         if command[: len(IN_NETWORK)] == IN_NETWORK:
             network, command = command[len(IN_NETWORK)], command[len(IN_NETWORK) + 1 :]
         streams = [told[name] for name in ("p2cread", "c2pwrite", "errwrite")]
-        if command[: len(SERVE)] != SERVE or -1 in streams or not told["start_new_session"]:
+        serves = command[: len(SERVE)] == SERVE and -1 not in streams and told["start_new_session"]
+        if not serves and command[: len(WARM)] != WARM:
             super()._execute_child(*arguments)
             return
+        streams = [own if given == -1 else given for own, given in enumerate(streams)]
         self.pid = _forkserver().fork(
             command[3:], network, told["env"] or dict(os.environ), streams
         )
@@ -54,7 +59,7 @@ class Popen(subprocess.Popen):
 
 
 def install() -> None:
-    """Fork the servers that this process starts from now on, where the system can."""
+    """Fork what is to be forked of all that this process starts, where the system can."""
     if sys.platform == "linux":
         subprocess.Popen = Popen  # type: ignore[misc]
 
@@ -107,7 +112,7 @@ class _Forkserver:
 
 
 def _await_orders(asked: socket.socket) -> list[str] | None:
-    """The arguments of a server, in a process that is to be one; None at the end of the run."""
+    """The arguments of a process, in the one that is to be it; None at the end of the run."""
     while True:
         message, streams, *_ = socket.recv_fds(asked, MESSAGE_BYTES, 3)
         if not message:
@@ -117,7 +122,7 @@ def _await_orders(asked: socket.socket) -> list[str] | None:
             os.close(writes)
             for stream in streams:
                 os.close(stream)
-            os.waitpid(first, 0)  # from here on the server is a child of whoever asked
+            os.waitpid(first, 0)  # from here on the process is a child of whoever asked
             with os.fdopen(reads, "rb") as pid:
                 asked.send(pid.read())
             continue
@@ -151,8 +156,9 @@ def _enter(network: str) -> None:
 def _main() -> None:
     import numpy as np
 
-    from swarm_notebook import cli
-    from swarm_notebook.server import process  # noqa: F401 - what takes so long
+    # What takes so long, for servers and for notebooks.
+    from swarm_notebook import cli, connecting  # noqa: F401
+    from swarm_notebook.server import process  # noqa: F401
     from swarm_notebook.server.engine import throughput
 
     throughput.SECONDS /= 20  # see `support.hosting`
@@ -160,7 +166,10 @@ def _main() -> None:
     arguments = _await_orders(socket.socket(fileno=int(sys.argv[1])))
     if arguments is not None:
         np.random.seed()  # noqa: NPY002 - the one that libraries use; Python's own does it itself
-        sys.exit(cli.main(arguments))
+        if arguments[0] != WARM[-1]:
+            sys.exit(cli.main(arguments))
+        sys.argv[:] = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
 
 
 if __name__ == "__main__":

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.patience import PATIENCE, within
+from support.patience import within
 from support.scene import Scene, generate
 from support.tiny import tiny_config, tiny_model
 from transformers import DynamicCache
 
 import swarm_notebook as sn
+from swarm_notebook import cli
 from swarm_notebook.errors import (
     AddressError,
     BadRequest,
@@ -70,14 +69,13 @@ def test_models_that_are_not_there(tiny_scene: Scene, tmp_path: Path) -> None:
             sn.connect(tiny_scene.local.initial_peers, model=model)
 
 
-def test_serving_blocks_that_the_model_does_not_have(tiny_llama: Path) -> None:
-    command = [sys.executable, "-m", "swarm_notebook.cli", "serve", str(tiny_llama)]
-    result = subprocess.run(
-        [*command, "--blocks", "3:9"], capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert result.returncode == 1
-    assert "blocks 3:9" in result.stderr.splitlines()[-1]
-    assert "5 blocks" in result.stderr.splitlines()[-1]
+def test_serving_blocks_that_the_model_does_not_have(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", str(tiny_llama), "--blocks", "3:9"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "blocks 3:9" in error
+    assert "5 blocks" in error
 
 
 Attempt = Callable[[Scene, Any, torch.Tensor], object]

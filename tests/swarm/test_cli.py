@@ -95,12 +95,12 @@ def test_serve_until_interrupted(tiny_llama: Path, tmp_path: Path) -> None:
         assert server.wait(PATIENCE) == 0
 
 
-def test_status_of_a_swarm(demo_swarm: HostedSwarm) -> None:
+def test_status_of_a_swarm(demo_swarm: HostedSwarm, capsys: pytest.CaptureFixture[str]) -> None:
     for model in ([], ["--model", demo_swarm.model]):
-        result = run("status", *demo_swarm.initial_peers, *model)
-        assert result.returncode == 0, result.stderr
-        assert "all 30 blocks served" in result.stdout
-        assert "local-1" in result.stdout
+        assert cli.main(["status", *demo_swarm.initial_peers, *model]) == 0
+        shown = capsys.readouterr().out
+        assert "all 30 blocks served" in shown
+        assert "local-1" in shown
 
 
 def test_memory_is_a_size(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.forkserver import WARM
 from support.networks import CAN_BUILD, local_network
 from support.patience import PATIENCE
 from support.raw_wire import ServerProcess
@@ -86,7 +87,7 @@ asyncio.run(main())
 
 
 def notebook(machine: Sequence[str], *arguments: str) -> Any:
-    command = [*machine, sys.executable, "-c", NOTEBOOK, *arguments]
+    command = [*machine, *WARM, NOTEBOOK, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert not done.returncode, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -111,7 +112,7 @@ def test_two_that_begin_at_once_are_one_swarm_and_a_notebook_finds_it(
     first, second, third = machines
     server = ServerProcess(tiny_llama, tmp_path / "0", *OPEN, "--blocks", "0:2", prefix=first)
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    lender = subprocess.Popen([*second, sys.executable, "-c", LENDER, str(tiny_llama)], **pipes)
+    lender = subprocess.Popen([*second, *WARM, LENDER, str(tiny_llama)], **pipes)
     rubbish = subprocess.Popen([*third, sys.executable, "-c", RUBBISH], **pipes)
     try:
         server.wait_ready()

@@ -22,7 +22,8 @@ import torch
 from swarm_notebook.client.request import Outputs, Request
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.session.history import Pass
-from swarm_notebook.client.session.hop import Hop, StepRoute, new_step_id
+from swarm_notebook.client.session.hop import Hop
+from swarm_notebook.client.session.writer import StepRoute, new_step_id
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.errors import RemoteError
 from swarm_notebook.net.dht.records import ServerSpan

@@ -19,7 +19,8 @@ from support.scene import TOLERANCE, AtToken, Scene, generate, kill_process, sce
 
 from swarm_notebook.client.request import Request
 from swarm_notebook.client.session import pipeline
-from swarm_notebook.client.session.hop import Hop, StepRoute
+from swarm_notebook.client.session.hop import Hop
+from swarm_notebook.client.session.writer import StepRoute
 from swarm_notebook.net.dht.records import ServerInfo, ServerSpan, ServerState
 
 SPANS = [(0, 2), (2, 4), (4, 5), (2, 4)]

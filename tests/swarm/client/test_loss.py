@@ -16,7 +16,7 @@ import torch
 from support.patience import within
 from support.scene import RESTART_SECONDS, TOLERANCE, AtToken, Scene, generate, scene
 
-from swarm_notebook.client.session import hop
+from swarm_notebook.client.session import writer
 from swarm_notebook.errors import CacheFull, MissingBlocks
 from swarm_notebook.local.folder import ServerFolder
 from swarm_notebook.local.swarm import LocalServer
@@ -48,7 +48,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     They do so for a bit longer than usual: on a busy machine, one that is at work may pause, too.
     """
     monkeypatch.setattr(kv_budget, "SHORT_IDLE_SECONDS", 4.0)
-    monkeypatch.setattr(hop, "ALLOC_TIMEOUT", 5.0)
+    monkeypatch.setattr(writer, "ALLOC_TIMEOUT", 5.0)
 
 
 def test_blocks_without_a_server_and_their_servers_return(pair: Scene) -> None:
@@ -170,7 +170,7 @@ def test_a_batch_that_never_fits(small: Scene) -> None:
 
 @torch.no_grad()
 def test_a_batch_that_does_not_fit_now(small: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hop, "ALLOC_TIMEOUT", 0.2)
+    monkeypatch.setattr(writer, "ALLOC_TIMEOUT", 0.2)
     gc.collect()
     held = small.remote(small.ids(1, 56), use_cache=True).past_key_values  # takes a page of 64
     numbers = rf"asked for 224 .*, 192 of {CACHE_TOKENS} are free"

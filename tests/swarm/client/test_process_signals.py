@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from support.forkserver import WARM
 from support.hosting import HostedSwarm
 from support.patience import PATIENCE
 
@@ -27,7 +27,7 @@ def notebook(code: str, tiny_llama: Path, peers: list[str]) -> str:
     """
     script = textwrap.dedent(begin) + textwrap.dedent(code)
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [*WARM, script],
         check=False,
         capture_output=True,
         text=True,

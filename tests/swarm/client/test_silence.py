@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.forkserver import WARM
 from support.patience import wait_until
 from support.raw_wire import ServerProcess
 from support.scene import generate
@@ -35,7 +36,7 @@ main()
 
 
 class HastyServer(ServerProcess):
-    program = ("-c", PROGRAM)
+    program = (*WARM[1:], PROGRAM)
 
     def signal(self, number: int) -> None:
         """To the server and its daemon, which are one group."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import textwrap
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.forkserver import WARM
 from support.patience import PATIENCE, wait_until
 from support.processes import marked_processes
 
@@ -115,7 +115,7 @@ def test_nothing_is_left_when_the_interpreter_ends(tiny_llama: Path, folders: Pa
         lending = sn.Lending(model, (0, 2), threads=1, initial_peers=local.initial_peers)
         lending.start()
         """)
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=180)
+    subprocess.run([*WARM, script], check=True, timeout=180)
     assert not list(folders.iterdir())
 
 
@@ -129,7 +129,7 @@ def test_servers_die_with_their_notebook_even_if_it_is_killed(
         input()
     """)
     parent = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*WARM, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
     assert parent.stdin is not None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.forkserver import WARM
 from support.letter_tokenizer import Pair, lettered_pair
 from support.patience import PATIENCE
 from support.processes import lasting_swarms
@@ -170,7 +170,7 @@ def test_a_store_is_read_back_by_another_process(pair: Pair, tmp_path: Path) -> 
     )
     matrix = tmp_path.with_suffix(".pt")
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(matrix)],
+        [*WARM, code, str(tmp_path), str(matrix)],
         capture_output=True,
         text=True,
         check=True,
@@ -234,7 +234,7 @@ hidden_states(model, told(), tokenizer=tokenizer, store=store, pool="last", shar
 
 def test_a_killed_kernel_leaves_whole_shards(pair: Pair, tmp_path: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", COLLECT, str(pair.folder), str(tmp_path), "|".join(TEXTS)],
+        [*WARM, COLLECT, str(pair.folder), str(tmp_path), "|".join(TEXTS)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

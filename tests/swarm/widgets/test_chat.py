@@ -13,7 +13,8 @@ from support.patience import PATIENCE, wait_until
 
 import swarm_notebook as sn
 from swarm_notebook.client.request import Request
-from swarm_notebook.client.session.hop import Hop, StepRoute
+from swarm_notebook.client.session.hop import Hop
+from swarm_notebook.client.session.writer import StepRoute
 from swarm_notebook.errors import Busy
 from swarm_notebook.widgets import ChatWidget
 

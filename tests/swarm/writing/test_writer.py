@@ -13,7 +13,8 @@ from support.patience import PATIENCE, wait_until, within
 from support.scene import Scene
 
 from swarm_notebook.client.request import Request
-from swarm_notebook.client.session.hop import Hop, StepRoute
+from swarm_notebook.client.session.hop import Hop
+from swarm_notebook.client.session.writer import StepRoute
 from swarm_notebook.errors import Busy, MissingBlocks
 from swarm_notebook.writing import Sampling, Writer
 from swarm_notebook.writing.writer import READ_AT_ONCE

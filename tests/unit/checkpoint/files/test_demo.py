@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.forkserver import WARM
 
 from swarm_notebook.checkpoint.files import demo
 from swarm_notebook.checkpoint.files.gguf import GgufFile
@@ -198,7 +198,7 @@ for start, end in ((12, 17), (0, 30)):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux' /proc")
 def test_five_blocks_take_a_sixth_of_the_memory_of_thirty(source: Any) -> None:
-    command = [sys.executable, "-c", _MEASURE, str(source.path)]
+    command = [*WARM, _MEASURE, str(source.path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     for measured in map(json.loads, done.stdout.splitlines()):

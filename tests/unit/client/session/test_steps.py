@@ -7,7 +7,7 @@ import torch
 from swarm_notebook.client.request import Request
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
-from swarm_notebook.client.session.hop import StepRoute, StepWriter
+from swarm_notebook.client.session.writer import StepRoute, StepWriter
 from swarm_notebook.net.dht.records import ServerInfo, ServerSpan, ServerState
 from swarm_notebook.net.wire import protocol
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
+from support.forkserver import WARM
 
 from swarm_notebook.server.memory import heap
 
@@ -69,7 +69,7 @@ def test_prompts_of_many_lengths_leave_little_behind() -> None:
     taken = []
     for bound in (True, False):
         environment = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}
-        command = [sys.executable, "-c", _COMPILING.format(bound=bound)]
+        command = [*WARM, _COMPILING.format(bound=bound)]
         found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         taken.append(int(found.stdout))
     if taken[1] < 32 << 20:

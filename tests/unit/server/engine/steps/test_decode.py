@@ -195,6 +195,7 @@ def test_compiled_blocks_take_over(family: str, tmp_path: Path) -> None:
         assert compiled == [2 if family in {"gemma2", "gemma3_text", "gpt_oss"} else 1]
 
 
+@pytest.mark.slow
 def test_blocks_compiled_by_inductor_take_over(tmp_path: Path) -> None:
     """In a process of its own: of two rows, what is compiled depends on how inputs lie."""
 
