@@ -286,43 +286,33 @@ def _add_members(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Print an invitation, for `%%swarm connect INVITE`, `sn.connect(INVITE)` or "
         "`swarm-notebook serve --join INVITE`. A server of the swarm must run on this machine.",
     )
-    invite.set_defaults(run=_invite)
+    invite.set_defaults(
+        run=_private,
+        told=lambda swarm, given: [
+            swarm.invite(given.role, expires=given.expires, uses=given.uses)
+        ],
+    )
     members = commands.add_parser(
         "members",
         help="show who has joined a private swarm of this machine",
         description="Show who has joined a private swarm of this machine.",
     )
-    members.set_defaults(run=_members)
+    members.set_defaults(run=_private, told=lambda swarm, _: swarm.members())
     revoke = commands.add_parser(
         "revoke",
         help="shut a member out of a private swarm of this machine",
         description="Shut a member out, or all who came by an invitation, within ten seconds.",
     )
-    revoke.set_defaults(run=_revoke)
+    revoke.set_defaults(run=_private, told=lambda swarm, given: swarm.revoke(given.member))
     add_private(invite, members, revoke, which="which one (default: the only of this machine)")
 
 
-def _invite(options: argparse.Namespace) -> int:
+def _private(options: argparse.Namespace) -> int:
+    """Ask a private swarm of this machine; what it tells, line by line."""
     from swarm_notebook.net.membership.authority import begun_here
 
-    swarm = begun_here(options.swarm)
-    print(swarm.invite(options.role, expires=options.expires, uses=options.uses))
-    return 0
-
-
-def _members(options: argparse.Namespace) -> int:
-    from swarm_notebook.net.membership.authority import begun_here
-
-    for member in begun_here(options.swarm).members():
-        print(member)
-    return 0
-
-
-def _revoke(options: argparse.Namespace) -> int:
-    from swarm_notebook.net.membership.authority import begun_here
-
-    for member in begun_here(options.swarm).revoke(options.member):
-        print(member)
+    for line in options.told(begun_here(options.swarm), options):
+        print(line)
     return 0
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HeadPatching(Restored):
     """What restoring the clean output of each head does to the metric.
 

@@ -53,16 +53,14 @@ class Restored(ABC):
 
     def __repr__(self) -> str:
         rows = [[str(name), *(_text(value, 1) for value in row)] for name, row in self._drawn()]
-        head = [self._corner, *map(visible, self._names)]
-        return "\n".join([self._title, *text_table(head, rows)])
+        return "\n".join([self._title, *text_table([self._corner, *self._names], rows)])
 
     def _repr_html_(self) -> str:
         rows = [
             (name, [_cell(value, self._hint(name, at)) for at, value in enumerate(row)])
             for name, row in self._drawn()
         ]
-        head = [visible(name) for name in self._names]
-        return as_html(self._title, head, rows, corner=self._corner, legend=LEGEND)
+        return as_html(self._title, self._names, rows, corner=self._corner, legend=LEGEND)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per patched run: its place, the metric, and how much was restored."""
@@ -117,7 +115,7 @@ def _cell(value: float, hint: str) -> Cell:
     return Cell(_text(value, 2) if abs(value) >= 0.05 else "", value, f"{hint}{value:.4f}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Patching(Restored):
     """What restoring the clean state does to the metric.
 
@@ -144,7 +142,7 @@ class Patching(Restored):
 
     @property
     def _names(self) -> list[str]:
-        return self.words
+        return [visible(word) for word in self.words]
 
     def _hint(self, line: int | str, at: int) -> str:
         return f"{self.words[at]!r} "

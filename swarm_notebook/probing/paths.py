@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 LOGITS = "logits"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PathPatching(Restored):
     """What the direct path from each sender to each receiver carries.
 

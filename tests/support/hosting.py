@@ -19,6 +19,7 @@ from typing import Any, Self
 from hivemind.p2p import PeerID
 
 from swarm_notebook.checkpoint.files.source import resolve
+from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.local.swarm import plan_spans
 from swarm_notebook.net.node import Node
@@ -182,6 +183,16 @@ class HostedSwarm:
     @property
     def initial_peers(self) -> list[str]:
         return [address for server in self.servers if server.ready for address in server.addresses]
+
+    @contextmanager
+    def with_a_node(self) -> Iterator[list[str]]:
+        """Its addresses. Notebooks that connect to them meanwhile share a node, which is up."""
+        source, peers = resolve(self.model), self.initial_peers
+        held = Connection(peers, source.dht_prefix, source.config().num_hidden_layers)
+        try:
+            yield peers
+        finally:
+            held.close()
 
     @contextmanager
     def hung(self) -> Iterator[None]:

@@ -30,8 +30,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# LoRA in all families; what else there is on both classes of layers that PEFT tells apart: Llama has
-# Linear, GPT-2 Conv1D, for which PEFT has no LoHa, LoKr and OFT.
+# LoRA in all families; what else there is on both classes of layers that PEFT tells apart: Llama
+# has Linear, GPT-2 Conv1D, for which PEFT has no LoHa, LoKr and OFT.
 COMBINED = [(family, "lora") for family in ("bloom", "gemma3_text", "gpt2", "llama", "qwen3_moe")]
 COMBINED += [("gpt2", kind) for kind in ("rslora", "dora", "ia3", "vera")]
 COMBINED += [("llama", kind) for kind in KINDS if kind != "lora"]

@@ -33,7 +33,7 @@ TOKENS = 48
 @pytest.fixture(scope="module")
 def trio(tiny_llama: Path) -> Iterator[HostedSwarm]:
     """Three servers of all blocks."""
-    with HostedSwarm(tiny_llama, [(0, 5)] * 3) as swarm:
+    with HostedSwarm(tiny_llama, [(0, 5)] * 3) as swarm, swarm.with_a_node():
         yield swarm
 
 
@@ -157,7 +157,7 @@ def test_what_a_liar_computed_is_rebuilt_elsewhere(
 @pytest.fixture(scope="module")
 def halves(tiny_llama: Path) -> Iterator[HostedSwarm]:
     """Three servers of all blocks in bfloat16."""
-    with HostedSwarm(tiny_llama, [(0, 5)] * 3, dtype="bfloat16") as swarm:
+    with HostedSwarm(tiny_llama, [(0, 5)] * 3, dtype="bfloat16") as swarm, swarm.with_a_node():
         yield swarm
 
 

@@ -53,13 +53,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    with HostedSwarm(folder, [(0, 2), (2, BLOCKS)]) as hosted:
-        yield hosted.initial_peers[0]
+def address(folder: Path) -> Iterator[list[str]]:
+    with HostedSwarm(folder, [(0, 2), (2, BLOCKS)]) as hosted, hosted.with_a_node() as peers:
+        yield peers
 
 
 @pytest.fixture
-def pair(folder: Path, address: str) -> Iterator[Pair]:
+def pair(folder: Path, address: list[str]) -> Iterator[Pair]:
     with sn.connect(address, model=folder) as swarm:
         made = Pair(swarm, folder, None)
         made.fresh()

@@ -46,13 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    with HostedSwarm(folder, [(0, 2), (2, 5)]) as hosted:
-        yield hosted.initial_peers[0]
+def address(folder: Path) -> Iterator[list[str]]:
+    with HostedSwarm(folder, [(0, 2), (2, 5)]) as hosted, hosted.with_a_node() as peers:
+        yield peers
 
 
 @pytest.fixture
-def pair(folder: Path, address: str) -> Iterator[Pair]:
+def pair(folder: Path, address: list[str]) -> Iterator[Pair]:
     local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with sn.connect(address, model=folder) as swarm:
         yield Pair(swarm, local.requires_grad_(False))
