@@ -15,6 +15,7 @@ versions) is hostile: it is escaped in HTML and stripped of control characters i
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -35,6 +36,7 @@ from swarm_notebook.report.formatting import (
     text_table,
 )
 from swarm_notebook.report.html import block_bar, head, number_cell, peer_cell, table, view
+from swarm_notebook.texts import clean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +55,7 @@ _COLUMNS = [
     "bits",
     "error",
     "perplexity",
+    "engine",
     "cache_left",
     "version",
     "note",
@@ -86,12 +89,18 @@ class ServerRow:
     heard: float | None = None  # Unix time when it last answered anything
     bits: float | None = None  # per weight of its blocks' matrices, if they were packed
     error: float | None = None  # of its blocks' outputs for that, relative to their mean square
+    engine: str | None = None  # how its steps run, with the reason: "plain: …", announced
     perplexity: float | None = None  # the whole model's at these bits, by that of whole weights
     audits: Outcomes | None = None  # None where nothing is audited
 
     @property
     def blocks(self) -> str:
         return f"{self.start}:{self.end}"
+
+    @property
+    def engine_kind(self) -> str | None:
+        """How its steps run, in a word or two: `engine` without the reason."""
+        return self.engine and self.engine.partition(":")[0]
 
     @property
     def audits_agreed(self) -> int | None:
@@ -235,6 +244,7 @@ class SwarmStatus(ModelReport):
             "round-trip",
             "tokens/s",
             "dtype",
+            "engine",
             "cache-left",
             "version",
         ]
@@ -248,6 +258,7 @@ class SwarmStatus(ModelReport):
                 duration(row.rtt),
                 number(row.throughput),
                 row.loss,
+                row.engine_kind,
                 number(row.cache_left),
                 row.version,
                 *([row.audited] if self._audited else []),
@@ -260,6 +271,7 @@ class SwarmStatus(ModelReport):
             [
                 f"{self.title}: {self.headline}",
                 *text_table(head, rows),
+                *_reasons(self.servers),
                 f"servers per block: {per_block}",
             ]
         )
@@ -270,7 +282,7 @@ class SwarmStatus(ModelReport):
         titles = ["server", "peer", "blocks", "state"]
         numbers = ["round trip", "tokens/s", "cache left"]
         rows = "".join(_html_row(row, self.num_blocks, self._audited) for row in self.servers)
-        more = ["dtype", "version", *(["audits"] if self._audited else [])]
+        more = ["dtype", "engine", "version", *(["audits"] if self._audited else [])]
         return view(first + _strip(self) + table(titles, numbers, more, rows))
 
 
@@ -305,9 +317,19 @@ def _server_row(span: ServerSpan, snapshot: Snapshot, directory: Directory) -> S
         heard=directory.heard.get(span.peer),
         bits=info.weight_bits,
         error=info.weight_error,
+        engine=info.engine,
         perplexity=info.weight_perplexity,
         audits=None if directory.audits is None else directory.audits.outcomes(span.peer),
     )
+
+
+def _reasons(servers: Sequence[ServerRow]) -> list[str]:
+    """Why servers run steps as they do; once for all that say the same."""
+    names: dict[str, list[str]] = {}
+    for row in servers:
+        if row.engine is not None and row.engine != row.engine_kind:
+            names.setdefault(row.engine, []).append(row.name)
+    return [clean(f"engine of {', '.join(who)}: {engine}") for engine, who in names.items()]
 
 
 def _strip(status: SwarmStatus) -> str:
@@ -334,6 +356,8 @@ def _html_row(row: ServerRow, num_blocks: int, audited: bool) -> str:
         f"<td>{dot}{escape(row.condition)}{note}</td>"
         f"{number_cell(duration(row.rtt))}{number_cell(number(row.throughput))}"
         f"{number_cell(number(row.cache_left))}"
-        f"<td>{escape(row.loss or UNKNOWN)}</td><td>{escape(row.version or UNKNOWN)}</td>"
+        f"<td>{escape(row.loss or UNKNOWN)}</td>"
+        f'<td title="{escape(row.engine or "")}">{escape(row.engine_kind or UNKNOWN)}</td>'
+        f"<td>{escape(row.version or UNKNOWN)}</td>"
         f"{f'<td>{row.audited}</td>' if audited else ''}</tr>"
     )

@@ -8,8 +8,8 @@ a plot, ``repr`` without anything that changes from run to run, and ``str`` with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,7 @@ class Trace(ModelReport):
 
     Attributes:
         failovers: servers that were lost meanwhile, and why.
+        engines: how steps run on the servers, by peer, as they announce it.
         home: blocks that run in the notebook, whose time is a part of its own.
     """
 
@@ -102,6 +103,7 @@ class Trace(ModelReport):
     passes: tuple[PassTimes, ...]
     failovers: tuple[str, ...] = ()
     home: tuple[int, ...] = ()
+    engines: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -152,11 +154,12 @@ class Trace(ModelReport):
             {"pass": number, "position": one.position, "tokens": one.tokens, "client": one.client}
             | {"name": server.name, "peer_id": server.peer_id, "blocks": server.blocks}
             | {part: getattr(server, part) for part in PARTS}
+            | {"engine": self.engines.get(server.peer_id)}
             for number, one in enumerate(self.passes)
             for server in one.servers
         ]
         columns = ["pass", "position", "tokens", "client", "name", "peer_id", "blocks"]
-        return data_frame(rows, [*columns, *PARTS])
+        return data_frame(rows, [*columns, *PARTS, "engine"])
 
     def __repr__(self) -> str:
         shown = self.mean or (self.passes[0] if self.passes else None)
@@ -168,7 +171,9 @@ class Trace(ModelReport):
         lines = [f"{self.title}: {self.headline}"]
         if self.passes:
             head = ["ms per pass", "blocks", *PARTS, "all"]
-            lines += text_table(head, _rows(self.mean or self.passes[0]))
+            shown = self.mean or self.passes[0]
+            lines += text_table(head, _rows(shown))
+            lines += [clean(f"engine of {one}: {engine}") for one, engine in self._engines(shown)]
         return "\n".join([*lines, *(f"lost: {clean(reason)}" for reason in self.failovers)])
 
     def as_html(self) -> str:
@@ -179,10 +184,27 @@ class Trace(ModelReport):
         body = (
             "" if shown is None else _plot(self.passes[1:]) + _waterfall(shown) + _html_table(shown)
         )
-        return view(first + lost + body)
+        engines = "".join(
+            f'<div class="sn-dim">engine of {escape(name)}: {escape(engine)}</div>'
+            for name, engine in ([] if shown is None else self._engines(shown))
+        )
+        return view(first + lost + body + engines)
+
+    def _engines(self, shown: PassTimes) -> list[tuple[str, str]]:
+        """The servers of a pass and how steps run there, once for all that say the same."""
+        names: dict[str, dict[str, None]] = {}
+        for server in shown.servers:
+            engine = self.engines.get(server.peer_id, "unknown")
+            names.setdefault(engine, {})[server.name] = None
+        return [(", ".join(who), engine) for engine, who in names.items()]
 
 
-def from_timeline(model: str, timeline: Timeline | None, home: tuple[int, ...] = ()) -> Trace:
+def from_timeline(
+    model: str,
+    timeline: Timeline | None,
+    home: tuple[int, ...] = (),
+    engines: Mapping[str, str] | None = None,
+) -> Trace:
     """The trace of what was recorded."""
     if timeline is None:
         return Trace(model, (), home=home)
@@ -191,7 +213,7 @@ def from_timeline(model: str, timeline: Timeline | None, home: tuple[int, ...] =
         passes.append(_pass(step, before))
         before = step.ended
     reasons = tuple(lost.reason for lost in list(timeline.failovers))
-    return Trace(model, tuple(passes), reasons, home)
+    return Trace(model, tuple(passes), reasons, home, engines or {})
 
 
 def _pass(step: StepRecord, before: float) -> PassTimes:

@@ -36,6 +36,7 @@ from swarm_notebook.server.engine.requests import Limits
 from swarm_notebook.server.engine.scheduling.worker import ComputeThread, Job
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.startup import leave_cores_alone, prepare
+from swarm_notebook.server.engine.steps.batching import Batching
 from swarm_notebook.server.engine.throughput import RateMeter
 from swarm_notebook.server.loading.reading import Reading
 from swarm_notebook.server.loading.room import room_for
@@ -208,10 +209,14 @@ class Server:
         self._stack.push_async_callback(handler.close)
         expiring = asyncio.create_task(_keep_expiring(handler))
         self._stack.push_async_callback(_end_task, expiring)
+        telling = asyncio.create_task(_tell_engine(batching, announcer))
+        self._stack.push_async_callback(_end_task, telling)
         await handler.register(node.p2p)
 
         def now(state: ServerState) -> ServerInfo:
-            return about(state, rates=meter.rates, pool=pool, pings=pings.rtt)
+            return about(
+                state, rates=meter.rates, engine=batching.engine, pool=pool, pings=pings.rtt
+            )
 
         async def online() -> ServerInfo:
             await pings.measure()
@@ -401,6 +406,17 @@ async def _stop_node(starting: asyncio.Task[Node]) -> None:
 async def _end_task(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def _tell_engine(batching: Batching, announcer: Announcer) -> None:
+    """Announce at once that steps run in another way: compiled blocks took over, or failed."""
+    told = batching.engine
+    while True:
+        await asyncio.sleep(EXPIRE_SECONDS)
+        if batching.engine != told:
+            told = batching.engine
+            logger.info("steps run in another way now: %s", told)
+            announcer.soon()
 
 
 async def _keep_expiring(handler: Handler) -> None:

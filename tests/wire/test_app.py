@@ -25,7 +25,9 @@ from swarm_notebook.errors import ModelNotFound
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.net.wire.message import PackedTensor
+from swarm_notebook.server import app
 from swarm_notebook.server.app import Server
+from swarm_notebook.server.engine.steps.batching import Batching
 from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.swarm import Swarm
 
@@ -125,6 +127,28 @@ def connected(peers: list[str], model: Path) -> Iterator[Swarm]:
         yield swarm
     finally:
         swarm.disconnect()
+
+
+def test_how_steps_run_is_announced_when_it_changes(
+    loop: Loop, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "EXPIRE_SECONDS", 0.1)
+    with (
+        started(loop, options(tiny_llama)) as (server,),
+        connected(server.facts["maddrs"], tiny_llama) as swarm,
+    ):
+
+        def engine() -> str | None:
+            swarm.connection.refresh()
+            return swarm.status().servers[0].engine
+
+        assert (engine() or "").startswith("plain: ")
+        # As if compiled blocks had taken over; announcing is due in a minute only.
+        monkeypatch.setattr(Batching, "engine", "compiled")
+        deadline = time.monotonic() + PATIENCE
+        while engine() != "compiled" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert engine() == "compiled"
 
 
 def test_stopping_twice_and_before_the_start_does_nothing(loop: Loop, tiny_llama: Path) -> None:

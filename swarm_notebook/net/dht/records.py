@@ -51,7 +51,10 @@ MAX_PINGS, MAX_PINGS_READ = 16, 256
 # Seconds; Petals announces infinity for a peer that does not answer.
 Ping = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Name = Annotated[str, Field(max_length=200), AfterValidator(clean)]
+# Letters of what servers say of themselves in words.
+MAX_WORDS = 200
+
+Name = Annotated[str, Field(max_length=MAX_WORDS), AfterValidator(clean)]
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCK)]
 
 # What precedes all that is signed: nothing else that this key ever signs begins so.
@@ -92,6 +95,7 @@ class ServerInfo(BaseModel):
             square of the output.
         weight_perplexity: the whole model's perplexity at these bits, by that of its whole weights.
         part_tokens: from how many tokens on a pass takes as long as its tokens need.
+        engine: how steps run, for people: "compiled", "graph" or "plain", mostly with the reason.
         next_pings: round trips in seconds to servers of neighbouring blocks, by peer (base58 id).
         model: the prefix of the model that the record is about.
         digest: of the checkpoint that is served, see `checkpoint.files.digest`.
@@ -112,6 +116,7 @@ class ServerInfo(BaseModel):
     forward_rps: Rate | None = None
     inference_rps: Rate | None = None
     part_tokens: Annotated[int, Field(gt=0)] | None = None
+    engine: Name | None = None
     adapters: tuple[Name, ...] | list[Name] = ()
     torch_dtype: Name | None = None
     quant_type: Name | None = None

@@ -18,6 +18,7 @@ from hivemind.utils import get_dht_time
 from swarm_notebook import __version__
 from swarm_notebook.net.dht.records import (
     MAX_SECONDS,
+    MAX_WORDS,
     MODEL_INDEX_KEY,
     ModelRecord,
     ServerInfo,
@@ -50,6 +51,7 @@ def describe(
     state: ServerState,
     *,
     rates: Throughput | None = None,
+    engine: str | None = None,
     pool: CachePool | None = None,
     pings: Mapping[str, float] | None = None,
 ) -> ServerInfo:
@@ -58,6 +60,7 @@ def describe(
     Args:
         blocks: the hosted range.
         digest: of its checkpoint.
+        engine: how its steps run.
         quantised: what was done to its weights; None: nothing.
         pings: round trips in seconds to the servers of neighbouring blocks.
     """
@@ -79,6 +82,7 @@ def describe(
         inference_rps=rates.inference_rps if rates else None,
         forward_rps=rates.forward_rps if rates else None,
         part_tokens=rates.part_tokens if rates else None,
+        engine=engine[:MAX_WORDS] if engine else None,
         torch_dtype=options.dtype,
         using_relay=False,
         next_pings=dict(pings) if pings else None,

@@ -16,6 +16,7 @@ def test_a_generation_is_traced(tiny_scene: Scene) -> None:
     trace = tiny_scene.swarm.trace()
     assert (trace.tokens, len(trace.passes)) == (NEW_TOKENS, NEW_TOKENS)
     assert repr(trace).endswith("14 tokens in 14 passes, through local-0 [0:2] -> local-1 [2:5]")
+    assert "engine of local-0, local-1: plain: " in str(trace)
     for one in trace.passes:
         assert one.client > 0
         for server in one.servers:

@@ -108,6 +108,19 @@ def test_what_is_avoided_says_why_and_for_how_long() -> None:
     assert "retrying" not in repr(status)
 
 
+def test_how_steps_run_is_told_with_the_reason() -> None:
+    plain = ServerRow("a", PEERS[0], 0, 2, "online", engine="plain: <no card>")
+    rows = (plain, replace(plain, name="b"), replace(plain, name="c", engine="compiled"))
+    status = SwarmStatus("m", 2, (*rows, replace(plain, name="petals", engine=None)))
+    lines = str(status).splitlines()
+    assert [row.engine_kind for row in status.servers] == ["plain", "plain", "compiled", None]
+    assert "engine of a, b: plain: <no card>" in lines
+    assert not any(line.startswith(("engine of c", "engine of petals")) for line in lines)
+    assert '<td title="plain: &lt;no card&gt;">plain</td>' in status.as_html()
+    assert list(status.to_pandas()["engine"].dropna())[1:] == ["plain: <no card>", "compiled"]
+    assert "compiled" not in repr(status)
+
+
 def test_audits_are_counted_where_there_are_any() -> None:
     row = ServerRow("a", PEERS[0], 0, 2, "online")
     assert "audits" not in str(SwarmStatus("m", 2, (row,)))

@@ -60,6 +60,19 @@ def test_text_and_html() -> None:
     assert "ms" not in repr(trace)
 
 
+def test_how_steps_run_is_told_once_for_servers_that_say_the_same() -> None:
+    trace = from_timeline("m", timeline(4), engines={"Qm1": "graph", "Qm2": "plain: <old>"})
+    assert str(trace).splitlines()[-2:] == [
+        "engine of <i>left</i>: graph",
+        "engine of right: plain: <old>",
+    ]
+    assert "engine of right: plain: &lt;old&gt;" in trace.as_html()
+    assert list(trace.to_pandas()["engine"][:2]) == ["graph", "plain: <old>"]
+    unknown = from_timeline("m", timeline(4))  # as Petals' servers, which say nothing of it
+    assert str(unknown).endswith("engine of <i>left</i>, right: unknown")
+    assert "unknown" not in repr(unknown)
+
+
 def test_nothing_was_generated() -> None:
     trace = Trace("m", ())
     assert "nothing was generated yet" in str(trace)
