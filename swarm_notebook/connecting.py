@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from swarm_notebook.checkpoint.files.digest import digest
 from swarm_notebook.checkpoint.files.source import resolve
@@ -25,6 +26,8 @@ from swarm_notebook.client.discovery import await_spans, choose_dtype, only_mode
 from swarm_notebook.client.loop import network_thread
 from swarm_notebook.client.servers.bits import WHOLE_BITS
 from swarm_notebook.client.servers.directory import PATIENCE
+from swarm_notebook.devices import AUTO, device_named
+from swarm_notebook.errors import DeviceMissing
 from swarm_notebook.local.swarm import LocalSwarm
 from swarm_notebook.model import home, skeleton
 from swarm_notebook.model.home import Blocks
@@ -58,6 +61,7 @@ def connect(
     compression: str | None = None,
     own: Blocks = (),
     min_bits: float | None = None,
+    device: str | torch.device = AUTO,
     verify: str | float | None = None,
     verify_here: bool = False,
 ) -> Swarm:
@@ -81,6 +85,9 @@ def connect(
         own: blocks to bring home at once, see `Swarm.own`; no server needs to hold them.
         min_bits: servers whose weights have fewer bits each are not used, also not when others are
             lost: 16 takes whole weights only. None takes all, and says so once.
+        device: where embeddings, norm, head and blocks at home live: ``"cuda:1"``, ``"mps"``,
+            ``"cpu"``; "auto" is a GPU where there is one with room for them. Inputs belong
+            there, too: ``ids.to(swarm.model.device)``.
         verify: how much of what servers answer is audited: replayed on other servers in the
             background, see `Swarm.audit`. ``"spot"`` computes `SPOT_RATE` more for it, ``"off"``
             nothing, a number such a share. None is ``"spot"`` for peers with public addresses,
@@ -94,8 +101,10 @@ def connect(
         NotAMember: the swarm is private, and there is no invitation, or it holds no more.
         ModelNotFound, ModelNotServed: the model does not exist, or nobody serves it.
         OtherCheckpoint: it is served with other weights, or another config.
+        DeviceMissing: this machine does not have the device, or no room on it.
         ValueError: ``compression`` or ``verify`` is none of these.
     """
+    placed = device_named(device)
     if lan:
         initial_peers = _on_lan(initial_peers, model)
     rate = _audit_rate(verify, initial_peers)
@@ -131,6 +140,7 @@ def connect(
                 _tell_coarse(spans)
             waiting.say("Loading what runs here: embeddings, norm and head")
             built = skeleton.build(source, connection, choose_dtype(dtype, spans))
+            place(built, placed, anywhere=device == AUTO)
         home.bring_home(built, source, owned)
         if rate:
             connection.audit(rate, HomeJudge(source) if verify_here else None)
@@ -142,6 +152,25 @@ def connect(
         if local is not None:
             local.close()
         raise
+
+
+def place(model: nn.Module, device: torch.device, *, anywhere: bool) -> None:
+    """Move what runs in the notebook to a device.
+
+    Args:
+        anywhere: leave it on the processor if there is no room.
+
+    Raises:
+        DeviceMissing: there is no room.
+    """
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        model.to("cpu")
+        message = f"{device} has no room for embeddings, norm and head"
+        if not anywhere:
+            raise DeviceMissing(f"device: {message}: {error}; give device='cpu'") from None
+        logger.warning("%s: they run on the processor", message)
 
 
 # Embedded swarms, by the connection that keeps them: a `Swarm` and its model both hold it.

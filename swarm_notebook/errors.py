@@ -14,6 +14,7 @@
     ├── Busy                  something runs already that can run only once at a time
     ├── Unsupported           what a remote block cannot do, and what to use instead
     ├── PlanError             a plan for machines or bits that do not exist
+    ├── DeviceMissing         a GPU that this machine does not have, or has no memory left on
     ├── ServerStartError      a local server process did not come up
     └── RemoteError           a server answered with an error
         ├── BadRequest        … it found the request invalid      (code ``bad_request``)
@@ -113,6 +114,10 @@ class PlanError(SwarmError, ValueError):
 
 class Busy(SwarmError, RuntimeError):
     """Something runs already that can run only once at a time."""
+
+
+class DeviceMissing(SwarmError, ValueError):
+    """A device that this machine does not have, or whose memory does not hold what is wanted."""
 
 
 class ServerStartError(SwarmError, RuntimeError):

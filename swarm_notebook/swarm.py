@@ -148,7 +148,10 @@ class Swarm:
 
     def trace(self) -> Trace:
         """Where the time of the last generation went: notebook, network, each server."""
-        return from_timeline(self.name, self.connection.directory.telemetry.latest, self.owned)
+        directory = self.connection.directory
+        spans = directory.snapshot.spans
+        engines = {span.peer: span.info.engine for span in spans if span.info.engine}
+        return from_timeline(self.name, directory.telemetry.latest, self.owned, engines)
 
     def audit(self, wait: float = 0.0) -> AuditTable:
         """What was audited of what servers answered: who agreed, who was found wrong.
@@ -320,6 +323,7 @@ class Swarm:
             )
         dtype = self.model.dtype
         model: Any = skeleton.build(self._source, self.connection, dtype, labels)
+        model.to(self.model.device)
         home.bring_home(model, self._source, self.owned)
         model.get_input_embeddings().weight = self.model.get_input_embeddings().weight
         if model.config.pad_token_id is None and self.tokenizer is not None:

@@ -47,11 +47,11 @@ class Lending:
             ``memory`` or ``lan`` the server chooses then.
         swarm: an attached swarm to serve in.
         initial_peers: addresses of the swarm to join, if none is attached; none begin a new one.
-        dtype: what to compute in.
+        dtype: what to compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
         bits: per weight, from 2.5 to 16; None leaves the weights as they are.
         memory: for weights, in bytes or such as ``"2GB"``: as many blocks as it holds as they are,
             or else at ``bits`` or at what is measured to be good enough, and then at the most bits.
-        device: where: a torch device.
+        device: where, such as ``"cuda:1"``; "auto" is a GPU where there is one.
         threads: CPU threads; None leaves it to torch.
         name: what others see in their status.
         listen: multiaddr to listen at; None takes the loopback interface if all known peers are
@@ -81,8 +81,8 @@ class Lending:
         *,
         swarm: Swarm | None = None,
         initial_peers: Sequence[str] = (),
-        dtype: str = "float32",
-        device: str = "cpu",
+        dtype: str = "auto",
+        device: str = "auto",
         bits: float | None = None,
         memory: int | str | None = None,
         threads: int | None = None,

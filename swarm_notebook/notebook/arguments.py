@@ -161,6 +161,11 @@ class CommandLine:
             help="of the parts that run here (default: what the servers compute in)",
         )
         connect.add_argument(
+            "--device",
+            metavar="DEVICE",
+            help="of the parts that run here, such as cuda:1 (default: a GPU where there is one)",
+        )
+        connect.add_argument(
             "--compression",
             choices=COMPRESSIONS,
             help="of hidden states on their way; shifts the results a little (default: none)",
@@ -258,8 +263,14 @@ class CommandLine:
             metavar="ADDRESS",
             help="servers of the swarm to join (default: the attached swarm, else a new one)",
         )
-        serve.add_argument("--dtype", choices=DTYPES, help="compute in this (default: float32)")
-        serve.add_argument("--device", metavar="DEVICE", help="such as cuda (default: cpu)")
+        serve.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            help="compute in this (default: the checkpoint's on a GPU, else float32)",
+        )
+        serve.add_argument(
+            "--device", metavar="DEVICE", help="such as cuda (default: a GPU where there is one)"
+        )
         serve.add_argument(
             "--bits", type=float, metavar="B", help="per weight, 2.5 to 16 (default: as they are)"
         )

@@ -133,7 +133,7 @@ class SwarmMagics:
 
         options = {"model": arguments.model, "dtype": arguments.dtype, "timeout": arguments.timeout}
         options["compression"], options["own"] = arguments.compression, arguments.own
-        options["verify"] = arguments.verify
+        options["verify"], options["device"] = arguments.verify, arguments.device
         given = {key: value for key, value in options.items() if value is not None}
         before = self._current()
         swarm = connect(arguments.peers or None, lan=arguments.lan, **given)

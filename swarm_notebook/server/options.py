@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from swarm_notebook.checkpoint.files.source import ModelSource
+from swarm_notebook.devices import device_named, dtype_on
 from swarm_notebook.net.addresses import LOOPBACK
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.passes.activation_store import BUDGET_BYTES
@@ -19,13 +19,6 @@ from swarm_notebook.server.engine.passes.activation_store import BUDGET_BYTES
 CACHE_TOKENS = 16384
 # Records are valid for two of them: a server that died is forgotten after two minutes at most.
 UPDATE_PERIOD = 60.0
-
-
-def best_device() -> str:
-    """What "auto" means: an NVIDIA or AMD card, else an Apple GPU, else the processor."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -83,15 +76,16 @@ class ServeOptions:
     exit_with_stdin: bool = False
 
     def with_device(self) -> ServeOptions:
-        """The options with a device in the place of "auto"."""
-        return self if self.device != "auto" else replace(self, device=best_device())
+        """The options with a device of this machine, also in the place of "auto".
+
+        Raises:
+            DeviceMissing: it does not have the one that was named.
+        """
+        return replace(self, device=str(device_named(self.device)))
 
     def computes_in(self, source: ModelSource, *, packed: bool) -> str:
         """The dtype of a server with this device, if its weights have fewer bits or not."""
         if self.dtype != "auto":
             return self.dtype
-        if torch.device(self.device).type == "cpu":
-            # torch multiplies by 4 and 8 bits in bfloat16 alone.
-            return "bfloat16" if packed else "float32"
-        halves: dict[Any, str] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-        return halves.get(source.config().dtype, "float32")
+        device = torch.device(self.device)
+        return str(dtype_on(device, source.config().dtype, packed=packed)).removeprefix("torch.")

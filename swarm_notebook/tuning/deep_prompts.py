@@ -49,7 +49,8 @@ class DeepPrompts(nn.Module):
             raise ValueError(f"length: {length} positions; give at least 1")
         remote: Any = model
         shape = (len(self._runner.blocks), length, remote.config.get_text_config().hidden_size)
-        self.prompts = nn.Parameter(torch.randn(shape, dtype=remote.dtype) * std)
+        drawn = torch.randn(shape, dtype=remote.dtype) * std  # the same on all devices
+        self.prompts = nn.Parameter(drawn.to(remote.device))
         self._runner.deep_prompts = self.prompts
 
     def forward(self) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import traitlets
 
+from swarm_notebook.devices import device_named, dtype_on
 from swarm_notebook.local.lending import Lending
 from swarm_notebook.report.formatting import model_title, number
 from swarm_notebook.report.html import facts, head, view
@@ -126,7 +127,12 @@ class ServePanel(Widget, module="serve"):
         except Exception:  # it is a help, and whatever is wrong with the model is said at the start
             logger.debug("what the blocks take is not known", exc_info=True)
             return
-        item = getattr(torch, self.lending.dtype, torch.float32).itemsize
+        lending = self.lending
+        dtype = getattr(torch, lending.dtype, None)  # "auto" is none of torch's
+        if dtype is None:
+            device, packed = device_named(lending.device), lending.bits is not None
+            dtype = dtype_on(device, lending.config.dtype, packed=packed)
+        item: int = dtype.itemsize
         matrix = item if self.lending.bits is None else self.lending.bits / 8
         needs = [int(block.matrices * matrix + block.vectors * item) for block in shape.blocks]
         self.update(needs=needs)

@@ -57,6 +57,17 @@ def test_a_padded_batch(pair: Pair, where: str) -> None:
     assert outcomes[0][1] == outcomes[1][1]
 
 
+def test_what_runs_here_is_on_the_card_from_the_beginning(tiny_llama: Path) -> None:
+    ids = torch.randint(3, 128, (1, 9))
+    local = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    with sn.LocalSwarm(tiny_llama, 1) as servers:
+        for device, where in (("auto", "cuda"), ("cpu", "cpu"), ("cuda:0", "cuda")):
+            with sn.connect(servers, device=device) as swarm:
+                assert swarm.model.device.type == where
+                got = swarm.model.generate(ids.to(swarm.model.device), **TOKENS)
+                assert got.tolist() == local.generate(ids, **TOKENS).tolist()
+
+
 def test_sessions_that_run_together(pair: Pair) -> None:
     prompts = [torch.randint(3, 128, (1, length)) for length in (4, 9, 14, 20)]
     expected = [pair.local.generate(ids.cuda(), **TOKENS).tolist() for ids in prompts]
