@@ -37,7 +37,9 @@ def device_named(name: str | torch.device) -> torch.device:
     )
 
 
-def dtype_on(device: torch.device, checkpoint: torch.dtype | None, *, packed: bool) -> torch.dtype:
+def dtype_on(
+    device: torch.device, checkpoint: torch.dtype | str | None, *, packed: bool
+) -> torch.dtype:
     """What "auto" computes in on a device.
 
     Args:
@@ -48,7 +50,7 @@ def dtype_on(device: torch.device, checkpoint: torch.dtype | None, *, packed: bo
         # torch multiplies by 4 and 8 bits in bfloat16 alone.
         return torch.bfloat16 if packed else torch.float32
     halves = (torch.bfloat16, torch.float16)
-    return checkpoint if checkpoint in halves else torch.float32
+    return next((half for half in halves if half == checkpoint), torch.float32)
 
 
 def cards(wanted: Sequence[int] | None) -> list[str]:
