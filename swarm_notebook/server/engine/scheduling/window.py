@@ -23,6 +23,8 @@ _OUTLIER = 1.5
 FORGET_SECONDS = 2.0
 # A thread that waits shorter does nothing but look at the clock.
 _MOMENT = 2e-4
+# More take turns as two do, and each has its own call's time.
+_GROUPS = 4
 # Waiting has to gain so much, as predictions are not exact.
 _WORTH = 1.05
 # The newest value's weight in running means: as in TCP's estimate of a round trip (RFC 6298), an
@@ -95,6 +97,11 @@ class _CallTime:
         slope = min(max(slope, 0.0), s / n)
         return s + slope * (steps - n)
 
+    @property
+    def usual(self) -> float:
+        """How many steps a call has."""
+        return self._n / self._weight if self._weight else 1.0
+
 
 class BatchWindow:
     """Learns when steps come, and says how long the next call should wait for them.
@@ -135,6 +142,7 @@ class BatchWindow:
             return 0.0
         found = (rhythm.expected(now) for rhythm in self._rhythms.values())
         coming = sorted(seconds for seconds in found if seconds is not None)
+        del coming[max(self._largest() - waiting, 0) :]
         best, patience = _WORTH * waiting / max(self._call.of(waiting), 1e-9), 0.0
         for count, seconds in enumerate(coming, waiting + 1):
             if seconds > GATHER_SECONDS:
@@ -145,3 +153,24 @@ class BatchWindow:
                 best, patience = rate, max(seconds, _MOMENT)
                 self.awaited = count - waiting
         return patience
+
+    def _largest(self) -> int:
+        """How many steps a call is to have at most, for as many per second as possible.
+
+        Sessions that share each call wait for one another, and nothing is computed until the last
+        is back. In two groups one is read and answered while the other computes. So it goes by what
+        takes longer: the calls of all groups, or a group's call and its way back; that way is
+        longer the more are answered at once, as one thread reads and answers all.
+        """
+        pauses = [rhythm.pause for rhythm in self._rhythms.values() if rhythm.pause is not None]
+        pauses = [pause for pause in pauses if pause <= GATHER_SECONDS]
+        sessions, best, largest = len(pauses), 0.0, len(self._rhythms)
+        for groups in range(1, min(sessions, _GROUPS) + 1):
+            each = -(-sessions // groups)
+            answered_at_once = min(max(self._call.usual, 1.0), sessions)
+            longer = (max(pauses) - min(pauses)) * each / answered_at_once
+            call = self._call.of(each)
+            rate = sessions / max(groups * call, call + min(pauses) + longer, 1e-9)
+            if rate > _WORTH * best:
+                best, largest = rate, each
+        return largest

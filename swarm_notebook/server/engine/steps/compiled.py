@@ -159,6 +159,9 @@ class Compiler:
     def _work(self) -> None:
         while not self.why_not:
             jobs = self._jobs.get()
+            # A process takes as long to start as a block to compile: one for all that is asked.
+            while not self._jobs.empty():
+                jobs |= self._jobs.get()
             began = time.monotonic()
             try:
                 found = self._compile_jobs(list(jobs.values()))

@@ -94,3 +94,28 @@ def test_only_steps_that_could_share_a_call_have_a_rhythm() -> None:
     window.came(task("a", Kind.PREFILL_CHUNK), 10.0)
     window.came(task("b", group=None), 10.0)
     assert not window._rhythms
+
+
+def read_one_by_one(seconds: float, crowd: int = 32) -> tuple[BatchWindow, float]:
+    """A crowd that shared each call; who was answered last comes back last."""
+    return decoding({f"{n}": 0.001 + seconds * (n + 1) for n in range(crowd)}, flat, rounds=80)
+
+
+def arrived(window: BatchWindow, now: float, seconds: float, count: int) -> float:
+    for n in range(count):
+        window.came(task(f"{n}"), now + 0.001 + seconds * (n + 1))
+    return now + 0.001 + seconds * count
+
+
+def test_a_crowd_whose_way_back_is_long_takes_turns() -> None:
+    window, now = read_one_by_one(0.0005)
+    assert window.patience(16, arrived(window, now, 0.0005, 16)) == 0
+    window, now = read_one_by_one(0.0005)
+    assert window.patience(12, arrived(window, now, 0.0005, 12)) > 0
+    assert window.awaited <= 4
+
+
+def test_a_crowd_whose_way_back_is_short_shares_each_call() -> None:
+    window, now = read_one_by_one(0.0001)
+    assert window.patience(16, arrived(window, now, 0.0001, 16)) > 0
+    assert window.awaited > 8
