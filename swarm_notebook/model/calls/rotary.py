@@ -40,7 +40,8 @@ class Rotations:
         self._modules = [module for _, _, module in self._owners]
         self._plans = [_plan(module) for module in self._modules]
         self._count = 0
-        self._asked = WeakTensorKeyDictionary()  # positions and version by cosines, by sines
+        # Positions on the CPU, and the version: by cosines, by sines; by positions where they were.
+        self._asked, self._ids = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         for module in self._modules:
             module.register_forward_hook(self._note, with_kwargs=True)
 
@@ -49,7 +50,7 @@ class Rotations:
         twin._owners = copy.deepcopy(self._owners, memo)
         twin._modules = [module for _, _, module in twin._owners]
         twin._plans, twin._count = self._plans, 0
-        twin._asked = WeakTensorKeyDictionary()
+        twin._asked, twin._ids = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         return twin
 
     def _note(self, _module: nn.Module, inputs: tuple, named: dict, output: Any) -> None:
@@ -57,9 +58,20 @@ class Rotations:
         ids = inputs[1] if len(inputs) > 1 else named.get("position_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or torch.compiler.is_compiling():
             return
-        ids = ids.detach().to("cpu", torch.int64, copy=True)
+        here = self.here(ids)
         for tensor in _tensors(output):
-            self._asked[tensor] = ids, _version(tensor)
+            self._asked[tensor] = here, _version(tensor)
+
+    def here(self, ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Position ids on the CPU: a GPU is asked for them once in a call."""
+        if ids is None:
+            return None
+        known = self._ids.get(ids)
+        if known is not None and known[1] == _version(ids) and not ids.is_inference():
+            return known[0]
+        copied: torch.Tensor = ids.detach().to("cpu", torch.int64, copy=True)
+        self._ids[ids] = copied, _version(ids)
+        return copied
 
     @property
     def count(self) -> int:

@@ -197,7 +197,8 @@ class Runner:
         states = kwargs.get("output_hidden_states")
         states = config.output_hidden_states if states is None else states
         mask = inputs.new_mask(kwargs.get("attention_mask"), cache, new, remote=bool(remote))
-        ids = inputs.unusual_positions(kwargs.get("position_ids"), position)
+        ids = self._rotations.here(kwargs.get("position_ids"))
+        ids = inputs.unusual_positions(ids, position)
         packs = cache is None and kwargs.get("attention_mask") is None
         if cache is not None and layout.home and kwargs.get("attention_mask") is None:
             # The servers remember what was masked; blocks at home see what they are given.
@@ -409,9 +410,13 @@ class Runner:
                 cache.session, index, call.end, states, inner, last=last
             )
         received = call.outputs.states
+        # CUDA has taken memory that is not pinned when it returns, and what comes next is launched
+        # while it copies.
+        no_wait = hidden.device.type == "cuda"
         with torch.inference_mode(False):
             for block, state in received.items():
-                received[block] = self.kept.fill_up(state.to(hidden.device), call.new)
+                state = state.to(hidden.device, non_blocking=no_wait)
+                received[block] = self.kept.fill_up(state, call.new)
 
     def _remember(self, call: Call, cache: RemoteCache, index: int, hidden: torch.Tensor) -> None:
         """Note the input of a block in the session's history, from which caches are rebuilt."""
