@@ -9,7 +9,8 @@ last line of a shape has ratios to eager transformers of the same run, and the s
 bandwidth: that of the blocks' weights, once per step, against a copy of the device. The works:
 
 local, static     transformers eager, and compiled with its static cache
-one, two, cards   one server; two on one card; one on each card, where there are several
+one, two, cards   one server; two on one card; one on each card, where there are several; first
+                  as they start, then with all compiled that was asked for
 fresh             a new server: its first token; 64 sessions of 2,048 tokens; sessions with adapters
 divergence        distributions in bfloat16, a swarm's and local eager's, from local sdpa's
 
@@ -54,6 +55,8 @@ MANY, LORA_SESSIONS = 64, 8
 # A session that grows takes an eighth more than it needs.
 CACHE_TOKENS = MANY * (PROMPT + PROMPT // 8 + 64)
 WORKS = ("local", "static", "one", "two", "cards", "fresh", "divergence")
+# So long blocks are waited for that are compiled meanwhile.
+COMPILE_SECONDS = 150
 LOADED = re.compile(r"^(\S+ \S+) INFO loaded blocks \S+ in ([\d.]+) s", re.MULTILINE)
 
 
@@ -158,6 +161,18 @@ def servers(
         logs.remove()
 
 
+def settle(made: Sequence[Any]) -> None:
+    """Wait until nothing is compiled beside the servers any more."""
+    import psutil
+
+    quiet, until = 0, time.monotonic() + COMPILE_SECONDS
+    while quiet < 8 and time.monotonic() < until:
+        beside = (child for one in made for child in psutil.Process(one.pid).children())
+        busy = any("compiled as it" in " ".join(child.cmdline()) for child in beside)
+        quiet = 0 if busy else quiet + 1
+        time.sleep(0.25)
+
+
 def peers_of(made: Sequence[Any]) -> list[str]:
     return [address for server in made for address in server.addresses]
 
@@ -234,9 +249,11 @@ def serve(shape: str, folder: Path, devices: Sequence[str], until: float) -> Non
     with servers(folder, devices) as made:
         seconds = round(time.perf_counter() - began, 1)
         say(shape, "start", servers=len(devices), seconds=seconds)
-        for sessions, prompt in ((1, CONTEXT), (8, CONTEXT), (32, CONTEXT), (1, PROMPT)):
-            if time.monotonic() < until:
-                say(shape, "bare", **crowd(shape, made, sessions, prompt))
+        for work in ("bare, new server", "bare"):
+            for sessions, prompt in ((8, CONTEXT), (32, CONTEXT), (1, CONTEXT), (1, PROMPT)):
+                if time.monotonic() < until:
+                    say(shape, work, **crowd(shape, made, sessions, prompt))
+            settle(made)
         if time.monotonic() < until:
             notebook(shape, folder, made, devices[0])
 
