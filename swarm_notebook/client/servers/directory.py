@@ -3,8 +3,7 @@
 The directory reads the records of all blocks from the DHT, pings the servers, and leaves out those
 that are avoided (see `health`). Where it finds nobody for a block (the answer may be lost, or
 drowned in rubbish), it asks the peers that it knows what they serve. A peer that announces nothing
-for long is forgotten, so that a notebook that runs for weeks does not grow. Readers in other
-threads see immutable snapshots.
+for long is forgotten (see `recent`). Readers in other threads see immutable snapshots.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from swarm_notebook.client.servers.asking import (
 from swarm_notebook.client.servers.bits import BitsInUse
 from swarm_notebook.client.servers.crowd import Crowd
 from swarm_notebook.client.servers.health import OTHER, Fault, PeerHealth
+from swarm_notebook.client.servers.recent import RecentServers
 from swarm_notebook.client.telemetry import Telemetry
 from swarm_notebook.errors import MissingBlocks, NotAMember, RemoteError, ServerGone
 from swarm_notebook.net.dht.records import ServerSpan, ServerState, spans_of
@@ -51,8 +51,6 @@ REFRESH_PERIOD_MISSING = 1.0
 PATIENCE = 30.0
 # How long the first reading may take in any case: a DHT search gives up on a silent peer after 3 s.
 FIRST_READING = 4.0
-# Longer than any restart, and than records of a dead server live (Petals': four minutes).
-FORGET_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -89,15 +87,6 @@ class Shortage:
 
 
 @dataclass
-class _LastSeen:
-    """When a peer was announced last, by `time.monotonic`; its name, and the blocks it had."""
-
-    when: float = 0.0
-    name: str = ""
-    blocks: set[int] = field(default_factory=set)
-
-
-@dataclass
 class Directory:
     """Servers of the model `prefix` with `num_blocks` blocks, as seen by `node`.
 
@@ -116,6 +105,7 @@ class Directory:
         digest: of the notebook's own checkpoint; servers that announce another one are avoided.
         min_bits: servers with fewer bits per weight are not used.
         audits: takes note of finished work; None: nothing is audited.
+        recent: who had which blocks lately.
         shortages: what calls wait for just now.
         refused: what a private swarm has said last to this notebook, if it is no member.
         bits: per weight of the blocks that are computed.
@@ -140,13 +130,13 @@ class Directory:
     _warned: set[str] = field(default_factory=set)
     min_bits: float = 0.0
     audits: Audits | None = None
+    recent: RecentServers = field(default_factory=RecentServers)
     shortages: list[Shortage] = field(default_factory=list)
     refused: list[NotAMember] = field(default_factory=list)
     bits: BitsInUse = field(default_factory=BitsInUse)
     crowd: Crowd = field(init=False)
     _announced: Announced = field(init=False)
     _asked: dict[str, float] = field(default_factory=dict)
-    _last_seen: dict[str, _LastSeen] = field(default_factory=dict)
     _next_reading: float = 0.0
     _refreshing: asyncio.Task | None = None
     _background: asyncio.Task | None = None
@@ -250,18 +240,15 @@ class Directory:
 
     def note(self, spans: Sequence[ServerSpan], now: float) -> None:
         """Remember who was announced with what, and forget who was not for long."""
-        for span in spans:
-            seen = self._last_seen.setdefault(span.peer, _LastSeen())
-            seen.when, seen.name = now, span.name
-            if span.info.state == ServerState.ONLINE:
-                seen.blocks.update(range(span.start, span.end))
-        for peer, seen in list(self._last_seen.items()):
+        self.recent.note(spans, now)
+        for peer in self.recent.silent(now):
             lock = self.upload_locks.get(peer)
-            if now - seen.when > FORGET_SECONDS and not (lock and lock.locked()):
+            if not (lock and lock.locked()):
                 self._forget(peer)
 
     def _forget(self, peer: str) -> None:
-        for known in (self._last_seen, self.rtt, self.heard, self.upload_locks):
+        self.recent.forget(peer)
+        for known in (self.rtt, self.heard, self.upload_locks):
             known.pop(peer, None)
         for key in [key for key in self.uploaded if key[0] == peer]:
             del self.uploaded[key]
@@ -324,28 +311,21 @@ class Directory:
         stretches = routing.stretches(self.num_blocks, self.home if home is None else home)
         return [segment for start, end in stretches for segment in self.chain(start, end)]
 
-    def holders(self, blocks: Collection[int]) -> tuple[str, ...]:
-        """Names of those that had some of these blocks within `FORGET_SECONDS`."""
-        seen = [one for one in self._last_seen.values() if one.blocks.intersection(blocks)]
-        return tuple(sorted({one.name for one in seen}))
-
     def _who_had(self, start: int, end: int) -> str:
-        names = self.holders(self.missing_within(start, end))
-        had = f"; until now {', '.join(names)} had them" if names else ""
-        coarse = "".join(
+        names = self.recent.holders(self.missing_within(start, end))
+        reasons = [f"; until now {', '.join(names)} had them"] if names else []
+        spans = [one for one in self.snapshot.spans if one.start < end and start < one.end]
+        reasons += [
             f"; {span.name} has {span.weight_bits:.3g} bits, but min_bits is {self.min_bits:g}"
-            for span in self.snapshot.spans
-            if span.weight_bits < self.min_bits and span.start < end and start < span.end
-        )
-        return (
-            had
-            + coarse
-            + "".join(
-                f"; {span.name} is not used ({fault.kind}): {fault.reason}"
-                for span in self.snapshot.spans
-                if (fault := self.fault(span.peer)) and span.start < end and start < span.end
-            )
-        )
+            for span in spans
+            if span.weight_bits < self.min_bits
+        ]
+        reasons += [
+            f"; {span.name} is not used ({fault.kind}): {fault.reason}"
+            for span in spans
+            if (fault := self.fault(span.peer))
+        ]
+        return "".join(reasons)
 
     def failed(self, peer: str, error: RemoteError) -> None:
         """Avoid a peer from now on, for longer each time it fails again."""

@@ -49,7 +49,7 @@ async def await_chain(
                     logger.warning("%s; waiting up to %.0f s", error, directory.patience)
                     shortage = Shortage(
                         describe_blocks(missing),
-                        directory.holders(missing),
+                        directory.recent.holders(missing),
                         time.time(),
                         directory.patience,
                     )

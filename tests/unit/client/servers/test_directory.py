@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from swarm_notebook.client.servers.directory import FORGET_SECONDS, Directory
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.recent import FORGET_SECONDS
 from swarm_notebook.net.dht.records import ServerInfo, ServerSpan, ServerState
 
 GONE = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
