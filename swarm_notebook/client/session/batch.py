@@ -58,8 +58,8 @@ class BatchSession:
 
     @property
     def peers(self) -> frozenset[str]:
-        """As `InferenceSession.peers`."""
-        return frozenset().union(*(session.peers for session in self._sessions))
+        """Servers that have had a part in what came so far; empty where nothing is audited."""
+        return frozenset().union(*(session.history.peers for session in self._sessions))
 
     @property
     def passed(self) -> int:
@@ -78,7 +78,7 @@ class BatchSession:
         return self._parts[0].session.latest
 
     def select(self, rows: torch.Tensor) -> None:
-        """As `InferenceSession.select`."""
+        """From the next step on, continue these rows (beam search, batch changes)."""
         for part in self._parts:
             part.select(rows)
         self._left += [part.session for part in self._parts if not part.count]
@@ -106,14 +106,14 @@ class BatchSession:
             part.session.begin(part.of_pass(new), part.of_given(given))
 
     def edit(self, block: int, hidden: torch.Tensor) -> None:
-        """As `InferenceSession.edit`."""
+        """In the current pass, ``block`` gets this input instead of the one before's output."""
         for part in self._parts:
-            part.session.edit(block, part.of(hidden, self._pass.position))
+            part.session.history.edit(block, part.of(hidden, self._pass.position))
 
     @property
     def edited(self) -> frozenset[int]:
-        """As `InferenceSession.edited`."""
-        return self._parts[0].session.edited
+        """Blocks whose input a hook decided in the latest pass: it will again, most likely."""
+        return self._parts[0].session.history.edited_last
 
     def copy_from(self, other: BatchSession) -> None:
         """As `InferenceSession.copy_from`."""
@@ -215,7 +215,7 @@ class _Part:
 
     def select(self, rows: torch.Tensor) -> None:
         """Go on with these rows of the batch."""
-        self.session.select(rows)
+        self.session.history.select(rows)
 
     def refuse_gaps(self, new: Pass) -> None:
         """Refuse padding or a jump of positions behind the tokens before, if it cannot travel."""
@@ -265,7 +265,7 @@ class _Rows(_Part):
         at = {row: place for place, row in enumerate(self.rows)}
         chosen = [place for place, row in enumerate(rows.tolist()) if row in at]
         own = torch.tensor([at[int(rows[place])] for place in chosen], dtype=torch.int64)
-        self.session.select(own)
+        self.session.history.select(own)
         self.rows, self.shifts = chosen, self.shifts[own]
 
     def refuse_gaps(self, new: Pass) -> None:

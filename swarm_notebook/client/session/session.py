@@ -82,29 +82,15 @@ class InferenceSession:
         return self._chain.dropped
 
     @property
-    def peers(self) -> frozenset[str]:
-        """Servers that have had a part in what came so far; empty where nothing is audited."""
-        return frozenset(self.history.peers)
-
-    @property
     def passed(self) -> int:
         """Tokens of the present step times blocks that they have passed."""
         return self._run.passed if self._run is not None else 0
-
-    @property
-    def length(self) -> int:
-        """Tokens of the present pass."""
-        return self.history.current.length
 
     @property
     def latest(self) -> StepRecord | None:
         """The step that last came back, if any."""
         steps = self.timeline.steps if self.timeline is not None else ()
         return steps[-1] if steps else None
-
-    def select(self, rows: torch.Tensor) -> None:
-        """From the next step on, continue these rows (beam search, batch changes)."""
-        self.history.select(rows)
 
     def begin_generation(self) -> None:
         """What follows is one generation, for those who watch (see `telemetry`)."""
@@ -118,15 +104,6 @@ class InferenceSession:
         self._absent = given.absent
         self.history.adapter, self.history.prompts = given.adapter, given.prompts
         self.history.begin(new)
-
-    def edit(self, block: int, hidden: torch.Tensor) -> None:
-        """In the current pass, ``block`` gets this input instead of the one before's output."""
-        self.history.edit(block, hidden)
-
-    @property
-    def edited(self) -> frozenset[int]:
-        """Blocks whose input a hook decided in the latest pass: it will again, most likely."""
-        return self.history.edited_last
 
     def copy_from(self, other: InferenceSession) -> None:
         """Begin where another session is; the servers rebuild its caches when they are needed."""
