@@ -86,29 +86,13 @@ class AuditTable(ModelReport):
         return data_frame(rows, _COLUMNS)
 
     def __repr__(self) -> str:
-        titles = ["server", "blocks", "tokens", "outcome", "replayed by"]
-        rows = [
-            [clean(one.name), f"{one.start}:{one.end}", str(one.tokens), one.outcome, _by(one)]
-            for one in self.verdicts
-        ]
-        listed = text_table(titles, rows) if rows else []
-        return "\n".join([f"{self.title}: {self.headline}", *listed])
+        return self._as_text(["server", "blocks", "tokens", "outcome", "replayed by"])
 
     def __str__(self) -> str:
-        titles = ["server", "peer", "blocks", "tokens", "outcome", "replayed by", "error", "why"]
-        rows = [
-            [
-                clean(one.name),
-                one.peer,
-                f"{one.start}:{one.end}",
-                str(one.tokens),
-                one.outcome,
-                _by(one),
-                _error(one),
-                clean(one.why) or None,
-            ]
-            for one in self.verdicts
-        ]
+        return self._as_text([*_words(self.verdicts[0])] if self.verdicts else [])
+
+    def _as_text(self, titles: list[str]) -> str:
+        rows = [[_words(one)[title] for title in titles] for one in self.verdicts]
         listed = text_table(titles, rows) if rows else []
         return "\n".join([f"{self.title}: {self.headline}", *listed])
 
@@ -124,6 +108,20 @@ class AuditTable(ModelReport):
         )
         titles = ["server", "peer", "blocks", "outcome"]
         return view(first + table(titles, ["tokens", "error"], ["replayed by", "why"], rows))
+
+
+def _words(verdict: Verdict) -> dict[str, str | None]:
+    """All that a table of text may have of it, by the titles of its columns."""
+    return {
+        "server": clean(verdict.name),
+        "peer": verdict.peer,
+        "blocks": f"{verdict.start}:{verdict.end}",
+        "tokens": str(verdict.tokens),
+        "outcome": verdict.outcome,
+        "replayed by": _by(verdict),
+        "error": _error(verdict),
+        "why": clean(verdict.why) or None,
+    }
 
 
 def _by(verdict: Verdict) -> str:

@@ -146,6 +146,11 @@ class ServerBill:
     seconds: float
     last: float
 
+    def since(self, before: ServerBill) -> ServerBill:
+        """What was used of it since an earlier bill."""
+        names = ("requests", "tokens", "sent", "received", "seconds")
+        return replace(self, **{one: getattr(self, one) - getattr(before, one) for one in names})
+
 
 @dataclass(frozen=True)
 class Bill(ModelReport):
@@ -186,16 +191,7 @@ class Bill(ModelReport):
     def __sub__(self, before: Bill) -> Bill:
         known = {server.peer_id: server for server in before.servers}
         rest = [
-            replace(
-                server,
-                requests=server.requests - known[server.peer_id].requests,
-                tokens=server.tokens - known[server.peer_id].tokens,
-                sent=server.sent - known[server.peer_id].sent,
-                received=server.received - known[server.peer_id].received,
-                seconds=server.seconds - known[server.peer_id].seconds,
-            )
-            if server.peer_id in known
-            else server
+            server if server.peer_id not in known else server.since(known[server.peer_id])
             for server in self.servers
         ]
         return replace(self, servers=tuple(server for server in rest if server.sent))
