@@ -148,7 +148,11 @@ def test_a_wait_in_vain_names_the_numbers() -> None:
     run(work())
 
 
-def test_a_session_that_was_idle_during_the_whole_wait_is_dropped() -> None:
+def test_a_session_that_was_idle_during_the_whole_wait_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv_budget, "SHORT_IDLE_SECONDS", 0.2)
+
     async def work() -> None:
         clock, lost = Clock(), []
         pool = CachePool(100, clock)
@@ -160,11 +164,11 @@ def test_a_session_that_was_idle_during_the_whole_wait_is_dropped() -> None:
         new, seconds = pool.open(lambda: None), 2 * kv_budget.SHORT_IDLE_SECONDS
         waiting = asyncio.create_task(pool.resize(new, 50, 50, wait=seconds))
         await asyncio.sleep(0)
-        clock.now += seconds - 1
+        clock.now += seconds - 0.1
         pool.begin(active)
         pool.end(active)
         assert not lost
-        clock.now += 1
+        clock.now += 0.1
         assert await waiting == 50
         assert lost == ["idle"]
         assert pool.sessions == 2
