@@ -6,8 +6,6 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,26 +53,24 @@ def sync(device: str) -> None:
         torch.cuda.synchronize()
 
 
-@contextmanager
-def bfloat16_on(device: str) -> Iterator[None]:
+def made(shape: str, device: str) -> Any:
+    """A model of random weights in bfloat16."""
     import torch
+    from transformers import LlamaForCausalLM
 
     torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device), torch.inference_mode():
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with torch.device(device):  # for this alone: all calls within would take longer
+        return LlamaForCausalLM(config(shape)).eval()
 
 
 def eager(shape: str, device: str) -> None:
     """As users have it: transformers' own caches and kernels."""
     import torch
-    from transformers import DynamicCache, LlamaForCausalLM
+    from transformers import DynamicCache
 
-    with bfloat16_on(device):
-        model: Any = LlamaForCausalLM(config(shape)).eval()
-        ids = torch.randint(3, 1000, (1, PROMPT))
+    model = made(shape, device)
+    ids = torch.randint(3, 1000, (1, PROMPT), device=device)
+    with torch.inference_mode():
         for _ in range(2):
             sync(device)
             began = time.perf_counter()
@@ -86,7 +82,7 @@ def eager(shape: str, device: str) -> None:
         say(shape, "local eager generate", streams=1, tokens_per_s=round(rate, 1))
         for rows in (1, 8, 32):
             cache = DynamicCache(config=model.config)
-            hidden = torch.randn(rows, CONTEXT, model.config.hidden_size)
+            hidden = torch.randn(rows, CONTEXT, model.config.hidden_size, device=device)
             model.model(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
             for step in range(LOCAL_STEPS + WARM):
                 if step == WARM:
@@ -101,17 +97,15 @@ def eager(shape: str, device: str) -> None:
 def static(shape: str, device: str) -> None:
     """With a static cache, for which transformers compiles the model (on a card only)."""
     import torch
-    from transformers import LlamaForCausalLM
 
-    with bfloat16_on(device):
-        model: Any = LlamaForCausalLM(config(shape)).eval()
-        ids = torch.randint(3, 1000, (1, CONTEXT))
-        began = time.perf_counter()
-        _generated(model, ids, device, cache_implementation="static")
-        first = time.perf_counter() - began
-        rates = [_generated(model, ids, device, cache_implementation="static") for _ in range(3)]
-        rate = round(statistics.median(rates), 1)
-        say(shape, "local static generate", streams=1, tokens_per_s=rate, first_s=round(first, 1))
+    model = made(shape, device)
+    ids = torch.randint(3, 1000, (1, CONTEXT), device=device)
+    began = time.perf_counter()
+    _generated(model, ids, device, cache_implementation="static")
+    first = time.perf_counter() - began
+    rates = [_generated(model, ids, device, cache_implementation="static") for _ in range(3)]
+    rate = round(statistics.median(rates), 1)
+    say(shape, "local static generate", streams=1, tokens_per_s=rate, first_s=round(first, 1))
 
 
 def _generated(model: Any, ids: Any, device: str, **more: Any) -> float:
@@ -132,15 +126,15 @@ def divergence(shape: str, folder: Path, found: Path, device: str) -> None:
     """
     import torch
     from torch.nn.functional import kl_div, log_softmax
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from swarm_notebook.checkpoint.files.dummy import PREFIX, DummyWeights
 
     if folder.name.startswith(PREFIX):
-        with bfloat16_on(device):
-            model: Any = LlamaForCausalLM(config(shape)).eval()
-            weights = DummyWeights(config(shape))
-            lazy = weights.lazy(weights.names())
+        model = made(shape, device)
+        weights = DummyWeights(config(shape))
+        lazy = weights.lazy(weights.names())
+        with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(lazy[name][:])
     else:
