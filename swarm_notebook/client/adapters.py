@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import save
 
-from swarm_notebook.client.passes.call import ANSWER_SLACK, call, server_name
+from swarm_notebook.client.passes.call import ANSWER_SLACK, CallAnswer, call, server_name
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.errors import AdapterMissing, Unsupported
 from swarm_notebook.net.wire import protocol
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,22 +115,19 @@ async def ensure_uploaded(
             await upload(directory, segment, adapter)
 
 
-async def with_adapter(
-    directory: Directory,
-    segment: RouteSegment,
-    adapter: Adapter | None,
-    work: Callable[[], Awaitable[T]],
-) -> T:
-    """Do ``work`` on a server that has the adapter's present state."""
+async def call_with_adapter(
+    directory: Directory, segment: RouteSegment, adapter: Adapter | None, *request: Any, **how: Any
+) -> CallAnswer:
+    """`passes.call.call` of a server that has the adapter's present state."""
     await ensure_uploaded(directory, segment, adapter)
     try:
-        return await work()
+        return await call(directory, segment, *request, **how)
     except AdapterMissing:
         if adapter is None:
             raise
         directory.uploaded.pop((segment.peer, adapter.id), None)
         await ensure_uploaded(directory, segment, adapter)
-        return await work()
+        return await call(directory, segment, *request, **how)
 
 
 async def upload(directory: Directory, segment: RouteSegment, adapter: Adapter) -> None:

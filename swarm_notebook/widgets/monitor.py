@@ -35,7 +35,6 @@ from swarm_notebook.widgets.training.run import TrainingRun, TrainingStopped
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from swarm_notebook.swarm import Swarm
 
 __all__ = ["TrainingMonitor", "TrainingStopped"]
 
@@ -57,17 +56,8 @@ class TrainingMonitor(TrainingRun):
         history: every logged step, a dict each: good for ``pandas.DataFrame``.
     """
 
-    def __init__(
-        self,
-        swarm: Swarm | None = None,
-        *,
-        total: int | None = None,
-        save: Callable[[], object] | None = None,
-        **traits: Any,
-    ) -> None:
-        super().__init__(swarm, total=total, save=save, **traits)
-        self._thread: threading.Thread | None = None
-        self._outcome: tuple[object, BaseException | None] = (None, None)
+    _thread: threading.Thread | None = None
+    _outcome: tuple[object, BaseException | None] = (None, None)
 
     def log(
         self,

@@ -60,7 +60,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         folder = tiny_model("llama", tmp_path_factory.mktemp("models"))
         spans = [(0, 3), (3, 5)]
         ratio = measure_loss(resolve(folder), bits=BITS, dtype=torch.float32).ratio
-        with HostedSwarm(folder, spans, bits=BITS, dtype="float32") as servers:
+        with (
+            HostedSwarm(folder, spans, bits=BITS, dtype="float32") as servers,
+            servers.with_a_node(),
+        ):
             yield Scene(folder, servers, unpacked(folder, spans), ratio)
 
 

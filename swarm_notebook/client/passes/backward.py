@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 
-from swarm_notebook.client.adapters import with_adapter
-from swarm_notebook.client.passes.call import CallAnswer, call, server_name
+from swarm_notebook.client.adapters import call_with_adapter
+from swarm_notebook.client.passes.call import CallAnswer, server_name
 from swarm_notebook.client.passes.forward import Trail, forward, give_up, take_rows, together
 from swarm_notebook.client.passes.padding import is_plain, put_back, without_padding
 from swarm_notebook.client.request import (
@@ -193,19 +193,9 @@ async def _backward_once(
     refuse_extensions(segment.span, server, part)
     metadata = part.options() | ({"kept": kept} if kept else {})
     slots = [part.hidden, grad, part.prompts, part.mask, part.position_ids]
-    answer = await with_adapter(
-        directory,
-        segment,
-        part.adapter,
-        lambda: call(
-            directory,
-            segment,
-            protocol.RPC_BACKWARD_STREAM,
-            slots,
-            metadata,
-            always=3,
-            most=_most(part),
-        ),
+    rpc, most = protocol.RPC_BACKWARD_STREAM, _most(part)
+    answer = await call_with_adapter(
+        directory, segment, part.adapter, rpc, slots, metadata, always=3, most=most
     )
     return await beside_loop(answer.size, partial(_read, answer, part, server))
 

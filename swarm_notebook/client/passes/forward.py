@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from swarm_notebook.client.adapters import with_adapter
-from swarm_notebook.client.passes.call import call, server_name
+from swarm_notebook.client.adapters import call_with_adapter
+from swarm_notebook.client.passes.call import server_name
 from swarm_notebook.client.passes.padding import is_plain, put_back, without_padding
 from swarm_notebook.client.request import (
     Outputs,
@@ -218,20 +218,16 @@ async def _forward_once(
         metadata["output_compression"] = (compression,)
     hidden = part.hidden if true else travelling(part.hidden, segment.span)
     slots = [hidden, part.prompts, part.mask, part.position_ids]
-    answer = await with_adapter(
+    answer = await call_with_adapter(
         directory,
         segment,
         part.adapter,
-        lambda: call(
-            directory,
-            segment,
-            protocol.RPC_FORWARD_STREAM,
-            slots,
-            metadata,
-            always=2,
-            most=answer_bytes(part),
-            compression=compression,
-        ),
+        protocol.RPC_FORWARD_STREAM,
+        slots,
+        metadata,
+        always=2,
+        most=answer_bytes(part),
+        compression=compression,
     )
     return await beside_loop(answer.size, partial(read_outputs, answer.tensors, part, server))
 

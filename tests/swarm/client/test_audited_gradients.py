@@ -23,7 +23,7 @@ LENGTH = 72
 @pytest.fixture(scope="module")
 def trio(tiny_llama: Path) -> Iterator[HostedSwarm]:
     """Three servers of all blocks."""
-    with HostedSwarm(tiny_llama, [(0, 5)] * 3) as swarm:
+    with HostedSwarm(tiny_llama, [(0, 5)] * 3) as swarm, swarm.with_a_node():
         yield swarm
 
 

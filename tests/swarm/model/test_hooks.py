@@ -52,15 +52,21 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The requests that are sent, in order: real ones, only counted."""
     sent: list[str] = []
     for module in (forward_module, backward_module):
-        real = module.call
+        real = module.call_with_adapter
 
         async def counted(
-            directory: Any, segment: Any, rpc: str, *rest: Any, real: Any = real, **named: Any
+            directory: Any,
+            segment: Any,
+            adapter: Any,
+            rpc: str,
+            *rest: Any,
+            real: Any = real,
+            **how: Any,
         ) -> Any:
             sent.append(rpc.rpartition(".")[2])
-            return await real(directory, segment, rpc, *rest, **named)
+            return await real(directory, segment, adapter, rpc, *rest, **how)
 
-        monkeypatch.setattr(module, "call", counted)
+        monkeypatch.setattr(module, "call_with_adapter", counted)
     send = Hop.send
 
     async def counted_send(self: Hop, *step: Any) -> Any:

@@ -73,7 +73,7 @@ def test_a_killed_server_does_not_show_in_the_loss(
 ) -> None:
     servers = tiny_swarm([(0, 3), (0, 3), (3, 5)])
     killed: list[str] = []
-    real, calls = module.call, 0
+    real, calls = module.call_with_adapter, 0
 
     async def call(directory: Any, segment: Any, *rest: Any, **named: Any) -> Any:
         nonlocal calls
@@ -83,7 +83,7 @@ def test_a_killed_server_does_not_show_in_the_loss(
             next(server for server in servers.servers if server.peer_id == segment.peer).kill()
         return await real(directory, segment, *rest, **named)
 
-    monkeypatch.setattr(module, "call", call)
+    monkeypatch.setattr(module, "call_with_adapter", call)
     with sn.connect(servers.initial_peers, model=tiny_llama) as swarm:
         monitor = TrainingMonitor(swarm)
         ours = train(swarm.model, tmp_path / "remote", monitor.callback())
