@@ -17,7 +17,7 @@ from swarm_notebook.client.servers.routing import block_slices
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.report.base import ModelReport
 from swarm_notebook.report.formatting import data_frame, text_table
-from swarm_notebook.report.html import head, table, view
+from swarm_notebook.report.html import head, number_cell, table, view
 from swarm_notebook.texts import clean
 
 if TYPE_CHECKING:
@@ -266,12 +266,12 @@ def _ms(seconds: float) -> str:
 def _html_table(one: PassTimes) -> str:
     """Milliseconds of one pass by server and part."""
     numbers = [*(f"{_swatch(part)}{part}" for part in PARTS), "all"]
-    rows = [_html_row(f"{_swatch('client')}notebook", "", ["", "", "", ""], one.client)]
-    for server in one.servers:
-        parts = [_html_ms(getattr(server, part)) for part in PARTS]
-        rows.append(_html_row(escape(server.name), server.blocks, parts, server.seconds))
-    rows.append(_html_row("total", "", [_html_ms(one.part(part)) for part in PARTS], one.seconds))
-    return table(["ms per pass", "blocks"], numbers, [], "".join(rows))
+    rows, mark = "", _swatch("client")
+    for name, blocks, *parts in _rows(one):
+        cells = "".join(number_cell(part or "") for part in parts)
+        rows += f"<tr><td>{mark}{escape(name or '')}</td><td>{blocks or ''}</td>{cells}</tr>"
+        mark = ""  # the notebook's alone, which comes first
+    return table(["ms per pass", "blocks"], numbers, [], rows)
 
 
 def _plot(passes: Sequence[PassTimes]) -> str:
@@ -347,17 +347,8 @@ def _bars(passes: Sequence[PassTimes]) -> list[dict[str, float]]:
     return bars
 
 
-def _html_row(name: str, blocks: str, parts: Sequence[str], seconds: float) -> str:
-    cells = "".join(f'<td class="sn-num">{cell}</td>' for cell in (*parts, _html_ms(seconds)))
-    return f"<tr><td>{name}</td><td>{blocks}</td>{cells}</tr>"
-
-
 def _swatch(part: str) -> str:
     return (
         '<span style="display:inline-block;width:8px;height:8px;border-radius:2px;'
         f'margin-right:.4em;background:{_COLOURS[part]}"></span>'
     )
-
-
-def _html_ms(seconds: float) -> str:
-    return f"{1000 * seconds:.2f}"
