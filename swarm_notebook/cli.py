@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from swarm_notebook import __version__
-from swarm_notebook.errors import InvitationError, MissingBlocks, SwarmError
-from swarm_notebook.parsing import add_plan, add_private, blocks, count, size
+from swarm_notebook.errors import DeviceMissing, InvitationError, MissingBlocks, SwarmError
+from swarm_notebook.parsing import add_plan, add_private, blocks, count, gpus, size
 from swarm_notebook.texts import clean
 
 PROGRAM = "swarm-notebook"
@@ -137,6 +137,14 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="a torch device (default: %(default)s, a GPU where there is one)",
     )
     serve.add_argument(
+        "--gpus",
+        type=gpus,
+        default=False,
+        metavar="WHICH",
+        help="a server on each GPU of this machine (all), on so many (2), or on some (0,2); each "
+        "chooses its own blocks, and all leave together",
+    )
+    serve.add_argument(
         "--bits",
         type=float,
         metavar="B",
@@ -186,6 +194,8 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     # Of a notebook's own servers: a folder that they remove if the notebook is killed.
     serve.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    # Of several servers of a machine: choose blocks by memory, also in a swarm that is begun.
+    serve.add_argument("--chosen", action="store_true", help=argparse.SUPPRESS)
     serve.set_defaults(run=_serve)
 
 
@@ -326,10 +336,13 @@ def _serve(options: argparse.Namespace) -> int:
 
     settings = {key: value for key, value in vars(options).items() if key != "run"}
     scratch, joined = settings.pop("scratch"), settings.pop("join")
+    several = settings.pop("gpus")
     private = settings.pop("private") or options.swarm is not None
     settings["swarm"] = _private_swarm(options) if private else None
     if joined is not None:
         _join(joined, settings)
+    if several is not False:
+        return _serve_on(several, options, settings)
     if options.initial_peers == ["-"]:
         # A local swarm starts all servers at once and says late whom to join. By then whatever
         # takes long is imported, and a server that others join answers them at once.
@@ -343,6 +356,23 @@ def _serve(options: argparse.Namespace) -> int:
             threading.Thread(target=_remove_when_orphaned, args=(scratch,), daemon=True).start()
         settings["initial_peers"] = line.split()
     return process.main(ServeOptions(**settings))
+
+
+def _serve_on(
+    wanted: Sequence[int] | None, options: argparse.Namespace, settings: dict[str, Any]
+) -> int:
+    """A server on each of some GPUs."""
+    from swarm_notebook.devices import AUTO, cards
+    from swarm_notebook.local.several import Several
+
+    if options.blocks is not None or options.device != AUTO:
+        own = "--device" if options.blocks is None else "--blocks"
+        raise DeviceMissing(f"--gpus: each server has its own GPU and blocks; leave {own} out")
+    passed = {name: value for name, value in settings.items() if name != "blocks"}
+    servers = Several(cards(wanted), passed)
+    if options.exit_with_stdin:
+        servers.stop_with_stdin()
+    return servers.run()
 
 
 def _private_swarm(options: argparse.Namespace) -> Path:

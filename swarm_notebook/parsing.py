@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 
 from swarm_notebook.errors import PlanError
 
@@ -21,6 +22,18 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
     return int(text)
+
+
+def gpus(text: str) -> Sequence[int] | None:
+    """Numbers of GPUs: ``2`` are the first two, ``0,2`` these; None, ``all``, is each there is."""
+    if text == "all":
+        return None
+    if re.fullmatch(r"[1-9]\d?", text):
+        return range(int(text))
+    numbers = [int(part) for part in text.split(",")] if re.fullmatch(r"\d+(,\d+)+", text) else []
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all, nor a number, nor like 0,2")
+    return numbers
 
 
 def size(text: str) -> int:

@@ -10,10 +10,10 @@ import contextlib
 import gc
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from swarm_notebook.checkpoint.anatomy import context_length
 from swarm_notebook.checkpoint.files.digest import digest
@@ -53,6 +53,8 @@ from swarm_notebook.server.rpc.answers import traffic_for
 from swarm_notebook.server.rpc.handler import Handler
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 # How long steps in flight may take, and then the record that says offline and the end of p2pd.
 LEAVE_SECONDS = 30.0
@@ -165,18 +167,21 @@ class Server:
         node, placing, loading = await self._take_place(compute, source)
         options = self._options
         self._say(peer_id=node.peer_id.to_base58(), maddrs=await node.addresses(), pid=os.getpid())
-        loaded, quantised = await loading.future
-        config, blocks = source.config(), (loaded.start, loaded.end)
-        span = Span(loaded.decoder, loaded.layers_name, loaded.start)
-        tokens = options.cache_tokens or CACHE_TOKENS
-        preparing = self._prepare(compute, span, config.hidden_size, tokens)
+        config = source.config()
+        blocks = options.blocks or (0, config.num_hidden_layers)
         model = ModelRecord(num_blocks=config.num_hidden_layers, repository=source.repository)
         announcer = Announcer(node, source.dht_prefix, blocks, model, options.update_period)
         self._stack.push_async_callback(announcer.cancel)
         self._announcer = announcer
         told = await asyncio.to_thread(digest, source)
+        joining = describe(blocks, options, told, None, ServerState.JOINING)
+        await announcer.announce(joining)
+        self._say(blocks=list(blocks))
+        loaded, quantised = await _while_announced(announcer, joining, loading.future)
+        span = Span(loaded.decoder, loaded.layers_name, loaded.start)
+        tokens = options.cache_tokens or CACHE_TOKENS
+        preparing = self._prepare(compute, span, config.hidden_size, tokens)
         about = partial(describe, blocks, options, told, quantised)
-        await announcer.announce(about(ServerState.JOINING))
         pings = NeighbourPings(node, source.dht_prefix, blocks, told)
         await pings.measure()
         batching, rates = await preparing.future
@@ -225,7 +230,7 @@ class Server:
         await announcer.announce(now(ServerState.ONLINE))
         announcer.keep(online)
         self._up = _Up(node, compute, handler, announcer, now, placing)
-        self._say(ready=True, blocks=list(blocks), model=source.name)
+        self._say(ready=True, model=source.name)
         await self._tell_invitation()
         logger.info(
             "serving blocks %d:%d of %s: %.0f tokens/s through a block in steps, %.0f in passes",
@@ -282,7 +287,8 @@ class Server:
     ) -> tuple[Node, Placing, Job]:
         """Join the swarm, and begin to read the blocks: at once where it is known which."""
         options = self._options
-        chooses = options.memory is not None or (options.blocks is None and options.initial_peers)
+        joins = options.blocks is None and (options.initial_peers or options.chosen)
+        chooses = options.memory is not None or joins
         loading = None
         if not chooses:
             # It and joining take seconds, and one mostly waits.
@@ -406,6 +412,18 @@ async def _stop_node(starting: asyncio.Task[Node]) -> None:
 async def _end_task(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def _while_announced(announcer: Announcer, info: ServerInfo, work: Awaitable[_T]) -> _T:
+    """Wait for blocks to load, which may take minutes; who chooses meanwhile is to know of them."""
+
+    async def still() -> ServerInfo:
+        return info
+
+    announcer.keep(still)
+    done = await work
+    await announcer.cancel()
+    return done
 
 
 async def _tell_engine(batching: Batching, announcer: Announcer) -> None:
