@@ -185,6 +185,11 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SIZE",
         help="memory for the adapters of one notebook (default: %(default)s)",
     )
+    serve.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="what a session gets does not depend on who else is served, to the bit; slower",
+    )
     serve.add_argument("--threads", type=count, metavar="N", help="CPU threads for torch")
     serve.add_argument("--name", metavar="NAME", help="what others see in their status")
     serve.add_argument(

@@ -60,6 +60,7 @@ class LocalSwarm:
             measured to be good enough, are refused.
         threads: CPU threads per server; None leaves it to torch.
         cache_tokens: room for keys and values per server; None is the server's default.
+        reproducible: what a session gets does not depend on who else is served, to the bit.
         private: only those who are invited get anything of it, see `invite`.
         lan: listen on all interfaces, be found on the local network by ``connect(lan=True)``, and
             join the swarm of the model that is found there.
@@ -83,6 +84,7 @@ class LocalSwarm:
         memory: int | str | None = None,
         threads: int | None = None,
         cache_tokens: int | None = None,
+        reproducible: bool = False,
         private: bool = False,
         lan: bool = False,
         start_timeout: float | None = None,
@@ -103,6 +105,8 @@ class LocalSwarm:
             options += ["--threads", str(threads)]
         if cache_tokens is not None:
             options += ["--cache-tokens", str(cache_tokens)]
+        if reproducible:
+            options.append("--reproducible")
         self._folder = ServerFolder()
         self._swarm = self._folder.path / "swarm" if private else None
         if self._swarm is not None:

@@ -56,6 +56,7 @@ _COLUMNS = [
     "error",
     "perplexity",
     "engine",
+    "reproducible",
     "cache_left",
     "version",
     "note",
@@ -90,6 +91,7 @@ class ServerRow:
     bits: float | None = None  # per weight of its blocks' matrices, if they were packed
     error: float | None = None  # of its blocks' outputs for that, relative to their mean square
     engine: str | None = None  # how its steps run, with the reason: "plain: …", announced
+    reproducible: bool = False  # what a session gets does not depend on who else is served
     perplexity: float | None = None  # the whole model's at these bits, by that of whole weights
     audits: Outcomes | None = None  # None where nothing is audited
 
@@ -100,7 +102,8 @@ class ServerRow:
     @property
     def engine_kind(self) -> str | None:
         """How its steps run, in a word or two: `engine` without the reason."""
-        return self.engine and self.engine.partition(":")[0]
+        kind = self.engine and self.engine.partition(":")[0]
+        return f"{kind or UNKNOWN}, reproducible" if self.reproducible else kind
 
     @property
     def audits_agreed(self) -> int | None:
@@ -318,6 +321,7 @@ def _server_row(span: ServerSpan, snapshot: Snapshot, directory: Directory) -> S
         bits=info.weight_bits,
         error=info.weight_error,
         engine=info.engine,
+        reproducible=bool(info.reproducible),
         perplexity=info.weight_perplexity,
         audits=None if directory.audits is None else directory.audits.outcomes(span.peer),
     )
@@ -327,7 +331,7 @@ def _reasons(servers: Sequence[ServerRow]) -> list[str]:
     """Why servers run steps as they do; once for all that say the same."""
     names: dict[str, list[str]] = {}
     for row in servers:
-        if row.engine is not None and row.engine != row.engine_kind:
+        if row.engine is not None and ":" in row.engine:
             names.setdefault(row.engine, []).append(row.name)
     return [clean(f"engine of {', '.join(who)}: {engine}") for engine, who in names.items()]
 

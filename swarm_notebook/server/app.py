@@ -364,8 +364,8 @@ class Server:
         def later(call: Callable[[], None]) -> None:
             loop.call_soon_threadsafe(compute.submit, call)
 
-        threads = self._options.threads
-        return compute.submit(prepare, span, hidden_size, tokens, threads, later)
+        prepared = partial(prepare, reproducible=self._options.reproducible)
+        return compute.submit(prepared, span, hidden_size, tokens, self._options.threads, later)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class ServeOptions:
         swarm: folder with the key of a private swarm (`net.membership.authority`), made if it is
             not there; None: the swarm is public, or there is an invitation among the peers.
         lan: be found on the local network, and join a swarm of the model that is (`net.lan`).
+        reproducible: what a session gets does not depend on who else is served, to the bit.
         chosen: the server has chosen its blocks itself, and may choose others.
         exit_with_stdin: leave when standard input ends.
     """
@@ -72,6 +73,7 @@ class ServeOptions:
     swarm: Path | None = None
     memory: int | None = None
     lan: bool = False
+    reproducible: bool = False
     chosen: bool = False
     exit_with_stdin: bool = False
 

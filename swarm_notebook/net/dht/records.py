@@ -96,6 +96,7 @@ class ServerInfo(BaseModel):
         weight_perplexity: the whole model's perplexity at these bits, by that of its whole weights.
         part_tokens: from how many tokens on a pass takes as long as its tokens need.
         engine: how steps run, for people: "compiled", "graph" or "plain", mostly with the reason.
+        reproducible: what a session gets does not depend on who else is served, to the bit.
         next_pings: round trips in seconds to servers of neighbouring blocks, by peer (base58 id).
         model: the prefix of the model that the record is about.
         digest: of the checkpoint that is served, see `checkpoint.files.digest`.
@@ -117,6 +118,7 @@ class ServerInfo(BaseModel):
     inference_rps: Rate | None = None
     part_tokens: Annotated[int, Field(gt=0)] | None = None
     engine: Name | None = None
+    reproducible: bool | None = None
     adapters: tuple[Name, ...] | list[Name] = ()
     torch_dtype: Name | None = None
     quant_type: Name | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -18,22 +19,26 @@ def prepare(
     tokens: int,
     threads: int | None,
     later: Callable[[Callable[[], None]], None],
+    *,
+    reproducible: bool = False,
 ) -> tuple[Batching, throughput.Throughput]:
     """In the torch thread: whether sessions can share a call, and how fast the blocks are.
 
     Args:
         tokens: how many cache tokens the sessions may have.
         threads: of torch, if somebody has chosen their number.
+        reproducible: no row's bits may depend on who else is served.
         later: runs something in the torch thread when nobody waits for it.
     """
     if span.device.type == "cuda" and threads is None:
         leave_cores_alone()
     few_bits.install(span.layers)
-    batching = Batching.try_out(span, hidden_size)
+    batching = replace(Batching.try_out(span, hidden_size), alone=reproducible)
     if span.device.type == "cuda":
         batching = batching.with_decoding(span, hidden_size, tokens)
     rates = throughput.measure(span, hidden_size, batching)
-    kernels.install(span.layers, later)
+    if not reproducible:  # which product is faster is found out while others are served
+        kernels.install(span.layers, later)
     return batching, rates
 
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.checkpoint.parts.partial import LoadedBlocks
 from swarm_notebook.net.wire import tensors
@@ -50,6 +52,10 @@ class Reading:
         """
         options = self._options
         started = self._logged = time.monotonic()
+        device = torch.device(options.device)
+        if device.type == "cuda" and device.index is not None:
+            # Kernels of Triton and captured graphs go where this thread is, not where tensors are.
+            torch.cuda.set_device(device)
         start, end = options.blocks or (0, self._source.config().num_hidden_layers)
         with heap.apart():
             found = load_within(

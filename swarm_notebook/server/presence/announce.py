@@ -83,6 +83,7 @@ def describe(
         forward_rps=rates.forward_rps if rates else None,
         part_tokens=rates.part_tokens if rates else None,
         engine=engine[:MAX_WORDS] if engine else None,
+        reproducible=options.reproducible or None,
         torch_dtype=options.dtype,
         using_relay=False,
         next_pings=dict(pings) if pings else None,

@@ -30,7 +30,7 @@ from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.requests import Limits, Step, StepTimes
 from swarm_notebook.server.engine.scheduling.scheduler import Kind, Task
 from swarm_notebook.server.engine.scheduling.worker import ComputeThread, Job
-from swarm_notebook.server.engine.steps.batching import SHORT_TOKENS, Batching
+from swarm_notebook.server.engine.steps.batching import FIXED_CHUNK, SHORT_TOKENS, Batching
 from swarm_notebook.server.engine.steps.prefill import ChunkedPrefill
 from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 from swarm_notebook.server.rpc.answers import allow_answer
@@ -212,7 +212,8 @@ class ServerSession:
         prefill = ChunkedPrefill(state, step, position)
         while not prefill.finished:
             # What a module inside of a block puts out may not be cut by positions.
-            size = self._compute.chunk_tokens(self._stream.peer) // step.rows
+            tokens = self._compute.chunk_tokens(self._stream.peer)
+            size = (FIXED_CHUNK if self._batching.alone else tokens) // step.rows
             size = step.length if step.inner else size
             size = min(max(1, size), step.length - prefill.computed)
             task = self._task(Kind.PREFILL_CHUNK, step, step.rows * size)

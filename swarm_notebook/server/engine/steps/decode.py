@@ -65,6 +65,7 @@ class Decoding:
         capture: in CUDA graphs.
         fused: attend by `attention.kernel`.
         shortest: positions of the shortest bucket.
+        rows: of every bucket; None: as a step needs.
 
     Attributes:
         compiled: blocks and numbers of rows whose steps run through compiled blocks.
@@ -80,10 +81,11 @@ class Decoding:
         capture: bool,
         fused: bool = False,
         shortest: int = SHORTEST,
+        rows: int | None = None,
     ):
         self.pool, self.hidden_size = pool, hidden_size
         self._host, self._span, self._capture, self._fused = host, span, capture, fused
-        self._shortest = shortest
+        self._shortest, self._rows = shortest, rows
         self._programs: OrderedDict[Bucket, Program] = OrderedDict()
         self._graphs = torch.cuda.graph_pool_handle() if capture else None
         self._broken = ""
@@ -129,7 +131,7 @@ class Decoding:
         return (
             not self._broken
             and step.length == 1
-            and step.rows <= MAX_ROWS
+            and step.rows <= (self._rows or MAX_ROWS)
             and (step.prompts is None or item.position >= step.prompts.shape[2])
             and not step.inner
             and step.seed is None
@@ -137,6 +139,26 @@ class Decoding:
             and (self._takes_padding or not item.state.padded_by(step))
             and item.state.span_for(step) is self._host
         )
+
+    def calls(self, items: Sequence[BatchItem]) -> list[list[int]]:
+        """Which of some steps go into one call, by their places.
+
+        All, unless buckets have a fixed number of rows: then those alone that would have the same
+        bucket without the others.
+        """
+        if self._rows is None:
+            return [list(range(len(items)))]
+        found: list[list[int]] = []
+        latest: dict[tuple[int, bool], tuple[list[int], int]] = {}
+        for index, item in enumerate(items):
+            kind = self._length(item.position + 1), item.state.padded_by(item.step)
+            call, taken = latest.get(kind, ([], self._rows))
+            if taken + item.step.rows > self._rows:
+                call, taken = [], 0
+                found.append(call)
+            call.append(index)
+            latest[kind] = call, taken + item.step.rows
+        return found
 
     def cache(self) -> SessionCache:
         """A new session's cache."""
@@ -155,7 +177,7 @@ class Decoding:
         rows = sum(part.rows for part in parts)
         length = 1 + max(item.position for item in items)
         padded = any(part.padding is not None for part in parts)
-        bucket = Bucket(blocks, _power(rows), self._length(length), padded)
+        bucket = Bucket(blocks, self._rows or _power(rows), self._length(length), padded)
         program = self._program(bucket)
         program.fill(items, parts)
         states = sorted({index for item in items for index in item.step.states})
@@ -227,6 +249,7 @@ class Decoding:
         *,
         capture: bool,
         shortest: int = SHORTEST,
+        rows: int | None = None,
     ) -> Decoding:
         """Steps for these blocks, which have been compared with those of sessions alone.
 
@@ -253,7 +276,14 @@ class Decoding:
         paged = paged_span(span)
         for fused in (True, False) if span.device.type == "cuda" else (False,):
             found = cls(
-                span, paged, pool, hidden_size, capture=capture, fused=fused, shortest=shortest
+                span,
+                paged,
+                pool,
+                hidden_size,
+                capture=capture,
+                fused=fused,
+                shortest=shortest,
+                rows=rows,
             )
             try:
                 found._compare(alone)

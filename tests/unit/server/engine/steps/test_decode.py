@@ -298,3 +298,33 @@ def test_kinds_of_blocks_are_compiled_as_they_are_needed(tmp_path: Path) -> None
     state = session(span, decoder)
     batching.run([prepared(state, Step((span.start, span.end), torch.randn(4, 1, HIDDEN)))])
     wait_until(lambda: decoder.engine == "compiled, but not for all: CannotCompile: no more")
+
+
+def test_with_a_fixed_number_of_rows_who_shares_a_call_changes_no_bit(tmp_path: Path) -> None:
+    span = load("llama", tmp_path)
+    capture = DEVICE == "cuda"
+    decoder = Decoding.try_out(span, HIDDEN, TOKENS, capture=capture, shortest=PAGE, rows=8)
+    batching = Batching(possible=True, decoding=decoder, alone=True)
+    noise = torch.Generator().manual_seed(0)
+    prompts = [torch.randn(rows, 30 * rows, HIDDEN, generator=noise) for rows in (1, 3, 4, 1, 2)]
+    steps = [torch.randn(len(prompt), 1, HIDDEN, generator=noise) for prompt in prompts]
+
+    def run(some: list[int]) -> list[torch.Tensor]:
+        """One step of some sessions, after their prompts."""
+        states = [session(span, decoder) for _ in some]
+        items = []
+        for state, index in zip(states, some, strict=True):
+            first = Step((1, 4), prompts[index])
+            batching.run([prepared(state, first)])
+            items.append(prepared(state, Step((1, 4), steps[index])))
+        calls = [[some[place] for place in call] for call in decoder.calls(items)]
+        assert all(sum(len(prompts[index]) for index in call) <= 8 for call in calls)
+        found = batching.run(items)
+        for state in states:
+            state.cache.release()
+        return [outcome[0] for outcome in found]  # type: ignore[index]
+
+    alone = [run([index])[0] for index in range(len(prompts))]
+    for some in ([0, 1, 2, 3, 4], [4, 3, 0], [2, 1, 0, 0]):
+        for index, output in zip(some, run(some), strict=True):
+            assert torch.equal(output, alone[index])
