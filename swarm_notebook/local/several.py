@@ -74,6 +74,9 @@ class _Server:
                 self._events.put((self, "told", json.loads(line)))
             except json.JSONDecodeError:
                 say(self.device, line)
+        # It has ended. If it was killed, its network daemon is still there.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._events.put((self, "ended", self._process.wait()))
 
     def _read_log(self) -> None:
