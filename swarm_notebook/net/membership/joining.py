@@ -133,7 +133,11 @@ def _granted(answer: bytes, invitation: Invitation, member: bytes) -> bytes:
             "allowed; set the clock of whichever is wrong (with NTP, say) and connect again"
         )
     if verdict == Ruling.GRANTED:
-        if Certificate.read(certificate, invitation.swarm).member != member:
+        try:
+            granted = Certificate.read(certificate, invitation.swarm)
+        except NotAMember as error:
+            raise InvitationError(f"a server has answered to the invitation: {error}") from None
+        if granted.member != member:
             raise InvitationError("a server has answered with somebody else's certificate")
         return certificate
     why = _REFUSED.get(verdict, f"it has expired at {when(invitation.expires)}")
