@@ -87,7 +87,7 @@ async def attack(options: argparse.Namespace) -> None:
         peer = PeerID.from_base58(address.rpartition("/")[2])
         print("begun", flush=True)
         target = Target(node, peer, options.prefix, BLOCKS, HIDDEN, options.seconds, tokens=TOKENS)
-        target.random = random.Random(options.seed)
+        target.random, target.address = random.Random(options.seed), address
         try:
             errors = await ATTACKS[name](target)
         except Exception as error:  # the attacker's own trouble is nobody else's

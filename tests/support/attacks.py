@@ -12,7 +12,7 @@ import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from hivemind.p2p import PeerID
@@ -39,6 +39,7 @@ class Target:
     """A server, as seen by a stranger.
 
     Attributes:
+        address: where it is reached, for attacks that come from new peers.
         seconds: how long an attack goes on, or holds what it has.
         frame: bytes of the largest frame that the server reads, about.
         tokens: the longest pass that it takes.
@@ -52,6 +53,7 @@ class Target:
     seconds: float = 10.0
     frame: int = 10 << 20
     tokens: int = 16384
+    address: str = ""
     random: random.Random = field(default_factory=lambda: random.Random(0))
 
     @property
@@ -168,6 +170,30 @@ async def malformed(target: Target, count: int = 35) -> Errors:
             stream.abort()
 
     return await _again(target, lambda: _many(count, one, at_once=8))
+
+
+async def ask_honestly(target: Target) -> PackedMessage | None:
+    """A pass of two tokens, as anybody may ask for."""
+    stream = await target.open(protocol.RPC_FORWARD_STREAM)
+    try:
+        await stream.send(target.request(torch.zeros(1, 2, target.hidden)))
+        await stream.send_end()
+        return await stream.receive()
+    finally:
+        stream.abort()
+
+
+async def new_identities(target: Target) -> Errors:
+    """What is free for each peer, from one new peer after the other."""
+
+    async def attack() -> Errors:
+        node = await Node.start([target.address], client=True)
+        try:
+            return await malformed(replace(target, node=node, seconds=0.0), 64)
+        finally:
+            await node.stop()
+
+    return await _again(target, attack)
 
 
 async def unannounced_pushes(target: Target, count: int = 21200) -> Errors:
@@ -365,6 +391,7 @@ ATTACKS: dict[str, Attack] = {
     "1,300 push streams, 1,024 files": push_streams,
     "1,000 sessions of one id": sessions_of_one_id,
     "35 malformed requests, again and again": malformed,
+    "64 malformed requests of each new peer": new_identities,
     "21,200 unannounced pushes": unannounced_pushes,
     "200 made-up fast peers": made_up_peers,
     "48 MiB of int8 as [N, 1]": narrow_rows,

@@ -128,3 +128,25 @@ def test_who_never_stops_is_cut_off_and_nobody_else(
         finally:
             flood.close()
             honest.close()
+
+
+def test_new_identities_pay_together_and_newcomers_are_served(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond what is free for all of an address, who was answered nothing yet is heard late."""
+    monkeypatch.setattr(conduct, "FREE_AT_ADDRESS", 16.0)
+    with HostedSwarm(tiny_llama, [(0, 5)]) as servers:
+        peer, peers = servers.servers[0].peer, servers.initial_peers
+        first, second = RawClient(peers), RawClient(peers)
+        try:
+            made = Target(first.node, peer, tiny_llama.name, (0, 5), 48, 0.0, tokens=256)
+            first.run(attacks.malformed(made, 24))
+            made = replace(made, node=second.node)
+            (late,) = second.run(attacks.malformed(made, 1))
+            assert "new at its address were refused too many times" in str(late)
+            assert second.run(attacks.ask_honestly(made)) is not None
+            (error,) = second.run(attacks.malformed(made, 1))
+            assert "late" not in str(error)
+        finally:
+            first.close()
+            second.close()

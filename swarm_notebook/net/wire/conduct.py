@@ -6,6 +6,11 @@ each is forgiven in time; beyond, the peer is heard late: what it begins waits, 
 before anything of it is read. Its refusals say so. Nothing else is late: not its sessions that are
 open, nor anybody else.
 
+A new identity costs its owner nothing. So what is free for a peer is free only once for all of an
+address that were answered nothing yet: beyond, what these begin is late as well, each by itself.
+An answer that was asked for pays for one refusal more. So nobody who works with a server is late
+for what others of its address do, and who is new there waits a second at most.
+
 Who goes on so for long, though late and told so, is cut off for a while: what it begins ends at
 once, unread.
 
@@ -17,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import resource
 from collections import deque
@@ -26,6 +32,8 @@ from typing import TYPE_CHECKING
 from swarm_notebook.errors import BadRequest, NotAMember, ServerBusy
 
 if TYPE_CHECKING:
+    from hivemind.utils.multiaddr import Multiaddr
+
     from swarm_notebook.net.wire.streams import Stream
 
 logger = logging.getLogger(__name__)
@@ -33,9 +41,13 @@ logger = logging.getLogger(__name__)
 # Whoever tries out what a server takes by hand meets fewer in a minute, and a notebook, which
 # avoids a server that refuses it, meets one of each kind.
 FREE_REFUSALS = 64.0
+# Of all of an address that were answered nothing: thirty notebooks in a classroom that try out four
+# wrong requests each.
+FREE_AT_ADDRESS = 128.0
 FORGIVEN_PER_SECOND = 2.0
 # However many there were, a peer that has stopped is late no more after half a minute.
-MOST_REFUSALS = FREE_REFUSALS + 64.0
+MOST_LATE = 64.0
+MOST_REFUSALS = FREE_REFUSALS + MOST_LATE
 # For each one too many: with all of them a second and more, which is ten times a busy round trip.
 LATE_SECONDS = 0.02
 # Who would have to wait longer is told so instead: notebooks have gone elsewhere by then.
@@ -61,6 +73,8 @@ class _Record:
     """One peer's refusals at a moment, and until when it is kept waiting for each of two things.
 
     Attributes:
+        address: where it is, if it has opened a stream.
+        paid: for how many refusals it has paid with answers that it asked for.
         late: since when it has been late without a break; 0 if it is not.
         cut: until when it is cut off.
     """
@@ -71,16 +85,29 @@ class _Record:
     discarded: float = 0.0
     late: float = 0.0
     cut: float = 0.0
+    address: str = ""
+    paid: float = 0.0
 
 
 class Conduct:
     """What one server remembers of its peers. Belongs to the loop."""
 
     def __init__(self) -> None:
+        # Of peers, and of addresses, which no peer is called like.
         self._records: dict[str, _Record] = {}
         self._lingering: dict[str, deque[Stream]] = {}
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = MAX_LINGERING if descriptors <= 0 else min(MAX_LINGERING, descriptors // 4)
+
+    def met(self, peer: str, address: Multiaddr) -> None:
+        """A peer has opened a stream from an address."""
+        self._record(peer).address = network_of(address)
+
+    def answered(self, peer: str, answers: int) -> None:
+        """So much of what a peer asked for was answered."""
+        if answers:
+            record = self._record(peer)
+            record.paid = min(record.paid + answers, FREE_REFUSALS)
 
     def refusals(self, peer: str) -> float:
         """How many refusals of a peer are not forgiven yet."""
@@ -93,8 +120,10 @@ class Conduct:
         if not isinstance(error, (BadRequest, NotAMember, ServerBusy)):
             return  # the server's own failure, or part of an honest exchange
         now, record = _now(), self._record(peer)
-        left = _left(record, now) + weight + read / REFUSED_BYTES
+        weight += read / REFUSED_BYTES
+        left = _left(record, now) + weight
         record.refusals, record.when = min(left, MOST_REFUSALS), now
+        self._charge_address(record, min(weight, FREE_REFUSALS - left + weight), now)
         if left <= FREE_REFUSALS:
             record.late = 0.0
         elif not record.late:
@@ -118,9 +147,13 @@ class Conduct:
         late = self._late(peer)
         if not late:
             return ""
+        refusals = self.refusals(peer)
+        who = f"this peer was refused {refusals:.0f} times"
+        if refusals <= FREE_REFUSALS:
+            who = "peers that are new at its address were refused too many times"
         return (
-            f" (this peer was refused {self.refusals(peer):.0f} times of late, so it is heard "
-            f"{late:.1f} s late; {FORGIVEN_PER_SECOND:.0f} are forgiven every second)"
+            f" ({who} of late, so it is heard {late:.1f} s late; "
+            f"{FORGIVEN_PER_SECOND:.0f} are forgiven every second)"
         )
 
     async def turn(self, peer: str) -> None:
@@ -165,8 +198,22 @@ class Conduct:
             if not mine and self._lingering.get(stream.peer) is mine:
                 del self._lingering[stream.peer]
 
+    def _charge_address(self, record: _Record, free: float, now: float) -> None:
+        """Count what was free for a peer and it has not paid for."""
+        free -= (paid := min(record.paid, max(free, 0.0)))
+        record.paid -= paid
+        if free > 0.0:
+            there = self._record(_at(record.address))
+            left = _left(there, now) + free
+            there.refusals, there.when = min(left, FREE_AT_ADDRESS + MOST_LATE), now
+
     def _late(self, peer: str) -> float:
-        return max(0.0, self.refusals(peer) - FREE_REFUSALS) * LATE_SECONDS
+        beyond = self.refusals(peer) - FREE_REFUSALS
+        record = self._records.get(peer)
+        if record is None or record.paid < 1.0:
+            there = _at("" if record is None else record.address)
+            beyond = max(beyond, self.refusals(there) - FREE_AT_ADDRESS)
+        return max(0.0, beyond) * LATE_SECONDS
 
     def _record(self, peer: str) -> _Record:
         record = self._records.get(peer)
@@ -177,6 +224,22 @@ class Conduct:
                 self._records = dict(kept[MAX_PEERS // 2 :])
             record = self._records[peer] = _Record()
         return record
+
+
+def network_of(address: Multiaddr) -> str:
+    """The part of an address that costs something to have: of IPv6, 64 bits; of a relay, its own.
+
+    Empty, if it has no number.
+    """
+    for protocol, number in address.items():
+        if protocol.name in ("ip4", "ip6"):
+            bits = 32 if protocol.name == "ip4" else 64
+            return str(ipaddress.ip_network(f"{number}/{bits}", strict=False))
+    return ""
+
+
+def _at(address: str) -> str:
+    return f"at {address}"
 
 
 def _now() -> float:

@@ -84,6 +84,7 @@ async def add_stream_handler(
         if known.cut_off(peer):
             writer.transport.abort()
             return
+        known.met(peer, info.addr)
         base, account = traffic.open(peer), traffic.open(peer)
         stream = Stream(
             reader, writer, peer, max_frame, max_fields=MAX_REQUEST_FIELDS, account=account
@@ -100,6 +101,7 @@ async def add_stream_handler(
         except StreamClosed:
             logger.debug("%s: peer %s left", name, stream.peer)
         finally:
+            known.answered(peer, stream.sent)
             account.close()
             base.close()
             stream.close()

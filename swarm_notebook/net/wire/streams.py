@@ -94,6 +94,7 @@ class Stream:
         size: bytes of the message that was received last. To ask the message would cost as much as
             to pack it again.
         unanswered: bytes that came since a message was sent last.
+        sent: how many messages were sent.
     """
 
     peer: str
@@ -101,6 +102,7 @@ class Stream:
     arriving: int
     size: int
     unanswered: int
+    sent: int
 
     def __init__(
         self,
@@ -117,7 +119,7 @@ class Stream:
         self._reader, self._writer = reader, writer
         self.peer, self.max_frame = peer, max_frame
         self.account: Account = account or Traffic(UNLIMITED, UNLIMITED).open(peer)
-        self.arriving = self.size = self.unanswered = 0
+        self.arriving = self.size = self.unanswered = self.sent = 0
         self._max_fields = max_fields
         self._meter = meter or ByteMeter()
         self._answers, self._answered, self._receiving = answers, False, False
@@ -132,7 +134,6 @@ class Stream:
         pieces = message.pieces()
         if total_bytes(pieces) >= _JOIN_BYTES:
             return False
-        self.unanswered = 0
         self._write(_MESSAGE, pieces)
         return True
 
@@ -297,7 +298,6 @@ class Stream:
         self._writer.transport.abort()
 
     async def _send(self, pieces: list[Buffer]) -> None:
-        self.unanswered = 0
         try:
             self._write(_MESSAGE, pieces)
             await self._drain()
@@ -319,6 +319,8 @@ class Stream:
         if self._writer.is_closing():
             raise StreamClosed(_closed(self.peer))
         size = total_bytes(pieces)
+        if marker == _MESSAGE:
+            self.unanswered, self.sent = 0, self.sent + 1
         self._meter.sent += _HEADER_BYTES + size
         header = bytes((marker,)) + size.to_bytes(8, "big")
         if size < _JOIN_BYTES:

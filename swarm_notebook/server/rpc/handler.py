@@ -337,7 +337,9 @@ class Handler:
                 if waits:
                     await self._conduct.turn(name)
                 check_fields(data, MAX_REQUEST_FIELDS)
-                return await handler(parse(data), account)
+                answer = await handler(parse(data), account)
+                self._conduct.answered(name, int(waits and bool(answer)))
+                return answer
             except Exception as error:
                 self._conduct.refused(name, error, len(data))
                 if not _typed(error):

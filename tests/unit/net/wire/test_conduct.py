@@ -6,10 +6,18 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from hivemind.utils.multiaddr import Multiaddr
 
 from swarm_notebook.errors import BadRequest, CacheFull, ServerBusy
 from swarm_notebook.net.wire import conduct
-from swarm_notebook.net.wire.conduct import FREE_REFUSALS, MAX_PEERS, MOST_REFUSALS, Conduct
+from swarm_notebook.net.wire.conduct import (
+    FREE_AT_ADDRESS,
+    FREE_REFUSALS,
+    MAX_PEERS,
+    MOST_REFUSALS,
+    Conduct,
+    network_of,
+)
 
 WRONG = BadRequest("no tensor")
 
@@ -37,6 +45,62 @@ def waited(known: Conduct, peer: str, clock: list[float]) -> float:
 def refuse(known: Conduct, peer: str, times: float) -> None:
     for _ in range(int(times)):
         known.refused(peer, WRONG)
+
+
+def come(known: Conduct, *peers: str, number: str = "1.2.3.4") -> None:
+    for peer in peers:
+        known.met(peer, Multiaddr(f"/ip4/{number}/tcp/31337"))
+
+
+def test_new_identities_of_an_address_share_what_is_free(clock: list[float]) -> None:
+    known = Conduct()
+    crowd = [f"crowd {number}" for number in range(3 * int(FREE_AT_ADDRESS / FREE_REFUSALS))]
+    come(known, "notebook", "newcomer", *crowd)
+    come(known, "far away", number="1.2.3.5")
+    known.answered("notebook", 1)
+    for peer in crowd:
+        refuse(known, peer, FREE_REFUSALS)
+    assert "new at its address were refused too many times" in known.told("newcomer")
+    assert 0.0 < waited(known, "newcomer", clock) < 2.0
+    for peer in ("notebook", "far away"):
+        assert waited(known, peer, clock) == 0.0
+        assert known.told(peer) == ""
+    assert not known.cut_off("newcomer")
+    known.answered("newcomer", 1)
+    assert waited(known, "newcomer", clock) == 0.0
+
+
+def test_answers_pay_for_refusals_and_a_flood_of_one_peer_is_its_own(clock: list[float]) -> None:
+    known = Conduct()
+    come(known, "flood", "clumsy", "newcomer")
+    refuse(known, "flood", 100 * MOST_REFUSALS)
+    known.answered("clumsy", 1000)
+    refuse(known, "clumsy", FREE_REFUSALS)
+    assert waited(known, "newcomer", clock) == 0.0
+    refuse(known, "newcomer", FREE_REFUSALS)
+    come(known, "next")
+    refuse(known, "next", 2)
+    assert waited(known, "next", clock) > 0.0
+
+
+def test_peers_of_no_known_address_share_one(clock: list[float]) -> None:
+    known = Conduct()
+    for number in range(2 * int(FREE_AT_ADDRESS)):
+        refuse(known, f"unary {number}", 1)
+    assert waited(known, "unary", clock) > 0.0
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("/ip4/1.2.3.4/tcp/5", "1.2.3.4/32"),
+        ("/ip6/2001:db8:1:2:3::4/udp/5/quic", "2001:db8:1:2::/64"),
+        ("/ip4/1.2.3.4/tcp/5/p2p/QmcgpsyWgH8Y8ajJz1Cu72KnS5uo2Aa2LpzU7kinSupNKC/p2p-circuit", None),
+        ("/dns4/example.org/tcp/5", ""),
+    ],
+)
+def test_what_of_an_address_costs_something(address: str, network: str | None) -> None:
+    assert network_of(Multiaddr(address)) == ("1.2.3.4/32" if network is None else network)
 
 
 def test_some_refusals_are_free(clock: list[float]) -> None:
