@@ -283,29 +283,49 @@ class Node:
         await self.dht.find_nearest_nodes([self.dht.node_id])
         return True
 
-    async def redial(self, peers: Collection[str] = ()) -> None:
+    async def redial(self, peers: Collection[str] = (), silent: Collection[str] = ()) -> None:
         """Connect again to peers that have gone away (and may have come back).
 
         Args:
             peers: ids of others than the initial peers, with whom there was a connection before.
+            silent: ids of those that have just not answered over the connection that there is.
         """
         known = {PeerID.from_base58(maddr["p2p"]): [maddr] for maddr in self._initial_peers}
         known |= {peer: [] for peer in map(PeerID.from_base58, peers) if peer not in known}
-        await asyncio.gather(*(self._dial(peer, maddrs) for peer, maddrs in known.items()))
+        dials = (
+            self._dial(peer, maddrs, silent=peer.to_base58() in silent)
+            for peer, maddrs in known.items()
+        )
+        await asyncio.gather(*dials)
 
-    async def _dial(self, peer: PeerID, maddrs: Sequence[Multiaddr]) -> bool:
+    async def _dial(
+        self, peer: PeerID, maddrs: Sequence[Multiaddr], *, silent: bool = False
+    ) -> bool:
+        """Be connected with a peer; whether it answers."""
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                if maddrs:
-                    # Here p2pd wants addresses without the peer's id, which comes apart.
-                    itself = Multiaddr(f"/p2p/{peer.to_base58()}")
-                    bare = [maddr.decapsulate(itself) for maddr in maddrs]
+            if peer in {one.peer_id for one in await self.p2p.list_peers()}:
+                if not silent and await self._answers(peer, PING_TIMEOUT):
+                    return True
+                # It may lead nowhere, from an address that this machine had in another network.
+                # p2pd would keep it for as long as TCP does, and open no other one beside it.
+                await self.p2p._client.disconnect(peer)
+            if maddrs:
+                # Here p2pd wants addresses without the peer's id, which comes apart.
+                itself = Multiaddr(f"/p2p/{peer.to_base58()}")
+                bare = [maddr.decapsulate(itself) for maddr in maddrs]
+                async with asyncio.timeout(CONNECT_TIMEOUT):
                     await self.p2p._client.connect(peer, bare)
+            return await self._answers(peer, CONNECT_TIMEOUT)
+        except (ControlFailure, TimeoutError, OSError, P2PDaemonError) as error:
+            logger.debug("peer %s does not answer: %s", peer, error)
+        return False
+
+    async def _answers(self, peer: PeerID, seconds: float) -> bool:
+        with contextlib.suppress(ControlFailure, TimeoutError, OSError, P2PDaemonError):
+            async with asyncio.timeout(seconds):
                 if await self.dht.protocol.call_ping(peer) is not None:
                     self.dht.blacklist.register_success(peer)
                     return True
-        except (ControlFailure, TimeoutError, OSError, P2PDaemonError) as error:
-            logger.debug("peer %s does not answer: %s", peer, error)
         return False
 
     async def stop(self) -> None:

@@ -95,6 +95,15 @@ class Networks:
         finally:
             self._up(number)
 
+    def move(self, number: int) -> None:
+        """It is in another network from now on, with another address."""
+        inside, gate = self._names[number], f"10.77.{100 + number}.1"
+        _ip("-n", inside, "addr", "flush", "dev", "eth0")
+        _ip("-n", self._hub, "addr", "flush", "dev", f"v{number}")
+        _ip("-n", self._hub, "addr", "add", f"{gate}/24", "dev", f"v{number}")
+        _ip("-n", inside, "addr", "add", f"10.77.{100 + number}.2/24", "dev", "eth0")
+        _ip("-n", inside, "route", "replace", "default", "via", gate)
+
     @contextlib.contextmanager
     def shaped(self, number: int, *words: str) -> Iterator[None]:
         """Its link has these properties, in netem's words."""

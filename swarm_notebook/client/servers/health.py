@@ -114,6 +114,10 @@ class PeerHealth:
         if peer in self._failing:
             self._failing[peer].tried = False
 
+    def is_silent(self, peer: str) -> bool:
+        """Whether nothing came back to the last ping."""
+        return self._silent.get(peer) == ""
+
     def fault(self, peer: str, pinged: float) -> Fault | None:
         """Why a peer is avoided just now; None if it is not.
 

@@ -56,16 +56,30 @@ async def await_chain(
                     directory.shortages.append(shortage)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
-                    # A known server that is back says so at once; a search of the DHT may be
-                    # held up by many that are gone.
-                    if not await _try_avoided(directory, start, end, exclude):
-                        await directory.node.redial(directory.heard)
-                        await directory.refresh()
-                        await _try_avoided(directory, start, end, exclude)
+                    await _look(directory, start, end, exclude)
                     await asyncio.sleep(WAIT_PERIOD)
     finally:
         if shortage is not None:
             directory.shortages.remove(shortage)
+
+
+async def _look(directory: Directory, start: int, end: int, exclude: Collection[str]) -> None:
+    """Look for servers of these blocks, old and new ones."""
+    # A known server that is back says so at once; a search of the DHT may be held up by many that
+    # are gone. Meanwhile it is found out whether the connections are what is gone.
+    silent = [peer for peer in directory.heard if directory.health.is_silent(peer)]
+    redialling = asyncio.create_task(directory.node.redial(directory.heard, silent))
+    try:
+        if await _try_avoided(directory, start, end, exclude):
+            return
+        await redialling
+        if await _try_avoided(directory, start, end, exclude):
+            return
+        await directory.refresh()
+        await _try_avoided(directory, start, end, exclude)
+    finally:
+        redialling.cancel()
+        await asyncio.gather(redialling, return_exceptions=True)
 
 
 async def _try_avoided(
