@@ -20,6 +20,7 @@ from swarm_notebook.server.engine.passes.stateless import (
     BlockByBlock,
     by_blocks_only,
     chunk_options,
+    chunk_size,
     fits,
     group_size,
     rows_of,
@@ -27,7 +28,7 @@ from swarm_notebook.server.engine.passes.stateless import (
 )
 from swarm_notebook.server.engine.requests import Backward
 from swarm_notebook.server.engine.scheduling.pieces import Pieces
-from swarm_notebook.server.engine.scheduling.scheduler import BACKWARD_COST, MAX_CHUNK
+from swarm_notebook.server.engine.scheduling.scheduler import BACKWARD_COST
 from swarm_notebook.server.engine.span import Span
 
 
@@ -135,8 +136,8 @@ class _BlockBackward:
 
     def chunk(self, room: int) -> int:
         """Go back through the next positions, and say how many they were."""
-        end, rows = self.left, self._request.rows
-        size = end if self.cache is None else min(max(1, room // rows), end, MAX_CHUNK)
+        end = self.left
+        size = end if self.cache is None else chunk_size(self._request, room, end)
         begin = self.left = end - size
         options = chunk_options(self._request, self._block, begin, end)
         prompt = self._leaf_prompt(options)

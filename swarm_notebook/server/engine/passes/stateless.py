@@ -29,6 +29,9 @@ from swarm_notebook.server.engine.span import Span
 # Positions of a row that go through all blocks at once, however much room there is: attention grows
 # with their square, which the room of a pass does not know of.
 MAX_AT_ONCE = 1024
+# Of a chunk and a head: its positions by all keys. A mask of so many takes 16 MiB; one of 1,024
+# positions of a row of 16,384 took 64 MiB that no budget knows of, on the way back as well.
+MAX_SCORES = 1 << 22
 
 F = TypeVar("F", bound=Forward)
 
@@ -102,6 +105,12 @@ def group_size(request: Forward, room: int, left: int) -> tuple[int, bool]:
     of_row = work_of(request) // request.rows
     through_all = of_row <= room and request.length <= MAX_AT_ONCE
     return min(max(1, room // (of_row if through_all else request.length)), left), through_all
+
+
+def chunk_size(request: Forward, room: int, left: int) -> int:
+    """How many of the positions that are left to take next through one block."""
+    scores = MAX_SCORES // (request.rows * request.length)
+    return min(max(1, min(room // request.rows, scores)), left, MAX_CHUNK)
 
 
 Run = Callable[..., list[torch.Tensor]]
@@ -180,7 +189,7 @@ class BlockByBlock:
     def _chunk(self, room: int, left: int) -> int:
         if by_blocks_only(self.request):
             return left
-        return min(max(1, room // self.request.rows), left, MAX_CHUNK)
+        return chunk_size(self.request, room, left)
 
     def _run_chunk(
         self,

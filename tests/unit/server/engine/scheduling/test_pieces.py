@@ -22,7 +22,7 @@ from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.engine import Engine
-from swarm_notebook.server.engine.passes import recording
+from swarm_notebook.server.engine.passes import recording, stateless
 from swarm_notebook.server.engine.requests import Backward, Forward
 from swarm_notebook.server.engine.scheduling import turns, worker
 from swarm_notebook.server.engine.scheduling.pieces import Pieces, run_whole
@@ -176,6 +176,14 @@ def test_passes_of_two_clients_take_turns(monkeypatch: pytest.MonkeyPatch) -> No
     assert log.index("a1") > max(index for index, name in enumerate(log) if name == "a0")
     assert max(index for index, name in enumerate(log) if name == "b2") < 12
     assert "b2" in log[:3]
+
+
+def test_a_chunk_of_a_long_row_takes_little_memory() -> None:
+    for rows, length in ((1, 16384), (4, 4096), (1, 100)):
+        request = Forward(BLOCKS, torch.empty(rows, length, HIDDEN, device="meta"))
+        size = stateless.chunk_size(request, 1 << 30, length)
+        assert 4 * rows * size * length <= 16 << 20
+        assert size >= min(length, 256)
 
 
 def test_a_long_pass_lets_who_decodes_have_every_second_turn() -> None:
