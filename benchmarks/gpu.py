@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -167,9 +167,11 @@ def settle(made: Sequence[Any]) -> None:
 
     quiet, until = 0, time.monotonic() + COMPILE_SECONDS
     while quiet < 8 and time.monotonic() < until:
-        beside = (child for one in made for child in psutil.Process(one.pid).children())
-        busy = any("compiled as it" in " ".join(child.cmdline()) for child in beside)
-        quiet = 0 if busy else quiet + 1
+        lines = []
+        for child in (child for one in made for child in psutil.Process(one.pid).children()):
+            with suppress(psutil.Error):  # it has just ended
+                lines.append(" ".join(child.cmdline()))
+        quiet = 0 if any("compiled as it" in line for line in lines) else quiet + 1
         time.sleep(0.25)
 
 
@@ -337,7 +339,7 @@ def divergence(shape: str, folder: Path, device: str, *, dummy: bool = True) -> 
             with sn.connect(peers_of(made), model=folder) as swarm:
                 model: Any = swarm.model
                 torch.manual_seed(0)
-                ids = torch.randint(3, 1000, (KL_ROWS, KL_PROMPT))
+                ids = torch.randint(3, 1000, (KL_ROWS, KL_PROMPT)).to(model.device)
                 found = model.generate(ids, pad_token_id=0, **options)
             logits = torch.stack(found.logits, 1).cpu()
         torch.save({"sequences": found.sequences.cpu(), "logits": logits}, file)
