@@ -298,6 +298,8 @@ def first_token(server: Any, began: float, ready: float, told: Facts) -> Facts:
 
 def many(shape: str, made: Sequence[Any], device: str) -> Facts:
     with Memory(device, made[0].pid) as memory:
+        crowd(shape, made, MANY, PROMPT)
+        settle(made)
         found = crowd(shape, made, MANY, PROMPT)
     grown = memory.most - memory.before
     budget = found["cache_tokens_total"] * token_bytes(shape)

@@ -44,7 +44,9 @@ class DummyWeights:
 
     @cached_property
     def _noise(self) -> torch.Tensor:
-        noise = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0))
+        # Said in full: by torch's default dtype the values would be others.
+        options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        noise = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0), **options)
         return (noise * _SPREAD).to(self.dtype)
 
     @property

@@ -59,12 +59,15 @@ def _file(
     tl.store(values + line * VALUE + at, value, mask=at < VALUE)
 
 
-@triton.jit(do_not_specialize=["lines", "pages", "pages_each", "splits", "table_row"])
+@triton.jit(
+    do_not_specialize=["lines", "pages", "pages_each", "splits", "table_row", "position_row"]
+)
 def _attend(
     query,
     keys,
     values,
     table,
+    positions,
     seen,
     sums,
     tops,
@@ -72,6 +75,7 @@ def _attend(
     query_row,
     query_head,
     table_row,
+    position_row,
     seen_row,
     lines,
     pages,
@@ -101,6 +105,8 @@ def _attend(
     summed = tl.zeros([GROUPS_PAD, VALUE_PAD], tl.float32)
     first = head.to(tl.int64) * lines
     begin = split * pages_each
+    # Buckets double: without it rows of them would be asked for up to twice as much.
+    pages = tl.minimum(pages, tl.load(positions + row * position_row) // SIZE + 1)
     for page in range(begin, tl.minimum(begin + pages_each, pages)):
         line = first + tl.load(table + row * table_row + page) * SIZE + within
         sees = tl.load(seen + row * seen_row + page * SIZE + within) != 0
@@ -206,6 +212,7 @@ def attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     table: torch.Tensor,
+    positions: torch.Tensor,
     seen: torch.Tensor,
     *,
     scaling: float,
@@ -217,6 +224,7 @@ def attend(
     Args:
         keys, values: the stores of a block, ``[heads, lines, size]``.
         table: ``[rows, pages]``.
+        positions: ``[rows, 1]``, of the queries: what comes behind is not looked at.
         seen: ``[rows, length]``, True where a row sees.
         sinks: ``[heads]``.
     """
@@ -236,6 +244,7 @@ def attend(
         keys,
         values,
         table,
+        positions,
         seen,
         sums,
         tops,
@@ -243,6 +252,7 @@ def attend(
         query.stride(0),
         query.stride(1),
         table.stride(0),
+        positions.stride(0),
         seen.stride(0),
         keys.shape[1],
         pages,

@@ -211,7 +211,7 @@ def attend(
         kernel = _kernel()
         kernel.file(key, value, keys, values, cache.new)
         visible = seen.visible[:, 0, 0]
-        found = kernel.attend(query, keys, values, cache.table, visible, **options)
+        found = kernel.attend(query, keys, values, cache.table, cache.positions, visible, **options)
         return found[:, None]
     lines, new = cache.places(keys.shape[0])
     return _arithmetic(

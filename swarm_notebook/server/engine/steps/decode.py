@@ -184,15 +184,13 @@ class Decoding:
         outputs = self._run(program, rows, [blocks[1] - 1, *states])
         for item in items:
             pages_of(item).advance(*blocks, item.position + 1)
-        found = dict(zip(states, outputs[1:], strict=True))
-        results = []
-        begin = 0
-        for item, part in zip(items, parts, strict=True):
-            own = slice(begin, begin + part.rows)
-            begin += part.rows
-            wanted = (outputs[0], *(found[index] for index in item.step.states))
-            results.append([output[own] for output in wanted])
-        return results
+        counts = [part.rows for part in parts]
+        last, *others = (output.split(counts) for output in outputs)
+        found = dict(zip(states, others, strict=True))
+        return [
+            [last[n], *(found[index][n] for index in item.step.states)]
+            for n, item in enumerate(items)
+        ]
 
     def _run(self, program: Program, rows: int, blocks: Sequence[int]) -> list[torch.Tensor]:
         """The outputs of some blocks; compiled ones take over where they are ready."""

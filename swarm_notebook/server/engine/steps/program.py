@@ -104,11 +104,8 @@ class Program:
             columns[row : self._dirty] = 0
             columns[row : self._dirty, _NEW] = NOWHERE
         self._dirty = row
-        given = [
-            item.step.hidden.reshape(part.rows, 1, -1)
-            for item, part in zip(items, parts, strict=True)
-        ]
-        self._hidden_here[:row].copy_(torch.cat(given) if len(given) > 1 else given[0])
+        # As few of torch's calls as can be: in each the loop may take the interpreter's lock.
+        torch.cat([item.step.hidden for item in items], out=self._hidden_here[:row])
         self._hidden_here[row:].zero_()
         if self.padding is not None:
             self.padding.fill_(True)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from support.tiny import build, tiny_model
 
 from swarm_notebook.checkpoint.files.digest import digest, matches
+from swarm_notebook.checkpoint.files.dummy import DummyWeights
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.files.weights import INDEX_FILE
 from swarm_notebook.errors import ModelNotFound
@@ -71,3 +72,17 @@ def test_what_is_compared() -> None:
     assert not matches("a-b", "a-c")
     assert not matches("a-b", "b")
     assert not matches("a-b", "rubbish - of a - stranger")
+
+
+def test_random_weights_are_the_same_whatever_torch_makes_by_default() -> None:
+    config = build("llama").config
+    name = "model.layers.0.mlp.up_proj.weight"
+    usual = DummyWeights(config).lazy([name])[name][:]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = DummyWeights(config).lazy([name])[name][:]
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(found, usual, rtol=0, atol=0)
