@@ -95,6 +95,9 @@ export function tokenView(branch) {
   /** @type {HTMLElement[]} */
   const spans = [];
   let shown = -1;
+  // Escape has sent it away from this token: neither the focus that returns nor the pointer that
+  // rests there brings it back.
+  let dismissed = -1;
   let enabled = true;
   /** @type {Array<[number, number]>} */
   let touched = [];
@@ -184,6 +187,7 @@ export function tokenView(branch) {
     if (at === shown || !cells[at]) return;
     hide();
     shown = at;
+    dismissed = -1;
     const [piece, probability, , alternatives] = cells[at];
     const name = visible(piece);
     popover.setAttribute("aria-label", `Alternatives to ${name}`);
@@ -257,9 +261,9 @@ export function tokenView(branch) {
   }
 
   function back() {
-    const token = spans[shown];
+    dismissed = shown;
     hide();
-    token?.focus();
+    spans[dismissed]?.focus();
   }
 
   const soon = (/** @type {() => void} */ work, /** @type {number} */ ms) => {
@@ -268,15 +272,19 @@ export function tokenView(branch) {
   };
   text.addEventListener("mouseover", (event) => {
     const at = position(event.target);
-    if (at < 0 || popover.contains(document.activeElement)) return;
+    if (at < 0 || at === dismissed || popover.contains(document.activeElement)) return;
     if (shown < 0) open(at);
     else soon(() => open(at), SWITCH_AFTER);
   });
   popover.addEventListener("mouseenter", () => clearTimeout(timer));
   element.addEventListener("mouseleave", () => {
+    dismissed = -1;
     if (!element.contains(document.activeElement)) soon(hide, HIDE_AFTER);
   });
-  text.addEventListener("focusin", (event) => open(position(event.target)));
+  text.addEventListener("focusin", (event) => {
+    const at = position(event.target);
+    if (at !== dismissed) open(at);
+  });
   element.addEventListener("focusout", (event) => {
     if (!element.contains(/** @type {Node | null} */ (event.relatedTarget))) soon(hide, HIDE_AFTER);
   });
@@ -284,6 +292,13 @@ export function tokenView(branch) {
     if (!popover.contains(/** @type {Node} */ (event.target))) hide();
   };
   window.addEventListener("scroll", scrolled, { capture: true, passive: true });
+  // Opened by the pointer alone, it has no focus that would hear the key.
+  const escaped = (/** @type {KeyboardEvent} */ event) => {
+    if (event.key !== "Escape" || shown < 0 || event.composedPath().includes(element)) return;
+    dismissed = shown;
+    hide();
+  };
+  window.addEventListener("keydown", escaped, { capture: true });
   ownKeys(element, (event) => {
     if (event.key === "Escape") back();
     else if ((event.key === "Enter" || event.key === "ArrowDown") && position(event.target) >= 0) {
@@ -328,6 +343,7 @@ export function tokenView(branch) {
       hide();
       sight.end();
       window.removeEventListener("scroll", scrolled, { capture: true });
+      window.removeEventListener("keydown", escaped, { capture: true });
     },
   };
 }

@@ -350,6 +350,7 @@ describe("alternatives", () => {
     expect(document.activeElement).toBe(view.all("[data-testid=alternative]")[1]);
     press(document.activeElement, "Escape");
     expect(document.activeElement).toBe(tokens[1]);
+    expect(popover.hidden).toBe(true);
     press(document.activeElement, "ArrowDown");
     const other = /** @type {HTMLInputElement} */ (view.byId("other"));
     other.focus();
@@ -357,6 +358,26 @@ describe("alternatives", () => {
     press(other, "Enter");
     expect(fake.sent).toEqual([{ action: "branch", with: { position: 1, token: " Rome" } }]);
     expect(popover.hidden).toBe(true);
+  });
+
+  test("Escape sends them away for good, also where the pointer rests on their token", () => {
+    const { view, tokens, popover } = open();
+    hover(tokens[1]);
+    press(document.body, "Escape");
+    expect(popover.hidden).toBe(true);
+    hover(tokens[1]);
+    vi.advanceTimersByTime(5000);
+    expect(popover.hidden).toBe(true);
+    hover(tokens[2]);
+    expect(popover.getAttribute("aria-label")).toBe("Alternatives to ·c");
+    view.all("[data-testid=alternative]")[0].focus();
+    press(document.activeElement, "Escape");
+    hover(tokens[2]);
+    vi.advanceTimersByTime(5000);
+    expect(document.activeElement).toBe(tokens[2]);
+    expect(popover.hidden).toBe(true);
+    tokens[1].focus();
+    expect(popover.hidden).toBe(false);
   });
 
   test("while the model writes they are seen but not chosen", () => {

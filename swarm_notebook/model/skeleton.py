@@ -50,13 +50,15 @@ class RemoteModel:
     @torch.compiler.disable(reason=_UNCOMPILED)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kept = self._runner.kept
-        kept.begin(self, kwargs)  # type: ignore[arg-type]
+        outer = kept.begin(self, kwargs)  # type: ignore[arg-type]
         try:
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            kept.check(output)
         except KeyboardInterrupt as interrupt:
             self._runner._end()  # torch runs the hooks that close a call after errors only
             raise interrupt.with_traceback(None) from None
-        kept.check(output)
+        finally:
+            kept.go_on(outer)
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -112,6 +112,24 @@ def test_tokens_by_keyboard(notebook: Notebook, writer: Locator) -> None:
     expect(writer.get_by_test_id("alternatives")).to_be_hidden()
 
 
+def test_escape_sends_alternatives_away_from_under_the_pointer(
+    notebook: Notebook, writer: Locator
+) -> None:
+    choices = writer.get_by_test_id("alternatives")
+    tokens(writer).nth(1).hover()
+    expect(choices).to_be_visible()
+    choices.get_by_test_id("alternative").first.focus()
+    notebook.page.keyboard.press("Escape")
+    expect(choices).to_be_hidden()
+    tokens(writer).nth(1).hover(position={"x": 2, "y": 4})
+    notebook.page.wait_for_timeout(500)
+    expect(choices).to_be_hidden()
+    tokens(writer).nth(2).hover()
+    expect(choices).to_be_visible()
+    notebook.page.keyboard.press("Escape")
+    expect(choices).to_be_hidden()
+
+
 def test_two_views_agree(notebook: Notebook, writer: Locator) -> None:
     prompt = writer.get_by_test_id("prompt")
     prompt.fill("Some text,")

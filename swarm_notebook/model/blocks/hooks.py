@@ -6,6 +6,7 @@ captures; they cannot write, because the block runs elsewhere as a whole.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import chain
@@ -18,6 +19,8 @@ from torch.nn.modules import module as torch_module
 
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.base_modules import own_modules
+from swarm_notebook.model.blocks.intact import refuse_other_attention
+from swarm_notebook.model.blocks.same import SameTensor
 
 # Once asked for hidden states, transformers leaves its recording hooks on every layer for good;
 # they are idle in calls that do not ask.
@@ -35,6 +38,10 @@ _NO_WRITES = (
 _NO_ATTENTION = "swarm"
 
 
+# What transformers' masks go by in a config (its `masking_utils`).
+_OF_MASKS = ("is_causal", "sliding_window", "attention_chunk_size", "layer_types")
+
+
 class Masks:
     """Lets a decoder make no masks while all its blocks are remote.
 
@@ -44,6 +51,27 @@ class Masks:
     def __init__(self, decoder: Any):
         self._config: Any = decoder.config
         self.attention: str = self._config._attn_implementation
+        self._rules = copy.deepcopy(self._of_masks())
+
+    def _of_masks(self) -> dict[str, Any]:
+        return {name: getattr(self._config, name, None) for name in _OF_MASKS}
+
+    def check(self, block: int) -> None:
+        """Refuse what a remote block would have to be told of attention, before its first call.
+
+        Raises:
+            Unsupported: the config says something else than it did, or names somebody's own
+                function.
+        """
+        refuse_other_attention(block, self._config._attn_implementation)
+        rules = self._of_masks()
+        for name, before in self._rules.items():
+            if rules[name] != before:
+                raise Unsupported(
+                    f"config.{name} is {rules[name]!r} and was {before!r}: the masks of remote "
+                    f"blocks are made by their servers; put it back, or bring block {block} and "
+                    "all others home: swarm.own(slice(None))"
+                )
 
     def leave_out(self) -> None:
         """From now on, until `restore`."""
@@ -67,16 +95,18 @@ def observed_boundaries(blocks: Sequence[nn.Module], everywhere: bool) -> set[in
     everywhere = everywhere or hooks_everywhere()
     wanted: set[int] = set()
     for index, block in enumerate(blocks):
-        if everywhere or _is_observed(block):
+        if everywhere or is_observed(block):
             wanted.update((index - 1, index))
     wanted.discard(-1)
     return wanted
 
 
-def _is_observed(block: nn.Module) -> bool:
+def is_observed(block: nn.Module) -> bool:
+    """Whether somebody sees, or decides, what goes into a block or comes out of it."""
     if block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks:
         return True
-    return "forward" in block.__dict__ or _is_read(block)
+    # A class of the user's own around the block is called like a forward of their own.
+    return "forward" in block.__dict__ or "layer_class" not in vars(type(block)) or _is_read(block)
 
 
 def _is_read(module: nn.Module) -> bool:
@@ -93,6 +123,13 @@ def seen_by_others(module: nn.Module) -> bool:
     return any(
         name != _RECORDING_HOOKS and not name.startswith("swarm_notebook.model.") for name in names
     )
+
+
+def seen_outside(decoder: nn.Module, blocks: str) -> bool:
+    """Whether somebody but us has hooks on a decoder or in it, outside of its list of blocks."""
+    others = (one for name, one in decoder._modules.items() if name != blocks and one is not None)
+    inside = chain.from_iterable(one.modules() for one in others)
+    return any(seen_by_others(module) for module in chain((decoder,), inside))
 
 
 # Hooks of these packages read, or are known.
@@ -271,7 +308,7 @@ def deliver(
     Raises:
         Unsupported: a hook wants to change it, or to read what was not sent.
     """
-    version = output._version
+    given = SameTensor(output, closely=_is_read(module))
     for key, hook in list(module._forward_hooks.items()):
         if getattr(hook, "__module__", "") == _RECORDING_HOOKS:
             if record:
@@ -282,7 +319,7 @@ def deliver(
             changed: Any = hook(module, _NoArguments(), _NoNamedArguments(), shaped)
         else:
             changed = hook(module, _NoArguments(), shaped)
-        if changed is not None or output._version != version:
+        if changed is not None or not given.unchanged:
             raise Unsupported(f"a forward hook on {name} changes its output; {_INSTEAD}")
 
 

@@ -1,12 +1,15 @@
 """Whether remote blocks are still built as their servers have them.
 
 A remote block runs elsewhere as a whole. Whatever is exchanged inside of it here (a module, a
-``forward``, an activation, a number such as an attention's scaling) would be without effect, so it
-is refused at the next use, with the way out. Adapters of PEFT are no such change: they travel.
+``forward``, also that of a class, an activation, a number such as an attention's scaling, a
+function of attention) would be without effect, so it is refused at the next use, with the way out.
+Adapters of PEFT are no such change: they travel.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -65,8 +68,8 @@ class BlockPlan:
     """How a block is built: its modules by name, and what they compute with besides weights."""
 
     def __init__(self, block: nn.Module):
-        self._modules = {name: module for name, module in block.named_modules() if name}
-        self._values = {name: _values(module) for name, module in self._modules.items()}
+        self._values = {name: _values(module) for name, module in block.named_modules()}
+        self._classes = {name: _layer_class(module) for name, module in block.named_modules()}
         self._children = {
             name: tuple(module._modules.items()) for name, module in block.named_modules()
         }
@@ -84,6 +87,8 @@ class BlockPlan:
         """
         if not thorough and self._as_it_was():
             return
+        if thorough:
+            self._check_values(index, "", block)
         waiting = [("", block)]
         while waiting:
             name, module = waiting.pop()
@@ -110,9 +115,16 @@ class BlockPlan:
         for own, tensor in (*original._parameters.items(), *original._buffers.items()):
             if tensor is not None and not is_placeholder(tensor):
                 _refuse(index, f"{name}.{own}", "was replaced")
-        values = _values(original)
-        if values != self._values[name]:
-            _refuse(index, f"{name}.{_difference(values, self._values[name])}", "was changed")
+        self._check_values(index, name, original)
+
+    def _check_values(self, index: int, name: str, module: nn.Module) -> None:
+        kind = _layer_class(module)
+        if kind is not self._classes[name] and name:
+            _refuse(index, f"the class of {name}", "was changed")
+        if _has_foreign_forward(kind):
+            _refuse(index, f"{kind.__name__}.forward", "was replaced")
+        if (changed := _changed(module, kind, self._values[name])) is not None:
+            _refuse(index, _join(name, changed), "was changed")
 
     def _note(self, block: nn.Module) -> None:
         """Remember a structure that was found to be right, for a quick look at the next step."""
@@ -180,7 +192,54 @@ def _values(module: nn.Module) -> dict[str, Any]:
 _OWN_WORDS = frozenset({"training", "forward", "gradient_checkpointing", "call_super_init"})
 
 
-def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def _changed(module: nn.Module, kind: type[nn.Module], planned: Mapping[str, Any]) -> str | None:
+    """What a module computes with, and no longer is as planned.
+
+    A name that somebody notes on a module is nothing that its forward knows of.
+    """
     missing = object()
-    names = one.keys() | other.keys()
-    return min(name for name in names if one.get(name, missing) != other.get(name, missing))
+    here = _values(module)
+    for name in sorted(planned.keys() | here.keys()):
+        if here.get(name, missing) == planned.get(name, missing):
+            continue
+        if name in planned or hasattr(kind, name) or _mentions(kind, name):
+            return name
+    return None
+
+
+def _mentions(kind: type[nn.Module], name: str) -> bool:
+    code = inspect.unwrap(kind.forward).__code__
+    return name in code.co_names or name in code.co_consts
+
+
+def _layer_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has in an ordinary model."""
+    return getattr(module, "layer_class", type(module))
+
+
+def _has_foreign_forward(kind: type[nn.Module]) -> bool:
+    """Whether somebody has put a ``forward`` from elsewhere on a class."""
+    owner = next(one for one in kind.__mro__ if "forward" in vars(one))
+    return getattr(vars(owner)["forward"], "__module__", None) != owner.__module__
+
+
+def refuse_other_attention(block: int, name: str | None) -> None:
+    """Refuse a function of attention that is not transformers' own.
+
+    Args:
+        name: of the implementation, as the config has it.
+
+    Raises:
+        Unsupported: the function under this name is somebody else's.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    function: Any = ALL_ATTENTION_FUNCTIONS.get(name)
+    while isinstance(function, functools.partial):
+        function = function.func
+    if function is not None and not function.__module__.startswith("transformers."):
+        raise Unsupported(
+            f"attention {name!r} is a function of your own ({function.__module__}), but block "
+            f"{block} runs on servers with transformers' own; set another implementation, or bring "
+            "the blocks home: swarm.own(slice(None))"
+        )

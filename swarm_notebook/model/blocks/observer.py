@@ -7,6 +7,7 @@ a decode step: within one text, all is looked at again only if something about t
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,13 +35,14 @@ class Observer:
         self._blocks = blocks
         self._plans = [BlockPlan(block) for block in blocks]
         self._inside: tuple[int, list[tuple[int, str, nn.Module]]] = (-1, [])
+        self._by_block: dict[int, list[tuple[int, str, nn.Module]]] = {}
         self._looked: tuple[Any, hooks.ChangeWatch, Observed] | None = None
 
     def __deepcopy__(self, memo: dict) -> Observer:
         twin = object.__new__(Observer)
         twin._blocks = copy.deepcopy(self._blocks, memo)
         twin._plans = copy.deepcopy(self._plans, memo)
-        twin._inside, twin._looked = (-1, []), None
+        twin._inside, twin._by_block, twin._looked = (-1, []), {}, None
         return twin
 
     def observed(self, layout: Layout, injections: int, *, continued: bool) -> Observed:
@@ -60,6 +62,8 @@ class Observer:
         boundaries = hooks.observed_boundaries(self._blocks, False)
         modules = self.modules(layout, injections)
         found = Observed(boundaries, hooks.observed_inside(modules, ()))
+        if modules and key[-1]:
+            warnings.warn(_GLOBAL, stacklevel=2)
         self._looked = key, watch, found
         return found
 
@@ -79,4 +83,27 @@ class Observer:
             blocks = enumerate(self._blocks)
             remote = {index: block for index, block in blocks if index not in layout.home}
             self._inside = (injections, hooks.modules_inside(remote))
+            self._by_block = {}
+            for found in self._inside[1]:
+                self._by_block.setdefault(found[0], []).append(found)
         return self._inside[1]
+
+    def late(self, index: int, known: Sequence[tuple[str, nn.Module]]) -> list[Any] | None:
+        """What somebody has begun to look at in block ``index`` since its model was called.
+
+        Args:
+            known: modules inside of it that are observed already.
+
+        Returns:
+            all modules inside of it that are observed now; None if there are no more than known.
+        """
+        found = hooks.observed_inside(self._by_block.get(index, ()), ()).get(index, [])
+        more = any(one not in known for one in found)
+        return [*known, *(one for one in found if one not in known)] if more else None
+
+
+_GLOBAL = (
+    "hooks for all modules (torch.nn.modules.module.register_module_…) see remote blocks, but not "
+    "the modules inside of them; register a hook on those themselves, or bring the blocks home: "
+    "swarm.own(slice(None))"
+)

@@ -28,27 +28,7 @@ from swarm_notebook.client.passes.forward import Trail
 from swarm_notebook.client.request import Request
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.adapters.tuner_layers import Weights
-
-
-class SameTensor:
-    """Recognises a tensor that was handed out, if its memory still holds the same values.
-
-    Torch may wrap it anew on the way (full backward hooks do); an alias shares the version.
-    """
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor, self.version = tensor, tensor._version
-
-    def matches(self, other: torch.Tensor) -> bool:
-        mine = self.tensor
-        if other is not mine and (
-            other.data_ptr() != mine.data_ptr()
-            or other.shape != mine.shape
-            or other.stride() != mine.stride()
-            or other.dtype != mine.dtype
-        ):
-            return False
-        return other._version == mine._version == self.version
+from swarm_notebook.model.blocks.same import SameTensor
 
 
 class Segment:

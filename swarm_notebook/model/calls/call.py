@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.request import Outputs
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.layout import Layout
-from swarm_notebook.model.calls.autograd import SameTensor, Segment
+from swarm_notebook.model.blocks.same import SameTensor
+from swarm_notebook.model.calls.autograd import Segment
 from swarm_notebook.model.generation.cache import RemoteCache
 
 
@@ -34,6 +37,9 @@ class Call:
         edited: blocks whose input a hook decided in the pass before.
         kept: how many of the last positions of the last block's output are needed; None for all.
         packs: transformers would take positions that begin again for sequences packed in one row.
+        hooked: blocks whose outputs hooks of the user look at; ``states`` may have more.
+        preceded: code of the user's runs before the first block, and may hook others.
+        outer: the call that was under way, if one of its hooks has called the model.
     """
 
     cache: RemoteCache | None
@@ -53,6 +59,9 @@ class Call:
     edited: frozenset[int]
     packs: bool
     asked: int
+    hooked: set[int]
+    outer: Call | None
+    preceded: bool
     unmasked: bool | None = None
     embeddings: list[Any] = field(default_factory=list)
     outputs: Outputs = field(default_factory=lambda: Outputs({}, {}))
@@ -75,6 +84,15 @@ class Call:
         expected = self.expected
         known = index == self.following and index < self.end
         return known and expected is not None and expected.matches(hidden)
+
+    def look_at(self, boundaries: set[int], blocks: int) -> None:
+        """Hand out true outputs of blocks, of all ``blocks``, which somebody looks at by now."""
+        if boundaries <= self.hooked:
+            return
+        self.states, self.hooked = self.states | boundaries, self.hooked | boundaries
+        self.whole = False
+        if blocks - 1 in boundaries:
+            self.kept = None
 
     def arrive(self, index: int) -> int | None:
         """Count a call of block ``index``; its place in the layout, if it was planned."""
@@ -105,3 +123,13 @@ class Call:
                 f"block {skipped[0]} was skipped, so it has no keys and values for these tokens; "
                 "pass use_cache=False to run without some blocks, or take them out of the list"
             )
+
+
+def is_running(forward: CodeType, module: nn.Module) -> bool:
+    """Whether a module's ``forward`` is under way in this thread."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is forward and frame.f_locals.get("self") is module:
+            return True
+    return False

@@ -44,8 +44,26 @@ def refuse_others(index: int, call: Call, named: Mapping[str, Any], rotations: R
     call.embeddings.append(embeddings)
 
 
-def refuse_blank(index: int, hidden: torch.Tensor) -> None:
-    """Refuse hidden states that were never here."""
+def refuse_other_kinds(index: int, hidden: object) -> None:
+    """Refuse what is no hidden states at all."""
+    if not isinstance(hidden, torch.Tensor):
+        raise Unsupported(
+            f"block {index} is given a {type(hidden).__name__} for its hidden states: a hook or a "
+            "wrapper before it returned that; in transformers 5 blocks take and return a tensor"
+        )
+
+
+def refuse_blank(index: int, hidden: torch.Tensor, *, late: bool = False) -> None:
+    """Refuse hidden states that were never here.
+
+    Args:
+        late: somebody began to look at the block while the model was running.
+    """
+    if late and is_blank(hidden):
+        raise Unsupported(
+            f"a hook was registered on block {index} while the model was running, when its states "
+            f"were no longer to be had; register it before, or one on block {index - 1}, too"
+        )
     if is_blank(hidden):
         raise Unsupported(
             f"block {index} is called in another order than the list of blocks says, or the model "

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.errors import ContextTooLong, Unsupported
@@ -24,6 +25,31 @@ def refuse_unknown(kwargs: Mapping[str, Any], config: Any, layout: Layout) -> No
         )
     if kwargs.get("encoder_hidden_states") is not None:
         raise Unsupported("encoder_hidden_states: remote blocks take hidden states only")
+
+
+def size(tokens: torch.Tensor) -> tuple[int, int]:
+    """Rows and positions of ids, or of their embeddings.
+
+    Raises:
+        ValueError: they are no batch of sequences, or there is nothing in it.
+    """
+    if tokens.dim() < 2 or not tokens.numel():
+        raise ValueError(
+            f"the input has shape {list(tokens.shape)}; the model takes [batch, length], with at "
+            "least one token"
+        )
+    rows, length = tokens.shape[:2]
+    return rows, length
+
+
+def promoted(hidden: torch.Tensor, block: nn.Module) -> torch.Tensor:
+    """Hidden states of the dtype in which a block with such weights gives out what it computes."""
+    if hidden.dtype == next(block.parameters()).dtype:
+        return hidden
+    dtypes = [one.dtype for one in block.parameters() if one.is_floating_point()]
+    if not dtypes or hidden.dtype in dtypes:
+        return hidden
+    return hidden.to(torch.promote_types(hidden.dtype, dtypes[0]))
 
 
 def check_cache(cache: object, connection: Connection, rows: int) -> None:

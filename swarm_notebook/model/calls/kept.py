@@ -29,14 +29,24 @@ class Kept:
         self._local = threading.local()
         self._trusted = True
 
-    def begin(self, model: nn.Module, options: dict[str, Any]) -> None:
-        """The model is called."""
+    def begin(self, model: nn.Module, options: dict[str, Any]) -> bool:
+        """The model is called.
+
+        Returns:
+            what `go_on` is to be told afterwards: a hook may have called it in another call.
+        """
+        outer: bool = getattr(self._local, "shortened", False)
         wanted = options.get(_OPTION)
         # A model without this option computes all logits, whoever asks.
         model_class: Any = type(model)
         known = type(wanted) is int and wanted > 0 and _knows_option(model_class)
         self._local.wanted = (model, wanted) if known else None
         self._local.shortened = False
+        return outer
+
+    def go_on(self, outer: bool) -> None:
+        """A call has ended; ``outer`` is what its beginning returned."""
+        self._local.shortened = outer
 
     def positions(self, length: int, blocks: Collection[nn.Module]) -> int | None:
         """How many of the last of ``length`` positions are needed; None for all.

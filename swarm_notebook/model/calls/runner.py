@@ -41,10 +41,16 @@ from swarm_notebook.model.blocks.intact import dropouts, refuse_transforms
 from swarm_notebook.model.blocks.layout import Layout, plan
 from swarm_notebook.model.blocks.observer import Observer
 from swarm_notebook.model.blocks.remote import OwnBlock
+from swarm_notebook.model.blocks.same import SameTensor
 from swarm_notebook.model.calls import inputs
-from swarm_notebook.model.calls.autograd import SameTensor, Segment
-from swarm_notebook.model.calls.call import Call
-from swarm_notebook.model.calls.given import refuse_blank, refuse_changed, refuse_others
+from swarm_notebook.model.calls.autograd import Segment
+from swarm_notebook.model.calls.call import Call, is_running
+from swarm_notebook.model.calls.given import (
+    refuse_blank,
+    refuse_changed,
+    refuse_other_kinds,
+    refuse_others,
+)
 from swarm_notebook.model.calls.kept import Kept
 from swarm_notebook.model.calls.requests import detached, pass_of, request_alone, request_of
 from swarm_notebook.model.calls.rotary import Rotations
@@ -168,7 +174,7 @@ class Runner:
         tokens = kwargs.get("input_ids") if tokens is None else tokens
         if tokens is None or _without_values(tokens):
             return (), kwargs
-        rows, new = tokens.shape[:2]
+        rows, new = inputs.size(tokens)
         config: Any = decoder.config
         layers = list(getattr(decoder, self._layers_name))
         # Many decoders stop at this number: so transformers leaves early to guess tokens.
@@ -191,6 +197,7 @@ class Runner:
         position = 0 if cache is None else cache.length
         if remote and position == 0:
             self._rotations.check()
+            self._masks.check(remote[0])
         if cache is not None:
             self._check_order(cache, layout)
         inputs.check_length(position, new, self.context_length)
@@ -229,16 +236,31 @@ class Runner:
             edited=frozenset() if cache is None else cache.session.edited,
             packs=packs,
             asked=self._rotations.count,
+            hooked=observed.boundaries,
+            outer=self._outer(decoder),
+            preceded=hooks.seen_outside(decoder, self._layers_name),
             whole=own and not boundaries and layout.one_stretch,
         )
         if not layout.home:
             self._masks.leave_out()
         return (), kwargs
 
+    def _outer(self, decoder: nn.Module) -> Call | None:
+        """The call that is under way, if it is a hook of it that calls the model."""
+        call = self._local.call  # else one that was interrupted
+        return call if call is not None and is_running(self._forward_code, decoder) else None
+
     def _shown(self, asking: CodeType) -> list[nn.Module] | None:
         """What the decoder's forward sees of its blocks: the first one, if it stands for all."""
         call = self._local.call
-        if call is None or not call.whole or call.inside or asking is not self._forward_code:
+        if call is None or asking is not self._forward_code:
+            return None
+        if call.preceded:
+            found = self._observer.observed(call.layout, self.adapters.injections, continued=True)
+            call.look_at(found.boundaries, len(self.blocks))
+            for index, modules in found.inside.items():
+                call.inside.setdefault(index, modules)
+        if not call.whole or call.inside:
             return None
         call.shortened = True
         return [self.blocks[call.layout.order[0]]]
@@ -254,7 +276,7 @@ class Runner:
 
     def _end(self, _decoder: object = None, _args: object = None, output: Any = None) -> None:
         call = self._local.call
-        self._local.call = None
+        self._local.call = None if call is None else call.outer
         self._masks.restore()
         if call is None or output is None or not call.place:
             return
@@ -272,6 +294,7 @@ class Runner:
 
     def run(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """The output of block ``index``; the network is asked only when it must be."""
+        refuse_other_kinds(index, hidden)
         if _without_values(hidden):
             return torch.empty_like(hidden)
         call = self._local.call
@@ -283,12 +306,14 @@ class Runner:
         refuse_others(index, call, kwargs, self._rotations)
         before = call.place
         place = call.arrive(index)
-        if call.continues(index, hidden):
+        late = not call.shortened and self._look_again(call, index)
+        if call.continues(index, hidden) and not late:
             if call.piece == index:
                 # The same values, but perhaps wrapped anew: the graph must follow the wrapping.
                 call.piece_input = hidden
         else:
-            refuse_blank(index, hidden)
+            refuse_blank(index, hidden, late=late)
+            hidden = inputs.promoted(hidden, self.blocks[index])
             self._fetch(call, index, hidden, before, place)
         for name, module in call.inside.get(index, ()):
             inner = self._inner(call, index, name)
@@ -296,6 +321,18 @@ class Runner:
             hooks.deliver(f"block {index}.{name}", module, inner, self._recorded, record=record)
         self._serve_trace(call, index, hidden, place)
         return self._hand_out(call, index, hidden)
+
+    def _look_again(self, call: Call, index: int) -> bool:
+        """Whether a hook has put others on block ``index`` since the model was called."""
+        if not call.hooked and not call.inside:
+            return False  # nobody's code runs in between
+        late = index not in call.states and hooks.is_observed(self.blocks[index])
+        if late:
+            call.look_at({index - 1, index} - {-1}, len(self.blocks))
+        more = self._observer.late(index, call.inside.get(index, ()))
+        if more is not None:
+            call.inside[index] = more
+        return late or more is not None
 
     def _inner(self, call: Call, index: int, name: str) -> torch.Tensor:
         """The output of a module inside of a block, as it came."""
@@ -353,7 +390,8 @@ class Runner:
             prompts = self._prompts(call.piece, index + 1)
             output = call.segment.node(call.piece, index + 1, call.piece_input, prompts, output)
             call.piece, call.piece_input = index + 1, output
-        call.following, call.expected = index + 1, SameTensor(output)
+        call.following = index + 1
+        call.expected = SameTensor(output, closely=index in call.hooked)
         return output
 
     def _prompts(self, start: int, end: int) -> torch.Tensor | None:
@@ -433,6 +471,7 @@ class Runner:
 
     def _run_alone(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """A block that is called by itself, outside of the model's own forward."""
+        hidden = inputs.promoted(hidden, self.blocks[index])
         alone = Layout((index,), self.home, frozenset({0, 1}))
         self._observer.check_intact(alone, thorough=True)
         request = request_alone(index, hidden, kwargs, self._rotations)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +26,21 @@ from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.layout import Layout
 
 
+@dataclass
+class _Count:
+    """How many tokens are in a cache; its layers know it also when the cache is gone."""
+
+    tokens: int = 0
+
+
 class RemoteLayer(DynamicLayer):
     """What transformers sees of one block's keys and values.
 
     They are here if the block is at home. Of a remote block there is only how many there are.
     """
 
-    def __init__(self, cache: RemoteCache) -> None:
-        self._cache = weakref.ref(cache)  # the end of a cache frees the servers' memory at once
+    def __init__(self, count: _Count) -> None:
+        self._count = count  # not the cache, whose end frees the servers' memory at once
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
         super().__init__()
 
@@ -40,8 +49,7 @@ class RemoteLayer(DynamicLayer):
 
     @property
     def _length(self) -> int:
-        cache = self._cache()
-        return 0 if cache is None else cache.length
+        return self._count.tokens
 
     @property
     def is_initialized(self) -> bool:
@@ -109,9 +117,9 @@ class RemoteLayer(DynamicLayer):
             rows = rows.to(keys.device)
             self._held = keys.index_select(0, rows), values.index_select(0, rows)
 
-    def twin(self, cache: RemoteCache) -> RemoteLayer:
+    def twin(self, count: _Count) -> RemoteLayer:
         """The same for a copy of the cache."""
-        twin = RemoteLayer(cache)
+        twin = RemoteLayer(count)
         twin._held = self._held  # never changed in place
         return twin
 
@@ -139,8 +147,8 @@ class RemoteCache(Cache):
     def __init__(
         self, connection: Connection, *, lazy: bool = False, max_length: int | None = None
     ):
-        self.length: int = 0
-        self._held = [RemoteLayer(self) for _ in range(connection.num_blocks)]
+        self._count = _Count()
+        self._held = [RemoteLayer(self._count) for _ in range(connection.num_blocks)]
         super().__init__(layers=list(self._held))
         self.connection = connection
         self._max_length = max_length
@@ -169,13 +177,22 @@ class RemoteCache(Cache):
             self.layout,
             self.mask,
         )
-        twin._held = [layer.twin(twin) for layer in self._held]
+        twin._held = [layer.twin(twin._count) for layer in self._held]
         twin.layers = list(twin._held)
         twin.session.copy_from(self.session)
         return twin
 
     def __copy__(self) -> RemoteCache:
         return self.__deepcopy__({})
+
+    @property
+    def length(self) -> int:
+        """How many tokens are in it."""
+        return self._count.tokens
+
+    @length.setter
+    def length(self, tokens: int) -> None:
+        self._count.tokens = tokens
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise Unsupported(
@@ -256,6 +273,10 @@ class RemoteCache(Cache):
         """What a block at home calls; remote blocks never do."""
         return self._held[layer_idx].append(key_states, value_states)
 
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, None]]:
+        for layer in self._held:
+            yield layer.keys, layer.values, None
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
@@ -299,7 +320,8 @@ class RemoteCache(Cache):
         self._select(torch.arange(self.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        rows = torch.as_tensor(indices)  # a list will do for the others, too
+        self._select(rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)
 
     @property
     def batch_size(self) -> int:

@@ -255,8 +255,13 @@ def test_a_cache_reads_as_transformers_does(models: Models) -> None:
         empty = models[0].new_cache()
         assert len(empty) == BLOCKS
         assert not empty.is_initialized
-        with pytest.raises(Unsupported, match="kept by their servers"):
-            _ = ours.layers[0].keys
+        layer = models[0](tokens()).past_key_values.layers[0]  # whose cache is gone
+        assert layer.get_seq_length() == theirs.get_seq_length()
+        for read in (lambda: ours.layers[0].keys, lambda: list(ours), lambda: layer.keys.shape):
+            with pytest.raises(Unsupported, match="kept by their servers"):
+                read()
+        ours.batch_select_indices([1])
+        assert ours.batch_size == 1
 
 
 @pytest.mark.works("Caches: `copy.deepcopy`")

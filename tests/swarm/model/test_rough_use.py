@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.scene import TOLERANCE, Scene
+from support.scene import TOLERANCE, Scene, scene
 from torch import nn
-from transformers import GenerationConfig
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import GenerationConfig, GraniteConfig, GraniteForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 from swarm_notebook.errors import Unsupported
 
@@ -148,6 +151,117 @@ def test_what_blocks_are_given(
     with pytest.raises(Unsupported, match=r"swarm\.own"):
         model(tiny_scene.ids(2, 9))
     as_local(tiny_scene, tiny_scene.remote)
+
+
+@pytest.fixture
+def llama_classes(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
+    """Puts another ``forward`` on a class of transformers."""
+
+    def patch(name: str, forward: Any) -> None:
+        monkeypatch.setattr(getattr(modeling_llama, name), "forward", forward)
+
+    return patch
+
+
+@pytest.mark.refused(
+    "Hooks: a `forward` of a class inside remote blocks, patched (`LlamaMLP.forward = …`)",
+    "hook the blocks, or `swarm.own(slice(None))`",
+)
+@pytest.mark.parametrize("name", ["LlamaMLP", "LlamaAttention", "LlamaDecoderLayer"])
+def test_patched_classes(
+    tiny_scene: Scene, model: Any, llama_classes: Callable[[str, Any], None], name: str
+) -> None:
+    llama_classes(name, lambda _self, hidden, **_: hidden)
+    with pytest.raises(Unsupported, match=rf"{name}\.forward was replaced.*swarm\.own"):
+        model(tiny_scene.ids(2, 9))
+
+
+def test_classes_of_single_modules(tiny_scene: Scene, model: Any) -> None:
+    """Of a module inside of a block it is refused; around a block it is a wrapper like another."""
+
+    def halved(module: Any) -> None:
+        kind = type(module)
+        forward = {"forward": lambda self, hidden, **named: kind.forward(self, hidden / 2, **named)}
+        module.__class__ = type("Halved", (kind,), forward)
+
+    local = copy.deepcopy(tiny_scene.reference)
+    for one in (model, local):
+        halved(one.model.layers[2])
+    ids = tiny_scene.ids(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, local(ids).logits, atol=TOLERANCE, rtol=1e-4)
+    halved(model.model.layers[1].mlp)
+    with pytest.raises(Unsupported, match=r"class of mlp was changed.*swarm\.own\(1\)"):
+        model(ids)
+
+
+@pytest.mark.refused(
+    "Calls: an attention function of your own (`AttentionInterface.register`)",
+    "`swarm.own(slice(None))`",
+)
+def test_an_attention_function_of_ones_own(
+    tiny_scene: Scene, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mine(_module: Any, query: Any, *_: Any, **__: Any) -> Any:
+        return query.transpose(1, 2), None
+
+    ids, known = tiny_scene.ids(2, 9), ALL_ATTENTION_FUNCTIONS._global_mapping
+    monkeypatch.setitem(known, "mine", mine)
+    model.set_attn_implementation("mine")
+    with pytest.raises(
+        Unsupported, match=r"attention 'mine' is a function of your own.*swarm\.own"
+    ):
+        model(ids)
+    model.set_attn_implementation("eager")
+    as_local(tiny_scene, model)
+    monkeypatch.setitem(known, "sdpa", mine)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(Unsupported, match="attention 'sdpa' is a function of your own"):
+        model(ids)
+
+
+@pytest.mark.refused(
+    "Calls: masks by another config (`is_causal`, `sliding_window`, `layer_types`)",
+    "`swarm.own(slice(None))`",
+)
+@pytest.mark.parametrize(("name", "value"), [("is_causal", False), ("sliding_window", 3)])
+def test_masks_by_another_config(tiny_scene: Scene, model: Any, name: str, value: object) -> None:
+    setattr(model.config, name, value)
+    with pytest.raises(Unsupported, match=rf"config\.{name} is .* and was .*swarm\.own"):
+        model(tiny_scene.ids(2, 9))
+
+
+def test_what_is_noted_on_modules(tiny_scene: Scene, model: Any) -> None:
+    """Names of the user's own are nobody's concern; what a forward reads is."""
+    for name, module in model.named_modules():
+        module.name, module.number = name, 3
+    as_local(tiny_scene, model)
+    model.model.layers[2].self_attn.scaling = 0.5
+    with pytest.raises(Unsupported, match=r"self_attn\.scaling was changed"):
+        model(tiny_scene.ids(2, 9))
+
+
+def test_numbers_of_a_block_itself(tmp_path: Path) -> None:
+    """Some families scale what a block adds by a number of the block's own."""
+    settings = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 80}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    config = GraniteConfig(**settings, pad_token_id=0, residual_multiplier=0.7)
+    torch.manual_seed(0)
+    GraniteForCausalLM(config).save_pretrained(tmp_path)
+    with scene(tmp_path, 2, hosted=True) as granite:
+        as_local(granite, granite.remote)
+        granite.remote.model.layers[1].residual_multiplier = 0.1
+        with pytest.raises(Unsupported, match=r"block 1: residual_multiplier was changed"):
+            granite.remote(granite.ids(2, 9))
+
+
+def test_hooks_for_all_modules(tiny_scene: Scene, model: Any) -> None:
+    handle = register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.warns(UserWarning, match=r"not the modules inside of them.*swarm\.own"):
+            model(tiny_scene.ids(2, 9))
+    finally:
+        handle.remove()
 
 
 @pytest.mark.works("Hooks: read the arguments of blocks (`with_kwargs=True`)")
