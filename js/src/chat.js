@@ -408,8 +408,8 @@ function build({ model, root }) {
       clear.disabled = running || !(turns.length || restorable());
       setText(clear, restorable() ? "Undo clear" : "Clear");
       clear.title = restorable()
-        ? "Bring back what was said before"
-        : "Begin anew; what was said is kept and can be brought back";
+        ? "Restore the conversation"
+        : "Start again; this conversation is kept and can be restored";
       show();
     }),
     follow(model, ["live"], () => {

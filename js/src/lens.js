@@ -348,7 +348,7 @@ function build({ model, root }) {
     }),
     follow(model, ["ranking"], () => {
       rank.disabled = model.get("ranking");
-      setText(rank, model.get("ranking") ? "Ranking …" : "Rank");
+      setText(rank, model.get("ranking") ? "Ranking…" : "Rank");
     }),
     follow(model, ["selected"], mark),
   ];

@@ -225,7 +225,7 @@ function lossItem([when, , name, start, end, reason, taken, seconds]) {
   const time = new Date(1000 * when).toLocaleTimeString();
   const blocks = `blocks ${start}:${end}`;
   const then = taken.length
-    ? `${blocks} continued on ${taken.join(", ")}${seconds === null ? " …" : ` after ${duration(seconds)}`}`
+    ? `${blocks} continued on ${taken.join(", ")}${seconds === null ? "…" : ` after ${duration(seconds)}`}`
     : `no replacement for ${blocks} yet`;
   return h(
     "div",

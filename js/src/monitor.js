@@ -284,7 +284,7 @@ function build({ model, root }) {
     waiting = window.setTimeout(() => {
       setText(
         hint,
-        "Python has not taken this click yet: the kernel is busy with a cell and takes it when the " +
+        "Not done yet: the kernel is busy with a cell and does it when the " +
           "cell ends. To stop and save now, interrupt the kernel (■). Runs that are started by " +
           "monitor.run(…) obey at once.",
       );
@@ -302,7 +302,7 @@ function build({ model, root }) {
     pause.hidden = stop.hidden = !goes;
     pause.disabled = stop.disabled = now === "stopping";
     setText(pause, now === "paused" ? "Resume" : "Pause");
-    setText(stop, now === "stopping" ? "Stopping …" : model.get("saves") ? "Stop and save" : "Stop");
+    setText(stop, now === "stopping" ? "Stopping…" : model.get("saves") ? "Stop and save" : "Stop");
     progress.hidden = !total;
     if (total) {
       progress.max = total;

@@ -167,7 +167,7 @@ describe("branches", () => {
     view.all("[data-testid=edit]")[0].click();
     expect(view.byId("edit-what").textContent).toContain(kept);
     view.byId("clear").click();
-    expect(view.byId("clear").title).toContain("can be brought back");
+    expect(view.byId("clear").title).toContain("can be restored");
     fake.update({ turns: [], can_restore: true });
     expect(view.byId("clear").textContent).toBe("Undo clear");
     view.byId("clear").click();

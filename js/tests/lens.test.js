@@ -105,7 +105,7 @@ test("ranks are asked for by word or by a shown token, and shown when they come"
     { action: "rank_number", with: { number: 0 } },
   ]);
   fake.update({ ranking: true });
-  expect(shown.find(".sn-rank button").textContent).toBe("Ranking …");
+  expect(shown.find(".sn-rank button").textContent).toBe("Ranking…");
   fake.update({ ranking: false, token: "maybe", colour: "rank", ranks: view(new Uint32Array([1024, 32, 1, 2])) });
   expect(cells(shown).map((cell) => cell.textContent)).toEqual(["1", "2", "1024", "32"]);
   expect(cells(shown)[3].style.getPropertyValue("--strength")).toBe("0.500");
