@@ -272,6 +272,10 @@ export function tokenView(branch) {
   };
   text.addEventListener("mouseover", (event) => {
     const at = position(event.target);
+    // Who comes from elsewhere did not rest there; a list that vanishes under the pointer may leave
+    // null, or itself.
+    const from = event.relatedTarget;
+    if (from instanceof Node && !element.contains(from)) dismissed = -1;
     if (at < 0 || at === dismissed || popover.contains(document.activeElement)) return;
     if (shown < 0) open(at);
     else soon(() => open(at), SWITCH_AFTER);

@@ -116,6 +116,7 @@ def test_escape_sends_alternatives_away_from_under_the_pointer(
     notebook: Notebook, writer: Locator
 ) -> None:
     choices = writer.get_by_test_id("alternatives")
+    writer.get_by_test_id("csv").hover()
     tokens(writer).nth(1).hover()
     expect(choices).to_be_visible()
     choices.get_by_test_id("alternative").first.focus()
