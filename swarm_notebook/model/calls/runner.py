@@ -182,8 +182,6 @@ class Runner:
         layout = plan(layers, self.blocks, self.home)
         inputs.refuse_unknown(kwargs, config, layout)
         remote = [index for index in layout.order if index not in layout.home]
-        if remote:
-            refuse_transforms(remote[0])
         injections, continued = self.adapters.injections, _continued(kwargs.get("past_key_values"))
         observed = self._observer.observed(layout, injections, continued=continued)
         modules = self._observer.modules(layout, injections)
@@ -195,9 +193,8 @@ class Runner:
             cache = adopted(cache, self.connection)
         inputs.check_cache(cache, self.connection, rows)
         position = 0 if cache is None else cache.length
-        if remote and position == 0:
-            self._rotations.check()
-            self._masks.check(remote[0])
+        if remote:
+            self._check_alike(remote[0], position)
         if cache is not None:
             self._check_order(cache, layout)
         inputs.check_length(position, new, self.context_length)
@@ -244,6 +241,13 @@ class Runner:
         if not layout.home:
             self._masks.leave_out()
         return (), kwargs
+
+    def _check_alike(self, block: int, position: int) -> None:
+        """Refuse a call that its servers would compute in another way than it would be here."""
+        refuse_transforms(block)
+        if position == 0:
+            self._rotations.check()
+            self._masks.check(block)
 
     def _outer(self, decoder: nn.Module) -> Call | None:
         """The call that is under way, if it is a hook of it that calls the model."""
