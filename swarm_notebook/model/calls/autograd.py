@@ -137,6 +137,8 @@ class _Piece(torch.autograd.Function):
         ctx.stretch = stretch
         parameters = [one for one in prompts_and_parameters[1:] if one is not None]
         ctx.devices = [hidden.device, *(parameter.device for parameter in parameters)]
+        # Not to be read: torch refuses a backward pass if they were changed meanwhile.
+        ctx.save_for_backward(*parameters)
         # In a list, as an input returned as it is would be a view, and no view of the message that
         # it came in: into parts of a view that a function returns no hook may write.
         state = output[0]
@@ -151,6 +153,7 @@ class _Piece(torch.autograd.Function):
             raise Unsupported(_ONCE)
         if _is_batched(grad):
             raise Unsupported(_BATCHED)
+        _ = ctx.saved_tensors
         start, end = stretch.start, stretch.end
         fetched = stretch.segment.gradients(start, end, grad)
         hidden = stretch.segment.input_gradient(start, fetched).to(ctx.devices[0], grad.dtype)

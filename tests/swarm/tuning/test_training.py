@@ -260,3 +260,22 @@ def test_dropout_of_an_adapter_is_repeated_in_backward(
     finally:
         model.eval()
         model.unload()
+
+
+def test_adapters_that_change_before_the_backward_pass_are_refused(
+    pair: Pair, batch: dict[str, torch.Tensor]
+) -> None:
+    if pair.family != "llama":
+        pytest.skip("the same for all")
+    ours, theirs = pairs(pair, lambda model: peft.get_peft_model(model, pair.lora()))
+    try:
+        for tuned in (ours, theirs):
+            loss = tuned(**batch).loss
+            weights = [one for one in tuned.parameters() if one.requires_grad]
+            with torch.no_grad():
+                for weight in weights:
+                    weight.add_(1.0)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+    finally:
+        ours.unload()
