@@ -61,6 +61,15 @@ class RemoteModel:
             kept.go_on(outer)
         return output
 
+    def compile(self, *args: Any, fullgraph: bool = False, **kwargs: Any) -> None:
+        """As `torch.compile` of the model: blocks run on servers, and the call stays as it is.
+
+        Raises:
+            Unsupported: it is to be one graph.
+        """
+        if fullgraph:
+            raise Unsupported(_UNCOMPILED)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Before pickle finds, and says, only that it cannot import this class.
         return self._runner.__reduce__()

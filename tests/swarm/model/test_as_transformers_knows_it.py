@@ -88,9 +88,13 @@ def test_compiled_around_the_blocks_or_refused(tiny_scene: Scene) -> None:
     whole: Any = torch.compile(tiny_scene.remote, backend="eager", fullgraph=True)
     with pytest.raises(RuntimeError, match=r"fullgraph=True\): blocks run on servers"):
         whole(ids)
+    with pytest.raises(Unsupported, match=r"fullgraph=True\): blocks run on servers"):
+        tiny_scene.remote.compile(fullgraph=True)
+    expected = tiny_scene.reference(ids).logits
     compiled: Any = torch.compile(tiny_scene.remote, backend="eager")
-    logits = compiled(ids).logits
-    torch.testing.assert_close(logits, tiny_scene.reference(ids).logits, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(compiled(ids).logits, expected, atol=TOLERANCE, rtol=0)
+    tiny_scene.remote.compile(backend="eager")
+    torch.testing.assert_close(tiny_scene.remote(ids).logits, expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.works("Calls: more rows than a server takes in one request")
