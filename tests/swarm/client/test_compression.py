@@ -12,7 +12,7 @@ from support.hosting import HostedSwarm
 from support.scene import Scene, generate
 
 import swarm_notebook as sn
-from swarm_notebook.client.session import hop
+from swarm_notebook.client.session import writer
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_half_precision_travels_as_it_is_computed(
         for rounded in (True, False):
             before = moved(swarm)
             if not rounded:
-                monkeypatch.setattr(hop, "travelling", lambda hidden, _span: hidden)
+                monkeypatch.setattr(writer, "travelling", lambda hidden, _span: hidden)
             found.append((swarm.model(ids, use_cache=True).logits, moved(swarm) - before))
         (ours, few), (theirs, many) = found
         assert torch.equal(ours, theirs)
