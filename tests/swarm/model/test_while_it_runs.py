@@ -145,6 +145,8 @@ def test_states_have_the_dtype_of_a_local_model(tiny_scene: Scene) -> None:
     seen = []
     for one in (tiny_scene.remote, tiny_scene.reference):
         model = copy.deepcopy(one)
+        # From the first time on transformers notes states before a hook that comes later sees them.
+        model(ids, output_hidden_states=True)
         layers(model)[2].register_forward_hook(lambda _m, _i, output: output.bfloat16())
         embeds = model.get_input_embeddings()(ids).bfloat16()
         output = model(inputs_embeds=embeds, output_hidden_states=True)
