@@ -52,13 +52,13 @@ def server_environment(threads: int | None) -> dict[str, str]:
 
 
 def start_server(
-    command: Sequence[str], log: IO[str], environment: dict[str, str] | None = None
+    command: Sequence[str], log: IO[str] | int, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
     """Start a server in a session of its own, with pipes to its standard input and output.
 
     Args:
         command: ``swarm-notebook serve`` with ``--exit-with-stdin``, and whatever it runs in.
-        log: takes its standard error.
+        log: takes its standard error; or `subprocess.PIPE`.
         environment: variables of the process; None: this one's.
     """
     return subprocess.Popen(

@@ -26,6 +26,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from swarm_notebook.local.process import server_environment, start_server
 from swarm_notebook.net.membership.authority import Authority
 
 # A server answers what is in flight before it leaves, for which it gives itself 30 s.
@@ -42,15 +43,8 @@ class _Server:
         self.device, self.facts = device, dict[str, Any]()
         self.joined = self.settled = self.over = False
         self._events = events
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(device, os.environ),
-            start_new_session=True,  # a terminal's Ctrl-C is for the one that tells them all
-        )
+        # In a session of its own: a terminal's Ctrl-C is for the one that tells them all.
+        self._process = start_server(command, subprocess.PIPE, environment(device))
         for read in (self._read_facts, self._read_log):
             threading.Thread(target=read, daemon=True).start()
 
@@ -202,15 +196,14 @@ def command(device: str, index: int, options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def environment(device: str, here: Mapping[str, str]) -> dict[str, str]:
+def environment(device: str) -> dict[str, str]:
     """The variables of a process that is to see no other GPU than its own."""
-    found = dict(here)
+    found = server_environment(None)
     kind, _, number = device.partition(":")
     if kind == "cuda":
         # Where some are hidden from this process, numbers count those that are not.
-        visible = [part for part in here.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+        visible = [part for part in found.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
         found["CUDA_VISIBLE_DEVICES"] = visible[int(number)] if visible else number
-    found["PYTHONUNBUFFERED"] = "1"
     return found
 
 

@@ -48,11 +48,12 @@ def test_each_has_a_name_an_identity_and_a_port_of_its_own() -> None:
         assert one.gpus is False
 
 
-def test_a_process_sees_no_other_gpu() -> None:
-    assert environment("cuda:1", {})["CUDA_VISIBLE_DEVICES"] == "1"
-    hidden = {"CUDA_VISIBLE_DEVICES": "GPU-aa,GPU-bb"}
-    assert environment("cuda:1", hidden)["CUDA_VISIBLE_DEVICES"] == "GPU-bb"
-    assert environment("cpu", hidden)["CUDA_VISIBLE_DEVICES"] == "GPU-aa,GPU-bb"
+def test_a_process_sees_no_other_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa,GPU-bb")
+    assert environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "GPU-bb"
+    assert environment("cpu")["CUDA_VISIBLE_DEVICES"] == "GPU-aa,GPU-bb"
 
 
 @pytest.mark.parametrize("more", [["--blocks", "0:2"], ["--device", "cuda:1"]])

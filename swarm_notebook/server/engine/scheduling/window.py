@@ -23,7 +23,8 @@ _OUTLIER = 1.5
 FORGET_SECONDS = 2.0
 # A thread that waits shorter does nothing but look at the clock.
 _MOMENT = 2e-4
-# More take turns as two do, and each has its own call's time.
+# Into so many groups a crowd is cut at most: in simulated crowds of 2 to 64 sessions, calls had
+# about a fourth of them at least.
 _GROUPS = 4
 # Waiting has to gain so much, as predictions are not exact.
 _WORTH = 1.05
