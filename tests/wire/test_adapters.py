@@ -30,15 +30,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# LoRA in all families; what else there is on both classes of layers that PEFT tells apart: Llama
-# has Linear, GPT-2 Conv1D, for which PEFT has no LoHa, LoKr and OFT.
-COMBINED = [(family, "lora") for family in ("bloom", "gemma3_text", "gpt2", "llama", "qwen3_moe")]
-COMBINED += [("gpt2", kind) for kind in ("rslora", "dora", "ia3", "vera")]
-COMBINED += [("llama", kind) for kind in KINDS if kind != "lora"]
-
-
-@pytest.mark.parametrize(("bench", "kind"), COMBINED, indirect=["bench"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients(bench: Bench, kind: str) -> None:
+    if bench.family == "gpt2" and kind in {"loha", "lokr", "oft"}:
+        pytest.skip("PEFT has no LoHa, LoKr and OFT for GPT-2's Conv1D")
     tuned = Tuned(bench, KINDS[kind][0], **KINDS[kind][1])
     _, said = tuned.upload()
     assert said["ok"] is True
