@@ -24,6 +24,7 @@ from torch import nn
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.server.adapters.layers import Builder
+from swarm_notebook.server.adapters.low_rank import Additions
 from swarm_notebook.server.adapters.mixing import Site, Tuners, fits
 from swarm_notebook.server.engine.span import Span
 
@@ -90,6 +91,7 @@ class AdaptedSpan(Span):
             tuners |= {(index, path): layer for path, layer in builder.layers.items()}
         mixes = token_wise >= tuners.keys() and all(map(_is_beside, tuners.values()))
         self._all, self._mixed = tuners, tuners if mixes else None
+        self._additions = Additions.of(tuners, self.dtype) if mixes else None
         for layer in tuners.values():
             if not _is_beside(layer):
                 # It may exchange the weight, which a forward of its own (`products`) does not see.
@@ -103,7 +105,12 @@ class AdaptedSpan(Span):
         noise = torch.Generator().manual_seed(0)
         hidden = torch.randn(1, 2, size, generator=noise)
         seen: dict[Site, tuple[torch.Tensor, torch.Tensor]] = {}
-        layers = {site: layer for site, layer in self._all.items() if not _is_beside(layer)}
+        added = self._additions
+        layers = {
+            site: layer
+            for site, layer in self._all.items()
+            if added is not None or not _is_beside(layer)
+        }
 
         def watch(site: Site) -> Callable[..., None]:
             def hook(_: nn.Module, inputs: tuple, output: Any) -> None:
@@ -121,6 +128,11 @@ class AdaptedSpan(Span):
                 alone = {
                     site: layers[site](given.narrow(-2, 0, 1)) for site, (given, _) in seen.items()
                 }
+                if added is not None and not all(
+                    site in seen and added.agrees(site, layer, *seen[site])
+                    for site, layer in layers.items()
+                ):
+                    self._additions = None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever PEFT raises, the upload is what it does not like
@@ -148,6 +160,10 @@ class AdaptedSpan(Span):
         return self._mixed or {}
 
     @property
+    def additions(self) -> Additions | None:
+        return self._additions
+
+    @property
     def storages(self) -> frozenset[int]:
         own = (
             tensor.untyped_storage().data_ptr()
@@ -163,6 +179,8 @@ class AdaptedSpan(Span):
             values = tensor.to(self.device, copy=True)
             for place in self._places[name]:
                 place.data = values
+        if self._additions is not None:
+            self._additions.changed()
 
     def adapter_weights(self, start: int, end: int) -> dict[str, nn.Parameter]:
         return {

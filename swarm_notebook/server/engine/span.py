@@ -28,6 +28,7 @@ from swarm_notebook.checkpoint.anatomy import restrict_config
 from swarm_notebook.checkpoint.packed import storages
 from swarm_notebook.checkpoint.states import input_state, output_state, with_input_state
 from swarm_notebook.errors import Unsupported
+from swarm_notebook.server.adapters.low_rank import Additions
 from swarm_notebook.server.adapters.mixing import Tuners
 from swarm_notebook.server.engine.attention.batch import BatchCache, Part, attending
 from swarm_notebook.server.engine.captures import Captures
@@ -103,6 +104,11 @@ class Span:
     def tuners(self) -> Tuners:
         """The layers of an adapter, which batches of `host` have to ask; there are none here."""
         return {}
+
+    @property
+    def additions(self) -> Additions | None:
+        """What an adapter adds, if that is all it does; None without one."""
+        return None
 
     @property
     def storages(self) -> frozenset[int]:

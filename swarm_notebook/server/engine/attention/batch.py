@@ -32,6 +32,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 
+from swarm_notebook.server.adapters.low_rank import Additions
 from swarm_notebook.server.adapters.mixing import Mixture, Tuners
 from swarm_notebook.server.engine.kv.cache import SessionCache
 
@@ -48,6 +49,7 @@ class Part:
         padding: ``[rows, cached + new positions]``, 0 for padding; None if there is none.
         past: how many positions precede the new ones, in the blocks of the call.
         tuners: the layers of its adapter, if it has one.
+        additions: what its adapter adds, if that can be told in a table.
     """
 
     cache: SessionCache
@@ -56,6 +58,7 @@ class Part:
     padding: torch.Tensor | None = None
     past: int = 0
     tuners: Tuners = field(default_factory=dict)
+    additions: Additions | None = None
 
     @property
     def tokens(self) -> int:

@@ -224,7 +224,7 @@ def _run_call(span: Span, items: Sequence[BatchItem], decoding: Decoding | None)
             decoding.drop_graphs()
             torch.cuda.empty_cache()
         elif decoding is not None and not isinstance(error, SwarmError):
-            decoding.give_up(error)
+            decoding.give_up(error, adapted=any(part.additions for part in parts.values()))
         shared = [_run_again(item) for item in ready]
     outcomes.update(zip(parts, shared, strict=True))
     for item in items:

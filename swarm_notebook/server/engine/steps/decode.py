@@ -7,8 +7,10 @@ at once; it is captured for fixed shapes, so a step runs in the smallest bucket 
 `Decoding.try_out` finds out whether a model can do this, by comparing what sessions get with and
 without. Nothing is known by architecture. What cannot (BLOOM and Falcon do not call transformers'
 attention interface, rotations that stretch look at the largest position) goes on as before, and so
-does every step that is not of this kind: more than one position, prompts, adapters, modules inside
-of blocks. All of them share the sessions' caches (`kv.pages`).
+does every step that is not of this kind: more than one position, prompts, modules inside of
+blocks, adapters that are no plain LoRA. All of them share the sessions' caches (`kv.pages`). Rows
+with plain LoRA, and those beside them, have graphs of their own (see `row_adapters`), of blocks as
+they are: compiled ones know no adapters.
 
 Measured on one H100 with 32 blocks of an 8B Llama in bfloat16 (context 512), graph and all around
 it: 7.8 ms for one row, 9.0 for 8, 9.7 for 16, 10.7 for 32; products with weights take 5.3 to 5.6 of
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from swarm_notebook.server.adapters.low_rank import RANKS, Additions
 from swarm_notebook.server.engine.attention.batch import Part
 from swarm_notebook.server.engine.attention.paged import NAME
 from swarm_notebook.server.engine.kv.cache import PAGE, SessionCache
@@ -89,6 +92,9 @@ class Decoding:
         self._programs: OrderedDict[Bucket, Program] = OrderedDict()
         self._graphs = torch.cuda.graph_pool_handle() if capture else None
         self._broken = ""
+        self._no_adapters = ""
+        # Of the adapters so far: their graphs serve all, and are captured again for new ones only.
+        self._tuned: frozenset[str] = frozenset()
         self._compiler: Compiler | None = None
         self.compiled: set[tuple[tuple[int, int], int]] = set()
         # Chunks are counted from a row's first token, which only the model's own mask knows.
@@ -101,6 +107,10 @@ class Decoding:
         """How steps run, for people."""
         if self._broken:
             return f"plain: {self._broken}"
+        return self._how + (f"; adapters plain: {self._no_adapters}" if self._no_adapters else "")
+
+    @property
+    def _how(self) -> str:
         if self._compiler is not None and self._compiler.why_not:
             how = "compiled, but not for all" if self.compiled else "graph, not compiled"
             return f"{how}: {self._compiler.why_not}"
@@ -120,9 +130,17 @@ class Decoding:
         with torch.inference_mode():
             self._run(self._program(bucket), 1, [self._span.end - 1])
 
-    def give_up(self, error: Exception) -> None:
-        """Take no more steps: one has failed in a way that is no session's fault."""
-        self._broken = f"{type(error).__name__}: {error}".splitlines()[0]
+    def give_up(self, error: Exception, *, adapted: bool) -> None:
+        """Take no more steps: one has failed in a way that is no session's fault.
+
+        Args:
+            adapted: it had an adapter, so that only those with one are concerned.
+        """
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if adapted:
+            self._no_adapters = reason
+        else:
+            self._broken = reason
         self.drop_graphs()
 
     def takes(self, item: BatchItem) -> bool:
@@ -135,10 +153,16 @@ class Decoding:
             and (step.prompts is None or item.position >= step.prompts.shape[2])
             and not step.inner
             and step.seed is None
+            and step.by_row is None
             and isinstance(item.state.cache, PagedCache)
             and (self._takes_padding or not item.state.padded_by(step))
-            and item.state.span_for(step) is self._host
+            and self._takes_adapter(item.state.span_for(step))
         )
+
+    def _takes_adapter(self, span: Span) -> bool:
+        if span is self._host:
+            return True
+        return span.host is self._host and span.additions is not None and not self._no_adapters
 
     def calls(self, items: Sequence[BatchItem]) -> list[list[int]]:
         """Which of some steps go into one call, by their places.
@@ -177,7 +201,15 @@ class Decoding:
         rows = sum(part.rows for part in parts)
         length = 1 + max(item.position for item in items)
         padded = any(part.padding is not None for part in parts)
-        bucket = Bucket(blocks, self._rows or _power(rows), self._length(length), padded)
+        adapters = [part.additions for part in parts if part.additions is not None]
+        bucket = Bucket(
+            blocks,
+            self._rows or _power(rows),
+            self._length(length),
+            padded,
+            self._tuned_by(adapters),
+            max((_ranks(adapter.rank) for adapter in adapters), default=0),
+        )
         program = self._program(bucket)
         program.fill(items, parts)
         states = sorted({index for item in items for index in item.step.states})
@@ -192,24 +224,36 @@ class Decoding:
             for n, item in enumerate(items)
         ]
 
+    def _tuned_by(self, adapters: Sequence[Additions]) -> frozenset[str]:
+        """What a graph has to know for the adapters of a step."""
+        self._tuned = self._tuned.union(*(adapter.names for adapter in adapters))
+        return self._tuned if adapters else frozenset()
+
     def _run(self, program: Program, rows: int, blocks: Sequence[int]) -> list[torch.Tensor]:
-        """The outputs of some blocks; compiled ones take over where they are ready."""
+        """The outputs of some blocks; graphs, and compiled blocks, take over where they can."""
         compiler, settled, bucket = self._compiler, program.settled, program.bucket
-        if compiler is None or program.span is compiler.span:
-            return program.run(rows, blocks)
-        with compiler.watching(program.span, bucket.blocks, bucket.rows):
+        if compiler is None or program.span is compiler.span or bucket.tuned:
             outputs = program.run(rows, blocks)
-        if settled and compiler.ready(bucket.blocks, bucket.rows):
-            self._improve(compiler, program, rows)
+        else:
+            with compiler.watching(program.span, bucket.blocks, bucket.rows):
+                outputs = program.run(rows, blocks)
+            if settled and compiler.ready(bucket.blocks, bucket.rows):
+                self._improve(compiler, program, rows)
+        if not settled:
+            if bucket.tuned:
+                self._check(program.like(program, rows, plainly=True), "adapters")
+            program.capture()
         return outputs
+
+    def _check(self, difference: float, how: str) -> None:
+        if not difference <= _CLOSE.get(self._host.dtype, _CLOSE_HALF):
+            raise Impossible(f"{how}: results differ by {difference:.1e}")
 
     def _improve(self, compiler: Compiler, program: Program, rows: int) -> None:
         """Take compiled blocks for a bucket, if they give what its graph has just given."""
         better = self._new_program(program.bucket, compiler.span)
         try:
-            difference = better.like(program, rows)
-            if not difference <= _CLOSE.get(self._host.dtype, _CLOSE_HALF):
-                raise Impossible(f"compiled, results differ by {difference:.1e}")
+            self._check(better.like(program, rows), "compiled")
             better.capture()
         except Exception as error:  # the step itself is done, and its session goes on
             compiler.give_up(error)
@@ -365,6 +409,10 @@ def _shapes(cache: SessionCache) -> list[KVShape]:
     return [
         KVShape(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in cache.stores()
     ]
+
+
+def _ranks(rank: int) -> int:
+    return max(RANKS, _power(rank))
 
 
 def _power(number: int) -> int:

@@ -13,6 +13,7 @@ the graph's own memory, so states of any block cost nothing but the way to the c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from swarm_notebook.server.engine.attention.paged import StepCache, stepping
 from swarm_notebook.server.engine.kv.cache import PAGE
 from swarm_notebook.server.engine.kv.pages import NOWHERE, PagedCache, PagePool
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.row_adapters import RowAdapters
 from swarm_notebook.server.engine.steps.session_state import BatchItem
 
 # Columns of a plan before the pages of a row.
@@ -36,12 +38,16 @@ class Bucket:
     Attributes:
         blocks: ``[start, end)``.
         padded: whether rows may have padding.
+        tuned: names of the modules that rows' adapters may tune; none: no row has an adapter.
+        ranks: of the adapters, at most.
     """
 
     blocks: tuple[int, int]
     rows: int
     length: int
     padded: bool
+    tuned: frozenset[str] = frozenset()
+    ranks: int = 0
 
 
 class Program:
@@ -77,6 +83,9 @@ class Program:
             if bucket.padded:
                 shape = rows, bucket.length
                 self.padding = torch.ones(shape, dtype=torch.bool, device=span.device)
+            self._adapters = None
+            if bucket.tuned:
+                self._adapters = RowAdapters(span, bucket.blocks, bucket.tuned, rows, bucket.ranks)
         # Made in inference mode as the outputs of blocks are: compiled blocks tell them apart.
         self.hidden = self._hidden_here.to(span.device, copy=True)
         # As numpy's: many small writes.
@@ -115,12 +124,15 @@ class Program:
                     own = part.padding
                     self.padding[row : row + part.rows, : own.shape[1]] = own.bool()
                 row += part.rows
+        if self._adapters is not None:
+            self._adapters.fill([(part.additions, part.rows) for part in parts])
 
-    def like(self, other: Program, rows: int) -> float:
+    def like(self, other: Program, rows: int, *, plainly: bool = False) -> float:
         """How far this one is from what another, which has just run, gives for the same inputs.
 
         Args:
             rows: that are somebody's.
+            plainly: with adapters computed without a kernel.
 
         Returns:
             the largest difference of a block's outputs, relative to their size.
@@ -131,13 +143,13 @@ class Program:
             self.padding.copy_(other.padding)
         differences = [
             (one[:rows] - theirs[:rows]).float().norm() / theirs[:rows].float().norm()
-            for one, theirs in zip(self.compute(), other._outputs, strict=True)
+            for one, theirs in zip(self.compute(plainly), other._outputs, strict=True)
         ]
         return float(torch.stack(differences).max())
 
     @property
     def settled(self) -> bool:
-        """Whether `run` leaves its outputs in place; if not, it captures a graph for the next."""
+        """Whether it runs as it will from now on; if not, there is a graph to `capture`."""
         return self._graph is not None or self._graphs is None
 
     def run(self, rows: int, blocks: Sequence[int]) -> list[torch.Tensor]:
@@ -156,12 +168,9 @@ class Program:
         if self.span.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         # The next step writes over what stays here.
-        answer = [result[:rows].clone(), *others]
-        if not self.settled:
-            self.capture()
-        return answer
+        return [result[:rows].clone(), *others]
 
-    def compute(self) -> list[torch.Tensor]:
+    def compute(self, plainly: bool = False) -> list[torch.Tensor]:
         """The output of every block from what the inputs hold."""
         start, end = self.bucket.blocks
         table = self.plan[:, _PAGES:]
@@ -173,7 +182,11 @@ class Program:
             self.padding,
             table=table if self._fused else None,
         )
-        with stepping(cache):
+        with ExitStack() as stack:
+            stack.enter_context(stepping(cache))
+            if self._adapters is not None:
+                plainly = plainly or self.span.device.type != "cuda"
+                stack.enter_context(self._adapters.applied(plainly=plainly))
             last, *others = self.span.run(
                 start,
                 end,

@@ -91,10 +91,17 @@ class SessionState:
 
     def batch_part(self, step: Step, position: int) -> Part:
         """The step as a part of a call for several sessions; prepared as by `run`."""
-        tuners = self._choose(step).tuners
+        span = self._choose(step)
         self._prepare(step, position)
         mask = self._extend_mask(step, position, 0, step.length)
-        return Part(self.cache, step.rows, step.length, mask, tuners=tuners)
+        return Part(
+            self.cache,
+            step.rows,
+            step.length,
+            mask,
+            tuners=span.tuners,
+            additions=span.additions,
+        )
 
     def padded_by(self, step: Step) -> bool:
         """Whether there is padding in the session with this step."""
