@@ -21,6 +21,7 @@ from swarm_notebook.checkpoint.parts.single import BlockTensors
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.adapters.injected import Adapters
 from swarm_notebook.model.blocks.remote import remote_class
+from swarm_notebook.model.calls.decoder import DecoderCalls
 from swarm_notebook.model.calls.runner import Runner
 from swarm_notebook.model.generation import drafting
 from swarm_notebook.model.generation.cache import RemoteCache, adopted
@@ -49,13 +50,13 @@ class RemoteModel:
     # Torch compiles around it, and gives the reason where it may not (`fullgraph=True`).
     @torch.compiler.disable(reason=_UNCOMPILED)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kept = self._runner.kept
+        kept = self._runner.calls.kept
         outer = kept.begin(self, kwargs)  # type: ignore[arg-type]
         try:
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             kept.check(output)
         except KeyboardInterrupt as interrupt:
-            self._runner._end()  # torch runs the hooks that close a call after errors only
+            self._runner.calls.end()  # torch runs the hooks that close a call after errors only
             raise interrupt.with_traceback(None) from None
         finally:
             kept.go_on(outer)
@@ -229,17 +230,18 @@ def build(
     model.__class__ = _remote_model_class(type(loaded))  # type: ignore[arg-type]
     model._tensors = BlockTensors(source, loaded)
     blocks: list[Any] = list(info.layers)
-    runner = Runner(
-        connection,
+    calls = DecoderCalls(
+        info.decoder,
+        info.layers_name,
         blocks,
+        connection,
         Adapters(loaded),
-        returns_tuple=info.returns_tuple,
         context_length=context_length(model.config),
     )
+    runner = Runner(calls, returns_tuple=info.returns_tuple)
     for index, block in enumerate(blocks):
         block.__class__ = remote_class(type(block))  # type: ignore[arg-type]
         empty(model, block, index)
         block.attach(runner, index)
-    runner.install(info.decoder, info.layers_name)
     model._runner = runner
     return loaded

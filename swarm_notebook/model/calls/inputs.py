@@ -27,6 +27,11 @@ def refuse_unknown(kwargs: Mapping[str, Any], config: Any, layout: Layout) -> No
         raise Unsupported("encoder_hidden_states: remote blocks take hidden states only")
 
 
+def without_values(tensor: torch.Tensor) -> bool:
+    """Whether only shapes are wanted of a call."""
+    return tensor.is_meta or type(tensor).__name__ == "FakeTensor"
+
+
 def size(tokens: torch.Tensor) -> tuple[int, int]:
     """Rows and positions of ids, or of their embeddings.
 

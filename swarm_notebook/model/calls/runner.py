@@ -17,104 +17,60 @@ whatever else stands in the list of blocks, and where that list ends.
 from __future__ import annotations
 
 import copy
-import inspect
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import nn
 
 from swarm_notebook.checkpoint.states import input_state, with_input_state
-from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.request import Outputs
 from swarm_notebook.client.session.session import Given
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.adapters.injected import Adapters
-from swarm_notebook.model.blocks import hooks
 from swarm_notebook.model.blocks.blanks import blank
-from swarm_notebook.model.blocks.blocklist import watched
-from swarm_notebook.model.blocks.intact import dropouts, refuse_transforms
-from swarm_notebook.model.blocks.layout import Layout, plan
-from swarm_notebook.model.blocks.observer import Observer
+from swarm_notebook.model.blocks.hooks import deliver
+from swarm_notebook.model.blocks.intact import dropouts
+from swarm_notebook.model.blocks.layout import Layout
 from swarm_notebook.model.blocks.remote import OwnBlock
 from swarm_notebook.model.blocks.same import SameTensor
 from swarm_notebook.model.calls import inputs
 from swarm_notebook.model.calls.autograd import Segment
-from swarm_notebook.model.calls.call import Call, is_running
+from swarm_notebook.model.calls.call import Call
+from swarm_notebook.model.calls.decoder import DecoderCalls
 from swarm_notebook.model.calls.given import (
     refuse_blank,
     refuse_changed,
     refuse_other_kinds,
     refuse_others,
 )
-from swarm_notebook.model.calls.kept import Kept
 from swarm_notebook.model.calls.requests import detached, pass_of, request_alone, request_of
-from swarm_notebook.model.calls.rotary import Rotations
 from swarm_notebook.model.calls.tracing import BlockTrace
-from swarm_notebook.model.generation.cache import RemoteCache, adopted
-
-
-def _without_values(hidden: torch.Tensor) -> bool:
-    return hidden.is_meta or type(hidden).__name__ == "FakeTensor"
-
-
-class _ThreadState(threading.local):
-    """What one thread is at.
-
-    Attributes:
-        call: the run of the decoder.
-        given: what the block that is called next was called with, before its hooks.
-        generating: the cache that ``generate`` uses.
-    """
-
-    call: Call | None = None
-    given: dict[str, Any] | None = None
-    generating: weakref.ref[RemoteCache] | None = None
+from swarm_notebook.model.generation.cache import RemoteCache
 
 
 class Runner:
     """Runs the remote blocks of one model. Calls of different threads do not mix.
 
     Attributes:
-        home: the blocks that run in the notebook.
-        kept: of how many positions a call needs the last block's output.
+        calls: the runs of the decoder.
         deep_prompts: trainable vectors ``[blocks, length, hidden]`` that are added to the first
             positions of each block's input, or None.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        blocks: list[nn.Module],
-        adapters: Adapters,
-        *,
-        returns_tuple: bool,
-        context_length: int | None,
-    ):
-        self.connection, self.blocks, self.adapters = connection, blocks, adapters
-        self.returns_tuple, self.context_length = returns_tuple, context_length
+    def __init__(self, calls: DecoderCalls, *, returns_tuple: bool):
+        self.calls, self.returns_tuple = calls, returns_tuple
+        self.connection = calls.connection
         self.deep_prompts: torch.Tensor | None = None
-        self.home: frozenset[int] = frozenset()
         self._told = False
-        self.kept = Kept()
-        self._observer = Observer(blocks)
-        self._local = _ThreadState()
 
     def __deepcopy__(self, memo: dict) -> Runner:
         """A copy of the model is another view on the same servers, with hooks of its own."""
         memo[id(self)] = twin = object.__new__(Runner)
         twin.__dict__.update(self.__dict__)
-        twin.blocks = copy.deepcopy(self.blocks, memo)
-        twin.adapters = copy.deepcopy(self.adapters, memo)
-        twin._observer = copy.deepcopy(self._observer, memo)
-        twin._masks = copy.deepcopy(self._masks, memo)
-        twin._recorded = copy.deepcopy(self._recorded, memo)
-        twin._rotations = copy.deepcopy(self._rotations, memo)
-        twin._local, twin.kept = _ThreadState(), Kept()
+        twin.calls = copy.deepcopy(self.calls, memo)
         return twin
 
     def __reduce__(self) -> Any:
@@ -124,14 +80,29 @@ class Runner:
         )
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks of the model, wherever they run."""
+        return self.calls.blocks
+
+    @property
+    def adapters(self) -> Adapters:
+        """What PEFT put into them."""
+        return self.calls.adapters
+
+    @property
+    def home(self) -> frozenset[int]:
+        """The blocks that run in the notebook."""
+        return self.calls.home
+
+    @property
     def generating(self) -> RemoteCache | None:
         """The cache that ``generate`` uses in this thread, if it still lives."""
-        held = self._local.generating
+        held = self.calls.here.generating
         return None if held is None else held()
 
     @generating.setter
     def generating(self, cache: RemoteCache) -> None:
-        self._local.generating = weakref.ref(cache)
+        self.calls.here.generating = weakref.ref(cache)
 
     def warn_of_dropout(self) -> None:
         """Say once that the remote blocks drop nothing, where those of a local model would."""
@@ -149,168 +120,30 @@ class Runner:
 
     def home_changed(self) -> None:
         """Look again at which blocks are at home."""
-        self.home = frozenset(
+        self.calls.home = frozenset(
             index for index, block in enumerate(self.blocks) if isinstance(block, OwnBlock)
         )
         self.adapters.forget()
 
-    def install(self, decoder: nn.Module, layers_name: str) -> None:
-        """Follow the calls of the module that owns the blocks, in a list of this name."""
-        self._layers_name = layers_name
-        self._masks = hooks.Masks(decoder)
-        self._recorded = hooks.RecordedOutputs(decoder, self._masks)
-        self._rotations = Rotations(decoder, self.blocks)
-        self._signature = inspect.signature(decoder.forward)
-        self._forward_code = inspect.unwrap(type(decoder).forward).__code__
-        watched(getattr(decoder, layers_name), self._shown)
-        decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
-        decoder.register_forward_hook(self._end, always_call=True)
-
-    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            bound = self._signature.bind_partial(*args, **kwargs).arguments
-            kwargs = {**bound.pop("kwargs", {}), **bound}
-        tokens = kwargs.get("inputs_embeds")
-        tokens = kwargs.get("input_ids") if tokens is None else tokens
-        if tokens is None or _without_values(tokens):
-            return (), kwargs
-        rows, new = inputs.size(tokens)
-        config: Any = decoder.config
-        layers = list(getattr(decoder, self._layers_name))
-        # Many decoders stop at this number: so transformers leaves early to guess tokens.
-        layers = layers[: config.num_hidden_layers]
-        layout = plan(layers, self.blocks, self.home)
-        inputs.refuse_unknown(kwargs, config, layout)
-        remote = [index for index in layout.order if index not in layout.home]
-        injections, continued = self.adapters.injections, _continued(kwargs.get("past_key_values"))
-        observed = self._observer.observed(layout, injections, continued=continued)
-        modules = self._observer.modules(layout, injections)
-        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
-        if cache is None and (config.use_cache if use_cache is None else use_cache):
-            cache = RemoteCache(self.connection, lazy=use_cache is None)
-            kwargs["past_key_values"] = cache
-        elif cache is not None:
-            cache = adopted(cache, self.connection)
-        inputs.check_cache(cache, self.connection, rows)
-        position = 0 if cache is None else cache.length
-        if remote:
-            self._check_alike(remote[0], position)
-        if cache is not None:
-            self._check_order(cache, layout)
-        inputs.check_length(position, new, self.context_length)
-        states = kwargs.get("output_hidden_states")
-        states = config.output_hidden_states if states is None else states
-        mask = inputs.new_mask(kwargs.get("attention_mask"), cache, new, remote=bool(remote))
-        ids = self._rotations.here(kwargs.get("position_ids"))
-        ids = inputs.unusual_positions(ids, position)
-        packs = cache is None and kwargs.get("attention_mask") is None
-        if cache is not None and layout.home and kwargs.get("attention_mask") is None:
-            # The servers remember what was masked; blocks at home see what they are given.
-            kwargs["attention_mask"] = cache.whole_mask(new)
-        recorded = self._recorded.asked(kwargs, modules)
-        self._local.given = None  # of a call that did not come to its end
-        own = layers == [self.blocks[index] for index in layout.order]
-        kept = self.kept.positions(new, self.blocks)
-        last = len(self.blocks) - 1
-        ends = own and layout.order[-1:] == (last,)
-        unseen = ends and not states and last not in observed.boundaries
-        boundaries = hooks.observed_boundaries(self.blocks, True) if states else observed.boundaries
-        self._local.call = Call(
-            cache=cache,
-            layout=layout,
-            rows=rows,
-            new=new,
-            position=position,
-            mask=mask,
-            position_ids=ids,
-            adapter=self.adapters.current(self.blocks, thorough=position == 0),
-            seed=self.adapters.dropout_seed(self.blocks),
-            states=boundaries,
-            inside=hooks.observed_inside(modules, recorded) if recorded else dict(observed.inside),
-            recorded=recorded,
-            last=position + new if ids is None else int(ids.max()) + 1,
-            kept=kept if unseen else None,
-            edited=frozenset() if cache is None else cache.session.edited,
-            packs=packs,
-            asked=self._rotations.count,
-            hooked=observed.boundaries,
-            outer=self._outer(decoder),
-            preceded=hooks.seen_outside(decoder, self._layers_name),
-            whole=own and not boundaries and layout.one_stretch,
-        )
-        if not layout.home:
-            self._masks.leave_out()
-        return (), kwargs
-
-    def _check_alike(self, block: int, position: int) -> None:
-        """Refuse a call that its servers would compute in another way than it would be here."""
-        refuse_transforms(block)
-        if position == 0:
-            self._rotations.check()
-            self._masks.check(block)
-
-    def _outer(self, decoder: nn.Module) -> Call | None:
-        """The call that is under way, if it is a hook of it that calls the model."""
-        call = self._local.call  # else one that was interrupted
-        return call if call is not None and is_running(self._forward_code, decoder) else None
-
-    def _shown(self, asking: CodeType) -> list[nn.Module] | None:
-        """What the decoder's forward sees of its blocks: the first one, if it stands for all."""
-        call = self._local.call
-        if call is None or asking is not self._forward_code:
-            return None
-        if call.preceded:
-            found = self._observer.observed(call.layout, self.adapters.injections, continued=True)
-            call.look_at(found.boundaries, len(self.blocks))
-            for index, modules in found.inside.items():
-                call.inside.setdefault(index, modules)
-        if not call.whole or call.inside:
-            return None
-        call.shortened = True
-        return [self.blocks[call.layout.order[0]]]
-
-    def _check_order(self, cache: RemoteCache, layout: Layout) -> None:
-        """Refuse a cache that an unusual order of blocks cannot fill."""
-        if not layout.ascending and (cache.length or not cache.lazy):
-            raise Unsupported(
-                f"the list of blocks repeats or exchanges blocks ({list(layout.order)}), each of "
-                "which has one place in a cache; pass use_cache=False"
-            )
-        cache.continue_with(layout)
-
-    def _end(self, _decoder: object = None, _args: object = None, output: Any = None) -> None:
-        call = self._local.call
-        self._local.call = None if call is None else call.outer
-        self._masks.restore()
-        if call is None or output is None or not call.place:
-            return
-        if call.blank:
-            raise Unsupported(
-                f"the model stopped behind block {call.following - 1}, though more blocks are in "
-                "its list: cut the list instead (layers = layers[:n])"
-            )
-        if call.cache is not None:
-            call.cache.advance(call.rows, call.new, call.mask)
-
     def given(self, named: dict[str, Any]) -> None:
         """What a block is called with, before its hooks see it."""
-        self._local.given = named
+        self.calls.here.given = named
 
     def run(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """The output of block ``index``; the network is asked only when it must be."""
         refuse_other_kinds(index, hidden)
-        if _without_values(hidden):
+        if inputs.without_values(hidden):
             return torch.empty_like(hidden)
-        call = self._local.call
+        call = self.calls.here.call
         if call is None:
             return self._run_alone(index, hidden, kwargs)
-        given, self._local.given = self._local.given, None
+        given, self.calls.here.given = self.calls.here.given, None
         if given is not None:
             refuse_changed(index, given, kwargs)
-        refuse_others(index, call, kwargs, self._rotations)
+        refuse_others(index, call, kwargs, self.calls.rotations)
         before = call.place
         place = call.arrive(index)
-        late = not call.shortened and self._look_again(call, index)
+        late = not call.shortened and self.calls.look_again(call, index)
         if call.continues(index, hidden) and not late:
             if call.piece == index:
                 # The same values, but perhaps wrapped anew: the graph must follow the wrapping.
@@ -322,21 +155,9 @@ class Runner:
         for name, module in call.inside.get(index, ()):
             inner = self._inner(call, index, name)
             record = (index, name) in call.recorded
-            hooks.deliver(f"block {index}.{name}", module, inner, self._recorded, record=record)
+            deliver(f"block {index}.{name}", module, inner, self.calls.recorded, record=record)
         self._serve_trace(call, index, hidden, place)
         return self._hand_out(call, index, hidden)
-
-    def _look_again(self, call: Call, index: int) -> bool:
-        """Whether a hook has put others on block ``index`` since the model was called."""
-        if not call.hooked and not call.inside:
-            return False  # nobody's code runs in between
-        late = index not in call.states and hooks.is_observed(self.blocks[index])
-        if late:
-            call.look_at({index - 1, index} - {-1}, len(self.blocks))
-        more = self._observer.late(index, call.inside.get(index, ()))
-        if more is not None:
-            call.inside[index] = more
-        return late or more is not None
 
     def _inner(self, call: Call, index: int, name: str) -> torch.Tensor:
         """The output of a module inside of a block, as it came."""
@@ -356,14 +177,15 @@ class Runner:
                 self._fetch(call, index, hidden, call.place, place)
             for name, module in wanted:
                 inner = self._inner(call, index, name)
-                trace.serve(name, self._recorded.shaped(f"block {index}.{name}", module, inner))
+                full = f"block {index}.{name}"
+                trace.serve(name, self.calls.recorded.shaped(full, module, inner))
         trace.pass_by()
 
     def run_own(self, index: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """What block ``index``, which is at home, makes of its arguments by ``forward``."""
         hidden = input_state(args, kwargs)
-        call = self._local.call
-        if call is None or _without_values(hidden):
+        call = self.calls.here.call
+        if call is None or inputs.without_values(hidden):
             return forward(*args, **kwargs)
         call.arrive(index)
         refuse_blank(index, hidden)
@@ -430,7 +252,7 @@ class Runner:
         call.end = index + 1 if place is None else call.layout.stretch_end(place)
         if not stateless:
             call.end_before_edits(index)
-        length = self._rotations.length(call.last)
+        length = self.calls.rotations.length(call.last)
         request = request_of(call, index, hidden, self._prompts(index, call.end), length)
         if stateless and not call.packs and request.position_ids is not None:
             # Without a cache and a mask a server would find sequences packed in one row.
@@ -458,7 +280,7 @@ class Runner:
         with torch.inference_mode(False):
             for block, state in received.items():
                 state = state.to(hidden.device, non_blocking=no_wait)
-                received[block] = self.kept.fill_up(state, call.new)
+                received[block] = self.calls.kept.fill_up(state, call.new)
 
     def _remember(self, call: Call, cache: RemoteCache, index: int, hidden: torch.Tensor) -> None:
         """Note the input of a block in the session's history, from which caches are rebuilt."""
@@ -468,7 +290,7 @@ class Runner:
                 session.edit(index, hidden)
             return
         call.begun = True
-        new = pass_of(call, index, hidden, self._rotations.length(call.last))
+        new = pass_of(call, index, hidden, self.calls.rotations.length(call.last))
         absent = call.layout.absent(len(self.blocks))
         prompts = detached(self._prompts(0, len(self.blocks)), hidden.dtype)
         session.begin(new, Given(call.adapter, prompts, absent))
@@ -477,8 +299,8 @@ class Runner:
         """A block that is called by itself, outside of the model's own forward."""
         hidden = inputs.promoted(hidden, self.blocks[index])
         alone = Layout((index,), self.home, frozenset({0, 1}))
-        self._observer.check_intact(alone, thorough=True)
-        request = request_alone(index, hidden, kwargs, self._rotations)
+        self.calls.observer.check_intact(alone, thorough=True)
+        request = request_alone(index, hidden, kwargs, self.calls.rotations)
         request.adapter = self.adapters.current(self.blocks, thorough=True)
         gradients = self._wants_gradients(hidden)
         outputs, trails = self.connection.forward(request, keep=gradients)
@@ -498,10 +320,6 @@ _NO_CACHED_GRADIENTS = (
     "gradients through cached keys and values: call the model without past_key_values, or under "
     "torch.no_grad()"
 )
-
-
-def _continued(cache: object) -> bool:
-    return isinstance(cache, RemoteCache) and cache.length > 0
 
 
 def _learns(block: nn.Module, hidden: torch.Tensor) -> bool:

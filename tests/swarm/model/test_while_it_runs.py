@@ -58,7 +58,7 @@ def test_a_call_that_an_interrupt_has_ended_is_no_outer_one(tiny_scene: Scene) -
         model.model(tiny_scene.ids(1, 5))
     handle.remove()
     model(tiny_scene.ids(1, 5))
-    assert model._runner._local.call is None
+    assert model._runner.calls.here.call is None
 
 
 @pytest.mark.works("Hooks: registered by hooks further to the front (on embeddings, on the block)")
