@@ -133,7 +133,7 @@ def honest(bench: Bench, audits: int) -> Extremes:
         for way, answer in bench.answers(hidden):
             for part in _windows(answer, reference, twin):
                 errors = compare(*part)
-                found.add(errors, together.add(way, None, frozenset(), errors))
+                found.add(errors, together.add(way, frozenset(), errors))
                 parts.setdefault(way, []).append(errors)
         if found.audits >= audits:
             break

@@ -229,11 +229,13 @@ class ServerReport:
         times: its seconds of serialisation, queue and compute.
         push_failed: why the next server did not get the output, or empty.
         filled: the input came from the client after all.
+        print: of what the server before has pushed (`net.wire.prints`); None: it does not say.
     """
 
     times: tuple[float, float, float] = (0.0, 0.0, 0.0)
     push_failed: str = ""
     filled: bool = False
+    print: int | None = None
 
     def times_within(self, waited: float) -> tuple[float, float, float]:
         """The times as a part of the seconds that were waited."""
@@ -259,6 +261,8 @@ def read_report(metadata: bytes) -> ServerReport:
     if isinstance(failed, str):
         report.push_failed = clean(failed[:MAX_REASON])
     report.filled = found.get(protocol.FILLED) is True
+    printed = found.get(protocol.PRINT)
+    report.print = printed if type(printed) is int else None
     return report
 
 

@@ -75,8 +75,13 @@ class HostedServer:
     @property
     def layers(self) -> list[Any]:
         """The modules of its blocks, for those who change what it computes."""
+        return list(self.handler._span.layers)
+
+    @property
+    def handler(self) -> Any:
+        """What answers requests, for those who change how."""
         up: Any = self._server._up
-        return list(up.handler._span.layers)
+        return up.handler
 
     @property
     def ready(self) -> bool:

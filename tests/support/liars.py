@@ -10,6 +10,10 @@ import torch
 from support.hosting import HostedServer
 from torch import nn
 
+from swarm_notebook.net.wire import tensors
+from swarm_notebook.net.wire.message import PackedTensor
+from swarm_notebook.net.wire.prints import Printer
+
 Lie = Callable[[list[nn.Module]], list[Any]]
 
 
@@ -112,6 +116,42 @@ GRADIENT_LIES: dict[str, Lie] = {
     "1.1 times": poisoned(1.1),
     "flipped": poisoned(-1.0),
 }
+
+
+@contextmanager
+def handing_over(
+    server: HostedServer, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Within it, what a server pushes to others is not what it tells the notebook."""
+    pushes = server.handler._pushes
+    push = pushes.push
+
+    async def other(peer: str, target: Any, step_id: str, tensor: PackedTensor) -> str:
+        changed = change(tensors.unpack(tensor, tensors.layout(tensor)).clone())
+        return await push(peer, target, step_id, tensors.pack(changed))
+
+    pushes.push = other
+    try:
+        yield
+    finally:
+        pushes.push = push
+
+
+@contextmanager
+def misprinting(server: HostedServer, change: Callable[[int], int | None]) -> Iterator[None]:
+    """Within it, a server tells another print of what was pushed to it."""
+    codec = server.handler._codec
+    run = codec.run
+
+    async def other(size: int, function: Any, *arguments: Any) -> Any:
+        result = await run(size, function, *arguments)
+        return change(result) if function.__name__ == Printer.of.__name__ else result
+
+    codec.run = other
+    try:
+        yield
+    finally:
+        codec.run = run
 
 
 def _noise(like: torch.Tensor) -> torch.Tensor:

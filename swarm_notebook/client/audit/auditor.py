@@ -130,6 +130,17 @@ class Auditor:
         if self._drawn(segment, tokens, tokens, back=True):
             self._take(piece.of_backward(segment, request, grad, found))
 
+    def disputed(self, sender: RouteSegment, receiver: RouteSegment, why: str) -> None:
+        """What one server says it has handed to another is not what that one says it got.
+
+        Both count as new again: who lies is found by the next answers, whose input is known.
+        """
+        for one in (sender, receiver):
+            self._tried.discard((one.peer, False))
+            self.verdicts.add(
+                Verdict(one.peer, one.span.name, one.start, one.end, 0, OPEN, why=why)
+            )
+
     def _drawn(self, segment: RouteSegment, tokens: int, total: int, *, back: bool = False) -> bool:
         blocks, dtype = segment.end - segment.start, piece.dtype_of(segment)
         if dtype is None or segment.peer in self._directory.health.wrong:
@@ -174,7 +185,7 @@ class Auditor:
     async def audit(self, found: Piece) -> Verdict:
         """Replay a piece, and decide; a server whose answer is wrong is left."""
         segment = found.segment
-        doubters = self._evidence.doubters(segment.peer, found.handed)
+        doubters = self._evidence.doubters(segment.peer)
         first = await self._replay(found, {segment.peer, *doubters})
         if first is None and doubters and self._judge is None:
             first = await self._replay(found, {segment.peer})
@@ -204,23 +215,22 @@ class Auditor:
                 return _verdict(found, OPEN, by=(*first.by, *second.by), why=said, errors=errors)
             why = again
         by = (*first.by, *(second.by if second else ()))
-        return self._disputed(found, by, why, errors)
+        return self._wrong(found, by, why, errors)
 
     def _added_up(self, found: Piece, replay: _Replay, errors: Errors) -> Verdict:
         """Nothing is wrong with this answer by itself; is there with the latest together?"""
         segment = found.segment
-        who = segment.peer, found.handed
-        why = self._evidence.add(*who, replay.peers, errors)
+        why = self._evidence.add(segment.peer, replay.peers, errors)
         if not why:
             return _verdict(found, AGREED, by=replay.by, errors=errors)
-        if self._evidence.counts(*who):
+        if self._evidence.counts(segment.peer):
             self._evidence.forget(segment.peer)
-            return self._disputed(found, replay.by, why, errors, proves=False)
+            return self._wrong(found, replay.by, why, errors, proves=False)
         said = f"{', '.join(replay.by)} disagrees, and others are asked from now on: {why}"
         logger.warning("audits of %s: %s", _name(segment), said)
         return _verdict(found, OPEN, by=replay.by, why=said, errors=errors)
 
-    def _disputed(
+    def _wrong(
         self, found: Piece, by: tuple[str, ...], why: str, errors: Errors, *, proves: bool = True
     ) -> Verdict:
         """The answer does not follow from the input that the notebook knows of.
@@ -228,20 +238,7 @@ class Auditor:
         Args:
             proves: this piece shows it by itself.
         """
-        segment, health = found.segment, self._directory.health
-        if found.handed is not None:
-            # Either of two may have lied: who answered, or who handed over something else than it
-            # told. From now on the notebook itself hands over, and the next audit names one.
-            health.keep_apart(found.handed, segment.peer, float("inf"))
-            said = (
-                f"{why}; or …{found.handed[-6:]} has handed over other states than it told. From "
-                "now on they go over the notebook"
-            )
-            logger.warning("audit of %s: %s", _name(segment), said)
-            # Whoever was audited first is still unknown.
-            self._tried.discard((segment.peer, False))
-            return _verdict(found, OPEN, by=by, why=said, errors=errors)
-        self._condemn(segment, f"by {', '.join(by)}: {why}")
+        self._condemn(found.segment, f"by {', '.join(by)}: {why}")
         proof = found if proves else None
         return _verdict(found, WRONG, by=by, why=why, errors=errors, proof=proof)
 

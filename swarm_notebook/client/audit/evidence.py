@@ -54,21 +54,20 @@ class Evidence:
     """Adds up the audits of each server in halves; those of float32 need no second one."""
 
     def __init__(self) -> None:
-        self._sums: OrderedDict[tuple[str, str | None, frozenset[str]], _Sum] = OrderedDict()
-        self._doubts: dict[tuple[str, str | None], set[frozenset[str]]] = {}
+        self._sums: OrderedDict[tuple[str, frozenset[str]], _Sum] = OrderedDict()
+        self._doubts: dict[str, set[frozenset[str]]] = {}
 
-    def add(self, peer: str, handed: str | None, by: frozenset[str], errors: Errors) -> str:
+    def add(self, peer: str, by: frozenset[str], errors: Errors) -> str:
         """Take an audit that found nothing by itself; says what it makes too much of, if it does.
 
         Args:
             peer: that was audited.
-            handed: the peer that gave it its input; None for the notebook.
             by: the peers that replayed it; empty for the notebook.
             errors: those found.
         """
         if errors.ratio is None:
             return ""
-        key = peer, handed, by
+        key = peer, by
         found = self._sums.setdefault(key, _Sum())
         self._sums.move_to_end(key)
         if len(self._sums) > MOST_SUMS:
@@ -76,29 +75,29 @@ class Evidence:
         found.add(errors)
         why = found.why()
         if why:
-            self._doubts.setdefault((peer, handed), set()).add(by)
+            self._doubts.setdefault(peer, set()).add(by)
         return why
 
-    def _drop(self, key: tuple[str, str | None, frozenset[str]]) -> None:
+    def _drop(self, key: tuple[str, frozenset[str]]) -> None:
         """Forget a sum, and the doubt that came of it."""
-        peer, handed, by = key
+        peer, by = key
         del self._sums[key]
-        doubts = self._doubts.get((peer, handed), set())
+        doubts = self._doubts.get(peer, set())
         doubts.discard(by)
         if not doubts:
-            self._doubts.pop((peer, handed), None)
+            self._doubts.pop(peer, None)
 
-    def counts(self, peer: str, handed: str | None) -> bool:
+    def counts(self, peer: str) -> bool:
         """Whether the doubts about a server are more than the word of one witness."""
-        doubts = self._doubts.get((peer, handed), set())
+        doubts = self._doubts.get(peer, set())
         return frozenset() in doubts or any(not a & b for a in doubts for b in doubts if a != b)
 
-    def doubters(self, peer: str, handed: str | None) -> set[str]:
+    def doubters(self, peer: str) -> set[str]:
         """Witnesses that have said all they can about a server."""
-        return set().union(*self._doubts.get((peer, handed), set()))
+        return set().union(*self._doubts.get(peer, set()))
 
     def forget(self, peer: str) -> None:
         """It is known why: begin anew with this server."""
-        for kept in (self._sums, self._doubts):
-            for key in [key for key in kept if key[0] == peer]:
-                del kept[key]  # type: ignore[arg-type]
+        self._doubts.pop(peer, None)
+        for key in [key for key in self._sums if key[0] == peer]:
+            del self._sums[key]

@@ -39,5 +39,8 @@ class Audits(Protocol):
     ) -> None:
         """A server has answered its part of a backward pass."""
 
+    def disputed(self, sender: RouteSegment, receiver: RouteSegment, why: str) -> None:
+        """What one server says it has handed to another is not what that one says it got."""
+
     def outcomes(self, peer: str) -> Outcomes:
         """What audits of a server have found so far; called from any thread."""

@@ -31,8 +31,6 @@ class Piece:
         request: ``hidden`` is float32 ``[rows, positions, hidden size]``, as the server got it.
         answer: of the same shape, as the notebook got it.
         counted: bool ``[rows, positions]``: what of it this server has answered.
-        handed: the peer that gave it its input, if that was not the notebook: the notebook knows
-            only what that peer says it was.
         first: position of the first token that this server computed; 0 without a session.
         grad: of the output, ``[rows, positions, hidden size]``: the piece is a backward pass.
         gradients: what it gave then; ``answer`` is that of the input.
@@ -44,7 +42,6 @@ class Piece:
     request: Request
     answer: torch.Tensor
     counted: torch.Tensor
-    handed: str | None = None
     first: int = 0
     grad: torch.Tensor | None = None
     gradients: PassGradients | None = None
@@ -140,13 +137,12 @@ def of_session(history: History, computed: Computed, end: int, compression: int)
         return None
     if merged[0].input_of(computed.start) is None:
         return None
-    answers, counted, handed = [], [], None
+    answers, counted = [], []
     first: int | None = None
     for part in history.passes():
         answer, by = part.inputs.get(end), part.computed.get(end)
         own = by is not None and by.same_work(computed) and answer is not None
         if by is not None and own:
-            handed = handed or by.handed
             first = part.position if first is None else first
         like = part.input_of(computed.start)
         if like is None:
@@ -165,6 +161,5 @@ def of_session(history: History, computed: Computed, end: int, compression: int)
     return replace(
         found,
         counted=found.counted & torch.cat(counted, dim=1),
-        handed=handed,
         first=first or 0,
     )

@@ -15,7 +15,7 @@ from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.client.session.chain import Chain
 from swarm_notebook.client.session.hop import Hop
-from swarm_notebook.client.session.pipeline import HopLost
+from swarm_notebook.client.session.pipeline import HandOverDisputed, HopLost
 from swarm_notebook.client.telemetry import Failover, Timeline
 from swarm_notebook.errors import (
     AdapterMissing,
@@ -61,6 +61,9 @@ class FailoverPolicy:
             MissingBlocks: the only server of some blocks fails again and again.
         """
         stage, error = loss.stage, loss.error
+        if isinstance(loss, HandOverDisputed):
+            self._part(loss)
+            return
         if stage.source is not None and isinstance(error, BadRequest):
             # Perhaps its input was not what the client would have sent.
             before, after = stage.source.segment.peer, stage.hop.segment.peer
@@ -68,6 +71,19 @@ class FailoverPolicy:
             stage.hop.reset()
         elif not stage.hop.content_with_less(error):
             self._lose(stage.hop, error)
+
+    def _part(self, dispute: HandOverDisputed) -> None:
+        """From now on, what one of two servers gives the other goes over the notebook."""
+        stage, source = dispute.stage, dispute.stage.source
+        stage.hop.reset()
+        if source is None:
+            return
+        before, after = source.segment, stage.hop.segment
+        self._directory.health.keep_apart(before.peer, after.peer, float("inf"))
+        said = f"{dispute}: one of them lies. From now on it goes over the notebook"
+        logger.warning("%s", said)
+        if self._directory.audits is not None:
+            self._directory.audits.disputed(before, after, said)
 
     def _lose(self, hop: Hop, error: RemoteError) -> None:
         self._chain.drop(hop)

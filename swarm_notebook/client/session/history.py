@@ -24,14 +24,12 @@ class Computed:
     """Who has computed a pass up to some block, from the input of block ``start`` on.
 
     Attributes:
-        handed: the peer whose server gave the input, if it was not the notebook.
         adapter: id and version of what it was run with.
         answered: from which position on the server's answer is known; zeros stand before it.
     """
 
     segment: RouteSegment
     start: int
-    handed: str | None
     adapter: tuple[str, int] | None
     answered: int = 0
 

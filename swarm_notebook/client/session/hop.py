@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 from swarm_notebook.client.adapters import Adapter, ensure_uploaded
 from swarm_notebook.client.passes.call import OPEN_TIMEOUT, gone, server_name
@@ -36,7 +35,7 @@ from swarm_notebook.client.session.writer import StepRoute, StepWriter, new_step
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.client.watch import Watch
 from swarm_notebook.errors import CacheFull, RemoteError, ServerFailed, ServerGone
-from swarm_notebook.net.wire import protocol, streams
+from swarm_notebook.net.wire import prints, protocol, streams
 from swarm_notebook.net.wire.message import PackedMessage
 
 # How Petals' servers end a refusal: with the most tokens that a session may reserve.
@@ -51,12 +50,14 @@ class HopAnswer:
         report: what the server says besides.
         received: when it came.
         since: when the answer before it came; until then the server had other work of this session.
+        print: of the output as it came, by the seed of the server that it is pushed to, too.
     """
 
     outputs: Outputs
     report: ServerReport
     received: float
     since: float
+    print: int | None = None
 
 
 class Hop:
@@ -134,6 +135,11 @@ class Hop:
     def session_id(self) -> str:
         """The session's name on the server."""
         return self._writer.session_id
+
+    @property
+    def print_seed(self) -> bytes | None:
+        """By which the server says what was pushed to it; None if it does not."""
+        return self._writer.print_seed
 
     @property
     def owes(self) -> bool:
@@ -214,13 +220,17 @@ class Hop:
         self.position = first.position
 
     async def receive(
-        self, request: Request, nudge: Callable[[], Awaitable[None]] | None = None
+        self,
+        request: Request,
+        nudge: Callable[[], Awaitable[None]] | None = None,
+        print_seed: bytes | None = None,
     ) -> HopAnswer:
         """The answer to the step that was sent first of those without one.
 
         Args:
             request: the step.
             nudge: called once if the answer takes longer than a moment.
+            print_seed: of the answer's print; None for none.
 
         Raises:
             BadRequest, CacheFull, SessionLost, AdapterMissing, ShuttingDown: the server says so.
@@ -231,15 +241,22 @@ class Hop:
             answer = await self._next_answer(stream)
         received = time.perf_counter()
         since, self._answered = self._answered, received
-        read = partial(read_outputs, answer.tensors, request, str(self))
+
+        def read() -> tuple[int | None, Outputs]:
+            # The print first: what is read may be written over.
+            told = None
+            if print_seed is not None and answer.tensors:
+                told = prints.printer(print_seed).of(answer.tensors[0])
+            return told, read_outputs(answer.tensors, request, str(self))
+
         try:
-            outputs = await beside_loop(stream.size, read)
+            printed, outputs = await beside_loop(stream.size, read)
         finally:
             stream.account.close()
         self.position = request.position + request.hidden.shape[1]
         self._directory.succeeded(self.segment.peer)
         self._directory.telemetry.usage.received(self.segment)
-        return HopAnswer(outputs, read_report(answer.metadata), received, since)
+        return HopAnswer(outputs, read_report(answer.metadata), received, since, printed)
 
     async def _next_answer(self, stream: streams.Stream) -> PackedMessage:
         stream.max_frame = answer_bytes(self._owed[0][0])

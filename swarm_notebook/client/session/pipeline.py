@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
-from swarm_notebook.client.request import Outputs, Request
+from swarm_notebook.client.request import Outputs, Request, ServerReport
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.session.history import Pass
 from swarm_notebook.client.session.hop import Hop
 from swarm_notebook.client.session.writer import StepRoute, new_step_id
 from swarm_notebook.client.telemetry import HopTimes
-from swarm_notebook.errors import RemoteError
+from swarm_notebook.errors import RemoteError, ServerFailed
 from swarm_notebook.net.dht.records import ServerSpan
 
 # p parts keep s servers busy for the time of p + s - 1 of them: at 16 parts, four servers take a
@@ -69,6 +69,13 @@ class HopLost(Exception):
         self.stage, self.error = stage, error
 
 
+class HandOverDisputed(HopLost):
+    """What a server says was pushed to it is not what the server before says it has pushed.
+
+    One of both lies, and nobody else can tell which. What came of it is not used.
+    """
+
+
 async def run_pipeline(
     directory: Directory,
     stages: Sequence[Stage],
@@ -109,6 +116,7 @@ class _PushGroup:
         requests: Sequence[Request],
     ):
         self._directory = directory
+        self._resent: set[int] = set()
         # Not that of the group before: its last server may be this one's first, and takes a step
         # that comes twice for one.
         step_id = new_step_id()
@@ -129,32 +137,53 @@ class _PushGroup:
         """Send to all, then receive from all in order; the outputs of the last one."""
         began = time.perf_counter()
         packed, unsent = await self._send()
-        outputs = Outputs({}, {})
+        outputs, handed = Outputs({}, {}), None
         for index, stage in enumerate(self._stages):
             if unsent is not None and unsent.stage is stage:
                 raise unsent
             hop, request = stage.hop, self._requests[index]
+            last = index + 1 == len(self._stages)
             try:
                 async with hop.receiving:
                     nudge = self._nudge(index) if index else None
-                    answer = await hop.receive(request, nudge)
+                    seed = None if last else self._stages[index + 1].hop.print_seed
+                    answer = await hop.receive(request, nudge, seed)
+                    if handed is not None:
+                        self._compare(index, handed, answer.report)
             except RemoteError as error:
                 raise HopLost(stage, error) from None
-            outputs = answer.outputs
-            last = index + 1 == len(self._stages)
+            outputs, handed = answer.outputs, answer.print
             times = hop.times(request, answer, began, packed, awaited=last)
             deliver(number + index, outputs, times)
             # What the next server took is counted from here: it began when this one answered.
             began = packed = answer.received
             if answer.report.filled and index:
                 self._keep_apart(index)
-            if index + 1 < len(self._stages):
+            if not last:
                 self._requests[index + 1].hidden = outputs.states[stage.end - 1]
                 if answer.report.push_failed:
                     self._keep_apart(index + 1)
                     if unsent is None or unsent.stage is not self._stages[index + 1]:
                         await self._resend(index + 1)
         return outputs
+
+    def _compare(self, index: int, handed: int, report: ServerReport) -> None:
+        """See to it that a stage got what the one before says it has pushed.
+
+        Args:
+            handed: the print of the latter.
+            report: of the stage.
+        """
+        if report.print == handed or (report.filled and index in self._resent):
+            return
+        stage = self._stages[index]
+        # Answers to what follows are of no use, and nobody is to take one for another.
+        stage.hop.close()
+        said = "does not say what came from it" if report.print is None else "says something else"
+        before = self._stages[index - 1].hop
+        raise HandOverDisputed(
+            stage, ServerFailed(f"{before} says what it has handed to {stage.hop}, which {said}")
+        )
 
     async def _send(self) -> tuple[float, HopLost | None]:
         """Send to all in order; when the first was packed, and the stage at which that failed."""
@@ -170,6 +199,7 @@ class _PushGroup:
 
     def _nudge(self, index: int) -> Callable:
         async def nudge() -> None:
+            self._resent.add(index)
             async with self._stages[index].hop.sending:
                 await self._stages[index].hop.resend(self._requests[index], self._routes[index])
 

@@ -84,8 +84,10 @@ class StepRun:
             for start, end in itertools.pairwise(self._current.cuts(block, min(hop.end, stop))):
                 stage = Stage(hop, start, end, given=start in self._current.edits)
                 if stages and not stage.given:
-                    before = stages[-1].hop
-                    if self._directory.together(before.segment.span, hop.segment.span):
+                    before, audited = stages[-1].hop, self._directory.audits is not None
+                    # What is audited must have come from somebody who is known.
+                    told = hop.segment.span.prints or not audited
+                    if told and self._directory.together(before.segment.span, hop.segment.span):
                         stage.source = before
                 stages.append(stage)
             block = min(hop.end, stop)
@@ -128,11 +130,10 @@ class StepRun:
         return functional.pad(state, (0, 0, missing, 0)) if missing else state
 
     def _computed(self, stage: Stage, answered: int) -> Computed:
-        source, adapter = stage.source, self._history.adapter
+        adapter = self._history.adapter
         return Computed(
             stage.hop.segment,
             stage.start,
-            None if source is None else source.segment.peer,
             None if adapter is None else (adapter.id, adapter.version),
             answered,
         )

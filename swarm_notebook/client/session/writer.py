@@ -16,7 +16,7 @@ from swarm_notebook.client.passes.call import server_name
 from swarm_notebook.client.request import Request, refuse_extensions, travelling
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
-from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire import prints, protocol
 from swarm_notebook.net.wire.message import PackedMessage
 
 # How long a Petals server may let a new session wait for room in its cache, in seconds.
@@ -46,11 +46,17 @@ class StepRoute:
 
 
 class StepWriter:
-    """Writes the steps of one session on the server of a segment."""
+    """Writes the steps of one session on the server of a segment.
+
+    Attributes:
+        session_id: the session's name on the server.
+        print_seed: by which it says what was pushed to it; None if it does not.
+    """
 
     def __init__(self, segment: RouteSegment, directory: Directory, max_length: int):
         self._segment, self._directory, self._max_length = segment, directory, max_length
         self.session_id: str = str(uuid.uuid4())
+        self.print_seed: bytes | None = prints.new_seed() if segment.span.prints else None
         self._introduced = False
         self._named: tuple[int, int] | None = None
 
@@ -73,6 +79,8 @@ class StepWriter:
             self._introduced = True
         if route.push_from is not None:
             metadata[protocol.PUSH_FROM] = route.push_from
+            if self.print_seed is not None:
+                metadata[protocol.PRINT] = self.print_seed
         if route.push_to is not None:
             metadata[protocol.PUSH_TO] = route.push_to
         metadata.update(request.options())

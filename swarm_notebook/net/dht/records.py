@@ -43,6 +43,8 @@ PUSH_VERSION = 2
 DTYPE_VERSION = 3
 # From which version on they answer with the last positions only, if no others are wanted.
 LAST_POSITIONS_VERSION = 4
+# From which version on they say what was pushed to them (`net.wire.prints`).
+PRINT_VERSION = 5
 
 # The record stands under every block, so what we announce is to stay small. Petals' servers ping
 # five neighbours per announcement and announce all that they pinged within five minutes.
@@ -335,6 +337,11 @@ class ServerSpan:
     def shortens(self) -> bool:
         """Whether it answers a step with the last positions only, if no others are wanted."""
         return (self.info.swarm_notebook or 0) >= LAST_POSITIONS_VERSION
+
+    @property
+    def prints(self) -> bool:
+        """Whether it tells the print of what another server has pushed to it."""
+        return (self.info.swarm_notebook or 0) >= PRINT_VERSION
 
 
 def spans_of(blocks: Mapping[int, Mapping[str, ServerInfo]]) -> list[ServerSpan]:

@@ -17,6 +17,8 @@ only servers which announce ``swarm_notebook`` in their record are sent:
   computed, the answer has no positions either, and the session goes on;
 - ``last_positions`` in a step's metadata says how many of the last positions of the last block's
   output the client wants; all of them go on to the next server all the same;
+- ``print`` in a step's metadata is the seed by which the server says what was pushed to it: its
+  print (`net.wire.prints`) comes under the same name in the answer's;
 - ``compute_dtype`` in the metadata of a forward or backward request names the dtype to compute it
   in, whatever the server's own: for comparisons of what two servers answer.
 
@@ -39,12 +41,13 @@ from swarm_notebook.net.wire.message import PackedTensor
 bound_nesting()
 
 # 1: masks, states, adapters; 2: pushes from server to server, 8-bit values; 3: `compute_dtype`;
-# 4: `last_positions`
-PROTOCOL_VERSION = 4
+# 4: `last_positions`; 5: `print`
+PROTOCOL_VERSION = 5
 EXTENSION_KEY = "swarm_notebook"
 TIMES_KEY = "times"
 PUSH_TO, PUSH_FROM = "push_to", "push_from"
 PUSH_FAILED, FILLED = "push_failed", "filled"
+PRINT = "print"
 # In the first message of a streamed answer: how many tensors it has in all.
 TENSORS = "tensors"
 COMPUTE_DTYPE = "compute_dtype"

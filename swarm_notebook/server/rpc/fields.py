@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net.wire import codecs, protocol, tensors
+from swarm_notebook.net.wire import codecs, prints, protocol, tensors
 
 # Ids have 36 characters and names a few more; nobody reads 1,024 modules at once; a chain has at
 # most a server per block; nobody waits for a day.
@@ -54,6 +54,14 @@ def dtype(metadata: dict[str, Any], name: str) -> torch.dtype | None:
     if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise BadRequest(f"{name}: {value!r}, expected float32, bfloat16 or float16")
     return found
+
+
+def seed_of_prints(metadata: dict[str, Any]) -> bytes | None:
+    """By which the server is to say what was pushed to it."""
+    value = metadata.get(protocol.PRINT)
+    if value is not None and (not isinstance(value, bytes) or len(value) != prints.SEED_BYTES):
+        raise BadRequest(f"{protocol.PRINT}: expected a seed of {prints.SEED_BYTES} bytes")
+    return value
 
 
 def target(metadata: dict[str, Any], name: str) -> tuple[str, str]:

@@ -64,6 +64,7 @@ class StepMessage:
         alloc_timeout: how many seconds it may wait for memory.
         push_to: the peer that gets the output besides the client, and the session there, or what
             else goes to it in Petals' form.
+        print_seed: of the print of what was pushed; None: the client does not ask.
     """
 
     step: Step
@@ -71,6 +72,7 @@ class StepMessage:
     step_id: str | None = None
     alloc_timeout: float | None = None
     push_to: tuple[str, str | petals_push.PetalsPush] | None = None
+    print_seed: bytes | None = None
 
 
 def parse_blocks(uid: str, limits: Limits) -> tuple[int, int]:
@@ -175,6 +177,7 @@ def parse_step(
         behind = message.tensors[1:]
         parsed.push_to = petals_push.read(metadata, behind, limits.prefix, blocks[1])
     request.pushed = parsed.push_to is not None
+    parsed.print_seed = fields.seed_of_prints(metadata)
     times.parsed()
     return parsed
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
-from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire import prints, protocol
 from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.net.wire.streams import Stream
 from swarm_notebook.net.wire.traffic import COPIES
@@ -185,6 +185,15 @@ class ServerSession:
             wait = ALLOC_TIMEOUT if parsed.alloc_timeout is None else parsed.alloc_timeout
             granted = await self._pool.resize(self._reservation, *needed, wait)
             state.cache.reserve(granted // step.rows)
+        told: dict[str, Any] = {}
+        if self._inbox.filled:
+            told[protocol.FILLED] = True
+        elif parsed.print_seed is not None:
+            # Before the step: blocks may write over what they are given.
+            printed = prints.printer(parsed.print_seed).of
+            told[protocol.PRINT] = await self._codec.run(
+                self._step_bytes, printed, message.tensors[0]
+            )
         outputs = await self._run(state, step, position)
         self._blocks, self._step_id = step.blocks, parsed.step_id
         self._counters.count(step)
@@ -193,9 +202,7 @@ class ServerSession:
         if step.last is not None and step.last < outputs[0].shape[1]:
             wanted = [outputs[0][:, outputs[0].shape[1] - step.last :], *outputs[1:]]
         packed = await self._codec.pack(wanted, parsed.compression)
-        told: dict[str, Any] = {protocol.TIMES_KEY: step.times.parts()}
-        if self._inbox.filled:
-            told[protocol.FILLED] = True
+        told[protocol.TIMES_KEY] = step.times.parts()
         if parsed.push_to is not None and parsed.step_id is not None:
             whole = packed[0]
             if wanted is not outputs:

@@ -244,9 +244,8 @@ def test_the_notebook_decides_where_there_is_no_third(tiny_llama: Path, here: bo
         assert table.wrong == ((liar.peer_id,) if here else ())
 
 
-def test_a_pushed_input_is_blamed_on_nobody_but_comes_from_the_notebook_then(
-    tiny_llama: Path,
-) -> None:
+def test_who_was_pushed_its_input_is_blamed_at_once(tiny_llama: Path) -> None:
+    """Its print has said that it got what the server before told the notebook."""
     with (
         HostedSwarm(tiny_llama, [(0, 3), (3, 5), (3, 5), (3, 5)]) as local,
         connected(local, verify=1.0) as swarm,
@@ -255,15 +254,7 @@ def test_a_pushed_input_is_blamed_on_nobody_but_comes_from_the_notebook_then(
         liar = next(server for server in local.servers if server.peer_id == liar_id)
         with liars.lying(liar, liars.LIES["stale"]):
             swarm.model(ids(), use_cache=True)
-            table = found(swarm)
-            assert not table.wrong
-            assert [one.outcome for one in table.verdicts if one.start == 3] == ["open"]
-            # Three equal servers: a later session comes to the liar when it is the nearest again.
-            for seed in range(1, 50):
-                swarm.model(ids(seed), use_cache=True)
-                if found(swarm).wrong:
-                    break
-        assert found(swarm).wrong == (liar_id,)
+            assert found(swarm).wrong == (liar_id,)
 
 
 def test_nothing_is_audited_unless_it_is_asked_for(trio: HostedSwarm) -> None:

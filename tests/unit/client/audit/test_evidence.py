@@ -23,7 +23,7 @@ def audits(ratio: float, spread: float = 0.03, seed: int = 0) -> list[Errors]:
 
 def tokens_until_doubted(evidence: Evidence, found: list[Errors], by: frozenset[str]) -> int | None:
     for number, errors in enumerate(found, 1):
-        if evidence.add("liar", None, by, errors):
+        if evidence.add("liar", by, errors):
             return number * MIN_TOKENS
     return None
 
@@ -45,29 +45,29 @@ def test_honest_rounding_never_adds_up(ratio: float) -> None:
 def test_a_witness_alone_does_not_count_and_is_not_asked_again() -> None:
     evidence = Evidence()
     assert tokens_until_doubted(evidence, audits(1.2), ANN)
-    assert not evidence.counts("liar", None)
-    assert evidence.doubters("liar", None) == {"ann"}
-    assert not evidence.doubters("another", None)
+    assert not evidence.counts("liar")
+    assert evidence.doubters("liar") == {"ann"}
+    assert not evidence.doubters("another")
     # Whoever stands in both chains is one witness all the same.
     assert tokens_until_doubted(evidence, audits(1.2), ANN | {"eve"})
-    assert not evidence.counts("liar", None)
+    assert not evidence.counts("liar")
     assert tokens_until_doubted(evidence, audits(1.2), BOB)
-    assert evidence.counts("liar", None)
+    assert evidence.counts("liar")
     evidence.forget("liar")
-    assert not evidence.counts("liar", None)
-    assert not evidence.doubters("liar", None)
+    assert not evidence.counts("liar")
+    assert not evidence.doubters("liar")
 
 
 def test_the_notebook_itself_needs_no_second() -> None:
     evidence = Evidence()
     assert tokens_until_doubted(evidence, audits(1.2), frozenset())
-    assert evidence.counts("liar", None)
+    assert evidence.counts("liar")
 
 
 def test_what_is_long_past_does_not_excuse() -> None:
     evidence = Evidence()
     for errors in audits(1.0):
-        assert not evidence.add("liar", None, ANN, errors)
+        assert not evidence.add("liar", ANN, errors)
     found = tokens_until_doubted(evidence, audits(1.17), ANN)
     assert found is not None
     assert found <= 256
@@ -81,19 +81,19 @@ def test_it_does_not_grow_with_all_that_were_ever_audited(
     assert tokens_until_doubted(evidence, audits(1.2), ANN)
     errors = audits(1.0)[0]
     for number in range(19):
-        evidence.add(f"peer{number}", None, ANN, errors)
-    assert evidence.doubters("liar", None) == {"ann"}, "it is among the latest twenty"
+        evidence.add(f"peer{number}", ANN, errors)
+    assert evidence.doubters("liar") == {"ann"}, "it is among the latest twenty"
     for number in range(1000):
-        evidence.add(f"new{number}", None, ANN, errors)
-    assert not evidence.doubters("liar", None)
+        evidence.add(f"new{number}", ANN, errors)
+    assert not evidence.doubters("liar")
     # Who is audited again and again stays, whoever comes besides.
     for number, errors in enumerate(audits(1.2)):
-        evidence.add("liar", None, BOB, errors)
-        evidence.add(f"other{number}", None, BOB, errors)
-    assert evidence.doubters("liar", None) == {"bob"}
+        evidence.add("liar", BOB, errors)
+        evidence.add(f"other{number}", BOB, errors)
+    assert evidence.doubters("liar") == {"bob"}
 
 
 def test_float32_has_no_share_in_it() -> None:
     evidence = Evidence()
     for _ in range(100):
-        assert not evidence.add("liar", None, ANN, Errors(MIN_TOKENS, 1.0))
+        assert not evidence.add("liar", ANN, Errors(MIN_TOKENS, 1.0))
