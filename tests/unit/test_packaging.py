@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import tomllib
+import zipfile
 from pathlib import Path
 
+import check
+import pytest
 import yaml
 
 import swarm_notebook
@@ -42,3 +45,26 @@ def test_binder_asks_for_extras_that_there_are() -> None:
     asked = (ROOT / "binder" / "requirements.txt").read_text()
     (extras,) = re.findall(r"^\.\[(.*)\]$", asked, re.MULTILINE)
     assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+
+
+def test_the_notes_of_a_release_are_its_part_of_the_changelog() -> None:
+    changelog = (
+        "# Changelog\n\n## Unreleased\n\n- c\n\n## [0.2.0] - 2026-12-01\n\n- b\n\n## 0.1.0\n\n- a\n"
+    )
+    assert check.notes(changelog, "0.2.0") == "- b\n"
+    assert check.notes(changelog, "0.1.0") == "- a\n"
+    assert check.notes(changelog, "0.3.0") == "- c\n"
+    with pytest.raises(LookupError, match=r"0\.3\.0"):
+        check.notes("# Changelog\n\n## 0.1.0\n\n- a\n", "0.3.0")
+    assert check.version() == swarm_notebook.__version__
+
+
+def test_a_wheel_with_too_much_or_too_little_is_no_release(tmp_path: Path) -> None:
+    wheel = tmp_path / "swarm_notebook-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in check.WHEEL - {"swarm_notebook/py.typed"} | {"tests/test_one.py"}:
+            archive.writestr(name, "")
+    assert check.faults(wheel) == [
+        "swarm_notebook/py.typed is missing",
+        "tests/test_one.py would be installed beside the package",
+    ]
