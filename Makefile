@@ -34,7 +34,7 @@ IN_ORDER := -n 2 $(BY_FILE) --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
 .PHONY: demo lab docs release trial replay test unit foreign foreign-peft foreign-nnsight foreign-trl \
-  foreign-petals quantisers chaos places hostile lint format outputs screenshots clean
+  foreign-petals quantisers chaos places hostile lint format outputs clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -145,12 +145,6 @@ format: $(READY)
 # Run the example notebooks and store what they say.
 outputs: $(READY)
 	for notebook in examples/*.ipynb; do $(OFFLINE) $(BIN)/python examples/run.py $$notebook --write || exit 1; done
-
-# The pictures of the README, from what the browser tests see.
-screenshots: $(READY)
-	tests/browser/install-chromium
-	$(OFFLINE) $(BIN)/pytest tests/browser
-	docs/take-screenshots
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

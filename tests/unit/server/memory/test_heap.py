@@ -75,3 +75,11 @@ def test_prompts_of_many_lengths_leave_little_behind() -> None:
     if taken[1] < 32 << 20:
         pytest.skip("oneDNN compiles nothing here")
     assert taken[0] < taken[1] / 2
+
+
+def test_a_c_library_that_is_not_glibcs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS: it has neither call."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: object())
+    heap.freeze()
+    with heap.apart():
+        heap.trim()
