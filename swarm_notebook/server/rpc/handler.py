@@ -19,14 +19,13 @@ from hivemind.proto import runtime_pb2
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
 from swarm_notebook import __version__
-from swarm_notebook.errors import BadRequest, NotAMember, ServerBusy, ShuttingDown, to_wire
+from swarm_notebook.errors import ShuttingDown
 from swarm_notebook.net.dht.records import to_petals_tokens
 from swarm_notebook.net.membership.certificate import Membership, Role
 from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.net.wire.conduct import Conduct
-from swarm_notebook.net.wire.format import MAX_REQUEST_FIELDS, check_fields
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor, parsed
-from swarm_notebook.net.wire.stream_server import MAX_SHOWN_BYTES, add_stream_handler, shown_in
+from swarm_notebook.net.wire.stream_server import add_stream_handler
 from swarm_notebook.net.wire.streams import Stream
 from swarm_notebook.net.wire.traffic import COPIES, Account, Traffic
 from swarm_notebook.server.engine.engine import Engine
@@ -37,7 +36,7 @@ from swarm_notebook.server.engine.scheduling.scheduler import BACKWARD_COST, Kin
 from swarm_notebook.server.engine.scheduling.worker import ComputeThread
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.session_state import SessionState
-from swarm_notebook.server.rpc import messages
+from swarm_notebook.server.rpc import messages, unary_calls
 from swarm_notebook.server.rpc.adapter_upload import AdapterUploads
 from swarm_notebook.server.rpc.answers import allow_pass
 from swarm_notebook.server.rpc.codec import Codec, packed_bytes
@@ -51,25 +50,12 @@ logger = logging.getLogger(__name__)
 
 # Frames up to here are read on any server, however few tokens it takes, and then refused in words.
 MIN_FRAME_BYTES = 16 << 20
-# A unary call that is answered takes so much besides its bytes: a task and a dozen objects.
-UNARY_BYTES = 16 << 10
 # The time that p2pd gets to pass the last answers on.
 LINGER_SECONDS = 0.5
 # The batch that Petals' own servers name in their schemas.
 _SCHEMA_TOKENS = 2048
 
 F = TypeVar("F", bound=Forward)
-_Unary = Callable[[Any, Account], Awaitable[bytes]]
-
-
-class _WireError(Exception):
-    """hivemind's unary calls send the ``repr`` of what a handler raises: let it be our text."""
-
-    def __init__(self, error: BaseException):
-        super().__init__(to_wire(error))
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 class Handler:
@@ -139,7 +125,7 @@ class Handler:
             membership=member,
             role=Role.SERVER,
         )
-        unary: dict[str, tuple[_Unary, Callable[[bytes], Any]]]
+        unary: dict[str, tuple[unary_calls.Answer, Callable[[bytes], Any]]]
         unary = {protocol.RPC_INFO: (self._info, partial(parsed, runtime_pb2.ExpertUID))}
         if member is None:
             unary |= {
@@ -147,9 +133,10 @@ class Handler:
                 protocol.RPC_BACKWARD: (self._backward, PackedMessage.of),
                 protocol.RPC_PUSH: (self._push, PackedMessage.of),
             }
-        for name, (handler, parse) in unary.items():
+        calls = unary_calls.UnaryCalls(self._traffic, self._conduct, member)
+        for name, (answer, parse) in unary.items():
             # Below P2P.add_protobuf_handler, which would parse the bytes outside our reach.
-            call = self._tracked(self._unary(handler, parse, waits=name != protocol.RPC_INFO))
+            call = self._tracked(calls.handler(answer, parse, waits=name != protocol.RPC_INFO))
             await p2p._client.add_unary_handler(name, call)
 
     @property
@@ -159,7 +146,6 @@ class Handler:
 
     @property
     def busy(self) -> bool:
-        """Whether a step of a session is in flight."""
         return any(session.busy for session in self._sessions)
 
     async def expire(self) -> None:
@@ -239,11 +225,11 @@ class Handler:
         return answer.SerializeToString()
 
     async def _forward(self, message: PackedMessage, account: Account) -> bytes:
-        return _unary_answer(await self._run_forward(message, account), "rpc_forward_stream")
+        return unary_calls.packed(await self._run_forward(message, account), "rpc_forward_stream")
 
     async def _backward(self, message: PackedMessage, account: Account) -> bytes:
         packed, metadata = await self._run_backward(message, account)
-        return _unary_answer(packed, "rpc_backward_stream", metadata)
+        return unary_calls.packed(packed, "rpc_backward_stream", metadata)
 
     async def _push(self, message: PackedMessage, _account: Account) -> bytes:
         self._pushes.take_petals(message)
@@ -312,58 +298,6 @@ class Handler:
         size = message.size if received else packed_bytes(message.tensors)
         return await self._codec.run(size, parsed)
 
-    def _unary(
-        self,
-        handler: _Unary,
-        parse: Callable[[bytes], Any],
-        *,
-        waits: bool,
-    ) -> Callable[[bytes, PeerID], Awaitable[bytes]]:
-        """A handler of bytes, as hivemind's control connection wants it.
-
-        Args:
-            waits: it is late for peers that were refused often (see `net.wire.conduct`).
-        """
-
-        async def call(data: bytes, peer: PeerID) -> bytes:
-            name = peer.to_base58()
-            if self._conduct.cut_off(name):
-                raise _WireError(ServerBusy("this peer is cut off: it was refused for too long"))
-            account, late = self._traffic.open(name), self._conduct.told(name)
-            try:
-                self._check_member(data, peer)
-                if not account.try_take(COPIES * len(data) + UNARY_BYTES):
-                    raise ServerBusy("too much of this peer, or of all, waits here; try again")
-                if waits:
-                    await self._conduct.turn(name)
-                check_fields(data, MAX_REQUEST_FIELDS)
-                answer = await handler(parse(data), account)
-                self._conduct.answered(name, int(waits and bool(answer)))
-                return answer
-            except Exception as error:
-                self._conduct.refused(name, error, len(data))
-                if not _typed(error):
-                    logger.exception("a request of %s failed", peer)
-                    raise _WireError(error) from error
-                logger.log(
-                    logging.DEBUG if late else logging.INFO, "refused a call of %s: %s", peer, error
-                )
-                raise _WireError(type(error)(f"{error}{late}") if late else error) from error
-            finally:
-                account.close()
-
-        return call
-
-    def _check_member(self, data: bytes, peer: PeerID) -> None:
-        """In a private swarm, refuse a unary call of somebody who is not shown to be a member."""
-        if self._membership is None:
-            return
-        shown = None
-        if len(data) <= MAX_SHOWN_BYTES:
-            check_fields(data, MAX_REQUEST_FIELDS)
-            shown = shown_in(PackedMessage.of(data).metadata)
-        self._membership.check(peer.to_base58(), shown)
-
     def _check_open(self) -> None:
         if self._leaving:
             raise ShuttingDown("the server is leaving the swarm, use another one")
@@ -386,23 +320,6 @@ def _pass_of(peer: str, request: Forward, cost: int = 1) -> Task:
     tokens = request.rows * request.length
     work = cost * tokens * blocks
     return Task(Kind.STATELESS, peer, tokens, blocks=blocks, work=work)
-
-
-def _typed(error: Exception) -> bool:
-    return isinstance(error, (BadRequest, NotAMember, ServerBusy, ShuttingDown))
-
-
-def _unary_answer(
-    packed: list[PackedTensor], instead: str, metadata: dict[str, Any] | None = None
-) -> bytes:
-    serialized = protocol.pack_metadata(metadata) if metadata else b""
-    answer = PackedMessage(tensors=packed, metadata=serialized)
-    if answer.size > protocol.MAX_UNARY_BYTES:
-        raise BadRequest(
-            f"the answer has {answer.size} bytes, a unary call carries "
-            f"{protocol.MAX_UNARY_BYTES}; use {instead}"
-        )
-    return answer.to_bytes()
 
 
 def _schemas(hidden_size: int, dtype: torch.dtype) -> dict[str, Any]:
