@@ -18,13 +18,9 @@ from typing import Any, TypeVar
 from swarm_notebook.checkpoint.anatomy import context_length
 from swarm_notebook.checkpoint.files.digest import digest
 from swarm_notebook.checkpoint.files.source import ModelSource, resolve
-from swarm_notebook.errors import NotAMember
 from swarm_notebook.net import lan
-from swarm_notebook.net.addresses import addresses_of
 from swarm_notebook.net.dht.records import ModelRecord, ServerInfo, ServerState
 from swarm_notebook.net.membership.authority import Authority
-from swarm_notebook.net.membership.certificate import Role
-from swarm_notebook.net.membership.joining import offer
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.p2p import daemon
 from swarm_notebook.net.wire.traffic import Traffic
@@ -43,11 +39,15 @@ from swarm_notebook.server.loading.room import room_for
 from swarm_notebook.server.memory import heap
 from swarm_notebook.server.options import CACHE_TOKENS, ServeOptions
 from swarm_notebook.server.presence.announce import Announcer, describe
-from swarm_notebook.server.presence.membership import MembershipKeeper
+from swarm_notebook.server.presence.arrival import (
+    GOODBYE_SECONDS,
+    end_task,
+    start_node,
+    stay_together,
+)
 from swarm_notebook.server.presence.pings import NeighbourPings
 from swarm_notebook.server.presence.places import Place
 from swarm_notebook.server.presence.placing import Placing
-from swarm_notebook.server.presence.residence import Residence
 from swarm_notebook.server.presence.reunion import Reunion
 from swarm_notebook.server.rpc.answers import traffic_for
 from swarm_notebook.server.rpc.handler import Handler
@@ -56,9 +56,8 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# How long steps in flight may take, and then the record that says offline and the end of p2pd.
+# How long steps in flight may take.
 LEAVE_SECONDS = 30.0
-GOODBYE_SECONDS = 5.0
 # Between two checks for what has expired.
 EXPIRE_SECONDS = 5.0
 
@@ -213,9 +212,9 @@ class Server:
         )
         self._stack.push_async_callback(handler.close)
         expiring = asyncio.create_task(_keep_expiring(handler))
-        self._stack.push_async_callback(_end_task, expiring)
+        self._stack.push_async_callback(end_task, expiring)
         telling = asyncio.create_task(_tell_engine(batching, announcer))
-        self._stack.push_async_callback(_end_task, telling)
+        self._stack.push_async_callback(end_task, telling)
         await handler.register(node.p2p)
 
         def now(state: ServerState) -> ServerInfo:
@@ -252,25 +251,6 @@ class Server:
             options = replace(options, initial_peers=[*options.initial_peers, *found])
         return options
 
-    async def _stay_together(self, node: Node, prefix: str) -> None:
-        """Keep together with the rest of the swarm; on a local network, answer who looks for it."""
-
-        def announce() -> None:
-            if self._announcer is not None:  # it announces by itself when it has loaded
-                self._announcer.soon()
-
-        reunion = self._reunion = Reunion(node, addresses_of(self._options.initial_peers), announce)
-        if self._options.lan:
-            key = None if node.membership is None else node.membership.swarm
-
-            def heard(one: lan.Found) -> None:
-                reunion.hear(one.peer, one.addresses)
-
-            beacon = await lan.Beacon.start(await node.addresses(), prefix, key, heard)
-            self._stack.push_async_callback(beacon.stop)
-        looking = asyncio.create_task(reunion.run())
-        self._stack.push_async_callback(_end_task, looking)
-
     async def _tell_invitation(self) -> None:
         """Print what to hand on, where a person reads it."""
         if self._options.swarm is not None and not self._options.exit_with_stdin:
@@ -295,8 +275,10 @@ class Server:
             dtype = options.computes_in(source, packed=options.bits is not None)
             self._options = replace(options, dtype=dtype)
             loading = self._begin_loading(compute, source)
-        node = await self._start_node(source.shared_name)
-        await self._stay_together(node, source.dht_prefix)
+        node = await start_node(options, self._stack, source.shared_name)
+        self._reunion = await stay_together(
+            options, self._stack, node, source.dht_prefix, self._announce_soon
+        )
         blocks = source.config().num_hidden_layers
         placing = Placing(node, source.dht_prefix, blocks)
         if loading is None:
@@ -313,50 +295,16 @@ class Server:
             loading = self._begin_loading(compute, source)
         return node, placing, loading
 
+    def _announce_soon(self) -> None:
+        if self._announcer is not None:  # it announces by itself when it has loaded
+            self._announcer.soon()
+
     def _begin_loading(self, compute: ComputeThread, source: ModelSource) -> Job:
         reading = Reading(source, self._options, self._tell if self._tells_progress else None)
         loading = compute.submit(reading.run)
         self._stack.callback(loading.cancel)
         self._stack.callback(reading.give_up)
         return loading
-
-    async def _start_node(self, shared_name: str) -> Node:
-        options = self._options
-        swarm = options.swarm
-        authority = None if swarm is None else await asyncio.to_thread(Authority, swarm)
-        identity, listen, residence = options.identity, options.host_maddrs, None
-        if swarm is not None and identity is None:
-            residence = Residence(swarm)
-            self._stack.callback(residence.leave)
-            identity, listen = residence.identity, residence.listen(listen)
-        starting = asyncio.create_task(
-            Node.start(
-                options.initial_peers,
-                client=False,
-                host_maddrs=listen,
-                identity=identity,
-                credentials=None if authority is None else authority.owner(),
-            )
-        )
-        # Shielded: hivemind would leave the daemon behind that it is just starting.
-        self._stack.push_async_callback(_stop_node, starting)
-        node = await asyncio.shield(starting)
-        if residence is not None:
-            residence.keep(await node.addresses())
-        if node.membership is not None:
-            await self._take_part(node, authority, shared_name)
-        return node
-
-    async def _take_part(self, node: Node, authority: Authority | None, shared_name: str) -> None:
-        """Do what servers of a private swarm do besides serving."""
-        _check_role(node)
-        if authority is not None:
-            await offer(node.p2p, authority)
-        keeper = MembershipKeeper(node, authority, await node.addresses(), shared_name)
-        self._stack.push_async_callback(keeper.stop)
-        await keeper.update()
-        keeping = asyncio.create_task(keeper.run())
-        self._stack.push_async_callback(_end_task, keeping)
 
     def _prepare(self, compute: ComputeThread, span: Span, hidden_size: int, tokens: int) -> Job:
         loop = asyncio.get_running_loop()
@@ -378,40 +326,6 @@ class _Up:
     announcer: Announcer
     describe: Callable[[ServerState], ServerInfo]
     placing: Placing
-
-
-def _check_role(node: Node) -> None:
-    """Say at once if others would not believe what this server announces.
-
-    Raises:
-        NotAMember: it has a notebook's membership.
-    """
-    member = node.membership
-    if member is not None and member.role < Role.SERVER:
-        raise NotAMember(
-            f"the invitation to the swarm {member.name} is a notebook's; ask for one that was made "
-            "with `swarm-notebook invite --role server`"
-        )
-
-
-async def _stop_node(starting: asyncio.Task[Node]) -> None:
-    await asyncio.wait([starting])
-    if starting.exception() is not None:
-        return
-    node = starting.result()
-    try:
-        async with asyncio.timeout(GOODBYE_SECONDS):
-            if daemon.lives(node.p2p):
-                await node.stop()
-            else:
-                await daemon.clear_up(node.p2p)
-    except TimeoutError:
-        logger.info("the network daemon did not answer a last time")
-
-
-async def _end_task(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _while_announced(announcer: Announcer, info: ServerInfo, work: Awaitable[_T]) -> _T:

@@ -28,9 +28,10 @@ from hivemind.p2p import P2PDaemonError
 
 from swarm_notebook.errors import ConnectionFailed, ServerFailed
 from swarm_notebook.net.p2p.loop import PeerLoop
-from swarm_notebook.server.app import GOODBYE_SECONDS, Server
+from swarm_notebook.server.app import Server
 from swarm_notebook.server.memory import heap
 from swarm_notebook.server.options import ServeOptions
+from swarm_notebook.server.presence.arrival import GOODBYE_SECONDS
 
 logger = logging.getLogger(__name__)
 
