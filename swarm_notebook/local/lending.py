@@ -25,6 +25,7 @@ from swarm_notebook.local.process import (
     ANY_INTERFACE,
     ANY_PORT,
     LocalServer,
+    as_words,
     server_environment,
 )
 from swarm_notebook.local.swarm import Conversion
@@ -185,17 +186,19 @@ class Lending:
             raise ServerStartError(f"{self!r} runs already; stop it first")
         self.stop()
         self._folder = ServerFolder()
+        wanted: dict[str, Any] = {
+            "dtype": self.dtype,
+            "device": self.device,
+            "bits": self.bits,
+            "lan": self._lan,
+        }
+        wanted |= {"memory": self.memory, "threads": self._threads, "swarm": self._swarm}
         self._server = LocalServer(
             self._name,
             self._blocks,
             chooses=self._chooses,
             folder=self._folder,
-            options=[self._path, "--dtype", self.dtype, "--device", self.device]
-            + ([] if self.bits is None else ["--bits", str(self.bits)])
-            + ([] if self.memory is None else ["--memory", str(self.memory)])
-            + (["--lan"] if self._lan else [])
-            + ([] if self._swarm is None else ["--private", "--swarm", str(self._swarm)])
-            + ([] if self._threads is None else ["--threads", str(self._threads)]),
+            options=[self._path, *as_words(**wanted, private=self.private)],
             environment=server_environment(self._threads),
             swarm_addresses=lambda: self._peers,
             listen=self._listen,

@@ -51,6 +51,20 @@ def server_environment(threads: int | None) -> dict[str, str]:
     return environment
 
 
+def as_words(**options: Any) -> list[str]:
+    """Options of ``swarm-notebook serve`` by their names, as the command line has them.
+
+    Those that are None, False or an empty list are left out.
+    """
+    words: list[str] = []
+    for name, value in options.items():
+        if value is None or value is False or value == []:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
 def start_server(
     command: Sequence[str], log: IO[str] | int, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from swarm_notebook.local.process import server_environment, start_server
+from swarm_notebook.local.process import as_words, server_environment, start_server
 from swarm_notebook.net.membership.authority import Authority
 
 # A server answers what is in flight before it leaves, for which it gives itself 30 s.
@@ -187,13 +187,8 @@ def command(device: str, index: int, options: Mapping[str, Any]) -> list[str]:
     numbered["private"] = options.get("swarm") is not None
     numbered["device"] = "cuda" if device.startswith("cuda") else device
     model = numbered.pop("model", None)
-    words = [sys.executable, "-m", "swarm_notebook.cli", "serve", *([str(model)] if model else [])]
-    for name, value in numbered.items():
-        if value is None or value is False or value == []:
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return words
+    served = [str(model)] if model else []
+    return [sys.executable, "-m", "swarm_notebook.cli", "serve", *served, *as_words(**numbered)]
 
 
 def environment(device: str) -> dict[str, str]:

@@ -28,6 +28,7 @@ from swarm_notebook.local.process import (
     START_SECONDS,
     TERMINATE_SECONDS,
     LocalServer,
+    as_words,
     server_environment,
 )
 from swarm_notebook.net.membership import INVITATION_SECONDS
@@ -96,30 +97,18 @@ class LocalSwarm:
             source = resolve(model, progress=progress)
         spans = plan_spans(source.config().num_hidden_layers, servers)
         self.model: str = str(source.path or source.name)
-        options = [self.model, "--dtype", dtype, "--device", device]
-        if bits is not None:
-            options += ["--bits", str(bits)]
-        if memory is not None:
-            options += ["--memory", str(memory)]
-        if threads is not None:
-            options += ["--threads", str(threads)]
-        if cache_tokens is not None:
-            options += ["--cache-tokens", str(cache_tokens)]
-        if reproducible:
-            options.append("--reproducible")
         self._folder = ServerFolder()
         self._swarm = self._folder.path / "swarm" if private else None
-        if self._swarm is not None:
-            options += ["--private", "--swarm", str(self._swarm)]
-        if lan:
-            options.append("--lan")
+        wanted = {"dtype": dtype, "device": device, "bits": bits, "memory": memory, "lan": lan}
+        wanted |= {"threads": threads, "cache_tokens": cache_tokens, "reproducible": reproducible}
+        options = as_words(**wanted, private=private, swarm=self._swarm)
         environment = server_environment(threads)
         self.servers: list[LocalServer] = [
             LocalServer(
                 f"local-{index}",
                 span,
                 folder=self._folder,
-                options=options,
+                options=[self.model, *options],
                 environment=environment,
                 swarm_addresses=lambda: self.initial_peers,
                 listen=ANY_INTERFACE if lan else ANY_PORT,
