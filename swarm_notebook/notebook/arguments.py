@@ -72,10 +72,12 @@ class CommandLine:
         self.commands: dict[str, Arguments] = {}
         if magic == "%swarm":
             self._connect()
-            self._status()
-            self._route()
+            self._view(
+                "status", "show which servers hold which blocks, and what is missing", "SwarmStatus"
+            )
+            self._view("route", "show the servers that a token passes", "RouteTable")
             self._home()
-            self._map()
+            self._view("map", "watch the swarm live", "SwarmMap")
             self._lens()
             self._privacy()
             self._monitor()
@@ -132,6 +134,9 @@ class CommandLine:
         parser: Arguments = self._table.add_parser(name, help=summary, description=f"{summary}.")
         self.commands[name] = parser
         return parser
+
+    def _view(self, name: str, summary: str, shown: str) -> None:
+        _add_output(self._add(name, summary), f"the {shown}, instead of showing it,")
 
     def _connect(self) -> None:
         connect = self._add(
@@ -192,14 +197,6 @@ class CommandLine:
         )
         _add_output(connect, "the Swarm object")
 
-    def _status(self) -> None:
-        status = self._add("status", "show which servers hold which blocks, and what is missing")
-        _add_output(status, "the SwarmStatus, instead of showing it,")
-
-    def _route(self) -> None:
-        route = self._add("route", "show the servers that a token passes")
-        _add_output(route, "the RouteTable, instead of showing it,")
-
     def _home(self) -> None:
         own = self._add("own", "bring blocks home: load their weights and run them here")
         own.add_argument(
@@ -212,11 +209,6 @@ class CommandLine:
             type=values.some_blocks,
             metavar="BLOCK",
             help=f"{values.SOME_BLOCKS} (default: all that are at home)",
-        )
-
-    def _map(self) -> None:
-        _add_output(
-            self._add("map", "watch the swarm live"), "the SwarmMap, instead of showing it,"
         )
 
     def _lens(self) -> None:

@@ -161,20 +161,14 @@ class Plan(Report):
     def to_pandas(self) -> pd.DataFrame:
         """The shares as a data frame, one row each."""
         rows = [
-            dict(
-                zip(
-                    _COLUMNS,
-                    (
-                        share.machine.name,
-                        f"{share.start}:{share.end}",
-                        share.bits,
-                        share.weights,
-                        share.cache,
-                        share.machine.room,
-                        1000 * seconds,
-                    ),
-                    strict=True,
-                )
+            (
+                share.machine.name,
+                f"{share.start}:{share.end}",
+                share.bits,
+                share.weights,
+                share.cache,
+                share.machine.room,
+                1000 * seconds,
             )
             for share, seconds in zip(self.shares, self.parts.values(), strict=False)
         ]

@@ -130,14 +130,7 @@ class AttentionPatterns:
     def to_pandas(self) -> pd.DataFrame:
         """One row per block, head and pair of tokens of which the first may look at the second."""
         rows = [
-            {
-                "block": block,
-                "head": head,
-                "from": looking,
-                "to": at,
-                "word": self.words[at],
-                "weight": float(self.weights[row, head, looking, at]),
-            }
+            (block, head, looking, at, self.words[at], float(self.weights[row, head, looking, at]))
             for row, block in enumerate(self.blocks)
             for head in range(self.weights.shape[1])
             for looking in range(len(self.words))

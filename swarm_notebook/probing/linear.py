@@ -185,12 +185,7 @@ class Probes(Mapping[int, LinearProbe]):
     def to_pandas(self) -> pd.DataFrame:
         """One row per block: accuracy, its spread, and how far it is above the baseline."""
         rows = [
-            {
-                "block": probe.block,
-                "accuracy": probe.accuracy,
-                "spread": probe.spread,
-                "above_baseline": probe.accuracy - self.chance,
-            }
+            (probe.block, probe.accuracy, probe.spread, probe.accuracy - self.chance)
             for probe in self.values()
         ]
         return data_frame(rows, ["block", "accuracy", "spread", "above_baseline"])

@@ -135,8 +135,7 @@ class Sweep:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per strength: ``strength``, ``text``."""
-        rows = [{"strength": one, "text": text} for one, text in self._rows()]
-        return data_frame(rows, ["strength", "text"])
+        return data_frame(self._rows(), ["strength", "text"])
 
     def _rows(self) -> list[tuple[float, str]]:
         return list(zip(self.strengths, self.texts, strict=True))

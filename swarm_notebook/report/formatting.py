@@ -86,8 +86,8 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str | None]]) -> lis
     ]
 
 
-def data_frame(rows: Sequence[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
-    """Rows as a data frame; says what to install if that cannot be."""
+def data_frame(rows: Sequence[Any], columns: list[str]) -> pd.DataFrame:
+    """Rows, by column or in the order of the columns, as a data frame; needs pandas."""
     try:
         import pandas as pd
     except ModuleNotFoundError as error:

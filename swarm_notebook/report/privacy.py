@@ -123,14 +123,7 @@ class Privacy(ModelReport):
     def to_pandas(self) -> pd.DataFrame:
         """One row for each boundary."""
         rows = [
-            {
-                "boundary": one.after,
-                "seen_by": ", ".join(one.seen_by),
-                "nearest": one.nearest,
-                "inverted": one.inverted,
-                "tested": one.tested,
-                "text": one.text,
-            }
+            (one.after, ", ".join(one.seen_by), one.nearest, one.inverted, one.tested, one.text)
             for one in self.boundaries
         ]
         return data_frame(rows, _COLUMNS)
