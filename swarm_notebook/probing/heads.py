@@ -148,11 +148,8 @@ def _editing_input(module: nn.Module, edit: Edit) -> Iterator[None]:
         after = edit(args[0])
         return None if after is args[0] else (after, *args[1:])
 
-    handle = module.register_forward_pre_hook(hook)
-    try:
+    with module.register_forward_pre_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 def _restoring(state: torch.Tensor, places: list[int]) -> Edit:

@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 import trl
-from support.letter_tokenizer import Pair, lettered_pair
+from support.letter_tokenizer import LetteredPair, lettered_pair
 from transformers import AutoModelForSequenceClassification
 
 WORDS = ["the sky is blue", "grass is green", "two and two is four", "cats sleep all day"]
@@ -34,7 +34,7 @@ COMMON: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LetteredPair]:
     with lettered_pair(tmp_path_factory.mktemp("trl")) as pair:
         pair.tokenizer.pad_token = pair.tokenizer.pad_token or pair.tokenizer.eos_token
         yield pair
@@ -44,7 +44,9 @@ def lora(task: str = "CAUSAL_LM") -> peft.LoraConfig:
     return peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type=task)
 
 
-def trained(kind: Any, config: Any, model: Any, rows: Any, pair: Pair, **more: Any) -> list[Any]:
+def trained(
+    kind: Any, config: Any, model: Any, rows: Any, pair: LetteredPair, **more: Any
+) -> list[Any]:
     """Losses, gradient norms and rewards of a run; the model is as before afterwards."""
     torch.manual_seed(0)
     trainer = kind(
@@ -62,7 +64,7 @@ def trained(kind: Any, config: Any, model: Any, rows: Any, pair: Pair, **more: A
     return found
 
 
-def test_sft(pair: Pair, tmp_path: Path) -> None:
+def test_sft(pair: LetteredPair, tmp_path: Path) -> None:
     rows = [{"text": text} for text in WORDS * 2]
     config = trl.SFTConfig(output_dir=str(tmp_path), dataset_text_field="text", **COMMON)
     ours, theirs = [
@@ -73,7 +75,7 @@ def test_sft(pair: Pair, tmp_path: Path) -> None:
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-def test_dpo(pair: Pair, tmp_path: Path) -> None:
+def test_dpo(pair: LetteredPair, tmp_path: Path) -> None:
     rows = [{"prompt": text[:5], "chosen": text[5:], "rejected": text[:4:-1]} for text in WORDS * 2]
     config = trl.DPOConfig(output_dir=str(tmp_path), **COMMON)
     ours, theirs = [
@@ -84,7 +86,7 @@ def test_dpo(pair: Pair, tmp_path: Path) -> None:
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
-def test_grpo(pair: Pair, tmp_path: Path) -> None:
+def test_grpo(pair: LetteredPair, tmp_path: Path) -> None:
     rows = [{"prompt": text[:6]} for text in WORDS * 2]
 
     def reward(completions: list[str], **_: Any) -> list[float]:
@@ -101,7 +103,7 @@ def test_grpo(pair: Pair, tmp_path: Path) -> None:
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
-def test_reward(pair: Pair, tmp_path: Path) -> None:
+def test_reward(pair: LetteredPair, tmp_path: Path) -> None:
     rows = [{"chosen": text, "rejected": text[::-1]} for text in WORDS * 2]
     config = trl.RewardConfig(output_dir=str(tmp_path), **COMMON)
     remote = pair.swarm.classifier(["reward"])

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from support.hosting import HostedSwarm
+from support.pairs import SPANS, Pair, local_model
 from support.tiny import tiny_model
 
 import swarm_notebook as sn
 
 
 @dataclass
-class Pair:
-    """The tiny Llama over two servers, and held locally."""
+class LetteredPair(Pair):
+    """With the tokenizer."""
 
-    swarm: Any
-    local: Any
-    tokenizer: Any
-    folder: Path
+    tokenizer: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        from transformers import AutoTokenizer
+
+        super().__post_init__()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
 
 
 @dataclass
@@ -34,25 +37,20 @@ class Lettered:
 
 
 def lettered_model(parent: Path) -> Lettered:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = add_tokenizer(tiny_model("llama", parent))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return Lettered(model.requires_grad_(False), AutoTokenizer.from_pretrained(folder))
+    return Lettered(local_model(folder), AutoTokenizer.from_pretrained(folder))
 
 
 @contextmanager
-def lettered_pair(parent: Path) -> Iterator[Pair]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def lettered_pair(parent: Path) -> Iterator[LetteredPair]:
     folder = add_tokenizer(tiny_model("llama", parent))
-    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with (
-        HostedSwarm(folder, [(0, 2), (2, 5)]) as servers,
+        HostedSwarm(folder, SPANS) as servers,
         sn.connect(servers.initial_peers, model=folder) as swarm,
     ):
-        local.requires_grad_(False)
-        yield Pair(swarm, local, AutoTokenizer.from_pretrained(folder), folder)
+        yield LetteredPair(swarm, folder)
 
 
 def add_tokenizer(folder: Path) -> Path:

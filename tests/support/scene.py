@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 from support.hosting import HostedSwarm
+from support.pairs import TOLERANCE, padded
 from support.patience import PATIENCE, wait_until
 from support.processes import lasting_swarms
 from transformers import AutoModelForCausalLM, StoppingCriteria
@@ -27,7 +28,6 @@ from swarm_notebook.client.session.batch import BatchSession
 from swarm_notebook.local.swarm import LocalServer
 from swarm_notebook.swarm import Swarm
 
-TOLERANCE = 1e-4
 NEW_TOKENS = 14
 RESTART_SECONDS = PATIENCE
 
@@ -64,10 +64,7 @@ class Scene:
 
     def padded(self) -> dict[str, torch.Tensor]:
         """Three prompts of different lengths, padded on the left."""
-        ids, mask = self.ids(3, 12), torch.ones(3, 12, dtype=torch.long)
-        for row, pads in enumerate((0, 5, 9)):
-            ids[row, :pads], mask[row, :pads] = 0, 0
-        return {"input_ids": ids, "attention_mask": mask}
+        return padded(self.ids(3, 12))
 
     def server(self, peer: str) -> LocalServer:
         return next(server for server in self.local.servers if server.peer_id == peer)

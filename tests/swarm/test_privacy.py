@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.letter_tokenizer import Pair, lettered_pair
+from support.letter_tokenizer import LetteredPair, lettered_pair
 
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model import inversion
@@ -18,12 +18,12 @@ TEXT = "Ada, 555-0137"
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LetteredPair]:
     with lettered_pair(tmp_path_factory.mktemp("models")) as made:
         yield made
 
 
-def test_the_states_are_those_of_the_local_model(pair: Pair) -> None:
+def test_the_states_are_those_of_the_local_model(pair: LetteredPair) -> None:
     ids = torch.tensor(pair.tokenizer(TEXT)["input_ids"])
     with torch.no_grad():
         local = pair.local(ids[None], output_hidden_states=True)
@@ -35,7 +35,7 @@ def test_the_states_are_those_of_the_local_model(pair: Pair) -> None:
     torch.testing.assert_close(observed.logits, local.logits[0], atol=1e-4, rtol=0)
 
 
-def test_every_token_is_recovered_from_the_first_blocks(pair: Pair) -> None:
+def test_every_token_is_recovered_from_the_first_blocks(pair: LetteredPair) -> None:
     found = pair.swarm.privacy(TEXT)
     assert [one.after for one in found.boundaries if one.inverted is not None] == [1, 2, 4]
     assert found.readable == 1.0
@@ -49,7 +49,7 @@ def test_every_token_is_recovered_from_the_first_blocks(pair: Pair) -> None:
     assert list(found.to_pandas()["boundary"]) == list(range(6))
 
 
-def test_blocks_at_home_change_where_not_whether(pair: Pair) -> None:
+def test_blocks_at_home_change_where_not_whether(pair: LetteredPair) -> None:
     pair.swarm.own([0, 1, 2, -1])
     try:
         found = pair.swarm.privacy(TEXT, tokens=6)
@@ -62,7 +62,7 @@ def test_blocks_at_home_change_where_not_whether(pair: Pair) -> None:
     assert "hide nothing" in repr(found)
 
 
-def test_only_what_was_asked_for_is_tried(pair: Pair) -> None:
+def test_only_what_was_asked_for_is_tried(pair: LetteredPair) -> None:
     found = pair.swarm.privacy(pair.tokenizer(TEXT)["input_ids"], tokens=2, boundaries=[])
     assert all(one.inverted is None for one in found.boundaries)
     for wrong in ({"boundaries": [6]}, {"tokens": 0}):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +15,33 @@ import peft
 import pytest
 import torch
 import transformers
-from support.hosting import HostedSwarm
-from support.letter_tokenizer import add_tokenizer
-from support.tiny import tiny_model
+from support.letter_tokenizer import LetteredPair, lettered_pair
+from support.pairs import local_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import swarm_notebook as sn
 from swarm_notebook.errors import Unsupported
 
 BLOCKS = 5
 TARGET = 40
 
 
-@dataclass
-class Pair:
-    remote: Any
-    folder: Path
-    tokenizer: Any
+def same(pair: LetteredPair, use: Callable[[Any], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """What a tool says of both models is equal; returns it."""
+    ours, theirs = use(pair.remote), use(local_model(pair.folder))
+    assert len(ours) == len(theirs) > 0
+    for mine, local in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, local, atol=1e-4, rtol=1e-4, equal_nan=True)
+    return ours
 
-    def local(self) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
-        return model.requires_grad_(False)
 
-    def same(self, use: Callable[[Any], list[torch.Tensor]]) -> list[torch.Tensor]:
-        """What a tool says of both models is equal; returns it."""
-        ours, theirs = use(self.remote), use(self.local())
-        assert len(ours) == len(theirs) > 0
-        for mine, local in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, local, atol=1e-4, rtol=1e-4, equal_nan=True)
-        return ours
-
-    @property
-    def ids(self) -> torch.Tensor:
-        return self.tokenizer("hello there", return_tensors="pt").input_ids
+def ids(pair: LetteredPair) -> torch.Tensor:
+    return pair.tokenizer("hello there", return_tensors="pt").input_ids
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder = add_tokenizer(tiny_model("llama", tmp_path_factory.mktemp("tools")))
-    with (
-        HostedSwarm(folder, [(0, 2), (2, BLOCKS)]) as servers,
-        sn.connect(servers.initial_peers, model=folder) as swarm,
-    ):
-        yield Pair(swarm.model, folder, AutoTokenizer.from_pretrained(folder))
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LetteredPair]:
+    with lettered_pair(tmp_path_factory.mktemp("tools")) as made:
+        yield made
 
 
 CONFIGS: dict[str, peft.PeftConfig] = {
@@ -70,7 +52,7 @@ CONFIGS: dict[str, peft.PeftConfig] = {
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.works("Tools: transformers' Trainer")
-def test_trainer(pair: Pair, kind: str, tmp_path: Path) -> None:
+def test_trainer(pair: LetteredPair, kind: str, tmp_path: Path) -> None:
     """The losses, gradient norms and evaluation of a run; its checkpoint loads locally."""
     texts = [f"{number} plus {number} is {2 * number}" for number in range(16)]
     data = [{"input_ids": pair.tokenizer(text)["input_ids"]} for text in texts]
@@ -107,22 +89,23 @@ def test_trainer(pair: Pair, kind: str, tmp_path: Path) -> None:
 
     (ours, our_end), (theirs, their_end) = (
         train(pair.remote, tmp_path / "remote"),
-        train(pair.local(), tmp_path / "local"),
+        train(local_model(pair.folder), tmp_path / "local"),
     )
     assert len(ours) == 8
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert our_end == pytest.approx(their_end, rel=1e-4)
     assert ours[-2] < ours[0]
-    checkpoint = tmp_path / "remote" / "checkpoint-4"
-    loaded: Any = peft.PeftModel.from_pretrained(pair.local(), checkpoint)
-    saved: Any = peft.PeftModel.from_pretrained(pair.local(), tmp_path / "local" / "checkpoint-4")
-    with torch.no_grad():
-        logits = [model(pair.ids).logits for model in (loaded, saved)]
+    logits = []
+    for place in ("remote", "local"):
+        saved = tmp_path / place / "checkpoint-4"
+        loaded: Any = peft.PeftModel.from_pretrained(local_model(pair.folder), saved)
+        with torch.no_grad():
+            logits.append(loaded(ids(pair)).logits)
     torch.testing.assert_close(*logits, atol=1e-3, rtol=0)
 
 
 @pytest.mark.works("Tools: transformers' pipelines")
-def test_pipeline(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+def test_pipeline(pair: LetteredPair, caplog: pytest.LogCaptureFixture) -> None:
     def use(model: Any) -> list[torch.Tensor]:
         generator: Any = transformers.pipeline(
             "text-generation", model=model, tokenizer=pair.tokenizer
@@ -134,15 +117,15 @@ def test_pipeline(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
             pair.tokenizer(a[0]["generated_text"], return_tensors="pt").input_ids for a in answers
         ]
 
-    pair.same(use)
+    same(pair, use)
     assert "not supported" not in caplog.text
 
 
 @pytest.mark.works("Tools: nnsight, on blocks")
-def test_nnsight_reads_and_writes(pair: Pair) -> None:
+def test_nnsight_reads_and_writes(pair: LetteredPair) -> None:
     def use(model: Any) -> list[torch.Tensor]:
         traced = nnsight.NNsight(model)
-        with traced.trace(pair.ids):
+        with traced.trace(ids(pair)):
             before = traced.model.layers[1].output.clone().save()
             traced.model.layers[2].output[:, 1] = 0
             entering = traced.model.layers[3].input.save()
@@ -150,16 +133,16 @@ def test_nnsight_reads_and_writes(pair: Pair) -> None:
             logits = traced.output.logits.save()
         return [before, entering, logits]
 
-    before, entering, _ = pair.same(use)
+    before, entering, _ = same(pair, use)
     assert not entering[:, 1].any()
     assert before[:, 1].any()
 
 
 @pytest.mark.works("Tools: nnsight, outputs of modules inside remote blocks")
-def test_nnsight_reads_inside_of_blocks(pair: Pair) -> None:
+def test_nnsight_reads_inside_of_blocks(pair: LetteredPair) -> None:
     def once(model: Any) -> list[torch.Tensor]:
         traced = nnsight.NNsight(model)
-        with traced.trace(pair.ids):
+        with traced.trace(ids(pair)):
             attention = traced.model.layers[1].self_attn.output[0].save()
             mlp = traced.model.layers[1].mlp.output.save()
             after = traced.model.layers[1].output.clone().save()
@@ -171,7 +154,7 @@ def test_nnsight_reads_inside_of_blocks(pair: Pair) -> None:
     def steps(model: Any) -> list[torch.Tensor]:
         traced = nnsight.NNsight(model)
         options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-        with traced.trace(pair.ids, fn=model.generate, **options) as run:
+        with traced.trace(ids(pair), fn=model.generate, **options) as run:
             states = nnsight.save([])
             for _ in run.iter[1:3]:
                 states.append(traced.model.layers[2].mlp.output.clone())
@@ -179,31 +162,31 @@ def test_nnsight_reads_inside_of_blocks(pair: Pair) -> None:
 
     def blocks(model: Any) -> list[torch.Tensor]:
         traced = nnsight.NNsight(model)
-        with traced.trace(pair.ids) as run:
+        with traced.trace(ids(pair)) as run:
             kept = run.cache(modules=[traced.model.layers[1], traced.model.layers[3]]).save()
         return [kept[f"model.model.layers.{block}"].output for block in (1, 3)]
 
     for use in (once, steps, blocks):
-        pair.same(use)
+        same(pair, use)
 
 
 @pytest.mark.refused(
     "Tools: nnsight, all else inside remote blocks (inputs, writes, `tracer.cache` of everything)",
     "name blocks, or `swarm.own(block)`",
 )
-def test_nnsight_is_refused_what_is_not_there(pair: Pair) -> None:
+def test_nnsight_is_refused_what_is_not_there(pair: LetteredPair) -> None:
     traced: Any = nnsight.NNsight(pair.remote)
 
     def read_an_input() -> None:
-        with traced.trace(pair.ids):
+        with traced.trace(ids(pair)):
             traced.model.layers[1].mlp.input.save()
 
     def write() -> None:
-        with traced.trace(pair.ids):
+        with traced.trace(ids(pair)):
             traced.model.layers[1].mlp.output = traced.model.layers[1].mlp.output * 2
 
     def keep_everything() -> None:
-        with traced.trace(pair.ids) as run:
+        with traced.trace(ids(pair)) as run:
             run.cache()
 
     for use, words in (
@@ -213,36 +196,37 @@ def test_nnsight_is_refused_what_is_not_there(pair: Pair) -> None:
     ):
         with pytest.raises(Unsupported, match=words):
             use()
-    pair.same(lambda model: [model(pair.ids).logits.detach()])
+    same(pair, lambda model: [model(ids(pair)).logits.detach()])
 
 
-def test_shapes_without_values(pair: Pair) -> None:
+def test_shapes_without_values(pair: LetteredPair) -> None:
     """As nnsight's `scan` of a whole model asks for them: the servers are asked nothing."""
     found = []
-    for model in (pair.remote, pair.local()):
+    for model in (pair.remote, local_model(pair.folder)):
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            ids, mask = fake.from_tensor(pair.ids), fake.from_tensor(torch.ones_like(pair.ids))
-            out = model(ids, attention_mask=mask, output_hidden_states=True)
+            given = fake.from_tensor(ids(pair))
+            mask = fake.from_tensor(torch.ones_like(ids(pair)))
+            out = model(given, attention_mask=mask, output_hidden_states=True)
         found.append((out.logits.shape, [state.shape for state in out.hidden_states]))
     assert found[0] == found[1]
 
 
-def test_nnsight_skips_a_block(pair: Pair) -> None:
+def test_nnsight_skips_a_block(pair: LetteredPair) -> None:
     def use(model: Any) -> list[torch.Tensor]:
         traced = nnsight.NNsight(model)
-        with traced.trace(pair.ids, use_cache=False):
+        with traced.trace(ids(pair), use_cache=False):
             traced.model.layers[1].skip(traced.model.layers[1].input)
             logits = traced.lm_head.output.save()
         return [logits]
 
-    pair.same(use)
+    same(pair, use)
 
 
 @pytest.mark.works("Tools: nnsight, gradients")
-def test_nnsight_gradients(pair: Pair) -> None:
+def test_nnsight_gradients(pair: LetteredPair) -> None:
     def use(model: Any) -> list[torch.Tensor]:
         traced = nnsight.NNsight(model)
-        with traced.trace(pair.ids):
+        with traced.trace(ids(pair)):
             embedded = traced.model.embed_tokens.output
             embedded.requires_grad_(True)
             middle = traced.model.layers[2].output
@@ -253,14 +237,14 @@ def test_nnsight_gradients(pair: Pair) -> None:
                 at_embeddings = embedded.grad.save()
         return [at_middle, at_embeddings]
 
-    pair.same(use)
+    same(pair, use)
 
 
-def test_nnsight_over_generation_steps(pair: Pair) -> None:
+def test_nnsight_over_generation_steps(pair: LetteredPair) -> None:
     def use(model: Any) -> list[torch.Tensor]:
         traced = nnsight.NNsight(model)
         options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-        with traced.trace(pair.ids, fn=model.generate, **options) as tracer:
+        with traced.trace(ids(pair), fn=model.generate, **options) as tracer:
             states = nnsight.save([])
             for step in tracer.iter[:4]:
                 states.append(traced.model.layers[1].output.clone())
@@ -269,18 +253,18 @@ def test_nnsight_over_generation_steps(pair: Pair) -> None:
             tokens = tracer.result.save()
         return [tokens, *states]
 
-    tokens, *states = pair.same(use)
-    assert [state.shape[1] for state in states] == [pair.ids.shape[1], 1, 1, 1]
-    plain = pair.remote.generate(pair.ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    tokens, *states = same(pair, use)
+    assert [state.shape[1] for state in states] == [ids(pair).shape[1], 1, 1, 1]
+    plain = pair.remote.generate(ids(pair), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert tokens.tolist() != plain.tolist()
 
 
-def test_captum_on_embeddings(pair: Pair) -> None:
+def test_captum_on_embeddings(pair: LetteredPair) -> None:
     from captum.attr import IntegratedGradients, LayerIntegratedGradients
 
     def use(model: Any) -> list[torch.Tensor]:
         embed = model.get_input_embeddings()
-        embedded = embed(pair.ids)
+        embedded = embed(ids(pair))
         gradients = IntegratedGradients(lambda x: model(inputs_embeds=x).logits[:, -1])
         found, delta = gradients.attribute(
             embedded,
@@ -291,16 +275,16 @@ def test_captum_on_embeddings(pair: Pair) -> None:
         )
         by_layer = LayerIntegratedGradients(lambda ids: model(ids).logits[:, -1], embed)
         of_tokens = by_layer.attribute(
-            pair.ids, baselines=torch.zeros_like(pair.ids), target=TARGET, n_steps=10
+            ids(pair), baselines=torch.zeros_like(ids(pair)), target=TARGET, n_steps=10
         )
         return [found, delta, of_tokens]
 
-    found, *_ = pair.same(use)
+    found, *_ = same(pair, use)
     assert found.abs().max() > 1e-3
 
 
 @pytest.mark.works("Tools: captum, on embeddings and blocks")
-def test_captum_on_blocks(pair: Pair) -> None:
+def test_captum_on_blocks(pair: LetteredPair) -> None:
     from captum.attr import LayerActivation, LayerGradientXActivation, LayerIntegratedGradients
 
     def use(model: Any) -> list[torch.Tensor]:
@@ -313,22 +297,22 @@ def test_captum_on_blocks(pair: Pair) -> None:
 
             block = model.model.layers[2]
             integrated = LayerIntegratedGradients(last, model.model.layers[1]).attribute(
-                pair.ids, baselines=torch.zeros_like(pair.ids), target=TARGET, n_steps=10
+                ids(pair), baselines=torch.zeros_like(ids(pair)), target=TARGET, n_steps=10
             )
             return [
-                LayerActivation(last, block).attribute(pair.ids),
-                LayerGradientXActivation(last, block).attribute(pair.ids, target=TARGET),
+                LayerActivation(last, block).attribute(ids(pair)),
+                LayerGradientXActivation(last, block).attribute(ids(pair), target=TARGET),
                 integrated,
             ]
         finally:
             model.get_input_embeddings().requires_grad_(False)
 
-    for found in pair.same(use):
+    for found in same(pair, use):
         assert found.abs().max() > 1e-3
 
 
 @pytest.mark.works("Tools: captum for language models")
-def test_captum_for_language_models(pair: Pair) -> None:
+def test_captum_for_language_models(pair: LetteredPair) -> None:
     from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
 
     def use(model: Any) -> list[torch.Tensor]:
@@ -339,13 +323,13 @@ def test_captum_for_language_models(pair: Pair) -> None:
         )
         return [found.seq_attr, found.token_attr]
 
-    pair.same(use)
+    same(pair, use)
 
 
 @pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
 @pytest.mark.parametrize("method", ["saliency", "layer_gradient_x_activation"])
 @pytest.mark.works("Tools: inseq")
-def test_inseq(pair: Pair, method: str) -> None:
+def test_inseq(pair: LetteredPair, method: str) -> None:
     import inseq
 
     def use(model: Any) -> list[torch.Tensor]:
@@ -358,7 +342,7 @@ def test_inseq(pair: Pair, method: str) -> None:
         )
         return [found.sequence_attributions[0].target_attributions]
 
-    (found,) = pair.same(use)
+    (found,) = same(pair, use)
     assert found.nan_to_num().abs().max() > 0
 
 
@@ -377,7 +361,7 @@ metric_list:
 
 
 @pytest.mark.works("Tools: lm-evaluation-harness")
-def test_lm_eval(pair: Pair, tmp_path: Path) -> None:
+def test_lm_eval(pair: LetteredPair, tmp_path: Path) -> None:
     """The harness's own model class around ours, on a task that it finds in a folder."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -405,5 +389,5 @@ def test_lm_eval(pair: Pair, tmp_path: Path) -> None:
         ]
         return [torch.tensor(results["results"]["sums"]["acc,none"]), torch.tensor(likelihoods)]
 
-    _, likelihoods = pair.same(use)
+    _, likelihoods = same(pair, use)
     assert likelihoods.shape == (8, 2)

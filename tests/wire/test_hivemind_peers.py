@@ -362,12 +362,11 @@ def test_gradients_reach_observed_states(models: tuple[Any, Any]) -> None:
 )
 def test_modules_inside_are_refused(models: tuple[Any, Any]) -> None:
     remote, _ = models
-    handle = remote.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    try:
-        with pytest.raises(sn.errors.Unsupported, match=r"modules inside of blocks.*swarm\.own"):
-            remote(torch.tensor([[3, 4, 5]]))
-    finally:
-        handle.remove()
+    with (
+        remote.model.layers[1].mlp.register_forward_hook(lambda *_: None),
+        pytest.raises(sn.errors.Unsupported, match=r"modules inside of blocks.*swarm\.own"),
+    ):
+        remote(torch.tensor([[3, 4, 5]]))
 
 
 @pytest.mark.refused("Petals' servers: PEFT's adapters", "`swarm.own(block)`")

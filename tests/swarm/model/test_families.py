@@ -8,30 +8,15 @@ cached decoding, several turns.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.hosting import HostedSwarm
+from support.pairs import Pair, close, pair_of
 from support.tiny import FAMILIES, tiny_model
-from transformers import AutoModelForCausalLM
 
-import swarm_notebook as sn
-
-TOLERANCE = 1e-4
-
-
-@dataclass
-class Pair:
-    local: Any
-    remote: Any
-    vocabulary: int
-
-    def ids(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
-        torch.manual_seed(seed)
-        return torch.randint(3, self.vocabulary, (rows, length))
+from swarm_notebook.checkpoint.files.source import resolve
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -39,26 +24,9 @@ def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
     folder: Path = tiny_model(request.param, tmp_path_factory.mktemp(request.param))
-    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    blocks = local.config.num_hidden_layers
-    spans = [(0, 1), (1, blocks)]
-    with (
-        HostedSwarm(folder, spans) as servers,
-        sn.connect(servers.initial_peers, model=folder) as swarm,
-    ):
-        yield Pair(local, swarm.model, local.config.vocab_size)
-
-
-def padded(pair: Pair) -> dict[str, torch.Tensor]:
-    """Three prompts of different lengths, padded on the left."""
-    ids, mask = pair.ids(3, 12), torch.ones(3, 12, dtype=torch.long)
-    for row, pads in enumerate((0, 5, 9)):
-        ids[row, :pads], mask[row, :pads] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+    blocks = resolve(folder).config().num_hidden_layers
+    with pair_of(folder, [(0, 1), (1, blocks)]) as made:
+        yield made
 
 
 @torch.no_grad()
@@ -84,7 +52,7 @@ def test_logits_and_hidden_states(pair: Pair) -> None:
 @torch.no_grad()
 @pytest.mark.works("Calls: left-padded batches")
 def test_padded_logits(pair: Pair) -> None:
-    batch = padded(pair)
+    batch = pair.padded()
     ours, theirs = pair.remote(**batch).logits, pair.local(**batch).logits
     real = batch["attention_mask"].bool()
     close(ours[real], theirs[real])
@@ -118,7 +86,7 @@ def test_generate_padded_batch_with_scores(pair: Pair) -> None:
         "output_hidden_states": True,
         "return_dict_in_generate": True,
     }
-    batch = padded(pair)
+    batch = pair.padded()
     ours = pair.remote.generate(**batch, **options)
     theirs = pair.local.generate(**batch, **options)
     assert ours.sequences.tolist() == theirs.sequences.tolist()

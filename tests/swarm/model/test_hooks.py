@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.hosting import HostedSwarm
+from support.pairs import Pair, close, pair_of
 from support.tiny import tiny_model
-from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
 from swarm_notebook.client.passes import backward as backward_module
@@ -30,21 +28,10 @@ FIRST, BOUNDARY, MIDDLE, LAST = 0, 1, 2, BLOCKS - 1
 PLACES = [FIRST, BOUNDARY, MIDDLE, LAST]
 
 
-@dataclass
-class Pair:
-    local: Any
-    remote: Any
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder: Path = tiny_model("llama", tmp_path_factory.mktemp("hooks"))
-    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with (
-        HostedSwarm(folder, [(0, 2), (2, BLOCKS)]) as servers,
-        sn.connect(servers.initial_peers, model=folder) as swarm,
-    ):
-        yield Pair(local.requires_grad_(False), swarm.model)
+    with pair_of(tiny_model("llama", tmp_path_factory.mktemp("hooks"))) as made:
+        yield made
 
 
 @pytest.fixture
@@ -158,14 +145,10 @@ def ids(rows: int = 2, length: int = 8) -> torch.Tensor:
     return torch.randint(3, 128, (rows, length))
 
 
-def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
 def same_states(ours: Seen, theirs: Seen) -> None:
     assert len(ours.states) == len(theirs.states)
     for mine, local in zip(ours.states, theirs.states, strict=True):
-        same(mine, local)
+        close(mine, local)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -177,7 +160,7 @@ def test_forward(pair: Pair, action: Any, place: int) -> None:
     for model in (pair.remote, pair.local):
         with hooked(model, action, [place]) as seen:
             results.append((model(ids()).logits, seen))
-    same(results[0][0], results[1][0])
+    close(results[0][0], results[1][0])
     same_states(results[0][1], results[1][1])
 
 
@@ -192,8 +175,8 @@ def test_training(pair: Pair, action: Any, place: int) -> None:
             logits = model(inputs_embeds=embeds * 1.0).logits
             logits.square().mean().backward()
         results.append((embeds.grad, logits, seen))
-    same(results[0][0], results[1][0])
-    same(results[0][1], results[1][1])
+    close(results[0][0], results[1][0])
+    close(results[0][1], results[1][1])
     same_states(results[0][2], results[1][2])
 
 
@@ -236,7 +219,7 @@ def test_gradients_at_intermediate_states(pair: Pair) -> None:
             handle.remove()
         results.append([embeds.grad, *(kept[i].grad for i in (0, 2, 3))])
     for ours, theirs in zip(*results, strict=True):
-        same(ours, theirs)
+        close(ours, theirs)
 
 
 @pytest.mark.refused(
@@ -313,7 +296,7 @@ def test_modules_inside_blocks_can_be_read(pair: Pair, requests: list[str]) -> N
             assert len(requests) == 2
         results.append(sorted(seen.states, key=lambda state: state.sum().item()))
     for ours, theirs in zip(*results, strict=True):
-        same(ours, theirs)
+        close(ours, theirs)
 
 
 @pytest.mark.refused(
@@ -347,7 +330,7 @@ def test_attention_modules_return_what_they_return_locally(pair: Pair) -> None:
     ours, theirs = found
     assert isinstance(ours, tuple)
     assert len(ours) == len(theirs)
-    same(ours[0], theirs[0])
+    close(ours[0], theirs[0])
     assert ours[1] is theirs[1] is None
 
 
@@ -369,12 +352,11 @@ def test_inputs_inside_blocks_are_not_read_as_empty(
     pair: Pair, read_inputs: Callable[..., Any]
 ) -> None:
     module = pair.remote.model.layers[3].self_attn
-    handle = module.register_forward_hook(read_inputs, with_kwargs=True)
-    try:
-        with pytest.raises(sn.errors.Unsupported, match=r"reads the module's inputs.*swarm\.own"):
-            pair.remote(ids(1))
-    finally:
-        handle.remove()
+    with (
+        module.register_forward_hook(read_inputs, with_kwargs=True),
+        pytest.raises(sn.errors.Unsupported, match=r"reads the module's inputs.*swarm\.own"),
+    ):
+        pair.remote(ids(1))
 
 
 @pytest.mark.refused("Hooks: write inside remote blocks", "hook the block, or `swarm.own(block)`")
@@ -383,9 +365,8 @@ def test_writes_inside_blocks_are_refused(pair: Pair) -> None:
     for method in ("register_forward_pre_hook", "register_full_backward_hook"):
         with pytest.raises(sn.errors.Unsupported, match=r"block 1.mlp.*hook the block itself"):
             getattr(inner, method)(lambda *args: None)
-    handle = inner.register_forward_hook(lambda module, args, out: out + 1)
-    try:
-        with pytest.raises(sn.errors.Unsupported, match=r"changes its output"):
-            pair.remote(ids(1))
-    finally:
-        handle.remove()
+    with (
+        inner.register_forward_hook(lambda module, args, out: out + 1),
+        pytest.raises(sn.errors.Unsupported, match=r"changes its output"),
+    ):
+        pair.remote(ids(1))

@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.hosting import HostedSwarm
+from support.pairs import Pair, pair_of
 from support.tiny import tiny_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-import swarm_notebook as sn
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.swarm import Swarm
 
 BLOCKS = 5
-Models = tuple[Any, Any]
 
 
 @pytest.fixture(scope="module")
-def connected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Swarm, Any]]:
-    folder: Path = tiny_model("llama", tmp_path_factory.mktemp("layers"))
-    local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with (
-        HostedSwarm(folder, [(0, 2), (2, BLOCKS)]) as hosted,
-        sn.connect(hosted.initial_peers, model=folder) as swarm,
-    ):
-        yield swarm, local.requires_grad_(False)
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with pair_of(tiny_model("llama", tmp_path_factory.mktemp("layers"))) as made:
+        yield made
 
 
 @pytest.fixture(params=["remote", "with one at home"])
-def models(connected: tuple[Swarm, Any], request: pytest.FixtureRequest) -> Models:
-    swarm, local = connected
-    swarm.release()
+def models(pair: Pair, request: pytest.FixtureRequest) -> list[Any]:
+    pair.swarm.release()
     if request.param != "remote":
-        swarm.own(1)
-    return copy.deepcopy(swarm.model), copy.deepcopy(local)
+        pair.swarm.own(1)
+    return pair.models()
 
 
 def tokens(rows: int = 2, length: int = 9) -> torch.Tensor:
@@ -54,7 +44,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=max(1e-5, 3e-6 * size), rtol=0)
 
 
-def same_text(models: Models, *, first_runs: bool = True, **options: Any) -> None:
+def same_text(models: list[Any], *, first_runs: bool = True, **options: Any) -> None:
     """Both generate the same.
 
     Args:
@@ -71,7 +61,7 @@ def same_text(models: Models, *, first_runs: bool = True, **options: Any) -> Non
     assert ours.tolist() == theirs.tolist()
 
 
-def same_passes(models: Models) -> None:
+def same_passes(models: list[Any]) -> None:
     with torch.no_grad():
         ours, theirs = (model(tokens(), output_hidden_states=True) for model in models)
         close(ours.logits, theirs.logits)
@@ -87,7 +77,7 @@ def same_passes(models: Models) -> None:
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [0, 1, 3, 4], [2, 3], [1, 4]], ids=str)
 @pytest.mark.works("The list of blocks: blocks dropped")
-def test_a_list_with_fewer_blocks(models: Models, order: list[int]) -> None:
+def test_a_list_with_fewer_blocks(models: list[Any], order: list[int]) -> None:
     for model in models:
         model.model.layers = nn.ModuleList([model.model.layers[index] for index in order])
     same_passes(models)
@@ -96,7 +86,7 @@ def test_a_list_with_fewer_blocks(models: Models, order: list[int]) -> None:
 
 
 @pytest.mark.works("The list of blocks: cut (`layers = layers[:n]`), with a cache, too")
-def test_a_cut_list(models: Models) -> None:
+def test_a_cut_list(models: list[Any]) -> None:
     for model in models:
         model.model.layers = model.model.layers[:3]
     same_passes(models)
@@ -105,7 +95,7 @@ def test_a_cut_list(models: Models) -> None:
 
 @pytest.mark.parametrize("order", [[0, 1, 1, 2, 3, 4], [0, 2, 1, 3, 4]], ids=str)
 @pytest.mark.works("The list of blocks: repeated or exchanged, with `use_cache=False`")
-def test_a_list_in_another_order(models: Models, order: list[int]) -> None:
+def test_a_list_in_another_order(models: list[Any], order: list[int]) -> None:
     """It works without a cache, in which each block has one place."""
     for model in models:
         model.model.layers = nn.ModuleList([model.model.layers[index] for index in order])
@@ -142,7 +132,7 @@ class Mine(nn.Module):
 
 @pytest.mark.parametrize("place", [0, 1, 2, 4])
 @pytest.mark.works("The list of blocks: wrapped (`layers[i] = Wrapper(layers[i])`)")
-def test_a_wrapped_block(models: Models, place: int) -> None:
+def test_a_wrapped_block(models: list[Any], place: int) -> None:
     for model in models:
         model.model.layers[place] = Doubled(model.model.layers[place])
     same_passes(models)
@@ -151,14 +141,14 @@ def test_a_wrapped_block(models: Models, place: int) -> None:
 
 @pytest.mark.parametrize("kind", [Mine, Same])
 @pytest.mark.parametrize("place", [0, 2, 4])
-def test_a_module_in_the_place_of_a_block(models: Models, place: int, kind: type) -> None:
+def test_a_module_in_the_place_of_a_block(models: list[Any], place: int, kind: type) -> None:
     for model in models:
         model.model.layers[place] = kind()
     same_passes(models)
     same_text(models, first_runs=place > 0)
 
 
-def test_the_list_is_whole_for_all_but_the_decoder(models: Models) -> None:
+def test_the_list_is_whole_for_all_but_the_decoder(models: list[Any]) -> None:
     """The decoder may see one block that stands for all; a hook that looks meanwhile may not."""
     seen = []
     for model in models:
@@ -173,7 +163,7 @@ def test_the_list_is_whole_for_all_but_the_decoder(models: Models) -> None:
 
 
 @pytest.mark.works("Generation: early exit (`assistant_early_exit`)")
-def test_leaving_early_to_guess(models: Models) -> None:
+def test_leaving_early_to_guess(models: list[Any]) -> None:
     options = {"max_new_tokens": 8, "do_sample": False, "assistant_early_exit": 3}
     ours, theirs = (model.generate(tokens(1), **options) for model in models)
     assert ours.tolist() == theirs.tolist()
@@ -181,7 +171,7 @@ def test_leaving_early_to_guess(models: Models) -> None:
     assert sampled.shape[1] > 9
 
 
-def test_a_smaller_number_of_blocks_in_the_config(models: Models) -> None:
+def test_a_smaller_number_of_blocks_in_the_config(models: list[Any]) -> None:
     models[0].config.num_hidden_layers = 3
     models[1].model.layers = models[1].model.layers[:3]
     with torch.no_grad():
@@ -192,10 +182,10 @@ def test_a_smaller_number_of_blocks_in_the_config(models: Models) -> None:
     "The list of blocks: a forward of your own that stops early",
     "cut the list: `layers = layers[:n]`",
 )
-def test_a_model_that_stops_by_itself(connected: tuple[Swarm, Any]) -> None:
+def test_a_model_that_stops_by_itself(pair: Pair) -> None:
     """That it will is not known before: refused, and no blank comes out."""
-    connected[0].release()
-    remote: Any = copy.deepcopy(connected[0].model)
+    pair.swarm.release()
+    remote: Any = copy.deepcopy(pair.remote)
 
     def forward(input_ids: torch.Tensor, **_: Any) -> Any:
         hidden = remote.model.embed_tokens(input_ids)
@@ -210,7 +200,7 @@ def test_a_model_that_stops_by_itself(connected: tuple[Swarm, Any]) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.works("Gradients: `gradient_checkpointing_enable`")
-def test_checkpointing_by_transformers(models: Models, reentrant: bool) -> None:
+def test_checkpointing_by_transformers(models: list[Any], reentrant: bool) -> None:
     found = []
     for model in models:
         options = {"use_reentrant": reentrant}
@@ -226,9 +216,9 @@ def test_checkpointing_by_transformers(models: Models, reentrant: bool) -> None:
     "Gradients: re-entrant checkpoints around a remote block",
     "`use_reentrant=False`, or `swarm.own(block)`",
 )
-def test_checkpointing_by_hand_says_what_to_do(connected: tuple[Swarm, Any]) -> None:
-    connected[0].release()
-    model: Any = copy.deepcopy(connected[0].model)
+def test_checkpointing_by_hand_says_what_to_do(pair: Pair) -> None:
+    pair.swarm.release()
+    model: Any = copy.deepcopy(pair.remote)
     for block in model.model.layers:
         forward = block.forward
         block.forward = lambda hidden, forward=forward, **kwargs: checkpoint(
@@ -241,7 +231,7 @@ def test_checkpointing_by_hand_says_what_to_do(connected: tuple[Swarm, Any]) -> 
 
 
 @pytest.mark.works("Caches: `len`, `layers`, `get_seq_length`, `is_initialized`")
-def test_a_cache_reads_as_transformers_does(models: Models) -> None:
+def test_a_cache_reads_as_transformers_does(models: list[Any]) -> None:
     with torch.no_grad():
         ours, theirs = (model(tokens()).past_key_values for model in models)
         assert isinstance(theirs, DynamicCache)
@@ -265,7 +255,7 @@ def test_a_cache_reads_as_transformers_does(models: Models) -> None:
 
 
 @pytest.mark.works("Caches: `copy.deepcopy`")
-def test_a_copied_cache_goes_its_own_way(models: Models) -> None:
+def test_a_copied_cache_goes_its_own_way(models: list[Any]) -> None:
     ids, more = tokens(), tokens(2, 3)
     with torch.no_grad():
         cache = models[0](ids, use_cache=True).past_key_values

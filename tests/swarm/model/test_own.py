@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.hosting import HostedSwarm
+from support.pairs import SPANS, Pair, local_model, padded, pair_of
 from support.tiny import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.errors import BlocksOutOfRange, MissingBlocks, Unsupported
 from swarm_notebook.model.blocks.placeholders import is_placeholder
-from swarm_notebook.swarm import Swarm
 from swarm_notebook.tuning import DeepPrompts
 
 TOLERANCE = 1e-5
 BLOCKS = 5
 PLACES: list[Any] = [0, BLOCKS - 1, 3, [3, 4], [0, 1, 2], [1, 3], slice(None)]
-
-
-@dataclass
-class Pair:
-    """A remote model and the local one; `fresh` puts both back as they were."""
-
-    swarm: Swarm
-    folder: Path
-    local: Any
-
-    @property
-    def remote(self) -> Any:
-        return self.swarm.model
-
-    def fresh(self) -> None:
-        self.swarm.release()
-        kind = AutoModelForCausalLM
-        self.local = kind.from_pretrained(self.folder, dtype=torch.float32).eval()
-        self.local.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -54,28 +35,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[list[str]]:
-    with HostedSwarm(folder, [(0, 2), (2, BLOCKS)]) as hosted, hosted.with_a_node() as peers:
+    with HostedSwarm(folder, SPANS) as hosted, hosted.with_a_node() as peers:
         yield peers
 
 
 @pytest.fixture
 def pair(folder: Path, address: list[str]) -> Iterator[Pair]:
     with sn.connect(address, model=folder) as swarm:
-        made = Pair(swarm, folder, None)
-        made.fresh()
-        yield made
+        yield Pair(swarm, folder)
 
 
 def tokens(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 128, (rows, length), generator=generator)
-
-
-def padded() -> dict[str, torch.Tensor]:
-    ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.long)
-    for row, pads in enumerate((0, 5, 9)):
-        ids[row, :pads], mask[row, :pads] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -85,7 +57,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 @torch.no_grad()
 def same(pair: Pair) -> None:
     """Logits and states of a padded batch, and a text."""
-    batch = padded()
+    batch = padded(tokens(3, 12))
     ours = pair.remote(**batch, output_hidden_states=True)
     theirs = pair.local(**batch, output_hidden_states=True)
     shown = batch["attention_mask"].bool()
@@ -98,7 +70,7 @@ def same(pair: Pair) -> None:
 def same_everywhere(pair: Pair) -> None:
     """`same`, in further ways to generate."""
     same(pair)
-    same_text(pair, padded(), num_beams=3, num_return_sequences=2)
+    same_text(pair, padded(tokens(3, 12)), num_beams=3, num_return_sequences=2)
     same_text(pair, {"input_ids": tokens(1, 12)}, prompt_lookup_num_tokens=3)
 
 
@@ -180,8 +152,7 @@ def test_it_needs_no_server(folder: Path) -> None:
         HostedSwarm(folder, [(0, 2), (3, BLOCKS)]) as hosted,
         sn.connect(hosted.initial_peers, model=folder, own=2, timeout=5) as swarm,
     ):
-        pair = Pair(swarm, folder, None)
-        pair.local = AutoModelForCausalLM.from_pretrained(folder).eval()
+        pair = Pair(swarm, folder)
         same(pair)
         status, route = swarm.status(), swarm.route()
         assert status.home == (2,)
@@ -423,7 +394,7 @@ def test_deep_prompts(pair: Pair, place: list[int]) -> None:
 
 @pytest.mark.works("Blocks at home: attention weights")
 def test_attention_weights(pair: Pair) -> None:
-    batch = padded()
+    batch = padded(tokens(3, 12))
     pair.swarm.own(3)
     found = []
     for model in (pair.remote, pair.local):
@@ -479,7 +450,7 @@ def test_the_cache_follows(pair: Pair) -> None:
 
 
 def test_a_padded_cache_goes_on_without_a_mask(pair: Pair) -> None:
-    batch, more = padded(), tokens(3, 3, 5)
+    batch, more = padded(tokens(3, 12)), tokens(3, 3, 5)
     pair.swarm.own([0, 3])
     with torch.no_grad():
         cache = pair.remote(**batch, use_cache=True).past_key_values
@@ -537,7 +508,7 @@ def test_a_copy_has_weights_of_its_own(pair: Pair) -> None:
     pair.swarm.release()
     with torch.no_grad():
         close(twin(tokens()).logits, pair.local(tokens()).logits)
-    pair.fresh()
+    pair.local = local_model(pair.folder)
     same(pair)
 
 
@@ -586,16 +557,12 @@ def test_other_dtypes(pair: Pair) -> None:
 def test_families(family: str, tmp_path: Path) -> None:
     """Alternating windows, another list of blocks, experts, blocks that return tuples."""
     folder = tiny_model(family, tmp_path)
-    local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    count = local.config.num_hidden_layers
-    with (
-        HostedSwarm(folder, [(0, 2), (2, count)]) as hosted,
-        sn.connect(hosted.initial_peers, model=folder) as swarm,
-    ):
+    count = resolve(folder).config().num_hidden_layers
+    with pair_of(folder, [(0, 2), (2, count)]) as pair:
         for place in ([0, 2], [1, count - 1], slice(None)):
-            swarm.release()
-            swarm.own(place)
-            same_everywhere(Pair(swarm, folder, local))
+            pair.swarm.release()
+            pair.swarm.own(place)
+            same_everywhere(pair)
 
 
 @contextmanager

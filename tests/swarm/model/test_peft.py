@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +14,23 @@ from peft.tuners.lora.config import CordaConfig, KasaConfig, LoraGAConfig, Monte
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.hotswap import hotswap_adapter
-from support.hosting import HostedSwarm
+from support.pairs import Pair, close, pair_of
 from support.tiny import tiny_model
-from transformers import AutoModelForCausalLM
 
-import swarm_notebook as sn
 from swarm_notebook.errors import Unsupported
-from swarm_notebook.swarm import Swarm
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 OWN = r"swarm\.own"
 
 
-@dataclass
-class Pair:
-    swarm: Swarm
-    local: Any
-
-    def models(self) -> list[Any]:
-        """A remote and a local model that no test has changed."""
-        return [copy.deepcopy(self.swarm.model), copy.deepcopy(self.local)]
-
-    def tuned(self, config: Any, name: str = "default") -> list[Any]:
-        return [adapted(model, copy.deepcopy(config), name) for model in self.models()]
+def tuned(pair: Pair, config: Any, name: str = "default") -> list[Any]:
+    return [adapted(model, copy.deepcopy(config), name) for model in pair.models()]
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder: Path = tiny_model("llama", tmp_path_factory.mktemp("peft"))
-    local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with (
-        HostedSwarm(folder, [(0, 2), (2, 5)]) as hosted,
-        sn.connect(hosted.initial_peers, model=folder) as swarm,
-    ):
-        yield Pair(swarm, local.requires_grad_(False))
+    with pair_of(tiny_model("llama", tmp_path_factory.mktemp("peft"))) as made:
+        yield made
 
 
 def noisy(model: Any, part: str = "") -> Any:
@@ -78,10 +60,6 @@ def padded() -> dict[str, torch.Tensor]:
     ids, mask = tokens(), torch.ones(3, 9, dtype=torch.long)
     mask[1, :4] = 0
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -153,14 +131,14 @@ KINDS: dict[str, Any] = {
 @pytest.mark.works("PEFT: nearly every adapter type, in values, gradients and training")
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(pair: Pair, kind: str) -> None:
-    models = pair.tuned(KINDS[kind])
+    models = tuned(pair, KINDS[kind])
     same_training(models)
     same(models)
 
 
 @pytest.mark.works("PEFT: adapters in generation, with beams")
 def test_a_name_with_a_hyphen_generates(pair: Pair) -> None:
-    models = pair.tuned(lora(task_type="CAUSAL_LM"), name="my-adapter")
+    models = tuned(pair, lora(task_type="CAUSAL_LM"), name="my-adapter")
     same_generation(models)
     same_generation(models, num_beams=2)
 
@@ -201,7 +179,7 @@ STATES: dict[str, Callable[[Any], None]] = {
 @pytest.mark.works("PEFT: scalings and switches of single layers")
 @pytest.mark.parametrize("state", STATES)
 def test_state_outside_of_a_config(pair: Pair, state: str) -> None:
-    models = pair.tuned(lora())
+    models = tuned(pair, lora())
     before = same(models)
     for model in models:
         STATES[state](model)
@@ -212,7 +190,7 @@ def test_state_outside_of_a_config(pair: Pair, state: str) -> None:
 def test_scaling_for_a_while(pair: Pair) -> None:
     from peft.helpers import rescale_adapter_scale
 
-    models = pair.tuned(lora())
+    models = tuned(pair, lora())
     before = same(models)
     with rescale_adapter_scale(models[0], 0.5), rescale_adapter_scale(models[1], 0.5):
         assert (same(models) - before).abs().max() > 1e-3
@@ -223,7 +201,7 @@ def test_scaling_for_a_while(pair: Pair) -> None:
 
 @pytest.mark.works("PEFT: several adapters at once, weighted, hotswapped, deleted")
 def test_several_adapters(pair: Pair, tmp_path: Path) -> None:
-    models = pair.tuned(lora(task_type="CAUSAL_LM"))
+    models = tuned(pair, lora(task_type="CAUSAL_LM"))
     for model in models:
         torch.manual_seed(6)
         model.add_adapter("other", lora(r=2, target_modules=["q_proj", "up_proj"]))
@@ -243,7 +221,7 @@ def test_several_adapters(pair: Pair, tmp_path: Path) -> None:
         model.delete_adapter("other")
         model.set_adapter("default")
     same(models)
-    noisy(pair.tuned(lora(task_type="CAUSAL_LM"))[1]).save_pretrained(tmp_path)
+    noisy(tuned(pair, lora(task_type="CAUSAL_LM"))[1]).save_pretrained(tmp_path)
     for model in models:
         hotswap_adapter(model, tmp_path, "default")
     same(models)
@@ -268,7 +246,7 @@ def test_types_mixed(pair: Pair) -> None:
 
 @pytest.mark.works("PEFT: rows of a batch with adapters of their own (`adapter_names`)")
 def test_rows_with_adapters_of_their_own(pair: Pair) -> None:
-    models = pair.tuned(lora(task_type="CAUSAL_LM"))
+    models = tuned(pair, lora(task_type="CAUSAL_LM"))
     for model in models:
         torch.manual_seed(6)
         model.add_adapter("other", lora(r=2))
@@ -362,7 +340,7 @@ def test_refused_with_the_way_out(pair: Pair, kind: str) -> None:
 )
 @pytest.mark.parametrize("safe", [True, False])
 def test_merging_wants_blocks_at_home(pair: Pair, safe: bool) -> None:
-    ours, _ = models = pair.tuned(lora())
+    ours, _ = models = tuned(pair, lora())
     for merge in (ours.merge_adapter, ours.merge_and_unload):
         with pytest.raises(Unsupported, match=r"of block 0 .*swarm\.own\(0\)"):
             merge(safe_merge=safe)
@@ -372,7 +350,7 @@ def test_merging_wants_blocks_at_home(pair: Pair, safe: bool) -> None:
 @pytest.mark.refused("PEFT: aLoRA in generation", "`use_cache=False`, or `swarm.own(slice(None))`")
 def test_invocation_tokens(pair: Pair) -> None:
     """Activated LoRA counts from the end, and servers take a cached prompt in pieces."""
-    models = pair.tuned(lora(alora_invocation_tokens=[5], task_type="CAUSAL_LM"))
+    models = tuned(pair, lora(alora_invocation_tokens=[5], task_type="CAUSAL_LM"))
     ids = tokens()
     ids[0, 4] = ids[2, 6] = 5
     with torch.no_grad():
@@ -384,7 +362,7 @@ def test_invocation_tokens(pair: Pair) -> None:
 
 def test_used_in_turns_an_adapter_is_sent_once(pair: Pair) -> None:
     """As a trainer does that compares with a frozen one."""
-    (ours, _), sent = pair.tuned(lora()), []
+    (ours, _), sent = tuned(pair, lora()), []
     ours.add_adapter("other", lora(r=2))
     connection: Any = pair.swarm.connection
     for _ in range(3):

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.hosting import HostedSwarm
-from support.scene import TOLERANCE, Scene
+from support.pairs import TOLERANCE, Pair, pair_of
+from support.scene import Scene
 from support.tiny import tiny_model
-from transformers import AutoModelForCausalLM
 
-import swarm_notebook as sn
 from swarm_notebook.errors import Unsupported
 
 ORIGINAL = 32  # positions that the models below were "made for"
@@ -38,16 +35,8 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@dataclass
-class Pair:
-    local: Any
-    remote: Any
-
-    def ids(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
-        return torch.randint(3, 120, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-    def same(self, use: Callable[[Any], torch.Tensor]) -> None:
-        torch.testing.assert_close(use(self.remote), use(self.local), atol=TOLERANCE, rtol=1e-4)
+def same(pair: Pair, use: Callable[[Any], torch.Tensor]) -> None:
+    torch.testing.assert_close(use(pair.remote), use(pair.local), atol=TOLERANCE, rtol=1e-4)
 
 
 @pytest.fixture(scope="module", params=sorted(ROPES))
@@ -64,12 +53,8 @@ def pair(
         original_max_position_embeddings=ORIGINAL,
         sliding_window=None,
     )
-    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with (
-        HostedSwarm(folder, [(0, 2), (2, 5)]) as servers,
-        sn.connect(servers.initial_peers, model=folder) as swarm,
-    ):
-        yield Pair(local, swarm.model)
+    with pair_of(folder) as made:
+        yield made
 
 
 @torch.no_grad()
@@ -81,15 +66,15 @@ def test_lengths_around_the_original_one(pair: Pair) -> None:
     ids = pair.ids(3, 3 * ORIGINAL)
     for length in (ORIGINAL, 3 * ORIGINAL, ORIGINAL, ORIGINAL + 1, 2 * ORIGINAL, 5, ORIGINAL):
         for use_cache in (True, False):
-            pair.same(lambda model, n=length, c=use_cache: model(ids[:, :n], use_cache=c).logits)
+            same(pair, lambda model, n=length, c=use_cache: model(ids[:, :n], use_cache=c).logits)
 
 
 @torch.no_grad()
 def test_a_prompt_in_parts(pair: Pair) -> None:
     """It is cut by the notebook and by the servers, and turns by the whole."""
     ids = pair.ids(1, 20 * ORIGINAL)
-    pair.same(lambda model: model(ids, use_cache=True).logits)
-    pair.same(lambda model: model(ids[:, : ORIGINAL - 2]).logits)  # and nothing is left of it
+    same(pair, lambda model: model(ids, use_cache=True).logits)
+    same(pair, lambda model: model(ids[:, : ORIGINAL - 2]).logits)  # and nothing is left of it
 
 
 @torch.no_grad()
@@ -105,10 +90,10 @@ def test_decode_across_the_original_length(pair: Pair) -> None:
             model(pair.ids(1, 2 * ORIGINAL if token == ORIGINAL else 7), use_cache=False)
         return torch.cat(logits, dim=1)
 
-    pair.same(step_by_step)
+    same(pair, step_by_step)
     options: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    pair.same(lambda model: model.generate(ids[:, :begin], **options))
-    pair.same(lambda model: model.generate(ids[:, :begin], num_beams=2, **options))
+    same(pair, lambda model: model.generate(ids[:, :begin], **options))
+    same(pair, lambda model: model.generate(ids[:, :begin], num_beams=2, **options))
 
 
 @torch.no_grad()
@@ -137,7 +122,7 @@ def test_gradients_of_inputs(pair: Pair, length: int) -> None:
         model(inputs_embeds=embedded).logits.square().mean().backward()
         return embedded.grad
 
-    pair.same(gradient)
+    same(pair, gradient)
 
 
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])

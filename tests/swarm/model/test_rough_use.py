@@ -256,12 +256,11 @@ def test_numbers_of_a_block_itself(tmp_path: Path) -> None:
 
 
 def test_hooks_for_all_modules(tiny_scene: Scene, model: Any) -> None:
-    handle = register_module_forward_hook(lambda *_: None)
-    try:
-        with pytest.warns(UserWarning, match=r"not the modules inside of them.*swarm\.own"):
-            model(tiny_scene.ids(2, 9))
-    finally:
-        handle.remove()
+    with (
+        register_module_forward_hook(lambda *_: None),
+        pytest.warns(UserWarning, match=r"not the modules inside of them.*swarm\.own"),
+    ):
+        model(tiny_scene.ids(2, 9))
 
 
 @pytest.mark.works("Hooks: read the arguments of blocks (`with_kwargs=True`)")

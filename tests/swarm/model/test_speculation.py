@@ -23,13 +23,10 @@ def counted(model: PreTrainedModel) -> Iterator[list[int]]:
     """The tokens of each pass through the model."""
     passes: list[int] = []
     decoder: Any = model.get_decoder()
-    hook = decoder.layers[0].register_forward_pre_hook(
+    with decoder.layers[0].register_forward_pre_hook(
         lambda _module, inputs: passes.append(inputs[0].shape[1])
-    )
-    try:
+    ):
         yield passes
-    finally:
-        hook.remove()
 
 
 @pytest.mark.parametrize("kind", ["prompt lookup", "assistant", "auto"])

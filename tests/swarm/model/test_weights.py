@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,22 @@ import numpy as np
 import pytest
 import torch
 from support.hosting import HostedSwarm
+from support.pairs import SPANS, Pair, pair_of
 from support.tiny import tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.parts import single
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.placeholders import RemoteParameter
-from swarm_notebook.swarm import Swarm
 
 
-@dataclass
-class Pair:
-    swarm: Swarm
-    local: Any
-
-    @property
-    def remote(self) -> Any:
-        return self.swarm.model
-
-    def weights(self) -> tuple[Any, Any]:
-        """The same weight of both models."""
-        both = (self.remote, self.local)
-        remote, local = (model.model.layers[3].mlp.down_proj.weight for model in both)
-        return remote, local
+def weights(pair: Pair) -> tuple[Any, Any]:
+    """The same weight of both models."""
+    both = (pair.remote, pair.local)
+    remote, local = (model.model.layers[3].mlp.down_proj.weight for model in both)
+    return remote, local
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +37,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[list[str]]:
-    with HostedSwarm(folder, [(0, 2), (2, 5)]) as hosted, hosted.with_a_node() as peers:
+    with HostedSwarm(folder, SPANS) as hosted, hosted.with_a_node() as peers:
         yield peers
 
 
 @pytest.fixture
 def pair(folder: Path, address: list[str]) -> Iterator[Pair]:
-    local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with sn.connect(address, model=folder) as swarm:
-        yield Pair(swarm, local.requires_grad_(False))
+        yield Pair(swarm, folder)
 
 
 def tokens() -> torch.Tensor:
@@ -103,7 +92,7 @@ def gradient(row: Any) -> Any:
 
 
 def test_an_array_of_values_is_read_only(pair: Pair) -> None:
-    array = pair.weights()[0].numpy()
+    array = weights(pair)[0].numpy()
     with pytest.raises(ValueError, match="read-only"):
         array[0] = 0
 
@@ -111,7 +100,7 @@ def test_an_array_of_values_is_read_only(pair: Pair) -> None:
 @pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
 @pytest.mark.works("Weights: read inside remote blocks")
 def test_values_are_read(pair: Pair, read: Callable[[Any], Any]) -> None:
-    remote, local = pair.weights()
+    remote, local = weights(pair)
     assert torch.equal(read(remote), read(local))
     assert remote.untyped_storage().nbytes() == 4  # nothing is kept
 
@@ -121,7 +110,7 @@ def test_shapes_cost_nothing(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Non
         raise AssertionError("the checkpoint was read")
 
     monkeypatch.setattr(single.BlockTensors, "read", fail)
-    remote, local = pair.weights()
+    remote, local = weights(pair)
     for ask in (
         lambda one: (one.shape, one.dtype, one.device, one.ndim, one.numel(), len(one)),
         lambda one: (one.size(0), one.dim(), one.element_size(), one.nbytes, one.is_contiguous()),
@@ -141,16 +130,12 @@ def test_shapes_cost_nothing(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_families(family: str, tmp_path: Path) -> None:
     """Weights that transformers joins while it loads them, and buffers."""
     folder = tiny_model(family, tmp_path)
-    local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    count = local.config.num_hidden_layers
-    with (
-        HostedSwarm(folder, [(0, count)]) as hosted,
-        sn.connect(hosted.initial_peers, model=folder) as swarm,
-    ):
-        theirs = dict(local.named_parameters())
+    count = resolve(folder).config().num_hidden_layers
+    with pair_of(folder, [(0, count)]) as pair:
+        theirs = dict(pair.local.named_parameters())
         ours = {
             name: one
-            for name, one in swarm.model.named_parameters()
+            for name, one in pair.remote.named_parameters()
             if isinstance(one, RemoteParameter)
         }
         assert len(ours) > count
@@ -210,7 +195,7 @@ WRITES: list[Callable[[Any], Any]] = [
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.refused("Weights: written inside remote blocks", "`swarm.own(block)`")
 def test_writes_are_refused(pair: Pair, write: Callable[[Any], Any]) -> None:
-    weight, local = pair.weights()
+    weight, local = weights(pair)
     with pytest.raises(Unsupported, match=r"mlp\.down_proj\.weight of block 3.*swarm\.own\(3\)"):
         write(weight)
     assert torch.equal(weight.clone(), local)

@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.letter_tokenizer import Pair, lettered_pair
+from support.letter_tokenizer import LetteredPair, lettered_pair
 from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +24,7 @@ BLOCKS = 5
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LetteredPair]:
     with lettered_pair(tmp_path_factory.mktemp("probing")) as made:
         yield made
 
@@ -33,7 +33,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_logit_lens(pair: Pair) -> None:
+def test_logit_lens(pair: LetteredPair) -> None:
     remote = probing.logit_lens(pair.swarm, "Hello, world", top=3)
     local = probing.logit_lens(pair.local, "Hello, world", top=3, tokenizer=pair.tokenizer)
     assert remote.ids.shape == (BLOCKS, 12, 3)
@@ -57,7 +57,7 @@ def test_logit_lens(pair: Pair) -> None:
     assert probing.logit_lens(pair.local, ids, blocks=[1]).blocks == [1]
 
 
-def test_entropy_and_ranks(pair: Pair) -> None:
+def test_entropy_and_ranks(pair: LetteredPair) -> None:
     lens = probing.logit_lens(pair.swarm, "Hello, world", last=4)
     assert (lens.words, lens.first, lens.entropy.shape) == (list("orld"), 8, (BLOCKS, 4))
     whole = probing.logit_lens(pair.swarm, "Hello, world", blocks=[0, 3])
@@ -87,7 +87,7 @@ def test_the_lens_uses_the_end_of_every_architecture(family: str, tmp_path: Path
     same(lens.probabilities[-1], real.values)
 
 
-def test_linear_probe(pair: Pair, tmp_path: Path) -> None:
+def test_linear_probe(pair: LetteredPair, tmp_path: Path) -> None:
     """A property that is plain in the states is found; a shuffled one is not."""
     texts = [f"{'abc' * (n % 3)}{n:03d}{'xyz'[n % 3]}" for n in range(60)]
     kinds = ["xyz"[n % 3] for n in range(60)]
@@ -136,7 +136,7 @@ def test_a_probe_of_two_classes_predicts_as_scikit_learn_does() -> None:
     assert probe.accuracy > 0.8
 
 
-def test_patch(pair: Pair) -> None:
+def test_patch(pair: LetteredPair) -> None:
     def metric(logits: torch.Tensor) -> torch.Tensor:
         return logits[:, 40] - logits[:, 50]
 
@@ -171,7 +171,7 @@ def test_patch(pair: Pair) -> None:
     assert remote.scores[2, 1].item() == pytest.approx(by_hand.item(), abs=1e-3)
 
 
-def test_path_patch(pair: Pair) -> None:
+def test_path_patch(pair: LetteredPair) -> None:
     def metric(logits: torch.Tensor) -> torch.Tensor:
         return logits[:, 40] - logits[:, 50]
 
@@ -213,7 +213,7 @@ def test_path_patch(pair: Pair) -> None:
 
 
 @pytest.mark.works("Probing: single heads patched, at home")
-def test_patch_heads(pair: Pair) -> None:
+def test_patch_heads(pair: LetteredPair) -> None:
     def metric(logits: torch.Tensor) -> torch.Tensor:
         return logits[:, 40] - logits[:, 50]
 
@@ -278,7 +278,7 @@ def test_what_reads_the_heads_is_found_in_every_architecture(
 
 
 @pytest.mark.works("Probing: attention patterns, of blocks at home")
-def test_attention_patterns(pair: Pair) -> None:
+def test_attention_patterns(pair: LetteredPair) -> None:
     with pytest.raises(Unsupported, match=r"swarm\.own"):
         probing.attention_patterns(pair.swarm, "it was", blocks=1)
     pair.swarm.own([1, 3])
@@ -313,7 +313,7 @@ def test_attention_patterns(pair: Pair) -> None:
 
 
 @pytest.mark.works("Probing: `steer`, `patch`, linear probes, the logit lens")
-def test_steer(pair: Pair) -> None:
+def test_steer(pair: LetteredPair) -> None:
     vector = torch.randn(48, generator=torch.Generator().manual_seed(2))
     ids = pair.tokenizer("once", return_tensors="pt").input_ids
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -328,7 +328,7 @@ def test_steer(pair: Pair) -> None:
     assert told[0] == told[1]
 
 
-def test_a_sweep_over_strengths(pair: Pair) -> None:
+def test_a_sweep_over_strengths(pair: LetteredPair) -> None:
     direction = torch.randn(48, generator=torch.Generator().manual_seed(2))
     vector = probing.SteeringVector("tiny", 2, direction)
     strengths = [-3.0, 0.0, 3.0]
@@ -346,7 +346,7 @@ def test_a_sweep_over_strengths(pair: Pair) -> None:
         vector.sweep(pair.swarm, "once", [])
 
 
-def test_a_steering_vector_from_contrast_pairs(pair: Pair, tmp_path: Path) -> None:
+def test_a_steering_vector_from_contrast_pairs(pair: LetteredPair, tmp_path: Path) -> None:
     texts = ["so good", "fine", "so bad", "poor"]
     made = probing.steering_vector(pair.swarm, texts[:2], texts[2:], block=-3)
     states = probing.hidden_states(pair.swarm, texts, blocks=2, pool="last")[2]
@@ -363,7 +363,7 @@ def test_a_steering_vector_from_contrast_pairs(pair: Pair, tmp_path: Path) -> No
         probing.steering_vector(pair.swarm, [], texts, block=2)
 
 
-def test_a_steering_vector_can_be_trained(pair: Pair) -> None:
+def test_a_steering_vector_can_be_trained(pair: LetteredPair) -> None:
     ids = pair.tokenizer("once upon a time", return_tensors="pt").input_ids
     grads = []
     for model in (pair.swarm.model, pair.local):
@@ -376,7 +376,7 @@ def test_a_steering_vector_can_be_trained(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("kind", ["prompt", "lora"])
-def test_models_wrapped_by_peft(pair: Pair, kind: str, tmp_path: Path) -> None:
+def test_models_wrapped_by_peft(pair: LetteredPair, kind: str, tmp_path: Path) -> None:
     """The states of the text's own tokens, whatever stands in front of them."""
     configs: dict[str, peft.PeftConfig] = {
         "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
@@ -405,7 +405,7 @@ def test_models_wrapped_by_peft(pair: Pair, kind: str, tmp_path: Path) -> None:
     assert (told[0][0] - plain).abs().max() > 1e-2
 
 
-def test_bad_arguments(pair: Pair) -> None:
+def test_bad_arguments(pair: LetteredPair) -> None:
     swarm = pair.swarm
     with (
         pytest.raises(ValueError, match=r"vector: shape \[3\]"),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support.forkserver import WARM
-from support.letter_tokenizer import Pair, lettered_pair
+from support.letter_tokenizer import LetteredPair, lettered_pair
 from support.patience import PATIENCE
 from support.processes import lasting_swarms
 
@@ -30,7 +30,7 @@ TEXTS = [f"{'the quick brown fox'[: 4 + n % 13]} {n}" for n in range(20)]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LetteredPair]:
     with lettered_pair(tmp_path_factory.mktemp("probing")) as made:
         yield made
 
@@ -45,7 +45,7 @@ def shard_files(store: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("pool", [None, "last", "mean"])
-def test_hidden_states(pair: Pair, pool: Any, tmp_path: Path) -> None:
+def test_hidden_states(pair: LetteredPair, pool: Any, tmp_path: Path) -> None:
     """In memory, on disk and one text at a time, remote and local: all the same."""
     options: dict[str, Any] = {"pool": pool, "blocks": [0, 3, -1], "batch_size": 3}
     remote = probing.hidden_states(pair.swarm, TEXTS, store=tmp_path, shard_texts=8, **options)
@@ -73,7 +73,7 @@ def test_hidden_states(pair: Pair, pool: Any, tmp_path: Path) -> None:
     assert remote.manifest["blocks"] == BLOCKS
 
 
-def test_a_store_grows_by_what_is_missing(pair: Pair, tmp_path: Path) -> None:
+def test_a_store_grows_by_what_is_missing(pair: LetteredPair, tmp_path: Path) -> None:
     options: dict[str, Any] = {"pool": "last", "store": tmp_path, "shard_texts": 8}
     probing.hidden_states(pair.swarm, TEXTS[:8], blocks=[1], **options)
     first = shard_files(tmp_path)
@@ -100,7 +100,7 @@ def test_a_store_grows_by_what_is_missing(pair: Pair, tmp_path: Path) -> None:
 
 
 @pytest.mark.works("Probing: `hidden_states(store=…)` of a model that has changed")
-def test_a_model_that_has_changed_gets_no_old_states(pair: Pair, tmp_path: Path) -> None:
+def test_a_model_that_has_changed_gets_no_old_states(pair: LetteredPair, tmp_path: Path) -> None:
     """Steering, deep prompts, weights of a block at home: each finds its own states again."""
     swarm, home = pair.swarm, tmp_path / "store"
     options: dict[str, Any] = {"pool": "last", "blocks": [2, -1]}
@@ -144,7 +144,7 @@ def test_a_model_that_has_changed_gets_no_old_states(pair: Pair, tmp_path: Path)
     "Probing: a store for states under hooks of your own", "name what they do: `tag=…`"
 )
 def test_states_under_a_hook_are_not_stored(
-    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pair: LetteredPair, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options: dict[str, Any] = {"pool": "last", "blocks": [-1], "store": tmp_path}
     before = probing.hidden_states(pair.swarm, TEXTS[:3], **options)[4]
@@ -160,7 +160,7 @@ def test_states_under_a_hook_are_not_stored(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_store_is_read_back_by_another_process(pair: Pair, tmp_path: Path) -> None:
+def test_a_store_is_read_back_by_another_process(pair: LetteredPair, tmp_path: Path) -> None:
     states = probing.hidden_states(pair.swarm, TEXTS, pool="mean", store=tmp_path, shard_texts=8)
     code = (
         "import sys, torch; from swarm_notebook.probing import load_states\n"
@@ -184,7 +184,7 @@ def test_a_store_is_read_back_by_another_process(pair: Pair, tmp_path: Path) -> 
         probing.load_states(tmp_path, pool="last")
 
 
-def test_a_damaged_shard_is_made_again(pair: Pair, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_made_again(pair: LetteredPair, tmp_path: Path) -> None:
     options: dict[str, Any] = {"pool": "last", "store": tmp_path, "shard_texts": 8, "blocks": [2]}
     before = probing.hidden_states(pair.swarm, TEXTS, **options)[2].clone()
     broken = next(tmp_path.glob("*/shard-00001*"))
@@ -196,7 +196,7 @@ def test_a_damaged_shard_is_made_again(pair: Pair, tmp_path: Path) -> None:
     assert [name for name in now if now[name] != files[name]] == [broken.name]
 
 
-def test_two_writers_and_bad_arguments(pair: Pair, tmp_path: Path) -> None:
+def test_two_writers_and_bad_arguments(pair: LetteredPair, tmp_path: Path) -> None:
     swarm = pair.swarm
 
     def texts() -> Iterator[str]:
@@ -232,7 +232,7 @@ hidden_states(model, told(), tokenizer=tokenizer, store=store, pool="last", shar
 """
 
 
-def test_a_killed_kernel_leaves_whole_shards(pair: Pair, tmp_path: Path) -> None:
+def test_a_killed_kernel_leaves_whole_shards(pair: LetteredPair, tmp_path: Path) -> None:
     with subprocess.Popen(
         [*WARM, COLLECT, str(pair.folder), str(tmp_path), "|".join(TEXTS)],
         stdin=subprocess.PIPE,
@@ -256,7 +256,7 @@ def test_a_killed_kernel_leaves_whole_shards(pair: Pair, tmp_path: Path) -> None
 
 
 def test_killed_in_the_middle_and_resumed(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: LetteredPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The only server dies for good; finished shards stay, the rest is made when it is back."""
     options: dict[str, Any] = {"pool": "last", "shard_texts": 4, "batch_size": 2}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +16,21 @@ import pytest
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
-from support.hosting import HostedSwarm
+from support.pairs import Pair, local_model, pair_of
 from support.tiny import tiny_model
-from transformers import AutoModelForCausalLM
 
-import swarm_notebook as sn
+from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.tuning import DeepPrompts
 
 FAMILIES = ["llama", "qwen3_moe", "gemma3_text", "bloom", "gpt2"]
 TARGETS = {"bloom": ["query_key_value"], "gpt2": ["c_attn", "c_fc"]}
 
 
-@dataclass
-class Pair:
-    family: str
-    folder: Path
-    remote: Any
-
-    def local(self) -> Any:
-        """A fresh local model, frozen as the remote one is."""
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
-        return model.requires_grad_(False)
-
-    def lora(self, **options: Any) -> peft.LoraConfig:
-        return peft.LoraConfig(
-            r=4,
-            lora_alpha=8,
-            target_modules=TARGETS.get(self.family, ["q_proj", "v_proj"]),
-            task_type="CAUSAL_LM",
-            **options,
-        )
+def lora(pair: Pair, **options: Any) -> peft.LoraConfig:
+    targets = TARGETS.get(pair.kind, ["q_proj", "v_proj"])
+    return peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **options
+    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -54,12 +38,9 @@ def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
     folder = tiny_model(request.param, tmp_path_factory.mktemp(request.param))
-    blocks = AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers
-    with (
-        HostedSwarm(folder, [(0, 1), (1, 3), (3, blocks)]) as servers,
-        sn.connect(servers.initial_peers, model=folder) as swarm,
-    ):
-        yield Pair(request.param, folder, swarm.model)
+    blocks = resolve(folder).config().num_hidden_layers
+    with pair_of(folder, [(0, 1), (1, 3), (3, blocks)], kind=request.param) as made:
+        yield made
 
 
 @pytest.fixture
@@ -89,7 +70,7 @@ def same_weights(ours: Any, theirs: Any, what: str) -> None:
 def pairs(pair: Pair, wrap: Any) -> tuple[Any, Any]:
     """The remote and the local model, wrapped with the same random initial weights."""
     models = []
-    for model in (pair.remote, pair.local()):
+    for model in (pair.remote, local_model(pair.folder)):
         torch.manual_seed(11)
         models.append(wrap(model))
     return models[0], models[1]
@@ -97,7 +78,7 @@ def pairs(pair: Pair, wrap: Any) -> tuple[Any, Any]:
 
 def test_gradients_of_inputs(pair: Pair, batch: dict[str, torch.Tensor]) -> None:
     grads = []
-    for model in (pair.remote, pair.local()):
+    for model in (pair.remote, local_model(pair.folder)):
         embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
         model(
             inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=batch["labels"]
@@ -111,12 +92,12 @@ def test_gradients_of_inputs(pair: Pair, batch: dict[str, torch.Tensor]) -> None
 def test_adapters_train_as_they_do_locally(
     pair: Pair, batch: dict[str, torch.Tensor], kind: str
 ) -> None:
-    if kind in ("dora", "ia3") and pair.family != "llama":
+    if kind in ("dora", "ia3") and pair.kind != "llama":
         pytest.skip("every kind is trained on one family, the common ones on all")
-    targets = pair.lora().target_modules
+    targets = lora(pair).target_modules
     configs: dict[str, Any] = {
-        "lora": pair.lora(use_rslora=True),
-        "dora": pair.lora(use_dora=True),
+        "lora": lora(pair, use_rslora=True),
+        "dora": lora(pair, use_dora=True),
         "ia3": peft.IA3Config(
             target_modules=targets, feedforward_modules=[], task_type="CAUSAL_LM"
         ),
@@ -164,7 +145,7 @@ def test_adapters_train_as_they_do_locally(
 def test_an_adapter_saved_untrained_holds_what_it_takes_from_the_base_weights(
     pair: Pair, tmp_path: Path
 ) -> None:
-    ours, theirs = pairs(pair, lambda model: peft.get_peft_model(model, pair.lora(use_dora=True)))
+    ours, theirs = pairs(pair, lambda model: peft.get_peft_model(model, lora(pair, use_dora=True)))
     try:
         ours.save_pretrained(tmp_path / "ours")
         theirs.save_pretrained(tmp_path / "theirs")
@@ -182,14 +163,14 @@ def test_an_adapter_moves_between_remote_and_local(
     pair: Pair, batch: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     torch.manual_seed(1)
-    remote = peft.get_peft_model(pair.remote, pair.lora(init_lora_weights=False))
+    remote = peft.get_peft_model(pair.remote, lora(pair, init_lora_weights=False))
     try:
         with torch.no_grad():
             ours = remote(**batch).logits
         remote.save_pretrained(tmp_path)
     finally:
         remote.unload()
-    local = peft.PeftModel.from_pretrained(pair.local(), tmp_path)
+    local = peft.PeftModel.from_pretrained(local_model(pair.folder), tmp_path)
     again = peft.PeftModel.from_pretrained(pair.remote, tmp_path)
     try:
         real = batch["attention_mask"].bool()
@@ -200,7 +181,7 @@ def test_an_adapter_moves_between_remote_and_local(
             with again.disable_adapter():
                 plain = again(**batch).logits
             torch.testing.assert_close(
-                plain[real], pair.local()(**batch).logits[real], atol=1e-4, rtol=0
+                plain[real], local_model(pair.folder)(**batch).logits[real], atol=1e-4, rtol=0
             )
     finally:
         again.unload()
@@ -210,7 +191,7 @@ def test_an_adapter_moves_between_remote_and_local(
 def test_deep_prompts(pair: Pair, batch: dict[str, torch.Tensor]) -> None:
     torch.manual_seed(2)
     deep = DeepPrompts(pair.remote, length=3, std=0.3)
-    local = pair.local()
+    local = local_model(pair.folder)
     theirs = deep.prompts.detach().clone().requires_grad_()
     layers = next(m for m in local.modules() if isinstance(m, torch.nn.ModuleList))
 
@@ -240,7 +221,7 @@ def test_dropout_of_an_adapter_is_repeated_in_backward(
 ) -> None:
     """With dropout the loss is random, but forward and backward see the same draw."""
     torch.manual_seed(1)
-    model = peft.get_peft_model(pair.remote, pair.lora(lora_dropout=0.5, init_lora_weights=False))
+    model = peft.get_peft_model(pair.remote, lora(pair, lora_dropout=0.5, init_lora_weights=False))
     try:
         model.train()
         losses, norms = [], []
@@ -265,9 +246,9 @@ def test_dropout_of_an_adapter_is_repeated_in_backward(
 def test_adapters_that_change_before_the_backward_pass_are_refused(
     pair: Pair, batch: dict[str, torch.Tensor]
 ) -> None:
-    if pair.family != "llama":
+    if pair.kind != "llama":
         pytest.skip("the same for all")
-    ours, theirs = pairs(pair, lambda model: peft.get_peft_model(model, pair.lora()))
+    ours, theirs = pairs(pair, lambda model: peft.get_peft_model(model, lora(pair)))
     try:
         for tuned in (ours, theirs):
             loss = tuned(**batch).loss

@@ -237,24 +237,18 @@ def test_an_error_ends_the_turn_and_the_conversation_goes_on(
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    handle = lettered.model.register_forward_pre_hook(fail)
-    try:
+    with lettered.model.register_forward_pre_hook(fail):
         chat.send("Hi")
         assert chat.wait(PATIENCE)
-    finally:
-        handle.remove()
     assert chat.error == "RuntimeError: out of memory"
     assert [message["role"] for message in chat.messages] == ["user"]
     act(chat, "dismiss")
     act(chat, "retry")
     answer = answered(chat)
     assert len(chat.writer.draft.tokens) == 8
-    handle = lettered.model.register_forward_pre_hook(fail)
-    try:
+    with lettered.model.register_forward_pre_hook(fail):
         act(chat, "retry")
         assert chat.wait(PATIENCE)
-    finally:
-        handle.remove()
     assert chat.messages[-1]["content"] == answer  # it is there as before
 
 

@@ -228,12 +228,9 @@ def test_an_error_stands_in_the_panel_and_the_text_stays(
         if len(calls) == 4:
             raise RuntimeError("the disk is <b>full</b>")
 
-    handle = lettered.model.register_forward_pre_hook(fail)
-    try:
+    with lettered.model.register_forward_pre_hook(fail):
         widget.run()
         assert widget.wait(PATIENCE)
-    finally:
-        handle.remove()
     assert widget.error == "RuntimeError: the disk is <b>full</b>"
     assert widget.note == "ended by an error; the text is kept"
     assert len(widget.tokens) == 3
@@ -270,12 +267,9 @@ def test_every_run_and_branch_is_a_text_and_all_are_kept(make: Any, lettered: An
     def fail(*_: Any) -> None:
         raise RuntimeError("no server")
 
-    handle = lettered.model.register_forward_pre_hook(fail)
-    try:
+    with lettered.model.register_forward_pre_hook(fail):
         act(widget, "run")
         assert widget.wait(PATIENCE)
-    finally:
-        handle.remove()
     assert (widget.texts, widget.shown, widget.text) == (2, 1, branched)
     act(widget, "choose", text=2)
     assert "IndexError: text: 2" in widget.error
