@@ -1,14 +1,12 @@
 """What peers say of themselves and of others, and what members show: rubbish is nothing, or typed.
 
-As in `wire.test_fuzz`: seeded; for longer with ``HYPOTHESIS_EXAMPLES=100000 pytest …``. Each text
-is tried as it is, and as something valid in which bytes were changed, which comes further.
+Each text is tried as it is, and as something valid in which bytes were changed: that comes further.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -18,8 +16,9 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.utils import MSGPackSerializer, ValueWithExpiration, get_dht_time
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.fuzzing import seeded, values
 from zeroconf.asyncio import AsyncServiceInfo
 
 from swarm_notebook.client.passes.call import _tensor_count
@@ -61,26 +60,7 @@ from swarm_notebook.net.wire.streams import UNLIMITED
 from swarm_notebook.net.wire.traffic import Traffic
 from swarm_notebook.server.rpc.push import PushChannel
 
-fuzz = settings(
-    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "50")),
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats()
-    | st.text(max_size=20)
-    | st.binary(max_size=80)
-)
-values = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=12,
-)
+fuzz = seeded(50)
 FIELDS = [*ServerInfo.model_fields, "record", "record_expires", "unknown"]
 changes = st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=3)
 

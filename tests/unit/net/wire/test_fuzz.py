@@ -1,13 +1,8 @@
-"""Whatever comes from the network is read, or refused by an error of ours; it takes little memory.
-
-Seeded, so that a run is like the one before; by hand for longer with
-``HYPOTHESIS_EXAMPLES=100000 pytest tests/unit/net/wire/test_fuzz.py``.
-"""
+"""Whatever comes from the network is read, or refused by an error of ours, in little memory."""
 
 from __future__ import annotations
 
 import json
-import os
 import tracemalloc
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -16,8 +11,9 @@ from typing import Any
 import peft.tuners  # noqa: F401 (what is not imported is no class)
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.fuzzing import seeded, values
 from torch import nn
 
 from swarm_notebook.errors import BadRequest, RemoteError, from_wire
@@ -37,28 +33,8 @@ from swarm_notebook.server.adapters.layers import Builder, parse_description
 from swarm_notebook.server.engine.requests import Limits
 from swarm_notebook.server.rpc.parse import parse_backward, parse_forward, parse_step
 
-fuzz = settings(
-    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "150")),
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+fuzz = seeded(150)
 LIMITS = Limits("tiny", 1, 4, hidden_size=8, context=64, tokens=256)
-
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**40), 2**40)
-    | st.floats()
-    | st.text(max_size=20)
-    | st.binary(max_size=20)
-)
-values = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=12,
-)
 FIELDS = [
     "states", "inner", "adapter", "active_adapter", "train", "seed", "keep", "kept", "release",
     "output_compression", "start_from_position", "step_id", "session_id", "alloc_timeout",
