@@ -38,7 +38,6 @@ class PackedWords(Packed):
         return parts if self.index is None else [*parts, self.index]
 
     def on(self, device: torch.device) -> PackedWords:
-        """The same on a device."""
         plane, zeros, scales = (part.to(device) for part in (self.plane, self.zeros, self.scales))
         index = self.index if self.index is None else self.index.to(device)
         return replace(self, plane=plane, zeros=zeros, scales=scales, index=index)

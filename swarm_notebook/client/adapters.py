@@ -61,8 +61,6 @@ class Adapter:
         return {"id": self.id, "version": self.version}
 
     def for_rows(self, rows: slice | Sequence[int]) -> Adapter:
-        """The same for some rows of the batch."""
-
         def some(values: list[Any]) -> list[Any]:
             return values[rows] if isinstance(rows, slice) else [values[row] for row in rows]
 

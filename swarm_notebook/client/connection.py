@@ -100,12 +100,10 @@ class Connection:
 
     @property
     def initial_peers(self) -> list[str]:
-        """The peers that it was given."""
         return sorted(self._peers)
 
     @property
     def is_open(self) -> bool:
-        """Whether `close` has not been called yet."""
         return self._open
 
     def audit(self, rate: float, judge: Judge | None = None) -> None:
@@ -152,7 +150,6 @@ class Connection:
             return self.run(work)
 
     def forward(self, request: Request, *, keep: bool = False) -> tuple[Outputs, list[Trail]]:
-        """`forward.forward`, waited for."""
         return self.run(stateless.forward(self.directory, request, keep=keep))
 
     def backward(
@@ -162,7 +159,6 @@ class Connection:
         grad: torch.Tensor,
         states: Collection[int],
     ) -> PassGradients:
-        """`backward.backward`, waited for."""
         return self.run(backward(self.directory, request, trails, grad, states))
 
     def info(self, peer: str) -> dict[str, Any]:

@@ -145,7 +145,6 @@ def at_exit(cleanup: Cleanup) -> None:
 
 
 def forget_at_exit(cleanup: Cleanup) -> None:
-    """Undo `at_exit`."""
     if cleanup in _at_exit:
         _at_exit.remove(cleanup)
 

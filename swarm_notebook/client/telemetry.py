@@ -280,7 +280,6 @@ class Telemetry:
         return subscription
 
     def leave(self, subscription: Subscription) -> None:
-        """End a subscription."""
         with self._lock:
             left = [other for other in self._subscriptions if other is not subscription]
             self._subscriptions = tuple(left)

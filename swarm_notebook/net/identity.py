@@ -77,7 +77,6 @@ class Identity:
 
     @classmethod
     def new(cls) -> Self:
-        """A new peer."""
         key = Ed25519PrivateKey.generate()
         data = key.private_bytes_raw() + key.public_key().public_bytes_raw()
         message = crypto_pb2.PrivateKey(key_type=crypto_pb2.KeyType.Ed25519, data=data)

@@ -137,7 +137,6 @@ class ModelSource:
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, or None where the model has none."""
         from transformers import AutoTokenizer
 
         if not (self.is_gguf or any(self._has(name) for name in TOKENIZER_FILES)):
@@ -146,7 +145,6 @@ class ModelSource:
         return AutoTokenizer.from_pretrained(where, **options)
 
     def generation_config(self) -> GenerationConfig | None:
-        """The published generation defaults, or None where the model has none."""
         from transformers import GenerationConfig
 
         if self.is_gguf or not self._has("generation_config.json"):

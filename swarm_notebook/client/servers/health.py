@@ -81,7 +81,6 @@ class PeerHealth:
         health.until, health.reason, health.gone = time.monotonic() + seconds, reason, gone
 
     def succeeded(self, peer: str) -> None:
-        """The peer has answered a request."""
         self._failing.pop(peer, None)
 
     def answered(self, peer: str) -> None:
@@ -144,7 +143,6 @@ class PeerHealth:
         self._apart[sender, receiver] = time.monotonic() + seconds
 
     def kept_apart(self, sender: str, receiver: str) -> bool:
-        """Whether they are kept apart just now."""
         until = self._apart.get((sender, receiver))
         return until is not None and until >= time.monotonic()
 

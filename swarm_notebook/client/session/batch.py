@@ -53,7 +53,6 @@ class BatchSession:
 
     @property
     def failovers(self) -> int:
-        """How many servers were lost so far."""
         return sum(session.failovers for session in self._sessions)
 
     @property

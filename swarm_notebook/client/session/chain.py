@@ -131,7 +131,6 @@ class Chain:
         self.dropped += 1
 
     def close(self) -> None:
-        """Leave all servers."""
         for hop in self._hops:
             hop.close()
         self._hops = []

@@ -71,7 +71,6 @@ class Pass:
 
     @property
     def rows(self) -> int:
-        """Rows of the batch."""
         return next(iter(self.edits.values())).shape[0]
 
     def input_of(self, block: int) -> torch.Tensor | None:

@@ -133,7 +133,6 @@ class Hop:
 
     @property
     def session_id(self) -> str:
-        """The session's name on the server."""
         return self._writer.session_id
 
     @property

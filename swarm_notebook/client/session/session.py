@@ -78,7 +78,6 @@ class InferenceSession:
 
     @property
     def failovers(self) -> int:
-        """How many servers were lost so far."""
         return self._chain.dropped
 
     @property

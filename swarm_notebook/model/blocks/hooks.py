@@ -330,7 +330,6 @@ _INSTEAD = (
 
 
 def allow_writes(block: nn.Module) -> None:
-    """Undo `refuse_writes`."""
     for module in block.modules():
         for method in _NO_WRITES:
             module.__dict__.pop(method, None)

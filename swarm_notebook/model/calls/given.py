@@ -45,7 +45,6 @@ def refuse_others(index: int, call: Call, named: Mapping[str, Any], rotations: R
 
 
 def refuse_other_kinds(index: int, hidden: object) -> None:
-    """Refuse what is no hidden states at all."""
     if not isinstance(hidden, torch.Tensor):
         raise Unsupported(
             f"block {index} is given a {type(hidden).__name__} for its hidden states: a hook or a "

@@ -75,7 +75,6 @@ class Rotations:
 
     @property
     def count(self) -> int:
-        """How often they were asked."""
         return self._count
 
     def asked_since(self, count: int) -> bool:

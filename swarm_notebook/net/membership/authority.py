@@ -281,7 +281,6 @@ class Authority:
             )
 
     def ends(self, peer: str) -> None:
-        """A server has left."""
         with self._open() as book:
             book.execute("DELETE FROM servers WHERE peer = ?", (peer,))
 

@@ -27,7 +27,6 @@ async def ended(p2p: P2P) -> None:
 
 
 def lives(p2p: P2P) -> bool:
-    """Whether the p2pd of this peer has not ended."""
     return p2p._child is not None and p2p._child.returncode is None
 
 

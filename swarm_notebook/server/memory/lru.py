@@ -68,13 +68,11 @@ class LRUStore(Generic[K, V]):
         self.held += size
 
     def remove(self, key: K) -> None:
-        """Let go of a key's value, if there is one."""
         entry = self._entries.pop(key, None)
         if entry is not None:
             self.held -= entry.size
 
     def remove_if(self, unwanted: Callable[[K, V], bool]) -> None:
-        """Let go of whatever is ``unwanted``."""
         gone = [key for key, entry in self._entries.items() if unwanted(key, entry.value)]
         for key in gone:
             self.remove(key)

@@ -62,7 +62,6 @@ class Residence:
             self._port.write_text(ports[0])
 
     def leave(self) -> None:
-        """Let another server have this place."""
         os.close(self._lock)
 
 

@@ -87,7 +87,6 @@ class PushChannel:
         self._p2p, self._membership = p2p, membership
 
     async def close(self) -> None:
-        """End all streams and calls to other servers."""
         self._p2p = None
         streams = list(self._streams.values())
         for peer in list(self._streams):
@@ -196,7 +195,6 @@ class PushChannel:
         self._plain.setdefault(session_id, put)
 
     def dismiss(self, session_id: str, put: Callable[[PackedMessage], None]) -> None:
-        """Undo `admit`."""
         if self._plain.get(session_id) == put:
             del self._plain[session_id]
 

@@ -108,7 +108,6 @@ class ServerSession:
 
     @property
     def busy(self) -> bool:
-        """Whether a step is in flight."""
         return self._reservation.busy
 
     def leave(self) -> None:
