@@ -31,7 +31,7 @@ from swarm_notebook.server.engine.scheduling.worker import ComputeThread
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
 
-BLOCKS, HIDDEN, ROWS, LENGTH, PREFIX = (1, 4), 48, 3, 40, 9
+BLOCKS, HIDDEN, ROWS, LENGTH, PREFIX = (1, 4), 48, 3, 24, 9
 # With so little room every cut is made; with some, groups of rows go through all blocks at once.
 ROOMS = [1, 7 * ROWS, 3 * LENGTH * 3]
 FAMILIES = ("bloom", "gemma3_text", "qwen3_moe")
