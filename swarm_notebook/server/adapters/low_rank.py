@@ -12,7 +12,7 @@ Which layers are plain is tried when an adapter comes (`injection`): their own f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,6 @@ MAX_RANK = 256
 RANKS = 16
 # Of a row at a module. A rank of 0: it has no adapter there.
 DOWN, UP, RANK, HALF, SCALE, COLUMNS = range(6)
-_MAX_KEPT = 16
 # How far a layer's own output may be from this arithmetic, relative to its size: some roundings.
 _CLOSE, _CLOSE_HALF = 1e-3, 5e-2
 
@@ -82,13 +81,14 @@ class Additions:
     Attributes:
         names: of the modules within their blocks.
         rank: the largest.
+        version: another one as soon as other matrices have taken their places.
     """
 
     def __init__(self, layers: Mapping[Site, LowRank]):
         self._layers = layers
         self.names = frozenset(name for _, name in layers)
         self.rank = max(layer.rank for layer in layers.values())
-        self._columns: dict[tuple[Site, ...], np.ndarray] = {}
+        self.version = 0
 
     @classmethod
     def of(cls, layers: Mapping[Site, nn.Module], dtype: torch.dtype) -> Additions | None:
@@ -117,19 +117,15 @@ class Additions:
         return bool((output.float() - expected).norm() <= close * expected.norm())
 
     def changed(self) -> None:
-        """Forget where the matrices were: others have taken their places."""
-        self._columns.clear()
+        """Say that the matrices have other values, and so other places."""
+        self.version += 1
 
-    def column(self, sites: tuple[Site, ...]) -> np.ndarray:
-        """``[sites, COLUMNS]`` for a row that has this adapter."""
-        column = self._columns.get(sites)
-        if column is None:
-            if len(self._columns) >= _MAX_KEPT:
-                self._columns.clear()
-            column = self._columns[sites] = np.zeros((len(sites), COLUMNS), np.int64)
-            for line, site in zip(column, sites, strict=True):
-                if plain := self._layers.get(site):
-                    half = plain.down.dtype != torch.float32
-                    bits = np.float32(plain.scale).view(np.int32)
-                    line[:] = plain.down.data_ptr(), plain.up.data_ptr(), plain.rank, half, bits
+    def column(self, sites: Sequence[Site]) -> np.ndarray:
+        """``[sites, COLUMNS]`` for a row that has this adapter, in its present version."""
+        column = np.zeros((len(sites), COLUMNS), np.int64)
+        for line, site in zip(column, sites, strict=True):
+            if plain := self._layers.get(site):
+                half = plain.down.dtype != torch.float32
+                bits = np.float32(plain.scale).view(np.int32)
+                line[:] = plain.down.data_ptr(), plain.up.data_ptr(), plain.rank, half, bits
         return column

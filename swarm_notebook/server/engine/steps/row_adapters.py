@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -44,8 +45,11 @@ class RowAdapters:
         self._here = here.pin_memory() if on_card else here
         self._table = self._here.to(span.device, copy=True)
         self._lines = self._here.numpy()
-        self._rows: list[Additions | None] = [None] * rows
+        # Whoever drops an adapter gets its memory back, though its rows were the last ones here.
+        self._rows: list[ref[Additions] | None] = [None] * rows
         self._columns: list[np.ndarray | None] = [None] * rows
+        # By adapter, with the version that they are of.
+        self._known: WeakKeyDictionary[Additions, tuple[int, np.ndarray]] = WeakKeyDictionary()
 
     def fill(self, adapters: Sequence[tuple[Additions | None, int]]) -> None:
         """Write down whose adapter each row has.
@@ -57,13 +61,20 @@ class RowAdapters:
         rows += [None] * (len(self._rows) - len(rows))
         changed = False
         for row, adapter in enumerate(rows):
-            column = None if adapter is None else adapter.column(self._sites)
+            column = None if adapter is None else self._column(adapter)
             if column is not self._columns[row]:
                 self._columns[row], changed = column, True
                 self._lines[:, row] = 0 if column is None else column
-        self._rows = rows
+        self._rows = [None if adapter is None else ref(adapter) for adapter in rows]
         if changed:
             self._table.copy_(self._here, non_blocking=True)
+
+    def _column(self, adapter: Additions) -> np.ndarray:
+        version, column = self._known.get(adapter, (-1, None))
+        if column is None or version != adapter.version:
+            column = adapter.column(self._sites)
+            self._known[adapter] = adapter.version, column
+        return column
 
     @contextmanager
     def applied(self, *, plainly: bool) -> Iterator[None]:
@@ -94,7 +105,8 @@ class RowAdapters:
 
     def _plainly(self, site: Site, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         found = output.clone()
-        for row, adapter in enumerate(self._rows):
+        for row, held in enumerate(self._rows):
+            adapter = None if held is None else held()
             if adapter is not None and (plain := adapter.get(site)):
                 found[row] = plain.added(x[row], output[row])
         return found

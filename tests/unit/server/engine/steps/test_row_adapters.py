@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -106,6 +108,19 @@ def test_new_values_count_from_the_next_step_on(tmp_path: Path) -> None:
         (expected,) = Batching().run([prepared(theirs, step)])
         assert not isinstance(expected, Exception)
         close(got, expected)
+
+
+def test_an_adapter_that_is_dropped_is_gone(tmp_path: Path) -> None:
+    """Its memory was counted: buckets must not keep it."""
+    server = Server("llama", tmp_path)
+    span = server.adapted(1, r=4)
+    held = ref(span.additions)
+    state = server.session(span)
+    assert server.decoder.takes(item := prepared(state, Step(BLOCKS, torch.randn(1, 1, HIDDEN))))
+    server.batching.run([item])
+    del span, state, item
+    gc.collect()
+    assert held() is None
 
 
 def test_a_layer_that_says_more_than_its_matrices_is_not_told_in_a_table(tmp_path: Path) -> None:
