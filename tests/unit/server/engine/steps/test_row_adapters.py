@@ -116,7 +116,8 @@ def test_an_adapter_that_is_dropped_is_gone(tmp_path: Path) -> None:
     span = server.adapted(1, r=4)
     held = ref(span.additions)
     state = server.session(span)
-    assert server.decoder.takes(item := prepared(state, Step(BLOCKS, torch.randn(1, 1, HIDDEN))))
+    item = prepared(state, Step(BLOCKS, torch.randn(1, 1, HIDDEN)))
+    assert server.decoder.takes(item)
     server.batching.run([item])
     del span, state, item
     gc.collect()
