@@ -82,7 +82,8 @@ def await_spans(
             f"`swarm-notebook serve {name} --initial-peers …`"
         )
     if missing := directory.missing():
-        raise MissingBlocks(f"model {name!r}: no server holds {describe_blocks(missing)}")
+        had = directory.who_had(missing[0], missing[-1] + 1)
+        raise MissingBlocks(f"model {name!r}: no server holds {describe_blocks(missing)}{had}")
     return spans
 
 

@@ -98,7 +98,15 @@ async def _try_avoided(
         and directory.avoided(span.peer)
         and any(span.start <= block < span.end for block in missing)
     ]
-    await asyncio.gather(*(directory.ping(span.peer) for span in avoided))
+    pings = [asyncio.ensure_future(directory.ping(span.peer)) for span in avoided]
+    try:
+        # Not all are waited for: some of them may be gone for good.
+        for ping in asyncio.as_completed(pings):
+            if await ping and not directory.missing_within(start, end, exclude):
+                return True
+    finally:
+        for ping in pings:
+            ping.cancel()
     for span in avoided:
         if directory.avoided(span.peer) and directory.health.give_chance(span.peer):
             logger.info("trying %s again, as nobody else has its blocks", span.name)
