@@ -67,7 +67,10 @@ class RemoteTensor(torch.Tensor):
             if wanted:
                 _refuse(first, "requires_grad")
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+                result = func(*args, **kwargs)
+            if isinstance(first, Detached):
+                first.__class__ = RemoteParameter  # type: ignore[assignment]
+            return result
         _refuse_write(func, first, kwargs)
         return _read(func, args, kwargs)
 
@@ -95,6 +98,14 @@ class RemoteTensor(torch.Tensor):
 
 class RemoteParameter(RemoteTensor, nn.Parameter):
     """A parameter of a remote block."""
+
+
+class Detached(RemoteTensor):
+    """Such a parameter, detached.
+
+    ``nn.Parameter(…)``, of which parametrizations make what they keep, wants it to be of the
+    parameter's kind after ``requires_grad_``.
+    """
 
 
 class ReadView(torch.Tensor):
@@ -219,7 +230,9 @@ def _converted(func: Any, tensor: RemoteTensor, args: tuple, kwargs: dict) -> An
         result = func(_bare(tensor), *rest, **kwargs)
         if not isinstance(result, torch.Tensor):
             return result
-        return _wrap(RemoteTensor, result, tensor.shape, tensor._origin)
+        of_parameter = func in _DETACHING and isinstance(tensor, RemoteParameter)
+        kind = Detached if of_parameter else RemoteTensor
+        return _wrap(kind, result, tensor.shape, tensor._origin)
 
 
 def _same(one: Any, other: RemoteTensor) -> bool:
@@ -250,6 +263,7 @@ _SET_DATA = _TENSOR.data.__set__
 _SWITCHES = (_TENSOR.requires_grad_, _TENSOR.requires_grad.__set__)
 _OPERATORS = "add sub mul truediv floordiv mod pow and or xor lshift rshift"
 _IN_PLACE = frozenset(f"__i{name}__" for name in _OPERATORS.split())
+_DETACHING = (_TENSOR.detach, torch.detach)
 _CONVERTERS = "to cpu cuda float double half bfloat16 type detach contiguous"
 _CONVERSIONS = frozenset(
     [

@@ -54,9 +54,11 @@ class Rotations:
         return twin
 
     def _note(self, _module: nn.Module, inputs: tuple, named: dict, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         self._count += 1
         ids = inputs[1] if len(inputs) > 1 else named.get("position_ids")
-        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or torch.compiler.is_compiling():
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
             return
         here = self.here(ids)
         for tensor in _tensors(output):
