@@ -30,12 +30,18 @@ def test_a_near_server_is_missed_soon_and_a_far_one_is_given_its_time() -> None:
     assert far > 1.0
 
 
-def test_a_late_answer_makes_the_next_silence_be_borne_for_as_long() -> None:
-    late = detector_after(*[0.001] * 20, 1.5)
-    assert (late.borne(PEER) or 0) > 1.5
-    for _ in range(12):
-        late.answered(PEER, 0.001)
-    assert (late.borne(PEER) or 0) < 0.5
+def test_late_answers_double_what_is_borne_and_prompt_ones_undo_that() -> None:
+    detector = detector_after(*[0.001] * 20)
+    once = LEAST_SECONDS
+    for _ in range(2):
+        detector.answered(PEER, 60.0)
+        late = detector.borne(PEER)
+        assert late is not None
+        assert 1.5 * once < late < 2.5 * once
+        once = late
+    for _ in range(16):
+        detector.answered(PEER, 0.001)
+    assert (detector.borne(PEER) or 0) < 1.5 * LEAST_SECONDS
 
 
 def test_those_who_ask_at_once_share_a_ping_that_goes_on() -> None:
