@@ -20,7 +20,7 @@ from swarm_notebook.net.dht.records import ModelRecord, ServerSpan, ServerState
 from swarm_notebook.net.wire.tensors import dtype_from_name
 from swarm_notebook.progress import Waiting
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # A DHT search gives up on a silent peer after 3 s: some readings, and longer than one of those.
 SILENCE_SECONDS, SILENT_READINGS = 4.0, 4

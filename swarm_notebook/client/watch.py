@@ -23,7 +23,7 @@ from swarm_notebook.client.servers.routing import RouteSegment, prompt_seconds
 from swarm_notebook.errors import RemoteError, ServerFailed, ServerGone
 from swarm_notebook.net.wire.streams import ByteMeter, Stream
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # A step takes milliseconds to a second: what takes longer is watched. A ping is an answer of a
 # hundred bytes, which costs nothing beside a request of a quarter of a second.

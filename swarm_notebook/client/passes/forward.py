@@ -39,7 +39,7 @@ from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import BadRequest, MissingBlocks, NotAMember, RemoteError
 from swarm_notebook.net.wire import protocol, tensors
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from swarm_notebook.client.servers.directory import Directory, Shortage
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.errors import MissingBlocks, OtherCheckpoint
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Between two looks for servers that are back.
 WAIT_PERIOD = 0.5

@@ -48,7 +48,7 @@ class RemoteTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in _COSTLESS:
@@ -74,7 +74,7 @@ class RemoteTensor(torch.Tensor):
         _refuse_write(func, first, kwargs)
         return _read(func, args, kwargs)
 
-    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         owner = self._origin.owner()
         if id(owner) not in memo:
             # A part of a block that is copied by itself (PEFT trains such copies) has values.
@@ -115,7 +115,7 @@ class ReadView(torch.Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in _COSTLESS or func in _SWITCHES:
@@ -124,7 +124,7 @@ class ReadView(torch.Tensor):
         _refuse_write(func, args[0] if args else next(iter(kwargs.values()), None), kwargs)
         return _read(func, args, kwargs)
 
-    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         memo[id(self)] = copied = copy.deepcopy(_real(self), memo)
         return copied
 
@@ -183,7 +183,7 @@ def _refuse_write(func: Any, first: Any, kwargs: dict[str, Any]) -> None:
             _refuse(target, getattr(func, "__name__", "a write"))
 
 
-def _read(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a function makes of the real values."""
     origins: dict[int, Origin] = {}
 
@@ -224,7 +224,9 @@ def _real(value: Any) -> Any:
         return found.to(value.device, value.dtype)
 
 
-def _converted(func: Any, tensor: RemoteTensor, args: tuple, kwargs: dict) -> Any:
+def _converted(
+    func: Any, tensor: RemoteTensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         rest = args[1:]
         result = func(_bare(tensor), *rest, **kwargs)

@@ -38,7 +38,7 @@ from torch.utils import _pytree as pytree
 from swarm_notebook.server.engine.attention.paged import Seen, StepCache, at_block
 from swarm_notebook.server.engine.span import Span
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # A block takes seconds to compile; no kind of block was seen to take a minute.
 COMPILE_SECONDS = 600.0
