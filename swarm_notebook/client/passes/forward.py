@@ -33,7 +33,7 @@ from swarm_notebook.client.request import (
     travelling,
 )
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
+from swarm_notebook.client.servers.routing import RouteSegment, Work, describe_blocks
 from swarm_notebook.client.servers.waiting import await_chain
 from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import BadRequest, MissingBlocks, NotAMember, RemoteError
@@ -75,8 +75,10 @@ async def forward(
         MissingBlocks: no server holds a block, and none came in time.
         BadRequest: two servers, or the only one, found the request invalid.
     """
-    chain = _cut(await await_chain(directory, request.start, request.end), request)
     rows, length = request.hidden.shape[:2]
+    work = Work(prompt=rows * length, answer=0)
+    found = await await_chain(directory, request.start, request.end, work=work)
+    chain = _cut(found, request)
     groups = row_groups(rows, len(chain), _most_rows(chain, length))
     results = await together(
         [_forward_rows(directory, take_rows(request, rows), chain, keep) for rows in groups]

@@ -316,12 +316,16 @@ class Directory:
         return self.audits is not None and not self.audits.outcomes(span.peer).agreed
 
     def chain(
-        self, start: int, end: int, exclude: Collection[str] = ()
+        self,
+        start: int,
+        end: int,
+        exclude: Collection[str] = (),
+        work: routing.Work = routing.ONE_TOKEN,
     ) -> list[routing.RouteSegment]:
         """The best chain over ``[start, end)``; MissingBlocks names who had missing blocks."""
         usable = self.usable()
         try:
-            return routing.best_chain(usable, start, end, self.links, exclude)
+            return routing.best_chain(usable, start, end, self.links, exclude, work=work)
         except MissingBlocks as error:
             raise MissingBlocks(f"{error} of {self.prefix}{self.who_had(start, end)}") from None
 

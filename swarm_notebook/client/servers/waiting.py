@@ -9,7 +9,12 @@ import time
 from collections.abc import Collection
 
 from swarm_notebook.client.servers.directory import Directory, Shortage
-from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
+from swarm_notebook.client.servers.routing import (
+    ONE_TOKEN,
+    RouteSegment,
+    Work,
+    describe_blocks,
+)
 from swarm_notebook.errors import MissingBlocks, OtherCheckpoint
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -19,7 +24,11 @@ WAIT_PERIOD = 0.5
 
 
 async def await_chain(
-    directory: Directory, start: int, end: int, exclude: Collection[str] = ()
+    directory: Directory,
+    start: int,
+    end: int,
+    exclude: Collection[str] = (),
+    work: Work = ONE_TOKEN,
 ) -> list[RouteSegment]:
     """`Directory.chain`, waited for up to its ``patience`` when some blocks have no server.
 
@@ -32,7 +41,7 @@ async def await_chain(
     try:
         while True:
             try:
-                chain = directory.chain(start, end, exclude)
+                chain = directory.chain(start, end, exclude, work)
                 directory.bits.use(chain)
                 return chain
             except MissingBlocks as error:
