@@ -33,6 +33,10 @@ DEFAULT_RPS = 100.0
 HOP_SECONDS = 0.0015
 # How long the answer to a prompt will be, nobody knows: as one in a chat.
 ANSWER_TOKENS = 128
+# How much faster another chain than that for a token must do some work to be taken for it: servers
+# that are alike measure their long passes within that of each other on a busy machine, and a
+# notebook that keeps to its chain is where `route` says that it is.
+WORTH_ANOTHER = 2.0
 
 Pushes = Callable[[ServerSpan, ServerSpan], bool]
 
@@ -208,6 +212,8 @@ def best_chain(
 ) -> list[RouteSegment]:
     """The chain over blocks ``[start, end)`` with the lowest expected seconds for some work.
 
+    It is the chain for one token, unless another one does the work in half of the time.
+
     Args:
         spans: what the servers announce; only those online count.
         links: how far they are.
@@ -223,6 +229,27 @@ def best_chain(
     missing = uncovered(usable, start, end)
     if missing:
         raise MissingBlocks(f"no server holds {describe_blocks(missing)}")
+    usual = _cheapest(usable, start, end, links, ONE_TOKEN)
+    if work == ONE_TOKEN:
+        return usual
+    special = _cheapest(usable, start, end, links, work)
+    much = WORTH_ANOTHER * work_seconds(special, links, work) < work_seconds(usual, links, work)
+    return special if much else usual
+
+
+def work_seconds(chain: Sequence[RouteSegment], links: Links, work: Work) -> float:
+    """Expected seconds of some work on a chain, network included."""
+    blocks = [
+        (one.end - one.start) * work.seconds(one.span, links.block_seconds(one.span))
+        for one in chain
+    ]
+    return sum(blocks) + work.trips * sum(network_seconds(chain, links))
+
+
+def _cheapest(
+    usable: Sequence[ServerSpan], start: int, end: int, links: Links, work: Work
+) -> list[RouteSegment]:
+    """The chain with the lowest expected seconds, of servers that cover all blocks."""
     distances: dict[tuple[int, int], float] = {}
 
     def distance(sender: int, receiver: int) -> float:

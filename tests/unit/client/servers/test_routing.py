@@ -147,5 +147,7 @@ def test_a_long_prompt_goes_where_many_tokens_at_once_are_fast() -> None:
     # Each token of an answer travels: far away is only worth it for a single pass.
     far = Links({"steps": 0.01, "passes": 0.2})
     assert best_chain(spans, 0, 8, far, work=Work(500, ANSWER_TOKENS))[0].peer == "steps"
-    assert best_chain(spans, 0, 8, far, work=Work(500, 0))[0].peer == "passes"
+    assert best_chain(spans, 0, 8, far, work=Work(2000, 0))[0].peer == "passes"
+    # For little, nobody leaves the chain that is shown.
+    assert best_chain(spans, 0, 8, far, work=Work(50, 0))[0].peer == "steps"
     assert best_chain(spans, 0, 8, far, work=Work(0, 0)), "a step without positions"
