@@ -13,6 +13,7 @@ one, two, cards   one server; two on one card; one on each card, where there are
                   as they start, then with all compiled that was asked for
 fresh             a new server: its first token; 64 sessions of 2,048 tokens; sessions with adapters
 divergence        distributions in bfloat16, a swarm's and local eager's, from local sdpa's
+bits              blocks in bfloat16 and in 4.5 bits: by themselves (`gpu_bits`), through a server
 
 ``--shapes tiny --device cpu`` tries the program itself.
 """
@@ -54,7 +55,8 @@ PROCESSES = 8
 MANY, LORA_SESSIONS = 64, 8
 # A session that grows takes an eighth more than it needs.
 CACHE_TOKENS = MANY * (PROMPT + PROMPT // 8 + 64)
-WORKS = ("local", "static", "one", "two", "cards", "fresh", "divergence")
+WORKS = ("local", "static", "one", "two", "cards", "fresh", "divergence", "bits")
+BITS = 4.5
 # So long blocks are waited for that are compiled meanwhile.
 COMPILE_SECONDS = 150
 LOADED = re.compile(r"^(\S+ \S+) INFO loaded blocks \S+ in ([\d.]+) s", re.MULTILINE)
@@ -111,17 +113,27 @@ class Memory:
 
 def local(work: str, shape: str, device: str, *more: str) -> None:
     """Transformers by itself, in a process of its own."""
-    program = str(Path(__file__).with_name("gpu_local.py"))
-    command = [sys.executable, program, work, "--shape", shape, "--device", device, *more]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    for line in output.splitlines():
+    beside("gpu_local.py", work, "--shape", shape, "--device", device, *more)
+
+
+def beside(program: str, *options: str) -> None:
+    """Say what a program of this folder says."""
+    command = [sys.executable, str(Path(__file__).with_name(program)), *options]
+    ran = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    for line in ran.stdout.splitlines():
         if line.startswith("{"):
             say(**json.loads(line))
+    ran.check_returncode()
 
 
 @contextmanager
 def servers(
-    model: Path, devices: Sequence[str], *, dummy: bool = True, begun: Callable[[], None] = int
+    model: Path,
+    devices: Sequence[str],
+    *,
+    dummy: bool = True,
+    begun: Callable[[], None] = int,
+    bits: float | None = None,
 ) -> Iterator[list[Any]]:
     """Servers that share the blocks, one on each of the devices; all are ready."""
     from swarm_notebook.checkpoint.files.source import resolve
@@ -134,6 +146,7 @@ def servers(
     made: list[LocalServer] = []
     options = [str(model), "--dtype", "bfloat16", "--cache-tokens", str(CACHE_TOKENS)]
     options += ["--dummy-weights"] if dummy else []
+    options += ["--bits", str(bits)] if bits else []
     try:
         for index, span in enumerate(plan_spans(blocks, len(devices))):
             server = LocalServer(
@@ -278,6 +291,20 @@ def fresh(shape: str, folder: Path, device: str, until: float) -> None:
         clients.end()
 
 
+def in_bits(shape: str, folder: Path, device: str, until: float) -> None:
+    """Blocks in bfloat16 and in few bits, by themselves and through a server."""
+    for more in ([], ["--bits", str(BITS)]):
+        beside("gpu_bits.py", "--shape", shape, "--device", device, *more)
+    for bits in (None, BITS):
+        with servers(folder, [device], bits=bits) as made:
+            for sessions, prompt in ((1, CONTEXT), (32, CONTEXT), (1, PROMPT)):
+                if time.monotonic() < until:
+                    crowd(shape, made, sessions, prompt)
+                    settle(made)
+                    facts = crowd(shape, made, sessions, prompt)
+                    say(shape, "bits, through a server", bits=bits or 16, **facts)
+
+
 def first_token(server: Any, began: float, ready: float, told: Facts) -> Facts:
     """Seconds since the start of the server's process, and the part that is loading weights."""
     loaded = LOADED.search(server.log_path.read_text())
@@ -377,6 +404,7 @@ def measure(shape: str, device: str, works: Sequence[str], until: float) -> None
             "two": [lambda: serve(shape, folder, [device] * 2, until)],
             "cards": [lambda: serve(shape, folder, [f"cuda:{n}" for n in range(cards)], until)],
             "fresh": [lambda: fresh(shape, folder, device, until)],
+            "bits": [lambda: in_bits(shape, folder, device, until)],
             "divergence": [
                 lambda: divergence(shape, folder, device),
                 lambda: trained_divergence(shape, device),

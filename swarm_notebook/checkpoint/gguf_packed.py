@@ -7,7 +7,7 @@ package. Both give what the package gives, bit by bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ class PackedGguf(Packed):
 
     def parts(self) -> Sequence[torch.Tensor]:
         return [self.raw]
+
+    def around(self, parts: Sequence[torch.Tensor]) -> PackedGguf:
+        return replace(self, raw=parts[0])
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         reader = _READERS.get(self.kind.name)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as with_fields
 from typing import Any, Self
 
 import torch
@@ -36,6 +37,10 @@ class Packed(ABC):
     @abstractmethod
     def parts(self) -> Sequence[torch.Tensor]:
         """The tensors that hold the bits."""
+
+    @abstractmethod
+    def around(self, parts: Sequence[torch.Tensor]) -> Self:
+        """The same with other tensors, in the order of `parts`."""
 
     @abstractmethod
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
@@ -89,6 +94,11 @@ class PackedGrid(Packed):
 
     def parts(self) -> Sequence[torch.Tensor]:
         return [*self.planes, self.scales, *([] if self.offsets is None else [self.offsets])]
+
+    def around(self, parts: Sequence[torch.Tensor]) -> Self:
+        planes, rest = parts[: len(self.planes)], parts[len(self.planes) :]
+        offsets = None if self.offsets is None else rest[1]
+        return with_fields(self, planes=tuple(planes), scales=rest[0], offsets=offsets)
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         values = self.integers().to(torch.float32)
@@ -211,7 +221,7 @@ class PackedWeight(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:
             return PackedWeight(args[0].packed, args[0].dtype)

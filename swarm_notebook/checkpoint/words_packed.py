@@ -37,10 +37,14 @@ class PackedWords(Packed):
         parts = [self.plane, self.zeros, self.scales]
         return parts if self.index is None else [*parts, self.index]
 
+    def around(self, parts: Sequence[torch.Tensor]) -> PackedWords:
+        plane, zeros, scales, *index = parts
+        return replace(
+            self, plane=plane, zeros=zeros, scales=scales, index=index[0] if index else None
+        )
+
     def on(self, device: torch.device) -> PackedWords:
-        plane, zeros, scales = (part.to(device) for part in (self.plane, self.zeros, self.scales))
-        index = self.index if self.index is None else self.index.to(device)
-        return replace(self, plane=plane, zeros=zeros, scales=scales, index=index)
+        return self.around([part.to(device) for part in self.parts()])
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         values = spread(self.plane, self.bits).to(torch.float32)

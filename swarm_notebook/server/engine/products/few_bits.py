@@ -4,7 +4,8 @@ A linear layer whose weight is a `PackedWeight` gets a forward of its own. For a
 torch's operators for 4 and 8 bits, which read the bits alone; they are for bfloat16, and in float32
 many times slower than unpacking (AVX-512, torch 2.13: 940 us against 119 us for 576 x 576). For
 more tokens it unpacks the weight for the moment and multiplies as ever; from how many on, is
-measured. Gradients go through the unpacked weight, which is not kept in between.
+measured. Gradients go through the unpacked weight, which is not kept in between. On a GPU both are
+kernels of our own (`on_card`), which know 2, 3, 4 and 8 bits.
 
 The operators' names are private and their layout is not documented: both are tried out at start,
 and what does not give what unpacking gives is not used.
@@ -15,18 +16,22 @@ Everything here belongs to the torch thread.
 from __future__ import annotations
 
 import bisect
+import copy
 import functools
 import timeit
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace as with_fields
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from swarm_notebook.checkpoint.packed import Grid, Packed, PackedGrid, PackedWeight, pack, replace
+from swarm_notebook.server.engine.products import on_card
 from swarm_notebook.server.memory import heap
 
 # Tokens of which it is measured whether an operator is faster than unpacking.
@@ -37,7 +42,8 @@ _TILE = 64
 # How far an operator's result may be from that of unpacking, relative to it: bfloat16 has 8 bits.
 _CLOSE = 2e-2
 
-Operator = Callable[[torch.Tensor], torch.Tensor]
+Operator = Callable[[torch.Tensor, Any], torch.Tensor]
+Unpack = Callable[[Any, torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,10 @@ class PackedInt4(Packed):
     def parts(self) -> Sequence[torch.Tensor]:
         return [self.plane, self.scales]
 
+    def around(self, parts: Sequence[torch.Tensor]) -> Self:
+        plane, scales = parts
+        return with_fields(self, plane=plane, scales=scales)
+
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         rows, columns = self.shape
         tiles = self.plane.view(rows // _TILE, columns, _TILE // 2)
@@ -67,38 +77,54 @@ class PackedInt4(Packed):
         return values.view(self.shape).to(dtype)
 
 
+@dataclass(frozen=True)
+class Way:
+    """How weights of one shape and grid are multiplied by.
+
+    Attributes:
+        operator: multiplies tokens by the bits as they are; None if nothing does.
+        up_to: so many tokens; more are multiplied by the unpacked weight.
+    """
+
+    operator: Operator | None
+    up_to: int
+    unpack: Unpack
+
+
 class PackedProduct:
-    """The forward of a linear layer with a packed weight."""
+    """The forward of a linear layer with a packed weight.
 
-    __slots__ = ("_dtype", "_operator", "_up_to", "bias", "packed")
+    Attributes:
+        bias: the layer's.
+    """
 
-    def __init__(
-        self,
-        packed: Packed,
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-        operator: Operator | None,
-        up_to: int,
-    ):
-        self.packed, self.bias = packed, bias
-        self._dtype, self._operator, self._up_to = dtype, operator, up_to
+    __slots__ = ("_dtype", "_way", "bias", "packed")
+
+    def __init__(self, packed: Packed, bias: torch.Tensor | None, dtype: torch.dtype, way: Way):
+        self.packed, self.bias, self._dtype, self._way = packed, bias, dtype, way
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             result: torch.Tensor = _Product.apply(x, self)
             return result if self.bias is None else result + self.bias
-        if self._operator is not None and x.numel() <= self._up_to * x.shape[-1]:
-            result = self._operator(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
+        way = self._way
+        if way.operator is not None and x.numel() <= way.up_to * x.shape[-1]:
+            flat = way.operator(x.reshape(-1, x.shape[-1]), self.packed)
+            result = flat.unflatten(0, x.shape[:-1])
             return result if self.bias is None else result + self.bias
         return functional.linear(x, self.weight(), self.bias)
 
-    def __deepcopy__(self, _memo: Any) -> PackedProduct:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedProduct:
         # A layer that is cloned around the same weight (for an adapter) multiplies as this one.
-        return self
+        parts = self.packed.parts()
+        if not any(id(part) in memo for part in parts):
+            return self
+        packed = self.packed.around([memo.get(id(part), part) for part in parts])
+        return PackedProduct(packed, copy.deepcopy(self.bias, memo), self._dtype, self._way)
 
     def weight(self) -> torch.Tensor:
         """Unpacked, for the moment."""
-        return self.packed.unpack(self._dtype)
+        return self._way.unpack(self.packed, self._dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -117,7 +143,7 @@ class _Product(torch.autograd.Function):
 
 def install(layers: Iterable[nn.Module]) -> None:
     """Let the linear layers of some blocks multiply by their packed weights."""
-    up_to: dict[Any, int] = {}
+    alike: dict[Any, list[tuple[nn.Linear, Packed]]] = {}
     for layer in layers:
         for module in layer.modules():
             # Those that inherit from it do something else.
@@ -128,20 +154,75 @@ def install(layers: Iterable[nn.Module]) -> None:
                 packed = _arranged(weight.packed, dtype)
             if packed is not weight.packed:
                 replace(module, "weight", packed, dtype)
-            operator = operator_for(packed, dtype)
-            key = type(packed), packed.shape, packed.nbytes
-            if key not in up_to:
-                up_to[key] = 0 if operator is None else _crossover(operator, packed, dtype)
-            product = PackedProduct(packed, module.bias, dtype, operator, up_to[key])
-            vars(module)["forward"] = product
+            key = type(packed), packed.shape, packed.nbytes, dtype
+            alike.setdefault(key, []).append((module, packed))
+    for (*_, dtype), members in alike.items():
+        way = _way([packed for _, packed in members], dtype)
+        for module, packed in members:
+            vars(module)["forward"] = PackedProduct(packed, module.bias, dtype, way)
+
+
+def bits_of(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that hold the bits of a block's packed weights, as ``NAME.INDEX``."""
+    return {
+        f"{name}.weight.{index}": part
+        for name, product in _products(layer)
+        for index, part in enumerate(product.packed.parts())
+    }
+
+
+@contextmanager
+def with_bits(
+    layer: nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Let a block multiply by other tensors than `bits_of`; gives what else is among them."""
+    rest, products = dict(tensors), [product for _, product in _products(layer)]
+    own = [product.packed for product in products]
+    names = iter(bits_of(layer))
+    try:
+        for product in products:
+            parts = [rest.pop(next(names)) for _ in product.packed.parts()]
+            product.packed = product.packed.around(parts)
+        yield rest
+    finally:
+        for product, packed in zip(products, own, strict=True):
+            product.packed = packed
+
+
+def multiplies_all(layer: nn.Module) -> bool:
+    """Whether all packed weights of a block are multiplied by here."""
+    packed = sum(isinstance(weight, PackedWeight) for weight in layer.parameters())
+    return packed == len(list(_products(layer)))
+
+
+def _products(layer: nn.Module) -> Iterator[tuple[str, PackedProduct]]:
+    for name, module in layer.named_modules():
+        product = vars(module).get("forward")
+        if isinstance(product, PackedProduct):
+            yield name, product
+
+
+def _way(alike: Sequence[Packed], dtype: torch.dtype) -> Way:
+    """How to multiply by weights of one shape and grid."""
+    one = alike[0]
+    if isinstance(one, PackedGrid) and one.device.type == "cuda":
+        if not on_card.unpacks(one, dtype):
+            return Way(None, 0, PackedGrid.unpack)
+        grids = [packed for packed in alike if isinstance(packed, PackedGrid)]
+        return Way(on_card.multiply, on_card.choose(grids, dtype), on_card.unpack)
+    operator = operator_for(one, dtype)
+    up_to = 0 if operator is None else _crossover(operator, one, dtype)
+    return Way(operator, up_to, type(one).unpack)
 
 
 def _arranged(packed: Packed, dtype: torch.dtype) -> Packed:
-    """In the order of torch's operator for 4 bits, where it can be used."""
-    if not isinstance(packed, PackedGrid) or packed.grid.bits != 4:
+    """In the order in which what multiplies by it reads it."""
+    if not isinstance(packed, PackedGrid) or len(packed.shape) != 2:
         return packed
-    wanted = dtype == torch.bfloat16 and packed.device.type == "cpu"
-    if not wanted or len(packed.shape) != 2 or packed.shape[0] % _TILE or not _works(4):
+    if packed.device.type == "cuda":
+        return on_card.arranged(packed)
+    wanted = dtype == torch.bfloat16 and packed.grid.bits == 4
+    if not wanted or packed.shape[0] % _TILE or not _works(4):
         return packed
     return _int4(packed)
 
@@ -155,23 +236,22 @@ def _int4(packed: PackedGrid) -> PackedInt4:
 
 
 def operator_for(packed: Packed, dtype: torch.dtype) -> Operator | None:
-    """What multiplies by the bits as they are; None if nothing does."""
+    """What multiplies by the bits as they are on a CPU; None if nothing does."""
     if isinstance(packed, PackedInt4):
-        return _operator(packed)
+        return _by_four_bits
     if not isinstance(packed, PackedGrid) or packed.grid.bits != 8 or not _works(8):
         return None
     if dtype != torch.bfloat16 or packed.device.type != "cpu" or len(packed.shape) != 2:
         return None
-    return _operator(packed)
+    return _by_eight_bits
 
 
-def _operator(packed: PackedInt4 | PackedGrid) -> Operator:
-    if isinstance(packed, PackedInt4):
-        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x, packed.plane, packed.group, packed.scales
-        )
-    integers, scales = packed.planes[0], packed.scales.view(-1)
-    return lambda x: torch.ops.aten._weight_int8pack_mm(x, integers, scales)
+def _by_four_bits(x: torch.Tensor, packed: PackedInt4) -> torch.Tensor:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed.plane, packed.group, packed.scales)
+
+
+def _by_eight_bits(x: torch.Tensor, packed: PackedGrid) -> torch.Tensor:
+    return torch.ops.aten._weight_int8pack_mm(x, packed.planes[0], packed.scales.view(-1))
 
 
 def _crossover(operator: Operator, packed: Packed, dtype: torch.dtype) -> int:
@@ -183,7 +263,7 @@ def _crossover(operator: Operator, packed: Packed, dtype: torch.dtype) -> int:
     def faster(size: int) -> bool:
         x = torch.randn(size, packed.shape[1], generator=torch.Generator()).to(dtype)
         with torch.inference_mode():
-            return _seconds(partial(operator, x)) <= _seconds(partial(_unpacked, packed, x))
+            return _seconds(partial(operator, x, packed)) <= _seconds(partial(_unpacked, packed, x))
 
     slower = bisect.bisect_left(_SIZES, True, key=lambda size: not faster(size))
     return _SIZES[slower - 1] if slower else 0
@@ -201,11 +281,12 @@ def _seconds(work: Callable[[], object]) -> float:
 def _works(bits: int) -> bool:
     """Whether torch's operator for 4 or 8 bits is there, and gives what unpacking gives."""
     noise = torch.Generator().manual_seed(0)
+    multiply: Operator = _by_four_bits if bits == 4 else _by_eight_bits
     packed = pack(torch.randn(2 * _TILE, 64, generator=noise), Grid(bits, 32 if bits == 4 else 0))
     x = torch.randn(3, 64, generator=noise).to(torch.bfloat16)
     try:
-        arranged = _int4(packed) if bits == 4 else packed
-        found = _operator(arranged)(x)
+        arranged: Packed = _int4(packed) if bits == 4 else packed
+        found = multiply(x, arranged)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     weight = packed.unpack(torch.float32)

@@ -36,9 +36,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from swarm_notebook.server.engine.attention.paged import Seen, StepCache, at_block
+from swarm_notebook.server.engine.products import few_bits
 from swarm_notebook.server.engine.span import Span
 
-logger: logging.Logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # A block takes seconds to compile; no kind of block was seen to take a minute.
 COMPILE_SECONDS = 600.0
@@ -203,7 +204,12 @@ def _kind(layer: nn.Module) -> Hashable:
 
 
 def _weights(layer: nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    """What a block computes with: parameters and buffers, packed weights as their bits."""
+    whole = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    bits = few_bits.bits_of(layer)
+    for name in {name.rpartition(".")[0] for name in bits}:
+        del whole[name]
+    return {**whole, **bits}
 
 
 def _parted(leaves: Sequence[Any]) -> tuple[list[torch.Tensor], list[Any]]:
@@ -234,7 +240,10 @@ def _job(
     layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], device: torch.device
 ) -> _Job:
     """What a call of a block needs to be compiled."""
-    empty = {id(weight): _without_memory(weight) for weight in _weights(layer).values()}
+    if not few_bits.multiplies_all(layer):
+        raise CannotCompile("some weights are packed that no linear layer has")
+    weights = [*layer.parameters(), *_weights(layer).values()]
+    empty = {id(weight): _without_memory(weight) for weight in weights}
     bare = copy.deepcopy(layer, empty)
     del vars(bare)["forward"]
     inputs, named = pytree.tree_map(_without_memory, (inputs, named))
@@ -244,7 +253,8 @@ def _job(
 def _without_memory(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return _given(leaf)
-    empty = torch.empty_like(leaf, device="meta")
+    # Not by `empty_like`, for which a packed weight is unpacked.
+    empty = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(leaf, nn.Parameter) else empty
 
 
@@ -264,7 +274,8 @@ def traced(job: _Job) -> tuple[torch.fx.GraphModule, list[torch.Tensor], list[An
             filled[place] = tensor
         inputs, named = pytree.tree_unflatten(filled, structure)
         weights = dict(zip(names, given, strict=False))
-        output = torch.func.functional_call(job.layer, weights, inputs, named)
+        with few_bits.with_bits(job.layer, weights) as rest:
+            output = torch.func.functional_call(job.layer, rest, inputs, named)
         outputs, spec = pytree.tree_flatten(output)
         if not all(isinstance(one, torch.Tensor) for one in outputs):
             raise CannotCompile("a block returns something else than tensors")

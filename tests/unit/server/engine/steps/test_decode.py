@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from support.random_sessions import RandomSession, prepared
 from support.tiny import FAMILIES, tiny_model
 
 from swarm_notebook.checkpoint.files.source import resolve
+from swarm_notebook.checkpoint.packed import Grid, matrices, pack, replace
 from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.server.engine.kv.cache import PAGE
+from swarm_notebook.server.engine.products import few_bits
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
@@ -193,6 +196,36 @@ def test_compiled_blocks_take_over(family: str, tmp_path: Path) -> None:
     if DEVICE == "cpu":
         # Gemma has two kinds of blocks, and so has gpt-oss.
         assert compiled == [2 if family in {"gemma2", "gemma3_text", "gpt_oss"} else 1]
+
+
+def packed(span: Span) -> Span:
+    for layer in span.layers:
+        for _, module, name, weight in list(matrices(layer)):
+            replace(module, name, pack(weight.detach(), Grid(4, 16)), span.dtype)
+    few_bits.install(span.layers)
+    return span
+
+
+def test_blocks_of_packed_weights_are_compiled_once(tmp_path: Path) -> None:
+    """Their bits come from outside, as other weights do."""
+    compiled: list[int] = []
+
+    def compiling(jobs: list[Any]) -> list[_Compiled]:
+        compiled.append(len(jobs))
+        return traced_only(pickle.loads(pickle.dumps(jobs)))
+
+    span = packed(load("qwen3", tmp_path))
+    decoder = decoding(span)
+    decoder.compile_beside(compile_jobs=compiling)
+    take_over(span, decoder)
+    assert compiled == [1]
+
+
+def test_packed_weights_that_no_linear_layer_has_are_not_compiled(tmp_path: Path) -> None:
+    span = packed(load("qwen3_moe", tmp_path))
+    decoder = decoding(span)
+    decoder.compile_beside(compile_jobs=traced_only)
+    assert "packed that no linear layer has" in decoder.engine
 
 
 @pytest.mark.slow
