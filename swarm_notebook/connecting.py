@@ -43,7 +43,7 @@ from swarm_notebook.swarm import Swarm
 if TYPE_CHECKING:
     from swarm_notebook.net.dht.records import ServerSpan
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Of what is computed anyway: a fiftieth is lost among the differences between two runs, and who
 # always answers wrong is found after 50 requests on average, a new server sooner (`choice`).

@@ -87,6 +87,8 @@ class Swarm:
     def route(self) -> RouteTable:
         """The servers that the next new request takes.
 
+        Work for which other servers are at least twice as fast, such as a long prompt, goes there.
+
         Raises:
             MissingBlocks: no server holds some of the blocks.
         """

@@ -23,12 +23,12 @@ from swarm_notebook.widgets.parts.base import Widget
 
 RECORDING = Path(__file__).with_name("recording.json")
 PROMPT = "Tell a short story about a lighthouse."
-TOKENS, KILL_AT = 72, 24
+TOKENS, KILL_AT = 53, 18
 BRANCH_TOKENS = 16
 LEAST = 0.04  # of a token's probability: below it, an alternative's text is mostly nonsense
 TEXT = "The Eiffel Tower stands in the city of"
 FOR_VIEWS = {"tooltip", "tabbable", "layout"}
-LAST_SECONDS = 2.0  # of the map, after the text has ended: its speed falls to nothing
+LAST_SECONDS = 1.5  # of the map, after the text has ended
 
 
 class Tape:

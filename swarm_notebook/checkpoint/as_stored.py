@@ -17,7 +17,7 @@ from swarm_notebook.checkpoint.files.words import WordWeights
 from swarm_notebook.checkpoint.packed import Packed, matrices, replace
 from swarm_notebook.checkpoint.parts.partial import LoadedBlocks
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Keepable = GgufWeights | WordWeights
 

@@ -14,15 +14,15 @@ import torch
 _NAME = "hidden_states"
 
 
-def input_state(args: tuple, named: Mapping[str, Any]) -> torch.Tensor:
+def input_state(args: tuple[Any, ...], named: Mapping[str, Any]) -> torch.Tensor:
     """The hidden states in what a block is called with."""
     state: torch.Tensor = args[0] if args else named[_NAME]
     return state
 
 
 def with_input_state(
-    args: tuple, named: dict[str, Any], state: torch.Tensor
-) -> tuple[tuple, dict[str, Any]]:
+    args: tuple[Any, ...], named: dict[str, Any], state: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a block is called with, with other hidden states."""
     return ((state, *args[1:]), named) if args else (args, {**named, _NAME: state})
 

@@ -20,7 +20,7 @@ from swarm_notebook.net.dht.records import ModelRecord, ServerSpan, ServerState
 from swarm_notebook.net.wire.tensors import dtype_from_name
 from swarm_notebook.progress import Waiting
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # A DHT search gives up on a silent peer after 3 s: some readings, and longer than one of those.
 SILENCE_SECONDS, SILENT_READINGS = 4.0, 4
@@ -82,7 +82,8 @@ def await_spans(
             f"`swarm-notebook serve {name} --initial-peers …`"
         )
     if missing := directory.missing():
-        raise MissingBlocks(f"model {name!r}: no server holds {describe_blocks(missing)}")
+        had = directory.who_had(missing[0], missing[-1] + 1)
+        raise MissingBlocks(f"model {name!r}: no server holds {describe_blocks(missing)}{had}")
     return spans
 
 

@@ -1,8 +1,12 @@
 """Noticing a server that hangs, without a timer per byte or a task per request.
 
 While a request takes longer than a moment, its server is asked for a sign of life every few
-seconds. None: the request's stream is closed, which ends the wait for its answer. So a dead
-machine is noticed in seconds, and a slow one may be slow up to a limit.
+seconds. None: the request is given up, which ends the wait for its answer. A slow server may be
+slow up to a limit.
+
+Where others have its blocks, a silent server is left sooner, as that costs little if it was only
+late: what it had is computed again elsewhere. So silence is borne for as long as its pings make
+likely (`servers.detector`), and for as long as the work elsewhere would take (`seconds_elsewhere`).
 """
 
 from __future__ import annotations
@@ -15,16 +19,21 @@ from collections.abc import Awaitable, Callable
 from typing import Self
 
 from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.client.servers.routing import RouteSegment, prompt_seconds
 from swarm_notebook.errors import RemoteError, ServerFailed, ServerGone
-from swarm_notebook.net.wire.streams import Stream
+from swarm_notebook.net.wire.streams import ByteMeter, Stream
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # A step takes milliseconds to a second: what takes longer is watched. A ping is an answer of a
-# hundred bytes, which costs nothing beside a request of half a second. So a dead server whose
-# blocks others have is noticed after three seconds.
-LOOK_AFTER = 0.5
+# hundred bytes, which costs nothing beside a request of a quarter of a second.
+LOOK_AFTER = 0.25
+# A dial takes a few round trips, the longest about 0.3 s; the rest is for busy machines.
+OPEN_TIMEOUT = 5.0
+# The longest silence that is borne.
 LOOK_TIMEOUT = 2.5
+# Bytes per second of a slow uplink at home: a ping waits behind what is being sent.
+UPLINK = 1 << 20
 WATCH_PERIOD = 2.0
 # A push over two continents takes less; what comes twice is dropped.
 NUDGE_AFTER = 2.0
@@ -39,6 +48,8 @@ class Watch:
 
     Args:
         what: says what is waited for; only asked when there is something to say.
+        give_up: ends the wait for the answer.
+        elsewhere: as of `seconds_elsewhere`.
         nudge: called when the request has taken `NUDGE_AFTER`.
 
     Attributes:
@@ -50,12 +61,14 @@ class Watch:
         directory: Directory,
         peer: str,
         what: Callable[[], str],
-        stream: Stream,
+        give_up: Callable[[], object],
+        *,
+        elsewhere: float = 0.0,
         nudge: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.verdict, self._alive = "", True
-        self._directory, self._peer, self._what, self._stream = directory, peer, what, stream
-        self._nudge = nudge
+        self._directory, self._peer, self._what, self._give_up = directory, peer, what, give_up
+        self._elsewhere, self._nudge = elsewhere, nudge
         self._task: asyncio.Task | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -98,12 +111,47 @@ class Watch:
                 with contextlib.suppress(RemoteError):  # whoever waits for the answer meets it
                     await nudge()
                 nudge = None
-        self._stream.abort()
+        self._give_up()
 
     async def _look(self) -> bool:
         """Whether the server answers; where nobody else has its blocks it is asked twice."""
-        if await self._directory.ping(self._peer, LOOK_TIMEOUT):
+        detector = self._directory.detector
+        borne = detector.borne(self._peer)
+        if borne is not None and self._directory.replaceable(self._peer):
+            return await detector.is_there(self._peer, min(borne + self._elsewhere, LOOK_TIMEOUT))
+        if await detector.is_there(self._peer, LOOK_TIMEOUT):
             return True
         if self._directory.replaceable(self._peer):
             return False
-        return await self._directory.ping(self._peer, LOOK_TIMEOUT)
+        return await detector.is_there(self._peer, LOOK_TIMEOUT)
+
+
+async def open_stream(
+    directory: Directory, peer: str, server: str, rpc: str, meter: ByteMeter
+) -> Stream:
+    """A new stream to a peer, which is watched while that is waited for.
+
+    Raises:
+        ServerGone: it gives no sign of life.
+        TRANSPORT_ERRORS: it cannot be reached, or nothing comes of it in `OPEN_TIMEOUT`.
+    """
+    opening = asyncio.ensure_future(directory.node.open_stream(peer, rpc, meter))
+    watch = Watch(directory, peer, lambda: f"{server} to open a stream", opening.cancel)
+    with watch:
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT):
+                return await opening
+        except asyncio.CancelledError:
+            if watch.verdict:
+                raise watch.error(server) from None
+            raise
+
+
+def seconds_elsewhere(segment: RouteSegment, tokens: int, size: int) -> float:
+    """About how long another server would take for what one has in hand.
+
+    Args:
+        tokens: those of all sequences that go through its blocks again.
+        size: bytes that are sent for it.
+    """
+    return tokens * prompt_seconds(segment) + size / UPLINK

@@ -73,7 +73,7 @@ def observe(model: Any, ids: torch.Tensor) -> TextStates:
     blocks = model._runner.blocks
     states: dict[int, torch.Tensor] = {}
 
-    def went_in(_block: nn.Module, args: tuple, kwargs: dict) -> None:
+    def went_in(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states[0] = input_state(args, kwargs)
 
     def keeper(boundary: int) -> Callable[..., None]:
@@ -230,7 +230,7 @@ def into_block_0(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """What the model makes of tokens ``[rows, positions]`` before its blocks; asks no server."""
     taken: list[torch.Tensor] = []
 
-    def leave(_block: nn.Module, args: tuple, kwargs: dict) -> None:
+    def leave(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         taken.append(input_state(args, kwargs))
         raise _Enough
 

@@ -78,7 +78,7 @@ class RemoteModel:
     def __copy__(self) -> RemoteModel:
         return self._twin(dict(self.__dict__))
 
-    def __deepcopy__(self, memo: dict) -> RemoteModel:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteModel:
         memo[id(self)] = twin = self._twin({})
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
@@ -156,7 +156,7 @@ class RemoteGenerator(RemoteModel):
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,
-        model_kwargs: dict,
+        model_kwargs: dict[str, Any],
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,

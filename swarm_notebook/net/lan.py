@@ -27,7 +27,7 @@ from swarm_notebook.texts import clean
 if TYPE_CHECKING:
     from zeroconf.asyncio import AsyncZeroconf
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 SERVICE = "_swarm-notebook._tcp.local."
 # Whoever has the name answers within 0.12 s (RFC 6762, 6); a question that was lost is asked again

@@ -19,7 +19,7 @@ from swarm_notebook.progress import Waiting
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import ExecutionInfo, ExecutionResult, InteractiveShell
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MODULES = (
     "swarm_notebook.connecting",

@@ -33,7 +33,7 @@ from swarm_notebook.server.memory import heap
 from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.server.presence.arrival import GOODBYE_SECONDS
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def main(options: ServeOptions) -> NoReturn:

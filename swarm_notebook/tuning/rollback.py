@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from swarm_notebook.client.audit.verdicts import AGREED, Verdict
 from swarm_notebook.swarm import Swarm
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import swarm_notebook as sn
 from swarm_notebook import cli
 from swarm_notebook.errors import (
     AddressError,
-    BadRequest,
     ConnectionFailed,
     ContextTooLong,
     ModelNotFound,
@@ -154,15 +153,15 @@ ATTEMPTS: dict[str, tuple[Attempt, type[Exception], str]] = {
     ),
     "NaN": (
         lambda stage, model, ids: model(inputs_embeds=torch.full((1, 4, 48), torch.nan)),
-        BadRequest,
-        "hidden states: a value is NaN or infinite",
+        Unsupported,
+        "block 0: its input has NaN or infinite values",
     ),
     "NaN in a session": (
         lambda stage, model, ids: model(
             inputs_embeds=torch.full((1, 4, 48), torch.nan), use_cache=True
         ),
-        BadRequest,
-        "hidden states: a value is NaN or infinite",
+        Unsupported,
+        "block 0: its input has NaN or infinite values",
     ),
     "pickle": (
         lambda stage, model, ids: pickle.dumps(model),

@@ -27,7 +27,7 @@ from swarm_notebook.errors import SwarmError, Unsupported
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Of safetensors: what weights that nobody has quantised are stored in.
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})

@@ -46,7 +46,7 @@ def _try_first_block(model: PreTrainedModel, trunk: Trunk) -> tuple[bool, bool]:
     given, made = noise.to(model.device, model.dtype)
     received: list[torch.Tensor] = []
 
-    def before(_module: nn.Module, inputs: tuple, named: dict) -> None:
+    def before(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         received.append(input_state(inputs, named))
 
     def after(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -76,12 +76,16 @@ class _HandOver:
         for layer in trunk.layers:
             layer.register_forward_pre_hook(self._give, with_kwargs=True)
 
-    def _keep(self, _decoder: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+    def _keep(
+        self, _decoder: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._hidden = named["inputs_embeds"]
         # The decoder gets a copy, because CTRL changes what it gets in place.
         return inputs, {**named, "inputs_embeds": self._hidden.clone()}
 
-    def _give(self, _layer: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict] | None:
+    def _give(
+        self, _layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._hidden is None:
             return None
         hidden, self._hidden = self._hidden, None

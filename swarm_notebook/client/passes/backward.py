@@ -17,7 +17,14 @@ import torch
 
 from swarm_notebook.client.adapters import call_with_adapter
 from swarm_notebook.client.passes.call import CallAnswer, server_name
-from swarm_notebook.client.passes.forward import Trail, forward, give_up, take_rows, together
+from swarm_notebook.client.passes.forward import (
+    Trail,
+    forward,
+    give_up,
+    is_left,
+    take_rows,
+    together,
+)
 from swarm_notebook.client.passes.padding import is_plain, put_back, without_padding
 from swarm_notebook.client.request import (
     Request,
@@ -98,19 +105,10 @@ async def _backward_rows(
         end = min(segment.end, request.end)
         part = request.part(segment.start, end, hidden)
         used = RouteSegment(segment.span, segment.start, end)
-        try:
-            got = await backward_segment(directory, used, part, gathered.input, kept)
-        except (BadRequest, NotAMember) as error:
-            if doubted:
-                raise
-            got = await _ask_another(directory, used, part, gathered.input, error)
-        except RemoteError as error:
-            give_up(directory, used, error)
+        if is_left(directory, segment):
             got = await _repeat(directory, part, gathered.input)
         else:
-            directory.succeeded(segment.peer)
-            if directory.audits is not None:
-                directory.audits.went_back(used, part, gathered.input, got)
+            got = await _ask(directory, used, part, gathered.input, kept, doubted=doubted)
         gathered.input = got.input
         gathered.states.update(got.states)
         gathered.prompts.update(got.prompts)
@@ -118,6 +116,31 @@ async def _backward_rows(
         if segment.start - 1 in request.states:
             gathered.states[segment.start - 1] = got.input
     return gathered
+
+
+async def _ask(
+    directory: Directory,
+    segment: RouteSegment,
+    part: Request,
+    grad: torch.Tensor,
+    kept: str | None,
+    *,
+    doubted: bool,
+) -> PassGradients:
+    """A part of the server that went forward, or of others if it fails."""
+    try:
+        got = await backward_segment(directory, segment, part, grad, kept)
+    except (BadRequest, NotAMember) as error:
+        if doubted:
+            raise
+        return await _ask_another(directory, segment, part, grad, error)
+    except RemoteError as error:
+        give_up(directory, segment, error)
+        return await _repeat(directory, part, grad)
+    directory.succeeded(segment.peer)
+    if directory.audits is not None:
+        directory.audits.went_back(segment, part, grad, got)
+    return got
 
 
 async def _ask_another(

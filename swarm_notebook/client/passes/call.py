@@ -17,13 +17,11 @@ import torch
 
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
-from swarm_notebook.client.watch import Watch
+from swarm_notebook.client.watch import Watch, open_stream, seconds_elsewhere
 from swarm_notebook.errors import BadRequest, ServerFailed, ServerGone
 from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 
-# A dial takes a few round trips, the longest about 0.3 s; the rest is for busy machines.
-OPEN_TIMEOUT = 5.0
 # Metadata, and what surrounds tensors in messages.
 ANSWER_SLACK = 2 << 20
 # What each message of an answer counts besides its bytes.
@@ -82,10 +80,15 @@ async def call(
     stream: streams.Stream | None = None
     usage, began = directory.telemetry.usage, time.perf_counter()
     try:
-        async with asyncio.timeout(OPEN_TIMEOUT):
-            stream = await directory.node.open_stream(segment.peer, rpc, usage.open(segment))
+        stream = await open_stream(directory, segment.peer, server, rpc, usage.open(segment))
+        size = sum(slot.nbytes for slot in slots if slot is not None)
         watch = Watch(
-            directory, segment.peer, lambda: f"{server} ({rpc.rpartition('.')[2]})", stream
+            directory,
+            segment.peer,
+            lambda: f"{server} ({rpc.rpartition('.')[2]})",
+            stream.abort,
+            # An answer is about as large as what was sent.
+            elsewhere=seconds_elsewhere(segment, _tokens(slots), 2 * size),
         )
         with watch:
             uid = protocol.uid_chain(directory.prefix, segment.start, segment.end)

@@ -33,13 +33,13 @@ from swarm_notebook.client.request import (
     travelling,
 )
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
+from swarm_notebook.client.servers.routing import RouteSegment, Work, describe_blocks
 from swarm_notebook.client.servers.waiting import await_chain
 from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import BadRequest, MissingBlocks, NotAMember, RemoteError
 from swarm_notebook.net.wire import protocol, tensors
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -75,8 +75,10 @@ async def forward(
         MissingBlocks: no server holds a block, and none came in time.
         BadRequest: two servers, or the only one, found the request invalid.
     """
-    chain = _cut(await await_chain(directory, request.start, request.end), request)
     rows, length = request.hidden.shape[:2]
+    work = Work(prompt=rows * length, answer=0)
+    found = await await_chain(directory, request.start, request.end, work=work)
+    chain = _cut(found, request)
     groups = row_groups(rows, len(chain), _most_rows(chain, length))
     results = await together(
         [_forward_rows(directory, take_rows(request, rows), chain, keep) for rows in groups]
@@ -157,6 +159,9 @@ async def _forward_rows(
         if not remaining:
             remaining = _cut(await refusals.await_chain(start, request.end), request)
         segment = remaining.pop(0)
+        if is_left(directory, segment):
+            remaining = []
+            continue
         kept = str(uuid.uuid4()) if keep and segment.span.extended else None
         part = request.part(segment.start, segment.end, hidden)
         try:
@@ -271,6 +276,11 @@ class Refusals:
             return self._directory.chain(start, end, list(self._by_peer))
         except MissingBlocks:
             raise next(error for _, error in self._by_peer.values()) from None
+
+
+def is_left(directory: Directory, segment: RouteSegment) -> bool:
+    """Whether a server has failed since it was chosen, and others have its blocks."""
+    return bool(directory.avoided(segment.peer)) and directory.replaceable(segment.peer)
 
 
 def give_up(directory: Directory, segment: RouteSegment, error: RemoteError) -> None:

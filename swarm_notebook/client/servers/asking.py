@@ -16,7 +16,7 @@ from swarm_notebook.net.wire import protocol
 from swarm_notebook.net.wire.streams import show
 from swarm_notebook.texts import clean
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Ten times a round trip around the earth, and longer than a busy server's loop is held up.
 PING_TIMEOUT = 3.0

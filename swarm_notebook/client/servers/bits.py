@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Whole weights are the same values in any of their dtypes.
 WHOLE_BITS = 16

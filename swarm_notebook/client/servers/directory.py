@@ -33,7 +33,8 @@ from swarm_notebook.client.servers.asking import (
 )
 from swarm_notebook.client.servers.bits import BitsInUse
 from swarm_notebook.client.servers.crowd import Crowd
-from swarm_notebook.client.servers.health import OTHER, Fault, PeerHealth
+from swarm_notebook.client.servers.detector import HELD_UP, FailureDetector
+from swarm_notebook.client.servers.health import OTHER, UNREACHABLE, Fault, PeerHealth
 from swarm_notebook.client.servers.recent import RecentServers
 from swarm_notebook.client.telemetry import Telemetry
 from swarm_notebook.errors import MissingBlocks, NotAMember, RemoteError, ServerGone
@@ -110,6 +111,7 @@ class Directory:
         refused: what a private swarm has said last to this notebook, if it is no member.
         bits: per weight of the blocks that are computed.
         crowd: how busy servers are for others.
+        detector: whether servers are there.
     """
 
     node: Node
@@ -135,16 +137,19 @@ class Directory:
     refused: list[NotAMember] = field(default_factory=list)
     bits: BitsInUse = field(default_factory=BitsInUse)
     crowd: Crowd = field(init=False)
+    detector: FailureDetector = field(init=False)
     _announced: Announced = field(init=False)
     _asked: dict[str, float] = field(default_factory=dict)
     _next_reading: float = 0.0
     _refreshing: asyncio.Task | None = None
     _background: asyncio.Task | None = None
+    _asking: asyncio.Task | None = None
 
     def __post_init__(self) -> None:
         membership = self.node.membership if self.node is not None else None
         self._announced = Announced(self.prefix, membership)
         self.crowd = Crowd("" if self.node is None else self.node.peer_id.to_base58())
+        self.detector = FailureDetector(self.ping)
 
     async def start(self) -> None:
         """Read the records once, then keep reading them in the background."""
@@ -156,11 +161,13 @@ class Directory:
                     await self.node.redial()
                     await self.refresh()
         self._background = asyncio.create_task(self._keep_fresh())
+        self._asking = asyncio.create_task(self.detector.keep_asking(self._missed))
 
     async def stop(self) -> None:
-        for task in (self._background, self._refreshing):
+        for task in (self._background, self._refreshing, self._asking):
             if task is not None:
                 task.cancel()
+        self.detector.stop()
 
     async def _keep_fresh(self) -> None:
         while True:
@@ -224,6 +231,9 @@ class Directory:
             async with asyncio.timeout(seconds):
                 info = await self.info(peer)
         except PING_ERRORS as error:
+            late = time.perf_counter() - began - seconds
+            if isinstance(error, TimeoutError) and late > HELD_UP:
+                return await self.ping(peer, seconds)
             logger.debug("ping of %s: %s", peer, error)
             if isinstance(error, NotAMember):
                 self.refused[:] = [error]
@@ -233,7 +243,9 @@ class Directory:
         self.refused.clear()
         self.health.answered(peer)
         self._announced.told(peer, info, self.num_blocks)
-        self.rtt[peer] = smoothed_rtt(self.rtt.get(peer), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self.rtt[peer] = smoothed_rtt(self.rtt.get(peer), seconds)
+        self.detector.answered(peer, seconds)
         here = self.telemetry.usage.requests(peer)
         self.crowd.told(peer, info.get("requests_served"), here, time.monotonic())
         return True
@@ -254,6 +266,7 @@ class Directory:
             del self.uploaded[key]
         self.health.forget(peer)
         self.crowd.forget(peer)
+        self.detector.forget(peer)
 
     async def info(self, peer: str) -> dict[str, Any]:
         """The server's answer to rpc_info; room in the cache of ours is in tokens."""
@@ -266,6 +279,12 @@ class Directory:
         if refused:
             self.refused[:] = refused
         return found
+
+    def _missed(self) -> list[str]:
+        """Peers that were heard before and are not now."""
+        faults = [(one.peer, self.fault(one.peer)) for one in self.snapshot.spans]
+        missed = [peer for peer, fault in faults if fault and fault.kind == UNREACHABLE]
+        return [peer for peer in missed if peer in self.heard]
 
     def replaceable(self, peer: str) -> bool:
         """Whether others have all of the blocks that a peer serves."""
@@ -297,21 +316,29 @@ class Directory:
         return self.audits is not None and not self.audits.outcomes(span.peer).agreed
 
     def chain(
-        self, start: int, end: int, exclude: Collection[str] = ()
+        self,
+        start: int,
+        end: int,
+        exclude: Collection[str] = (),
+        work: routing.Work = routing.ONE_TOKEN,
     ) -> list[routing.RouteSegment]:
         """The best chain over ``[start, end)``; MissingBlocks names who had missing blocks."""
         usable = self.usable()
         try:
-            return routing.best_chain(usable, start, end, self.links, exclude)
+            return routing.best_chain(usable, start, end, self.links, exclude, work=work)
         except MissingBlocks as error:
-            raise MissingBlocks(f"{error} of {self.prefix}{self._who_had(start, end)}") from None
+            raise MissingBlocks(f"{error} of {self.prefix}{self.who_had(start, end)}") from None
 
     def route(self, home: frozenset[int] | None = None) -> list[routing.RouteSegment]:
         """The best chain over all blocks that are not at ``home``; None for those that are now."""
         stretches = routing.stretches(self.num_blocks, self.home if home is None else home)
         return [segment for start, end in stretches for segment in self.chain(start, end)]
 
-    def _who_had(self, start: int, end: int) -> str:
+    def who_had(self, start: int, end: int) -> str:
+        """Who has blocks of ``[start, end)`` that nobody can be asked for, and why not, in words.
+
+        Empty if nobody is known, else what goes on behind a message.
+        """
         names = self.recent.holders(self.missing_within(start, end))
         reasons = [f"; until now {', '.join(names)} had them"] if names else []
         spans = [one for one in self.snapshot.spans if one.start < end and start < one.end]

@@ -31,6 +31,12 @@ DEFAULT_RPS = 100.0
 # What one server more costs a token besides its way there, in seconds: taking the message apart,
 # waiting for the torch thread, putting the answer together (measured: 0.9 + 0.6 ms on an H200).
 HOP_SECONDS = 0.0015
+# How long the answer to a prompt will be, nobody knows: as one in a chat.
+ANSWER_TOKENS = 128
+# How much faster another chain than that for a token must do some work to be taken for it: servers
+# that are alike measure their long passes within that of each other on a busy machine, and a
+# notebook that keeps to its chain is where `route` says that it is.
+WORTH_ANOTHER = 2.0
 
 Pushes = Callable[[ServerSpan, ServerSpan], bool]
 
@@ -64,6 +70,32 @@ class RouteSegment:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a chain is to do.
+
+    Attributes:
+        prompt: tokens of all rows that go through at once.
+        answer: tokens that follow one by one.
+    """
+
+    prompt: int = 0
+    answer: int = 1
+
+    @property
+    def trips(self) -> int:
+        """How often states travel along the chain."""
+        return self.answer + (self.prompt > 0)
+
+    def seconds(self, span: ServerSpan, step: float) -> float:
+        """Expected seconds in one block of a server, where a step takes so many."""
+        at_once = max(step, self.prompt / prompt_rps(span)) if self.prompt else 0.0
+        return at_once + self.answer * step
+
+
+ONE_TOKEN = Work()
+
+
+@dataclass(frozen=True)
 class Links:
     """How far the notebook and the servers are from each other.
 
@@ -90,14 +122,15 @@ class Links:
             return seconds
         return seconds * (1 + self.crowd.load(span.peer, seconds * (span.end - span.start)))
 
-    def preference(self, span: ServerSpan) -> float:
-        """As `block_seconds`, for each notebook a little different, and more for strangers.
+    def preference(self, span: ServerSpan, work: Work) -> float:
+        """Seconds of work in a block, for each notebook a little different, more for strangers.
 
         Of servers that are alike one is taken whose answers were audited and found right. Strangers
         are taken where they are faster than that, and audited soon (`client.audit.choice`).
         """
         alike = 0.0 if self.crowd is None else self.crowd.reluctance(span.peer)
-        return self.block_seconds(span) * (1 + alike + ALIKE * self.strange(span))
+        seconds = work.seconds(span, self.block_seconds(span))
+        return seconds * (1 + alike + ALIKE * self.strange(span))
 
     def to_notebook(self, span: ServerSpan) -> float:
         """Seconds one way between the notebook and a server."""
@@ -122,11 +155,15 @@ def block_seconds(span: ServerSpan) -> float:
     return 1.0 / max(span.info.inference_rps or span.info.throughput or DEFAULT_RPS, 1e-3)
 
 
+def prompt_rps(span: ServerSpan) -> float:
+    """Tokens per second through one block of this server when many go through it at once."""
+    info = span.info
+    return max(info.forward_rps or info.inference_rps or info.throughput or DEFAULT_RPS, 1e-3)
+
+
 def prompt_seconds(segment: RouteSegment) -> float:
     """Expected seconds per token on this segment when many tokens go through it at once."""
-    info = segment.span.info
-    rate = info.forward_rps or info.inference_rps or info.throughput or DEFAULT_RPS
-    return (segment.end - segment.start) / max(rate, 1e-3)
+    return (segment.end - segment.start) / prompt_rps(segment.span)
 
 
 def network_seconds(chain: Sequence[RouteSegment], links: Links) -> list[float]:
@@ -170,13 +207,18 @@ def best_chain(
     end: int,
     links: Links,
     exclude: Collection[str] = (),
+    *,
+    work: Work = ONE_TOKEN,
 ) -> list[RouteSegment]:
-    """The chain over blocks ``[start, end)`` with the lowest expected seconds per token.
+    """The chain over blocks ``[start, end)`` with the lowest expected seconds for some work.
+
+    It is the chain for one token, unless another one does the work in half of the time.
 
     Args:
         spans: what the servers announce; only those online count.
         links: how far they are.
         exclude: peers that must not be used.
+        work: what is asked for: a long prompt is best on other servers than a short one.
 
     Raises:
         MissingBlocks: no server covers some of the blocks.
@@ -187,12 +229,33 @@ def best_chain(
     missing = uncovered(usable, start, end)
     if missing:
         raise MissingBlocks(f"no server holds {describe_blocks(missing)}")
+    usual = _cheapest(usable, start, end, links, ONE_TOKEN)
+    if work == ONE_TOKEN:
+        return usual
+    special = _cheapest(usable, start, end, links, work)
+    much = WORTH_ANOTHER * work_seconds(special, links, work) < work_seconds(usual, links, work)
+    return special if much else usual
+
+
+def work_seconds(chain: Sequence[RouteSegment], links: Links, work: Work) -> float:
+    """Expected seconds of some work on a chain, network included."""
+    blocks = [
+        (one.end - one.start) * work.seconds(one.span, links.block_seconds(one.span))
+        for one in chain
+    ]
+    return sum(blocks) + work.trips * sum(network_seconds(chain, links))
+
+
+def _cheapest(
+    usable: Sequence[ServerSpan], start: int, end: int, links: Links, work: Work
+) -> list[RouteSegment]:
+    """The chain with the lowest expected seconds, of servers that cover all blocks."""
     distances: dict[tuple[int, int], float] = {}
 
     def distance(sender: int, receiver: int) -> float:
         pair = (sender, receiver)
         if pair not in distances:
-            distances[pair] = links.between(usable[sender], usable[receiver])
+            distances[pair] = work.trips * links.between(usable[sender], usable[receiver])
         return distances[pair]
 
     passed: dict[int, _Passed] = {}  # by the server, as a number in `usable`, of the latest block
@@ -203,7 +266,7 @@ def best_chain(
                 continue
             stay = passed.get(number)
             if block == start:
-                best = _Passed(links.to_notebook(span), span, block, None)
+                best = _Passed(work.trips * links.to_notebook(span), span, block, None)
             else:
                 switches = [
                     (before.cost + distance(other, number), other)
@@ -216,11 +279,13 @@ def best_chain(
                 else:
                     best = _Passed(cost, span, block, passed[other])
             following[number] = _Passed(
-                best.cost + links.preference(span), span, best.start, best.before
+                best.cost + links.preference(span, work), span, best.start, best.before
             )
         passed = following
     last = min(
-        passed.values(), key=lambda one: one.cost + links.to_notebook(one.span), default=None
+        passed.values(),
+        key=lambda one: one.cost + work.trips * links.to_notebook(one.span),
+        default=None,
     )
     chain: list[RouteSegment] = []
     while last is not None:

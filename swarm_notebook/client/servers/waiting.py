@@ -9,17 +9,26 @@ import time
 from collections.abc import Collection
 
 from swarm_notebook.client.servers.directory import Directory, Shortage
-from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
+from swarm_notebook.client.servers.routing import (
+    ONE_TOKEN,
+    RouteSegment,
+    Work,
+    describe_blocks,
+)
 from swarm_notebook.errors import MissingBlocks, OtherCheckpoint
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Between two looks for servers that are back.
 WAIT_PERIOD = 0.5
 
 
 async def await_chain(
-    directory: Directory, start: int, end: int, exclude: Collection[str] = ()
+    directory: Directory,
+    start: int,
+    end: int,
+    exclude: Collection[str] = (),
+    work: Work = ONE_TOKEN,
 ) -> list[RouteSegment]:
     """`Directory.chain`, waited for up to its ``patience`` when some blocks have no server.
 
@@ -32,7 +41,7 @@ async def await_chain(
     try:
         while True:
             try:
-                chain = directory.chain(start, end, exclude)
+                chain = directory.chain(start, end, exclude, work)
                 directory.bits.use(chain)
                 return chain
             except MissingBlocks as error:
@@ -98,7 +107,15 @@ async def _try_avoided(
         and directory.avoided(span.peer)
         and any(span.start <= block < span.end for block in missing)
     ]
-    await asyncio.gather(*(directory.ping(span.peer) for span in avoided))
+    pings = [asyncio.ensure_future(directory.ping(span.peer)) for span in avoided]
+    try:
+        # Not all are waited for: some of them may be gone for good.
+        for ping in asyncio.as_completed(pings):
+            if await ping and not directory.missing_within(start, end, exclude):
+                return True
+    finally:
+        for ping in pings:
+            ping.cancel()
     for span in avoided:
         if directory.avoided(span.peer) and directory.health.give_chance(span.peer):
             logger.info("trying %s again, as nobody else has its blocks", span.name)

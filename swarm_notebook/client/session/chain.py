@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Collection
 
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.client.servers.routing import RouteSegment
+from swarm_notebook.client.servers.routing import ANSWER_TOKENS, RouteSegment, Work
 from swarm_notebook.client.servers.waiting import await_chain
 from swarm_notebook.client.session.history import History
 from swarm_notebook.client.session.hop import Hop
@@ -70,22 +70,26 @@ class Chain:
     def _hop(self, segment: RouteSegment) -> Hop:
         return Hop(segment, self.directory, self._max_length)
 
-    async def hop_for(self, block: int, refusing: Collection[str]) -> Hop:
-        """The hop that computes `block`; for a gap, servers are chosen that are not `refusing`."""
+    async def hop_for(self, block: int, refusing: Collection[str], tokens: int) -> Hop:
+        """The hop that computes `block`; for a gap, servers are chosen that are not `refusing`.
+
+        Args:
+            tokens: of all rows, that go through a new hop at once: the pass, and what was before.
+        """
         found = [hop for hop in self._hops if hop.start <= block < hop.end]
         if not found:
-            await self._fill_gap(block, refusing)
+            await self._fill_gap(block, refusing, Work(tokens, ANSWER_TOKENS))
             found = [hop for hop in self._hops if hop.start <= block < hop.end]
         return found[0]
 
-    async def _fill_gap(self, block: int, refusing: Collection[str]) -> None:
+    async def _fill_gap(self, block: int, refusing: Collection[str], work: Work) -> None:
         """Choose servers for the blocks around `block` that have none."""
         ends = [hop.end for hop in self._hops if hop.end <= block]
         start = max([0, *ends, *(other + 1 for other in self.absent if other < block)])
         starts = [hop.start for hop in self._hops if hop.start > block]
         last = self.directory.num_blocks
         end = min([last, *starts, *(other for other in self.absent if other > block)])
-        for segment in await await_chain(self.directory, start, end, refusing):
+        for segment in await await_chain(self.directory, start, end, refusing, work):
             self._hops.extend(self._hop(part) for part in segment.cut(self._cuts))
         self._hops.sort(key=lambda hop: hop.start)
 

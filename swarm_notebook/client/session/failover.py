@@ -28,7 +28,7 @@ from swarm_notebook.errors import (
     SessionLost,
 )
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # How often a server may be lost in one step if nobody else has its blocks: it may be restarted, but
 # what fails on it again and again will not stop to.

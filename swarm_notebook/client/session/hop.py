@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 from swarm_notebook.client.adapters import Adapter, ensure_uploaded
-from swarm_notebook.client.passes.call import OPEN_TIMEOUT, gone, server_name
+from swarm_notebook.client.passes.call import gone, server_name
 from swarm_notebook.client.request import (
     Outputs,
     Request,
@@ -33,7 +33,7 @@ from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.session.writer import StepRoute, StepWriter, new_step_id
 from swarm_notebook.client.telemetry import HopTimes
-from swarm_notebook.client.watch import Watch
+from swarm_notebook.client.watch import Watch, open_stream, seconds_elsewhere
 from swarm_notebook.errors import CacheFull, RemoteError, ServerFailed, ServerGone
 from swarm_notebook.net.wire import prints, protocol, streams
 from swarm_notebook.net.wire.message import PackedMessage
@@ -165,12 +165,10 @@ class Hop:
         await ensure_uploaded(self._directory, self.segment, adapter)
         if self._stream is None:
             with self._blamed():
-                async with asyncio.timeout(OPEN_TIMEOUT):
-                    self._stream = await self._directory.node.open_stream(
-                        self.segment.peer,
-                        protocol.RPC_INFERENCE,
-                        self._directory.telemetry.usage.open(self.segment),
-                    )
+                meter = self._directory.telemetry.usage.open(self.segment)
+                self._stream = await open_stream(
+                    self._directory, self.segment.peer, str(self), protocol.RPC_INFERENCE, meter
+                )
 
     async def send(self, request: Request, route: StepRoute) -> float:
         """Send one step (`prepare` came before); the moment when it was packed."""
@@ -328,7 +326,13 @@ class Hop:
         def what() -> str:
             return f"{self} to run {request.hidden.shape[1]} tokens"
 
-        watch = Watch(self._directory, self.segment.peer, what, stream, nudge)
+        # What has come so far, and this, goes through another server's blocks then.
+        rows, length, width = request.hidden.shape
+        again = rows * (request.position + length)
+        size = again * width * request.hidden.itemsize
+        elsewhere = seconds_elsewhere(self.segment, again, size)
+        peer = self.segment.peer
+        watch = Watch(self._directory, peer, what, stream.abort, elsewhere=elsewhere, nudge=nudge)
         try:
             with watch:
                 yield stream

@@ -79,8 +79,9 @@ class StepRun:
         """The chain over blocks ``[block, stop)``; servers are chosen for those without."""
         self._chain.cut({*self._history.edited, *(block + 1 for block in self._states)})
         stages: list[Stage] = []
+        tokens = self._current.rows * self._current.end
         while block < stop:
-            hop = await self._chain.hop_for(block, self._failover.refusing)
+            hop = await self._chain.hop_for(block, self._failover.refusing, tokens)
             for start, end in itertools.pairwise(self._current.cuts(block, min(hop.end, stop))):
                 stage = Stage(hop, start, end, given=start in self._current.edits)
                 if stages and not stage.given:

@@ -62,7 +62,7 @@ class Adapters:
         self._states: OrderedDict[str, _State] = OrderedDict()
         self._adapter: Adapter | None = None
 
-    def __deepcopy__(self, memo: dict) -> Adapters:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapters:
         return Adapters(copy.deepcopy(self._model[0], memo))
 
     @property

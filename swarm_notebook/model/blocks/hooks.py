@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.base_modules import own_modules
@@ -323,6 +324,8 @@ def deliver(
             raise Unsupported(f"a forward hook on {name} changes its output; {_INSTEAD}")
 
 
+# Torch's pruning and normalising of weights, before every call.
+_OF_WEIGHTS = "torch.nn.utils."
 _INSTEAD = (
     "modules inside a remote block can be read, not written: hook the block itself to change its "
     "input or output, train inside it with a PEFT adapter, or bring it home: swarm.own(block)"
@@ -340,8 +343,15 @@ def refuse_writes(index: int, block: nn.Module) -> None:
     # PEFT hooks layers of its own to tell them something: see `tuner_layers`.
     for name, module in own_modules(block):
         for method in _NO_WRITES:
-            setattr(module, method, functools.partial(_refuse, f"block {index}.{name}", method))
+            named = f"block {index}.{name}"
+            setattr(module, method, functools.partial(_refuse, module, named, method))
 
 
-def _refuse(name: str, method: str, *_: Any, **__: Any) -> NoReturn:
+def _refuse(
+    module: nn.Module, name: str, method: str, hook: Any = None, *_: Any, **named: Any
+) -> RemovableHandle:
+    if type(hook).__module__.startswith(_OF_WEIGHTS):
+        # The next use is refused: torch fails when it undoes what else it has done for the hook.
+        register: Callable[..., RemovableHandle] = getattr(nn.Module, method)
+        return register(module, hook, **named)
     raise Unsupported(f"{method} on {name}: {_INSTEAD}")

@@ -45,6 +45,8 @@ def refuse_transforms(block: int) -> None:
     Raises:
         Unsupported: the call is inside of `torch.func`, or of forward-mode differentiation.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return  # it asks again when it runs, and has no true answer before
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     if forward_mode or torch._C._functorch.peek_interpreter_stack() is not None:
         raise Unsupported(

@@ -38,7 +38,7 @@ class Observer:
         self._by_block: dict[int, list[tuple[int, str, nn.Module]]] = {}
         self._looked: tuple[Any, hooks.ChangeWatch, Observed] | None = None
 
-    def __deepcopy__(self, memo: dict) -> Observer:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Observer:
         twin = object.__new__(Observer)
         twin._blocks = copy.deepcopy(self._blocks, memo)
         twin._plans = copy.deepcopy(self._plans, memo)

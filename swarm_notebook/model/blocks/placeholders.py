@@ -48,7 +48,7 @@ class RemoteTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in _COSTLESS:
@@ -67,11 +67,14 @@ class RemoteTensor(torch.Tensor):
             if wanted:
                 _refuse(first, "requires_grad")
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+                result = func(*args, **kwargs)
+            if isinstance(first, Detached):
+                first.__class__ = RemoteParameter  # type: ignore[assignment]
+            return result
         _refuse_write(func, first, kwargs)
         return _read(func, args, kwargs)
 
-    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         owner = self._origin.owner()
         if id(owner) not in memo:
             # A part of a block that is copied by itself (PEFT trains such copies) has values.
@@ -97,6 +100,14 @@ class RemoteParameter(RemoteTensor, nn.Parameter):
     """A parameter of a remote block."""
 
 
+class Detached(RemoteTensor):
+    """Such a parameter, detached.
+
+    ``nn.Parameter(…)``, of which parametrizations make what they keep, wants it to be of the
+    parameter's kind after ``requires_grad_``.
+    """
+
+
 class ReadView(torch.Tensor):
     """A view of values that were read: what is written to it would reach no server."""
 
@@ -104,7 +115,7 @@ class ReadView(torch.Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in _COSTLESS or func in _SWITCHES:
@@ -113,7 +124,7 @@ class ReadView(torch.Tensor):
         _refuse_write(func, args[0] if args else next(iter(kwargs.values()), None), kwargs)
         return _read(func, args, kwargs)
 
-    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         memo[id(self)] = copied = copy.deepcopy(_real(self), memo)
         return copied
 
@@ -172,7 +183,7 @@ def _refuse_write(func: Any, first: Any, kwargs: dict[str, Any]) -> None:
             _refuse(target, getattr(func, "__name__", "a write"))
 
 
-def _read(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a function makes of the real values."""
     origins: dict[int, Origin] = {}
 
@@ -213,13 +224,17 @@ def _real(value: Any) -> Any:
         return found.to(value.device, value.dtype)
 
 
-def _converted(func: Any, tensor: RemoteTensor, args: tuple, kwargs: dict) -> Any:
+def _converted(
+    func: Any, tensor: RemoteTensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         rest = args[1:]
         result = func(_bare(tensor), *rest, **kwargs)
         if not isinstance(result, torch.Tensor):
             return result
-        return _wrap(RemoteTensor, result, tensor.shape, tensor._origin)
+        of_parameter = func in _DETACHING and isinstance(tensor, RemoteParameter)
+        kind = Detached if of_parameter else RemoteTensor
+        return _wrap(kind, result, tensor.shape, tensor._origin)
 
 
 def _same(one: Any, other: RemoteTensor) -> bool:
@@ -250,6 +265,7 @@ _SET_DATA = _TENSOR.data.__set__
 _SWITCHES = (_TENSOR.requires_grad_, _TENSOR.requires_grad.__set__)
 _OPERATORS = "add sub mul truediv floordiv mod pow and or xor lshift rshift"
 _IN_PLACE = frozenset(f"__i{name}__" for name in _OPERATORS.split())
+_DETACHING = (_TENSOR.detach, torch.detach)
 _CONVERTERS = "to cpu cuda float double half bfloat16 type detach contiguous"
 _CONVERSIONS = frozenset(
     [

@@ -31,10 +31,10 @@ class BlockRunner(Protocol):
 
     def given(self, named: dict[str, Any]) -> None: ...
 
-    def run(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor: ...
+    def run(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor: ...
 
     def run_own(
-        self, index: int, forward: Callable[..., Any], args: tuple, kwargs: dict
+        self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     ) -> Any: ...
 
 
@@ -74,7 +74,7 @@ class RemoteBlock(SwarmBlock):
         output = self._runner.run(self._index, hidden_states, self._named(args, kwargs))
         return (output,) if self._runner.returns_tuple else output
 
-    def _named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All that it is called with behind the hidden states, by name."""
         if not args:
             return kwargs

@@ -29,6 +29,7 @@ from swarm_notebook.client.request import Request
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.adapters.tuner_layers import Weights
 from swarm_notebook.model.blocks.same import SameTensor
+from swarm_notebook.model.calls.sending import sent_gradient
 
 
 class Segment:
@@ -89,7 +90,7 @@ class Segment:
         expected = self._handed_out.get(end - 1)
         if self._fetched is None or expected is None or not expected.matches(grad):
             inner = [first - 1 for first in self._starts if self._request.start < first < end]
-            sent = grad.detach().cpu().to(self._request.hidden.dtype)
+            sent = sent_gradient(grad, end - 1, self._request.hidden.dtype)
             self._fetched = self._connection.backward(
                 replace(self._request, end=end, prompts=self._prompts(end)),
                 self._trails,

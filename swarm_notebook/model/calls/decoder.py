@@ -68,18 +68,18 @@ class DecoderCalls:
         self.blocks, self.connection, self.adapters = blocks, connection, adapters
         self.home: frozenset[int] = frozenset()
         self.kept, self.observer = Kept(), Observer(blocks)
-        self.rotations = Rotations(decoder, blocks)
+        self.rotations: Rotations = Rotations(decoder, blocks)
         self._masks = hooks.Masks(decoder)
-        self.recorded = hooks.RecordedOutputs(decoder, self._masks)
+        self.recorded: hooks.RecordedOutputs = hooks.RecordedOutputs(decoder, self._masks)
         self._layers_name, self._context_length = layers_name, context_length
         self._signature = inspect.signature(decoder.forward)
         self._forward_code = inspect.unwrap(type(decoder).forward).__code__
-        self.here = ThreadState()
+        self.here: ThreadState = ThreadState()
         watched(getattr(decoder, layers_name), self._shown)
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         decoder.register_forward_hook(self.end, always_call=True)
 
-    def __deepcopy__(self, memo: dict) -> DecoderCalls:
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecoderCalls:
         memo[id(self)] = twin = object.__new__(DecoderCalls)
         twin.__dict__.update(self.__dict__)
         for name in ("blocks", "adapters", "observer", "rotations", "_masks", "recorded"):
@@ -87,7 +87,9 @@ class DecoderCalls:
         twin.here, twin.kept = ThreadState(), Kept()
         return twin
 
-    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _begin(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             bound = self._signature.bind_partial(*args, **kwargs).arguments
             kwargs = {**bound.pop("kwargs", {}), **bound}

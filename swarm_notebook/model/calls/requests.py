@@ -14,6 +14,7 @@ from swarm_notebook.model.blocks.blanks import is_blank
 from swarm_notebook.model.calls.call import Call
 from swarm_notebook.model.calls.inputs import unusual_positions
 from swarm_notebook.model.calls.rotary import Rotations
+from swarm_notebook.model.calls.sending import sent
 
 
 def request_of(
@@ -29,8 +30,7 @@ def request_of(
     return Request(
         index,
         end,
-        # A copy: hooks may write into the tensor that the model holds.
-        hidden.detach().to("cpu", copy=True),
+        sent(hidden, index),
         call.position,
         mask=call.mask,
         position_ids=call.position_ids,
@@ -87,7 +87,7 @@ def request_alone(
     return Request(
         index,
         index + 1,
-        hidden.detach().to("cpu", copy=True),
+        sent(hidden, index),
         0,
         # With a mask a server finds no sequences packed in one row: a block alone never does.
         mask=None if ids is None else torch.ones(hidden.shape[:2], dtype=torch.uint8),

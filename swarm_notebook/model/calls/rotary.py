@@ -45,7 +45,7 @@ class Rotations:
         for module in self._modules:
             module.register_forward_hook(self._note, with_kwargs=True)
 
-    def __deepcopy__(self, memo: dict) -> Rotations:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rotations:
         memo[id(self)] = twin = object.__new__(Rotations)
         twin._owners = copy.deepcopy(self._owners, memo)
         twin._modules = [module for _, _, module in twin._owners]
@@ -53,10 +53,14 @@ class Rotations:
         twin._asked, twin._ids = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         return twin
 
-    def _note(self, _module: nn.Module, inputs: tuple, named: dict, output: Any) -> None:
+    def _note(
+        self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
+        if torch.compiler.is_compiling():
+            return
         self._count += 1
         ids = inputs[1] if len(inputs) > 1 else named.get("position_ids")
-        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or torch.compiler.is_compiling():
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
             return
         here = self.here(ids)
         for tensor in _tensors(output):

@@ -66,7 +66,7 @@ class Runner:
         self.deep_prompts: torch.Tensor | None = None
         self._told = False
 
-    def __deepcopy__(self, memo: dict) -> Runner:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
         """A copy of the model is another view on the same servers, with hooks of its own."""
         memo[id(self)] = twin = object.__new__(Runner)
         twin.__dict__.update(self.__dict__)
@@ -129,7 +129,7 @@ class Runner:
         """What a block is called with, before its hooks see it."""
         self.calls.here.given = named
 
-    def run(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+    def run(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """The output of block ``index``; the network is asked only when it must be."""
         refuse_other_kinds(index, hidden)
         if inputs.without_values(hidden):
@@ -181,7 +181,9 @@ class Runner:
                 trace.serve(name, self.calls.recorded.shaped(full, module, inner))
         trace.pass_by()
 
-    def run_own(self, index: int, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def run_own(
+        self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """What block ``index``, which is at home, makes of its arguments by ``forward``."""
         hidden = input_state(args, kwargs)
         call = self.calls.here.call
@@ -295,7 +297,7 @@ class Runner:
         prompts = detached(self._prompts(0, len(self.blocks)), hidden.dtype)
         session.begin(new, Given(call.adapter, prompts, absent))
 
-    def _run_alone(self, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+    def _run_alone(self, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """A block that is called by itself, outside of the model's own forward."""
         hidden = inputs.promoted(hidden, self.blocks[index])
         alone = Layout((index,), self.home, frozenset({0, 1}))

@@ -37,7 +37,7 @@ from swarm_notebook.net.membership.invitation import (
     unpack_answer,
 )
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 RPC_JOIN = "TransformerConnectionHandler.rpc_join"
 # A dial and a round trip, on a machine that loads a model besides.

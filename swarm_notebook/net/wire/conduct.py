@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from swarm_notebook.net.wire.streams import Stream
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Whoever tries out what a server takes by hand meets fewer in a minute, and a notebook, which
 # avoids a server that refuses it, meets one of each kind.

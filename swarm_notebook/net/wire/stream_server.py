@@ -34,7 +34,7 @@ from swarm_notebook.net.wire.streams import (
 )
 from swarm_notebook.net.wire.traffic import Traffic
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # How long a peer may not read before it is given up: it may be swapped out, or far behind.
 UNHEARD_SECONDS = 20.0

@@ -113,7 +113,7 @@ class AdaptedSpan(Span):
         }
 
         def watch(site: Site) -> Callable[..., None]:
-            def hook(_: nn.Module, inputs: tuple, output: Any) -> None:
+            def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
                 if len(inputs) == 1 and fits(inputs, output, 2):
                     seen[site] = inputs[0], output
 
@@ -218,7 +218,9 @@ class AdaptedSpan(Span):
     def _told(self, by_row: Mapping[str, list[Any]]) -> Iterator[None]:
         """Tell PEFT's layers something for one call, as PEFT itself does it."""
 
-        def tell(_: nn.Module, args: tuple, named: dict) -> tuple[tuple, dict]:
+        def tell(
+            _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return args, {**named, **by_row}
 
         with ExitStack() as hooks:

@@ -86,8 +86,8 @@ class Additions:
 
     def __init__(self, layers: Mapping[Site, LowRank]):
         self._layers = layers
-        self.names = frozenset(name for _, name in layers)
-        self.rank = max(layer.rank for layer in layers.values())
+        self.names: frozenset[str] = frozenset(name for _, name in layers)
+        self.rank: int = max(layer.rank for layer in layers.values())
         self.version = 0
 
     @classmethod

@@ -82,7 +82,7 @@ class Mixture:
             yield
 
     def _hook(self, site: Site) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple, output: Any) -> None:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if not fits(inputs, output, self._tokens):
                 raise Unmixable(f"{site[1]} in block {site[0]} is not called token by token")
             self.apply(site, inputs[0], output)
@@ -115,7 +115,7 @@ def token_wise(span: Blocks, tokens: int) -> Iterator[set[Site]]:
     others: set[Site] = set()
 
     def watch(site: Site) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple, output: Any) -> None:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             (found if fits(inputs, output, tokens) else others).add(site)
 
         return hook
@@ -127,7 +127,7 @@ def token_wise(span: Blocks, tokens: int) -> Iterator[set[Site]]:
     found -= others
 
 
-def fits(inputs: tuple, output: Any, tokens: int) -> bool:
+def fits(inputs: tuple[Any, ...], output: Any, tokens: int) -> bool:
     """Whether a module was given, and has given, one vector for each of so many tokens."""
     return all(
         isinstance(tensor, torch.Tensor)

@@ -25,7 +25,7 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._arrived = self._parsed = self._computed = time.perf_counter()
-        self.compute = 0.0
+        self.compute: float = 0.0
 
     def parsed(self) -> None:
         self._parsed = time.perf_counter()

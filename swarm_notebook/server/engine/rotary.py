@@ -51,10 +51,12 @@ def turning_by(modules: Sequence[nn.Module], length: int | None) -> Iterator[Non
 def _lengthen(length: int | None) -> Callable[..., tuple[tuple, dict]]:
     """A hook that adds the last position of a sequence of this length to those that are asked."""
 
-    def hook(module: Any, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+    def hook(
+        module: Any, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids: torch.Tensor = inputs[1] if len(inputs) > 1 else named["position_ids"]
 
-        def asked(positions: torch.Tensor) -> tuple[tuple, dict]:
+        def asked(positions: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if len(inputs) > 1:
                 return (inputs[0], positions, *inputs[2:]), named
             return inputs, {**named, "position_ids": positions}
@@ -70,7 +72,7 @@ def _lengthen(length: int | None) -> Callable[..., tuple[tuple, dict]]:
     return hook
 
 
-def _shorten(_module: nn.Module, _inputs: tuple, output: Any) -> Any:
+def _shorten(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
     """Take the added position away again: ``[rows, positions + 1, head size]``, once or twice."""
     if isinstance(output, torch.Tensor):
         return output[:, :-1]

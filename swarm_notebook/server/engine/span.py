@@ -290,14 +290,16 @@ def _check_kinds(decoder: nn.Module) -> None:
 
 
 def _keep(captured: dict[int, torch.Tensor], index: int) -> Callable[..., None]:
-    def hook(_module: nn.Module, _inputs: tuple, output: Any) -> None:
+    def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         captured[index] = output_state(output)
 
     return hook
 
 
 def _add(prompt: torch.Tensor) -> Callable[..., tuple[tuple, dict]]:
-    def hook(_module: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+    def hook(
+        _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         changed = input_state(inputs, named).clone()
         changed[:, : prompt.shape[1]] += prompt
         return with_input_state(inputs, named, changed)

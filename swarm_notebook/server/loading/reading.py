@@ -17,7 +17,7 @@ from swarm_notebook.server.engine.quantising.loading import Quantised, load_with
 from swarm_notebook.server.memory import heap
 from swarm_notebook.server.options import ServeOptions
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Between two lines of the log, and two of a progress bar.
 LOG_SECONDS = 2.0

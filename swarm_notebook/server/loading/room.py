@@ -28,7 +28,7 @@ from swarm_notebook.server.engine.quantising.loading import MAX_BITS, free_memor
 from swarm_notebook.server.engine.quantising.quality import LEVELS, least_bits
 from swarm_notebook.server.options import ServeOptions
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Of the free memory, for weights; the rest is for keys and values, activations and the system.
 FREE_PART = 0.7

@@ -34,7 +34,7 @@ class LRUStore(Generic[K, V]):
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self.held = 0
+        self.held: int = 0
         self._clock = clock
         self._entries: OrderedDict[K, _Entry[V]] = OrderedDict()
 

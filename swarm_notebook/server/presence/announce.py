@@ -33,7 +33,7 @@ from swarm_notebook.server.engine.quantising.loading import Quantised
 from swarm_notebook.server.engine.throughput import Throughput
 from swarm_notebook.server.options import ServeOptions
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Records of a server that announces more often than every second and a half (in tests).
 MIN_EXPIRATION = 3.0

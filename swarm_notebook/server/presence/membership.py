@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from swarm_notebook.net.membership.authority import Authority
 from swarm_notebook.net.node import Node
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # As often as a notebook reads what servers announce (`client.servers.directory.REFRESH_PERIOD`).
 READ_SECONDS = 10.0

@@ -17,7 +17,7 @@ from swarm_notebook.net.dht.records import MAX_PINGS, ServerInfo, ServerState, a
 from swarm_notebook.net.node import Node, smoothed_rtt
 from swarm_notebook.net.wire import protocol
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # A search in the DHT and a ping, each of which gives up after seconds by itself.
 MEASURE_SECONDS = 10.0

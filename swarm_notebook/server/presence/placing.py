@@ -16,7 +16,7 @@ from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol
 from swarm_notebook.server.presence.places import Place, better, choose
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Between two looks at the swarm, on average: one and a half of them and a random wait are half a
 # minute, and reading all records costs what a notebook does, which reads them every ten seconds.

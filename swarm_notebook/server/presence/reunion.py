@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from swarm_notebook.net.addresses import parse_peers
 from swarm_notebook.net.node import Node
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # As often as a notebook reads what servers announce (`client.servers.directory.REFRESH_PERIOD`).
 LOOK_SECONDS = 10.0

@@ -46,7 +46,7 @@ from swarm_notebook.server.rpc.parse import parse_backward, parse_blocks, parse_
 from swarm_notebook.server.rpc.push import PushChannel
 from swarm_notebook.server.rpc.session import ServerSession
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Frames up to here are read on any server, however few tokens it takes, and then refused in words.
 MIN_FRAME_BYTES = 16 << 20

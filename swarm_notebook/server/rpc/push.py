@@ -35,7 +35,7 @@ from swarm_notebook.net.wire.traffic import COPIES, Account, Traffic
 from swarm_notebook.server.rpc import fields
 from swarm_notebook.server.rpc.petals_push import PetalsPush
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Beyond it a push has failed, and the client, which waits for the step, sends the states itself.
 PUSH_SECONDS = 4.0

@@ -18,6 +18,7 @@ from support.scene import generate
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
+from swarm_notebook.errors import MissingBlocks
 
 # Announced every five seconds, so that records expire after ten.
 PROGRAM = """
@@ -43,21 +44,35 @@ class HastyServer(ServerProcess):
         os.killpg(self.process.pid, number)
 
 
-@pytest.fixture
-def servers(tiny_llama: Path, tmp_path: Path) -> Iterator[list[HastyServer]]:
+@pytest.fixture(scope="module")
+def servers(
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[HastyServer]]:
+    place = tmp_path_factory.mktemp("silence")
     with ExitStack() as stack:
         started: list[HastyServer] = []
         for number, blocks in enumerate(("0:3", "3:5")):
             options = ["--blocks", blocks]
             if started:
                 options += ["--initial-peers", *started[0].facts["maddrs"]]
-            server = HastyServer(tiny_llama, tmp_path / f"{number}.log", *options)
+            server = HastyServer(tiny_llama, place / f"{number}.log", *options)
             stack.callback(server.kill)
             server.wait_listening()
             started.append(server)
         for server in started:
             server.wait_ready()
         yield started
+
+
+def test_a_fresh_notebook_says_who_has_the_blocks_that_it_misses(
+    servers: list[HastyServer], tiny_llama: Path
+) -> None:
+    servers[1].signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(MissingBlocks, match=r"blocks 3:5; .* \(unreachable\): it does not ans"):
+            sn.connect(servers[0].facts["maddrs"], model=tiny_llama, timeout=4)
+    finally:
+        servers[1].signal(signal.SIGCONT)
 
 
 def test_a_notebook_that_heard_nobody_goes_on(servers: list[HastyServer], tiny_llama: Path) -> None:

@@ -93,6 +93,8 @@ def test_compiled_around_the_blocks_or_refused(tiny_scene: Scene) -> None:
     expected = tiny_scene.reference(ids).logits
     compiled: Any = torch.compile(tiny_scene.remote, backend="eager")
     torch.testing.assert_close(compiled(ids).logits, expected, atol=TOLERANCE, rtol=0)
+    forward: Any = torch.compile(tiny_scene.remote.forward, backend="eager")
+    torch.testing.assert_close(forward(ids).logits, expected, atol=TOLERANCE, rtol=0)
     tiny_scene.remote.compile(backend="eager")
     torch.testing.assert_close(tiny_scene.remote(ids).logits, expected, atol=TOLERANCE, rtol=0)
 

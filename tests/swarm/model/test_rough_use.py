@@ -72,6 +72,33 @@ def test_transformed_functions(tiny_scene: Scene, model: Any, ask: Callable[...,
 
 
 @pytest.mark.refused(
+    "Hooks: NaN or infinity into a remote block, forward or back",
+    "`torch.nan_to_num`, or `swarm.own(slice(block, None))`",
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite(tiny_scene: Scene, model: Any, value: float) -> None:
+    ids = tiny_scene.ids(2, 9)
+
+    def spoil(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.index_fill(-1, torch.tensor([3]), value)
+
+    handle = model.model.layers[1].register_forward_hook(spoil)
+    for use in (model, lambda ids: model.generate(ids, max_new_tokens=2)):
+        with pytest.raises(
+            Unsupported, match=r"block 2: its input has NaN.*own\(slice\(2, None\)\)"
+        ):
+            use(ids)
+    handle.remove()
+    model.model.layers[-1].register_forward_hook(spoil)
+    assert not model(ids).logits.isfinite().any()  # as the local one: no server has to do with it
+    embeds = tiny_scene.remote.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = tiny_scene.remote(inputs_embeds=embeds).logits
+    with pytest.raises(Unsupported, match=r"gradient of its output has NaN.*swarm\.own"):
+        logits.backward(torch.full_like(logits, value))
+    as_local(tiny_scene, tiny_scene.remote)
+
+
+@pytest.mark.refused(
     "Gradients: several at once (`is_grads_batched`, `vectorize=True`)",
     "one after the other with `retain_graph=True`, or `swarm.own(slice(None))`",
 )

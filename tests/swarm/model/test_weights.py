@@ -15,6 +15,7 @@ from support.hosting import HostedSwarm
 from support.pairs import SPANS, Pair, pair_of
 from support.tiny import tiny_model
 from torch import nn
+from torch.nn.utils import prune as pruning
 
 import swarm_notebook as sn
 from swarm_notebook.checkpoint.files.source import resolve
@@ -232,6 +233,14 @@ def parametrize(model: Any) -> None:
     torch.nn.utils.parametrize.register_parametrization(linear, "weight", nn.Identity())
 
 
+def normalise(model: Any) -> None:
+    nn.utils.parametrizations.weight_norm(model.model.layers[3].mlp.up_proj)
+
+
+def prune(model: Any) -> None:
+    pruning.l1_unstructured(model.model.layers[3].mlp.up_proj, "weight", amount=0.3)
+
+
 def add_a_module(model: Any) -> None:
     model.model.layers[3].mlp.add_module("extra", nn.Identity())
 
@@ -244,6 +253,8 @@ CHANGES = [
     change_a_number,
     exchange_a_parameter,
     parametrize,
+    normalise,
+    prune,
     add_a_module,
 ]
 

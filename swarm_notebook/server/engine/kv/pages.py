@@ -71,7 +71,7 @@ class PagePool:
         # Sessions are freed in the loop, and grow in the torch thread; a list's own operations
         # are whole.
         self._free = list(range(pages - 1, 0, -1))
-        self.within_page = torch.arange(PAGE, device=device)
+        self.within_page: torch.Tensor = torch.arange(PAGE, device=device)
 
     @property
     def free(self) -> int:

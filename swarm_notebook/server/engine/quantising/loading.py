@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from swarm_notebook.checkpoint.files.source import ModelSource
     from swarm_notebook.checkpoint.parts.loading import Progress
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MIN_BITS, MAX_BITS = 2.5, 16.0
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from swarm_notebook.checkpoint.files.source import ModelSource
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # From coarse to fine: 2.5, 3.5, 4.25, 4.5, 5 and 8 bits with scales and offsets.
 GRIDS = (Grid(2, 64), Grid(3, 64), Grid(4, 128), Grid(4, 64), Grid(4, 32), Grid(8, 0))

@@ -19,7 +19,7 @@ from swarm_notebook.checkpoint.files.weights import block_index
 if TYPE_CHECKING:
     from swarm_notebook.checkpoint.files.source import ModelSource
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Memory:

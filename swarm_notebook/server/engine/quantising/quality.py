@@ -20,7 +20,7 @@ from swarm_notebook.server.engine.quantising.memory import Memory
 if TYPE_CHECKING:
     from swarm_notebook.checkpoint.files.source import ModelSource
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Bits per weight that are tried, from few to many; the finest grid has 8 and a scale per row.
 LEVELS = (3.0, 3.5, 4.0, 4.25, 4.5, 5.0, 6.5, 8.5)

@@ -73,14 +73,14 @@ class Job:
 
     def __init__(
         self,
-        future: asyncio.Future,
+        future: asyncio.Future[Any],
         function: Callable[..., Any],
-        arguments: tuple,
+        arguments: tuple[Any, ...],
         task: Task,
         run_batch: RunBatch | None,
     ):
         self.future, self.task = future, task
-        self.arrived = time.monotonic()
+        self.arrived: float = time.monotonic()
         self._function, self._arguments, self._run_batch = function, arguments, run_batch
         # Whoever pops the one element, thread or canceller, decides whether the job runs.
         self._claim = [True]

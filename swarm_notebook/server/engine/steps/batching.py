@@ -41,7 +41,7 @@ from swarm_notebook.server.engine.steps.session_state import (
     run_one,
 )
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Beyond so many tokens (rows x positions) a step is compute of its own, which a batch cannot share.
 SHORT_TOKENS = 64

@@ -39,7 +39,7 @@ from swarm_notebook.server.engine.attention.paged import Seen, StepCache, at_blo
 from swarm_notebook.server.engine.products import few_bits
 from swarm_notebook.server.engine.span import Span
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # A block takes seconds to compile; no kind of block was seen to take a minute.
 COMPILE_SECONDS = 600.0

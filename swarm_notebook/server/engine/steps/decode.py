@@ -39,7 +39,7 @@ from swarm_notebook.server.engine.steps.compiled import Compiler
 from swarm_notebook.server.engine.steps.program import Bucket, Program, pages_of
 from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # As many tokens as a batch takes (`scheduler.BATCH_TOKENS`), each a row.
 MAX_ROWS = 256

@@ -90,7 +90,7 @@ class RowAdapters:
             yield
 
     def _hook(self, index: int, site: Site, plainly: bool) -> Callable[..., torch.Tensor]:
-        def hook(_: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             x = inputs[0]
             if x.numel() != len(self._rows) * x.shape[-1]:
                 raise Unmixable(f"{site[1]} in block {site[0]} is not called row by row")

@@ -43,7 +43,7 @@ class SessionState:
         cache: SessionCache | None = None,
     ):
         self._choose = choose or (lambda _: span)
-        self.cache = cache or SessionCache(span.start, span.end)
+        self.cache: SessionCache = cache or SessionCache(span.start, span.end)
         self.span, self._context = span, context
         self._mask: torch.Tensor | None = None
 

@@ -7,9 +7,11 @@ import random
 import pytest
 
 from swarm_notebook.client.servers.routing import (
+    ANSWER_TOKENS,
     HOP_SECONDS,
     Links,
     RouteSegment,
+    Work,
     best_chain,
     block_slices,
     describe_blocks,
@@ -125,3 +127,27 @@ def test_blocks_are_described_in_runs() -> None:
     assert describe_blocks([3]) == "block 3"
     assert describe_blocks([5, 0, 1, 2, 6]) == "blocks 0:3, 5:7"
     assert block_slices([5, 0, 1, 2, 6]) == "0:3, 5:7"
+
+
+def test_a_long_prompt_goes_where_many_tokens_at_once_are_fast() -> None:
+    def of(peer: str, single: float, many: float) -> ServerSpan:
+        info = ServerInfo(state=2, throughput=many, inference_rps=single, forward_rps=many)
+        return ServerSpan(peer, 0, 8, info)
+
+    spans = [of("steps", 400.0, 1000.0), of("passes", 300.0, 20_000.0)]
+    links = Links({"steps": 0.01, "passes": 0.01})
+
+    def chosen(work: Work) -> str:
+        return best_chain(spans, 0, 8, links, work=work)[0].peer
+
+    assert chosen(Work()) == "steps"
+    assert chosen(Work(prompt=2000, answer=0)) == "passes", "a pass without a cache"
+    assert chosen(Work(prompt=20, answer=ANSWER_TOKENS)) == "steps", "a short question"
+    assert chosen(Work(prompt=2000, answer=ANSWER_TOKENS)) == "passes", "a long one"
+    # Each token of an answer travels: far away is only worth it for a single pass.
+    far = Links({"steps": 0.01, "passes": 0.2})
+    assert best_chain(spans, 0, 8, far, work=Work(500, ANSWER_TOKENS))[0].peer == "steps"
+    assert best_chain(spans, 0, 8, far, work=Work(2000, 0))[0].peer == "passes"
+    # For little, nobody leaves the chain that is shown.
+    assert best_chain(spans, 0, 8, far, work=Work(50, 0))[0].peer == "steps"
+    assert best_chain(spans, 0, 8, far, work=Work(0, 0)), "a step without positions"
