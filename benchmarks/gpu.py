@@ -291,11 +291,15 @@ def fresh(shape: str, folder: Path, device: str, until: float) -> None:
         clients.end()
 
 
-def in_bits(shape: str, folder: Path, device: str, until: float) -> None:
-    """Blocks in bfloat16 and in few bits, by themselves and through a server."""
-    for more in ([], ["--bits", str(BITS)]):
+def in_bits(shape: str, device: str) -> None:
+    """Blocks in few bits and in bfloat16, by themselves."""
+    for more in (["--bits", str(BITS)], []):
         beside("gpu_bits.py", "--shape", shape, "--device", device, *more)
-    for bits in (None, BITS):
+
+
+def served_in_bits(shape: str, folder: Path, device: str, until: float) -> None:
+    """The same through a server."""
+    for bits in (BITS, None):
         with servers(folder, [device], bits=bits) as made:
             for sessions, prompt in ((1, CONTEXT), (32, CONTEXT), (1, PROMPT)):
                 if time.monotonic() < until:
@@ -404,7 +408,10 @@ def measure(shape: str, device: str, works: Sequence[str], until: float) -> None
             "two": [lambda: serve(shape, folder, [device] * 2, until)],
             "cards": [lambda: serve(shape, folder, [f"cuda:{n}" for n in range(cards)], until)],
             "fresh": [lambda: fresh(shape, folder, device, until)],
-            "bits": [lambda: in_bits(shape, folder, device, until)],
+            "bits": [
+                lambda: in_bits(shape, device),
+                lambda: served_in_bits(shape, folder, device, until),
+            ],
             "divergence": [
                 lambda: divergence(shape, folder, device),
                 lambda: trained_divergence(shape, device),

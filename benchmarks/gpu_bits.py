@@ -17,7 +17,7 @@ from typing import Any
 from gpu_local import CONTEXT, PROMPT, SHAPES, config, say, sync
 
 ROWS = (1, 32)
-STEPS, COMPILE_SECONDS = 40, 100
+STEPS, COMPILE_SECONDS = 40, 60
 
 
 def remembered(source: Any, blocks: int, bits: float) -> None:
