@@ -145,17 +145,18 @@ class Batching:
     def _parted(
         self, members: Sequence[int], items: Sequence[BatchItem]
     ) -> list[tuple[Decoding | None, list[int]]]:
-        """Who runs which of the items."""
-        taken: dict[bool, list[int]] = {True: [], False: []}
-        for index in members:
-            taken[self.decoding is not None and self.decoding.takes(items[index])].append(index)
+        """The calls that run some items: who makes each, and for which of them."""
+        fast: list[int] = []
         calls: list[tuple[Decoding | None, list[int]]] = []
-        if self.decoding is not None and taken[True]:
-            steps = self.decoding.calls([items[index] for index in taken[True]])
-            calls += [(self.decoding, [taken[True][place] for place in some]) for some in steps]
+        if (decoding := self.decoding) is not None:
+            fast = [index for index in members if decoding.takes(items[index])]
+            shared = decoding.calls([items[index] for index in fast])
+            calls = [(decoding, [fast[place] for place in some]) for some in shared]
+        taken = set(fast)
+        others = [index for index in members if index not in taken]
         if self.alone:
-            return [*calls, *((None, [index]) for index in taken[False])]
-        return [*calls, *([(None, taken[False])] if taken[False] else [])]
+            return [*calls, *((None, [index]) for index in others)]
+        return [*calls, (None, others)] if others else calls
 
     @classmethod
     @torch.inference_mode()

@@ -171,7 +171,7 @@ class Decoding:
         bucket without the others.
         """
         if self._rows is None:
-            return [list(range(len(items)))]
+            return [list(range(len(items)))] if items else []
         found: list[list[int]] = []
         latest: dict[tuple[int, bool], tuple[list[int], int]] = {}
         for index, item in enumerate(items):
