@@ -10,7 +10,8 @@
 # make foreign  PEFT's and nnsight's own tests on remote models, TRL's trainers, a real Petals
 # make quantisers  checkpoints of bitsandbytes, compressed-tensors and torchao, with these libraries
 # make chaos  ten minutes (SECONDS=600, SEED=0) of faults while notebooks work, and a table of pauses
-# make places  five minutes (SECONDS=300, SEED=0) of servers that come and go and choose their blocks
+# make places  the places that servers choose in simulated swarms, against the optimum: two minutes
+# make churn  five minutes (SECONDS=300, SEED=0) of servers that come and go and choose their blocks
 # make hostile  attacks on a server process beside an honest notebook, and a table of them
 #
 # The environment is .venv/ in this folder; a second run installs nothing. Where Node is, `test` and
@@ -34,7 +35,7 @@ IN_ORDER := -n 2 $(BY_FILE) --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
 .PHONY: demo lab docs release trial replay test unit foreign foreign-peft foreign-nnsight foreign-trl \
-  foreign-petals quantisers chaos places hostile lint format outputs clean
+  foreign-petals quantisers chaos churn places hostile lint format outputs clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -130,6 +131,9 @@ chaos: $(READY)
 	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
 
 places: $(READY)
+	$(BIN)/python benchmarks/places.py --seeds $(or $(SEEDS),4)
+
+churn: $(READY)
 	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos.places --seconds $(or $(SECONDS),300) --seed $(or $(SEED),0)
 
 lint: $(READY) $(NODE)

@@ -1,12 +1,13 @@
 """How good the places are that servers choose by themselves, in swarms that come and go.
 
-    python benchmarks/places.py [--seeds 4] [--limit 10]
+    make places      (python benchmarks/places.py [--seeds 4] [--limit 3] [--sizes 8 16 40])
 
 Each trace is a seeded list of joins and leaves of unlike cards, with the memory and the speed that
 `sn.plan` reckons with. After each event servers move until none wants to. What they have then is
-the most tokens per second that can flow through all blocks, each token taking any servers (a linear
-program), as a part of what the best places of the same servers allow (a mixed integer program, by
-HiGHS; where it runs out of time, of its bound, so that the part is never too good).
+the most tokens per second that can flow through all blocks, each token taking any servers, as a
+part of what the best places of the same servers allow. That has a bound that is reckoned at once;
+where none of the rules reaches it, a mixed integer program decides (HiGHS, over the starts of all
+servers; where it runs out of time, its bound counts, so that the part is never too good).
 
 The rule is the servers' own code (`server/presence/places.py`). Beside it are two others, written
 from their descriptions:
@@ -24,23 +25,25 @@ from their descriptions:
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_matrix
 
 from swarm_notebook.planning.machines import KNOWN, Machine
 from swarm_notebook.planning.placement import Share, prompt_seconds, weight_bytes
 from swarm_notebook.planning.shape import BlockShape, ModelShape
-from swarm_notebook.server.presence.places import Place, better, choose
+from swarm_notebook.server.presence.flow import Place, bound, throughput
+from swarm_notebook.server.presence.places import choose, next_move
 
 # More moves than this after one event are an oscillation.
 MOST_MOVES = 200
+# Of the bound, from where on nobody asks for the exact optimum.
+REACHED = 0.95
 PETALS_BALANCE = 0.75  # its ``balance_quality``
 CARDS = ("rtx3060", "rtx3090", "rtx4090", "a6000", "l4", "a100", "h100")
 CACHE_PART, PROMPT_TOKENS = 0.2, 512
@@ -105,28 +108,21 @@ def trace(seed: int, kinds: Sequence[Server], most: int) -> Iterator[tuple[int, 
 def ours(servers: Servers, spans: Spans, blocks: int, drawn: random.Random) -> int:
     """Each server decides alone, by the code that servers run."""
 
-    def others(own: int) -> list[Place]:
-        return [
-            Place(*spans[one], servers[one].span_rate(spans[one][1] - spans[one][0]))
-            for one in spans
-            if one != own
-        ]
+    def place(one: int) -> Place:
+        start, end = spans[one]
+        return Place(start, end, servers[one].span_rate(end - start))
 
     for new in servers.keys() - spans.keys():
         size = min(servers[new].size, blocks)
-        spans[new] = choose(others(new), blocks, size, servers[new].span_rate(size))
+        rate = servers[new].span_rate(size)
+        spans[new] = choose([place(one) for one in spans], blocks, size, rate)
     for moves in range(MOST_MOVES):
-        order = list(servers)
-        drawn.shuffle(order)
-        for one in order:
-            start, end = spans[one]
-            own = Place(start, end, servers[one].span_rate(end - start))
-            wanted = better(others(one), blocks, own)
-            if wanted is not None:
-                spans[one] = wanted
-                break
-        else:
+        move = next_move([place(one) for one in servers], blocks)
+        if move is None:
             return moves
+        # Of those that are alike one is as good as the other.
+        one = drawn.choice([one for one in servers if place(one) == move[0]])
+        spans[one] = move[1].start, move[1].end
     return MOST_MOVES
 
 
@@ -178,7 +174,8 @@ def _least(servers: Servers, spans: Spans, blocks: int, one: int) -> Span:
     others = {other: span for other, span in spans.items() if other != one}
     rates = _throughputs(servers, others, blocks)
     size = min(servers[one].size, blocks)
-    start = min(range(blocks - size + 1), key=lambda begin: sorted(rates[begin : begin + size]))
+    windows = np.sort(np.lib.stride_tricks.sliding_window_view(rates, size), axis=1)
+    start = int(np.lexsort(windows.T[::-1])[0])
     return start, start + size
 
 
@@ -219,21 +216,19 @@ def _by_speed(pipeline: Sequence[Server], blocks: int) -> list[int]:
 RULES: dict[str, Rule] = {"ours": ours, "petals": petals, "parallax": parallax}
 
 
-def throughput(servers: Servers, spans: Spans, blocks: int) -> float:
+def flow(servers: Servers, spans: Spans, blocks: int) -> float:
     """The most tokens per second that can flow through all blocks."""
-    pairs = [(one, block) for one, (start, end) in spans.items() for block in range(start, end)]
-    rows = {one: blocks + row for row, one in enumerate(servers)}
-    matrix = lil_matrix((blocks + len(servers), len(pairs) + 1))
-    limits = np.zeros(blocks + len(servers))
-    for column, (one, block) in enumerate(pairs):
-        matrix[block, column] = -1
-        matrix[rows[one], column] = 1
-    matrix[:blocks, len(pairs)] = 1
-    for one, row in rows.items():
-        limits[row] = servers[one].rate
-    costs = np.zeros(len(pairs) + 1)
-    costs[-1] = -1
-    return -linprog(costs, A_ub=matrix.tocsr(), b_ub=limits, method="highs").fun
+    places = [Place(*spans[one], servers[one].span_rate(_length(spans[one]))) for one in servers]
+    return throughput(places, blocks)
+
+
+def _length(span: Span) -> int:
+    return span[1] - span[0]
+
+
+def at_most(servers: Servers, blocks: int) -> float:
+    """A bound of it for any places."""
+    return bound([Place(0, one.size, one.span_rate(one.size)) for one in servers.values()], blocks)
 
 
 def optimum(servers: Servers, blocks: int, seconds: float) -> float:
@@ -273,9 +268,8 @@ def optimum(servers: Servers, blocks: int, seconds: float) -> float:
         bounds=Bounds(0, np.inf),
         options={"time_limit": seconds, "mip_rel_gap": 0.01},
     )
-    # What no arrangement has more of, found without any search.
-    total = sum(server.rate for server in servers.values()) / blocks
-    return min(-found.mip_dual_bound, total) if found.mip_dual_bound is not None else total
+    most = at_most(servers, blocks)
+    return min(-found.mip_dual_bound, most) if found.mip_dual_bound is not None else most
 
 
 def compare(
@@ -296,39 +290,41 @@ def compare(
             if joined is None:
                 del spans[name][number]
             moves[name] += rule(servers, spans[name], blocks, drawn[name])
-        if event % every == every - 1 and (best := optimum(servers, blocks, seconds)) > 1e-3:
+        if event % every == every - 1 and (best := at_most(servers, blocks)):
+            found = {name: flow(servers, spans[name], blocks) for name in RULES}
+            if found["ours"] < REACHED * best:
+                best = optimum(servers, blocks, seconds)
             for name in RULES:
-                parts[name].append(throughput(servers, spans[name], blocks) / best)
+                parts[name].append(found[name] / best)
     return {name: (parts[name], moves[name]) for name in RULES}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--limit", type=float, default=10.0, help="seconds of one optimum")
+    parser.add_argument("--limit", type=float, default=3.0, help="seconds of one optimum")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 40])
     options = parser.parse_args()
+    titles = [f"{name:>22}" for name in RULES]
+    print("parts of the optimum: median / worst (moves per event)")
+    print(f"{'blocks':10}{'servers':>8}{'seed':>5}", *titles)
+    everything: dict[str, list[float]] = {name: [] for name in RULES}
     for shape in SHAPES:
         blocks, kinds = servers_of(shape)
         for most in options.sizes:
             for seed in range(options.seeds):
                 found = compare(seed, blocks, kinds, most, options.limit, every=max(4, most // 4))
+                cells = []
                 for name, (parts, moves) in found.items():
-                    print(
-                        json.dumps(
-                            {
-                                "shape": shape,
-                                "servers": most,
-                                "seed": seed,
-                                "rule": name,
-                                "events": len(parts),
-                                "median": round(statistics.median(parts), 3) if parts else None,
-                                "worst": round(min(parts), 3) if parts else None,
-                                "moves": moves,
-                            }
-                        ),
-                        flush=True,
-                    )
+                    everything[name] += parts
+                    cells.append(f"{told(parts)} ({moves / (2 * most):4.1f})")
+                print(f"{shape:10}{most:8}{seed:5}", *(f"{cell:>22}" for cell in cells), flush=True)
+    print(f"{'all':23}", *(f"{told(parts):>22}" for parts in everything.values()))
+
+
+def told(parts: Sequence[float]) -> str:
+    """The median and the worst of some parts; none where no swarm could have all blocks."""
+    return f"{statistics.median(parts):.3f} / {min(parts):.3f}" if parts else "none"
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ from swarm_notebook.server.presence.arrival import (
     start_node,
     stay_together,
 )
+from swarm_notebook.server.presence.flow import Place
 from swarm_notebook.server.presence.pings import NeighbourPings
-from swarm_notebook.server.presence.places import Place
 from swarm_notebook.server.presence.placing import Placing
 from swarm_notebook.server.presence.reunion import Reunion
 from swarm_notebook.server.rpc.answers import traffic_for

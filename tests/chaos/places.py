@@ -1,4 +1,4 @@
-"""Servers that choose their blocks come and go while notebooks work (``make places``).
+"""Servers that choose their blocks come and go while notebooks work (``make churn``).
 
     PYTHONPATH=tests python -m chaos.places [--seconds 300] [--seed 0] [--servers 6]
 

@@ -1,79 +1,41 @@
 """Which blocks a server takes when nobody has told it, and when it had better move: pure decisions.
 
 A swarm that nobody coordinates: each server reads what the others announce and takes the span that
-lifts the swarm most. First come blocks that nobody has. Then the narrowest place: of a chain, the
-blocks with the least throughput decide how many tokens pass at all. Petals' servers maximise the
-same by blocks, the least first [1]. Then the number of hops that one stream needs, as each costs.
+lifts the swarm most. First come blocks that nobody has, then what can flow through all blocks
+(`flow`), then the number of hops that one stream needs, as each costs.
 
-A move costs the blocks their server for as long as it loads, so it must be worth it, and no block
-of a swarm that is whole may lose its last server by it. Sometimes no single move helps: the room is
-there, but between the wrong neighbours. Then all reckon with the same arrangement, which depends on
-nothing but what the servers can hold and how fast they are, and go there one after the other.
+What the servers that are there could have at most is known, so nobody moves while the swarm has
+nearly that. If not, all reckon out the same moves, from the same records, and whose turn it is
+makes the first of them. A single move often helps little, and the least rate of all blocks not at
+all while two of them are slow: moves are chosen by how much of the demand is met, where as much is
+asked of every block as the servers could give at most [1]. Where no move helps, the servers go to
+one of the arrangements that depend on nothing but themselves.
 
-`benchmarks/places.py` compares this with the optimum, and with what others do.
+No block of a swarm that is whole ever loses its last server by a move. `benchmarks/places.py`
+compares all this with the optimum, and with what others do.
 
-[1] https://arxiv.org/abs/2312.08361, section 3.3 and appendix
+[1] Petals' servers maximise the rates by blocks, the least first:
+    https://arxiv.org/abs/2312.08361, section 3.3 and appendix
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-# How much wider the narrowest place must become for one server to move, and for several to move one
-# after the other. At 30 moments of six traces with up to 16 unlike servers, in parts of the optimum
-# (median, worst tenth): 0.94 and 0.82; with Petals' third for one and no moves of several, 0.96 and
-# 0.71 where there was a model at all, but twice there was none.
-WORTH_MOVING, WORTH_MOVING_ALL = 1.2, 1.5
+from swarm_notebook.server.presence.flow import Place, bound, held, layouts, throughput, unmet
 
+# How much more the swarm must be able to have for anybody to move: rates are measured, and those
+# that servers announce at rest differ by a few percent from minute to minute.
+WORTH_MOVING = 1.05
+# What moves must lead to, as a part of what the servers could have; with less, the servers go on to
+# another arrangement from there.
+ENOUGH = 0.98
+# Of what servers could give at most where they cannot have all blocks: hardly anything is asked of
+# each block, so that all that counts is that somebody has it.
+_HARDLY = 1e-3
 
-@dataclass(frozen=True, order=True)
-class Place:
-    """Blocks ``[start, end)`` on a server that passes ``rate`` tokens per second through them."""
-
-    start: int
-    end: int
-    rate: float
-
-    @classmethod
-    def announced(cls, start: int, end: int, throughput: float) -> Place:
-        """Of a server with this ``throughput``.
-
-        That is of requests for half of the blocks, by Petals' definition, and favours small spans
-        up to twofold: reckoning with it reached 0.91 of the optimum in the median instead of 0.94.
-        """
-        blocks = end - start
-        return cls(start, end, throughput * (blocks + 1) / (2 * blocks))
-
-
-@dataclass(frozen=True, order=True)
-class Value:
-    """What a swarm is worth; the larger one is better.
-
-    Attributes:
-        covered: blocks that somebody has.
-        narrowest: tokens per second through the narrowest of them.
-        hops: minus the servers that a stream through all covered blocks needs.
-        rates: tokens per second through each block, the least first.
-    """
-
-    covered: int
-    narrowest: float
-    hops: int
-    rates: tuple[float, ...]
-
-
-def value(places: Sequence[Place], blocks: int) -> Value:
-    """What a swarm of servers is worth for a model of so many blocks."""
-    rates = [0.0] * blocks
-    held = [False] * blocks
-    for place in places:
-        for block in range(place.start, min(place.end, blocks)):
-            rates[block] += place.rate
-            held[block] = True
-    counted = sorted(rate for rate, has in zip(rates, held, strict=True) if has)
-    narrowest = counted[0] if counted else 0.0
-    return Value(len(counted), narrowest, -_hops(places, held), tuple(counted))
+Move = tuple[Place, Place]
 
 
 def choose(others: Sequence[Place], blocks: int, size: int, rate: float) -> tuple[int, int]:
@@ -85,18 +47,16 @@ def choose(others: Sequence[Place], blocks: int, size: int, rate: float) -> tupl
         size: how many this server can hold, at least one.
         rate: tokens per second that it passes through a span of them.
     """
-    size = min(size, blocks)
-    rates: list[float | None] = [None] * blocks
-    for place in others:
-        for block in range(place.start, min(place.end, blocks)):
-            rates[block] = (rates[block] or 0.0) + place.rate
-    # What decides first is had without the rest, for which there is a place or two to compare.
-    first = [_covered_and_narrowest(rates, start, size, rate) for start in range(blocks - size + 1)]
-    places = [
-        Place(start, start + size, rate) for start, one in enumerate(first) if one == max(first)
-    ]
-    best = max(places, key=lambda place: (value([*others, place], blocks), -place.start))
-    return best.start, best.end
+    own = Place(0, min(size, blocks), rate)
+    asked = _asked([*others, own], blocks)
+
+    def worth(start: int) -> tuple[int, float, int, int]:
+        places = [*others, own.at(start)]
+        covered, missing = _worth(places, blocks, asked)
+        return covered, round(missing / asked, 6), -_hops(places, blocks), -start
+
+    start = max(range(blocks - own.size + 1), key=worth)
+    return start, start + own.size
 
 
 def better(others: Sequence[Place], blocks: int, own: Place) -> tuple[int, int] | None:
@@ -106,88 +66,133 @@ def better(others: Sequence[Place], blocks: int, own: Place) -> tuple[int, int] 
         others: the servers that are there besides it, and can be reckoned with.
         own: where it is.
     """
-    places = sorted([*others, own])
-    now = value(places, blocks)
-    if _replaceable(own, places, blocks):
-        start, end = choose(others, blocks, own.end - own.start, own.rate)
-        alone = value([*others, Place(start, end, own.rate)], blocks)
-        if _gains(alone, now, WORTH_MOVING):
-            return start, end
-    return _next_of_all(places, blocks, own, now)
+    move = next_move([*others, own], blocks)
+    if move is None or move[0] != own:
+        return None
+    return move[1].start, move[1].end
 
 
-def arrange(places: Sequence[Place], blocks: int) -> list[Place]:
-    """Where the same servers would be if they had come one after the other, the largest first.
+def next_move(places: Sequence[Place], blocks: int) -> Move | None:
+    """The server whose turn it is to move, and where it goes; None if all should stay."""
+    places = sorted(places)
+    covered, flow = sum(map(bool, held(places, blocks))), throughput(places, blocks)
+    if flow * WORTH_MOVING >= bound(places, blocks) > 0:
+        return None
+    arranged = layouts(places, blocks)
+    if not arranged:
+        moves, end = _helpful_moves(places, blocks, _asked(places, blocks))
+        return moves[0] if moves and sum(map(bool, held(end, blocks))) > covered else None
+    most = arranged[0][0]
+    if flow * WORTH_MOVING >= most:
+        return None
+    tried = [_helpful_moves(places, blocks, part * most) for part in (1, ENOUGH)]
+    helpful = [(throughput(end, blocks), moves) for moves, end in tried if moves]
+    ways = [moves for reached, moves in helpful if reached >= ENOUGH * most]
+    for reached, wanted in arranged:
+        far = (Counter(places) - Counter(wanted)).total()
+        if reached > flow * WORTH_MOVING and all(far < len(moves) for moves in ways):
+            moves = _moves_to(wanted, places, blocks, most)
+            ways += [moves] if moves else []
+    if ways:
+        return min(ways, key=len)[0]
+    # Not what could be, but more than there is.
+    best, moves = max(helpful, default=(0.0, []))
+    return moves[0] if best > flow * WORTH_MOVING else None
 
-    It does not depend on where they are.
+
+def _helpful_moves(
+    places: Sequence[Place], blocks: int, asked: float
+) -> tuple[list[Move], list[Place]]:
+    """Moves of which each helps most, until all that is asked is met or none helps; their end."""
+    now, moves = list(places), list[Move]()
+    while len(moves) < 2 * len(places) and any(unmet(now, blocks, asked)):
+        best, move = _worth(now, blocks, asked), None
+        for place in _movable(now, blocks):
+            rest = [*now]
+            rest.remove(place)
+            for start in _starts(rest, blocks, place.size, unmet(rest, blocks, asked)):
+                found = _worth([*rest, place.at(start)], blocks, asked)
+                # Not for what rounding makes of it.
+                if found[0] > best[0] or (found[0] == best[0] and found[1] > best[1] + asked / 1e4):
+                    best, move = found, (place, place.at(start))
+        if move is None:
+            break
+        moves.append(move)
+        now.remove(move[0])
+        now = sorted([*now, move[1]])
+    return moves, now
+
+
+def _moves_to(
+    wanted: Sequence[Place], places: Sequence[Place], blocks: int, asked: float
+) -> list[Move]:
+    """The moves that lead to an arrangement, the least harmful first; none if some block is in the
+    way: nobody else has it.
     """
-    chosen: list[Place] = []
-    for place in sorted(places, key=lambda one: (one.start - one.end, -one.rate)):
-        span = choose(chosen, blocks, place.end - place.start, place.rate)
-        chosen.append(Place(*span, place.rate))
-    return chosen
+    now, moves = list(places), list[Move]()
+    moving = [*(Counter(places) - Counter(wanted)).elements()]
+    left = [*(Counter(wanted) - Counter(places)).elements()]
+    while moving:
+        allowed = _movable(now, blocks)
+        best: tuple[tuple[int, float], Move] | None = None
+        for place in sorted({one for one in moving if one in allowed}):
+            rest = [*now]
+            rest.remove(place)
+            for there in sorted({one for one in left if one == place.at(one.start)}):
+                found = _worth([*rest, there], blocks, asked)
+                if best is None or found > best[0]:
+                    best = found, (place, there)
+        if best is None:
+            return []
+        place, there = best[1]
+        moves.append(best[1])
+        moving.remove(place)
+        left.remove(there)
+        now.remove(place)
+        now.append(there)
+    return moves
 
 
-def _next_of_all(
-    places: Sequence[Place], blocks: int, own: Place, now: Value
-) -> tuple[int, int] | None:
-    """Where a server goes on the way to a better arrangement of all, if it is its turn."""
-    whole = now.covered == blocks
-    # No arrangement has more than what all of them pass through all blocks.
-    most = sum(place.rate * (place.end - place.start) for place in places) / blocks
-    if whole and most <= WORTH_MOVING_ALL * now.narrowest:
-        return None
-    wanted = arrange(places, blocks)
-    if not _gains(value(wanted, blocks), now, WORTH_MOVING_ALL):
-        return None
-    staying = []
-    for place in places:
-        if place in wanted:
-            wanted.remove(place)
-            staying.append(place)
-    moving = [place for place in places if place not in staying]
-    for place in moving:
-        if whole and not _replaceable(place, places, blocks):
-            continue
-        if place != own:
-            return None
-        alike = (place.end - place.start, place.rate)
-        there = min(one for one in wanted if (one.end - one.start, one.rate) == alike)
-        return there.start, there.end
-    return None
+def _asked(places: Sequence[Place], blocks: int) -> float:
+    """Tokens per second that are asked of every block, to compare places by what is met."""
+    return bound(places, blocks) or _HARDLY * min((place.rate for place in places), default=1.0)
 
 
-def _gains(then: Value, now: Value, worth: float) -> bool:
-    return then.covered > now.covered or (
-        then.covered == now.covered and then.narrowest > worth * now.narrowest
+def _worth(places: Sequence[Place], blocks: int, asked: float) -> tuple[int, float]:
+    """Blocks that somebody has, and minus what is missing of all that is asked."""
+    return sum(map(bool, held(places, blocks))), -sum(unmet(places, blocks, asked))
+
+
+def _movable(places: Sequence[Place], blocks: int) -> list[Place]:
+    """Those that may move: each of their blocks has another server, or the swarm is not whole."""
+    counts = held(places, blocks)
+    whole = all(counts)
+    return [
+        place
+        for place in sorted(set(places))
+        if not whole or all(count > 1 for count in counts[place.start : place.end])
+    ]
+
+
+def _starts(others: Sequence[Place], blocks: int, size: int, missing: Sequence[float]) -> list[int]:
+    """Where a server could help: at the edges of others, or of what is missing without it."""
+    edges = {0, blocks, *(one.start for one in others), *(one.end for one in others)}
+    for block, (before, here) in enumerate(zip([0.0, *missing], [*missing, 0.0], strict=True)):
+        if bool(before) != bool(here):
+            edges.add(block)
+    starts = {start for edge in edges for start in (edge, edge - size)}
+    return sorted(
+        start
+        for start in starts
+        if 0 <= start <= blocks - size and any(missing[start : start + size])
     )
 
 
-def _replaceable(place: Place, places: Sequence[Place], blocks: int) -> bool:
-    """Whether each block of a place has another server, too."""
-    held = [0] * blocks
-    for one in places:
-        for block in range(one.start, min(one.end, blocks)):
-            held[block] += 1
-    return all(count > 1 for count in held[place.start : place.end])
-
-
-def _covered_and_narrowest(
-    rates: Sequence[float | None], start: int, size: int, rate: float
-) -> tuple[int, float]:
-    """The first two of `Value` with one more server there."""
-    inside = [(known or 0.0) + rate for known in rates[start : start + size]]
-    outside = [known for known in (*rates[:start], *rates[start + size :]) if known is not None]
-    return len(inside) + len(outside), min([*inside, *outside])
-
-
-def _hops(places: Sequence[Place], held: Sequence[bool]) -> int:
-    """The fewest servers that a stream through all held blocks takes."""
+def _hops(places: Sequence[Place], blocks: int) -> int:
+    """The fewest servers that a stream through all blocks that somebody has takes."""
     hops, block = 0, 0
-    while block < len(held):
-        if not held[block]:
-            block += 1
-            continue
-        block = max(place.end for place in places if place.start <= block < place.end)
-        hops += 1
+    while block < blocks:
+        ends = [place.end for place in places if place.start <= block < place.end]
+        hops += bool(ends)
+        block = max(ends, default=block + 1)
     return hops

@@ -14,7 +14,8 @@ import statistics
 from swarm_notebook.net.dht.records import ServerSpan, ServerState, announcements, spans_of
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol
-from swarm_notebook.server.presence.places import Place, better, choose
+from swarm_notebook.server.presence.flow import Place
+from swarm_notebook.server.presence.places import better, choose
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Placing:
         others = await self._others(1.0)
         through_one = [place.rate * (place.end - place.start) for place in others]
         rate = statistics.median(through_one or [1.0]) / size
-        return choose(others, self._blocks, size, rate)
+        return await asyncio.to_thread(choose, others, self._blocks, size, rate)
 
     async def better(self, own: Place) -> tuple[int, int]:
         """Return as soon as another place is better, and stays so for a random while.
@@ -65,7 +66,7 @@ class Placing:
                 logger.exception("looking for a better place failed; trying again")
 
     async def _wanted(self, own: Place) -> tuple[int, int] | None:
-        return better(await self._others(own.rate), self._blocks, own)
+        return await asyncio.to_thread(better, await self._others(own.rate), self._blocks, own)
 
     async def _others(self, rate: float) -> list[Place]:
         """The servers besides this one that live; those that do not say are taken for this fast."""

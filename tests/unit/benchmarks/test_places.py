@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 import pytest
-from places import RULES, Server, compare, optimum, throughput
+from places import RULES, Server, compare, flow, optimum
 
 KINDS = [Server(2, 100.0), Server(3, 300.0), Server(5, 250.0), Server(8, 800.0)]
 BLOCKS = 12
@@ -15,11 +15,11 @@ def test_the_optimum_is_that_of_a_swarm_that_one_can_reckon() -> None:
     # Two halves, one of them twice: what the slower half passes is all that passes.
     servers = {number: Server(6, 600.0) for number in range(3)}
     spans = {0: (0, 6), 1: (6, 12), 2: (6, 12)}
-    assert throughput(servers, spans, BLOCKS) == pytest.approx(100.0)
+    assert flow(servers, spans, BLOCKS) == pytest.approx(100.0)
     # Better: the third between the two others, so that each of them has less to do.
-    assert throughput(servers, {**spans, 2: (3, 9)}, BLOCKS) == pytest.approx(150.0)
+    assert flow(servers, {**spans, 2: (3, 9)}, BLOCKS) == pytest.approx(150.0)
     assert optimum(servers, BLOCKS, 10.0) == pytest.approx(150.0, rel=0.01)
-    assert throughput(servers, {0: (0, 6), 1: (0, 6), 2: (5, 11)}, BLOCKS) == pytest.approx(0.0)
+    assert flow(servers, {0: (0, 6), 1: (0, 6), 2: (5, 11)}, BLOCKS) == pytest.approx(0.0)
 
 
 def test_they_reach_nine_tenths_and_as_much_as_others() -> None:
@@ -31,5 +31,7 @@ def test_they_reach_nine_tenths_and_as_much_as_others() -> None:
     medians = {name: statistics.median(found) for name, found in parts.items()}
     assert medians["ours"] >= 0.9, medians
     assert medians["ours"] >= max(medians.values()) - 1e-6, medians
-    # What can be whole is, though nobody uncovers a block for the best places.
-    assert min(parts["ours"]) > 0.5, sorted(parts["ours"])
+    found = sorted(parts["ours"])
+    assert found[len(found) // 10] >= 0.8, found
+    # Where each has a block of its own, nobody may go, whatever the others could have then.
+    assert found[0] > 0.5, found
