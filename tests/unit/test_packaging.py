@@ -68,3 +68,14 @@ def test_a_wheel_with_too_much_or_too_little_is_no_release(tmp_path: Path) -> No
         "swarm_notebook/py.typed is missing",
         "tests/test_one.py would be installed beside the package",
     ]
+
+
+def test_what_the_site_shows_by_a_link_is_in_the_sources_all_the_same() -> None:
+    """Hatchling takes what it meets twice once, below the link."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    linked = {
+        str(path.resolve().relative_to(ROOT))
+        for path in ROOT.glob("docs/**/*")
+        if path.is_symlink()
+    }
+    assert linked == build["targets"]["sdist"]["force-include"].keys()
