@@ -291,22 +291,21 @@ def fresh(shape: str, folder: Path, device: str, until: float) -> None:
         clients.end()
 
 
-def in_bits(shape: str, device: str) -> None:
-    """Blocks in few bits and in bfloat16, by themselves."""
-    for more in (["--bits", str(BITS)], []):
-        beside("gpu_bits.py", "--shape", shape, "--device", device, *more)
+def in_bits(shape: str, device: str, bits: float | None) -> None:
+    """Blocks in few bits or in bfloat16, by themselves."""
+    more = ["--bits", str(bits)] if bits else []
+    beside("gpu_bits.py", "--shape", shape, "--device", device, *more)
 
 
-def served_in_bits(shape: str, folder: Path, device: str, until: float) -> None:
+def served_in_bits(shape: str, folder: Path, device: str, bits: float | None, until: float) -> None:
     """The same through a server."""
-    for bits in (BITS, None):
-        with servers(folder, [device], bits=bits) as made:
-            for sessions, prompt in ((1, CONTEXT), (32, CONTEXT), (1, PROMPT)):
-                if time.monotonic() < until:
-                    crowd(shape, made, sessions, prompt)
-                    settle(made)
-                    facts = crowd(shape, made, sessions, prompt)
-                    say(shape, "bits, through a server", bits=bits or 16, **facts)
+    with servers(folder, [device], bits=bits) as made:
+        for sessions, prompt in ((1, CONTEXT), (32, CONTEXT), (1, PROMPT)):
+            if time.monotonic() < until:
+                crowd(shape, made, sessions, prompt)
+                settle(made)
+                facts = crowd(shape, made, sessions, prompt)
+                say(shape, "bits, through a server", bits=bits or 16, **facts)
 
 
 def first_token(server: Any, began: float, ready: float, told: Facts) -> Facts:
@@ -409,8 +408,10 @@ def measure(shape: str, device: str, works: Sequence[str], until: float) -> None
             "cards": [lambda: serve(shape, folder, [f"cuda:{n}" for n in range(cards)], until)],
             "fresh": [lambda: fresh(shape, folder, device, until)],
             "bits": [
-                lambda: in_bits(shape, device),
-                lambda: served_in_bits(shape, folder, device, until),
+                lambda: in_bits(shape, device, BITS),
+                lambda: served_in_bits(shape, folder, device, BITS, until),
+                lambda: served_in_bits(shape, folder, device, None, until),
+                lambda: in_bits(shape, device, None),
             ],
             "divergence": [
                 lambda: divergence(shape, folder, device),

@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tokens of which it is measured whether the kernel is faster than unpacking. Each is compiled anew,
+# Tokens of which it is measured whether a kernel is faster than unpacking. Each is compiled anew,
 # which takes a second or two.
-_SIZES = (1, 32, 64)
-# Ways to share out a product, as (rows, warps, stages) of a program and programs per
-# multiprocessor. Those of the program are chosen for one token.
-_SHARES = [(rows, warps, 4, fill) for rows, warps in ((64, 4), (32, 2)) for fill in (2, 4, 8)]
-# Below four bits tiles of so many tokens do not fit into a multiprocessor's memory.
-_MOST_OF_FEW = 32
+_SIZES = (1, 16, 32, 64)
+# Ways to share out a product, as the fields of `Tiling`: of one token at 4 or 8 bits, and of all
+# others, for which the shape of a program is chosen by the fewest tokens. On an H200 all are within
+# a third of each other for the matrices of an 8B Llama.
+_OF_ONE = [(8, 4, 1, 0), (4, 4, 1, 0), (8, 2, 1, 0)]
+_OF_MANY = [(rows, 4, 4, fill) for rows in (64, 128) for fill in (2, 4, 8)]
+# Below four bits tiles of more tokens or rows do not fit into a multiprocessor's memory.
+_MOST_OF_FEW, _ROWS_OF_FEW = 32, 64
 # Measured over weights of so many bytes: what fits into a card's cache says nothing.
 _SPREAD_BYTES = 256 << 20
 _REPLAYS, _TRIES = 3, 3
@@ -162,8 +164,12 @@ def choose(alike: Sequence[PackedGrid], dtype: torch.dtype) -> int:
 def _measured(alike: Sequence[PackedGrid], dtype: torch.dtype) -> int:
     kernels, one, up_to = _kernels(), alike[0], 0
     sample = alike[: max(1, _SPREAD_BYTES // one.nbytes)]
-    ways = [kernels.Tiling(*share) for share in _SHARES]
+    many = [kernels.Tiling(*share) for share in _OF_MANY]
+    if one.grid.bits < 4:
+        many = [way for way in many if way.rows == _ROWS_OF_FEW]
     for tokens in _SIZES:
+        single = tokens == 1 and one.grid.bits >= 4
+        ways = [kernels.Tiling(*share) for share in _OF_ONE] if single else many
         if one.grid.bits < 4 and tokens > _MOST_OF_FEW:
             break
         x = _noise(tokens, one.shape[1]).to(one.device, dtype)
@@ -171,8 +177,13 @@ def _measured(alike: Sequence[PackedGrid], dtype: torch.dtype) -> int:
         seconds = {}
         for way in ways:
             _tilings[key] = way
-            _compare(x, one)
-            seconds[way] = _seconds(multiply, x, sample)
+            try:
+                _compare(x, one)
+                seconds[way] = _seconds(multiply, x, sample)
+            except Exception as error:  # as in `unpacks`; another way may do
+                logger.info("%s for %d tokens: %s", way, tokens, error)
+        if not seconds:
+            break
         best = min(seconds, key=seconds.__getitem__)
         _tilings[key] = best
         unpacked = _seconds(_unpacked, x, sample)
@@ -189,7 +200,8 @@ def _measured(alike: Sequence[PackedGrid], dtype: torch.dtype) -> int:
         if seconds[best] > unpacked:
             break
         up_to = kernels.bucket(tokens)
-        ways = [way for way in ways if (way.rows, way.warps) == (best.rows, best.warps)]
+        if not single:
+            many = [way for way in many if way.rows == best.rows]
     return up_to
 
 

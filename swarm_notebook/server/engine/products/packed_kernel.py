@@ -1,4 +1,4 @@
-"""Products with weights in few bits on a GPU, and their unpacking: two Triton kernels.
+"""Products with weights in few bits on a GPU, and their unpacking: three Triton kernels.
 
 With a few tokens the time of a product goes into reading the weight, so it is read as its bits are:
 each program takes some rows of the weight and a part of its columns, makes values of a tile in
@@ -62,6 +62,13 @@ fma.rn.bf16x2 $3, d, $10, $12;
 }
 """)
 
+# For one token: 128 + byte, and 32768 + byte. The exponent comes in a register: the machine's
+# instruction has room for one constant, and which bytes are meant is another one in each.
+_BYTE_OF_4 = tl.constexpr(tuple(f"prmt.b32 $0, $1, $2, 0x7{index}44;" for index in range(4)))
+_BYTE_OF_8 = tl.constexpr(tuple(f"prmt.b32 $0, $1, $2, 0x74{index}4;" for index in range(4)))
+_EXPONENT = {4: 0x43000000, 8: 0x47000000}
+_BIAS = {4: 128 + 8, 8: 32768 + 128}
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -70,7 +77,8 @@ class Tiling:
     Attributes:
         rows: of the weight, for one program.
         warps, stages: of a program, and the tiles that it reads ahead.
-        fill: programs per multiprocessor that columns are shared out for.
+        fill: programs per multiprocessor that columns are shared out for; 0: they are not, and
+            there is one token, at 4 or 8 bits.
     """
 
     rows: int
@@ -221,6 +229,128 @@ def _multiply(
 
 
 @triton.jit
+def _field(words, exponent, index: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """One byte of each word as a float, `_bias` too large."""
+    if ASSEMBLY:
+        # The byte among the highest bits of a fraction, below an exponent that makes it count ones.
+        if BITS == 4:
+            found = tl.inline_asm_elementwise(
+                _BYTE_OF_4[index],
+                "=f,r,r",
+                [words, exponent],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            found = tl.inline_asm_elementwise(
+                _BYTE_OF_8[index],
+                "=f,r,r",
+                [words, exponent],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+    else:
+        found = ((words >> (8 * index)) & 255).to(tl.float32)
+    return found
+
+
+@triton.jit
+def _add(
+    total,
+    words,
+    exponent,
+    x,
+    scales,
+    offsets,
+    row,
+    column,
+    there,
+    rows,
+    scale_row,
+    scale_group,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIAS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """What four bytes of each of four words add to the products of some rows."""
+    at = (column // GROUP)[:, None] * scale_group + row[None] * scale_row
+    mask = there[:, None] & (row < rows)[None]
+    scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
+    # Two bfloat16 in each integer.
+    place = x + (column // 2)[:, None] + 2 * tl.arange(0, 4)[None]
+    first = tl.load(place, mask=there[:, None], other=0)
+    second = tl.load(place + 1, mask=there[:, None], other=0)
+    x_0 = (first << 16).to(tl.float32, bitcast=True)
+    x_1 = (first & -65536).to(tl.float32, bitcast=True)
+    x_2 = (second << 16).to(tl.float32, bitcast=True)
+    x_3 = (second & -65536).to(tl.float32, bitcast=True)
+    found = _field(words, exponent, 0, BITS, ASSEMBLY) * x_0[:, None]
+    found += _field(words, exponent, 1, BITS, ASSEMBLY) * x_1[:, None]
+    found += _field(words, exponent, 2, BITS, ASSEMBLY) * x_2[:, None]
+    found += _field(words, exponent, 3, BITS, ASSEMBLY) * x_3[:, None]
+    summed = tl.sum((x_0 + x_1) + (x_2 + x_3), axis=1)
+    more = -BIAS * scale
+    if BITS != 8:
+        more += tl.load(offsets + at, mask=mask, other=0.0).to(tl.float32)
+    return total + scale * tl.sum(found, axis=2) + more * summed[:, None]
+
+
+@triton.jit(do_not_specialize=["exponent"])
+def _multiply_one(
+    x,
+    plane,
+    scales,
+    offsets,
+    output,
+    rows,
+    words,
+    scale_row,
+    scale_group,
+    exponent,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Some rows of a weight times one token; each thread has four words of all of these rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    chunk, word = tl.arange(0, CHUNKS), tl.arange(0, 4)
+    # Chunks first: then Triton lays them along the threads, and rows into each.
+    total = tl.zeros([CHUNKS, ROWS], tl.float32)
+    for first in range(0, words // 4, CHUNKS):
+        at = first + chunk
+        there = at < words // 4
+        found = tl.load(
+            plane + (4 * at)[:, None, None] + row[None, :, None] * words + word[None, None],
+            mask=there[:, None, None] & (row < rows)[None, :, None],
+            other=0,
+        )
+        if BITS == 4:
+            low, high = found & 0x0F0F0F0F, (found >> 4) & 0x0F0F0F0F
+            total = _add(
+                total, low, exponent, x, scales, offsets, row, 16 * at, there, rows, scale_row,
+                scale_group, BITS, GROUP, BIAS, ASSEMBLY,
+            )  # fmt: skip
+            total = _add(
+                total, high, exponent, x, scales, offsets, row, 4 * words + 16 * at, there, rows,
+                scale_row, scale_group, BITS, GROUP, BIAS, ASSEMBLY,
+            )  # fmt: skip
+        else:
+            # Around zero to around 128: all bits but the highest stay.
+            total = _add(
+                total, found ^ -2139062144, exponent, x, scales, offsets, row, 16 * at, there, rows,
+                scale_row, scale_group, BITS, GROUP, BIAS, ASSEMBLY,
+            )  # fmt: skip
+    result = tl.sum(total, axis=0).to(output.dtype.element_ty)
+    tl.store(output + row, result, mask=row < rows)
+
+
+@triton.jit
 def _unpack(
     plane,
     high,
@@ -267,14 +397,16 @@ def _group(packed: PackedGrid) -> int:
 
 def bucket(tokens: int) -> int:
     """For how many tokens the product of so many is made."""
-    return max(LEAST, 1 << (tokens - 1).bit_length())
+    return 1 if tokens == 1 else max(LEAST, 1 << (tokens - 1).bit_length())
 
 
 def multiply(x: torch.Tensor, packed: PackedGrid, tiling: Tiling) -> torch.Tensor:
     """``[tokens, rows]`` in bfloat16, for ``[tokens, columns]``."""
     x = x.contiguous()
+    if not tiling.fill:
+        return _one(x, packed, tiling)
     (tokens, columns), rows = x.shape, packed.shape[0]
-    bits, tile, room = packed.grid.bits, tile_of(packed), bucket(tokens)
+    bits, tile, room = packed.grid.bits, tile_of(packed), max(LEAST, bucket(tokens))
     blocks, tiles = triton.cdiv(rows, tiling.rows), columns // _PARTS[bits] // tile
     each = triton.cdiv(tiles, max(1, tiling.fill * _multiprocessors(x.device) // blocks))
     splits = triton.cdiv(tiles, each)
@@ -309,6 +441,31 @@ def multiply(x: torch.Tensor, packed: PackedGrid, tiling: Tiling) -> torch.Tenso
         TOKENS=room,
         STAGES=stages,
         ASSEMBLY=bits == 4 and _assembles(x.device),
+        num_warps=tiling.warps,
+    )
+    return output
+
+
+def _one(x: torch.Tensor, packed: PackedGrid, tiling: Tiling) -> torch.Tensor:
+    rows, bits, assembly = packed.shape[0], packed.grid.bits, _assembles(x.device)
+    plane = packed.planes[0].view(torch.int32)
+    output = torch.empty(1, rows, dtype=x.dtype, device=x.device)
+    _multiply_one[(triton.cdiv(rows, tiling.rows),)](
+        x.view(torch.int32),
+        plane,
+        packed.scales,
+        packed.scales if packed.offsets is None else packed.offsets,
+        output,
+        rows,
+        plane.shape[1],
+        *packed.scales.stride(),
+        _EXPONENT[bits],
+        BITS=bits,
+        GROUP=_group(packed),
+        ROWS=tiling.rows,
+        CHUNKS=32 * tiling.warps,
+        BIAS=_BIAS[bits] if assembly else 1 << (bits - 1),
+        ASSEMBLY=assembly,
         num_warps=tiling.warps,
     )
     return output
