@@ -50,7 +50,17 @@ def dtype_on(
         # torch multiplies by 4 and 8 bits in bfloat16 alone.
         return torch.bfloat16 if packed else torch.float32
     halves = (torch.bfloat16, torch.float16)
-    return next((half for half in halves if half == checkpoint), torch.float32)
+    taken = next((half for half in halves if half == checkpoint), torch.float32)
+    return taken if device.type != "mps" or _holds(device, taken) else torch.float32
+
+
+def _holds(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tensors of a dtype can be there: Apple's GPUs have bfloat16 from macOS 14 on."""
+    try:
+        torch.empty(0, device=device, dtype=dtype)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def cards(wanted: Sequence[int] | None) -> list[str]:

@@ -50,6 +50,21 @@ def test_the_dtype_of_auto(device: str, packed: bool, dtype: str) -> None:
     assert dtype_on(torch.device("cuda"), None, packed=False) == torch.float32
 
 
+@pytest.mark.parametrize("refused", [True, False])
+def test_an_older_apple_gpu_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    def empty(*_: object, dtype: torch.dtype, **__: object) -> None:
+        if refused and dtype == torch.bfloat16:
+            raise TypeError("BFloat16 is not supported on MPS")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    device = torch.device("mps")
+    expected = torch.float32 if refused else torch.bfloat16
+    assert dtype_on(device, torch.bfloat16, packed=False) == expected
+    assert dtype_on(device, torch.float16, packed=False) == torch.float16
+
+
 @pytest.mark.parametrize(
     ("wanted", "found"),
     [(None, ["cuda:0", "cuda:1", "cuda:2"]), (range(2), ["cuda:0", "cuda:1"]), ([2], ["cuda:2"])],
