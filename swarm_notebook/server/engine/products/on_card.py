@@ -4,7 +4,9 @@
 than unpacking, is measured once per shape and grid; before that it is compared with the product of
 the unpacked weight. Without Triton, or where a comparison fails, weights are unpacked.
 
-Products and unpacking are operators of torch, so that compiled blocks call them as they are.
+For whoever traces blocks, products and unpacking are operators of torch, so that compiled blocks
+call them as they are. To call an operator of one's own takes longer than its kernel, so all others
+call the kernels.
 """
 
 from __future__ import annotations
@@ -62,12 +64,24 @@ def arranged(packed: PackedGrid) -> PackedGrid:
 
 def multiply(x: torch.Tensor, packed: PackedGrid) -> torch.Tensor:
     """``[tokens, rows]`` for ``[tokens, columns]``, where `choose` has found a way."""
+    if type(x) is torch.Tensor:
+        return _multiplied(x, packed)
     found: torch.Tensor = _multiply(x, *_parts(packed))
+    return found
+
+
+def _multiplied(x: torch.Tensor, packed: PackedGrid) -> torch.Tensor:
+    kernels = _kernels()
+    tiling = _tilings[packed.grid, packed.shape, kernels.bucket(x.shape[0])]
+    found: torch.Tensor = kernels.multiply(x, packed, tiling)
     return found
 
 
 def unpack(packed: PackedGrid, dtype: torch.dtype) -> torch.Tensor:
     """What `PackedGrid.unpack` gives, to the bit."""
+    if type(packed.scales) is torch.Tensor:
+        unpacked: torch.Tensor = _kernels().unpack(packed, dtype)
+        return unpacked
     found: torch.Tensor = _unpack(*_parts(packed), columns=packed.shape[1], dtype=dtype)
     return found
 
@@ -88,10 +102,7 @@ def _multiply(
 ) -> torch.Tensor:
     shape = torch.Size((scales.shape[0], x.shape[1]))
     packed = PackedGrid(Grid(*grid), shape, tuple(planes), scales, offsets)
-    kernels = _kernels()
-    tiling = _tilings[packed.grid, shape, kernels.bucket(x.shape[0])]
-    found: torch.Tensor = kernels.multiply(x, packed, tiling)
-    return found
+    return _multiplied(x, packed)
 
 
 @_multiply.register_fake
