@@ -41,7 +41,8 @@ from swarm_notebook.texts import clean
 if TYPE_CHECKING:
     import pandas as pd
 
-    from swarm_notebook.client.servers.directory import Directory, Snapshot
+    from swarm_notebook.client.servers.directory import Directory
+    from swarm_notebook.client.servers.snapshot import Snapshot
 
 _COLUMNS = [
     "name",

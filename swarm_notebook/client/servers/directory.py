@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ from swarm_notebook.client.servers.crowd import Crowd
 from swarm_notebook.client.servers.detector import HELD_UP, FailureDetector
 from swarm_notebook.client.servers.health import OTHER, UNREACHABLE, Fault, PeerHealth
 from swarm_notebook.client.servers.recent import RecentServers
+from swarm_notebook.client.servers.snapshot import Shortage, Snapshot
 from swarm_notebook.client.telemetry import Telemetry
 from swarm_notebook.errors import MissingBlocks, NotAMember, RemoteError, ServerGone
 from swarm_notebook.net.dht.records import ServerSpan, ServerState, spans_of
@@ -52,39 +53,6 @@ REFRESH_PERIOD_MISSING = 1.0
 PATIENCE = 30.0
 # How long the first reading may take in any case: a DHT search gives up on a silent peer after 3 s.
 FIRST_READING = 4.0
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What was known at one moment; replaced as a whole, never changed.
-
-    Attributes:
-        when: the moment, in seconds of Unix time.
-        announced: when a server's present record was first read, by peer.
-        others: servers with another checkpoint than the notebook's, and what that means, by peer.
-    """
-
-    spans: tuple[ServerSpan, ...] = ()
-    when: float = 0.0
-    announced: Mapping[str, float] = field(default_factory=dict)
-    others: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Shortage:
-    """Blocks that a call waits for, because no server holds them.
-
-    Attributes:
-        blocks: which, in words.
-        had: names of those that held them until now.
-        since: when the call began to wait, in seconds of Unix time.
-        limit: seconds after which it gives up.
-    """
-
-    blocks: str
-    had: tuple[str, ...]
-    since: float
-    limit: float
 
 
 @dataclass
@@ -120,7 +88,7 @@ class Directory:
     patience: float = PATIENCE
     rtt: dict[str, float] = field(default_factory=dict)
     heard: dict[str, float] = field(default_factory=dict)
-    snapshot: Snapshot = Snapshot()
+    snapshot: Snapshot = field(default_factory=Snapshot)
     uploaded: dict[tuple[str, str], tuple[int, int, int]] = field(default_factory=dict)
     upload_locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     telemetry: Telemetry = field(default_factory=Telemetry)

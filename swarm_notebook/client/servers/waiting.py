@@ -8,13 +8,14 @@ import logging
 import time
 from collections.abc import Collection
 
-from swarm_notebook.client.servers.directory import Directory, Shortage
+from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import (
     ONE_TOKEN,
     RouteSegment,
     Work,
     describe_blocks,
 )
+from swarm_notebook.client.servers.snapshot import Shortage
 from swarm_notebook.errors import MissingBlocks, OtherCheckpoint
 
 logger: logging.Logger = logging.getLogger(__name__)
