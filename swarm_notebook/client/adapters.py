@@ -19,7 +19,7 @@ from safetensors.torch import save
 from swarm_notebook.client.passes.call import ANSWER_SLACK, CallAnswer, call, server_name
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
-from swarm_notebook.errors import AdapterMissing, Unsupported
+from swarm_notebook.errors import AdapterMissing, ServerGone, Unsupported
 from swarm_notebook.net.wire import protocol
 
 
@@ -108,6 +108,10 @@ async def ensure_uploaded(
         )
     # The groups of a batch come here at once: the first uploads, the others wait for it.
     async with directory.upload_locks[segment.peer]:
+        if directory.is_left(segment.peer):
+            # Most likely while another group sent it: the same is not found out once more.
+            reason = directory.avoided(segment.peer)
+            raise ServerGone(f"{server_name(segment)} is left: {reason}")
         known = directory.uploaded.get((segment.peer, adapter.id))
         if known != (adapter.version, segment.span.start, segment.span.end):
             await upload(directory, segment, adapter)

@@ -21,7 +21,6 @@ from swarm_notebook.client.passes.forward import (
     Trail,
     forward,
     give_up,
-    is_left,
     take_rows,
     together,
 )
@@ -105,7 +104,7 @@ async def _backward_rows(
         end = min(segment.end, request.end)
         part = request.part(segment.start, end, hidden)
         used = RouteSegment(segment.span, segment.start, end)
-        if is_left(directory, segment):
+        if directory.is_left(segment.peer):
             got = await _repeat(directory, part, gathered.input)
         else:
             got = await _ask(directory, used, part, gathered.input, kept, doubted=doubted)

@@ -159,7 +159,7 @@ async def _forward_rows(
         if not remaining:
             remaining = _cut(await refusals.await_chain(start, request.end), request)
         segment = remaining.pop(0)
-        if is_left(directory, segment):
+        if directory.is_left(segment.peer):  # it has failed since it was chosen
             remaining = []
             continue
         kept = str(uuid.uuid4()) if keep and segment.span.extended else None
@@ -276,11 +276,6 @@ class Refusals:
             return self._directory.chain(start, end, list(self._by_peer))
         except MissingBlocks:
             raise next(error for _, error in self._by_peer.values()) from None
-
-
-def is_left(directory: Directory, segment: RouteSegment) -> bool:
-    """Whether a server has failed since it was chosen, and others have its blocks."""
-    return bool(directory.avoided(segment.peer)) and directory.replaceable(segment.peer)
 
 
 def give_up(directory: Directory, segment: RouteSegment, error: RemoteError) -> None:

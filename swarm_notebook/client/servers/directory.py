@@ -259,6 +259,10 @@ class Directory:
         spans = [span for span in self.snapshot.spans if span.peer == peer]
         return not any(self.missing_within(span.start, span.end, {peer}) for span in spans)
 
+    def is_left(self, peer: str) -> bool:
+        """Whether a peer is avoided, and others have its blocks."""
+        return bool(self.avoided(peer)) and self.replaceable(peer)
+
     def missing(self) -> list[int]:
         """Blocks that are needed and that no server holds which is online and not avoided."""
         missing = self.missing_within(0, self.num_blocks)
