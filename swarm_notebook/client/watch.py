@@ -25,9 +25,9 @@ from swarm_notebook.net.wire.streams import ByteMeter, Stream
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-# A step takes milliseconds to a second: what takes longer is watched. A ping is an answer of a
-# hundred bytes, which costs nothing beside a request of a quarter of a second.
-LOOK_AFTER = 0.25
+# Most steps take less: what takes longer is watched. A ping takes a server about what opening a
+# stream does (0.4 ms), which is nothing beside a request of so long.
+LOOK_AFTER = 0.15
 # A dial takes a few round trips, the longest about 0.3 s; the rest is for busy machines.
 OPEN_TIMEOUT = 5.0
 # The longest silence that is borne.
