@@ -11,6 +11,9 @@ address that were answered nothing yet: beyond, what these begin is late as well
 An answer that was asked for pays for one refusal more. So nobody who works with a server is late
 for what others of its address do, and who is new there waits a second at most.
 
+Of addresses some have many. What is free at all of them together is bounded, too: while that is
+used up, little is free at one address, and what is late there comes one after the other.
+
 Who goes on so for long, though late and told so, is cut off for a while: what it begins ends at
 once, unread.
 
@@ -45,6 +48,12 @@ FREE_REFUSALS = 64.0
 # wrong requests each.
 FREE_AT_ADDRESS = 128.0
 FORGIVEN_PER_SECOND = 2.0
+# Of all peers that were answered nothing: eight addresses that use up theirs. While there are more
+# refusals, so many are free at each address: a notebook that is new tries out as many at most.
+FREE_IN_ALL, FREE_IN_A_CROWD = 8 * FREE_AT_ADDRESS, 8.0
+FORGIVEN_IN_ALL = 8 * FORGIVEN_PER_SECOND
+# A crowd that has stopped is none any more after half a minute.
+MOST_IN_ALL = FREE_IN_ALL + 30 * FORGIVEN_IN_ALL
 # However many there were, a peer that has stopped is late no more after half a minute.
 MOST_LATE = 64.0
 MOST_REFUSALS = FREE_REFUSALS + MOST_LATE
@@ -95,6 +104,8 @@ class Conduct:
     def __init__(self) -> None:
         # Of peers, and of addresses, which no peer is called like.
         self._records: dict[str, _Record] = {}
+        # Of all that were answered nothing.
+        self._new = _Record()
         self._lingering: dict[str, deque[Stream]] = {}
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = MAX_LINGERING if descriptors <= 0 else min(MAX_LINGERING, descriptors // 4)
@@ -165,13 +176,14 @@ class Conduct:
         late = self._late(peer)
         if not late:
             return
-        now, record = _now(), self._record(peer)
-        heard = max(record.heard, now) + late
+        now, queue = _now(), self._record(peer)
+        who = "this peer"
+        if self._crowded(now) and self.refusals(peer) <= FREE_REFUSALS:
+            queue, who = self._record(_at(queue.address)), "peers that are new at its address"
+        heard = max(queue.heard, now) + late
         if heard - now > LONGEST_TURN:
-            raise ServerBusy(
-                f"too much of this peer waits to be heard, for {record.heard - now:.0f} s"
-            )
-        record.heard = heard
+            raise ServerBusy(f"too much of {who} waits to be heard, for {queue.heard - now:.0f} s")
+        queue.heard = heard
         await asyncio.sleep(heard - now)
 
     async def discard(self, peer: str, size: int) -> None:
@@ -206,13 +218,20 @@ class Conduct:
             there = self._record(_at(record.address))
             left = _left(there, now) + free
             there.refusals, there.when = min(left, FREE_AT_ADDRESS + MOST_LATE), now
+            left = _left(self._new, now, FORGIVEN_IN_ALL) + free
+            self._new.refusals, self._new.when = min(left, MOST_IN_ALL), now
+
+    def _crowded(self, now: float) -> bool:
+        """Whether more is refused to those who were answered nothing than is free in all."""
+        return _left(self._new, now, FORGIVEN_IN_ALL) > FREE_IN_ALL
 
     def _late(self, peer: str) -> float:
         beyond = self.refusals(peer) - FREE_REFUSALS
         record = self._records.get(peer)
         if record is None or record.paid < 1.0:
             there = _at("" if record is None else record.address)
-            beyond = max(beyond, self.refusals(there) - FREE_AT_ADDRESS)
+            free = FREE_IN_A_CROWD if self._crowded(_now()) else FREE_AT_ADDRESS
+            beyond = max(beyond, min(self.refusals(there) - free, MOST_LATE))
         return max(0.0, beyond) * LATE_SECONDS
 
     def _record(self, peer: str) -> _Record:
@@ -246,8 +265,8 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _left(record: _Record, now: float) -> float:
-    return max(0.0, record.refusals - (now - record.when) * FORGIVEN_PER_SECOND)
+def _left(record: _Record, now: float, forgiven: float = FORGIVEN_PER_SECOND) -> float:
+    return max(0.0, record.refusals - (now - record.when) * forgiven)
 
 
 def _worth(record: _Record, now: float) -> tuple[bool, float]:

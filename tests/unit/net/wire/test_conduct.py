@@ -11,9 +11,12 @@ from hivemind.utils.multiaddr import Multiaddr
 from swarm_notebook.errors import BadRequest, CacheFull, ServerBusy
 from swarm_notebook.net.wire import conduct
 from swarm_notebook.net.wire.conduct import (
+    FORGIVEN_IN_ALL,
     FREE_AT_ADDRESS,
+    FREE_IN_ALL,
     FREE_REFUSALS,
     MAX_PEERS,
+    MOST_IN_ALL,
     MOST_REFUSALS,
     Conduct,
     network_of,
@@ -68,6 +71,34 @@ def test_new_identities_of_an_address_share_what_is_free(clock: list[float]) -> 
     assert not known.cut_off("newcomer")
     known.answered("newcomer", 1)
     assert waited(known, "newcomer", clock) == 0.0
+
+
+def test_a_crowd_of_addresses_shares_what_is_free_and_comes_one_by_one(clock: list[float]) -> None:
+    known = Conduct()
+    come(known, "notebook", number="9.9.9.9")
+    known.answered("notebook", 1)
+    each = FREE_AT_ADDRESS / 4
+    addresses = [f"1.2.3.{number}" for number in range(int(FREE_IN_ALL / each) + 1)]
+    for number in addresses:
+        come(known, f"crowd {number}", f"next {number}", f"last {number}", number=number)
+        refuse(known, f"crowd {number}", each)
+    come(known, "newcomer", number="9.9.9.9")
+    come(known, "far away", number="8.8.8.8")
+    for peer in ("notebook", "newcomer", "far away"):
+        assert waited(known, peer, clock) == 0.0
+        assert known.told(peer) == ""
+    one, other = f"next {addresses[0]}", f"last {addresses[0]}"
+    alone = waited(known, f"next {addresses[1]}", clock)
+    assert 0.0 < alone < 2.0
+
+    async def both() -> None:
+        await asyncio.gather(known.turn(one), known.turn(other))
+
+    before = clock[0]
+    asyncio.run(both())
+    assert clock[0] - before > 1.5 * alone
+    clock[0] += MOST_IN_ALL / FORGIVEN_IN_ALL
+    assert waited(known, other, clock) == 0.0
 
 
 def test_answers_pay_for_refusals_and_a_flood_of_one_peer_is_its_own(clock: list[float]) -> None:
