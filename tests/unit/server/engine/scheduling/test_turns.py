@@ -57,3 +57,19 @@ def test_a_pause_to_think_is_no_turn() -> None:
     decoding(turns, "a", call=0.004, pause=0.003, until=10.0)
     decoding(turns, "a", call=0.004, pause=0.003, until=30.0)
     assert piece(turns, "b", 30.0) == pytest.approx(0.007)
+
+
+def test_turns_that_were_held_up_do_not_make_pieces_longer() -> None:
+    turns, task, now = Turns(), Task(Kind.STEP, "a"), 10.0
+    decoding(turns, "a", call=0.004, pause=0.003, until=now)
+    for pause in [0.003, 0.003, 0.06] * 20:
+        turns.came(task, now + pause)
+        now += pause + 0.004
+        turns.ran([task], 0.004, now)
+    assert piece(turns, "b", now) < 0.015
+    # In the mean they took 0.026 s. Who has become slower is known to be so in time.
+    for _ in range(60):
+        turns.came(task, now + 0.03)
+        now += 0.034
+        turns.ran([task], 0.004, now)
+    assert piece(turns, "b", now) > 0.03
