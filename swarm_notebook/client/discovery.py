@@ -83,7 +83,13 @@ def await_spans(
         )
     if missing := directory.missing():
         had = directory.who_had(missing[0], missing[-1] + 1)
-        raise MissingBlocks(f"model {name!r}: no server holds {describe_blocks(missing)}{had}")
+        waited = time.monotonic() - directory.began
+        raise MissingBlocks(
+            f"model {name!r}: no server holds {describe_blocks(missing)}"
+            f"{had or '; nobody announces them'}. Waited {waited:.0f} s for one; start one with "
+            f"`swarm-notebook serve {name} --blocks {missing[0]}:{missing[-1] + 1} "
+            "--initial-peers …`, or call again"
+        )
     return spans
 
 
