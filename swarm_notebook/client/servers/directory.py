@@ -55,6 +55,13 @@ PATIENCE = 30.0
 FIRST_READING = 4.0
 
 
+# Why a server has blocks and nobody is to ask for them, by what it has announced last.
+_AWAY = {
+    ServerState.OFFLINE: "has left",
+    ServerState.JOINING: "is just joining",
+}
+
+
 @dataclass
 class Directory:
     """Servers of the model `prefix` with `num_blocks` blocks, as seen by `node`.
@@ -318,6 +325,9 @@ class Directory:
             f"; {span.name} has {span.weight_bits:.3g} bits, but min_bits is {self.min_bits:g}"
             for span in spans
             if span.weight_bits < self.min_bits
+        ]
+        reasons += [
+            f"; {span.name} {_AWAY[state]}" for span in spans if (state := span.info.state) in _AWAY
         ]
         reasons += [
             f"; {span.name} is not used ({fault.kind}): {fault.reason}"

@@ -6,14 +6,15 @@ import asyncio
 
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.recent import FORGET_SECONDS
+from swarm_notebook.client.servers.snapshot import Snapshot
 from swarm_notebook.net.dht.records import ServerInfo, ServerSpan, ServerState
 
 GONE = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 HERE = "QmbLHAnMoJPWSCR5Zhtx6BHJX9KiKNN6tpvbUcqanj75Nb"
 
 
-def span(peer: str) -> ServerSpan:
-    return ServerSpan(peer, 0, 2, ServerInfo(state=ServerState.ONLINE, throughput=1.0))
+def span(peer: str, state: ServerState = ServerState.ONLINE) -> ServerSpan:
+    return ServerSpan(peer, 0, 2, ServerInfo(state=state, throughput=1.0))
 
 
 def directory_with_peers() -> Directory:
@@ -57,3 +58,13 @@ def test_no_peer_is_forgotten_while_an_adapter_is_sent_to_it() -> None:
     asyncio.run(main())
     directory.note([], now=FORGET_SECONDS + 1)
     assert GONE not in everything(directory)
+
+
+def test_who_has_left_and_who_is_joining_is_said_of_blocks_that_nobody_holds() -> None:
+    directory = Directory(None, "m", 2)  # type: ignore[arg-type]  # nothing is asked
+    assert directory.who_had(0, 2) == ""
+    gone, coming = span(GONE, ServerState.OFFLINE), span(HERE, ServerState.JOINING)
+    directory.snapshot = Snapshot((gone, coming))
+    said = directory.who_had(0, 2)
+    assert f"{gone.name} has left" in said
+    assert f"{coming.name} is just joining" in said
