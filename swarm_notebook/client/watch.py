@@ -34,7 +34,8 @@ OPEN_TIMEOUT = 5.0
 LOOK_TIMEOUT = 2.5
 # Bytes per second of a slow uplink at home: a ping waits behind what is being sent.
 UPLINK = 1 << 20
-WATCH_PERIOD = 2.0
+# Between two looks, and where others have the blocks: a server may be lost in a long request, too.
+WATCH_PERIOD, SHORT_PERIOD = 2.0, 0.5
 # A push over two continents takes less; what comes twice is dropped.
 NUDGE_AFTER = 2.0
 # A long prompt may take so long on processors without anything being wrong.
@@ -104,13 +105,15 @@ class Watch:
                 if waited > tell_after:
                     logger.warning("still waiting for %s, %.0f s so far", self._what(), waited)
                     tell_after *= 2
-                if nudge is None:
-                    await asyncio.sleep(WATCH_PERIOD)
-                    continue
-                await asyncio.sleep(max(0.0, NUDGE_AFTER - waited))
-                with contextlib.suppress(RemoteError):  # whoever waits for the answer meets it
-                    await nudge()
-                nudge = None
+                if nudge is not None and waited >= NUDGE_AFTER:
+                    with contextlib.suppress(RemoteError):  # whoever waits for the answer meets it
+                        await nudge()
+                    nudge = None
+                others = self._directory.replaceable(self._peer)
+                pause = SHORT_PERIOD if others else WATCH_PERIOD
+                if nudge is not None:
+                    pause = min(pause, max(0.0, NUDGE_AFTER - waited))
+                await asyncio.sleep(pause)
         self._give_up()
 
     async def _look(self) -> bool:

@@ -25,6 +25,8 @@ LEAST_SECONDS = 0.4
 # A timer that is so late says that this process was held up, or slept: whoever was asked could not
 # be heard.
 HELD_UP = 0.1
+# Whoever has answered so lately is not asked: many requests of one server are watched at once.
+_LATELY = 0.25
 # Between two questions to one that was missed: a call that needs it finds it back, or gone.
 _RETURN_PERIOD = 1.0
 # Peers that are asked so; each costs a message of a hundred bytes a second.
@@ -54,9 +56,11 @@ class FailureDetector:
         self._ping = ping
         self._by_peer: dict[str, _RoundTrips] = {}
         self._asked: dict[str, asyncio.Task[bool]] = {}
+        self._heard: dict[str, float] = {}  # when each answered last
 
     def answered(self, peer: str, seconds: float) -> None:
         """A ping was answered after so long."""
+        self._heard[peer] = time.monotonic()
         known = self._by_peer.get(peer)
         if known is None:
             self._by_peer[peer] = _RoundTrips(seconds, seconds / 2)
@@ -75,6 +79,8 @@ class FailureDetector:
 
         Those who ask at the same time share a ping; it goes on when they wait no longer.
         """
+        if time.monotonic() - self._heard.get(peer, 0.0) < _LATELY:
+            return True
         asked = self._begin(peer)
         while True:
             began = time.monotonic()
@@ -106,6 +112,7 @@ class FailureDetector:
     def forget(self, peer: str) -> None:
         """The peer is gone for good."""
         self._by_peer.pop(peer, None)
+        self._heard.pop(peer, None)
 
     def stop(self) -> None:
         """Ask nobody any more."""
