@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Self
 
+from swarm_notebook.client.servers.detector import is_done
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, prompt_seconds
 from swarm_notebook.errors import RemoteError, ServerFailed, ServerGone
@@ -142,12 +143,22 @@ async def open_stream(
     watch = Watch(directory, peer, lambda: f"{server} to open a stream", opening.cancel)
     with watch:
         try:
-            async with asyncio.timeout(OPEN_TIMEOUT):
-                return await opening
+            if await is_done(opening, OPEN_TIMEOUT):
+                return opening.result()
+            raise TimeoutError
         except asyncio.CancelledError:
             if watch.verdict:
                 raise watch.error(server) from None
+            opening.add_done_callback(_abort)
             raise
+        finally:
+            opening.cancel()
+
+
+def _abort(opening: asyncio.Future[Stream]) -> None:
+    """End a stream that came when nobody waited for it any more."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().abort()
 
 
 def seconds_elsewhere(segment: RouteSegment, tokens: int, size: int) -> float:

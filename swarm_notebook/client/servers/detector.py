@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # Of RFC 6298: weights of the newest round trip in the mean and in the deviation, and how many
 # deviations are borne.
@@ -31,6 +32,15 @@ _LATELY = 0.25
 _RETURN_PERIOD = 1.0
 # Peers that are asked so; each costs a message of a hundred bytes a second.
 _MAX_MISSED = 16
+
+
+async def is_done(task: asyncio.Future[Any], seconds: float) -> bool:
+    """Whether a task ends within so many seconds, not counting those in which nothing runs here."""
+    while True:
+        began = time.monotonic()
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if done or time.monotonic() - began < seconds + HELD_UP:
+            return bool(done)
 
 
 @dataclass(slots=True)
@@ -82,13 +92,7 @@ class FailureDetector:
         if time.monotonic() - self._heard.get(peer, 0.0) < _LATELY:
             return True
         asked = self._begin(peer)
-        while True:
-            began = time.monotonic()
-            done, _ = await asyncio.wait({asked}, timeout=seconds)
-            if done:
-                return asked.result()
-            if time.monotonic() - began < seconds + HELD_UP:
-                return False
+        return await is_done(asked, seconds) and asked.result()
 
     async def keep_asking(self, missed: Callable[[], Sequence[str]]) -> None:
         """For ever: ask those that are missed whether they are back."""
