@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,12 +36,9 @@ def target(
     server = ServerProcess(folder, folder.parent / "server.log", *options)
     try:
         server.wait_ready()
-        client = RawClient(server.facts["maddrs"])
-        try:
+        with closing(RawClient(server.facts["maddrs"])) as client:
             made = Target(client.node, server.peer, folder.name, (0, 5), 48, SECONDS, tokens=256)
             yield made, client, server
-        finally:
-            client.close()
     finally:
         server.kill()
 
@@ -96,57 +94,50 @@ def test_frames_that_would_grow_and_who_sends_them_is_heard_late(target: Setting
         assert any(isinstance(error, BadRequest) for error in errors)
     (late,) = client.run(attacks.malformed(once, 1))
     assert "times of late, so it is heard" in str(late)
-    honest = RawClient(server.facts["maddrs"])
-    try:
+    with closing(RawClient(server.facts["maddrs"])) as honest:
         (error,) = honest.run(attacks.malformed(replace(once, node=honest.node), 1))
-        assert isinstance(error, BadRequest)
-        assert "late" not in str(error)
-    finally:
-        honest.close()
+    assert isinstance(error, BadRequest)
+    assert "late" not in str(error)
+
+
+@pytest.fixture
+def two(tiny_llama: Path) -> Iterator[tuple[Target, RawClient, RawClient]]:
+    """A server in this process, what the first of two peers asks of it, and both."""
+    with HostedSwarm(tiny_llama, [(0, 5)]) as servers, ExitStack() as ends:
+        peers = servers.initial_peers
+        first, second = (ends.enter_context(closing(RawClient(peers))) for _ in range(2))
+        peer = servers.servers[0].peer
+        yield Target(first.node, peer, tiny_llama.name, (0, 5), 48, 0.0, tokens=256), first, second
 
 
 def test_who_never_stops_is_cut_off_and_nobody_else(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    two: tuple[Target, RawClient, RawClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its streams end unread and its calls are refused; what others ask is answered."""
     monkeypatch.setattr(conduct, "CUT_AFTER", 0.0)
-    with HostedSwarm(tiny_llama, [(0, 5)]) as servers:
-        peer, peers = servers.servers[0].peer, servers.initial_peers
-        flood, honest = RawClient(peers), RawClient(peers)
-        try:
-            made = Target(flood.node, peer, tiny_llama.name, (0, 5), 48, 0.0, tokens=256)
-            flood.run(attacks.malformed(made, int(conduct.FREE_REFUSALS) + 8))
-            errors = flood.run(attacks.malformed(made, 8))
-            assert len(errors) == 8
-            assert all(isinstance(error, BARE) for error in errors)
-            with pytest.raises(P2PHandlerError, match="busy: this peer is cut off"):
-                flood.run(flood.info(peer))
-            (error,) = honest.run(attacks.malformed(replace(made, node=honest.node), 1))
-            assert isinstance(error, BadRequest)
-            assert "late" not in str(error)
-            assert honest.run(honest.info(peer))["traffic_bytes_held"] < 1 << 20
-        finally:
-            flood.close()
-            honest.close()
+    made, flood, honest = two
+    flood.run(attacks.malformed(made, int(conduct.FREE_REFUSALS) + 8))
+    errors = flood.run(attacks.malformed(made, 8))
+    assert len(errors) == 8
+    assert all(isinstance(error, BARE) for error in errors)
+    with pytest.raises(P2PHandlerError, match="busy: this peer is cut off"):
+        flood.run(flood.info(made.peer))
+    (error,) = honest.run(attacks.malformed(replace(made, node=honest.node), 1))
+    assert isinstance(error, BadRequest)
+    assert "late" not in str(error)
+    assert honest.run(honest.info(made.peer))["traffic_bytes_held"] < 1 << 20
 
 
 def test_new_identities_pay_together_and_newcomers_are_served(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    two: tuple[Target, RawClient, RawClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond what is free for all of an address, who was answered nothing yet is heard late."""
     monkeypatch.setattr(conduct, "FREE_AT_ADDRESS", 16.0)
-    with HostedSwarm(tiny_llama, [(0, 5)]) as servers:
-        peer, peers = servers.servers[0].peer, servers.initial_peers
-        first, second = RawClient(peers), RawClient(peers)
-        try:
-            made = Target(first.node, peer, tiny_llama.name, (0, 5), 48, 0.0, tokens=256)
-            first.run(attacks.malformed(made, 24))
-            made = replace(made, node=second.node)
-            (late,) = second.run(attacks.malformed(made, 1))
-            assert "new at its address were refused too many times" in str(late)
-            assert second.run(attacks.ask_honestly(made)) is not None
-            (error,) = second.run(attacks.malformed(made, 1))
-            assert "late" not in str(error)
-        finally:
-            first.close()
-            second.close()
+    made, first, second = two
+    first.run(attacks.malformed(made, 24))
+    made = replace(made, node=second.node)
+    (late,) = second.run(attacks.malformed(made, 1))
+    assert "new at its address were refused too many times" in str(late)
+    assert second.run(attacks.ask_honestly(made)) is not None
+    (error,) = second.run(attacks.malformed(made, 1))
+    assert "late" not in str(error)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from support.hosting import HostedSwarm
-from support.patience import PATIENCE, wait_until
+from support.patience import PATIENCE
+from support.widgets import act, tokens_sent, until
 
 import swarm_notebook as sn
-from swarm_notebook.client.request import Request
-from swarm_notebook.client.session.hop import Hop
-from swarm_notebook.client.session.writer import StepRoute
 from swarm_notebook.errors import Busy
 from swarm_notebook.widgets import ChatWidget
 
@@ -46,21 +44,7 @@ def chat(lettered: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatWidget]
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens per request to the first server."""
-    lengths: list[int] = []
-    send = Hop.send
-
-    async def counted(hop: Hop, request: Request, route: StepRoute) -> float:
-        if hop.start == 0:
-            lengths.append(request.hidden.shape[1])
-        return await send(hop, request, route)
-
-    monkeypatch.setattr(Hop, "send", counted)
-    return lengths
-
-
-def act(widget: ChatWidget, action: str, **arguments: Any) -> None:
-    """As the script does it."""
-    widget._handle_custom_msg({"action": action, "with": arguments}, [])
+    return tokens_sent(monkeypatch, to_first=True)
 
 
 def answered(widget: ChatWidget) -> str:
@@ -68,10 +52,6 @@ def answered(widget: ChatWidget) -> str:
     assert not widget.error
     assert widget.messages[-1]["role"] == "assistant"
     return widget.messages[-1]["content"]
-
-
-def until(holds: Callable[[], bool]) -> None:
-    wait_until(holds, poll=0.005)
 
 
 def template_ids(swarm: sn.Swarm, messages: list[dict[str, str]]) -> list[int]:

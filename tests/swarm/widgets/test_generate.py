@@ -15,12 +15,10 @@ import pytest
 import torch
 from support.front_end import shown_cells
 from support.hosting import HostedSwarm
-from support.patience import PATIENCE, wait_until
+from support.patience import PATIENCE
+from support.widgets import act, tokens_sent, until
 
 import swarm_notebook as sn
-from swarm_notebook.client.request import Request
-from swarm_notebook.client.session.hop import Hop
-from swarm_notebook.client.session.writer import StepRoute
 from swarm_notebook.errors import Busy
 from swarm_notebook.probing.steering import SteeringVector
 from swarm_notebook.widgets import GenerateWidget
@@ -52,15 +50,6 @@ def make(lettered: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     yield make
     for widget in made:
         widget.close()
-
-
-def act(widget: GenerateWidget, action: str, **arguments: Any) -> None:
-    """As the script does it."""
-    widget._handle_custom_msg({"action": action, "with": arguments}, [])
-
-
-def until(holds: Callable[[], bool]) -> None:
-    wait_until(holds, poll=0.005)
 
 
 def test_an_answer_of_the_swarm(swarm: sn.Swarm) -> None:
@@ -130,14 +119,7 @@ def test_a_branch_goes_on_from_there_and_sends_only_what_is_new(
         assert widget.wait(PATIENCE)
         written, position = widget.writer.draft.written, 2
         token = next(one for one, *_ in widget.cells[position][3] if one != written[position])
-        sent: list[int] = []
-        send = Hop.send
-
-        async def counted(hop: Hop, request: Request, route: StepRoute) -> float:
-            sent.append(request.hidden.shape[1])
-            return await send(hop, request, route)
-
-        monkeypatch.setattr(Hop, "send", counted)
+        sent = tokens_sent(monkeypatch)
         act(widget, "branch", position=position, token=token)
         assert widget.wait(PATIENCE)
         assert not widget.error

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.patience import PATIENCE, wait_until, within
 from support.scene import Scene
+from support.widgets import tokens_sent
 
 from swarm_notebook.client.request import Request
 from swarm_notebook.client.session.hop import Hop
@@ -83,15 +84,7 @@ def plain(model: Any, ids: list[int], count: int = NEW, **options: Any) -> list[
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens per request, over all requests to all servers."""
-    lengths: list[int] = []
-    send = Hop.send
-
-    async def counted(hop: Hop, request: Request, route: StepRoute) -> float:
-        lengths.append(request.hidden.shape[1])
-        return await send(hop, request, route)
-
-    monkeypatch.setattr(Hop, "send", counted)
-    return lengths
+    return tokens_sent(monkeypatch)
 
 
 def prompt(scene: Scene, seed: int = 0, length: int = 9) -> list[int]:

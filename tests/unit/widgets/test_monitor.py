@@ -19,10 +19,6 @@ from swarm_notebook.widgets import TrainingMonitor
 from swarm_notebook.widgets.training.curves import MAX_POINTS, Curves
 
 
-def until(condition: Callable[[], bool]) -> None:
-    wait_until(condition)
-
-
 def act(monitor: TrainingMonitor, action: str) -> None:
     """As the script does it."""
     monitor._handle_custom_msg({"action": action, "with": {}}, [])
@@ -92,14 +88,14 @@ def test_pause_resume_and_stop_and_save() -> None:
     with pytest.raises(RuntimeError, match="follows a run already"):
         monitor.run(train)
     go.release(2)
-    until(lambda: monitor.step == 2)
+    wait_until(lambda: monitor.step == 2)
     act(monitor, "pause")
     go.release(2)
-    until(lambda: len(monitor.history) == 3)
+    wait_until(lambda: len(monitor.history) == 3)
     time.sleep(0.1)
     assert (len(monitor.history), monitor.state) == (3, "paused")  # it waits inside `log`
     act(monitor, "resume")
-    until(lambda: len(monitor.history) == 4)
+    wait_until(lambda: len(monitor.history) == 4)
     act(monitor, "stop")
     go.release()
     assert monitor.wait(PATIENCE) is None
@@ -112,7 +108,7 @@ def test_pause_resume_and_stop_and_save() -> None:
 def test_stopping_a_paused_run_ends_it() -> None:
     monitor = TrainingMonitor()
     monitor.run(lambda: [monitor.log(loss=step) or time.sleep(0.01) for step in range(10_000)])
-    until(lambda: len(monitor.history) > 2)
+    wait_until(lambda: len(monitor.history) > 2)
     act(monitor, "pause")
     act(monitor, "stop")
     monitor.wait(PATIENCE)
