@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.client.connection import Connection
+from swarm_notebook.client.servers import expected
 from swarm_notebook.client.telemetry import MAX_EVENTS, Subscription
 from swarm_notebook.local.swarm import LocalSwarm
 from swarm_notebook.model import home, skeleton
@@ -133,9 +134,9 @@ class Swarm:
             chain,
             directory.links,
             directory.telemetry.usage.by_peer(),
-            loads=directory.loads(chain, config.hidden_size, self.model.dtype),
+            loads=expected.loads(directory, chain, config.hidden_size, self.model.dtype),
             prompt_tokens=prompt_tokens,
-            answered=directory.answered(chain, prompt_tokens),
+            answered=expected.answered(directory, chain, prompt_tokens),
             max_new_tokens=max_new_tokens,
             batch=batch,
             home={index: home.weight_bytes(blocks[index]) for index in at_home},

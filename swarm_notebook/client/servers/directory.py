@@ -17,8 +17,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from swarm_notebook.checkpoint.files.digest import matches
 from swarm_notebook.client.audit.interface import Audits
 from swarm_notebook.client.servers import routing
@@ -354,34 +352,6 @@ class Directory:
         """Whether one of these servers can hand its output to the other, as far as is known."""
         able = sender.pushes and receiver.pushes
         return able and not self.health.kept_apart(sender.peer, receiver.peer)
-
-    def loads(
-        self, chain: Sequence[routing.RouteSegment], width: int, dtype: torch.dtype
-    ) -> list[tuple[int, int]]:
-        """Bytes of one hidden state to and from each server; none to one that is handed it.
-
-        Args:
-            width: how many values a hidden state has.
-            dtype: what the notebook computes in.
-        """
-        found: list[tuple[int, int]] = []
-        before: routing.RouteSegment | None = None
-        for segment in chain:
-            span = segment.span
-            compression = self.compression_for(span)
-            size = tensors.state_bytes(width, dtype, span.info.torch_dtype, compression)
-            follows = before is not None and before.end == segment.start
-            handed = before is not None and follows and self.together(before.span, span)
-            found.append((0 if handed else size, size))
-            before = segment
-        return found
-
-    def answered(self, chain: Sequence[routing.RouteSegment], length: int) -> int:
-        """Of how many of a prompt's ``length`` positions the last server's output comes back."""
-        ends = bool(chain) and chain[-1].end == self.num_blocks
-        if not ends or not chain[-1].span.shortens:
-            return length
-        return min(length, 1 if self.audits is None else self.audits.positions)
 
     def fault(self, peer: str) -> Fault | None:
         """Why a peer is avoided just now, and when it is tried again; None if it is not."""
