@@ -171,21 +171,9 @@ def test_a_split_file_is_read_as_one(tmp_path: Path) -> None:
 
 def _wide(tmp_path: Path, kind: Any) -> Path:
     """A model whose matrices are stored in a type that has groups of 32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        vocab_size=64,
-        max_position_embeddings=64,
-    )
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 64}
     path = tmp_path / "wide.gguf"
-    write_gguf(path, LlamaForCausalLM(config), "llama", kind=kind)
+    write_gguf(path, build("llama", **sizes, vocab_size=64), "llama", kind=kind)
     return path
 
 
