@@ -19,6 +19,7 @@ def lens(notebook: Notebook) -> Locator:
 
 
 def test_the_last_block_says_what_the_model_says(lens: Locator) -> None:
+    lens.get_by_label("Colour").select_option("probability")
     expect(lens.get_by_role("columnheader")).to_have_text(
         ["block", "The", "·capital", "·of", "·France", "·is"]
     )

@@ -39,6 +39,16 @@ def grow(count):
 """
 
 
+MONITOR = """
+saved = []
+monitor = TrainingMonitor(save=lambda: saved.append(1))
+def train():
+    for step in range(100_000):
+        monitor.log(loss=step)
+        time.sleep(0.01)
+"""
+
+
 @pytest.fixture(scope="module", params=["6", "7"])
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[FrontEnd]:
     """With a local model: what is tested is the way between widgets and front ends."""
@@ -188,15 +198,7 @@ def test_a_server_is_lent_and_taken_back_by_buttons(kernel: FrontEnd) -> None:
 
 
 def test_a_monitor_in_the_background_obeys_its_buttons(kernel: FrontEnd) -> None:
-    monitor = kernel.show(
-        "saved = []\n"
-        "monitor = TrainingMonitor(save=lambda: saved.append(1))\n"
-        "def train():\n"
-        "    for step in range(100_000):\n"
-        "        monitor.log(loss=step)\n"
-        "        time.sleep(0.01)\n"
-        "monitor.run(train)"
-    )
+    monitor = kernel.show(MONITOR + "monitor.run(train)")
     state = kernel.states[monitor]
     kernel.until(lambda: len(state["points"]) > 2)
     kernel.act(monitor, "pause")
@@ -208,8 +210,8 @@ def test_a_monitor_in_the_background_obeys_its_buttons(kernel: FrontEnd) -> None
 
 
 def test_a_monitor_in_a_busy_cell_is_live_and_an_interrupt_saves(kernel: FrontEnd) -> None:
-    state = kernel.states[kernel.value("monitor.model_id").strip("'")]
-    cell = kernel.start("saved.clear()\nwith monitor:\n    train()")
+    state = kernel.states[kernel.show(MONITOR + "monitor")]
+    cell = kernel.start("with monitor:\n    train()")
     kernel.until(lambda: state["state"] == "running" and state["step"] > 20)
     kernel.manager.interrupt_kernel()
     kernel.until(lambda: state["state"] == "stopped")
