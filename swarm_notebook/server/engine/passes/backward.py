@@ -64,14 +64,20 @@ def _joined(request: Backward, groups: list[SpanGradients]) -> SpanGradients:
         return groups[0]
     prompted, by_row = request.prompts is not None, 1 + len(request.states)
     joined: list[torch.Tensor] = []
-    for index, parts in enumerate(zip(*(group.tensors for group in groups), strict=True)):
+    outer = (group.tensors[: by_row + prompted] for group in groups)
+    for index, parts in enumerate(zip(*outer, strict=True)):
         if prompted and index == 1:
             joined.append(torch.cat(parts, dim=1))
-        elif index < by_row + prompted:
-            joined.append(torch.cat(parts))
         else:
-            joined.append(torch.stack(parts).sum(0))
-    return SpanGradients(joined, groups[0].weights)
+            joined.append(torch.cat(parts))
+    names = groups[0].weights
+    # By name: a group that went block by block has them from the last block to the first.
+    found = [
+        dict(zip(group.weights or (), group.tensors[by_row + prompted :], strict=True))
+        for group in groups
+    ]
+    joined += [torch.stack([one[name] for one in found]).sum(0) for name in names or ()]
+    return SpanGradients(joined, names)
 
 
 def _at_once(span: Span, request: Backward) -> SpanGradients:
