@@ -109,7 +109,13 @@ class _Poisoned(torch.autograd.Function):
 
 def poisoned(factor: float) -> Lie:
     """All gradients of a server are those that it should give, times a number."""
-    return outputs(lambda out: _Poisoned.apply(out, factor))
+    return outputs(lambda out: with_gradient(out, factor))
+
+
+def with_gradient(states: torch.Tensor, factor: float) -> torch.Tensor:
+    """The states as they are, whose gradient is to be multiplied by a number."""
+    changed: torch.Tensor = _Poisoned.apply(states, factor)
+    return changed
 
 
 GRADIENT_LIES: dict[str, Lie] = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from support import liars
 from support.hosting import HostedServer, HostedSwarm
 from support.patience import PATIENCE
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import swarm_notebook as sn
 from swarm_notebook.swarm import Swarm
@@ -117,6 +121,73 @@ def test_training_goes_back_to_what_is_known_to_be_good(tiny_llama: Path) -> Non
         assert rollback.rolled_back == [(4, 2)]
         assert torch.equal(prompts.prompts, kept[1])
         assert optimizer.state_dict()["state"][0]["step"] == 2
+
+
+class _Liar(TrainerCallback):
+    """Flips gradients of the server in use from a step on; each step waits for its audits.
+
+    Hooks are in all of them from the start: blocks with an adapter are copies of those then.
+    """
+
+    def __init__(self, local: HostedSwarm, swarm: Swarm, step: int):
+        self._swarm, self._step = swarm, step
+        self._factors = {server.peer_id: 1.0 for server in local.servers}
+        self.lying = contextlib.ExitStack()
+        for server in local.servers:
+            lie = liars.outputs(partial(self._changed, server.peer_id))
+            self.lying.enter_context(liars.lying(server, lie))
+
+    def _changed(self, peer: str, states: torch.Tensor) -> torch.Tensor:
+        return liars.with_gradient(states, self._factors[peer])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._step:
+            self._factors[self._swarm.audit().verdicts[-1].peer] = -1.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._swarm.audit(wait=PATIENCE)
+
+
+def lora_of(model: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A model with LoRA in it, the same each time, and what will be trained."""
+    torch.manual_seed(0)
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    return adapted, {name: one for name, one in adapted.named_parameters() if one.requires_grad}
+
+
+def trained(model: Any, folder: Path, steps: int, *callbacks: TrainerCallback) -> None:
+    """By transformers' `Trainer`, always on the same batch."""
+    ids = torch.randint(3, 128, (LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        max_steps=steps,
+        lr_scheduler_type="constant",
+        learning_rate=1e-2,
+        save_strategy="no",
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    data: Any = [{"input_ids": ids, "labels": ids}] * (2 * steps)
+    Trainer(model, arguments, train_dataset=data, callbacks=list(callbacks)).train()
+
+
+def test_a_trainer_goes_back_and_on_elsewhere(
+    trio: HostedSwarm, swarm: Swarm, tiny_llama: Path, tmp_path: Path
+) -> None:
+    model, ours = lora_of(swarm.model)
+    liar = _Liar(trio, swarm, step=3)
+    rollback = Rollback(swarm, every=1)
+    with liar.lying:
+        trained(model, tmp_path, 6, liar, rollback)
+    # Found in the step that it has spoilt; the one before was audited after its snapshot's time.
+    assert rollback.rolled_back == [(4, 2)]
+    assert swarm.audit().wrong
+    local, theirs = lora_of(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
+    trained(local, tmp_path, 6 - 2)
+    for found, expected in zip(ours.values(), theirs.values(), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_the_notebook_decides_on_gradients_where_there_is_no_third(tiny_llama: Path) -> None:

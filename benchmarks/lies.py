@@ -1,0 +1,99 @@
+"""What audits find of servers that lie, over many texts: the liars of the tests on the demo model.
+
+Prints JSON lines. Blocks of the demo model answer wrong for one text after another; each answer is
+audited 32 tokens at a time, as two audits of a server would. `first` and `second` say for how many
+texts the first audit found it, and for how many only the second; `missed` is to be 0. `--curve` is
+about one token in a hundred that is edited: after how many passes of 128 tokens it is found, by the
+rate of audits, for a server that is not new (of a new one the first 128 tokens are audited).
+
+    python benchmarks/lies.py [--seeds 100] [--dtype bfloat16] [--blocks 10:20] [--curve]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from audits import Bench, texts
+
+from swarm_notebook.client.audit import limits
+from swarm_notebook.client.audit.choice import PieceSampler
+from swarm_notebook.client.audit.comparison import compare
+from swarm_notebook.server.engine.requests import Forward
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support import liars
+
+# The goal is said of two audits of so many tokens each.
+AUDITS, TOKENS = 2, limits.MIN_TOKENS
+PASS_TOKENS = 128
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1)
+RUNS = 2000
+
+
+def found(bench: Any, lie: liars.Lie, hidden: torch.Tensor, size: int) -> list[bool]:
+    """Whether each audit of so many tokens of the answer finds the lie."""
+    reference, twin = bench.replays(hidden)
+    with liars.lying(bench, lie):
+        answer = bench._run(Forward((bench.start, bench.end), hidden))
+    cuts = [slice(begin, begin + size) for begin in range(0, answer.shape[1] - size + 1, size)]
+    every = [
+        compare(answer[:, cut], reference[:, cut], None if twin is None else twin[:, cut])
+        for cut in cuts
+    ]
+    return [bool(limits.what_is_wrong(errors, torch.float32)) for errors in every]
+
+
+def curve(bench: Bench, seeds: int, said: dict[str, Any]) -> None:
+    """How many passes it takes until one with an edited token is audited and found."""
+    source, edited = texts(PASS_TOKENS), liars.edited(100)
+    hits = [
+        found(bench, edited, bench.inputs(next(source)[None]), PASS_TOKENS)[0] for _ in range(seeds)
+    ]
+    share, draw = sum(hits) / len(hits), random.Random(0)
+    for rate in RATES:
+        sampler, passes, counts = PieceSampler(rate, draw), 0, []
+        cost = PASS_TOKENS * (1 if bench.dtype == torch.float32 else 2)
+        while len(counts) < RUNS:
+            passes += 1
+            audited = sampler.draw(PASS_TOKENS, PASS_TOKENS, cost, stranger=False)
+            if audited and draw.random() < share:
+                counts.append(passes)
+                passes = 0
+        tenths = statistics.quantiles(counts, n=10)
+        told = {"rate": rate, "found_per_audit": share, "passes": statistics.mean(counts)}
+        print(json.dumps(said | told | {"passes_90_percent": tenths[-1]}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--blocks", default="10:20")
+    parser.add_argument("--curve", action="store_true")
+    given = parser.parse_args()
+    start, end = map(int, given.blocks.split(":"))
+    bench = Bench(start, end, getattr(torch, given.dtype))
+    said = {"dtype": given.dtype, "blocks": given.blocks, "seeds": given.seeds}
+    if given.curve:
+        curve(bench, given.seeds, said)
+        return
+    for name, lie in liars.LIES.items():
+        torch.manual_seed(0)
+        source, by = texts(AUDITS * TOKENS), Counter[str]()
+        for _ in range(given.seeds):
+            first, second = found(bench, lie, bench.inputs(next(source)[None]), TOKENS)
+            by["first" if first else "second" if second else "missed"] += 1
+        print(json.dumps(said | {"lie": name} | by), flush=True)
+
+
+if __name__ == "__main__":
+    main()
