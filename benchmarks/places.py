@@ -25,10 +25,12 @@ from their descriptions:
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -37,6 +39,7 @@ from scipy.sparse import lil_matrix
 from swarm_notebook.planning.machines import KNOWN, Machine
 from swarm_notebook.planning.placement import Share, prompt_seconds, weight_bytes
 from swarm_notebook.planning.shape import BlockShape, ModelShape
+from swarm_notebook.report.plot import Line, LineChart
 from swarm_notebook.server.presence.flow import Place, bound, throughput
 from swarm_notebook.server.presence.places import choose, next_move
 
@@ -52,6 +55,7 @@ SHAPES = {
     "70B": (80, 855_638_016, 8192, 4.5),
     "70B-bf16": (80, 855_638_016, 8192, 16.0),
     "405B": (126, 3_187_671_040, 16384, 4.5),
+    "405B-bf16": (126, 3_187_671_040, 16384, 16.0),
 }
 
 
@@ -79,15 +83,20 @@ Spans = dict[int, Span]
 Rule = Callable[[Servers, Spans, int, random.Random], int]
 
 
+def model_of(shape: str) -> ModelShape:
+    blocks, weights, hidden, _ = SHAPES[shape]
+    block = BlockShape(weights, 0, 2 * hidden, 2048)
+    return ModelShape(shape, (block,) * blocks, hidden, 0, 0, None)
+
+
 def servers_of(shape: str) -> tuple[int, list[Server]]:
     """How many blocks a model has, and what cards can do with it."""
-    blocks, weights, hidden, bits = SHAPES[shape]
-    block = BlockShape(weights, 0, 2 * hidden, 2048)
-    model = ModelShape(shape, (block,) * blocks, hidden, 0, 0, None)
-    return blocks, [_server(model, KNOWN[name], bits) for name in CARDS]
+    blocks, _, _, bits = SHAPES[shape]
+    return blocks, [server_of(model_of(shape), KNOWN[name], bits) for name in CARDS]
 
 
-def _server(model: ModelShape, card: Machine, bits: float) -> Server:
+@functools.cache
+def server_of(model: ModelShape, card: Machine, bits: float) -> Server:
     size = int(card.room * (1 - CACHE_PART) / weight_bytes(model.blocks[0], card, bits))
     size = max(1, min(size, len(model.blocks)))
     seconds = prompt_seconds(model, Share(card, 0, 1, bits, 0, 0), PROMPT_TOKENS)
@@ -304,12 +313,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--limit", type=float, default=3.0, help="seconds of one optimum")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 40])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["70B", "70B-bf16", "405B"])
+    parser.add_argument("--picture", type=Path, help="where the curves are drawn")
     options = parser.parse_args()
     titles = [f"{name:>22}" for name in RULES]
     print("parts of the optimum: median / worst (moves per event)")
     print(f"{'blocks':10}{'servers':>8}{'seed':>5}", *titles)
     everything: dict[str, list[float]] = {name: [] for name in RULES}
-    for shape in SHAPES:
+    for shape in options.shapes:
         blocks, kinds = servers_of(shape)
         for most in options.sizes:
             for seed in range(options.seeds):
@@ -320,6 +331,13 @@ def main() -> None:
                     cells.append(f"{told(parts)} ({moves / (2 * most):4.1f})")
                 print(f"{shape:10}{most:8}{seed:5}", *(f"{cell:>22}" for cell in cells), flush=True)
     print(f"{'all':23}", *(f"{told(parts):>22}" for parts in everything.values()))
+    if options.picture:
+        lines = [
+            Line(name, [100 * rank / len(parts) for rank in range(len(parts))], sorted(parts))
+            for name, parts in everything.items()
+        ]
+        axis = "moments in percent, from the worst to the best, of " + ", ".join(everything)
+        LineChart("part of the optimum", axis, lines).save(options.picture)
 
 
 def told(parts: Sequence[float]) -> str:

@@ -82,3 +82,17 @@ def test_what_is_expected_is_told_without_the_preference() -> None:
     chain = best_chain([one], 0, BLOCKS, Links({"peer": RTT}, crowd=Crowd("me")))
     alone = token_seconds(chain, Links({"peer": RTT}))
     assert token_seconds(chain, Links({"peer": RTT}, crowd=Crowd("me"))) == alone
+
+
+def test_who_takes_many_at_once_stays_the_faster_one_for_a_crowd() -> None:
+    # A step of the fast server takes 0.5 ms, and one more token in it a tenth of that.
+    info = ServerInfo(state=2, throughput=1.0, inference_rps=2000.0, forward_rps=20_000.0)
+    fast, slow = ServerSpan("fast", 0, BLOCKS, info), server("slow", 1000.0)
+    crowd = Crowd("me")
+    links = Links({"fast": RTT, "slow": RTT}, crowd=crowd)
+    rate = 2000.0 / BLOCKS
+    for load, expected in ((0.5, "fast"), (4, "fast"), (40, "slow")):
+        crowd.forget("fast")
+        crowd.told("fast", 0, 0, 0.0)
+        crowd.told("fast", int(load * rate * 100), 0, 100.0)
+        assert best_chain([fast, slow], 0, BLOCKS, links)[0].peer == expected, load
