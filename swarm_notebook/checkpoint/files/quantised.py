@@ -58,6 +58,33 @@ def method_of(config: PreTrainedConfig) -> str | None:
     return str(method or "bitsandbytes")
 
 
+def check_loads(name: str, method: str) -> None:
+    """Refuse what transformers names, but has no way to load, whatever libraries are there.
+
+    Its quantizer then wants parameters for itself, and has no operation for them; what comes of
+    that are tensors that seem to be missing, or another library that does not help.
+
+    Args:
+        name: of the model.
+        method: as `method_of` has it.
+
+    Raises:
+        Unsupported: it cannot.
+    """
+    from transformers import __version__
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+
+    kind = AUTO_QUANTIZER_MAPPING.get(method, HfQuantizer)
+    wants = kind.param_needs_quantization is not HfQuantizer.param_needs_quantization
+    if wants and kind.get_quantize_ops is HfQuantizer.get_quantize_ops:
+        raise Unsupported(
+            f"the weights of {name} were quantised by {method}, which transformers {__version__} "
+            "knows but cannot load, with its library or without; serve the model's float weights "
+            "with --bits, or another checkpoint of it"
+        )
+
+
 def for_blocks(
     config: PreTrainedConfig, start: int, end: int, prefix: str, *, on_cpu: bool
 ) -> None:

@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swarm_notebook.checkpoint.files.quantised import explained, method_of, telling
+from swarm_notebook.checkpoint.files.quantised import (
+    check_loads,
+    explained,
+    method_of,
+    telling,
+)
 from swarm_notebook.checkpoint.files.weights import LazyTensor
 from swarm_notebook.errors import ModelNotFound, Unsupported
 
@@ -77,6 +82,7 @@ def load(
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
     if method is not None:
+        check_loads(source.name, method)
         tensors = {name: _finite(source, name, lazy) for name, lazy in tensors.items()}
     with _construction, _no_progress_bars(), explained(source.name, method), telling(headers or {}):
         model, report = partial_class.from_pretrained(

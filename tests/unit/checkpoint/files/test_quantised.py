@@ -172,6 +172,17 @@ def test_a_library_that_is_missing_is_named(tmp_path: Path) -> None:
         load_within(source, 0, 2, bits=4.5, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("method", ["hqq", "higgs"])
+def test_what_transformers_names_but_cannot_load_is_said(method: str, tmp_path: Path) -> None:
+    """Whether or not its library is installed: that would not help."""
+    folder = tiny_model("llama", tmp_path)
+    file = folder / "config.json"
+    config = {"quant_method": method}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
+    with pytest.raises(Unsupported, match=rf"quantised by {method}, which transformers .*--bits"):
+        load_blocks(resolve(folder), 0, 2, dtype=torch.float32)
+
+
 def test_words_that_do_not_fit_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
     folder = tiny_model("llama", tmp_path, **WIDE)
     written(folder, gptq(), **GPTQ)
