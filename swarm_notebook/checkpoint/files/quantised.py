@@ -75,7 +75,7 @@ def check_loads(name: str, method: str) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.base import HfQuantizer
 
-    kind = AUTO_QUANTIZER_MAPPING.get(method, HfQuantizer)
+    kind: Any = AUTO_QUANTIZER_MAPPING.get(method, HfQuantizer)
     wants = kind.param_needs_quantization is not HfQuantizer.param_needs_quantization
     if wants and kind.get_quantize_ops is HfQuantizer.get_quantize_ops:
         raise Unsupported(
