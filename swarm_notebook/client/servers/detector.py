@@ -24,8 +24,8 @@ _LATE = 1.5
 # cores at load 11 (0.22 s; the median was 0.012 s).
 LEAST_SECONDS = 0.4
 # A timer that is so late says that this process was held up, or slept: whoever was asked could not
-# be heard.
-HELD_UP = 0.1
+# be heard. A process that is held up again and again waits so often and no longer.
+HELD_UP, MOST_WAITS = 0.25, 3
 # Whoever has answered so lately is not asked: many requests of one server are watched at once.
 _LATELY = 0.25
 # Between two questions to one that was missed: a call that needs it finds it back, or gone.
@@ -35,12 +35,13 @@ _MAX_MISSED = 16
 
 
 async def is_done(task: asyncio.Future[Any], seconds: float) -> bool:
-    """Whether a task ends within so many seconds, not counting those in which nothing runs here."""
-    while True:
+    """Whether a task ends within so many seconds, in which this process was not held up."""
+    for _ in range(MOST_WAITS):
         began = time.monotonic()
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-        if done or time.monotonic() - began < seconds + HELD_UP:
-            return bool(done)
+        await asyncio.wait({task}, timeout=seconds)
+        if task.done() or time.monotonic() - began < seconds + HELD_UP:
+            break
+    return task.done()
 
 
 @dataclass(slots=True)

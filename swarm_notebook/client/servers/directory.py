@@ -31,7 +31,7 @@ from swarm_notebook.client.servers.asking import (
 )
 from swarm_notebook.client.servers.bits import BitsInUse
 from swarm_notebook.client.servers.crowd import Crowd
-from swarm_notebook.client.servers.detector import HELD_UP, FailureDetector
+from swarm_notebook.client.servers.detector import HELD_UP, MOST_WAITS, FailureDetector
 from swarm_notebook.client.servers.health import OTHER, UNREACHABLE, Fault, PeerHealth
 from swarm_notebook.client.servers.recent import RecentServers
 from swarm_notebook.client.servers.snapshot import Shortage, Snapshot
@@ -197,16 +197,20 @@ class Directory:
             if answer is not None:
                 self._announced.told(peer, answer, self.num_blocks)
 
-    async def ping(self, peer: str, seconds: float = PING_TIMEOUT) -> bool:
-        """Ask for a sign of life within so many seconds; the round trip goes into `rtt`."""
+    async def ping(self, peer: str, seconds: float = PING_TIMEOUT, waits: int = MOST_WAITS) -> bool:
+        """Ask for a sign of life within so many seconds; the round trip goes into `rtt`.
+
+        Args:
+            waits: how often at most, if this process was held up meanwhile.
+        """
         began = time.perf_counter()
         try:
             async with asyncio.timeout(seconds):
                 info = await self.info(peer)
         except PING_ERRORS as error:
             late = time.perf_counter() - began - seconds
-            if isinstance(error, TimeoutError) and late > HELD_UP:
-                return await self.ping(peer, seconds)
+            if isinstance(error, TimeoutError) and late > HELD_UP and waits > 1:
+                return await self.ping(peer, seconds, waits - 1)
             logger.debug("ping of %s: %s", peer, error)
             if isinstance(error, NotAMember):
                 self.refused[:] = [error]

@@ -68,7 +68,7 @@ def test_those_who_ask_at_once_share_a_ping_that_goes_on() -> None:
 
 def test_a_notebook_that_slept_misses_nobody_for_it() -> None:
     async def ping(_peer: str) -> bool:
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.75)
         return True
 
     async def main() -> None:
@@ -76,10 +76,23 @@ def test_a_notebook_that_slept_misses_nobody_for_it() -> None:
         asking = asyncio.ensure_future(detector.is_there(PEER, 0.2))
         await asyncio.sleep(0.1)
         # The loop does not run, as while a laptop sleeps.
-        time.sleep(0.4)  # noqa: ASYNC251
+        time.sleep(0.6)  # noqa: ASYNC251
         assert await asking
 
     asyncio.run(main())
+
+
+def test_a_notebook_that_is_always_held_up_does_not_wait_for_ever() -> None:
+    async def main() -> None:
+        detector = FailureDetector(nobody)
+        asking = asyncio.ensure_future(detector.is_there(PEER, 0.01))
+        while not asking.done():
+            time.sleep(0.3)  # noqa: ASYNC251
+            await asyncio.sleep(0)
+        assert not await asking
+        detector.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_who_is_missed_is_asked_again_until_it_is_back() -> None:
