@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 from swarm_notebook.errors import PlanError
 
-# Of a card's published bandwidth and per block, in CUDA graphs: the two numbers that explain 7.2 ms
-# for 14.0 GB in 32 blocks and 19.5 ms for 65 GB in 38 blocks on an H200 (4.8 TB/s).
-GPU_REACHED, GPU_BLOCK_SECONDS = 0.92, 0.00013
+# Of a card's published bandwidth and per block, compiled: the two numbers that explain 5.2 ms for
+# 14.0 GB in 32 blocks and 17.1 ms for 65 GB in 38 blocks on an H200 (4.8 TB/s).
+GPU_REACHED, GPU_BLOCK_SECONDS = 0.92, 0.00006
 # Of a card's published arithmetic: 2,048 tokens through 14.0 GB of bfloat16 in 64 ms on an H200.
 GPU_ARITHMETIC = 0.45
 # Blocks with hardly any weights, in a server on a core of an AMD EPYC: 30 take 7.9 ms, 5 take 1.7.
