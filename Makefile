@@ -131,7 +131,7 @@ chaos: $(READY)
 	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0)
 
 places: $(READY)
-	$(BIN)/python benchmarks/places.py --seeds $(or $(SEEDS),4)
+	$(BIN)/python benchmarks/places.py --seeds $(or $(SEEDS),2)
 
 churn: $(READY)
 	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos.places --seconds $(or $(SECONDS),300) --seed $(or $(SEED),0)
