@@ -172,21 +172,27 @@ def choose(alike: Sequence[PackedGrid], dtype: torch.dtype) -> int:
         return 0
 
 
+def ways(packed: PackedGrid, tokens: int) -> list[Tiling]:
+    """How the product of so many tokens may be shared out; none if there is no room for it."""
+    few = packed.grid.bits < 4
+    if few and tokens > _MOST_OF_FEW:
+        return []
+    shares = _OF_ONE if tokens == 1 and not few else _OF_MANY
+    found = [_kernels().Tiling(*share) for share in shares]
+    return [way for way in found if way.rows == _ROWS_OF_FEW] if few else found
+
+
 def _measured(alike: Sequence[PackedGrid], dtype: torch.dtype) -> int:
     kernels, one, up_to = _kernels(), alike[0], 0
     sample = alike[: max(1, _SPREAD_BYTES // one.nbytes)]
-    many = [kernels.Tiling(*share) for share in _OF_MANY]
-    if one.grid.bits < 4:
-        many = [way for way in many if way.rows == _ROWS_OF_FEW]
+    rows: int | None = None
     for tokens in _SIZES:
-        single = tokens == 1 and one.grid.bits >= 4
-        ways = [kernels.Tiling(*share) for share in _OF_ONE] if single else many
-        if one.grid.bits < 4 and tokens > _MOST_OF_FEW:
-            break
         x = _noise(tokens, one.shape[1]).to(one.device, dtype)
         key = one.grid, one.shape, kernels.bucket(tokens)
         seconds = {}
-        for way in ways:
+        for way in ways(one, tokens):
+            if rows is not None and way.rows != rows:
+                continue
             _tilings[key] = way
             try:
                 _compare(x, one)
@@ -211,8 +217,8 @@ def _measured(alike: Sequence[PackedGrid], dtype: torch.dtype) -> int:
         if seconds[best] > unpacked:
             break
         up_to = kernels.bucket(tokens)
-        if not single:
-            many = [way for way in many if way.rows == best.rows]
+        if best.fill:  # of a product of several tokens: what is best for few is for more
+            rows = best.rows
     return up_to
 
 
