@@ -34,12 +34,8 @@ from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.rotary import STRETCHING
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.decode import Decoding, Impossible
-from swarm_notebook.server.engine.steps.session_state import (
-    BatchItem,
-    SessionState,
-    no_memory,
-    run_one,
-)
+from swarm_notebook.server.engine.steps.session_state import BatchItem, no_memory, run_one
+from swarm_notebook.server.engine.steps.trial import is_close, trial_sessions
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -51,11 +47,6 @@ SHORT_TOKENS = 64
 FIXED_ROWS = 32
 # And the tokens of a chunk of a prompt, whoever else is there.
 FIXED_CHUNK = 256
-
-# How far results may be from those of sessions that run alone, relative to their size: some
-# roundings of the dtype through a few blocks.
-_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_CLOSE_HALF = 5e-2
 
 Outcome = list[torch.Tensor] | Exception
 
@@ -166,7 +157,9 @@ class Batching:
             word in kind for kind in span.rotations for word in STRETCHING
         ):
             return cls()
-        items = _trial(span, hidden_size)
+        # The session of two rows has two new positions.
+        sessions = trial_sessions(span, hidden_size, 2)
+        items = [one.item(0, one.state.cache.rows, masked=True) for one in sessions]
         apart = [run_one(item)[0] for item in items]
         for item in items:
             item.state.cache.truncate(*item.step.blocks, item.position)
@@ -177,29 +170,12 @@ class Batching:
         except Exception as error:  # whatever a decoder does with what it does not expect
             logger.info("steps of different sessions run one by one: %s", error)
             return cls()
-        within = _CLOSE.get(span.dtype, _CLOSE_HALF)
         for alone, shared in zip(apart, together, strict=True):
             difference = (shared[0] - alone).float().norm() / alone.float().norm()
-            if not difference <= within:
+            if not is_close(difference, span.dtype):
                 logger.info("steps of different sessions run one by one: together they differ")
                 return cls()
         return cls(possible=True, token_wise=frozenset(found))
-
-
-def _trial(span: Span, hidden_size: int) -> list[BatchItem]:
-    """The next steps of two sessions: one row, and two of which one is padded."""
-    noise = torch.Generator().manual_seed(0)
-    items = []
-    for rows, past, new in ((1, 7, 1), (2, 4, 2)):
-        hidden = torch.randn(rows, past + new, hidden_size, generator=noise)
-        mask = torch.ones(rows, past + new, dtype=torch.int64)
-        mask[1:, :2] = 0
-        blocks = (span.start, span.end)
-        state = SessionState(span, context=None)
-        state.run(Step(blocks, hidden[:, :past], attention_mask=mask[:, :past]), 0, 0, past)
-        step = Step(blocks, hidden[:, past:], attention_mask=mask[:, past:])
-        items.append(BatchItem(state, step, past, 0, new))
-    return items
 
 
 def _run_call(span: Span, items: Sequence[BatchItem], decoding: Decoding | None) -> list[Outcome]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,12 +32,12 @@ from swarm_notebook.server.engine.attention.batch import Part
 from swarm_notebook.server.engine.attention.paged import NAME
 from swarm_notebook.server.engine.kv.cache import PAGE, SessionCache
 from swarm_notebook.server.engine.kv.pages import KVShape, PagedCache, PagePool
-from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.rotary import STRETCHING
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.compiled import Compiler
 from swarm_notebook.server.engine.steps.program import Bucket, Program, pages_of
-from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
+from swarm_notebook.server.engine.steps.session_state import BatchItem, run_one
+from swarm_notebook.server.engine.steps.trial import TrialSession, is_close, trial_sessions
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -47,10 +47,6 @@ MAX_ROWS = 256
 SHORTEST = 256
 MAX_BUCKETS = 64
 
-# How far results may be from those of sessions that run alone, relative to their size: some
-# roundings of the dtype through a few blocks.
-_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_CLOSE_HALF = 5e-2
 # The first one is computed as it comes, the others by its graph.
 _TRIAL_STEPS = 3
 
@@ -246,7 +242,7 @@ class Decoding:
         return outputs
 
     def _check(self, difference: float, how: str) -> None:
-        if not difference <= _CLOSE.get(self._host.dtype, _CLOSE_HALF):
+        if not is_close(difference, self._host.dtype):
             raise Impossible(f"{how}: results differ by {difference:.1e}")
 
     def _improve(self, compiler: Compiler, program: Program, rows: int) -> None:
@@ -306,7 +302,7 @@ class Decoding:
             raise Impossible("the model takes no positions")
         if stretch := [kind for kind in span.rotations if any(w in kind for w in STRETCHING)]:
             raise Impossible(f"rotations of the kind {stretch[0]} depend on the longest sequence")
-        alone = _trial(span, hidden_size, lambda: SessionCache(span.start, span.end))
+        alone = _rounds(trial_sessions(span, hidden_size, _TRIAL_STEPS))
         with torch.inference_mode(False):
             pool = PagePool(
                 span.start,
@@ -344,7 +340,7 @@ class Decoding:
         Raises: as `try_out`.
         """
         span = self._host
-        together = _trial(span, self.hidden_size, self.cache)
+        together = _rounds(trial_sessions(span, self.hidden_size, _TRIAL_STEPS, self.cache))
         try:
             for theirs, ours in zip(alone, together, strict=True):
                 for item in theirs:
@@ -355,8 +351,7 @@ class Decoding:
                 )
                 for one, (other,) in zip(expected, got, strict=True):
                     difference = (other - one.cpu()).float().norm() / one.float().norm().cpu()
-                    if not difference <= _CLOSE.get(span.dtype, _CLOSE_HALF):
-                        raise Impossible(f"results differ by {float(difference):.1e}")
+                    self._check(float(difference), "steps")
         except (Impossible, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a decoder does with what it does not expect
@@ -384,25 +379,12 @@ def paged_span(span: Span) -> Span:
     return Span(decoder, span.layers_name, span.start)
 
 
-def _trial(
-    span: Span, hidden_size: int, cache: Callable[[], SessionCache]
-) -> list[list[BatchItem]]:
-    """The next steps of two sessions: one row, and two of which one is padded."""
-    noise = torch.Generator().manual_seed(0)
-    rounds: list[list[BatchItem]] = [[] for _ in range(_TRIAL_STEPS)]
-    blocks = (span.start, span.end)
-    for rows, past in ((1, 7), (2, 4)):
-        hidden = torch.randn(rows, past + _TRIAL_STEPS, hidden_size, generator=noise)
-        mask = torch.ones(rows, past, dtype=torch.int64)
-        mask[1:, :2] = 0
-        state = SessionState(span, context=None, cache=cache())
-        first = Step(blocks, hidden[:, :past], attention_mask=mask)
-        run_one(BatchItem(state, first, 0, 0, past))
-        for index, items in enumerate(rounds):
-            position = past + index
-            step = Step(blocks, hidden[:, position : position + 1])
-            items.append(BatchItem(state, step, position, 0, 1))
-    return rounds
+def _rounds(sessions: Sequence[TrialSession]) -> list[list[BatchItem]]:
+    """Their steps of one position, one after the other."""
+    return [
+        [one.item(index, index + 1, masked=False) for one in sessions]
+        for index in range(_TRIAL_STEPS)
+    ]
 
 
 def _shapes(cache: SessionCache) -> list[KVShape]:
