@@ -204,7 +204,7 @@ class Decoding:
             self._length(length),
             padded,
             self._tuned_by(adapters),
-            max((_ranks(adapter.rank) for adapter in adapters), default=0),
+            max((max(RANKS, _power(adapter.rank)) for adapter in adapters), default=0),
         )
         program = self._program(bucket)
         program.fill(items, parts)
@@ -391,10 +391,6 @@ def _shapes(cache: SessionCache) -> list[KVShape]:
     return [
         KVShape(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in cache.stores()
     ]
-
-
-def _ranks(rank: int) -> int:
-    return max(RANKS, _power(rank))
 
 
 def _power(number: int) -> int:
