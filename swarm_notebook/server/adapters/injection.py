@@ -91,7 +91,7 @@ class AdaptedSpan(Span):
             tuners |= {(index, path): layer for path, layer in builder.layers.items()}
         mixes = token_wise >= tuners.keys() and all(map(_is_beside, tuners.values()))
         self._all, self._mixed = tuners, tuners if mixes else None
-        self._additions = Additions.of(tuners, self.dtype) if mixes else None
+        self._additions: Additions | None = None
         for layer in tuners.values():
             if not _is_beside(layer):
                 # It may exchange the weight, which a forward of its own (`products`) does not see.
@@ -100,17 +100,15 @@ class AdaptedSpan(Span):
         self._try_out()
 
     def _try_out(self) -> None:
-        """Run two tokens, and each layer of an unknown kind with the first of them alone."""
+        """Run two tokens, and each layer of an unknown kind with the first of them alone.
+
+        Only then what the layers say of themselves is looked at: PEFT has computed with it.
+        """
         size = self.config.get_text_config().hidden_size
         noise = torch.Generator().manual_seed(0)
         hidden = torch.randn(1, 2, size, generator=noise)
         seen: dict[Site, tuple[torch.Tensor, torch.Tensor]] = {}
-        added = self._additions
-        layers = {
-            site: layer
-            for site, layer in self._all.items()
-            if added is not None or not _is_beside(layer)
-        }
+        layers = self._all
 
         def watch(site: Site) -> Callable[..., None]:
             def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -126,13 +124,11 @@ class AdaptedSpan(Span):
                 self.run(self.start, self.end, hidden)
             with torch.inference_mode():
                 alone = {
-                    site: layers[site](given.narrow(-2, 0, 1)) for site, (given, _) in seen.items()
+                    site: layers[site](given.narrow(-2, 0, 1))
+                    for site, (given, _) in seen.items()
+                    if not _is_beside(layers[site])
                 }
-                if added is not None and not all(
-                    site in seen and added.agrees(site, layer, *seen[site])
-                    for site, layer in layers.items()
-                ):
-                    self._additions = None
+                self._additions = self._plain(seen)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever PEFT raises, the upload is what it does not like
@@ -141,15 +137,23 @@ class AdaptedSpan(Span):
                 f"the adapter does not run in these blocks: {reason}; use another adapter type, or "
                 "bring the blocks home: swarm.own(slice(None))"
             ) from error
-        for site, (_, output) in seen.items():
-            first = output.narrow(-2, 0, 1).float()
-            if (alone[site].float() - first).norm() > _CLOSE * first.norm():
+        for site, expected in alone.items():
+            first = seen[site][1].narrow(-2, 0, 1).float()
+            if (expected.float() - first).norm() > _CLOSE * first.norm():
                 kind = type(layers[site]).__module__.split(".")[2]
                 raise BadRequest(
                     f"adapter: PEFT's {kind} lets the tokens of a batch depend on each other, and "
                     "servers compute them in parts; use another adapter type, or bring the blocks "
                     "home: swarm.own(slice(None))"
                 )
+
+    def _plain(self, seen: Mapping[Site, tuple[torch.Tensor, torch.Tensor]]) -> Additions | None:
+        """What the layers add, if that is all that they did to what they were given."""
+        added = None if self._mixed is None else Additions.of(self._all, self.dtype)
+        if added is None or seen.keys() != self._all.keys():
+            return None
+        agree = (added.agrees(site, self._all[site], *both) for site, both in seen.items())
+        return added if all(agree) else None
 
     @property
     def host(self) -> Span:

@@ -56,11 +56,14 @@ class LowRank:
         if len(names) != 1 or layer.lora_variant:
             return None
         (name,) = names
-        down, up, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
-        products: list[Any] = [down, up]
+        products: list[Any] = [layer.lora_A[name], layer.lora_B[name]]
+        scale: Any = layer.scaling[name]
         if any(type(one) is not nn.Linear or one.bias is not None for one in products):
             return None
-        return cls(down.weight, up.weight, float(scale))
+        # A tensor has another value as soon as the adapter has been uploaded anew.
+        if type(scale) not in {int, float}:
+            return None
+        return cls(products[0].weight, products[1].weight, float(scale))
 
     @property
     def rank(self) -> int:

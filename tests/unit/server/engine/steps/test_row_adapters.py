@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
+import peft
 import pytest
 import torch
 from support.bench import LocalModel
@@ -16,7 +18,11 @@ from support.tiny import tiny_model
 
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.parts.partial import load_blocks
+from swarm_notebook.errors import BadRequest
+from swarm_notebook.server.adapters.file import parse_safetensors
 from swarm_notebook.server.adapters.injection import AdaptedSpan
+from swarm_notebook.server.adapters.layers import parse_description
+from swarm_notebook.server.adapters.upload import Upload, recipe_of
 from swarm_notebook.server.engine.kv.cache import PAGE
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span
@@ -130,6 +136,39 @@ def test_a_layer_that_says_more_than_its_matrices_is_not_told_in_a_table(tmp_pat
         span = server.adapted(1, **options)
         assert span.additions is None
         assert span.host is server.base
+
+
+def test_what_a_layer_says_of_itself_is_tried_first(tmp_path: Path) -> None:
+    """A scale that is no number, or none, is a bad request; one that may change is left to PEFT."""
+    server = Server("llama", tmp_path)
+    tuned = Tuned(server.model, "LoraConfig", seed=1, r=4)
+    file, text = tuned.adapter.packed(*BLOCKS)
+    tensors = parse_safetensors(torch.frombuffer(bytearray(file), dtype=torch.uint8))
+    tensors["scale"] = torch.tensor([2.0])
+
+    def span(scaling: Any) -> AdaptedSpan:
+        told = json.loads(text)
+        for block in told["blocks"].values():
+            for layer in block["layers"].values():
+                layer["attributes"]["scaling"] = scaling
+            block["tensors"]["scale"] = "scale"
+        changed = json.dumps(told).encode()
+        layers = parse_description(changed, BLOCKS, tensors, peft.__version__)
+        recipe = recipe_of(BLOCKS, changed, tensors)
+        return AdaptedSpan(
+            server.base, Upload("mine", 1, recipe, layers, tensors), server.token_wise
+        )
+
+    assert span({"dict": [["default", 2.0]]}).additions is not None
+    assert span({"dict": [["default", {"tensor": "scale"}]]}).additions is None
+    for wrong in (
+        "two",
+        {"dict": []},
+        {"dict": [["default", "two"]]},
+        {"dict": [["default", None]]},
+    ):
+        with pytest.raises(BadRequest, match="does not run in these blocks"):
+            span(wrong)
 
 
 def test_adapters_that_fail_cost_nobody_else_his_graphs(tmp_path: Path) -> None:
