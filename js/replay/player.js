@@ -7,6 +7,7 @@
 import generate from "../src/generate.js";
 import lens from "../src/lens.js";
 import map from "../src/map.js";
+import { FrontEndModel } from "./front_end.js";
 
 /** @typedef {[number, Record<string, any>]} Frame ms since the start, traits that change */
 /** @typedef {{ state: Record<string, any>, frames: Frame[] }} Track */
@@ -49,70 +50,26 @@ function whole(frames) {
   });
 }
 
-/** The front end's side of a widget. */
-export class RecordedModel {
+/** A widget whose kernel is a recording. */
+export class RecordedModel extends FrontEndModel {
   /**
    * @param {Record<string, any>} state
    * @param {(action: string, options: any) => void} answer
    */
   constructor(state, answer) {
+    super(state);
     this.answer = answer;
-    /** @type {Record<string, any>} */
-    this.traits = {};
-    /** @type {Map<string, Set<(...args: any[]) => void>>} */
-    this.listeners = new Map();
-    this.update(state);
   }
-
-  /** @param {string} name */
-  get(name) {
-    return this.traits[name];
-  }
-
-  /**
-   * @param {string} name
-   * @param {any} value
-   */
-  set(name, value) {
-    this.update({ [name]: value });
-  }
-
-  save_changes() {}
 
   /** @param {{ action: string, with: any }} content */
   send(content) {
     this.answer(content.action, content.with);
   }
 
-  /**
-   * @param {string} event
-   * @param {(...args: any[]) => void} listener
-   */
-  on(event, listener) {
-    if (!this.listeners.has(event)) this.listeners.set(event, new Set());
-    this.listeners.get(event)?.add(listener);
-  }
-
-  /**
-   * @param {string} event
-   * @param {(...args: any[]) => void} listener
-   */
-  off(event, listener) {
-    this.listeners.get(event)?.delete(listener);
-  }
-
   /** @param {Record<string, any>} values */
   update(values) {
-    for (const [name, value] of Object.entries(values)) this.traits[name] = unpacked(value);
-    for (const name of Object.keys(values)) this.emit(`change:${name}`);
-  }
-
-  /**
-   * @param {string} event
-   * @param {...any} args
-   */
-  emit(event, ...args) {
-    for (const listener of [...(this.listeners.get(event) ?? [])]) listener(...args);
+    const found = Object.entries(values).map(([name, value]) => [name, unpacked(value)]);
+    super.update(Object.fromEntries(found));
   }
 }
 

@@ -2,18 +2,10 @@
 // which has made it harmless (widgets/parts/markdown.py); everything else is text.
 
 import {
-  OWN_KEYS, act, endInSight, fill, follow, h, isAlive, keepItems, setHtml, setText, widget,
+  OWN_KEYS, act, button, endInSight, fill, follow, h, isAlive, keepItems, set, setHtml, setText, widget,
 } from "./dom.js";
 import {
-  button,
-  isRunning,
-  modelTitle,
-  ownKeys,
-  runFacts,
-  samplingControls,
-  set,
-  stepper,
-  stopButton,
+  isRunning, modelTitle, ownKeys, runFacts, samplingControls, stepper, stopButton,
 } from "./controls.js";
 import { copyButton, downloadButton, exportBar } from "./export.js";
 

@@ -1,6 +1,6 @@
 // What the two widgets that write with a model share: sampling controls, and facts on the run.
 
-import { act, duration, fill, follow, h, number, setText } from "./dom.js";
+import { act, button, duration, fill, follow, h, number, set, setText } from "./dom.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 
@@ -19,17 +19,6 @@ const STATES = /** @type {Record<string, string>} */ ({
   writing: "Generating…",
   stopping: "Stopping after this token; press Stop again to stop at once",
 });
-
-/**
- * Set a trait for Python and all views.
- * @param {Model} model
- * @param {string} trait
- * @param {any} value
- */
-export function set(model, trait, value) {
-  model.set(trait, value);
-  model.save_changes();
-}
 
 /** @param {Model} model */
 export const isRunning = (model) => model.get("state") !== "idle";
@@ -130,15 +119,6 @@ export function samplingControls(model) {
   });
   return { element, end };
 }
-
-/**
- * @param {string} label
- * @param {string} id
- * @param {() => void} press
- * @param {string} [kind]
- */
-export const button = (label, id, press, kind = "") =>
-  h("button", { type: "button", class: kind || null, "data-testid": id, onclick: press }, label);
 
 /**
  * The model's name, and the adapters that take part when it writes.

@@ -187,6 +187,26 @@ export function act(model, action, options = {}) {
 }
 
 /**
+ * Set a trait for Python and all views.
+ * @param {Model} model
+ * @param {string} trait
+ * @param {any} value
+ */
+export function set(model, trait, value) {
+  model.set(trait, value);
+  model.save_changes();
+}
+
+/**
+ * @param {string} label
+ * @param {string} id
+ * @param {() => void} press
+ * @param {string} [kind]
+ */
+export const button = (label, id, press, kind = "") =>
+  h("button", { type: "button", class: kind || null, "data-testid": id, onclick: press }, label);
+
+/**
  * Call `show` now and whenever one of the traits changes; returns what ends that.
  * @param {Model} model
  * @param {string[]} traits
@@ -212,7 +232,7 @@ export function follow(model, traits, show) {
 export function widget(label, kind, build) {
   return ({ model, el }) => {
     const text = h("span", { class: "sn-error-text" });
-    const close = h("button", { type: "button", onclick: () => act(model, "dismiss") }, "Dismiss");
+    const close = button("Dismiss", "dismiss", () => act(model, "dismiss"));
     const panel = h(
       "div",
       { class: "sn-error", role: "alert", "data-testid": "error", hidden: true },

@@ -1,6 +1,6 @@
 // Taking a text out of a view: to the clipboard, or as a file. Neither needs a kernel.
 
-import { h, setText } from "./dom.js";
+import { button, h, setText } from "./dom.js";
 
 const SAID_FOR = 1500; // ms that a button says what it has done
 
@@ -28,16 +28,12 @@ async function toClipboard(text) {
  * @param {() => string} text
  */
 export function copyButton(id, title, text) {
-  const copy = h(
-    "button",
-    { type: "button", "data-testid": id, title, onclick: press },
-    "Copy",
-  );
-  async function press() {
+  const copy = button("Copy", id, async () => {
     await toClipboard(text());
     setText(copy, "Copied");
     setTimeout(() => setText(copy, "Copy"), SAID_FOR);
-  }
+  });
+  copy.title = title;
   return copy;
 }
 
@@ -48,13 +44,13 @@ export function copyButton(id, title, text) {
  * @param {() => string} text
  */
 export function downloadButton(label, id, name, text) {
-  const press = () => {
+  const download = button(label, id, () => {
     const url = URL.createObjectURL(new Blob([text()], { type: "text/plain;charset=utf-8" }));
     h("a", { href: url, download: name }).click();
     URL.revokeObjectURL(url);
-  };
-  const title = `Download ${name}`;
-  return h("button", { type: "button", "data-testid": id, title, onclick: press }, label);
+  });
+  download.title = `Download ${name}`;
+  return download;
 }
 
 /**

@@ -1,17 +1,8 @@
 // Generate: a prompt, Run, Stop, Continue, and the text with its alternatives.
 
-import { act, fill, follow, h, setText, widget } from "./dom.js";
+import { act, button, fill, follow, h, set, setText, widget } from "./dom.js";
 import {
-  button,
-  isRunning,
-  modelTitle,
-  ownKeys,
-  runFacts,
-  samplingControls,
-  set,
-  stepper,
-  stopButton,
-  textArea,
+  isRunning, modelTitle, ownKeys, runFacts, samplingControls, stepper, stopButton, textArea,
 } from "./controls.js";
 import { copyButton, csv, downloadButton, exportBar } from "./export.js";
 import { plainView, tokenView } from "./tokens.js";

@@ -2,7 +2,7 @@
 // A long text is shown a page of tokens at a time, so that the page's elements stay few; pages are
 // counted from its end, where the predictions are that one mostly looks for.
 
-import { act, fill, follow, h, keepItems, setText, widget } from "./dom.js";
+import { act, button, fill, follow, h, keepItems, set, setText, widget } from "./dom.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 /** @typedef {{ top: Uint32Array, chance: Float32Array, entropy: Float32Array, rank: Uint32Array }} Numbers */
@@ -76,7 +76,7 @@ function build({ model, root }) {
 
   const choice = h(
     "select",
-    { "aria-label": "Colour", onchange: () => set("colour", choice.value) },
+    { "aria-label": "Colour", onchange: () => set(model, "colour", choice.value) },
     ...Object.entries(COLOURS).map(([value, label]) => h("option", { value }, label)),
   );
   const word = h("input", {
@@ -86,13 +86,13 @@ function build({ model, root }) {
     title: "· is a space",
     "aria-label": "Token to rank",
   });
-  const rank = h("button", { type: "button", onclick: () => askRank() });
+  const rank = button("", "rank", askRank);
   const form = h("span", { class: "sn-rank" }, word, rank);
   word.addEventListener("keydown", (event) => {
     if (event.key === "Enter") askRank();
   });
-  const earlier = h("button", { type: "button", onclick: () => turn(page - 1) }, "‹ earlier");
-  const later = h("button", { type: "button", onclick: () => turn(page + 1) }, "later ›");
+  const earlier = button("‹ earlier", "earlier", () => turn(page - 1));
+  const later = button("later ›", "later", () => turn(page + 1));
   const range = h("span", { class: "sn-dim", "data-testid": "range" });
   const low = h("span");
   const high = h("span");
@@ -154,18 +154,9 @@ function build({ model, root }) {
     if (word.value && !rank.disabled) act(model, "rank", { token: word.value });
   }
 
-  /**
-   * @param {string} trait
-   * @param {any} value
-   */
-  function set(trait, value) {
-    model.set(trait, value);
-    model.save_changes();
-  }
-
   /** @param {number} cell */
   function select(cell) {
-    set("selected", [blocks[Math.floor(cell / words.length)], first + (cell % words.length)]);
+    set(model, "selected", [blocks[Math.floor(cell / words.length)], first + (cell % words.length)]);
   }
 
   /** @param {number} to */

@@ -2,7 +2,8 @@
 // Rows are kept and changed in place, so that hundreds of them cost little per second.
 
 import {
-  act, bytes, duration, factList, fill, follow, h, keepItems, number, roving, setText, widget,
+  act, button, bytes, duration, factList, fill, follow, h, keepItems, number, roving, set, setText,
+  widget,
 } from "./dom.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
@@ -275,7 +276,7 @@ function build({ model, root }) {
   const blocks = model.get("num_blocks");
   const headline = h("span", { "data-testid": "headline", role: "status" });
   const age = h("span", { class: "sn-dim", "data-testid": "age" });
-  const refresh = h("button", { type: "button", onclick: () => act(model, "refresh") }, "Refresh");
+  const refresh = button("Refresh", "refresh", () => act(model, "refresh"));
   const pace = h("span", { "data-testid": "pace" });
   const bill = h("span", { class: "sn-dim", "data-testid": "bill" });
   const privacy = h("span", { class: "sn-dim", "data-testid": "privacy" });
@@ -336,10 +337,8 @@ function build({ model, root }) {
 
   /** @type {Row[]} */
   const rows = [];
-  const choose = (/** @type {string} */ peer) => {
-    model.set("selected", model.get("selected") === peer ? "" : peer);
-    model.save_changes();
-  };
+  const choose = (/** @type {string} */ peer) =>
+    set(model, "selected", model.get("selected") === peer ? "" : peer);
   const rowOf = (/** @type {Event} */ event) => {
     const element = /** @type {Element} */ (event.target).closest("tbody tr");
     return rows.find((row) => row.element === element);
@@ -387,8 +386,7 @@ function build({ model, root }) {
     });
     keepItems(way, legs, ({ peer, start, end, name, title }) => {
       const onclick = () => {
-        model.set("selected", peer);
-        model.save_changes();
+        set(model, "selected", peer);
         rows.find((one) => one.peer === peer)?.element.scrollIntoView({ block: "nearest" });
       };
       const leg = h("button", { type: "button", class: "sn-leg", title, "aria-label": title, onclick });

@@ -1,6 +1,6 @@
 // A training run: a chart per curve, what it has cost, and the buttons that steer it.
 
-import { act, duration, fill, follow, h, keepItems, number, setText, widget } from "./dom.js";
+import { act, button, duration, fill, follow, h, keepItems, number, set, setText, widget } from "./dom.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 /** @typedef {Array<number | null>} Point */
@@ -240,8 +240,8 @@ function build({ model, root }) {
   const state = h("span", { class: "sn-state", role: "status", "data-testid": "state" });
   const progress = h("progress", { "aria-label": "Progress", max: 1, value: 0 });
   const facts = h("span", { class: "sn-dim", "data-testid": "facts" });
-  const pause = h("button", { type: "button", onclick: () => ask(paused() ? "resume" : "pause") });
-  const stop = h("button", { type: "button", onclick: () => ask("stop") });
+  const pause = button("", "pause", () => ask(model.get("state") === "paused" ? "resume" : "pause"));
+  const stop = button("", "stop", () => ask("stop"));
   const alarm = h("div", { class: "sn-alarm", role: "alert" });
   const hint = h("div", { class: "sn-hint", role: "status", hidden: true });
   const outcome = h("div", { role: "status", "data-testid": "outcome" });
@@ -252,10 +252,7 @@ function build({ model, root }) {
     max: 0.99,
     step: 0.01,
     "data-testid": "smoothing",
-    oninput: () => {
-      model.set("smoothing", Number(slider.value));
-      model.save_changes();
-    },
+    oninput: () => set(model, "smoothing", Number(slider.value)),
   });
   const smoothing = h("label", { class: "sn-dim sn-smoothing" }, "smoothing", slider);
   const told = h("ul", { class: "sn-told", "aria-label": "Failovers", "data-testid": "told" });
@@ -272,10 +269,6 @@ function build({ model, root }) {
   /** @type {Map<string, ReturnType<typeof chart>>} */
   const known = new Map();
   let waiting = 0;
-
-  function paused() {
-    return model.get("state") === "paused";
-  }
 
   /** @param {string} action */
   function ask(action) {

@@ -1,6 +1,9 @@
 // The serve panel: which blocks to lend, start and stop, and what the server does for others.
 
-import { act, bytes, duration, factList, fill, follow, h, number, setText, widget } from "./dom.js";
+import {
+  act, button, bytes, duration, factList, fill, follow, h, number, set, setText, widget,
+} from "./dom.js";
+import { copyButton } from "./export.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 
@@ -45,26 +48,15 @@ function build({ model, root }) {
       "aria-label": label,
       "data-testid": name,
       onchange: () => {
-        if (input.checkValidity() && input.value !== "") {
-          model.set(name, Number(input.value));
-          model.save_changes();
-        }
+        if (input.checkValidity() && input.value !== "") set(model, name, Number(input.value));
       },
     });
     return input;
   };
   const start = bound("start", "first block");
   const end = bound("end", "block after the last");
-  const begin = h(
-    "button",
-    { type: "button", class: "sn-primary", "data-testid": "begin", onclick: () => act(model, "begin") },
-    "Serve",
-  );
-  const stop = h(
-    "button",
-    { type: "button", "data-testid": "stop", onclick: () => act(model, "stop") },
-    "Stop",
-  );
+  const begin = button("Serve", "begin", () => act(model, "begin"), "sn-primary");
+  const stop = button("Stop", "stop", () => act(model, "stop"));
   const span = h("div", { class: "sn-span" });
   const track = h("div", { class: "sn-track", role: "img" }, span);
   const words = h("span", { role: "status", "data-testid": "state" });
@@ -73,19 +65,7 @@ function build({ model, root }) {
   const countList = factList({ class: "sn-counts", "data-testid": "counts" });
   const dl = countList.element;
   const command = h("code", { tabindex: 0, "data-testid": "command" });
-  const copied = "Copied";
-  const copy = h(
-    "button",
-    {
-      type: "button",
-      "data-testid": "copy",
-      onclick: async () => {
-        await navigator.clipboard.writeText(command.textContent ?? "");
-        setText(copy, copied);
-      },
-    },
-    "Copy",
-  );
+  const copy = copyButton("copy", "Copy this line", () => command.textContent ?? "");
   const reach = h("div", { class: "sn-dim", "data-testid": "reach" });
   const needs = h("span", { class: "sn-dim", "data-testid": "needs" });
   const refused = h("span", { class: "sn-refused", role: "alert", "data-testid": "refused" });
@@ -171,7 +151,6 @@ function build({ model, root }) {
       share.hidden = !address || model.get("state") !== "serving";
       const title = model.get("title");
       setText(command, `%swarm connect ${address} --model ${title}`);
-      setText(copy, "Copy");
       const notes = [];
       // A folder's or file's place is another one on each machine.
       if (!title.includes("/")) notes.push(`${title} stands for the model's folder or file on their machine.`);

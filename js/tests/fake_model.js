@@ -1,36 +1,29 @@
-// The front end's side of a widget, without a kernel: traits, their events, and what was sent.
+// A widget on the page of a test: what it sent and saved, and what its view shows.
+
+import { FrontEndModel } from "../replay/front_end.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 
-export class FakeModel {
+export class FakeModel extends FrontEndModel {
   /** @param {Record<string, any>} traits */
   constructor(traits) {
-    /** @type {Record<string, any>} */
-    this.traits = { error: "", ...traits };
+    super({ error: "", ...traits });
     /** @type {any[]} */
     this.sent = [];
     /** @type {Record<string, any>} */
     this.saved = {};
-    /** @type {Map<string, Set<(...args: any[]) => void>>} */
-    this.listeners = new Map();
     /** @type {Record<string, any>} */
     this.unsaved = {};
   }
 
-  /** @param {string} name */
-  get(name) {
-    return this.traits[name];
-  }
-
   /**
-   * As the view does it: the kernel learns of it with `save_changes`.
+   * The kernel learns of it with `save_changes`.
    * @param {string} name
    * @param {any} value
    */
   set(name, value) {
-    this.traits[name] = value;
     this.unsaved[name] = value;
-    this.emit(`change:${name}`);
+    super.set(name, value);
   }
 
   save_changes() {
@@ -41,40 +34,6 @@ export class FakeModel {
   /** @param {any} content */
   send(content) {
     this.sent.push(content);
-  }
-
-  /**
-   * @param {string} event
-   * @param {(...args: any[]) => void} listener
-   */
-  on(event, listener) {
-    if (!this.listeners.has(event)) this.listeners.set(event, new Set());
-    this.listeners.get(event)?.add(listener);
-  }
-
-  /**
-   * @param {string} event
-   * @param {(...args: any[]) => void} listener
-   */
-  off(event, listener) {
-    this.listeners.get(event)?.delete(listener);
-  }
-
-  /**
-   * As the kernel does it: one message changes traits.
-   * @param {Record<string, any>} values
-   */
-  update(values) {
-    Object.assign(this.traits, values);
-    for (const name of Object.keys(values)) this.emit(`change:${name}`);
-  }
-
-  /**
-   * @param {string} event
-   * @param {...any} args
-   */
-  emit(event, ...args) {
-    for (const listener of [...(this.listeners.get(event) ?? [])]) listener(...args);
   }
 
   get listening() {

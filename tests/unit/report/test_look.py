@@ -106,8 +106,10 @@ def test_widgets_have_the_same_colours() -> None:
     assert f"--sn-plus: {PLUS};" in theme
     assert f"--sn-minus: {MINUS};" in theme
     for number, colour in enumerate(SERIES[1:], start=1):
-        assert f'.sn-line[data-run="{number}"] {{ stroke: {colour}; }}' in monitor
-        assert f'.sn-swatch[data-run="{number}"] {{ background: {colour}; }}' in monitor
+        assert f'[data-run="{number}"] {{ --run: {colour}; }}' in monitor
+    for kind, painted in (("line", "stroke"), ("swatch", "background")):
+        (rule,) = re.findall(rf"\.sn-{kind} {{([^}}]*)}}", monitor)
+        assert f"{painted}: var(--run, var(--sn-accent));" in rule
 
 
 @pytest.mark.parametrize("name", SHEETS)
