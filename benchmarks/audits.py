@@ -16,7 +16,8 @@ import argparse
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ from swarm_notebook.server.engine.passes import backward, cast, stateless
 from swarm_notebook.server.engine.requests import Backward, Forward
 from swarm_notebook.server.engine.scheduling.pieces import run_whole
 from swarm_notebook.server.engine.span import Span
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support import liars
 
 LENGTH = 128
 EVIDENCE = (32, 128, 512, 2048)
@@ -145,7 +150,7 @@ def honest(bench: Bench, audits: int) -> Extremes:
 
 
 def evidence(
-    bench: Bench, liars: dict[str, Callable[[Bench], Callable[[], None]]], tokens: int
+    bench: Any, lies: dict[str, liars.Lie], tokens: int
 ) -> dict[str, dict[int, list[float]]]:
     """Ratios of honest servers and of liars, over so many tokens of each taken together."""
     totals: dict[str, list[Errors]] = {}
@@ -156,10 +161,9 @@ def evidence(
         for name, answer in bench.answers(hidden):
             parts = [compare(*part) for part in _windows(answer, reference, twin)]
             totals.setdefault(f"honest, {name}", []).extend(parts)
-        for name, lie in liars.items():
-            undo = lie(bench)
-            answer = bench._run(Forward((bench.start, bench.end), hidden))
-            undo()
+        for name, lie in lies.items():
+            with liars.lying(bench, lie):
+                answer = bench._run(Forward((bench.start, bench.end), hidden))
             parts = [compare(*part) for part in _windows(answer, reference, twin)]
             totals.setdefault(name, []).extend(parts)
     return {
@@ -183,36 +187,9 @@ def _windows(
         yield answer[:, cut], reference[:, cut], None if twin is None else twin[:, cut]
 
 
-def int8_block(bench: Bench) -> Callable[[], None]:
+def int8_block(layers: list[nn.Module]) -> list[Any]:
     """One block in the middle has weights of 8 bits."""
-    layer = bench.layers[len(bench.layers) // 2]
-    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    kept = [module.weight.data.clone() for module in linears]
-    for module in linears:
-        weight = module.weight.data.float()
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        module.weight.data.copy_((weight / scale).round() * scale)
-
-    def undo() -> None:
-        for module, weight in zip(linears, kept, strict=True):
-            module.weight.data.copy_(weight)
-
-    return undo
-
-
-def noise(share: float) -> Callable[[Bench], Callable[[], None]]:
-    """What leaves the last block has so much noise in it."""
-
-    def lie(bench: Bench) -> Callable[[], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            state = output[0] if isinstance(output, tuple) else output
-            noise = torch.randn(state.shape) / state.shape[-1] ** 0.5
-            changed = state + (share * state.float().norm(dim=-1, keepdim=True) * noise).to(state)
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        return bench.layers[-1].register_forward_hook(hook).remove
-
-    return lie
+    return liars.rounded(8)([layers[len(layers) // 2]])
 
 
 def gradients(bench: Bench, audits: int) -> Extremes:
@@ -249,8 +226,8 @@ def main() -> None:
     bench = Bench(start, end, getattr(torch, given.dtype))
     said = {"dtype": given.dtype, "blocks": given.blocks}
     if given.evidence:
-        liars = {"int8 in one block": int8_block, "noise of 0.3 %": noise(0.003)}
-        for name, by_size in evidence(bench, liars, given.evidence).items():
+        lies = {"int8 in one block": int8_block, "noise of 0.3 %": liars.noise(0.003)}
+        for name, by_size in evidence(bench, lies, given.evidence).items():
             spans = {size: [min(all_), max(all_)] for size, all_ in by_size.items() if all_}
             print(json.dumps(said | {"what": name, "ratios": spans}), flush=True)
         return

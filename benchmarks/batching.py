@@ -19,16 +19,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import random
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from bare import STEPS, BareSession, check, cpu_seconds, server_facts
+from common import be_quiet, demo_swarm, report, summary
 
 PROMPTS = [
     "The history of the lighthouse begins with a storm",
@@ -44,10 +42,6 @@ NEW_TOKENS = 48
 REPEATS = 3
 IDLE_SESSIONS, IDLE_STEPS = 64, 30
 IDLE_TIMES = 9
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -74,22 +68,17 @@ def generate(threads: int, sessions: int) -> dict[str, Any]:
     """Notebooks that generate together."""
     import torch
 
-    import swarm_notebook as sn
-
     torch.set_num_threads(threads)
-    with (
-        sn.LocalSwarm(threads=threads) as servers,
-        sn.connect(servers.initial_peers, model=servers.model) as swarm,
-    ):
+    with demo_swarm(threads) as (_, swarm):
         prompts = [PROMPTS[number % len(PROMPTS)] for number in range(sessions)]
-        inputs = [swarm.tokenizer(prompt, return_tensors="pt") for prompt in prompts]  # type: ignore[misc]
+        inputs = [swarm.tokenizer(prompt, return_tensors="pt") for prompt in prompts]
         options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
 
         def run(number: int, clock: Clock | None = None) -> list[list[int]]:
             criteria = [clock or Clock()]
-            return swarm.model.generate(  # type: ignore[operator]
-                **inputs[number], **options, stopping_criteria=criteria
-            ).tolist()
+            made = swarm.model.generate(**inputs[number], **options, stopping_criteria=criteria)
+            tokens: list[list[int]] = made.tolist()
+            return tokens
 
         def measured(numbers: list[int], how: Any) -> tuple[list[list[list[int]]], float, Any]:
             """The tokens, the seconds of all, the seconds of every step."""
@@ -134,14 +123,8 @@ def generate(threads: int, sessions: int) -> dict[str, Any]:
 
 def blocks(threads: int, sessions: int) -> dict[str, Any]:
     """Sessions without their notebooks."""
-    import swarm_notebook as sn
-
-    with (
-        sn.LocalSwarm(threads=threads) as servers,
-        sn.connect(servers.initial_peers, model=servers.model) as swarm,
-    ):
-        connection: Any = swarm.connection
-        size = swarm.model.config.hidden_size  # type: ignore[union-attr]
+    with demo_swarm(threads) as (servers, swarm):
+        connection, size = swarm.connection, swarm.model.config.hidden_size
 
         def fresh(number: int) -> list[BareSession]:
             return [BareSession(connection, size, seed) for seed in range(number)]
@@ -189,14 +172,8 @@ def blocks(threads: int, sessions: int) -> dict[str, Any]:
 
 def idle(threads: int, sessions: int) -> dict[str, Any]:
     """A class of students who mostly read."""
-    import swarm_notebook as sn
-
-    with (
-        sn.LocalSwarm(servers=1, threads=threads) as servers,
-        sn.connect(servers.initial_peers, model=servers.model) as swarm,
-    ):
-        connection: Any = swarm.connection
-        size = swarm.model.config.hidden_size  # type: ignore[union-attr]
+    with demo_swarm(threads, servers=1) as (_, swarm):
+        connection, size = swarm.connection, swarm.model.config.hidden_size
         dice = random.Random(0)
 
         def fresh() -> list[BareSession]:
@@ -256,28 +233,18 @@ def _step_times(crowd: list[BareSession]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("--threads", type=int, default=1, help="per process (default: 1)")
     parser.add_argument("--sessions", type=int, default=8, help="that run together (default: 8)")
     parser.add_argument("--only", nargs="+", choices=["generate", "blocks", "idle"])
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    os.environ["TQDM_DISABLE"] = "1"
+    be_quiet(options.threads)
     parts = {
         "generate": lambda: generate(options.threads, options.sessions),
         "blocks": lambda: blocks(options.threads, options.sessions),
         "idle": lambda: idle(options.threads, IDLE_SESSIONS),
     }
-    report: dict[str, Any] = {
-        "threads": options.threads,
-        "cpus": os.cpu_count(),
-        "sessions": options.sessions,
-    }
-    for name in options.only or parts:
-        say(f"{name}, load {os.getloadavg()[0]:.1f} …")
-        report[name] = parts[name]()
-        say(json.dumps(report[name]))
-    print(json.dumps(report))
+    report(options, parts, sessions=options.sessions)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from common import (
+    be_quiet,
+    demo_swarm,
+    in_turn,
+    local_model,
+    medians,
+    report,
+    seconds,
+    summary,
+    tiny_llama,
+)
 
 PROMPT = "The history of the lighthouse at the end of the cape begins with a storm"
 NEW_TOKENS = 64
@@ -30,24 +40,6 @@ REPEATS = 5
 FRESH_PROCESSES = 3
 PROMPT_TOKENS, PREFILL_REPEATS = 2000, 2
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
-TINY: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 1024,
-}
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def token_seconds(remote: Any, local: Any, ids: Any) -> tuple[float, float]:
@@ -56,27 +48,21 @@ def token_seconds(remote: Any, local: Any, ids: Any) -> tuple[float, float]:
     tokens = [model.generate(ids, **options).tolist() for model in (remote, local)]  # warm-up
     if tokens[0] != tokens[1]:
         raise SystemExit("remote and local tokens differ: a speed is meaningless")
-    times: list[list[float]] = [[], []]
-    for _ in range(REPEATS):
-        for model, found in zip((remote, local), times, strict=True):
-            found.append(seconds(lambda model=model: model.generate(ids, **options)) / NEW_TOKENS)
-    return statistics.median(times[0]), statistics.median(times[1])
+    ours, theirs = medians(
+        in_turn(
+            lambda: remote.generate(ids, **options),
+            lambda: local.generate(ids, **options),
+            REPEATS,
+        )
+    )
+    return ours / NEW_TOKENS, theirs / NEW_TOKENS
 
 
 def demo(threads: int) -> dict[str, Any]:
     """The demo model over two servers: share of the local speed."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import swarm_notebook as sn
-
-    with (
-        sn.LocalSwarm(threads=threads) as servers,
-        sn.connect(servers.initial_peers, model=servers.model) as swarm,
-    ):
-        local = AutoModelForCausalLM.from_pretrained(servers.model, dtype=torch.float32).eval()
-        ids = swarm.tokenizer(PROMPT, return_tensors="pt").input_ids  # type: ignore[misc]
-        ours, theirs = token_seconds(swarm.model, local, ids)
+    with demo_swarm(threads) as (servers, swarm):
+        ids = swarm.tokenizer(PROMPT, return_tensors="pt").input_ids
+        ours, theirs = token_seconds(swarm.model, local_model(servers.model), ids)
     return {
         "remote_tokens_per_s": round(1 / ours, 2),
         "local_tokens_per_s": round(1 / theirs, 2),
@@ -88,15 +74,11 @@ def demo(threads: int) -> dict[str, Any]:
 def tiny(threads: int) -> dict[str, Any]:
     """A tiny Llama over two servers: what a token costs beyond local."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
     import swarm_notebook as sn
 
-    torch.manual_seed(0)
-    local = AutoModelForCausalLM.from_config(LlamaConfig(**TINY), dtype=torch.float32).eval()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tiny-llama"
-        local.save_pretrained(path)
+        path, local = tiny_llama(Path(folder))
         with (
             sn.LocalSwarm(path, threads=threads) as servers,
             sn.connect(servers.initial_peers, model=path) as swarm,
@@ -113,24 +95,17 @@ def tiny(threads: int) -> dict[str, Any]:
 def prefill(threads: int) -> dict[str, Any]:
     """A long prompt over two servers of the demo model: how much sooner than local."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    import swarm_notebook as sn
-
-    with (
-        sn.LocalSwarm(threads=threads) as servers,
-        sn.connect(servers.initial_peers, model=servers.model) as swarm,
-    ):
-        local = AutoModelForCausalLM.from_pretrained(servers.model, dtype=torch.float32).eval()
+    with demo_swarm(threads) as (servers, swarm):
+        local = local_model(servers.model)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, local.config.vocab_size, (1, PROMPT_TOKENS), generator=generator)
-        times: list[list[float]] = [[], []]
-        for _ in range(PREFILL_REPEATS + 1):
-            for model, found in zip((swarm.model, local), times, strict=True):
-                found.append(
-                    seconds(lambda model=model: model.generate(ids, max_new_tokens=1, **GREEDY))
-                )
-        ours, theirs = (statistics.median(found[1:]) for found in times)
+        pairs = in_turn(
+            lambda: swarm.model.generate(ids, max_new_tokens=1, **GREEDY),
+            lambda: local.generate(ids, max_new_tokens=1, **GREEDY),
+            PREFILL_REPEATS + 1,
+        )
+        ours, theirs = medians(pairs[1:])
         trip = statistics.mean(swarm.connection.directory.rtt.values())
     return {
         "tokens": PROMPT_TOKENS,
@@ -213,7 +188,7 @@ opened: list[Any] = []
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("--threads", type=int, default=1, help="per process (default: 1)")
     parser.add_argument(
         "--only", nargs="+", choices=["demo", "tiny", "prefill", "connect", "embedded"]
@@ -222,23 +197,18 @@ def main() -> None:
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--peers", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    os.environ["TQDM_DISABLE"] = "1"
+    be_quiet(options.threads)
     if options.child:
         child(options.peers, options.model)
         return
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
+    parts = {
         "demo": lambda: demo(options.threads),
         "tiny": lambda: tiny(options.threads),
         "prefill": lambda: prefill(options.threads),
         "connect": connect,
         "embedded": embedded,
     }
-    report: dict[str, Any] = {"threads": options.threads, "cpus": os.cpu_count()}
-    for name in options.only or parts:
-        say(f"{name}, load {os.getloadavg()[0]:.1f} …")
-        report[name] = parts[name]()
-    print(json.dumps(report))
+    report(options, parts)
 
 
 if __name__ == "__main__":

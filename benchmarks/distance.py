@@ -28,7 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from decode import TINY, say
+from common import be_quiet, say, summary, tiny_llama
 from links import PROFILES, Link, Machines
 
 START_SECONDS = 120
@@ -39,7 +39,7 @@ PROMPT = f"{TEXT}\n{TEXT}\n{TEXT}\n    self.height = height"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("--profiles", nargs="*", choices=PROFILES, help="some of them, or all")
     parser.add_argument("--delays", nargs="+", type=float, default=[0.5, 10, 50, 150])
     parser.add_argument("--jitter", type=float, default=0.0, help="deviation, ms; see links.Link")
@@ -50,8 +50,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["TQDM_DISABLE"] = "1"
+    be_quiet(threads=1)
     if options.child:
         model, *peers = options.child
         print(json.dumps(child(model, peers, options.tokens)))
@@ -74,19 +73,14 @@ def main() -> None:
 
 def build(which: str, folder: Path) -> str:
     """The model's folder; the tiny one is made, with the demo model's tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    from transformers import AutoConfig, AutoTokenizer
 
     from swarm_notebook.checkpoint.files.demo import demo_model
 
     demo = str(demo_model())
     if which == "demo":
         return demo
-    torch.manual_seed(0)
-    vocabulary = AutoConfig.from_pretrained(demo).vocab_size
-    config = LlamaConfig(**{**TINY, "vocab_size": vocabulary})
-    path = folder / "tiny-llama"
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    path, _ = tiny_llama(folder, vocab_size=AutoConfig.from_pretrained(demo).vocab_size)
     AutoTokenizer.from_pretrained(demo).save_pretrained(path)
     return str(path)
 

@@ -15,22 +15,16 @@ import argparse
 import json
 import random
 import statistics
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
-from audits import Bench, texts
+from audits import Bench, liars, texts
 
 from swarm_notebook.client.audit import limits
 from swarm_notebook.client.audit.choice import PieceSampler
 from swarm_notebook.client.audit.comparison import compare
 from swarm_notebook.server.engine.requests import Forward
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-from support import liars
 
 # The goal is said of two audits of so many tokens each.
 AUDITS, TOKENS = 2, limits.MIN_TOKENS

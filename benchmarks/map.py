@@ -59,14 +59,18 @@ def read(directory: Directory) -> None:
     directory.snapshot = Snapshot(tuple(spans), time.time())
 
 
-def main() -> None:
-    """Measure and print."""
-    directory = crowd()
+def shown_of(directory: Directory) -> Any:
+    """The map of it, which needs a kernel no more than a network."""
     connection: Any = SimpleNamespace(directory=directory, is_open=True)
     source: Any = SimpleNamespace(name="big", tokenizer=lambda: None)
     model: Any = None
-    swarm = Swarm(source, model, connection, None)
-    shown = SwarmMap(swarm)
+    return SwarmMap(Swarm(source, model, connection, None))
+
+
+def main() -> None:
+    """Measure and print."""
+    directory = crowd()
+    shown = shown_of(directory)
     sent = [0]
     shown._send = lambda message, **_: sent.append(len(json.dumps(message["state"])))
     timeline = Timeline(time.perf_counter())

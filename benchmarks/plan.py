@@ -21,17 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common import tiny_llama
+
 CONTEXT, NEW_TOKENS, TURNS = 128, 16, 6
 PROMPT_TOKENS = 512
 LOOPBACK = "0.3ms:1GB/s"
-TINY: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 1024,
-}
 PARTS = ("compute", "queue", "network", "serialisation")
 
 
@@ -120,14 +114,10 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["float32"])
     options = parser.parse_args()
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        tiny = Path(folder) / "tiny-llama"
-        AutoModelForCausalLM.from_config(LlamaConfig(**TINY), dtype=torch.float32).save_pretrained(
-            tiny
-        )
+        tiny, _ = tiny_llama(Path(folder))
         for name in options.models:
             for weights in options.weights:
                 for servers in options.servers:

@@ -13,58 +13,24 @@ import argparse
 import gc
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM
+from common import in_turn, local_model, medians
 
 import swarm_notebook as sn
-from swarm_notebook.net.wire import streams
 
 ROWS, LENGTH = 4, 64
 READ_ROWS = 32
 
 
-class Traffic:
-    """Bytes of all frames of this process, counted where they are written and read."""
-
-    def __init__(self) -> None:
-        self.sent = self.received = 0
-        write, receive = streams.Stream._write, streams.Stream.receive
-
-        def counted_write(stream: Any, marker: int, data: bytes) -> None:
-            self.sent += len(data)
-            write(stream, marker, data)
-
-        async def counted_receive(stream: Any, kind: Any) -> Any:
-            message = await receive(stream, kind)
-            self.received += 0 if message is None else message.ByteSize()
-            return message
-
-        streams.Stream._write = counted_write  # type: ignore[method-assign]
-        streams.Stream.receive = counted_receive  # type: ignore[method-assign]
-
-    def take(self) -> tuple[int, int]:
-        both = self.sent, self.received
-        self.sent = self.received = 0
-        return both
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def compare(ours: Callable[[], Any], theirs: Callable[[], Any], steps: int) -> dict[str, float]:
     """Medians of both and their ratio, measured in turn after a warm-up."""
     ours(), theirs()
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(steps)]
-    mine = statistics.median(pair[0] for pair in pairs)
-    local = statistics.median(pair[1] for pair in pairs)
+    pairs = in_turn(ours, theirs, steps)
+    mine, local = medians(pairs)
     ratio = statistics.median(a / b for a, b in pairs)
     return {"remote_s": round(mine, 3), "local_s": round(local, 3), "ratio": round(ratio, 3)}
 
@@ -81,9 +47,9 @@ def trainer(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
     return step
 
 
-def measure(servers: sn.LocalSwarm, steps: int, traffic: Traffic) -> dict[str, Any]:
+def measure(servers: sn.LocalSwarm, steps: int) -> dict[str, Any]:
     swarm = sn.connect(servers.initial_peers, model=servers.model)
-    local = AutoModelForCausalLM.from_pretrained(servers.model, dtype=torch.float32).eval()
+    local = local_model(servers.model)
     local.requires_grad_(False)
     torch.manual_seed(0)
     ids = torch.randint(0, local.config.vocab_size, (ROWS, LENGTH))
@@ -99,12 +65,12 @@ def measure(servers: sn.LocalSwarm, steps: int, traffic: Traffic) -> dict[str, A
     ours, theirs = (peft.get_peft_model(model, lora) for model in (swarm.model, local))
     step = trainer(ours, batch)
     results["lora"] = compare(step, trainer(theirs, batch), steps)
-    traffic.take()
+    before = swarm.bill()
     step()
-    sent, received = traffic.take()
+    bill = swarm.bill() - before
     results["lora"] |= {
-        "sent_bytes": sent,
-        "received_bytes": received,
+        "sent_bytes": bill.sent,
+        "received_bytes": bill.received,
         "trainable_bytes": sum(p.nbytes for p in ours.parameters() if p.requires_grad),
     }
     plain = ours.unload()
@@ -128,7 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with sn.LocalSwarm(servers=2, threads=1) as servers:
-        results = measure(servers, arguments.steps, Traffic())
+        results = measure(servers, arguments.steps)
     print(json.dumps({"benchmark": "training", "rows": ROWS, "length": LENGTH, **results}))
 
 

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -29,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from browser.chromium import chromium
 from browser.lab import jupyter_lab
 from browser.notebook import Notebook
+from common import say
+from map import BLOCKS, SERVERS, crowd, read, shown_of
 from playwright.sync_api import Browser
 
 TOKENS = 60
-SERVERS, BLOCKS = 100, 126
 UPDATES = 40
 
 CONNECT = """
@@ -107,10 +107,6 @@ PAGE = """async ([script, style, traits]) => {
 }"""
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def tokens(browser: Browser, folder: Path) -> dict[str, Any]:
     """Tokens on their way to the page, and the main thread's part in it."""
     with jupyter_lab(folder) as lab:
@@ -145,54 +141,10 @@ def tokens(browser: Browser, folder: Path) -> dict[str, Any]:
     }
 
 
-class Large:
-    """Stands for a connected swarm; each look at its status finds other round trips."""
-
-    connected = True
-
-    def __init__(self) -> None:
-        self.round = 0
-
-    def status(self, *, refresh: bool = True) -> Any:
-        from swarm_notebook.report.status import ServerRow, SwarmStatus
-
-        self.round += 1
-        width = 2 * BLOCKS // SERVERS + 6
-        rows = [
-            ServerRow(
-                name=f"server-{number}",
-                peer_id=f"12D3KooW{number:044d}",
-                start=(start := number * (BLOCKS - width) // (SERVERS - 1)),
-                end=start + width,
-                state="online",
-                rtt=0.01 + 0.0001 * ((number + self.round) % 97),
-                block_rps=300.0,
-                dtype="bfloat16",
-                cache_left=10_000 + self.round,
-                cache_total=65_536,
-                version="0.1.0",
-            )
-            for number in range(SERVERS)
-        ]
-        return SwarmStatus("org/large", BLOCKS, tuple(rows))
-
-    def events(self) -> Any:
-        from swarm_notebook.client.telemetry import Telemetry
-
-        return Telemetry().subscribe()
-
-    def bill(self) -> Any:
-        return SimpleNamespace(servers=(), line="")
-
-    def route(self) -> Any:
-        return SimpleNamespace(hops=())
-
-
 def map_update(browser: Browser) -> dict[str, Any]:
     """A whole new state of a large swarm, through the map's own Python and JavaScript."""
-    from swarm_notebook.widgets import SwarmMap
-
-    shown: Any = SwarmMap(Large())  # type: ignore[arg-type]
+    directory = crowd()
+    shown = shown_of(directory)
     traits = {name: shown.get_state()[name] for name in shown.keys if not name.startswith("_")}
     page = browser.new_page(viewport={"width": 1100, "height": 900})
     page.evaluate(PAGE, [shown._esm, shown._css, traits])
@@ -201,6 +153,7 @@ def map_update(browser: Browser) -> dict[str, Any]:
     python, script, size = [], [], []
     for _ in range(UPDATES):
         sent.clear()
+        read(directory)
         began = time.perf_counter()
         shown._tell_facts()
         python.append(1000 * (time.perf_counter() - began))
