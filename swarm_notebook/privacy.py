@@ -12,12 +12,13 @@ from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model import inversion
+from swarm_notebook.net.wire.tensors import float_dtype
 from swarm_notebook.report.privacy import Boundary, Privacy
 
 # Where greedy inversion is tried unless it is said: deeper costs more and shows the same.
 _DEFAULT = (1, 2, 4)
 # The coarsest first: what rounds most decides when a guess fits.
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def examine(
@@ -102,8 +103,8 @@ def _seen_by(route: Sequence[RouteSegment], boundary: int) -> tuple[str, ...]:
 
 
 def _coarsest(route: Sequence[RouteSegment], own: torch.dtype) -> torch.dtype:
-    named = {part.span.info.torch_dtype for part in route} | {str(own).removeprefix("torch.")}
-    return next((dtype for name, dtype in _DTYPES.items() if name in named), torch.float32)
+    used = {float_dtype(part.span.info.torch_dtype) for part in route} | {own}
+    return next((half for half in _HALVES if half in used), torch.float32)
 
 
 def _share(guesses: Sequence[int], ids: torch.Tensor) -> float:

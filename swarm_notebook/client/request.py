@@ -33,8 +33,6 @@ INLINE_BYTES = 128 << 10
 
 T = TypeVar("T")
 
-_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass
 class Request:
@@ -136,8 +134,8 @@ class Request:
 
 def travelling(hidden: torch.Tensor, span: ServerSpan) -> torch.Tensor:
     """Hidden states as they are sent: not more exactly than the server computes."""
-    half = _HALVES.get(span.info.torch_dtype or "")
-    return hidden.to(half) if half is not None and hidden.dtype == torch.float32 else hidden
+    half = tensors.float_dtype(span.info.torch_dtype)
+    return hidden if half is None or hidden.dtype != torch.float32 else hidden.to(half)
 
 
 def refuse_extensions(span: ServerSpan, server: str, request: Request) -> None:
@@ -175,6 +173,17 @@ class Outputs:
 
     states: dict[int, torch.Tensor]
     inner: dict[tuple[int, str], torch.Tensor]
+
+
+def joined(parts: Sequence[Outputs], dim: int) -> Outputs:
+    """The outputs of groups of rows (``dim`` 0), or of parts of a pass (1), as those of all."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    return Outputs(
+        {key: torch.cat([part.states[key] for part in parts], dim) for key in first.states},
+        {key: torch.cat([part.inner[key] for part in parts], dim) for key in first.inner},
+    )
 
 
 def answer_bytes(request: Request) -> int:

@@ -81,6 +81,12 @@ class Failover(NamedTuple):
     reason: str
     when: float
 
+    @classmethod
+    def of(cls, lost: RouteSegment, reason: object) -> Failover:
+        """One that happens now."""
+        name, now = lost.span.name, time.perf_counter()
+        return cls(lost.peer, name, lost.start, lost.end, str(reason), now)
+
 
 Event = StepRecord | Failover
 

@@ -22,7 +22,7 @@ from swarm_notebook.client.servers.detector import is_done
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, prompt_seconds
 from swarm_notebook.errors import RemoteError, ServerFailed, ServerGone
-from swarm_notebook.net.wire.streams import ByteMeter, Stream
+from swarm_notebook.net.wire.streams import ByteMeter, Stream, abort_opened
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -149,16 +149,10 @@ async def open_stream(
         except asyncio.CancelledError:
             if watch.verdict:
                 raise watch.error(server) from None
-            opening.add_done_callback(_abort)
+            opening.add_done_callback(abort_opened)
             raise
         finally:
             opening.cancel()
-
-
-def _abort(opening: asyncio.Future[Stream]) -> None:
-    """End a stream that came when nobody waited for it any more."""
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().abort()
 
 
 def seconds_elsewhere(segment: RouteSegment, tokens: int, size: int) -> float:

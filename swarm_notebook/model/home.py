@@ -8,9 +8,8 @@ it and begins again behind it, so every stretch of blocks at home costs one more
 
 from __future__ import annotations
 
-import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 
 from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.checkpoint.parts.partial import load_blocks
+from swarm_notebook.client.servers.routing import block_runs, describe_blocks
 from swarm_notebook.errors import BlocksOutOfRange, Unsupported
 from swarm_notebook.model.blocks.base_modules import base_of
 from swarm_notebook.model.blocks.placeholders import (
@@ -26,7 +26,6 @@ from swarm_notebook.model.blocks.placeholders import (
     make_real,
     make_remote,
     remote_buffer,
-    remote_parameter,
 )
 from swarm_notebook.model.blocks.remote import become
 from swarm_notebook.progress import Waiting
@@ -90,13 +89,12 @@ def bring_home(model: Any, source: ModelSource, blocks: Sequence[int]) -> None:
     runner = model._runner
     missing = [block for block in blocks if block not in runner.home]
     device = model.get_input_embeddings().weight.device
-    for run in _runs(missing):
-        read = _Read()
-        with Waiting(
-            f"Loading {_names(run)} of {source.name}", total=100, unit="%", count=read.percent
-        ):
+    for start, end in block_runs(missing):
+        run, read = range(start, end), _Read()
+        what = f"Loading {describe_blocks(run)} of {source.name}"
+        with Waiting(what, total=100, unit="%", count=read.percent):
             loaded = load_blocks(
-                source, run[0], run[-1] + 1, dtype=model.dtype, device=device, progress=read
+                source, start, end, dtype=model.dtype, device=device, progress=read
             )
         plans = [
             _fillings(runner.blocks[block], real, block)
@@ -115,12 +113,7 @@ def send_away(model: Any, blocks: Iterable[int]) -> None:
     runner = model._runner
     for index in set(blocks) & runner.home:
         block = runner.blocks[index]
-        for owner, name, path, tensor in _tensors(block):
-            origin = Origin(index, path, model._tensors.read, weakref.ref(block))
-            if name in owner._buffers:
-                owner._buffers[name] = remote_buffer(tensor, origin)
-            else:
-                make_remote(tensor, origin)
+        empty(model, block, index)
         become(block, own=False)
     model._runner.home_changed()
 
@@ -131,23 +124,13 @@ def weight_bytes(block: nn.Module) -> int:
 
 
 def empty(model: Any, block: nn.Module, index: int) -> None:
-    """Let the tensors of a block that was just built be read from the checkpoint when asked for."""
+    """Let the tensors of a block be read from the checkpoint when they are asked for."""
     for owner, name, path, tensor in _tensors(block):
         origin = Origin(index, path, model._tensors.read, weakref.ref(block))
         if name in owner._buffers:
             owner._buffers[name] = remote_buffer(tensor, origin)
         else:
-            owner._parameters[name] = remote_parameter(tensor, origin)
-
-
-def _runs(blocks: Sequence[int]) -> Iterator[list[int]]:
-    """Neighbouring blocks together: they are loaded at once."""
-    for _, run in itertools.groupby(enumerate(blocks), lambda pair: pair[1] - pair[0]):
-        yield [block for _, block in run]
-
-
-def _names(run: Sequence[int]) -> str:
-    return f"block {run[0]}" if len(run) == 1 else f"blocks {run[0]}:{run[-1] + 1}"
+            make_remote(tensor, origin)
 
 
 def _tensors(block: nn.Module) -> list[tuple[nn.Module, str, str, Any]]:

@@ -15,7 +15,7 @@ from swarm_notebook.texts import clean
 if TYPE_CHECKING:
     import pandas as pd
 
-Count = TypeVar("Count", bound=int | None)
+Count = TypeVar("Count", bound=int | str | None)
 
 UNKNOWN = "-"
 # What stands in the place of a server's name for blocks at home.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from swarm_notebook.client.servers.routing import token_seconds
+from swarm_notebook.client.servers.routing import block_runs, token_seconds
 from swarm_notebook.report.base import ModelReport
-from swarm_notebook.report.formatting import HERE, data_frame, runs, text_table
+from swarm_notebook.report.formatting import HERE, data_frame, text_table
 from swarm_notebook.report.html import block_bar, head, number_cell, peer_cell, table, view
 from swarm_notebook.texts import clean
 
@@ -85,6 +85,5 @@ def route_of(model: str, directory: Directory) -> RouteTable:
         RouteHop(segment.start, segment.end, segment.peer, segment.span.name, 1000 * seconds)
         for segment, seconds in zip(chain, token_seconds(chain, directory.links), strict=True)
     ]
-    at_home = [index in directory.home for index in range(directory.num_blocks)]
-    hops += [RouteHop(start, end, "", HERE, 0.0) for start, end, home in runs(at_home) if home]
+    hops += [RouteHop(start, end, "", HERE, 0.0) for start, end in block_runs(directory.home)]
     return RouteTable(model, tuple(sorted(hops, key=lambda hop: hop.start)))

@@ -22,7 +22,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from swarm_notebook.client.audit.interface import Outcomes
-from swarm_notebook.client.servers.routing import describe_blocks
+from swarm_notebook.client.servers.routing import block_runs, describe_blocks
 from swarm_notebook.net.dht.records import ServerSpan, ServerState
 from swarm_notebook.net.wire.tensors import COMPRESSIONS
 from swarm_notebook.report.base import ModelReport
@@ -192,8 +192,7 @@ class SwarmStatus(ModelReport):
     @property
     def home_runs(self) -> list[tuple[int, int]]:
         """The blocks that run in the notebook, as ``(start, end)``."""
-        at_home = [block in self.home for block in range(self.num_blocks)]
-        return [(start, end) for start, end, home in runs(at_home) if home]
+        return block_runs(self.home)
 
     @property
     def missing(self) -> list[int]:

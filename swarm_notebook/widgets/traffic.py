@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swarm_notebook.client.telemetry import Event, Failover, HopTimes, StepRecord
+from swarm_notebook.report.formatting import runs
 
 # Speed is of the last few seconds, or it would show what was; failovers are a list for the eye.
 SPEED_SECONDS = 3.0
@@ -103,13 +104,8 @@ class NotebookTraffic:
 def route_of_hops(hops: Iterable[HopTimes]) -> list[tuple[str, int, int]]:
     """Who computed which blocks last, neighbours of one server as one."""
     last = {block: hop.peer for hop in hops for block in range(hop.start, hop.end)}
-    found: list[tuple[str, int, int]] = []
-    for block in sorted(last):
-        if found and found[-1][0] == last[block] and found[-1][2] == block:
-            found[-1] = (last[block], found[-1][1], block + 1)
-        else:
-            found.append((last[block], block, block + 1))
-    return found
+    peers = [last.get(block) for block in range(max(last, default=-1) + 1)]
+    return [(peer, start, end) for start, end, peer in runs(peers) if peer is not None]
 
 
 def _mend(loss: LostServer, step: StepRecord) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from swarm_notebook.client.servers.routing import block_runs
+
 
 @dataclass(frozen=True)
 class Token:
@@ -66,15 +68,8 @@ class Draft:
 
     def touched(self, peers: Collection[str]) -> list[tuple[int, int]]:
         """Runs ``(start, end)`` of written tokens in which these servers had a part."""
-        runs: list[tuple[int, int]] = []
-        for at, token in enumerate(list(self.tokens)):
-            if token.servers.isdisjoint(peers):
-                continue
-            if runs and runs[-1][1] == at:
-                runs[-1] = (runs[-1][0], at + 1)
-            else:
-                runs.append((at, at + 1))
-        return runs
+        tokens = enumerate(list(self.tokens))
+        return block_runs(at for at, token in tokens if not token.servers.isdisjoint(peers))
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,10 +28,11 @@ from swarm_notebook.client.audit.interface import Outcomes
 from swarm_notebook.client.audit.piece import Piece
 from swarm_notebook.client.audit.verdicts import AGREED, HERE, OPEN, WRONG, Verdict, Verdicts
 from swarm_notebook.client.passes.backward import PassGradients, backward_segment
+from swarm_notebook.client.passes.call import server_name
 from swarm_notebook.client.passes.forward import forward_segment
 from swarm_notebook.client.request import Request
 from swarm_notebook.client.servers.directory import Directory
-from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
+from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.session.history import History
 from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import MissingBlocks, ModelNotFound, RemoteError, Unsupported
@@ -205,7 +205,7 @@ class Auditor:
                 second = await self._replay(found, {segment.peer, *first.peers})
             if second is None:
                 said = f"{', '.join(first.by)} disagrees, and nobody else can decide: {why}"
-                logger.warning("audit of %s: %s", _name(segment), said)
+                logger.warning("audit of %s: %s", server_name(segment), said)
                 return _verdict(found, OPEN, by=first.by, why=said, errors=errors)
             errors, again = await self._compare(found, second)
             if not again:
@@ -237,7 +237,7 @@ class Auditor:
             self._evidence.forget(segment.peer)
             return self._wrong(found, replay.by, why, errors, proves=False)
         said = f"{', '.join(replay.by)} disagrees, and others are asked from now on: {why}"
-        logger.warning("audits of %s: %s", _name(segment), said)
+        logger.warning("audits of %s: %s", server_name(segment), said)
         return _verdict(found, OPEN, by=replay.by, why=said, errors=errors)
 
     def _wrong(
@@ -254,12 +254,9 @@ class Auditor:
 
     def _condemn(self, segment: RouteSegment, reason: str) -> None:
         self._directory.health.wrong[segment.peer] = reason
-        said = f"found wrong {reason}"
-        logger.warning("%s was left for good: %s", _name(segment), said)
-        report = Failover(
-            segment.peer, segment.span.name, segment.start, segment.end, said, time.perf_counter()
-        )
-        self._directory.telemetry.lost(self._directory.telemetry.latest, report)
+        said, telemetry = f"found wrong {reason}", self._directory.telemetry
+        logger.warning("%s was left for good: %s", server_name(segment), said)
+        telemetry.lost(telemetry.latest, Failover.of(segment, said))
 
     def _condemn_witness(self, found: Piece, first: _Replay, second: _Replay) -> None:
         """The server was right, and so whoever spoke against it is not."""
@@ -372,10 +369,6 @@ class Auditor:
             gathered.prompts.update(got.prompts)
             gathered.weights.update(got.weights)
         return gathered
-
-
-def _name(segment: RouteSegment) -> str:
-    return f"server {segment.span.name} ({describe_blocks(range(segment.start, segment.end))})"
 
 
 def _verdict(

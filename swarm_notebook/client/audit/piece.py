@@ -13,13 +13,10 @@ import torch
 
 from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.client.request import Request, travelling
+from swarm_notebook.client.servers.bits import WHOLE_BITS
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.session.history import Computed, History
 from swarm_notebook.net.wire import tensors
-
-# Of a weight that is not quantised.
-WHOLE_BITS = 16
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def dtype_of(segment: RouteSegment) -> torch.dtype | None:
     """What a server says it computes in; None if audits cannot tell what that gives."""
     info = segment.span.info
     whole = info.quant_type in (None, "none") and segment.span.weight_bits >= WHOLE_BITS
-    return _DTYPES.get(info.torch_dtype or "") if whole else None
+    return tensors.float_dtype(info.torch_dtype) if whole else None
 
 
 def of_pass(

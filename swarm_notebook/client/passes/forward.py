@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import time
 import uuid
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from swarm_notebook.client.request import (
     Request,
     answer_bytes,
     beside_loop,
+    joined,
     read_outputs,
     refuse_extensions,
     travelling,
@@ -84,7 +84,7 @@ async def forward(
         [_forward_rows(directory, take_rows(request, rows), chain, keep) for rows in groups]
     )
     trails = [Trail(rows, segments) for rows, (_, segments) in zip(groups, results, strict=True)]
-    return _join([outputs for outputs, _ in results]), trails
+    return joined([outputs for outputs, _ in results], dim=0), trails
 
 
 def _cut(chain: Sequence[RouteSegment], request: Request) -> list[RouteSegment]:
@@ -281,20 +281,6 @@ class Refusals:
 def give_up(directory: Directory, segment: RouteSegment, error: RemoteError) -> None:
     """Avoid a server that failed, and say that its part goes elsewhere."""
     directory.failed(segment.peer, error)
-    report = Failover(
-        segment.peer, segment.span.name, segment.start, segment.end, str(error), time.perf_counter()
-    )
-    directory.telemetry.lost(None, report)
+    directory.telemetry.lost(None, Failover.of(segment, error))
     blocks = describe_blocks(range(segment.start, segment.end))
     logger.warning("%s; repeating %s on another server", error, blocks)
-
-
-def _join(groups: Sequence[Outputs]) -> Outputs:
-    """The outputs of all groups as those of one batch."""
-    if len(groups) == 1:
-        return groups[0]
-    first = groups[0]
-    return Outputs(
-        {key: torch.cat([group.states[key] for group in groups]) for key in first.states},
-        {key: torch.cat([group.inner[key] for group in groups]) for key in first.inner},
-    )

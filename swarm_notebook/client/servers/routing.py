@@ -310,14 +310,18 @@ def uncovered(spans: Sequence[ServerSpan], start: int, end: int) -> list[int]:
     return [block for block in range(start, end) if block not in covered]
 
 
+def block_runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """Runs ``[start, end)`` of neighbouring numbers."""
+    runs: list[tuple[int, int]] = []
+    for block in sorted(blocks):
+        start = runs.pop()[0] if runs and runs[-1][1] == block else block
+        runs.append((start, block + 1))
+    return runs
+
+
 def block_slices(blocks: Iterable[int]) -> str:
     """Block numbers, runs of them as slices: ``0:15, 20, 22``."""
-    runs: list[list[int]] = []
-    for block in sorted(blocks):
-        if runs and runs[-1][1] == block:
-            runs[-1][1] = block + 1
-        else:
-            runs.append([block, block + 1])
+    runs = block_runs(blocks)
     return ", ".join(f"{first}" if last == first + 1 else f"{first}:{last}" for first, last in runs)
 
 

@@ -8,8 +8,8 @@ When all that are left would refuse as well, the step fails with what they say.
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
+from dataclasses import replace
 
 from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.servers.routing import describe_blocks
@@ -87,9 +87,8 @@ class FailoverPolicy:
 
     def _lose(self, hop: Hop, error: RemoteError) -> None:
         self._chain.drop(hop)
-        peer, name = hop.segment.peer, hop.segment.span.name
-        report = Failover(peer, name, hop.start, hop.end, str(error), time.perf_counter())
-        self._directory.telemetry.lost(self._timeline, report)
+        peer, lost = hop.segment.peer, replace(hop.segment, start=hop.start, end=hop.end)
+        self._directory.telemetry.lost(self._timeline, Failover.of(lost, error))
         blocks = describe_blocks(range(hop.start, hop.end))
         if isinstance(error, (BadRequest, CacheFull, NotAMember, ServerBusy)):
             self._refuse(hop, error)

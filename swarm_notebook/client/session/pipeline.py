@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from swarm_notebook.client.request import Outputs, Request, ServerReport
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.session.history import Pass
@@ -244,14 +242,3 @@ def part_tokens(span: ServerSpan) -> int:
     if not single or not many:
         return PART_TOKENS
     return int(min(max(PART_STEPS * many / single, MIN_PART_TOKENS), MAX_PART_TOKENS))
-
-
-def join(parts: Sequence[Outputs]) -> Outputs:
-    """The outputs of the parts of a pass as those of the whole."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    return Outputs(
-        {key: torch.cat([part.states[key] for part in parts], dim=1) for key in first.states},
-        {key: torch.cat([part.inner[key] for part in parts], dim=1) for key in first.inner},
-    )

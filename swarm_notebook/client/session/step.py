@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from swarm_notebook.client.request import Outputs
+from swarm_notebook.client.request import Outputs, joined
 from swarm_notebook.client.session.chain import Chain
 from swarm_notebook.client.session.failover import FailoverPolicy
 from swarm_notebook.client.session.history import Computed, History, Pass
-from swarm_notebook.client.session.pipeline import HopLost, Stage, join, run_pipeline, split
+from swarm_notebook.client.session.pipeline import HopLost, Stage, run_pipeline, split
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.errors import RemoteError
 
@@ -112,7 +112,7 @@ class StepRun:
         for stage, found in zip(stages, got, strict=True):
             if len(found) < len(parts):
                 return stage.start, lost
-            whole = join(found)
+            whole = joined(found, dim=1)
             outputs.states.update(whole.states)
             outputs.inner.update(whole.inner)
             audited = self._directory.audits is not None

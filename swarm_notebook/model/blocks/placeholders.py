@@ -52,22 +52,19 @@ class RemoteTensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _COSTLESS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return _as_it_is(func, args, kwargs)
         first = args[0] if args else next(iter(kwargs.values()), None)
         if func in _CONVERSIONS and isinstance(first, RemoteTensor):
             return _converted(func, first, args, kwargs)
         if func == torch.Tensor.is_contiguous:
             return True
         if func == _SET_DATA and isinstance(args[1], RemoteTensor) and _same(first, args[1]):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return _as_it_is(func, args, kwargs)
         if func in _SWITCHES:
             wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
             if wanted:
                 _refuse(first, "requires_grad")
-            with torch._C.DisableTorchFunctionSubclass():
-                result = func(*args, **kwargs)
+            result = _as_it_is(func, args, kwargs)
             if isinstance(first, Detached):
                 first.__class__ = RemoteParameter  # type: ignore[assignment]
             return result
@@ -119,8 +116,7 @@ class ReadView(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _COSTLESS or func in _SWITCHES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return _as_it_is(func, args, kwargs)
         _refuse_write(func, args[0] if args else next(iter(kwargs.values()), None), kwargs)
         return _read(func, args, kwargs)
 
@@ -132,15 +128,8 @@ class ReadView(torch.Tensor):
         return _real(self).__reduce_ex__(protocol)
 
 
-def remote_parameter(tensor: torch.Tensor, origin: Origin) -> RemoteParameter:
-    """A parameter of the shape, dtype and device of a tensor, with its values at an origin."""
-    zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
-    made: RemoteParameter = _wrap(RemoteParameter, zero, tensor.shape, origin)
-    return made
-
-
 def remote_buffer(tensor: torch.Tensor, origin: Origin) -> RemoteTensor:
-    """The same for a buffer."""
+    """A tensor of the shape, dtype and device of another one, with its values at an origin."""
     zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
     made: RemoteTensor = _wrap(RemoteTensor, zero, tensor.shape, origin)
     return made
@@ -174,6 +163,12 @@ def _wrap(kind: type, zero: torch.Tensor, shape: torch.Size, origin: Origin) -> 
 def _bare(tensor: torch.Tensor) -> torch.Tensor:
     """The one zero behind it."""
     return tensor.detach().as_strided((), ())
+
+
+def _as_it_is(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a function makes of the view, which asks us no more."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
 
 
 def _refuse_write(func: Any, first: Any, kwargs: dict[str, Any]) -> None:

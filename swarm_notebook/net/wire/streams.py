@@ -392,6 +392,12 @@ def show(membership: Membership) -> bytes:
     return protocol.pack_metadata({protocol.MEMBER: membership.shown})
 
 
+def abort_opened(opening: asyncio.Future[Stream]) -> None:
+    """End a stream that came when nobody waited for it any more."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().abort()
+
+
 def _abandon(opening: asyncio.Future) -> None:
     """End a stream that nobody waits for any more; cancelling would leave it half open for good."""
     if not opening.cancelled() and opening.exception() is None:

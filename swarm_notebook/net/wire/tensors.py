@@ -59,6 +59,12 @@ def dtype_from_name(name: str) -> torch.dtype:
         raise BadRequest(f"dtype {name[:40]!r} is not one of {', '.join(_DTYPES)}") from None
 
 
+def float_dtype(name: str | None) -> torch.dtype | None:
+    """What blocks compute in, by its wire name; None for what blocks do not."""
+    dtype = _DTYPES.get(name or "")
+    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The wire name of a torch dtype."""
     return _NAMES[dtype]

@@ -127,9 +127,7 @@ class Engine:
         if graph is None or not graph.serves(request):
             found = yield from backward.recompute(span, request)
         else:
-            if request.release:
-                self._activations.remove(key)
-            found = yield from graph.gradients(request, keep=not request.release)
+            found = yield from graph.gradients(request)
         return SpanGradients([gradient.cpu() for gradient in found.tensors], found.weights)
 
     def load_adapter(self, peer: str, upload: Upload) -> int:

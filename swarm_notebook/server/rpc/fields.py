@@ -50,8 +50,8 @@ def dtype(metadata: dict[str, Any], name: str) -> torch.dtype | None:
     value = text(metadata, name)
     if value is None:
         return None
-    found = tensors.dtype_from_name(value)
-    if found not in (torch.float32, torch.bfloat16, torch.float16):
+    found = tensors.float_dtype(value)
+    if found is None:
         raise BadRequest(f"{name}: {value!r}, expected float32, bfloat16 or float16")
     return found
 

@@ -30,7 +30,12 @@ from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net.membership.certificate import Membership
 from swarm_notebook.net.wire import protocol
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
-from swarm_notebook.net.wire.streams import TRANSPORT_ERRORS, Stream, open_stream
+from swarm_notebook.net.wire.streams import (
+    TRANSPORT_ERRORS,
+    Stream,
+    abort_opened,
+    open_stream,
+)
 from swarm_notebook.net.wire.traffic import COPIES, Account, Traffic
 from swarm_notebook.server.rpc import fields
 from swarm_notebook.server.rpc.petals_push import PetalsPush
@@ -301,7 +306,7 @@ class PushChannel:
         opening = self._streams.pop(peer, None)
         if opening is not None:
             # Not cancelled: others may wait for it just now.
-            opening.add_done_callback(_end)
+            opening.add_done_callback(abort_opened)
 
 
 def _peer_id(peer: str) -> PeerID:
@@ -309,8 +314,3 @@ def _peer_id(peer: str) -> PeerID:
         return PeerID.from_base58(peer)
     except ValueError:
         raise ConnectionError(f"{peer[:80]!r} is no peer id") from None
-
-
-def _end(opening: asyncio.Future[Stream]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().abort()

@@ -99,16 +99,11 @@ class AutogradPass:
             == (wanted.adapter, wanted.seed, wanted.by_row)
         )
 
-    def gradients(self, wanted: Backward, *, keep: bool = False) -> Pieces[SpanGradients]:
-        """The gradients that a backward request wants.
-
-        Args:
-            wanted: a request that this graph serves.
-            keep: whether the graph is needed again.
-        """
+    def gradients(self, wanted: Backward) -> Pieces[SpanGradients]:
+        """The gradients that a backward request wants, which this graph serves; it is kept."""
         room = yield 0
         if BACKWARD_COST * work_of(wanted) <= room:
-            return self.stretch(wanted, *wanted.blocks, wanted.grad, keep=keep)
+            return self.stretch(wanted, *wanted.blocks, wanted.grad, keep=True)
         start, end = wanted.blocks
         found = Gathered(wanted)
         for block in reversed(range(start, end)):
