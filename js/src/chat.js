@@ -220,8 +220,8 @@ function build({ model, root }) {
   /** @param {number} at */
   function whatEditDoes(at) {
     const later = model.get("turns").length - at - 1;
-    const kept = later ? `this message and the ${messages(later)} after it stay` : "this one stays";
-    return `Begins a new branch; ${kept} as branch ‹${model.get("turns")[at].branch[0] + 1}›`;
+    const kept = later ? `this message and the ${messages(later)} after it are kept` : "this one is kept";
+    return `Starts a new branch; ${kept} as branch ‹${model.get("turns")[at].branch[0] + 1}›`;
   }
 
   /**
@@ -262,7 +262,7 @@ function build({ model, root }) {
         ? button("Edit", name, () => edit(at))
         : button("Retry", name, () => act(model, "retry"));
     made.title =
-      name === "edit" ? say : say === "user" ? "Ask again" : "Another answer, as a new branch; this one stays";
+      name === "edit" ? say : say === "user" ? "Ask again" : "Another answer, as a new branch; this one is kept";
     return made;
   }
 
@@ -348,10 +348,10 @@ function build({ model, root }) {
     },
     "sn-primary",
   );
-  start.title = "Enter; Shift+Enter begins a new line";
+  start.title = "Enter sends; Shift+Enter starts a new line";
   const stop = stopButton(model);
   const resume = button("Continue", "continue", () => act(model, "resume"));
-  resume.title = "Let the model go on with its last answer";
+  resume.title = "Let the model continue its last answer";
   const clear = button("Clear", "clear", () => act(model, restorable() ? "restore" : "clear"));
   const restorable = () => model.get("can_restore");
   const said = () => /** @type {Turn[]} */ (model.get("turns"));

@@ -128,7 +128,7 @@ export function modelTitle(model) {
   const on = h("input", {
     type: "checkbox",
     "data-testid": "adapters-on",
-    title: "Switches the adapter on or off for all that use this model",
+    title: "Switches the adapter on or off for everything that uses this model",
     onchange: () => act(model, "switch_adapters", { on: on.checked }),
   });
   const names = h("span");
@@ -139,7 +139,7 @@ export function modelTitle(model) {
     max: 10,
     step: 0.5,
     "data-testid": "strength",
-    title: "How many times the vector is added; counts from the next run on",
+    title: "How many times the vector is added; applies from the next run",
     onchange: () => set(model, "strength", Number(strength.value)),
   });
   const much = h("output");
@@ -232,7 +232,7 @@ function shareBar(shares) {
   });
   return [
     h("div", { class: "sn-shares", "aria-hidden": "true" }, ...parts),
-    h("div", { class: "sn-names", "aria-label": "Share of the time" }, ...names),
+    h("div", { class: "sn-names", "aria-label": "Share of time" }, ...names),
   ];
 }
 
@@ -281,10 +281,10 @@ export function runFacts(model) {
       drawn = now;
     }),
     follow(model, ["preview", "obstacle", "bill", "state"], () => {
-      const bill = model.get("bill") && `It took ${model.get("bill")}. `;
+      const bill = model.get("bill") && `Used ${model.get("bill")}. `;
       const next = model.get("obstacle")
         ? `The next run waits for servers: ${model.get("obstacle")}.`
-        : model.get("preview") && `Next run: up to ${model.get("preview")}.`;
+        : model.get("preview") && `Next run (estimate): up to ${model.get("preview")}.`;
       setText(cost, isRunning(model) ? "" : `${bill}${next}`);
     }),
   ];

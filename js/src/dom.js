@@ -154,7 +154,7 @@ function followLife(model, frame) {
     const cut = frame.closest(".jupyter-widgets-disconnected") !== null;
     if (cut || Date.now() - heard > SILENCE) dead.add(model);
     else dead.delete(model);
-    const silent = ever ? "The kernel has ended or was restarted" : "There is no kernel behind this";
+    const silent = ever ? "The kernel has ended or was restarted" : "No kernel is connected";
     const why = dead.has(model) ? `${silent}: this is the last state.` : (model.get("gone") ?? "");
     note.hidden = !why;
     setText(note, why);

@@ -39,10 +39,10 @@ function build({ model, root }) {
     onchange: () => set(model, "chat", chat.checked),
   });
   const start = button("Run", "run", run, "sn-primary");
-  start.title = "Write a new text (Ctrl+Enter in the prompt); those that are there stay";
+  start.title = "Generate a new text (Ctrl+Enter in the prompt); earlier texts are kept";
   const stop = stopButton(model);
   const resume = button("Continue", "continue", () => act(model, "resume"));
-  resume.title = "Go on where this text ends";
+  resume.title = "Continue from the end of this text";
   const title = modelTitle(model);
   const controls = samplingControls(model);
   const steps = stepper("text", (text) => act(model, "choose", { text }));

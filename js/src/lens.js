@@ -101,7 +101,7 @@ function build({ model, root }) {
   const body = h("tbody");
   const grid = h(
     "table",
-    { role: "grid", "aria-label": "Blocks by tokens: the token that each block would say next" },
+    { role: "grid", "aria-label": "Blocks by tokens: next-token prediction per block" },
     h("thead", {}, head),
     body,
   );
@@ -253,7 +253,7 @@ function build({ model, root }) {
     const isChosen = chosenBlock === block && chosenPosition === first + at;
     setText(
       hint,
-      isChosen ? "selected: .hidden_state in Python" : "click or Enter: to Python as .hidden_state",
+      isChosen ? "selected: .hidden_state in Python" : "click or Enter: hand it to Python as .hidden_state",
     );
   }
 

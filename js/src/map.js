@@ -378,7 +378,7 @@ function build({ model, root }) {
   const showWay = () => {
     const planned = model.get("planned");
     way.className = planned ? "sn-track sn-planned" : "sn-track";
-    const hint = planned ? "a new request would take" : "the latest tokens took";
+    const hint = planned ? "a new request would use" : "the latest tokens used";
     const legs = model.get("route").map((/** @type {any[]} */ [peer, start, end]) => {
       const row = rows.find((one) => one.peer === peer);
       const name = row?.name.textContent ?? "a server that has left";

@@ -277,8 +277,8 @@ function build({ model, root }) {
     waiting = window.setTimeout(() => {
       setText(
         hint,
-        "Not done yet: the kernel is busy with a cell and does it when the " +
-          "cell ends. To stop and save now, interrupt the kernel (■). Runs that are started by " +
+        "Not done yet: the kernel is busy with a cell and will do it when the " +
+          "cell ends. To stop and save now, interrupt the kernel (■). Runs that were started by " +
           "monitor.run(…) obey at once.",
       );
       hint.hidden = false;

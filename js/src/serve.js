@@ -10,11 +10,11 @@ import { copyButton } from "./export.js";
 const WORDS = /** @type {Record<string, string>} */ ({
   stopped: "not serving",
   starting: "starting a server process",
-  loading: "reading weights",
-  measuring: "measuring how fast it computes",
+  loading: "loading weights",
+  measuring: "measuring throughput",
   serving: "serving",
-  stopping: "answering what is in flight, then leaving",
-  failed: "the server has ended by itself",
+  stopping: "finishing requests in flight, then stopping",
+  failed: "the server stopped unexpectedly",
 });
 
 /**
@@ -119,7 +119,7 @@ function build({ model, root }) {
       end.value = String(last);
       start.disabled = end.disabled = !idle;
       begin.disabled = !idle || !(first < last);
-      setText(refused, first < last ? "" : `${first}:${last} holds no block: the first must be below the end`);
+      setText(refused, first < last ? "" : `${first}:${last} contains no block: the start must be below the end`);
       stop.disabled = idle || model.get("state") === "stopping";
       span.style.left = `${(100 * first) / blocks}%`;
       span.style.width = `${(100 * Math.max(last - first, 0)) / blocks}%`;
@@ -128,7 +128,7 @@ function build({ model, root }) {
     follow(model, ["start", "end", "needs"], () => {
       const held = model.get("needs").slice(model.get("start"), Math.max(model.get("end"), 0));
       const sum = held.reduce((/** @type {number} */ a, /** @type {number} */ b) => a + b, 0);
-      setText(needs, sum ? `${bytes(sum)} of weights, and a cache` : "");
+      setText(needs, sum ? `needs ${bytes(sum)} for weights, plus a cache` : "");
     }),
     follow(model, ["state", "weights"], () => {
       const now = model.get("state");

@@ -78,7 +78,7 @@ export function tokenView(branch) {
   const text = h("div", {
     class: "sn-text",
     role: "group",
-    "aria-label": "Written text",
+    "aria-label": "Generated text",
     "data-testid": "text",
   });
   const popover = h("div", {
@@ -119,7 +119,7 @@ export function tokenView(branch) {
         "data-at": at,
         "data-testid": "token",
         tabindex: at ? -1 : 0,
-        title: partial ? "a part of a character" : null,
+        title: partial ? "part of a character" : null,
       },
       harmless(piece),
     );
@@ -204,7 +204,7 @@ export function tokenView(branch) {
             disabled: !enabled,
             tabindex: index ? -1 : 0,
             "data-testid": "alternative",
-            title: "Write on from here as a new text; this one stays",
+            title: "Continue from here as a new text; this one is kept",
             "aria-label": `Branch with ${visible(word)}, ${percent(part)}`,
             onclick: () => choose(at, id),
           },
@@ -216,8 +216,8 @@ export function tokenView(branch) {
     });
     const other = h("input", {
       type: "text",
-      placeholder: "other text, Enter",
-      title: "Write on with other words as a new text; this one stays",
+      placeholder: "other text, then Enter",
+      title: "Continue with other words as a new text; this one is kept",
       disabled: !enabled,
       "aria-label": "Other text to branch with",
       "data-testid": "other",

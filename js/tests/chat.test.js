@@ -161,9 +161,9 @@ describe("branches", () => {
   test("what a click does is said before", () => {
     const fake = model({ turns: [{ ...TURNS[0], branch: [2, 3] }, TURNS[1]] });
     const view = show(chat, fake);
-    const kept = "this message and the 1 message after it stay as branch ‹3›";
-    expect(view.all("[data-testid=edit]")[0].title).toBe(`Begins a new branch; ${kept}`);
-    expect(view.byId("retry").title).toBe("Another answer, as a new branch; this one stays");
+    const kept = "this message and the 1 message after it are kept as branch ‹3›";
+    expect(view.all("[data-testid=edit]")[0].title).toBe(`Starts a new branch; ${kept}`);
+    expect(view.byId("retry").title).toBe("Another answer, as a new branch; this one is kept");
     view.all("[data-testid=edit]")[0].click();
     expect(view.byId("edit-what").textContent).toContain(kept);
     view.byId("clear").click();

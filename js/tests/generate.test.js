@@ -188,7 +188,7 @@ describe("running", () => {
       "3 tokens · first after 200 ms · 12.3 tokens/s · 9 prompt tokens processed · 1 server lost and replaced",
     );
     expect(view.byId("shares").textContent).toBe("a 50 %notebook 50 %");
-    expect(view.byId("cost").textContent).toBe("It took 6 requests. ");
+    expect(view.byId("cost").textContent).toBe("Used 6 requests. ");
   });
 });
 
@@ -236,7 +236,7 @@ describe("the text", () => {
     ]);
   });
 
-  test("a part of a character, a mark of the format and an edited token look different", () => {
+  test("part of a character, a mark of the format and an edited token look different", () => {
     const fake = model({ tail: [cell(""), cell("🦜"), cell("<|end|>", 0.9, true), cell("x", null)] });
     const kinds = show(generate, fake)
       .all("[data-testid=token]")

@@ -95,7 +95,7 @@ describe("the serve panel", () => {
     const model = panel({ start: 20, end: 10 });
     const view = show(serve, model);
     expect(view.byId("begin")).toHaveProperty("disabled", true);
-    expect(view.byId("refused").textContent).toContain("20:10 holds no block");
+    expect(view.byId("refused").textContent).toContain("20:10 contains no block");
     model.update({ start: 5 });
     expect(view.byId("refused").textContent).toBe("");
     const writeText = vi.fn(async () => {});

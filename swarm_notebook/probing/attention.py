@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-LEGEND = Legend("0, not looked at", "1, all of it")
+LEGEND = Legend("attention weight 0", "1")
 # Below this a cell stays empty: a grid in which every cell has digits shows nothing.
 _SHOWN = 0.1
 
@@ -110,7 +110,7 @@ class AttentionPatterns:
             pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
             said = [f"{visible(self.words[at])} {value:.2f}" for value, at in pairs]
             rows.append([name, *said])
-        head = ["head", "looks most at", "then", "then"][: 1 + min(3, len(self.words))]
+        head = ["head", "attends most to", "then", "then"][: 1 + min(3, len(self.words))]
         return "\n".join([self._title, *text_table(head, rows)])
 
     def _repr_html_(self) -> str:
@@ -146,7 +146,7 @@ class AttentionPatterns:
 
     @property
     def _title(self) -> str:
-        return f"{self.model}: where heads look from {visible(self.words[-1])!r}"
+        return f"{self.model}: attention of each head from {visible(self.words[-1])!r}"
 
 
 def attention_patterns(

@@ -28,25 +28,26 @@ _STYLE = (
   border-collapse: separate; border-spacing: 1px; margin: 4px 0; width: auto; table-layout: auto;
   font: 12px/1.5 var(--jp-code-font-family, monospace);
 }
-.sn-heat table th, .sn-heat table td {
+/* More words than JupyterLab's own rule for tables has, which aligns all of it at the right. */
+.sn-heat table tr :is(th, td) {
   padding: 2px 8px; text-align: center; white-space: pre; border: 0; border-radius: 2px;
   color: inherit; background: none; max-width: 12em; overflow: hidden; text-overflow: ellipsis;
 }
-.sn-heat table:has(.snh-prose) th { text-align: start; }
-.sn-heat table td.snh-prose {
+.sn-heat table:has(.snh-prose) tr th { text-align: start; }
+.sn-heat table tr td.snh-prose {
   text-align: start; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 75ch;
   padding: 4px 8px; font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif);
 }
-.sn-heat table th { color: var(--jp-ui-font-color2, inherit); font-weight: 500; }
+.sn-heat table tr th { color: var(--jp-ui-font-color2, inherit); font-weight: 500; }
 /* The notebook's own stripes would shine through and be taken for values. */
 .sn-heat tbody tr:nth-child(n), .sn-heat tbody tr:hover { background: none; }
-.sn-heat table tbody td {
+.sn-heat table tbody tr td {
   background: color-mix(
     in srgb, var(--snh-hue) calc(var(--snh-strength) * var(--snh-most)), transparent);
 }
 .sn-heat .snh-legend {
-  display: flex; gap: 8px; align-items: center; font-size: 12px;
-  color: var(--jp-ui-font-color2, inherit);
+  display: flex; flex-wrap: wrap; gap: 0 8px; align-items: center; font-size: 12px;
+  color: var(--jp-ui-font-color2, inherit); white-space: nowrap;
 }
 .sn-heat .snh-scale { width: 7em; height: 10px; border-radius: 2px; background: linear-gradient(
   to right, var(--snh-low), transparent var(--snh-zero),
@@ -57,7 +58,9 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows, how strong it is, what it says when pointed at; prose is wrapped."""
+    """What a cell shows, how strong it is, what it says when pointed at; prose is wrapped, and
+    shown without the space at its ends.
+    """
 
     text: str
     strength: float
@@ -136,4 +139,5 @@ def _cell(cell: Cell) -> str:
     hint = f' title="{escape(cell.hint)}"' if cell.hint else ""
     style = f"--snh-strength:{strength:.2f};--snh-hue:var(--snh-{hue})"
     kind = ' class="snh-prose" dir="auto"' if cell.prose else ""
-    return f'<td{kind} style="{style}"{hint}>{escape(cell.text)}</td>'
+    text = cell.text.strip() if cell.prose else cell.text
+    return f'<td{kind} style="{style}"{hint}>{escape(text)}</td>'

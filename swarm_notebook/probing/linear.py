@@ -90,7 +90,7 @@ class Confusion:
         rows = [
             [name, *map(str, row)] for name, row in zip(names, self.counts.tolist(), strict=True)
         ]
-        return "\n".join([self._title, *text_table(["is \\ taken for", *names], rows)])
+        return "\n".join([self._title, *text_table(["true \\ predicted", *names], rows)])
 
     def _repr_html_(self) -> str:
         shares = self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
@@ -110,13 +110,13 @@ class Confusion:
             self._title,
             [str(label) for label in self.labels],
             rows,
-            corner="is \\ taken for",
+            corner="true \\ predicted",
             legend=Legend("0%", "100% of the row"),
         )
 
     @property
     def _title(self) -> str:
-        return f"Confusion of the probe of block {self.block}, cross-validated"
+        return f"Confusion matrix, block {self.block} (cross-validated)"
 
 
 class Probes(Mapping[int, LinearProbe]):
@@ -180,7 +180,7 @@ class Probes(Mapping[int, LinearProbe]):
         )
         baseline = (f"majority baseline {self.chance:.2f}", self.chance)
         title = f"Probe accuracy by block, {count(self.count, 'text')}"
-        return LineChart(title, "block", [line], [baseline])
+        return LineChart(title, "block", [line], [baseline], within=(0.0, 1.0))
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per block: accuracy, its spread, and how far it is above the baseline."""

@@ -42,7 +42,7 @@ SHARD_BYTES = 2**27
 
 def hidden_states(
     target: Target,
-    texts: Iterable[str | Sequence[int]],
+    texts: str | Iterable[str | Sequence[int]],
     *,
     blocks: Blocks | None = None,
     batch_size: int = 16,
@@ -58,7 +58,7 @@ def hidden_states(
 
     Args:
         target: a swarm or a model.
-        texts: any number of them, or their token ids; taken one after another.
+        texts: one, or any number of them or of their token ids; taken one after another.
         blocks: whose output: a block, a list, a range or a slice; None is all, negative numbers
             count from the end.
         batch_size: texts per pass.
@@ -111,7 +111,7 @@ def hidden_states(
                 store,
             )
     work = _Work(subject, shards, chosen, batch_size, pool, dtype, max_length, shard_texts)
-    order = work.through(texts)
+    order = work.through([texts] if isinstance(texts, str) else texts)
     return HiddenStates(shards, order, chosen, subject)
 
 

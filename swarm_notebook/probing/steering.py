@@ -130,7 +130,7 @@ class Sweep:
     def _repr_html_(self) -> str:
         most = max(map(abs, self.strengths)) or 1.0
         rows = [(f"{one:g}", [Cell(text, one / most, prose=True)]) for one, text in self._rows()]
-        legend = Legend("0, as it is", f"{most:g} times the vector", f"-{most:g} times")
+        legend = Legend("0, unsteered", f"{most:g} × the vector", f"-{most:g} ×")
         return as_html(self._title, ["text"], rows, corner="strength", legend=legend)
 
     def to_pandas(self) -> pd.DataFrame:

@@ -91,7 +91,7 @@ class HiddenStates:
 
 def load_states(
     store: str | os.PathLike[str],
-    texts: Iterable[str | Sequence[int]] | None = None,
+    texts: str | Iterable[str | Sequence[int]] | None = None,
     **wanted: Any,
 ) -> HiddenStates:
     """Read a store back, without a model.
@@ -125,5 +125,7 @@ def load_states(
             "hidden_states, by the model"
         )
     shards = ShardFolder(*fitting[0])
+    if isinstance(texts, str):
+        texts = [texts]
     digests = shards.texts if texts is None else [digest(text) for text in texts]
     return HiddenStates(shards, digests, shards.blocks)

@@ -113,7 +113,7 @@ class Preview(ModelReport):
             ("requests", f"{number(self.requests)} to {count(len(self.servers), 'server')}"),
             ("bytes", f"{size(self.sent)} up, {size(self.received)} down"),
             ("first token", f"about {duration(self.first_token_seconds)}"),
-            ("all", f"about {duration(self.seconds)} ({basis})"),
+            ("total", f"about {duration(self.seconds)} ({basis})"),
             ("seen by", ", ".join(self.servers)),
         ]
         if self.home:
@@ -185,7 +185,8 @@ class Bill(ModelReport):
         """All of it in one line."""
         return (
             f"{count(self.requests, 'request')} to {count(len(self.servers), 'server')}, "
-            f"{size(self.sent)} up, {size(self.received)} down, {duration(self.seconds)} of waiting"
+            f"{size(self.sent)} up, {size(self.received)} down, "
+            f"{duration(self.seconds)} waiting for servers"
         )
 
     def __sub__(self, before: Bill) -> Bill:

@@ -29,6 +29,10 @@ _STYLE = """<style>
 .sn-figure .snp-title { font-weight: 600; font-size: 14px; }
 .sn-figure svg { display: block; width: 100%; height: auto; }
 </style>"""
+# A narrow cell shrinks a picture of the usual width, and its letters with it.
+LETTERS = """<style>
+@media (max-width: 720px) { .sn-picture text { font-size: 20px; } }
+</style>"""
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,22 @@ class LineChart:
         x: the name of the axis.
         lines: what is drawn.
         levels: dashed lines across, as ``(name, value)``.
+        within: what values can be at all; neither a spread nor the axis goes beyond.
     """
 
     title: str
     x: str
     lines: Sequence[Line]
     levels: Sequence[tuple[str, float]] = ()
+    within: tuple[float, float] = (-math.inf, math.inf)
 
     def __repr__(self) -> str:
         return f"<LineChart: {self.title}>"
 
     def _repr_html_(self) -> str:
         return (
-            f'{_STYLE}<div class="sn-figure"><div class="snp-title">{escape(self.title)}</div>'
+            f'{_STYLE}{LETTERS}<div class="sn-figure">'
+            f'<div class="snp-title">{escape(self.title)}</div>'
             f"{self.svg()}</div>"
         )
 
@@ -77,13 +84,15 @@ class LineChart:
         xs = [x for line in self.lines for x in line.xs]
         highs = [*_edges(self.lines, 1), *(value for _, value in self.levels)]
         lows = [*_edges(self.lines, -1), *(value for _, value in self.levels)]
+        lowest, highest = self.within
         left, right = min(xs, default=0.0), max(xs, default=1.0)
-        ticks = nice_ticks(min(lows, default=0.0), max(highs, default=1.0), 5)
+        ends = max(min(lows, default=0.0), lowest), min(max(highs, default=1.0), highest)
+        ticks = nice_ticks(*ends, 5)
         low, high = ticks[0], ticks[-1]
 
         def place(x: float, y: float) -> tuple[float, float]:
             across = (x - left) / ((right - left) or 1)
-            up = (y - low) / ((high - low) or 1)
+            up = (min(max(y, lowest), highest) - low) / ((high - low) or 1)
             return (
                 _LEFT + across * (_WIDTH - _LEFT - _RIGHT),
                 _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM),
@@ -109,7 +118,8 @@ class LineChart:
             if line.ys
         )
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+            f'<svg class="sn-picture" xmlns="http://www.w3.org/2000/svg" '
+            f'viewBox="0 0 {_WIDTH} {_HEIGHT}" '
             'font-family="system-ui, sans-serif" role="img" '
             f'aria-label="{escape(f"{self.title}: {said}")}">{"".join(parts)}</svg>'
         )

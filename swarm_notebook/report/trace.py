@@ -18,6 +18,8 @@ from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.report.base import ModelReport
 from swarm_notebook.report.formatting import data_frame, text_table
 from swarm_notebook.report.html import head, number_cell, table, view
+from swarm_notebook.report.palette import TIMES
+from swarm_notebook.report.plot import LETTERS, nice_ticks
 from swarm_notebook.texts import clean
 
 if TYPE_CHECKING:
@@ -31,15 +33,6 @@ WIDTH, HEIGHT, LEFT = 640, 120, 56
 ROW, NAMES, NAME_LETTERS = 18, 110, 16
 MAX_BARS = 160  # four pixels each
 SPIKE = 1.25  # how far above the 95th percentile a bar may rise before it is cut
-
-# What is stacked, from below, with colours that are told apart on light and dark ground.
-_COLOURS = {
-    "compute": "#4c8bf5",
-    "queue": "#e8a33d",
-    "network": "#d1495b",
-    "serialisation": "#8d6fd1",
-    "client": "#5fa777",
-}
 
 
 class ServerTimes(HopTimes):
@@ -127,7 +120,7 @@ class Trace(ModelReport):
     def headline(self) -> str:
         """One sentence: how fast was it?"""
         if not self.passes:
-            return "nothing was generated yet"
+            return "nothing generated yet"
         text = f"{self.shape}; first pass {_ms(self.first_token_seconds)}"
         later = self.passes[1:]
         if later:
@@ -170,7 +163,7 @@ class Trace(ModelReport):
     def __str__(self) -> str:
         lines = [f"{self.title}: {self.headline}"]
         if self.passes:
-            head = ["ms per pass", "blocks", *PARTS, "all"]
+            head = ["ms per pass", "blocks", *PARTS, "total"]
             shown = self.mean or self.passes[0]
             lines += text_table(head, _rows(shown))
             lines += [clean(f"engine of {one}: {engine}") for one, engine in self._engines(shown)]
@@ -188,7 +181,7 @@ class Trace(ModelReport):
             f'<div class="sn-dim">engine of {escape(name)}: {escape(engine)}</div>'
             for name, engine in ([] if shown is None else self._engines(shown))
         )
-        return view(first + lost + body + engines)
+        return view(LETTERS + first + lost + body + engines)
 
     def _engines(self, shown: PassTimes) -> list[tuple[str, str]]:
         """The servers of a pass and how steps run there, once for all that say the same."""
@@ -265,7 +258,7 @@ def _ms(seconds: float) -> str:
 
 def _html_table(one: PassTimes) -> str:
     """Milliseconds of one pass by server and part."""
-    numbers = [*(f"{_swatch(part)}{part}" for part in PARTS), "all"]
+    numbers = [*(f"{_swatch(part)}{part}" for part in PARTS), "total"]
     rows, mark = "", _swatch("client")
     for name, blocks, *parts in _rows(one):
         cells = "".join(number_cell(part or "") for part in parts)
@@ -285,7 +278,7 @@ def _plot(passes: Sequence[PassTimes]) -> str:
     drawn = []
     for number, bar in enumerate(bars):
         low = 0.0
-        for part, colour in _COLOURS.items():
+        for part, colour in TIMES.items():
             high = min(low + bar[part], top)
             height = HEIGHT * (high - low) / top
             if height > 0.05:
@@ -294,15 +287,18 @@ def _plot(passes: Sequence[PassTimes]) -> str:
                     f'width="{max(step - 0.6, 0.6):.1f}" height="{height:.1f}" fill="{colour}"/>'
                 )
             low = high
+    ticks = [tick for tick in nice_ticks(0.0, 1000 * top, 4) if tick <= 1000 * top]
     axis = "".join(
-        f'<text x="{LEFT - 6}" y="{HEIGHT * (1 - share) + 4:.0f}" text-anchor="end" '
-        f'font-size="11" fill="currentColor" opacity=".65">{1000 * top * share:.3g}{unit}</text>'
-        f'<line x1="{LEFT}" x2="{WIDTH}" y1="{HEIGHT * (1 - share):.1f}" '
-        f'y2="{HEIGHT * (1 - share):.1f}" stroke="currentColor" opacity=".15"/>'
-        for share, unit in ((0.0, ""), (0.5, ""), (1.0, " ms"))
+        f'<text x="{LEFT - 6}" y="{y + 4:.0f}" text-anchor="end" font-size="12" '
+        f'fill="currentColor" opacity=".8">{tick:g}{" ms" if tick == ticks[-1] else ""}</text>'
+        f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" '
+        'opacity=".15"/>'
+        for tick in ticks
+        for y in [HEIGHT * (1 - tick / (1000 * top))]
     )
     return (
-        f'<svg viewBox="0 -8 {WIDTH} {HEIGHT + 16}" width="100%" style="max-width:{WIDTH}px" '
+        f'<svg class="sn-picture" viewBox="0 -8 {WIDTH} {HEIGHT + 16}" width="100%" '
+        f'style="max-width:{WIDTH}px" '
         f'role="img" aria-label="milliseconds of each pass by part">{axis}{"".join(drawn)}</svg>'
     )
 
@@ -325,11 +321,11 @@ def _waterfall(one: PassTimes) -> str:
             if width > 0.05:
                 drawn.append(
                     f'<rect x="{NAMES + left:.1f}" y="{y + 3}" width="{max(width, 0.6):.1f}" '
-                    f'height="{ROW - 6}" fill="{_COLOURS[part]}">'
+                    f'height="{ROW - 6}" fill="{TIMES[part]}">'
                     f"<title>{escape(name)}: {part} {_ms(seconds)}</title></rect>"
                 )
     return (
-        f'<svg viewBox="0 0 {WIDTH} {ROW * len(rows)}" width="100%" '
+        f'<svg class="sn-picture" viewBox="0 0 {WIDTH} {ROW * len(rows)}" width="100%" '
         f'style="max-width:{WIDTH}px;margin:6px 0" role="img" '
         f'aria-label="the way of one pass, {_ms(one.seconds)} from left to right">'
         f"{''.join(drawn)}</svg>"
@@ -350,5 +346,5 @@ def _bars(passes: Sequence[PassTimes]) -> list[dict[str, float]]:
 def _swatch(part: str) -> str:
     return (
         '<span style="display:inline-block;width:8px;height:8px;border-radius:2px;'
-        f'margin-right:.4em;background:{_COLOURS[part]}"></span>'
+        f'margin-right:.4em;background:{TIMES[part]}"></span>'
     )

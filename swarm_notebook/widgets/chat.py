@@ -187,14 +187,14 @@ class ChatWidget(WritingWidget, module="chat"):
 
         Raises:
             Busy: it is still answering.
-            ValueError: there is no answer of the model to go on with.
+            ValueError: there is no answer to continue.
         """
         sampling = self.sampling
         with self._talking:
             self._refuse_if_answering()
             draft = self._talk.end.draft
             if draft is None:
-                raise ValueError("there is no answer of the model to go on with")
+                raise ValueError("there is no answer to continue")
             self.writer.open(draft)
             self._start(lambda: self.writer.resume(sampling))
             self._talk.cut(len(self._talk.path) - 1)
@@ -303,7 +303,7 @@ class ChatWidget(WritingWidget, module="chat"):
         if message["role"] == "assistant":
             shown |= {"html": markdown.render(message["content"]), "edited": turn.draft is None}
         if turn.draft is not None:
-            what = "this answer and what follows it may be wrong; Retry asks other servers."
+            what = "this answer and what follows may be wrong; Retry asks other servers."
             _, said = self._suspicion(turn.draft, what)
             shown |= {"suspicion": said} if said else {}
         return shown

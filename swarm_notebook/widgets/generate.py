@@ -261,7 +261,7 @@ class GenerateWidget(WritingWidget, module="generate"):
     def _suspect(self) -> dict[str, Any]:
         """The traits that say which tokens may be wrong."""
         runs, said = self._suspicion(
-            self.writer.draft, "this text may be wrong; Run writes it anew on other servers."
+            self.writer.draft, "this text may be wrong; Run generates it again on other servers."
         )
         return {"touched": [list(run) for run in runs], "suspicion": said}
 

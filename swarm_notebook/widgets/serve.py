@@ -176,7 +176,7 @@ class ServePanel(Widget, module="serve"):
             changed["since"] = time.time()
             changed["start"], changed["end"] = lending.blocks
         if state == "failed" and self.state != "failed":
-            changed["error"] = "the server has ended by itself; its log says why"
+            changed["error"] = "the server stopped unexpectedly; its log says why"
         with self._updating:
             # Asking took its time: a button that was pressed meanwhile is what counts.
             if not self._turns:

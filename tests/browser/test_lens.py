@@ -106,7 +106,9 @@ def test_a_lens_says_that_its_swarm_was_left(notebook: Notebook) -> None:
     gone = view.get_by_test_id("gone")
     expect(gone).to_be_hidden()
     notebook.run("away.disconnect()")
-    expect(gone).to_contain_text("The notebook has left this swarm. To go on, connect again")
+    expect(gone).to_contain_text(
+        "This notebook has disconnected from the swarm. To continue, connect again"
+    )
 
 
 def test_a_long_text_opens_on_its_end(notebook: Notebook) -> None:

@@ -67,7 +67,7 @@ def test_a_reopened_notebook_shows_the_last_state(
     copy = open_notebook("copy.ipynb")
     check(copy.page)
     gone = copy.page.get_by_test_id("lens").last.get_by_test_id("gone")
-    expect(gone).to_have_text("There is no kernel behind this: this is the last state.")
+    expect(gone).to_have_text("No kernel is connected: this is the last state.")
     # Views of widgets whose kernel is gone can still be looked around in.
     copy.page.get_by_test_id("lens").last.get_by_role("gridcell").first.hover()
     expect(copy.page.get_by_test_id("lens").last.get_by_test_id("details")).to_contain_text("bits")

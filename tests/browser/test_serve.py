@@ -17,7 +17,7 @@ def test_blocks_are_chosen_served_and_taken_back(
     for name, value in (("start", "28"), ("end", "30")):
         panel.get_by_test_id(name).fill(value)
         panel.get_by_test_id(name).press("Tab")
-    expect(panel.get_by_test_id("needs")).to_have_text("28.3 MB of weights, and a cache")
+    expect(panel.get_by_test_id("needs")).to_have_text("needs 28.3 MB for weights, plus a cache")
     begin = panel.get_by_test_id("begin")
     begin.focus()
     begin.press("Enter")

@@ -54,7 +54,7 @@ class Widget(anywidget.AnyWidget):
 
     error: String = traitlets.Unicode(help="What went wrong last; empty if nothing.").tag(sync=True)
     NEEDS_SWARM: ClassVar[bool] = True  # whether a view is over when the notebook leaves its swarm
-    GO_ON: ClassVar[str] = "connect again (%swarm connect) and run this cell anew"
+    GO_ON: ClassVar[str] = "connect again (%swarm connect) and run this cell again"
 
     gone: String = traitlets.Unicode(help="Why this cannot go on; empty if it can.").tag(sync=True)
 
@@ -75,7 +75,9 @@ class Widget(anywidget.AnyWidget):
         """Tell the views that Python is there, and whether the swarm still is."""
         swarm: Swarm | None = getattr(self, "_swarm", None) if self.NEEDS_SWARM else None
         if swarm is not None and not swarm.connected and not self.gone:
-            self.update(gone=f"The notebook has left this swarm. To go on, {self.GO_ON}.")
+            self.update(
+                gone=f"This notebook has disconnected from the swarm. To continue, {self.GO_ON}."
+            )
         # Not `self.send`: what a chat sends is a message of its user.
         anywidget.AnyWidget.send(self, {"alive": True})
 

@@ -196,6 +196,12 @@ def test_a_damaged_shard_is_made_again(pair: LetteredPair, tmp_path: Path) -> No
     assert [name for name in now if now[name] != files[name]] == [broken.name]
 
 
+def test_one_text_is_one_text_and_not_its_letters(pair: LetteredPair, tmp_path: Path) -> None:
+    alone = probing.hidden_states(pair.swarm, "abc", store=tmp_path)
+    assert torch.equal(alone.text(0, 1), probing.hidden_states(pair.swarm, ["abc"]).text(0, 1))
+    assert len(alone) == len(probing.load_states(tmp_path, "abc")) == 1
+
+
 def test_two_writers_and_bad_arguments(pair: LetteredPair, tmp_path: Path) -> None:
     swarm = pair.swarm
 

@@ -17,6 +17,7 @@ SCRIPTS = Path(__file__).parents[3] / "js" / "src"
 STYLES = {
     "sn-heat": grid._STYLE,
     "sn-figure": plot._STYLE,
+    "sn-picture": plot.LETTERS,
     "sn-view": html.STYLE,
     "sn-curves": curves._STYLE,
     "snw": static_html._STYLE,
@@ -63,4 +64,7 @@ def test_a_chart_names_its_lines_and_levels() -> None:
     assert "acc from 0.5 to 0.9" in chart.svg()
     assert chart.svg().count("<circle") == 2
     assert "stroke-dasharray" in chart.svg()
+    shares = LineChart("", "block", [Line("acc", [0], [0.95], [0.1])], within=(0, 1)).svg()
+    assert ">1</text>" in shares
+    assert ">1.2</text>" not in shares
     assert LineChart("none", "block", []).svg().startswith("<svg")

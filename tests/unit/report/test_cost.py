@@ -85,7 +85,7 @@ def test_bills_subtract_and_hide_whom_nothing_was_sent() -> None:
     other = ServerBill("<b>", "B", ((2, 4), (3, 5)), 2, 2, 10, 20, 0.25, 2.0)
     taken = Bill("m", (later, other)) - Bill("m", (first,))
     assert (taken.requests, taken.sent, taken.received, taken.seconds) == (4, 610, 520, 0.5)
-    assert taken.line == "4 requests to 2 servers, 610 B up, 520 B down, 0.5 s of waiting"
+    assert taken.line == "4 requests to 2 servers, 610 B up, 520 B down, 0.5 s waiting for servers"
     assert repr(taken) == "m: 4 requests to 2 servers"
     assert "2:4, 3:5" in str(taken)
     html = taken._repr_mimebundle_()["text/html"]

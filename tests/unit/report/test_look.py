@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from swarm_notebook.probing import grid
 from swarm_notebook.report import html, plot
-from swarm_notebook.report.palette import MINUS, MOST, PLUS, SERIES
+from swarm_notebook.report.palette import MINUS, MOST, PLUS, SERIES, TIMES
 from swarm_notebook.widgets.parts import static_html
 from swarm_notebook.widgets.training import curves
 
@@ -99,6 +100,15 @@ def test_lines_are_seen_on_white_and_on_black() -> None:
     """3 is what WCAG asks of graphics."""
     for colour in map(of, SERIES):
         assert min(contrast(colour, np.full(3, value)) for value in (255.0, 17.0)) >= 3
+
+
+def test_parts_of_a_time_are_told_apart_by_everybody() -> None:
+    for colour in map(of, TIMES.values()):
+        assert min(contrast(colour, np.full(3, value)) for value in (255.0, 17.0)) >= 3
+    for seen in (np.eye(3), *map(np.array, BLINDNESS.values())):
+        parts = [lab(np.clip(seen @ linear(of(colour)), 0, 1)) for colour in TIMES.values()]
+        for one, other in itertools.combinations(parts, 2):
+            assert float(np.linalg.norm(one - other)) >= 20
 
 
 def test_widgets_have_the_same_colours() -> None:

@@ -75,8 +75,8 @@ def test_how_steps_run_is_told_once_for_servers_that_say_the_same() -> None:
 
 def test_nothing_was_generated() -> None:
     trace = Trace("m", ())
-    assert "nothing was generated yet" in str(trace)
-    assert "nothing was generated yet" in trace._repr_mimebundle_()["text/html"]
+    assert "nothing generated yet" in str(trace)
+    assert "nothing generated yet" in trace._repr_mimebundle_()["text/html"]
 
 
 def test_blocks_at_home_are_named() -> None:

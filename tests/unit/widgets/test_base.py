@@ -67,7 +67,9 @@ def test_a_widget_says_that_python_is_there_and_that_its_swarm_is_not(
     assert gauge.gone == ""
     gauge._swarm = SimpleNamespace(connected=False)  # type: ignore[attr-defined]
     gauge.beat()
-    assert gauge.gone.startswith("The notebook has left this swarm. To go on, connect again")
+    assert gauge.gone.startswith(
+        "This notebook has disconnected from the swarm. To continue, connect again"
+    )
     gauge.close()
     time.sleep(0.05)
     said.clear()
