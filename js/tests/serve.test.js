@@ -60,7 +60,7 @@ describe("the serve panel", () => {
     vi.useFakeTimers({ now: 1_000_000 });
     const model = panel({ state: "loading", weights: [50e6, 100e6] });
     const view = show(serve, model);
-    expect(view.byId("state").textContent).toBe("reading weights: 50 MB of 100 MB");
+    expect(view.byId("state").textContent).toBe("loading weights: 50 MB of 100 MB");
     expect(view.find("progress")).toHaveProperty("value", 0.5);
     expect(view.byId("start")).toHaveProperty("disabled", true);
     model.update({
