@@ -14,8 +14,8 @@ from pathlib import Path
 
 from swarm_notebook import __version__
 from swarm_notebook.errors import MissingBlocks, SwarmError
-from swarm_notebook.parsing import add_plan, add_private
-from swarm_notebook.serving import DTYPES, add_serve
+from swarm_notebook.parsing import DTYPES, add_plan, add_private
+from swarm_notebook.serving import add_serve
 from swarm_notebook.texts import clean
 
 PROGRAM = "swarm-notebook"
@@ -118,7 +118,7 @@ def _add_measure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     measure.add_argument(
         "--dtype",
-        choices=DTYPES[1:],
+        choices=DTYPES,
         default="float32",
         help="what to compute in (default: %(default)s)",
     )

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from swarm_notebook.errors import PlanError
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def blocks(text: str) -> tuple[int, int]:
     """A range of blocks, ``A:B``."""
@@ -89,6 +91,76 @@ def add_private(
     )
     for command in (invite, members, revoke):
         command.add_argument("--swarm", metavar="NAME", help=which)
+
+
+def add_served(serve: argparse.ArgumentParser, *, model: str, peers: str) -> None:
+    """What a server is to hold, for whom, and with what of its machine (see `ServeOptions`).
+
+    Args:
+        model, peers: which ones are taken if none are given, for the help.
+    """
+    serve.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"a Hub id, a folder, or a GGUF file (default: {model})",
+    )
+    serve.add_argument(
+        "--blocks",
+        type=blocks,
+        metavar="A:B",
+        help="hold blocks A to B-1 only; only their tensors are read (default: all of a new swarm, "
+        "else those that it needs most, and others when that changes)",
+    )
+    serve.add_argument(
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="for weights, such as 20GiB: as many blocks as it holds as they are; where that is "
+        "not all, at --bits or what is measured to be good enough, and then at the most bits that "
+        "hold them (default: 7 tenths of what is free, for who joins a swarm, and no fewer bits)",
+    )
+    serve.add_argument(
+        "--initial-peers",
+        nargs="+",
+        default=[],
+        metavar="ADDRESS",
+        help=f"servers of the swarm to join, as /ip4/…/tcp/…/p2p/… (default: {peers}",
+    )
+    serve.add_argument(
+        "--lan",
+        action="store_true",
+        help="be found on the local network by `%%swarm connect --lan`, and join the swarm of this "
+        "model that is found there",
+    )
+    serve.add_argument(
+        "--private",
+        action="store_true",
+        help="let in only those who are invited (see `invite`); makes the swarm's key if there is "
+        "none yet",
+    )
+    serve.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="what to compute in (default: %(default)s, the checkpoint's on a GPU, float32 on a "
+        "CPU)",
+    )
+    serve.add_argument(
+        "--device",
+        default="auto",
+        help="a torch device (default: %(default)s, a GPU where there is one)",
+    )
+    serve.add_argument(
+        "--bits",
+        type=float,
+        metavar="B",
+        help="bits per weight, scales included, from 2.5 to 16: each matrix gets as many as it "
+        "needs within this mean; with --memory, at least so many (default: as they are; those of a "
+        "GGUF file packed where memory is short)",
+    )
+    serve.add_argument("--threads", type=count, metavar="N", help="CPU threads for torch")
+    serve.add_argument("--name", metavar="NAME", help="what others see in their status")
 
 
 def add_plan(plan: argparse.ArgumentParser) -> None:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from swarm_notebook.errors import DeviceMissing, InvitationError
-from swarm_notebook.parsing import blocks, count, gpus, size
+from swarm_notebook.parsing import add_served, count, gpus, size
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 ANY_INTERFACE = "/ip4/0.0.0.0/tcp/0"
 
 
@@ -28,46 +27,10 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         description="Hold some blocks of a model and compute them for others. Prints a JSON line "
         'with its addresses and {"ready": true} when it can be used; stop it with Ctrl-C.',
     )
-    serve.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        help="a Hub id, a folder, or a GGUF file (default: the demo model)",
-    )
-    serve.add_argument(
-        "--blocks",
-        type=blocks,
-        metavar="A:B",
-        help="hold blocks A to B-1 only; only their tensors are read (default: all of a new swarm, "
-        "else those that it needs most, and others when that changes)",
-    )
-    serve.add_argument(
-        "--memory",
-        type=size,
-        metavar="SIZE",
-        help="for weights, such as 20GiB: as many blocks as it holds as they are; where that is "
-        "not all, at --bits or what is measured to be good enough, and then at the most bits that "
-        "hold them (default: 7 tenths of what is free, for who joins a swarm, and no fewer bits)",
-    )
-    serve.add_argument(
-        "--initial-peers",
-        nargs="+",
-        default=[],
-        metavar="ADDRESS",
-        help="servers of the swarm to join, as /ip4/…/tcp/…/p2p/… (default: begin a new swarm); "
-        "- reads them from one line of standard input",
-    )
-    serve.add_argument(
-        "--lan",
-        action="store_true",
-        help="be found on the local network by `%%swarm connect --lan`, and join the swarm of this "
-        "model that is found there",
-    )
-    serve.add_argument(
-        "--private",
-        action="store_true",
-        help="let in only those who are invited; makes the swarm's key if there is none yet, and "
-        "prints an invitation",
+    add_served(
+        serve,
+        model="the demo model",
+        peers="begin a new swarm); - reads them from one line of standard input",
     )
     serve.add_argument(
         "--swarm",
@@ -93,32 +56,12 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="private key that makes the peer id permanent; written if there is none",
     )
     serve.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="what to compute in (default: %(default)s, the checkpoint's on a GPU, float32 on a "
-        "CPU)",
-    )
-    serve.add_argument(
-        "--device",
-        default="auto",
-        help="a torch device (default: %(default)s, a GPU where there is one)",
-    )
-    serve.add_argument(
         "--gpus",
         type=gpus,
         default=False,
         metavar="WHICH",
         help="a server on each GPU of this machine (all), on so many (2), or on some (0,2); each "
         "chooses its own blocks, and all leave together",
-    )
-    serve.add_argument(
-        "--bits",
-        type=float,
-        metavar="B",
-        help="bits per weight, scales included, from 2.5 to 16: each matrix gets as many as it "
-        "needs within this mean; with --memory, at least so many (default: as they are; those of a "
-        "GGUF file packed where memory is short)",
     )
     serve.add_argument(
         "--dummy-weights",
@@ -158,8 +101,6 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         action="store_true",
         help="what a session gets does not depend on who else is served, to the bit; slower",
     )
-    serve.add_argument("--threads", type=count, metavar="N", help="CPU threads for torch")
-    serve.add_argument("--name", metavar="NAME", help="what others see in their status")
     serve.add_argument(
         "--exit-with-stdin",
         action="store_true",

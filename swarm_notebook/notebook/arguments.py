@@ -17,9 +17,8 @@ from IPython.core.error import UsageError
 
 from swarm_notebook.notebook import values
 from swarm_notebook.notebook.typed import split
-from swarm_notebook.parsing import add_plan, add_private, blocks, count, size
+from swarm_notebook.parsing import DTYPES, add_plan, add_private, add_served, count
 
-DTYPES = ("float32", "bfloat16", "float16")
 COMPRESSIONS = ("float16", "int8")
 
 
@@ -235,66 +234,21 @@ class CommandLine:
         _add_output(monitor, "the TrainingMonitor, instead of showing it,")
 
     def _serve(self) -> None:
-        serve = self._add("serve", "lend this machine's memory: hold blocks of a model for a swarm")
-        serve.add_argument(
-            "model",
-            nargs="?",
-            metavar="MODEL",
-            help="Hub id, folder or GGUF file (default: the model of the swarm that is attached)",
+        serve = self._add(
+            "serve",
+            "lend this machine's memory: hold blocks of a model for a swarm; at once if --blocks "
+            "or --memory are given",
         )
-        serve.add_argument(
-            "--blocks",
-            type=blocks,
-            metavar="A:B",
-            help="hold blocks A to B-1, and start at once",
-        )
-        serve.add_argument(
-            "--initial-peers",
-            nargs="+",
-            default=[],
-            metavar="ADDRESS",
-            help="servers of the swarm to join (default: the attached swarm, else a new one)",
-        )
-        serve.add_argument(
-            "--dtype",
-            choices=DTYPES,
-            help="compute in this (default: the checkpoint's on a GPU, else float32)",
-        )
-        serve.add_argument(
-            "--device", metavar="DEVICE", help="such as cuda (default: a GPU where there is one)"
-        )
-        serve.add_argument(
-            "--bits", type=float, metavar="B", help="per weight, 2.5 to 16 (default: as they are)"
-        )
-        serve.add_argument(
-            "--memory",
-            type=size,
-            metavar="SIZE",
-            help="such as 20GB: as many blocks as it holds, in fewer bits where need be, and start "
-            "at once",
-        )
-        serve.add_argument(
-            "--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)"
-        )
-        serve.add_argument(
-            "--name", metavar="NAME", help="what others see in their status (default: notebook)"
+        add_served(
+            serve,
+            model="the model of the swarm that is attached",
+            peers="the attached swarm, else a new one)",
         )
         serve.add_argument(
             "--listen",
             metavar="ADDRESS",
             help="such as /ip4/0.0.0.0/tcp/0, which others can reach (default: this machine alone "
             "where all known servers are, else all interfaces)",
-        )
-        serve.add_argument(
-            "--private",
-            action="store_true",
-            help="begin a swarm that lets in only who is invited; see %%swarm invite",
-        )
-        serve.add_argument(
-            "--lan",
-            action="store_true",
-            help="be found on this network by %%swarm connect --lan, and join the swarm of the "
-            "model that is found there",
         )
         _add_output(serve, "the ServePanel, instead of showing it,")
 
