@@ -1,6 +1,6 @@
 import { afterEach, describe, expect, test, vi } from "vitest";
 import chat from "../src/chat.js";
-import { FakeModel, show } from "./fake_model.js";
+import { FakeModel, WRITING, show } from "./fake_model.js";
 
 const TURNS = [
   { role: "user", text: "<b>hi</b>", branch: [0, 1] },
@@ -16,26 +16,7 @@ const TURNS = [
 /** @param {Record<string, any>} [more] */
 const model = (more = {}) =>
   new FakeModel({
-    title: "tiny",
-    steering: "",
-    strength: 1,
-    adapters: [],
-    adapters_on: true,
-    has_template: true,
-    do_sample: false,
-    temperature: 1,
-    top_p: 1,
-    top_k: 50,
-    max_new_tokens: 20,
-    seed: null,
-    state: "idle",
-    progress: [],
-    note: "",
-    stats: {},
-    preview: "",
-    obstacle: "",
-    bill: "",
-    waiting: {},
+    ...WRITING,
     turns: TURNS,
     live: "",
     typed: "",

@@ -41,6 +41,30 @@ export class FakeModel extends FrontEndModel {
   }
 }
 
+/** What the widgets that write with a model have in common, as widgets/writing.py has it. */
+export const WRITING = {
+  title: "tiny",
+  steering: "",
+  strength: 1,
+  adapters: [],
+  adapters_on: true,
+  has_template: true,
+  do_sample: false,
+  temperature: 1,
+  top_p: 1,
+  top_k: 50,
+  max_new_tokens: 20,
+  seed: null,
+  state: "idle",
+  progress: [],
+  note: "",
+  stats: {},
+  preview: "",
+  obstacle: "",
+  bill: "",
+  waiting: {},
+};
+
 /**
  * Show a widget on the page of the test.
  * @param {{ render: import("@anywidget/types").Render<any> }} widget

@@ -2,7 +2,7 @@ import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
 import generate from "../src/generate.js";
 import { csv } from "../src/export.js";
 import { harmless, percent, visible } from "../src/tokens.js";
-import { FakeModel, show } from "./fake_model.js";
+import { FakeModel, WRITING, show } from "./fake_model.js";
 
 const ALTERNATIVES = [
   [7, " Paris", 0.75],
@@ -19,28 +19,9 @@ const cell = (text, probability = 0.75, special = false) => [text, probability, 
 /** @param {Record<string, any>} [more] */
 const model = (more = {}) =>
   new FakeModel({
-    title: "tiny",
-    steering: "",
-    strength: 1,
-    adapters: [],
-    adapters_on: true,
+    ...WRITING,
     prompt: "Hello",
     chat: false,
-    has_template: true,
-    do_sample: false,
-    temperature: 1,
-    top_p: 1,
-    top_k: 50,
-    max_new_tokens: 20,
-    seed: null,
-    state: "idle",
-    progress: [],
-    note: "",
-    stats: {},
-    preview: "",
-    obstacle: "",
-    bill: "",
-    waiting: {},
     pages: 0,
     tail: [],
     texts: 0,

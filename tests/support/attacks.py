@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -62,6 +62,15 @@ class Target:
 
     async def open(self, rpc: str) -> streams.Stream:
         return await streams.open_stream(self.node.p2p, self.peer, rpc)
+
+    @contextlib.asynccontextmanager
+    async def asking(self, rpc: str) -> AsyncIterator[streams.Stream]:
+        """A stream that is ended at once when nothing more is asked."""
+        stream = await self.open(rpc)
+        try:
+            yield stream
+        finally:
+            stream.abort()
 
     def request(self, *slots: torch.Tensor | None, **metadata: object) -> PackedMessage:
         return PackedMessage(
@@ -159,28 +168,22 @@ async def malformed(target: Target, count: int = 35) -> Errors:
     ]
 
     async def one(_: int) -> None:
-        stream = await target.open(target.random.choice(RPCS[2:]))
-        slot = target.random.choice([hidden, hidden[..., 1:], hidden.to(torch.int64), None])
-        metadata = target.random.choice(wrong)
-        try:
+        async with target.asking(target.random.choice(RPCS[2:])) as stream:
+            slot = target.random.choice([hidden, hidden[..., 1:], hidden.to(torch.int64), None])
+            metadata = target.random.choice(wrong)
             await stream.send(target.request(slot, None, slot, **metadata))
             await stream.send_end()
             await stream.receive()
-        finally:
-            stream.abort()
 
     return await _again(target, lambda: _many(count, one, at_once=8))
 
 
 async def ask_honestly(target: Target) -> PackedMessage | None:
     """A pass of two tokens, as anybody may ask for."""
-    stream = await target.open(protocol.RPC_FORWARD_STREAM)
-    try:
+    async with target.asking(protocol.RPC_FORWARD_STREAM) as stream:
         await stream.send(target.request(torch.zeros(1, 2, target.hidden)))
         await stream.send_end()
         return await stream.receive()
-    finally:
-        stream.abort()
 
 
 async def new_identities(target: Target) -> Errors:
@@ -250,14 +253,13 @@ async def _again(target: Target, attack: Callable[[], Awaitable[Errors]]) -> Err
 
 async def _ask(target: Target, slots: Sequence[PackedTensor]) -> Errors:
     async def one(number: int) -> None:
-        stream = await target.open(RPCS[number % 2 * 2])
-        sending = asyncio.create_task(send(stream, number))
-        try:
-            await stream.receive()  # a refusal comes before all is sent
-        finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
-            stream.abort()
+        async with target.asking(RPCS[number % 2 * 2]) as stream:
+            sending = asyncio.create_task(send(stream, number))
+            try:
+                await stream.receive()  # a refusal comes before all is sent
+            finally:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
 
     async def send(stream: streams.Stream, number: int) -> None:
         await stream.send(PackedMessage(uid=target.uid, tensors=[slots[number]]))
@@ -318,16 +320,13 @@ async def long_passes(target: Target, at_once: int = 2) -> Errors:
     async def one(number: int) -> None:
         rpc, slots = kinds[number % 2]
         while time.monotonic() < deadline:
-            stream = await target.open(rpc)
-            try:
+            async with target.asking(rpc) as stream:
                 for slot in slots:
                     await stream.send(target.request(slot))
                 await stream.send_end()
                 async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
                     while await stream.receive() is not None:
                         pass
-            finally:
-                stream.abort()
 
     return await _many(at_once, one)
 
@@ -340,15 +339,12 @@ async def inner_modules(target: Target, at_once: int = 8) -> Errors:
     hidden = torch.zeros(rows, 256, target.hidden)
 
     async def one(_: int) -> None:
-        stream = await target.open(protocol.RPC_FORWARD_STREAM)
-        try:
+        async with target.asking(protocol.RPC_FORWARD_STREAM) as stream:
             await stream.send(target.request(hidden, inner=inner))
             await stream.send_end()
             async with asyncio.timeout(target.seconds):
                 await stream.receive()
             await asyncio.sleep(target.seconds)
-        finally:
-            stream.abort()
 
     return await _many(at_once, one)
 

@@ -27,8 +27,26 @@ def local_model(folder: Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
+class Connected:
+    """A notebook's part of a swarm, and what tests put into its model."""
+
+    swarm: Swarm
+
+    @property
+    def remote(self) -> Any:
+        return self.swarm.model
+
+    def ids(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, self.remote.config.vocab_size, (rows, length), generator=generator)
+
+    def padded(self) -> dict[str, torch.Tensor]:
+        """Three prompts of different lengths, padded on the left."""
+        return padded(self.ids(3, 12))
+
+
 @dataclass
-class Pair:
+class Pair(Connected):
     """A connected swarm, and the model that it serves.
 
     Attributes:
@@ -43,21 +61,9 @@ class Pair:
     def __post_init__(self) -> None:
         self.local = local_model(self.folder)
 
-    @property
-    def remote(self) -> Any:
-        return self.swarm.model
-
     def models(self) -> list[Any]:
         """A remote and a local model that no test has changed."""
         return [copy.deepcopy(self.remote), copy.deepcopy(self.local)]
-
-    def ids(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(3, self.local.config.vocab_size, (rows, length), generator=generator)
-
-    def padded(self) -> dict[str, torch.Tensor]:
-        """Three prompts of different lengths, padded on the left."""
-        return padded(self.ids(3, 12))
 
 
 @contextmanager

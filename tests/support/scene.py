@@ -18,10 +18,10 @@ from typing import Any
 import psutil
 import torch
 from support.hosting import HostedSwarm
-from support.pairs import TOLERANCE, padded
+from support.pairs import TOLERANCE, Connected, local_model
 from support.patience import PATIENCE, wait_until
 from support.processes import lasting_swarms
-from transformers import AutoModelForCausalLM, StoppingCriteria
+from transformers import StoppingCriteria
 
 import swarm_notebook as sn
 from swarm_notebook.client.session.batch import BatchSession
@@ -46,25 +46,11 @@ class AtToken(StoppingCriteria):
 
 
 @dataclass
-class Scene:
+class Scene(Connected):
     local: Any  # a `LocalSwarm` or a `HostedSwarm`
     swarm: Swarm
     reference: Any
     sessions: list[BatchSession] = field(default_factory=list)
-
-    @property
-    def remote(self) -> Any:
-        return self.swarm.model
-
-    def ids(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(
-            3, self.reference.config.vocab_size, (rows, length), generator=generator
-        )
-
-    def padded(self) -> dict[str, torch.Tensor]:
-        """Three prompts of different lengths, padded on the left."""
-        return padded(self.ids(3, 12))
 
     def server(self, peer: str) -> LocalServer:
         return next(server for server in self.local.servers if server.peer_id == peer)
@@ -123,12 +109,11 @@ def generate(model: Any, inputs: Any, **options: Any) -> Any:
 @contextmanager
 def scene(folder: Path, spans: Any, *, hosted: bool = False, **options: Any) -> Iterator[Scene]:
     """Servers of a tiny model, connected; `hosted` in this process if none is to be killed."""
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with (
         _swarm(folder, spans, hosted, options) as local,
         sn.connect(local.initial_peers, model=folder) as swarm,
     ):
-        made = Scene(local, swarm, reference)
+        made = Scene(local, swarm, local_model(folder))
         connection: Any = swarm.connection
         new_session = connection.session
 
