@@ -61,10 +61,8 @@ _COLUMNS = [
     "cache_left",
     "version",
     "note",
-    "audits_agreed",
-    "audits_wrong",
-    "audits_open",
 ]
+_AUDITS = [f"audits_{outcome}" for outcome in Outcomes._fields]
 # States of which there is nothing to worry; all others are of servers that are avoided.
 _CALM = ("online", "joining", "offline")
 
@@ -105,18 +103,6 @@ class ServerRow:
         """How its steps run, in a word or two: `engine` without the reason."""
         kind = self.engine and self.engine.partition(":")[0]
         return f"{kind or UNKNOWN}, reproducible" if self.reproducible else kind
-
-    @property
-    def audits_agreed(self) -> int | None:
-        return self.audits and self.audits.agreed
-
-    @property
-    def audits_wrong(self) -> int | None:
-        return self.audits and self.audits.wrong
-
-    @property
-    def audits_open(self) -> int | None:
-        return self.audits and self.audits.open
 
     @property
     def condition(self) -> str:
@@ -226,8 +212,11 @@ class SwarmStatus(ModelReport):
 
     def to_pandas(self) -> pd.DataFrame:
         """The servers as a data frame, one row each."""
-        rows = [{name: getattr(row, name) for name in _COLUMNS} for row in self.servers]
-        return data_frame(rows, _COLUMNS)
+        rows = [
+            [*(getattr(row, name) for name in _COLUMNS), *(row.audits or [None] * len(_AUDITS))]
+            for row in self.servers
+        ]
+        return data_frame(rows, [*_COLUMNS, *_AUDITS])
 
     def __repr__(self) -> str:
         rows = [[row.name, row.blocks, row.state, row.precision] for row in self.servers]

@@ -18,31 +18,35 @@ MAX_COUNT = 1 << 31
 MAX_SECONDS = 24 * 3600.0
 
 
+def _unfit(name: str, value: object, expected: str) -> BadRequest:
+    return BadRequest(f"{name}: {str(value)[:MAX_TEXT]!r}, expected {expected}")
+
+
 def integer(metadata: dict[str, Any], name: str) -> int | None:
     value = metadata.get(name)
-    if value is None:
-        return None
-    if type(value) is not int or not 0 <= value < MAX_COUNT:
-        raise BadRequest(f"{name}: {str(value)[:MAX_TEXT]!r}, expected an integer from 0")
-    return value
+    if value is None or (type(value) is int and 0 <= value < MAX_COUNT):
+        return value
+    raise _unfit(name, value, "an integer from 0")
 
 
 def seconds(metadata: dict[str, Any], name: str) -> float | None:
     value = metadata.get(name)
     if value is None:
         return None
-    if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
-        raise BadRequest(f"{name}: {str(value)[:MAX_TEXT]!r}, expected seconds from 0")
-    return float(value)
+    if type(value) in (int, float) and 0 <= value <= MAX_SECONDS:
+        return float(value)
+    raise _unfit(name, value, "seconds from 0")
 
 
 def text(metadata: dict[str, Any], name: str) -> str | None:
     value = metadata.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise BadRequest(f"{name}: expected a text of at most {MAX_TEXT} characters")
-    return value
+    if value is None or _is_text(value, least=0):
+        return value
+    raise _unfit(name, value, f"a text of at most {MAX_TEXT} characters")
+
+
+def _is_text(value: object, least: int = 1) -> bool:
+    return isinstance(value, str) and least <= len(value) <= MAX_TEXT
 
 
 def dtype(metadata: dict[str, Any], name: str) -> torch.dtype | None:
@@ -67,36 +71,28 @@ def seed_of_prints(metadata: dict[str, Any]) -> bytes | None:
 def target(metadata: dict[str, Any], name: str) -> tuple[str, str]:
     """A peer id and a session id."""
     value = metadata.get(name)
-    if (
-        not isinstance(value, (list, tuple))
-        or len(value) != 2
-        or not all(isinstance(part, str) and 0 < len(part) <= MAX_TEXT for part in value)
-    ):
-        raise BadRequest(f"{name}: {str(value)[:MAX_TEXT]}, expected a peer id and a session id")
-    return value[0], value[1]
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_text, value)):
+        return value[0], value[1]
+    raise _unfit(name, value, "a peer id and a session id")
 
 
 def next_servers(metadata: dict[str, Any], end: int) -> list[tuple[str, str, int, int]]:
     """Peer id, session id and blocks of the servers for what follows on block ``end - 1``."""
     value = metadata.get(protocol.NEXT_SERVERS)
     if not isinstance(value, (list, tuple)) or not 0 < len(value) <= MAX_SERVERS:
-        raise BadRequest(
-            f"{protocol.NEXT_SERVERS}: {str(value)[:MAX_TEXT]}, expected 1 to {MAX_SERVERS} servers"
-        )
+        raise _unfit(protocol.NEXT_SERVERS, value, f"1 to {MAX_SERVERS} servers")
     found: list[tuple[str, str, int, int]] = []
     for entry in value:
         peer, session, start, stop = (
             entry if isinstance(entry, (list, tuple)) and len(entry) == 4 else ("", "", 0, 0)
         )
         if (
-            not all(isinstance(part, str) and 0 < len(part) <= MAX_TEXT for part in (peer, session))
+            not (_is_text(peer) and _is_text(session))
             or not all(type(index) is int for index in (start, stop))
             or not end == start < stop <= protocol.MAX_BLOCKS
         ):
-            raise BadRequest(
-                f"{protocol.NEXT_SERVERS}: {str(entry)[:MAX_TEXT]}, expected a peer id, a session "
-                f"id and blocks from {end} on"
-            )
+            expected = f"a peer id, a session id and blocks from {end} on"
+            raise _unfit(protocol.NEXT_SERVERS, entry, expected)
         found.append((peer, session, start, stop))
         end = stop
     return found
@@ -104,9 +100,9 @@ def next_servers(metadata: dict[str, Any], end: int) -> list[tuple[str, str, int
 
 def flag(metadata: dict[str, Any], name: str) -> bool:
     value = metadata.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise BadRequest(f"{name}: {str(value)[:MAX_TEXT]!r}, expected true or false")
-    return bool(value)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise _unfit(name, value, "true or false")
 
 
 def states(value: Any, blocks: tuple[int, int]) -> tuple[int, ...]:
@@ -118,20 +114,17 @@ def states(value: Any, blocks: tuple[int, int]) -> tuple[int, ...]:
         or len(value) > end - start
         or not all(type(index) is int and start <= index < end for index in value)
     ):
-        raise BadRequest(
-            f"states: {str(value)[:MAX_TEXT]}, expected indices of blocks in [{start}, {end})"
-        )
+        raise _unfit("states", value, f"indices of blocks in [{start}, {end})")
     return tuple(value)
 
 
 def adapter(value: Any) -> tuple[str, int]:
     """An adapter's id and version."""
-    if not isinstance(value, dict):
-        raise BadRequest(f"adapter: {str(value)[:MAX_TEXT]!r}, expected id and version")
-    name, version = text(value, "id"), integer(value, "version")
-    if not name or version is None:
-        raise BadRequest(f"adapter: {str(value)[:MAX_TEXT]}, expected id and version")
-    return name, version
+    if isinstance(value, dict):
+        name, version = text(value, "id"), integer(value, "version")
+        if name and version is not None:
+            return name, version
+    raise _unfit("adapter", value, "id and version")
 
 
 def by_row(value: Any, rows: int) -> dict[str, list[Any]] | None:
@@ -140,14 +133,14 @@ def by_row(value: Any, rows: int) -> dict[str, list[Any]] | None:
         return None
     kinds: dict[str, Any] = {"adapter_names": str, "alora_offsets": int}
     if not isinstance(value, dict) or not value.keys() <= kinds.keys():
-        raise BadRequest(f"by_row: {str(value)[:MAX_TEXT]}, expected lists for {', '.join(kinds)}")
+        raise _unfit("by_row", value, f"lists for {', '.join(kinds)}")
     for name, told in value.items():
         if (
             not isinstance(told, (list, tuple))
             or len(told) != rows
             or not all(one is None or type(one) is kinds[name] for one in told)
         ):
-            raise BadRequest(f"{name}: {str(told)[:MAX_TEXT]}, expected one value for each row")
+            raise _unfit(name, told, "one value for each row")
     return {name: list(told) for name, told in value.items()}
 
 
@@ -163,9 +156,7 @@ def inner(value: Any, blocks: tuple[int, int]) -> tuple[tuple[int, str], ...]:
         pair = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (-1, "")
         index, name = pair
         if type(index) is not int or not start <= index < end or not _is_module_name(name):
-            raise BadRequest(
-                f"inner: {str(entry)[:MAX_TEXT]}, expected [block in [{start}, {end}), module name]"
-            )
+            raise _unfit("inner", entry, f"[block in [{start}, {end}), module name]")
         found.append((index, name))
     if len(set(found)) < len(found):
         raise BadRequest("inner: a module is named twice")
@@ -173,10 +164,8 @@ def inner(value: Any, blocks: tuple[int, int]) -> tuple[tuple[int, str], ...]:
 
 
 def _is_module_name(name: Any) -> bool:
-    return (
-        isinstance(name, str)
-        and 0 < len(name) <= MAX_TEXT
-        and all(part.isidentifier() or part.isdecimal() for part in name.split("."))
+    return _is_text(name) and all(
+        part.isidentifier() or part.isdecimal() for part in name.split(".")
     )
 
 
@@ -186,7 +175,5 @@ def compression(value: Any) -> int:
         return tensors.NONE
     known = (tensors.NONE, tensors.FLOAT16, tensors.INT8, *sorted(codecs.CODECS))
     if not isinstance(value, (list, tuple)) or len(value) not in (1, 2) or value[0] not in known:
-        raise BadRequest(
-            f"output_compression: {str(value)[:MAX_TEXT]}, expected one of {list(known)}"
-        )
+        raise _unfit("output_compression", value, f"one of {list(known)}")
     return int(value[0])
