@@ -14,6 +14,7 @@ from swarm_notebook.errors import Unsupported
 from swarm_notebook.model import inversion
 from swarm_notebook.net.wire.tensors import float_dtype
 from swarm_notebook.report.privacy import Boundary, Privacy
+from swarm_notebook.writing.prompts import ids_of
 
 # Where greedy inversion is tried unless it is said: deeper costs more and shows the same.
 _DEFAULT = (1, 2, 4)
@@ -40,7 +41,7 @@ def examine(
     if wrong:
         raise ValueError(f"boundaries: {wrong[0]}; give 1 to {blocks}: so many blocks before it")
     _refuse_what_weights_do_not_know(model)
-    ids = _ids(tokenizer, text)[:tokens]
+    ids = ids_of(text, tokenizer, source.name)[:tokens]
     route = directory.route()
     seen = [_seen_by(route, boundary) for boundary in range(blocks + 1)]
     if boundaries is None:
@@ -84,18 +85,6 @@ def _refuse_what_weights_do_not_know(model: Any) -> None:
             "an adapter is active, which the attack does not know: call it within "
             "model.disable_adapter()"
         )
-
-
-def _ids(tokenizer: Any, text: str | Sequence[int]) -> torch.Tensor:
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise ValueError("the model comes without a tokenizer: give token ids")
-        text = tokenizer(text)["input_ids"]
-    ids = torch.as_tensor(text, dtype=torch.long).cpu()
-    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
-    if ids.dim() != 1 or not len(ids):
-        raise ValueError("text: give one text, or the ids of its tokens")
-    return ids
 
 
 def _seen_by(route: Sequence[RouteSegment], boundary: int) -> tuple[str, ...]:

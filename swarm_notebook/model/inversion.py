@@ -48,6 +48,18 @@ _SURE_ELSE = 1e-3
 Map = Callable[[torch.Tensor], torch.Tensor]
 
 
+@contextmanager
+def at_rest(model: Any) -> Iterator[Any]:
+    """A model without dropout and without gradients; as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train(training)
+
+
 @dataclass(frozen=True)
 class TextStates:
     """The states of one text.
@@ -82,7 +94,7 @@ def observe(model: Any, ids: torch.Tensor) -> TextStates:
 
         return came_out
 
-    with ExitStack() as hooks, _at_rest(model):
+    with ExitStack() as hooks, at_rest(model):
         hooks.enter_context(blocks[0].register_forward_pre_hook(went_in, with_kwargs=True))
         for index, block in enumerate(blocks):
             hooks.enter_context(block.register_forward_hook(keeper(index + 1)))
@@ -236,7 +248,7 @@ def into_block_0(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
     first = model._runner.blocks[0]
     try:
-        with first.register_forward_pre_hook(leave, with_kwargs=True), _at_rest(model):
+        with first.register_forward_pre_hook(leave, with_kwargs=True), at_rest(model):
             model(input_ids=ids.to(model.device), use_cache=False)
     except _Enough:
         return taken[0]
@@ -259,15 +271,3 @@ def _fit(states: torch.Tensor, wanted: torch.Tensor) -> Map:
 
 def _directions(model: Any) -> torch.Tensor:
     return normalize(model.get_input_embeddings().weight.detach().float(), dim=-1)
-
-
-@contextmanager
-def _at_rest(model: Any) -> Iterator[None]:
-    """Without dropout and gradients."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

@@ -314,75 +314,68 @@ def linear_probe(
     if len(labels) != texts:
         raise ValueError(f"labels: got {count(len(labels), 'label')} for {count(texts, 'text')}")
     names = sorted(set(labels))
-    numbers = [names.index(label) for label in labels]
-    rarest = min((numbers.count(number) for number in range(len(names))), default=0)
+    numbers = torch.tensor([names.index(label) for label in labels], dtype=torch.long)
+    counts = numbers.bincount(minlength=len(names)).tolist()
+    rarest = min(counts, default=0)
     if len(names) < 2 or rarest < folds:
         raise ValueError(
             f"labels: {len(names)} classes, the rarest with {rarest} texts; at least 2 classes "
             f"with {folds} texts each are needed (folds={folds})"
         )
     chosen = known if blocks is None else which(blocks, max(known) + 1)
-    fit = _Fit(numbers, names, folds, strength, seed)
+    how = _sklearn(folds, strength, seed)
     probes: list[LinearProbe] = []
     with Waiting("Fitting probes", total=len(chosen), unit="blocks", count=lambda: len(probes)):
-        probes.extend(fit.probe(block, states[block]) for block in chosen)
-    chance = max(numbers.count(number) for number in range(len(names))) / len(numbers)
+        probes.extend(_fitted(block, states[block], numbers, names, how) for block in chosen)
+    chance = max(counts) / len(labels)
     source = states if isinstance(states, HiddenStates) else None
     return Probes(probes, chance, texts, source.manifest if source else None, source)
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """How the probes of all blocks are fitted."""
-
-    numbers: list[int]
-    names: list[Label]
-    folds: int
-    strength: float
-    seed: int
-
-    def probe(self, block: int, states: torch.Tensor) -> LinearProbe:
-        linear, pipeline, preprocessing, selection = _sklearn()
-        values = states.float().cpu().numpy()
-        scaler = preprocessing.StandardScaler()
-        classifier = linear.LogisticRegression(C=self.strength, max_iter=2000)
-        model = pipeline.make_pipeline(scaler, classifier)
-        split = selection.StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
-        numbers = torch.tensor(self.numbers)
-        guesses, right = torch.empty_like(numbers), []
-        for seen, unseen in split.split(values, self.numbers):
-            model.fit(values[seen], numbers[seen])
-            guesses[unseen] = torch.from_numpy(model.predict(values[unseen]))
-            right.append((guesses[unseen] == numbers[unseen]).double().mean())
-        scores = torch.stack(right)
-        classes = len(self.names)
-        confusion = torch.bincount(numbers * classes + guesses, minlength=classes**2)
-        model.fit(values, self.numbers)
-        weight = torch.from_numpy(classifier.coef_ / scaler.scale_)
-        bias = torch.from_numpy(classifier.intercept_) - weight @ torch.from_numpy(scaler.mean_)
-        if len(self.names) == 2:
-            # scikit-learn keeps one plane for two classes: these are its two sides.
-            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-        return LinearProbe(
-            block,
-            self.names,
-            weight.float(),
-            bias.float(),
-            float(scores.mean()),
-            float(scores.std(correction=0)),
-            confusion.reshape(classes, classes),
-        )
+def _fitted(
+    block: int, states: torch.Tensor, numbers: torch.Tensor, names: list[Label], how: Any
+) -> LinearProbe:
+    """A probe of one block."""
+    model, split = how
+    values, classes = states.float().cpu().numpy(), len(names)
+    guesses, right = torch.empty_like(numbers), []
+    for seen, unseen in split.split(values, numbers):
+        model.fit(values[seen], numbers[seen])
+        guesses[unseen] = torch.from_numpy(model.predict(values[unseen]))
+        right.append((guesses[unseen] == numbers[unseen]).double().mean())
+    scores = torch.stack(right)
+    confusion = torch.bincount(numbers * classes + guesses, minlength=classes**2)
+    scaler, classifier = (step for _, step in model.fit(values, numbers).steps)
+    weight = torch.from_numpy(classifier.coef_ / scaler.scale_)
+    bias = torch.from_numpy(classifier.intercept_) - weight @ torch.from_numpy(scaler.mean_)
+    if classes == 2:
+        # scikit-learn keeps one plane for two classes: these are its two sides.
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    return LinearProbe(
+        block,
+        names,
+        weight.float(),
+        bias.float(),
+        float(scores.mean()),
+        float(scores.std(correction=0)),
+        confusion.reshape(classes, classes),
+    )
 
 
-def _sklearn() -> tuple[Any, Any, Any, Any]:
+def _sklearn(folds: int, strength: float, seed: int) -> tuple[Any, Any]:
+    """The model to fit, and how texts are held back to judge it."""
     try:
-        from sklearn import linear_model, model_selection, pipeline, preprocessing
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import StratifiedKFold
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "linear_probe needs scikit-learn: pip install 'swarm-notebook[probing]'",
             name="sklearn",
         ) from error
-    return linear_model, pipeline, preprocessing, model_selection
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+    return model, StratifiedKFold(folds, shuffle=True, random_state=seed)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,7 +22,9 @@ from torch import nn
 from swarm_notebook.checkpoint.anatomy import find_trunk
 from swarm_notebook.checkpoint.states import output_state, with_output_state
 from swarm_notebook.model.home import Blocks, which
+from swarm_notebook.model.inversion import at_rest
 from swarm_notebook.swarm import Swarm
+from swarm_notebook.writing.prompts import ids_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,21 +94,7 @@ class Subject:
         Raises:
             ValueError: there is no tokenizer for a text, or there are no tokens.
         """
-        if isinstance(text, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"{self.name} comes without a tokenizer: pass tokenizer=…, or token ids"
-                )
-            text = self.tokenizer(text)["input_ids"]
-        ids = torch.as_tensor(text, dtype=torch.long).cpu()
-        ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
-        if ids.dim() != 1 or not len(ids):
-            raise ValueError(
-                "the text is empty"
-                if ids.dim() == 1
-                else f"one text is needed, not ids of shape {list(ids.shape)}"
-            )
-        return ids
+        return ids_of(text, self.tokenizer, self.name)
 
     def words(self, ids: Iterable[int]) -> list[str]:
         """What each token stands for, alone."""
@@ -114,16 +102,9 @@ class Subject:
             return [str(int(token)) for token in ids]
         return [str(self.tokenizer.decode([int(token)])) for token in ids]
 
-    @contextmanager
-    def at_rest(self) -> Iterator[Any]:
+    def at_rest(self) -> AbstractContextManager[Any]:
         """The model without dropout and without gradients; as it was afterwards."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield self.model
-        finally:
-            self.model.train(training)
+        return at_rest(self.model)
 
     @contextmanager
     def reading(self, blocks: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
