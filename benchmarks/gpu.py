@@ -138,24 +138,25 @@ def servers(
     """Servers that share the blocks, one on each of the devices; all are ready."""
     from swarm_notebook.checkpoint.files.source import resolve
     from swarm_notebook.local.folder import ServerFolder
-    from swarm_notebook.local.process import LocalServer, server_environment
+    from swarm_notebook.local.process import LocalServer
     from swarm_notebook.local.swarm import plan_spans
 
     blocks = resolve(model, dummy=dummy).config().num_hidden_layers
     logs = ServerFolder()
     made: list[LocalServer] = []
-    options = [str(model), "--dtype", "bfloat16", "--cache-tokens", str(CACHE_TOKENS)]
-    options += ["--dummy-weights"] if dummy else []
-    options += ["--bits", str(bits)] if bits else []
     try:
         for index, span in enumerate(plan_spans(blocks, len(devices))):
             server = LocalServer(
                 f"gpu-{index}",
                 span,
+                str(model),
                 folder=logs,
-                options=[*options, "--device", devices[index]],
-                environment=server_environment(None),
                 swarm_addresses=lambda: peers_of(made),
+                device=devices[index],
+                dtype="bfloat16",
+                cache_tokens=CACHE_TOKENS,
+                dummy_weights=dummy,
+                bits=bits,
             )
             begun()
             made.append(server)

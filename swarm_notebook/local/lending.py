@@ -21,13 +21,7 @@ from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.client.connection import Inquiry
 from swarm_notebook.errors import BlocksOutOfRange, InvitationError, ServerStartError
 from swarm_notebook.local.folder import ServerFolder
-from swarm_notebook.local.process import (
-    ANY_INTERFACE,
-    ANY_PORT,
-    LocalServer,
-    as_words,
-    server_environment,
-)
+from swarm_notebook.local.process import ANY_INTERFACE, ANY_PORT, LocalServer
 from swarm_notebook.local.swarm import Conversion
 from swarm_notebook.net.addresses import addresses_of
 from swarm_notebook.net.membership import INVITATION_SECONDS
@@ -186,23 +180,23 @@ class Lending:
             raise ServerStartError(f"{self!r} runs already; stop it first")
         self.stop()
         self._folder = ServerFolder()
-        wanted: dict[str, Any] = {
-            "dtype": self.dtype,
-            "device": self.device,
-            "bits": self.bits,
-            "lan": self._lan,
-        }
-        wanted |= {"memory": self.memory, "threads": self._threads, "swarm": self._swarm}
         self._server = LocalServer(
             self._name,
             self._blocks,
+            self._path,
             chooses=self._chooses,
             folder=self._folder,
-            options=[self._path, *as_words(**wanted, private=self.private)],
-            environment=server_environment(self._threads),
             swarm_addresses=lambda: self._peers,
             listen=self._listen,
             key=self._key,
+            threads=self._threads,
+            dtype=self.dtype,
+            device=self.device,
+            bits=self.bits,
+            memory=self.memory,
+            lan=self._lan,
+            private=self.private,
+            swarm=self._swarm,
         )
         atexit.register(self.stop)
         self._server.launch()

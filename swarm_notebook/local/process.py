@@ -94,11 +94,12 @@ class LocalServer:
         blocks: ``(start, end)``.
         chooses: whether it may hold others, as it chooses by its memory and what its swarm needs.
         folder: for its log; whoever made it removes it.
-        options: of ``swarm-notebook serve``; the model comes first.
-        environment: variables of the process.
+        model: where the server finds it.
         swarm_addresses: where others of the swarm listen; asked when it is restarted.
         listen: a multiaddr.
         key: the private key of an earlier process, to be the same peer.
+        threads: CPU threads; None leaves it to torch.
+        options: more of ``swarm-notebook serve``, see `as_words`.
 
     Attributes:
         log_path: the log; it is removed with the folder, unless the server failed.
@@ -111,21 +112,23 @@ class LocalServer:
         self,
         name: str,
         blocks: tuple[int, int],
+        model: str,
         *,
         chooses: bool = False,
         folder: ServerFolder,
-        options: Sequence[str],
-        environment: dict[str, str],
         swarm_addresses: Callable[[], list[str]],
         listen: str = ANY_PORT,
         key: bytes | None = None,
+        threads: int | None = None,
+        **options: Any,
     ) -> None:
         self.name, self._blocks, self._chooses, self.key = name, blocks, chooses, key
         self.log_path = folder.path / f"{name}.log"
         self._folder = folder
         self._identity = folder.path / f"{name}.key"
         self._asked_to_end = False
-        self._options, self._environment = list(options), environment
+        self._options = [model, *as_words(threads=threads, **options)]
+        self._environment = server_environment(threads)
         self._swarm_addresses = swarm_addresses
         self._process: subprocess.Popen[str] | None = None
         self._facts: dict[str, Any] = {}

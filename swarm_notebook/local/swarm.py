@@ -28,8 +28,6 @@ from swarm_notebook.local.process import (
     START_SECONDS,
     TERMINATE_SECONDS,
     LocalServer,
-    as_words,
-    server_environment,
 )
 from swarm_notebook.net.membership import INVITATION_SECONDS
 from swarm_notebook.progress import Waiting
@@ -99,19 +97,24 @@ class LocalSwarm:
         self.model: str = str(source.path or source.name)
         self._folder = ServerFolder()
         self._swarm = self._folder.path / "swarm" if private else None
-        wanted = {"dtype": dtype, "device": device, "bits": bits, "memory": memory, "lan": lan}
-        wanted |= {"threads": threads, "cache_tokens": cache_tokens, "reproducible": reproducible}
-        options = as_words(**wanted, private=private, swarm=self._swarm)
-        environment = server_environment(threads)
         self.servers: list[LocalServer] = [
             LocalServer(
                 f"local-{index}",
                 span,
+                self.model,
                 folder=self._folder,
-                options=[self.model, *options],
-                environment=environment,
                 swarm_addresses=lambda: self.initial_peers,
                 listen=ANY_INTERFACE if lan else ANY_PORT,
+                threads=threads,
+                dtype=dtype,
+                device=device,
+                bits=bits,
+                memory=memory,
+                lan=lan,
+                cache_tokens=cache_tokens,
+                reproducible=reproducible,
+                private=private,
+                swarm=self._swarm,
             )
             for index, span in enumerate(spans)
         ]

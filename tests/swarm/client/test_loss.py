@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -184,10 +183,10 @@ def test_a_batch_that_fits_elsewhere(small: Scene, tiny_llama: Path) -> None:
     roomy = LocalServer(
         "roomy",
         (0, 5),
+        str(tiny_llama),
         folder=ServerFolder(),
-        options=[str(tiny_llama), "--threads", "1"],
-        environment=dict(os.environ),
         swarm_addresses=lambda: peers,
+        threads=1,
     )
     roomy.launch()
     try:
