@@ -24,12 +24,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from common import be_quiet, say, summary, tiny_llama
 from links import PROFILES, Link, Machines
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support.raw_wire import ServerProcess
 
 START_SECONDS = 120
 REPEATS = 3
@@ -57,17 +62,14 @@ def main() -> None:
         return
     # A benchmark that is told to end leaves no servers and no namespaces behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
-    with tempfile.TemporaryDirectory() as folder, Machines(options.servers + 1) as machines:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Machines(options.servers + 1) as machines,
+        ExitStack() as ends,
+    ):
         model = build(options.model, Path(folder))
-        servers: list[subprocess.Popen[str]] = []
-        try:
-            peers = start(machines, model, options.servers, servers, Path(folder))
-            report = measure(machines, model, peers, options)
-        finally:
-            for server in servers:
-                server.terminate()
-            for server in servers:
-                server.wait(30)
+        peers = start(machines, model, options.servers, Path(folder), ends)
+        report = measure(machines, model, peers, options)
     print(json.dumps(report))
 
 
@@ -85,49 +87,26 @@ def build(which: str, folder: Path) -> str:
     return str(path)
 
 
-def start(
-    machines: Machines,
-    model: str,
-    count: int,
-    servers: list[subprocess.Popen[str]],
-    folder: Path,
-) -> list[str]:
+def start(machines: Machines, model: str, count: int, folder: Path, ends: ExitStack) -> list[str]:
     """Start a server on each machine but the first; the address of the first of them."""
     from transformers import AutoConfig
 
     blocks = AutoConfig.from_pretrained(model).num_hidden_layers
+    servers: list[ServerProcess] = []
     peers: list[str] = []
     for index in range(count):
-        span = f"{blocks * index // count}:{blocks * (index + 1) // count}"
-        listen = f"/ip4/{machines.address(index + 1)}/tcp/0"
-        command = [sys.executable, "-m", "swarm_notebook.cli", "serve", model, "--blocks", span]
-        command += ["--host-maddrs", listen, "--threads", "1", "--name", f"far-{index}"]
-        if peers:
-            command += ["--initial-peers", *peers]
-        with (folder / f"server-{index}.log").open("w") as log:
-            server = subprocess.Popen(
-                machines.command(index + 1, *command),
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+        options = ["--blocks", f"{blocks * index // count}:{blocks * (index + 1) // count}"]
+        options += ["--host-maddrs", f"/ip4/{machines.address(index + 1)}/tcp/0"]
+        options += ["--name", f"far-{index}", *(["--initial-peers", *peers] if peers else [])]
+        log, prefix = folder / f"server-{index}.log", machines.command(index + 1)
+        server = ServerProcess(model, log, *options, prefix=prefix)
+        ends.callback(server.kill)
         servers.append(server)
-        facts = told(server, "maddrs", folder / f"server-{index}.log")
-        if not peers:
-            peers = [maddr for maddr in facts["maddrs"] if machines.address(1) in maddr]
-    for index, server in enumerate(servers):
-        told(server, "ready", folder / f"server-{index}.log")
+        server.wait_listening()
+        peers = peers or [one for one in server.facts["maddrs"] if machines.address(1) in one]
+    for server in servers:
+        server.wait_ready()
     return peers
-
-
-def told(server: subprocess.Popen[str], key: str, log: Path) -> dict[str, Any]:
-    """The line of a server's output that has ``key``."""
-    assert server.stdout is not None
-    for line in server.stdout:
-        facts: dict[str, Any] = json.loads(line)
-        if key in facts:
-            return facts
-    raise SystemExit(f"a server ended:\n{log.read_text()}")
 
 
 def links(options: argparse.Namespace) -> dict[str, Link]:
