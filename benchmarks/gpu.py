@@ -9,13 +9,15 @@ last line of a shape has ratios to eager transformers of the same run, and the s
 bandwidth: that of the blocks' weights, once per step, against a copy of the device. The works:
 
 local, static     transformers eager, and compiled with its static cache
-one, two, cards   one server; two on one card; one on each card, where there are several; first
-                  as they start, then with all compiled that was asked for
+one, two, cards   one server; two on one card; one on each card, where there are several, in
+                  bfloat16 and in 4.5 bits; first as they start, then with all compiled that was
+                  asked for
 fresh             a new server: its first token; 64 sessions of 2,048 tokens; sessions with adapters
 divergence        distributions in bfloat16, a swarm's and local eager's, from local sdpa's
 bits              blocks in bfloat16 and in 4.5 bits: by themselves (`gpu_bits`), through a server
 
-``--shapes tiny --device cpu`` tries the program itself.
+``--shapes tiny --device cpu`` tries the program itself; ``--shapes 70b-whole --works cards`` is for
+two large cards or more.
 """
 
 from __future__ import annotations
@@ -166,7 +168,7 @@ def servers(
                 server.check()
                 time.sleep(0.02)
         for server in made:
-            server.wait_ready(200)
+            server.wait_ready(300)
         yield made
     finally:
         for server in made:
@@ -298,15 +300,20 @@ def in_bits(shape: str, device: str, bits: float | None) -> None:
     beside("gpu_bits.py", "--shape", shape, "--device", device, *more)
 
 
-def served_in_bits(shape: str, folder: Path, device: str, bits: float | None, until: float) -> None:
-    """The same through a server."""
-    with servers(folder, [device], bits=bits) as made:
+def served_in_bits(
+    shape: str, folder: Path, devices: Sequence[str], bits: float | None, until: float
+) -> None:
+    """The same through servers that share the blocks."""
+    if bits is not None:
+        asked = ["--device", devices[0], "--bits", str(bits), "--servers", str(len(devices))]
+        beside("gpu_bits.py", "--shape", shape, *asked)
+    with servers(folder, devices, bits=bits) as made:
         for sessions, prompt in ((1, CONTEXT), (32, CONTEXT), (1, PROMPT)):
             if time.monotonic() < until:
                 crowd(shape, made, sessions, prompt)
                 settle(made)
                 facts = crowd(shape, made, sessions, prompt)
-                say(shape, "bits, through a server", bits=bits or 16, **facts)
+                say(shape, "bits, through servers", bits=bits or 16, **facts)
 
 
 def first_token(server: Any, began: float, ready: float, told: Facts) -> Facts:
@@ -399,6 +406,7 @@ def measure(shape: str, device: str, works: Sequence[str], until: float) -> None
     import torch
 
     cards = torch.cuda.device_count() if device == "cuda" else 0
+    all_cards = [f"cuda:{card}" for card in range(cards)]
     with tempfile.TemporaryDirectory() as where:
         folder = folder_of(shape, Path(where))
         known: dict[str, list[Callable[[], None]]] = {
@@ -406,12 +414,15 @@ def measure(shape: str, device: str, works: Sequence[str], until: float) -> None
             "static": [lambda: local("static", shape, device)],
             "one": [lambda: serve(shape, folder, [device], until)],
             "two": [lambda: serve(shape, folder, [device] * 2, until)],
-            "cards": [lambda: serve(shape, folder, [f"cuda:{n}" for n in range(cards)], until)],
+            "cards": [
+                lambda: serve(shape, folder, all_cards, until),
+                lambda: served_in_bits(shape, folder, all_cards, BITS, until),
+            ],
             "fresh": [lambda: fresh(shape, folder, device, until)],
             "bits": [
                 lambda: in_bits(shape, device, BITS),
-                lambda: served_in_bits(shape, folder, device, BITS, until),
-                lambda: served_in_bits(shape, folder, device, None, until),
+                lambda: served_in_bits(shape, folder, [device], BITS, until),
+                lambda: served_in_bits(shape, folder, [device], None, until),
                 lambda: in_bits(shape, device, None),
             ],
             "divergence": [

@@ -11,6 +11,8 @@ import logging
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,40 @@ ROWS = (1, 32)
 STEPS, COMPILE_SECONDS = 40, 60
 
 
-def remembered(source: Any, blocks: int, bits: float) -> None:
-    """Have all blocks take the grids that were measured for the first."""
+def remembered(source: Any, start: int, end: int, bits: float) -> None:
+    """Have some blocks take the grids that were measured for the first."""
     from swarm_notebook.server.engine.quantising.measuring import GRIDS
     from swarm_notebook.server.engine.quantising.memory import Memory
 
     asked = (bits, GRIDS)
-    Memory.of_blocks(source, 0, blocks, asked).write(
-        Memory.of_blocks(source, 0, 1, asked).read() * blocks
+    Memory.of_blocks(source, start, end, asked).write(
+        Memory.of_blocks(source, 0, 1, asked).read() * (end - start)
     )
+
+
+def remembered_by(servers: int, shape: str, device: str, bits: float) -> None:
+    """Measure the first block, for servers that share all."""
+    import torch
+
+    from swarm_notebook.local.swarm import plan_spans
+    from swarm_notebook.server.engine.quantising.loading import load_quantised
+
+    with dummy(shape) as source:
+        load_quantised(source, 0, 1, bits=bits, dtype=torch.bfloat16, device=device)
+        for start, end in plan_spans(SHAPES[shape]["num_hidden_layers"], servers):
+            remembered(source, start, end, bits)
+
+
+@contextmanager
+def dummy(shape: str) -> Iterator[Any]:
+    """A model of a shape, as its servers name it."""
+    from swarm_notebook.checkpoint.files.dummy import PREFIX
+    from swarm_notebook.checkpoint.files.source import resolve
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / f"{PREFIX}{shape}"
+        config(shape).save_pretrained(folder)
+        yield resolve(folder, dummy=True)
 
 
 def stepping(batching: Any, span: Any, rows: int, size: int) -> Any:
@@ -62,17 +89,12 @@ def load(shape: str, device: str, bits: float | None) -> tuple[Any, dict[str, An
     """All blocks, and what is to be said of that."""
     import torch
 
-    from swarm_notebook.checkpoint.files.dummy import PREFIX
-    from swarm_notebook.checkpoint.files.source import resolve
     from swarm_notebook.checkpoint.parts.partial import load_blocks
     from swarm_notebook.server.engine.quantising.loading import load_quantised
 
     blocks = SHAPES[shape]["num_hidden_layers"]
     how: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / f"{PREFIX}{shape}"
-        config(shape).save_pretrained(folder)
-        source = resolve(folder, dummy=True)
+    with dummy(shape) as source:
         if bits is None:
             return load_blocks(source, 0, blocks, **how), {"bits": 16}
         for block in (0, 1):  # the second one is not slowed down by what torch loads late
@@ -80,7 +102,7 @@ def load(shape: str, device: str, bits: float | None) -> tuple[Any, dict[str, An
             load_quantised(source, block, block + 1, bits=bits, **how)
             sync(device)
             took = time.perf_counter() - began
-        remembered(source, blocks, bits)
+        remembered(source, 0, blocks, bits)
         loaded, told = load_quantised(source, 0, blocks, bits=bits, **how)
         return loaded, {"bits": round(told.bits, 2), "quantise_block_s": round(took, 2)}
 
@@ -148,6 +170,10 @@ if __name__ == "__main__":
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--bits", type=float)
+    parser.add_argument("--servers", type=int, help="only measure, for so many that share all")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    alone(options.shape, options.device, options.bits)
+    if options.servers:
+        remembered_by(options.servers, options.shape, options.device, options.bits)
+    else:
+        alone(options.shape, options.device, options.bits)

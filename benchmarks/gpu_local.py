@@ -19,8 +19,10 @@ SHAPES: dict[str, dict[str, int]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 30},
+    # 137 GB of blocks: of two cards or more.
+    "70b-whole": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80},
 }
-HEADS = {"tiny": (4, 2), "1b": (32, 8), "8b": (32, 8), "70b": (64, 8)}
+HEADS = {"tiny": (4, 2), "1b": (32, 8), "8b": (32, 8), "70b": (64, 8), "70b-whole": (64, 8)}
 
 
 def say(shape: str, what: str, **facts: Any) -> None:
