@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from swarm_notebook.server.engine.steps.batching import Batching
 from swarm_notebook.server.engine.steps.compiled import (
     CannotCompile,
     _Compiled,
+    _weights,
     compile_elsewhere,
     traced,
 )
@@ -264,26 +266,37 @@ def take_over(
     assert decoder.engine == "compiled"
 
 
-def test_compiled_blocks_that_differ_are_not_taken(tmp_path: Path) -> None:
+def all_larger(right: Any, weights: int, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    return [1.5 * output for output in right(*inputs)]
+
+
+def adding_more(right: Any, weights: int, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """What the blocks add is a part of a thousand or less of what goes past them."""
+    hidden = inputs[weights]
+    return [output + 0.01 * (output - hidden) for output in right(*inputs)]
+
+
+@pytest.mark.parametrize("wrong", [all_larger, adding_more])
+def test_compiled_blocks_that_differ_are_not_taken(wrong: Any, tmp_path: Path) -> None:
     span = load("llama", tmp_path)
     decoder = decoding(span)
 
-    def wrong(jobs: list[Any]) -> list[_Compiled]:
+    def compiled(jobs: list[Any]) -> list[_Compiled]:
         found = traced_only(jobs)
-        for one in found:
-            one.function = lambda *inputs, right=one.function: [1.5 * o for o in right(*inputs)]
+        for job, one in zip(jobs, found, strict=True):
+            one.function = partial(wrong, one.function, len(_weights(job.layer)))
         return found
 
-    decoder.compile_beside(compile_jobs=wrong)
+    decoder.compile_beside(compile_jobs=compiled)
     batching = Batching(possible=True, decoding=decoder)
     state, alone = session(span, decoder), SessionState(span, context=None)
     deadline = time.monotonic() + 120
     while "not compiled" not in decoder.engine:
         assert time.monotonic() < deadline
-        step = Step((span.start, span.end), torch.randn(1, 1, HIDDEN), position=0)
+        step = Step((span.start, span.end), 100 * torch.randn(1, 1, HIDDEN), position=0)
         (got,) = batching.run([prepared(state, step)])
         (expected,) = Batching().run([prepared(alone, step)])
-        close(got[0], expected[0])
+        close(got[0] / 100, expected[0] / 100)
         time.sleep(0.05)
     assert "results differ" in decoder.engine
 
