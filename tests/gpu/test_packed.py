@@ -86,7 +86,7 @@ def test_steps_through_graphs_and_compiled_blocks(tmp_path: Path) -> None:
     decoder = Decoding.try_out(span, HIDDEN, 4096, capture=True)
     decoder.compile_beside()
     batching = Batching(possible=True, decoding=decoder)
-    for rows in (1, 5):
+    for rows in (1, 4):
         state = SessionState(span, context=None, cache=decoder.cache())
         alone = SessionState(plain, context=None)
         until, steps = time.monotonic() + 200, 0
