@@ -27,6 +27,13 @@ SHOW_AFTER_SECONDS = 1.0  # until then nobody wonders (Nielsen's limit for an un
 REFRESH_SECONDS = 0.25
 
 
+def cell_thread(name: str, work: Callable[..., object], *arguments: Any) -> threading.Thread:
+    """A thread to be started, whose output belongs to the cell that is running now."""
+    run = contextvars.copy_context().run
+    name = f"swarm_notebook-{name}"
+    return threading.Thread(target=run, args=(work, *arguments), name=name, daemon=True)
+
+
 class Waiting:
     """Shows `what` while its context lasts.
 
@@ -53,10 +60,7 @@ class Waiting:
         self._count, self._detail = count, detail
         self._began = 0.0
         self._over = threading.Event()
-        context = contextvars.copy_context()  # the output belongs to the cell that waits
-        self._thread = threading.Thread(
-            target=context.run, args=(self._run,), name="swarm_notebook-waiting", daemon=True
-        )
+        self._thread = cell_thread("waiting", self._run)
 
     def say(self, what: str) -> None:
         """From now on wait for something else."""

@@ -24,12 +24,12 @@ A view whose click stays unanswered says so.
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from swarm_notebook.progress import cell_thread
 from swarm_notebook.widgets.training.run import TrainingRun, TrainingStopped
 
 if TYPE_CHECKING:
@@ -95,9 +95,6 @@ class TrainingMonitor(TrainingRun):
         if self.under_way or (self._thread is not None and self._thread.is_alive()):
             raise RuntimeError("run: this monitor follows a run already; make another one")
         self._show()
-        self.background = True
-        # What the run prints lands in this cell.
-        context = contextvars.copy_context()
 
         def work() -> None:
             self._outcome = (None, None)
@@ -108,9 +105,7 @@ class TrainingMonitor(TrainingRun):
                 self._outcome = (None, error)
                 logger.exception("the training run failed")
 
-        self._thread = threading.Thread(
-            target=context.run, args=(work,), name="training", daemon=True
-        )
+        self._thread = cell_thread("training", work)
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> object:

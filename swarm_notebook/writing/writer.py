@@ -12,8 +12,6 @@ called from both threads after each change, without the lock; it must return qui
 from __future__ import annotations
 
 import atexit
-import contextvars
-import functools
 import inspect
 import threading
 import time
@@ -27,6 +25,7 @@ import torch
 
 from swarm_notebook.client.loop import cancel_wait
 from swarm_notebook.errors import Busy
+from swarm_notebook.progress import cell_thread
 from swarm_notebook.writing.draft import Draft, Token
 from swarm_notebook.writing.keys import KeysAndValues
 from swarm_notebook.writing.sampling import OwnRandomness, Sampling
@@ -196,9 +195,7 @@ class Writer:
             self._stop.clear()
             self.state, self.error, self.read, self.finished = "reading", None, 0, False
             self.timing = Timing(time.monotonic())
-            # What the model prints (warnings, progress) belongs to the cell that asked.
-            work = functools.partial(contextvars.copy_context().run, self._run, sampling)
-            self._thread = threading.Thread(target=work, name="swarm_notebook-writer", daemon=True)
+            self._thread = cell_thread("writer", self._run, sampling)
             self._thread.start()
         self._on_change()
 

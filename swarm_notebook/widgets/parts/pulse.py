@@ -7,11 +7,12 @@ returns False.
 
 from __future__ import annotations
 
-import contextvars
 import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from swarm_notebook.progress import cell_thread
 
 if TYPE_CHECKING:
     from swarm_notebook.widgets.parts.base import Widget
@@ -22,12 +23,7 @@ def start_pulse(beat: Callable[[], bool], period: float) -> threading.Thread:
 
     What `beat` raises is shown by the widget and ends the pulse.
     """
-    method = weakref.WeakMethod(beat)
-    # Output of the thread belongs to the cell that started it.
-    context = contextvars.copy_context()
-    thread = threading.Thread(
-        target=context.run, args=(_run, method, period), name="swarm_notebook-pulse", daemon=True
-    )
+    thread = cell_thread("pulse", _run, weakref.WeakMethod(beat), period)
     thread.start()
     return thread
 

@@ -7,11 +7,12 @@ does it lives only while there is something to do.
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import threading
 import time
 from collections.abc import Callable
+
+from swarm_notebook.progress import cell_thread
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -38,10 +39,7 @@ class Throttle:
         self._asked.set()
         with self._lock:
             if self._thread is None:
-                run = contextvars.copy_context().run
-                self._thread = threading.Thread(
-                    target=run, args=(self._loop,), name="swarm_notebook-throttle", daemon=True
-                )
+                self._thread = cell_thread("throttle", self._loop)
                 self._thread.start()
 
     def _loop(self) -> None:

@@ -57,7 +57,6 @@ class TrainingView(Widget, module="monitor"):
         sync=True
     )
     saves: Flag = traitlets.Bool(help="stopping saves").tag(sync=True)
-    background: Flag = traitlets.Bool(help="started by run").tag(sync=True)
 
     NEEDS_SWARM = False  # what a run has logged stays true
 
