@@ -22,7 +22,7 @@ from swarm_notebook.client.servers.detector import is_done
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, prompt_seconds
 from swarm_notebook.errors import RemoteError, ServerFailed, ServerGone
-from swarm_notebook.net.wire.streams import ByteMeter, Stream, abort_opened
+from swarm_notebook.net.wire.streams import TRANSPORT_ERRORS, ByteMeter, Stream, abort_opened
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -48,7 +48,10 @@ REQUEST_LIMIT = 180.0
 class Watch:
     """Watches one request, around which it is entered, once that has taken longer than a moment.
 
+    What the transport raises meanwhile becomes the failure of the server.
+
     Args:
+        server: what to call it in messages.
         what: says what is waited for; only asked when there is something to say.
         give_up: ends the wait for the answer.
         elsewhere: as of `seconds_elsewhere`.
@@ -62,6 +65,7 @@ class Watch:
         self,
         directory: Directory,
         peer: str,
+        server: str,
         what: Callable[[], str],
         give_up: Callable[[], object],
         *,
@@ -69,7 +73,8 @@ class Watch:
         nudge: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.verdict, self._alive = "", True
-        self._directory, self._peer, self._what, self._give_up = directory, peer, what, give_up
+        self._directory, self._peer, self._server = directory, peer, server
+        self._what, self._give_up = what, give_up
         self._elsewhere, self._nudge = elsewhere, nudge
         self._task: asyncio.Task | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -78,16 +83,18 @@ class Watch:
         self._timer = asyncio.get_running_loop().call_later(LOOK_AFTER, self._begin)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self._timer is not None:
             self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
-
-    def error(self, server: str) -> ServerFailed:
-        """The verdict on a server of this name as an error."""
-        kind = ServerFailed if self._alive else ServerGone
-        return kind(f"{server} {self.verdict}")
+        if not isinstance(error, TRANSPORT_ERRORS):
+            return
+        if self.verdict:
+            kind = ServerFailed if self._alive else ServerGone
+            raise kind(f"{self._server} {self.verdict}") from None
+        reason = str(error) or "no answer in time"
+        raise ServerGone(f"{self._server} is gone ({reason})") from None
 
     def _begin(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._watch())
@@ -136,20 +143,19 @@ async def open_stream(
     """A new stream to a peer, which is watched while that is waited for.
 
     Raises:
-        ServerGone: it gives no sign of life.
-        TRANSPORT_ERRORS: it cannot be reached, or nothing comes of it in `OPEN_TIMEOUT`.
+        ServerGone: it gives no sign of life, or nothing comes of it in `OPEN_TIMEOUT`.
     """
     opening = asyncio.ensure_future(directory.node.open_stream(peer, rpc, meter))
-    watch = Watch(directory, peer, lambda: f"{server} to open a stream", opening.cancel)
-    with watch:
+    what = f"{server} to open a stream"
+    with Watch(directory, peer, server, lambda: what, opening.cancel) as watch:
         try:
             if await is_done(opening, OPEN_TIMEOUT):
                 return opening.result()
             raise TimeoutError
         except asyncio.CancelledError:
-            if watch.verdict:
-                raise watch.error(server) from None
             opening.add_done_callback(abort_opened)
+            if watch.verdict:
+                raise TimeoutError from None
             raise
         finally:
             opening.cancel()

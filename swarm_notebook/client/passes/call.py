@@ -18,7 +18,7 @@ import torch
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 from swarm_notebook.client.watch import Watch, open_stream, seconds_elsewhere
-from swarm_notebook.errors import BadRequest, ServerFailed, ServerGone
+from swarm_notebook.errors import BadRequest, ServerFailed
 from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 
@@ -39,11 +39,6 @@ class CallAnswer:
     tensors: list[PackedTensor]
     metadata: dict[str, Any]
     size: int
-
-
-def gone(error: Exception) -> str:
-    """What to say of a server after a transport error."""
-    return f"is gone ({str(error) or 'no answer in time'})"
 
 
 def server_name(segment: RouteSegment) -> str:
@@ -76,20 +71,19 @@ async def call(
             it hangs.
     """
     server = server_name(segment)
-    watch: Watch | None = None
-    stream: streams.Stream | None = None
     usage, began = directory.telemetry.usage, time.perf_counter()
+    stream = await open_stream(directory, segment.peer, server, rpc, usage.open(segment))
+    size = sum(slot.nbytes for slot in slots if slot is not None)
+    watch = Watch(
+        directory,
+        segment.peer,
+        server,
+        lambda: f"{server} ({rpc.rpartition('.')[2]})",
+        stream.abort,
+        # An answer is about as large as what was sent.
+        elsewhere=seconds_elsewhere(segment, _tokens(slots), 2 * size),
+    )
     try:
-        stream = await open_stream(directory, segment.peer, server, rpc, usage.open(segment))
-        size = sum(slot.nbytes for slot in slots if slot is not None)
-        watch = Watch(
-            directory,
-            segment.peer,
-            lambda: f"{server} ({rpc.rpartition('.')[2]})",
-            stream.abort,
-            # An answer is about as large as what was sent.
-            elsewhere=seconds_elsewhere(segment, _tokens(slots), 2 * size),
-        )
         with watch:
             uid = protocol.uid_chain(directory.prefix, segment.start, segment.end)
             packed = protocol.pack_metadata(dict(metadata))
@@ -100,14 +94,9 @@ async def call(
             )
             parts, answered, size = await _exchange(stream, messages, most)
         usage.answered(segment, _tokens(slots), time.perf_counter() - began)
-    except streams.TRANSPORT_ERRORS as error:
-        if watch is not None and watch.verdict:
-            raise watch.error(server) from None
-        raise ServerGone(f"{server} {gone(error)}") from None
     finally:
-        if stream is not None:
-            stream.abort()
-            stream.account.close()
+        stream.abort()
+        stream.account.close()
     try:
         return CallAnswer(tensors.join(parts), protocol.unpack_metadata(answered), size)
     except BadRequest as error:

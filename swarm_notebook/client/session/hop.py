@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 from swarm_notebook.client.adapters import Adapter, ensure_uploaded
-from swarm_notebook.client.passes.call import gone, server_name
+from swarm_notebook.client.passes.call import server_name
 from swarm_notebook.client.request import (
     Outputs,
     Request,
@@ -164,11 +164,10 @@ class Hop:
         """Open the stream, and bring the adapter there, before a step is sent."""
         await ensure_uploaded(self._directory, self.segment, adapter)
         if self._stream is None:
-            with self._blamed():
-                meter = self._directory.telemetry.usage.open(self.segment)
-                self._stream = await open_stream(
-                    self._directory, self.segment.peer, str(self), protocol.RPC_INFERENCE, meter
-                )
+            meter = self._directory.telemetry.usage.open(self.segment)
+            self._stream = await open_stream(
+                self._directory, self.segment.peer, str(self), protocol.RPC_INFERENCE, meter
+            )
 
     async def send(self, request: Request, route: StepRoute) -> float:
         """Send one step (`prepare` came before); the moment when it was packed."""
@@ -181,7 +180,7 @@ class Hop:
         # Whoever receives the answer watches.
         if self._stream is not None and self._stream.send_at_once(message):
             return packed
-        with self._blamed(), self._watch(request) as stream:
+        with self._watch(request) as stream:
             await stream.send(message)
         return packed
 
@@ -190,7 +189,7 @@ class Hop:
         message = self._writer.write(
             request, StepRoute(route.step_id, None, route.push_to), again=True
         )
-        with self._blamed(), self._watch(request) as stream:
+        with self._watch(request) as stream:
             await stream.send(message)
 
     async def settle(self) -> None:
@@ -203,7 +202,7 @@ class Hop:
         Raises: as `receive`; then the cache is lost.
         """
         first = self._owed[0][0]
-        with self._blamed(), self._watch(first) as stream:
+        with self._watch(first) as stream:
             # From the last one on: so none begins after one that has been given up.
             for request, route in reversed(self._owed):
                 if route.push_from is not None:
@@ -234,7 +233,7 @@ class Hop:
             ServerGone: it gives no sign of life.
             ServerFailed: it hangs, or answers with something else than asked for.
         """
-        with self._blamed(), self._watch(request, nudge) as stream:
+        with self._watch(request, nudge) as stream:
             answer = await self._next_answer(stream)
         received = time.perf_counter()
         since, self._answered = self._answered, received
@@ -302,19 +301,6 @@ class Hop:
             self._stream = None
 
     @contextlib.contextmanager
-    def _blamed(self) -> Iterator[None]:
-        """What the transport raises is this server's failure."""
-        try:
-            yield
-        except streams.TRANSPORT_ERRORS as error:
-            raise ServerGone(f"{self} {gone(error)}") from None
-        except streams.BadFrame as error:
-            # Nothing behind it can be read: the other parts of a prompt are not to wait for that.
-            if self._stream is not None:
-                self._stream.abort()
-            raise ServerFailed(f"{self} sent no readable answer: {error}") from None
-
-    @contextlib.contextmanager
     def _watch(
         self, request: Request, nudge: Callable[[], Awaitable[None]] | None = None
     ) -> Iterator[streams.Stream]:
@@ -331,12 +317,19 @@ class Hop:
         again = rows * (request.position + length)
         size = again * width * request.hidden.itemsize
         elsewhere = seconds_elsewhere(self.segment, again, size)
-        peer = self.segment.peer
-        watch = Watch(self._directory, peer, what, stream.abort, elsewhere=elsewhere, nudge=nudge)
+        watch = Watch(
+            self._directory,
+            self.segment.peer,
+            str(self),
+            what,
+            stream.abort,
+            elsewhere=elsewhere,
+            nudge=nudge,
+        )
         try:
             with watch:
                 yield stream
-        except streams.TRANSPORT_ERRORS:
-            if watch.verdict:
-                raise watch.error(str(self)) from None
-            raise
+        except streams.BadFrame as error:
+            # Nothing behind it can be read: the other parts of a prompt are not to wait for that.
+            stream.abort()
+            raise ServerFailed(f"{self} sent no readable answer: {error}") from None
