@@ -31,6 +31,7 @@ from swarm_notebook.local.process import (
 )
 from swarm_notebook.net.membership import INVITATION_SECONDS
 from swarm_notebook.progress import Waiting
+from swarm_notebook.report.formatting import count as counted
 from swarm_notebook.report.formatting import size
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ class LocalSwarm:
             server.launch()
         first.join([])
         with Waiting(
-            f"Starting {count} server{'' if count == 1 else 's'} of {name}",
+            f"Starting {counted(count, 'server')} of {name}",
             total=count,
             unit="ready",
             count=self._ready,
@@ -290,26 +291,16 @@ def plan_spans(num_blocks: int, servers: int | Sequence[tuple[int, int]]) -> lis
     return spans
 
 
-class Conversion:
+class Conversion(Waiting):
     """Shows how far the conversion of the demo model is, which happens once."""
 
     def __init__(self) -> None:
-        self._waiting: Waiting | None = None
-        self._parts = (0, 0)
-
-    def __enter__(self) -> Self:
-        return self
+        super().__init__("Looking for the model", detail=self._amount)
+        self._done = self._total = 0
 
     def __call__(self, done: int, total: int) -> None:
-        self._parts = (done, total)
-        if self._waiting is None:
-            self._waiting = Waiting("Preparing the demo model, once", detail=self._amount)
-            self._waiting.__enter__()
+        self.say("Preparing the demo model, once")
+        self._done, self._total = done, total
 
     def _amount(self) -> str:
-        done, total = self._parts
-        return f"{size(done)} of {size(total)}"
-
-    def __exit__(self, *error: object) -> None:
-        if self._waiting is not None:
-            self._waiting.__exit__(*error)
+        return f"{size(self._done)} of {size(self._total)}" if self._total else ""

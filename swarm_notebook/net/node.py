@@ -20,7 +20,6 @@ import psutil
 from hivemind.dht.node import DHTID, DHTNode
 from hivemind.dht.protocol import ValidationError
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -243,7 +242,7 @@ class Node:
         try:
             async with asyncio.timeout(PING_TIMEOUT):
                 answer = await self.dht.protocol.call_ping(PeerID.from_base58(peer))
-        except (ControlFailure, TimeoutError, OSError, P2PDaemonError) as error:
+        except streams.TRANSPORT_ERRORS as error:
             logger.debug("ping of %s: %s", peer, error)
             return None
         return None if answer is None else time.perf_counter() - began
@@ -316,12 +315,12 @@ class Node:
                 async with asyncio.timeout(CONNECT_TIMEOUT):
                     await self.p2p._client.connect(peer, bare)
             return await self._answers(peer, CONNECT_TIMEOUT)
-        except (ControlFailure, TimeoutError, OSError, P2PDaemonError) as error:
+        except streams.TRANSPORT_ERRORS as error:
             logger.debug("peer %s does not answer: %s", peer, error)
         return False
 
     async def _answers(self, peer: PeerID, seconds: float) -> bool:
-        with contextlib.suppress(ControlFailure, TimeoutError, OSError, P2PDaemonError):
+        with contextlib.suppress(*streams.TRANSPORT_ERRORS):
             async with asyncio.timeout(seconds):
                 if await self.dht.protocol.call_ping(peer) is not None:
                     self.dht.blacklist.register_success(peer)
@@ -363,7 +362,7 @@ async def _refusal(p2p: P2P, peers: Sequence[Multiaddr]) -> RemoteError | None:
     To such a one its peers do not say, as others do, whether they can reach it.
     """
     for peer in peers:
-        with contextlib.suppress(ControlFailure, TimeoutError, OSError, P2PDaemonError):
+        with contextlib.suppress(*streams.TRANSPORT_ERRORS):
             try:
                 async with asyncio.timeout(PING_TIMEOUT):
                     await p2p._client.call_unary_handler(

@@ -29,6 +29,7 @@ from swarm_notebook.report.base import ModelReport
 from swarm_notebook.report.formatting import (
     HERE,
     UNKNOWN,
+    count,
     data_frame,
     duration,
     number,
@@ -200,8 +201,8 @@ class SwarmStatus(ModelReport):
     @property
     def headline(self) -> str:
         """One sentence: is the model whole?"""
-        count = sum(row.state == "online" for row in self.servers)
-        servers = f"{count} server{'' if count == 1 else 's'} online"
+        online = sum(row.state == "online" for row in self.servers)
+        servers = f"{count(online, 'server')} online"
         if self.missing:
             return f"{servers}, MISSING {describe_blocks(self.missing)}: no server"
         packed = f", hidden states travel as {self.compression}" if self.compression else ""
@@ -328,11 +329,11 @@ def _reasons(servers: Sequence[ServerRow]) -> list[str]:
 def _strip(status: SwarmStatus) -> str:
     """Neighbouring blocks with as many servers as one bar; red where there is none."""
     bars = []
-    for start, end, count in status.strip:
-        label = "home" if count is None else f"&times;{count}" if count else "none"
-        servers = f"{count} server{'' if count == 1 else 's'}"
-        title = f"blocks {start}:{end}: {f'in {HERE}' if count is None else servers}"
-        kind = 2 if count is None else min(count, 2)
+    for start, end, servers in status.strip:
+        label = "home" if servers is None else f"&times;{servers}" if servers else "none"
+        where = f"in {HERE}" if servers is None else count(servers, "server")
+        title = f"blocks {start}:{end}: {where}"
+        kind = 2 if servers is None else min(servers, 2)
         bars.append(
             f'<div class="sn-run sn-{kind}" style="flex:{end - start}" '
             f'title="{title}">{start}:{end} {label}</div>'

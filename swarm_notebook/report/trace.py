@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from swarm_notebook.client.servers.routing import block_slices
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.report.base import ModelReport
-from swarm_notebook.report.formatting import data_frame, text_table
+from swarm_notebook.report.formatting import count, data_frame, text_table
 from swarm_notebook.report.html import head, number_cell, table, view
 from swarm_notebook.report.palette import TIMES
 from swarm_notebook.report.plot import LETTERS, nice_ticks
@@ -135,9 +135,8 @@ class Trace(ModelReport):
         passes = len(self.passes)
         lost = len(self.failovers)
         return (
-            f"{self.tokens} token{'' if self.tokens == 1 else 's'} "
-            f"in {passes} pass{'' if passes == 1 else 'es'}"
-            + (f", {lost} server{'' if lost == 1 else 's'} lost on the way" if lost else "")
+            f"{count(self.tokens, 'token')} in {passes} pass{'' if passes == 1 else 'es'}"
+            + (f", {count(lost, 'server')} lost on the way" if lost else "")
             + (f", blocks {block_slices(self.home)} in the notebook" if self.home else "")
         )
 

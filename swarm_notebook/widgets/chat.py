@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 
 from swarm_notebook.errors import Busy
+from swarm_notebook.report.formatting import count
 from swarm_notebook.widgets.parts import markdown
 from swarm_notebook.widgets.parts.base import action
 from swarm_notebook.widgets.parts.conversation import Conversation, Message, Turn
@@ -242,8 +243,7 @@ class ChatWidget(WritingWidget, module="chat"):
         return data_frame(rows, ["turn", *TOKEN_COLUMNS])
 
     def summary(self) -> str:
-        count = len(self.messages)
-        return f"{self.title}, {count} message{'' if count == 1 else 's'}"
+        return f"{self.title}, {count(len(self.messages), 'message')}"
 
     def picture(self) -> str:
         """The conversation."""

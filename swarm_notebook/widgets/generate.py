@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 
 from swarm_notebook.errors import Busy
+from swarm_notebook.report.formatting import count
 from swarm_notebook.widgets.parts.base import action
 from swarm_notebook.widgets.parts.static_html import facts, shell, warning
 from swarm_notebook.widgets.parts.token_cells import Cell, Cells
@@ -203,8 +204,7 @@ class GenerateWidget(WritingWidget, module="generate"):
         return f"{quoted}\n\n{self.text}\n"
 
     def summary(self) -> str:
-        written = len(self.writer.draft.tokens)
-        return f"{self.title}, {written} token{'' if written == 1 else 's'} written"
+        return f"{self.title}, {count(len(self.writer.draft.tokens), 'token')} written"
 
     def picture(self) -> str:
         """The text in its colours."""

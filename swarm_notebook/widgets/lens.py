@@ -23,6 +23,7 @@ from swarm_notebook.model.home import Blocks
 from swarm_notebook.probing.grid import visible
 from swarm_notebook.probing.lens import Lens, logit_lens, token_ranks
 from swarm_notebook.probing.subject import Subject, Target, Text
+from swarm_notebook.report.formatting import count
 from swarm_notebook.swarm import Swarm
 from swarm_notebook.widgets.parts.base import Widget, action
 from swarm_notebook.widgets.parts.traits import Blob, Flag, String, Whole
@@ -141,8 +142,7 @@ class LensWidget(Widget, module="lens"):
         self._rank_soon(self._ids[number])
 
     def summary(self) -> str:
-        words = len(self.words)
-        return f"{self.title}, {len(self.blocks)} blocks x {words} token{'' if words == 1 else 's'}"
+        return f"{self.title}, {len(self.blocks)} blocks x {count(len(self.words), 'token')}"
 
     def picture(self) -> str:
         return self.lens._repr_html_()

@@ -16,8 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.p2p import P2P, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm_notebook.errors import ClocksDiffer, ConnectionFailed, InvitationError, NotAMember
@@ -36,6 +35,7 @@ from swarm_notebook.net.membership.invitation import (
     Ruling,
     unpack_answer,
 )
+from swarm_notebook.net.wire.streams import TRANSPORT_ERRORS
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ async def _redeem(
         try:
             async with asyncio.timeout(REDEEM_SECONDS):
                 answer = await p2p._client.call_unary_handler(peer, RPC_JOIN, request)
-        except (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, TimeoutError) as error:
+        except TRANSPORT_ERRORS as error:
             failed = error
             continue
         try:
