@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from common import tiny_llama
 
 WARM = 10
 # How long what was closed may take to be gone: a stream lingers for some seconds.
@@ -64,19 +65,10 @@ def main() -> None:
 
 def measured(connects: int, folder: Path) -> dict[str, Any]:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     import swarm_notebook as sn
 
-    shape = LlamaConfig(
-        vocab_size=128,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-    )
-    model = folder / "tiny"
-    LlamaForCausalLM(shape).save_pretrained(model)
+    model, _ = tiny_llama(folder)
     ids, before, began = torch.arange(3, 12)[None], {}, 0.0
     with sn.LocalSwarm(model, 1, threads=1) as local:
         server = local.servers[0].pid

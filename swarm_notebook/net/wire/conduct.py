@@ -32,7 +32,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from swarm_notebook.errors import BadRequest, NotAMember, ServerBusy
+from swarm_notebook.errors import BadRequest, NotAMember, RemoteError, ServerBusy
 
 if TYPE_CHECKING:
     from hivemind.utils.multiaddr import Multiaddr
@@ -147,6 +147,15 @@ class Conduct:
                 CUT_SECONDS,
                 now - record.late,
             )
+
+    def refusal(self, peer: str, error: RemoteError, read: int) -> RemoteError:
+        """As `refused`; what to tell the peer, which hears of it if it is heard late."""
+        late = self.told(peer)
+        self.refused(peer, error, read)
+        # A line for each refusal of a flood would cost more than the refusal, and hide all others.
+        level = logging.DEBUG if late else logging.INFO
+        logger.log(level, "refused a request of %s: %s", peer, error)
+        return type(error)(f"{error}{late}") if late else error
 
     def cut_off(self, peer: str) -> bool:
         """Whether nothing of a peer is heard at present."""

@@ -175,13 +175,7 @@ async def _guarded(stream: Stream, work: Awaitable[None], conduct: Conduct) -> b
 
 async def _refuse(stream: Stream, error: RemoteError, conduct: Conduct) -> None:
     """Tell a peer why it gets nothing, and remember it."""
-    late = conduct.told(stream.peer)
-    conduct.refused(stream.peer, error, stream.unanswered)
-    # A line for each refusal of a flood would cost more than the refusal, and hide all others.
-    logger.log(
-        logging.DEBUG if late else logging.INFO, "refused a request of %s: %s", stream.peer, error
-    )
-    await _tell(stream, type(error)(f"{error}{late}") if late else error)
+    await _tell(stream, conduct.refusal(stream.peer, error, stream.unanswered))
 
 
 async def _tell(stream: Stream, error: Exception) -> None:

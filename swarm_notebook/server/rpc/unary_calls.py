@@ -63,7 +63,7 @@ class UnaryCalls:
             name = peer.to_base58()
             if self._conduct.cut_off(name):
                 raise _WireError(ServerBusy("this peer is cut off: it was refused for too long"))
-            account, late = self._traffic.open(name), self._conduct.told(name)
+            account = self._traffic.open(name)
             try:
                 self._check_member(data, peer)
                 if not account.try_take(COPIES * len(data) + CALL_BYTES):
@@ -74,15 +74,11 @@ class UnaryCalls:
                 answered = await answer(parse(data), account)
                 self._conduct.answered(name, int(waits and bool(answered)))
                 return answered
+            except _TYPED as error:
+                raise _WireError(self._conduct.refusal(name, error, len(data))) from error
             except Exception as error:
-                self._conduct.refused(name, error, len(data))
-                if not isinstance(error, _TYPED):
-                    logger.exception("a request of %s failed", peer)
-                    raise _WireError(error) from error
-                logger.log(
-                    logging.DEBUG if late else logging.INFO, "refused a call of %s: %s", peer, error
-                )
-                raise _WireError(type(error)(f"{error}{late}") if late else error) from error
+                logger.exception("a request of %s failed", peer)
+                raise _WireError(error) from error
             finally:
                 account.close()
 
