@@ -342,6 +342,19 @@ export function endInSight(box) {
 }
 
 /**
+ * Where an arrow key, Home or End leads from one of several things in a row; null for other keys.
+ * @param {string} key
+ * @param {number} here
+ * @param {number} count
+ */
+export function stepped(key, here, count) {
+  const steps = /** @type {Record<string, number>} */ ({
+    ArrowLeft: here - 1, ArrowRight: here + 1, Home: 0, End: count - 1,
+  });
+  return key in steps ? Math.max(0, Math.min(steps[key], count - 1)) : null;
+}
+
+/**
  * Let arrow keys, Home and End move the focus among the children that `selector` finds: one tab
  * stop for all of them.
  * @param {HTMLElement} container
@@ -352,16 +365,9 @@ export function roving(container, selector) {
   container.addEventListener("keydown", (event) => {
     const items = [...container.querySelectorAll(selector)];
     const here = items.indexOf(/** @type {Element} */ (event.target));
-    const steps = /** @type {Record<string, number>} */ ({
-      ArrowDown: here + 1,
-      ArrowRight: here + 1,
-      ArrowUp: here - 1,
-      ArrowLeft: here - 1,
-      Home: 0,
-      End: items.length - 1,
-    });
-    const next = items[Math.max(0, Math.min(steps[event.key] ?? -1, items.length - 1))];
-    if (here < 0 || !(event.key in steps) || !(next instanceof HTMLElement)) return;
+    const key = event.key.replace("Down", "Right").replace("Up", "Left");
+    const next = items[stepped(key, here, items.length) ?? -1];
+    if (here < 0 || !(next instanceof HTMLElement)) return;
     event.preventDefault();
     for (const item of items) item.setAttribute("tabindex", item === next ? "0" : "-1");
     next.focus();

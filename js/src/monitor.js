@@ -1,6 +1,6 @@
 // A training run: a chart per curve, what it has cost, and the buttons that steer it.
 
-import { act, button, duration, fill, follow, h, keepItems, number, set, setText, widget } from "./dom.js";
+import { act, button, duration, fill, follow, h, keepItems, number, set, setText, stepped, widget } from "./dom.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 /** @typedef {Array<number | null>} Point */
@@ -183,18 +183,12 @@ function chart(name) {
   plot.addEventListener("pointerleave", leave);
   plot.addEventListener("blur", leave);
   plot.addEventListener("keydown", (event) => {
-    const last = placed().length - 1;
-    const here = at < 0 ? last : at;
-    const steps = /** @type {Record<string, number>} */ ({
-      ArrowLeft: here - 1,
-      ArrowRight: here + 1,
-      Home: 0,
-      End: last,
-    });
-    if (!(event.key in steps)) return;
+    const count = placed().length;
+    const next = stepped(event.key, at < 0 ? count - 1 : at, count);
+    if (next === null) return;
     event.preventDefault();
     event.stopPropagation();
-    at = Math.max(0, Math.min(steps[event.key], last));
+    at = next;
     show();
   });
   const line = (/** @type {Placed[]} */ points, /** @type {"y" | "smooth"} */ which, kind = "") =>

@@ -2,7 +2,7 @@
 // that it might have written instead. Tokens are appended in paragraphs, so that a long text costs
 // the browser no more per token than a short one.
 
-import { OWN_KEYS, endInSight, fill, h, roving } from "./dom.js";
+import { OWN_KEYS, endInSight, fill, h, roving, stepped } from "./dom.js";
 import { ownKeys } from "./controls.js";
 
 /** @typedef {[number, string, number]} Alternative id, text, probability */
@@ -314,13 +314,7 @@ export function tokenView(branch) {
   // After the keys above: left and right walk along the text, up stays for the page.
   text.addEventListener("keydown", (event) => {
     const at = position(event.target);
-    const steps = /** @type {Record<string, number>} */ ({
-      ArrowRight: at + 1,
-      ArrowLeft: at - 1,
-      Home: 0,
-      End: spans.length - 1,
-    });
-    const next = spans[steps[event.key] ?? -1];
+    const next = spans[stepped(event.key, at, spans.length) ?? -1];
     if (at < 0 || !next) return;
     event.preventDefault();
     spans[at].tabIndex = -1;
