@@ -65,7 +65,7 @@ def test_a_server_that_dies_is_told_of_with_its_log(tiny_llama: Path) -> None:
     try:
         panel.begin()
         wait_until(lambda: panel.state == "failed")
-        assert "ended by itself" in panel.error
+        assert "stopped unexpectedly" in panel.error
         assert "QmNope" in panel.log
     finally:
         panel.close()
