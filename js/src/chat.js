@@ -2,7 +2,7 @@
 // which has made it harmless (widgets/parts/markdown.py); everything else is text.
 
 import {
-  OWN_KEYS, act, button, endInSight, fill, follow, h, isAlive, keepItems, set, setHtml, setText, widget,
+  OWN_KEYS, act, button, endInSight, fill, follow, h, isAlive, keepItems, once, set, setHtml, setText, widget,
 } from "./dom.js";
 import {
   isRunning, modelTitle, ownKeys, runFacts, samplingControls, stepper, stopButton,
@@ -12,7 +12,7 @@ import { copyButton, downloadButton, exportBar } from "./export.js";
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 /**
  * @typedef {{ role: string, text: string, html?: string, edited?: boolean, branch: number[],
- *   suspicion?: string, beside?: Turn & { branch: number } }} Turn
+ *   suspicion?: string, beside?: Turn & { branch: number, after: Turn[] } }} Turn
  */
 /** An edit that was begun in a turn, of which text. @typedef {{ turn: number, of: string, text: string }} Edit */
 
@@ -188,13 +188,19 @@ function build({ model, root }) {
       );
     } else if (turn.beside) {
       const { beside } = turn;
-      const column = (/** @type {Turn} */ one, /** @type {number} */ which) =>
-        h("div", {}, h("div", { class: "sn-dim" }, `${which + 1}/${turn.branch[1]}`), words(one));
+      const column = (/** @type {Turn} */ one, /** @type {number} */ which, /** @type {Turn[]} */ after) =>
+        h(
+          "div",
+          {},
+          h("div", { class: "sn-dim" }, `${which + 1}/${turn.branch[1]}`),
+          words(one),
+          ...after.flatMap((next) => [h("div", { class: "sn-dim" }, nameOf(next)), words(next)]),
+        );
       said = h(
         "div",
         { class: "sn-beside", "data-testid": "beside" },
-        column(turn, turn.branch[0]),
-        column(beside, beside.branch),
+        column(turn, turn.branch[0], []),
+        column(beside, beside.branch, beside.after),
       );
     }
     return h(
@@ -253,14 +259,14 @@ function build({ model, root }) {
     if (name === "compare") {
       const [which, , open] = say;
       const branch = open ? null : which ? which - 1 : which + 1;
-      const made = button(open ? "One" : "Compare", name, () => act(model, name, { turn: at, branch }));
+      const made = button(open ? "Single" : "Compare", name, () => act(model, name, { turn: at, branch }));
       made.title = open ? "Show this branch alone" : `Show branch ${Number(branch) + 1} beside this one`;
       return made;
     }
     const made =
       name === "edit"
         ? button("Edit", name, () => edit(at))
-        : button("Retry", name, () => act(model, "retry"));
+        : button("Retry", name, once(() => act(model, "retry")));
     made.title =
       name === "edit" ? say : say === "user" ? "Ask again" : "Another answer, as a new branch; this one is kept";
     return made;
@@ -342,17 +348,17 @@ function build({ model, root }) {
   const start = button(
     "Send",
     "send",
-    () => {
+    once(() => {
       send(message.value);
       message.focus();
-    },
+    }),
     "sn-primary",
   );
   start.title = "Enter sends; Shift+Enter starts a new line";
   const stop = stopButton(model);
-  const resume = button("Continue", "continue", () => act(model, "resume"));
+  const resume = button("Continue", "continue", once(() => act(model, "resume")));
   resume.title = "Let the model continue its last answer";
-  const clear = button("Clear", "clear", () => act(model, restorable() ? "restore" : "clear"));
+  const clear = button("Clear", "clear", once(() => act(model, restorable() ? "restore" : "clear")));
   const restorable = () => model.get("can_restore");
   const said = () => /** @type {Turn[]} */ (model.get("turns"));
   const markdown = () => said().map((turn) => `**${nameOf(turn)}**\n\n${turn.text}\n`).join("\n");

@@ -198,9 +198,17 @@ export function set(model, trait, value) {
 }
 
 /**
+ * What the second half of a double click does not do again.
+ * @param {() => void} press
+ */
+export const once = (press) => (/** @type {MouseEvent} */ event) => {
+  if (event.detail < 2) press();
+};
+
+/**
  * @param {string} label
  * @param {string} id
- * @param {() => void} press
+ * @param {(event: MouseEvent) => void} press
  * @param {string} [kind]
  */
 export const button = (label, id, press, kind = "") =>

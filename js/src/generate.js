@@ -1,6 +1,6 @@
 // Generate: a prompt, Run, Stop, Continue, and the text with its alternatives.
 
-import { act, button, fill, follow, h, set, setText, widget } from "./dom.js";
+import { act, button, fill, follow, h, once, set, setText, widget } from "./dom.js";
 import {
   isRunning, modelTitle, ownKeys, runFacts, samplingControls, stepper, stopButton, textArea,
 } from "./controls.js";
@@ -38,10 +38,10 @@ function build({ model, root }) {
     "data-testid": "chat",
     onchange: () => set(model, "chat", chat.checked),
   });
-  const start = button("Run", "run", run, "sn-primary");
+  const start = button("Run", "run", once(run), "sn-primary");
   start.title = "Generate a new text (Ctrl+Enter in the prompt); earlier texts are kept";
   const stop = stopButton(model);
-  const resume = button("Continue", "continue", () => act(model, "resume"));
+  const resume = button("Continue", "continue", once(() => act(model, "resume")));
   resume.title = "Continue from the end of this text";
   const title = modelTitle(model);
   const controls = samplingControls(model);
@@ -127,7 +127,7 @@ function build({ model, root }) {
       steps.show(shown, count, !isRunning(model));
       setText(origin, model.get("origin"));
       compare.disabled = count < 2 || isRunning(model);
-      setText(compare, beside === null ? "Compare" : "One");
+      setText(compare, beside === null ? "Compare" : "Single");
       compare.title =
         beside === null ? "Show another text beside this one" : "Show this text alone";
     }),

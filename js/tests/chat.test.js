@@ -160,9 +160,9 @@ describe("branches", () => {
     const view = show(chat, fake);
     view.byId("compare").click();
     expect(fake.sent).toEqual([{ action: "compare", with: { turn: 1, branch: 0 } }]);
-    const beside = { role: "assistant", text: "no", html: "<p>no</p>", edited: true, branch: 0 };
+    const beside = { role: "assistant", text: "no", html: "<p>no</p>", edited: true, branch: 0, after: [{ role: "user", text: "why?" }] };
     fake.update({ turns: [TURNS[0], { ...TWO[1], beside }] });
-    expect(view.byId("beside").textContent).toBe("2/2yes1/2no");
+    expect(view.byId("beside").textContent).toBe("2/2yes1/2noYouwhy?");
     view.byId("compare").click();
     expect(fake.sent[1]).toEqual({ action: "compare", with: { turn: 1, branch: null } });
   });

@@ -24,24 +24,24 @@ _STYLE = (
   font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif);
 }
 .sn-heat .snh-title { font-weight: 600; font-size: 14px; }
-.sn-heat table {
+.sn-heat .snh-grid {
   border-collapse: separate; border-spacing: 1px; margin: 4px 0; width: auto; table-layout: auto;
   font: 12px/1.5 var(--jp-code-font-family, monospace);
 }
 /* More words than JupyterLab's own rule for tables has, which aligns all of it at the right. */
-.sn-heat table tr :is(th, td) {
+.sn-heat .snh-grid tr :is(th, td) {
   padding: 2px 8px; text-align: center; white-space: pre; border: 0; border-radius: 2px;
   color: inherit; background: none; max-width: 12em; overflow: hidden; text-overflow: ellipsis;
 }
-.sn-heat table:has(.snh-prose) tr th { text-align: start; }
-.sn-heat table tr td.snh-prose {
+.sn-heat .snh-grid:has(.snh-prose) tr th { text-align: start; }
+.sn-heat .snh-grid tr td.snh-prose {
   text-align: start; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 75ch;
   padding: 4px 8px; font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif);
 }
-.sn-heat table tr th { color: var(--jp-ui-font-color2, inherit); font-weight: 500; }
+.sn-heat .snh-grid tr th { color: var(--jp-ui-font-color2, inherit); font-weight: 500; }
 /* The notebook's own stripes would shine through and be taken for values. */
 .sn-heat tbody tr:nth-child(n), .sn-heat tbody tr:hover { background: none; }
-.sn-heat table tbody tr td {
+.sn-heat .snh-grid tbody td {
   background: color-mix(
     in srgb, var(--snh-hue) calc(var(--snh-strength) * var(--snh-most)), transparent);
 }
@@ -109,7 +109,7 @@ def as_html(
     )
     return (
         f'{_STYLE}<div class="sn-heat"><div class="snh-title">{escape(title)}</div>'
-        f'<table><thead><tr><th scope="col">{escape(corner)}</th>{heads}</tr></thead>'
+        f'<table class="snh-grid"><thead><tr><th scope="col">{escape(corner)}</th>{heads}</tr></thead>'
         f"<tbody>{lines}</tbody></table>{legend.html() if legend else ''}</div>"
     )
 

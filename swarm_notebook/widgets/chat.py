@@ -52,7 +52,7 @@ class ChatWidget(WritingWidget, module="chat"):
     Attributes:
         turns: what is shown: ``role``, ``text``, for the model's ``html`` and whether it was
             ``edited``, ``branch`` (which of how many, from 0), ``beside`` if another branch
-            is shown next to it, and ``suspicion`` if a server had a part in it that was found
+            is shown next to it, with what was said ``after`` it, and ``suspicion`` if a server had a part in it that was found
             wrong since, where answers are audited.
         live: the HTML of the answer that is being written.
         typed: what stands in the box for the next message.
@@ -166,7 +166,7 @@ class ChatWidget(WritingWidget, module="chat"):
 
     @action
     def compare(self, turn: int, branch: int | None) -> None:
-        """Show another branch of a turn beside it, or none.
+        """Show another branch of a turn beside it, with all that followed there, or none.
 
         Raises:
             IndexError: there is no such turn or branch.
@@ -293,7 +293,9 @@ class ChatWidget(WritingWidget, module="chat"):
             shown["branch"] = [siblings.index(turn), len(siblings)]
             if self._beside is not None and self._beside[0] is turn:
                 other = self._beside[1]
-                shown["beside"] = {**self._show_turn(other), "branch": siblings.index(other)}
+                after = [self._show_turn(one) for one in self._talk.following(other)]
+                which = siblings.index(other)
+                shown["beside"] = {**self._show_turn(other), "branch": which, "after": after}
             turns.append(shown)
         return turns
 

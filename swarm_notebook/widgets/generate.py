@@ -244,7 +244,7 @@ class GenerateWidget(WritingWidget, module="generate"):
 
     def _keep_branch(self, position: int) -> None:
         number = self.shown + 1
-        self._keep(self._shown_prompt(), f"a branch of text {number} at token {position + 1}")
+        self._keep(self._shown_prompt(), f"branched from text {number} at token {position + 1}")
 
     def _turn_to(self, number: int) -> None:
         one = self._texts[number]

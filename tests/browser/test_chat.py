@@ -54,7 +54,9 @@ def test_an_edited_turn_is_a_branch(notebook: Notebook, chat: Locator) -> None:
     turns(chat).first.get_by_role("button", name="Next branch").click()
     expect(turns(chat).nth(1)).to_contain_text("Paris")
     turns(chat).first.get_by_test_id("compare").click()
-    expect(turns(chat).first.get_by_test_id("beside")).to_contain_text("Germany")
+    beside = turns(chat).first.get_by_test_id("beside")
+    expect(beside).to_contain_text("Germany")
+    expect(beside).to_contain_text("Berlin")
     turns(chat).first.get_by_test_id("compare").click()
 
 

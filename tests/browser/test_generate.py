@@ -87,7 +87,7 @@ def test_a_click_on_an_alternative_branches(notebook: Notebook, writer: Locator)
 def test_the_text_before_a_branch_is_still_there(notebook: Notebook, writer: Locator) -> None:
     place = writer.get_by_test_id("place")
     expect(place).to_have_text("2/2")
-    expect(writer.get_by_test_id("origin")).to_have_text("a branch of text 1 at token 3")
+    expect(writer.get_by_test_id("origin")).to_have_text("branched from text 1 at token 3")
     branched = tokens(writer).nth(2).inner_text()
     writer.get_by_role("button", name="Previous text").click()
     expect(place).to_have_text("1/2")
@@ -188,6 +188,16 @@ def test_a_hostile_prompt_is_text(notebook: Notebook, writer: Locator) -> None:
     assert notebook.page.title() == title
     expect(writer.locator("img")).to_have_count(0)
     assert not notebook.errors
+
+
+def test_a_double_click_on_run_is_one_run(notebook: Notebook, writer: Locator) -> None:
+    texts = int(notebook.value("writer.texts"))
+    writer.get_by_test_id("run").dblclick()
+    expect(writer.get_by_test_id("stop")).to_be_enabled()
+    writer.get_by_test_id("stop").click()
+    expect(writer.get_by_test_id("stop")).to_be_disabled()
+    expect(writer.get_by_role("alert").filter(visible=True)).to_have_count(0)
+    assert int(notebook.value("writer.texts")) == texts + 1
 
 
 def test_a_text_of_20000_tokens_can_be_read_and_worked_with(notebook: Notebook) -> None:

@@ -52,7 +52,7 @@ def test_a_visitor_touches_the_map_the_text_and_the_lens(page: Page) -> None:
     text.get_by_test_id("token").first.hover()
     text.get_by_test_id("alternative").nth(1).click()
     expect(text.get_by_label("text 2 of 2")).to_be_visible()
-    expect(text.get_by_test_id("origin")).to_have_text("a branch of text 1 at token 1")
+    expect(text.get_by_test_id("origin")).to_have_text("branched from text 1 at token 1")
     text.get_by_role("button", name="Previous text").click()
     expect(text.get_by_test_id("token")).to_have_count(count)
 

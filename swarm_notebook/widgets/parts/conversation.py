@@ -51,7 +51,11 @@ class Conversation:
     @property
     def path(self) -> list[Turn]:
         """The turns of the branch that is chosen."""
-        turns, turn = [], self._root
+        return self.following(self._root)
+
+    def following(self, turn: Turn) -> list[Turn]:
+        """What was said after a turn, in the branch that was chosen there last."""
+        turns = []
         while turn.chosen is not None:
             turn = turn.after[turn.chosen]
             turns.append(turn)

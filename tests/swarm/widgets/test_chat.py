@@ -179,6 +179,7 @@ def test_nothing_that_was_said_is_lost(chat: ChatWidget) -> None:
     assert chat.turns[3]["branch"] == [1, 2]
     act(chat, "compare", turn=3, branch=0)
     assert chat.turns[3]["beside"]["text"] == whole[3]["content"]
+    assert chat.turns[3]["beside"]["after"] == []
     act(chat, "choose", turn=3, branch=0)
     act(chat, "resume")
     assert answered(chat).startswith(whole[3]["content"])

@@ -231,7 +231,7 @@ def test_every_run_and_branch_is_a_text_and_all_are_kept(make: Any, lettered: An
     assert widget.wait(PATIENCE)
     branched = widget.text
     assert (widget.texts, widget.shown) == (2, 1)
-    assert widget.origin == "a branch of text 1 at token 4"
+    assert widget.origin == "branched from text 1 at token 4"
     act(widget, "compare", text=0)
     assert "".join(cell[0] for cell in widget.aside) == first
     act(widget, "choose", text=0)
