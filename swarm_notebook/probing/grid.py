@@ -109,7 +109,8 @@ def as_html(
     )
     return (
         f'{_STYLE}<div class="sn-heat"><div class="snh-title">{escape(title)}</div>'
-        f'<table class="snh-grid"><thead><tr><th scope="col">{escape(corner)}</th>{heads}</tr></thead>'
+        '<table class="snh-grid"><thead>'
+        f'<tr><th scope="col">{escape(corner)}</th>{heads}</tr></thead>'
         f"<tbody>{lines}</tbody></table>{legend.html() if legend else ''}</div>"
     )
 

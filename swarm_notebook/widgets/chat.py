@@ -52,8 +52,8 @@ class ChatWidget(WritingWidget, module="chat"):
     Attributes:
         turns: what is shown: ``role``, ``text``, for the model's ``html`` and whether it was
             ``edited``, ``branch`` (which of how many, from 0), ``beside`` if another branch
-            is shown next to it, with what was said ``after`` it, and ``suspicion`` if a server had a part in it that was found
-            wrong since, where answers are audited.
+            is shown next to it, with what was said ``after`` it, and ``suspicion`` if a server had
+            a part in it that was found wrong since, where answers are audited.
         live: the HTML of the answer that is being written.
         typed: what stands in the box for the next message.
         edits: those begun in the view and not sent: ``turn``, ``of`` (its text), ``text``.
