@@ -336,7 +336,8 @@ class WritingWidget(Widget):
         writer = self.writer
         bill = ""
         if self._swarm is not None and self._before is not None and self._swarm.connected:
-            bill = (self._swarm.bill() - self._before).line
+            used = self._swarm.bill() - self._before
+            bill = used.line if used.requests else ""
         if writer.error is not None:
             error = f"{type(writer.error).__name__}: {writer.error}"
             return {"note": "ended by an error; the text is kept", "error": error, "bill": bill}

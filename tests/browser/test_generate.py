@@ -174,7 +174,9 @@ def test_a_missing_server_is_told_at_once(notebook: Notebook) -> None:
     expect(view.get_by_test_id("error")).to_contain_text("MissingBlocks: no server holds")
     expect(view.get_by_test_id("cost")).to_contain_text("The next run waits for servers: no server")
     notebook.run("far.disconnect()")
-    expect(view.get_by_test_id("gone")).to_contain_text("The notebook has left this swarm. To go")
+    expect(view.get_by_test_id("gone")).to_contain_text(
+        "This notebook has disconnected from the swarm"
+    )
 
 
 def test_a_hostile_prompt_is_text(notebook: Notebook, writer: Locator) -> None:
