@@ -14,6 +14,7 @@ from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.checkpoint.parts.partial import LoadedBlocks
 from swarm_notebook.net.wire import tensors
 from swarm_notebook.server.engine.quantising.loading import Quantised, load_within
+from swarm_notebook.server.engine.steps.compiled import import_ahead
 from swarm_notebook.server.memory import heap
 from swarm_notebook.server.options import ServeOptions
 
@@ -53,9 +54,12 @@ class Reading:
         options = self._options
         started = self._logged = time.monotonic()
         device = torch.device(options.device)
-        if device.type == "cuda" and device.index is not None:
-            # Kernels of Triton and captured graphs go where this thread is, not where tensors are.
-            torch.cuda.set_device(device)
+        if device.type == "cuda":
+            if device.index is not None:
+                # Kernels of Triton and captured graphs go where this thread is, not where tensors
+                # are.
+                torch.cuda.set_device(device)
+            import_ahead()
         start, end = options.blocks or (0, self._source.config().num_hidden_layers)
         with heap.apart():
             found = load_within(
