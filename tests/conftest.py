@@ -9,6 +9,7 @@ those in `lasting_swarms` may even be killed and started again by a test.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -118,6 +119,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if _place(item) >= 0:
             item.add_marker(_folder(item))
     items.sort(key=_place)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported for the tests out of their garbage collections, 0.2 s each."""
+    gc.collect()
+    gc.freeze()
 
 
 def _place(item: pytest.Item) -> int:

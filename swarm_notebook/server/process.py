@@ -71,7 +71,7 @@ async def serve(options: ServeOptions) -> None:
     leaving = asyncio.create_task(_leaving(options.exit_with_stdin).wait())
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    while not leaving.done():
+    while True:
         try:
             options = await _serve_in_place(options, leaving)
         except ConnectionFailed as error:
@@ -79,6 +79,8 @@ async def serve(options: ServeOptions) -> None:
                 raise
             logger.warning("%s; trying again", error)
             await asyncio.wait([leaving], timeout=GOODBYE_SECONDS)
+        if leaving.done():
+            return
         # The next server needs the memory of this one.
         gc.unfreeze()
         gc.collect()

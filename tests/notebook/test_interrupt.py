@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.forkserver import WARM
 from support.hosting import HostedSwarm
 from support.kernel import Kernel
 from support.patience import PATIENCE, within
@@ -138,9 +138,7 @@ print(answer(), flush=True)
 def test_ctrl_c_in_a_script(setup: str, expected: list[list[int]]) -> None:
     """The terminal sends the signal to the whole process group: the daemon must survive it."""
     code = setup + SCRIPT.format(work=SLOW["generate"])
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as script:
+    with subprocess.Popen([*WARM, code], stdout=subprocess.PIPE, text=True) as script:
         assert script.stdout is not None
         assert script.stdout.readline() == "begun\n"
         time.sleep(0.7)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from support.forkserver import fresh
 from support.kernel import Kernel
 from support.patience import slowdown
 
@@ -39,7 +40,7 @@ def test_public_names_are_there_and_others_are_not() -> None:
 
 
 def test_load_is_fast_and_warms_up_in_the_background() -> None:
-    with Kernel() as kernel:
+    with Kernel(fresh()) as kernel:
         before = slowdown()
         kernel.run(TIMED_LOAD)
         assert float(kernel.value("seconds")) < 0.5 * max(before, slowdown())
@@ -49,7 +50,7 @@ def test_load_is_fast_and_warms_up_in_the_background() -> None:
 
 
 def test_unload_undoes_exactly_what_load_did() -> None:
-    with Kernel() as kernel:
+    with Kernel(fresh()) as kernel:
         kernel.run("""
 def state():
     shell = get_ipython()

@@ -7,10 +7,10 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any
 from uuid import uuid4
 
-from jupyter_client.manager import start_new_kernel
+from support.forkserver import fresh
 from support.kernel import Kernel
 from support.patience import PATIENCE
 
@@ -19,6 +19,9 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 
 class FrontEnd(Kernel):
     """A kernel, and what it says of its widgets.
+
+    Args:
+        path: a folder that comes first on the kernel's path.
 
     Attributes:
         states: of each widget, as a notebook would save them.
@@ -30,18 +33,13 @@ class FrontEnd(Kernel):
 
     def __init__(self, path: str = "") -> None:
         before = os.environ.get("PYTHONPATH", "")
-        self.environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{before}"}
+        on_path = {**fresh(), "PYTHONPATH": f"{path}{os.pathsep}{before}"}
+        super().__init__(on_path if path else None)
         self.states: dict[str, dict[str, Any]] = {}
         self.answers: dict[str, dict[str, Any]] = {}
         self.bytes: Counter[str] = Counter()
         self.running = ""
         self.ended: set[str] = set()
-
-    def __enter__(self) -> Self:
-        self.manager, self.client = start_new_kernel(
-            PATIENCE, kernel_name="python3", env=self.environment
-        )
-        return self
 
     def show(self, code: str) -> str:
         """Run a cell that displays a widget; returns its id."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from queue import Empty
@@ -28,12 +29,21 @@ class Result:
 
 
 class Kernel:
-    """``with Kernel() as kernel: kernel.run("1 + 1").plain``."""
+    """``with Kernel() as kernel: kernel.run("1 + 1").plain``.
+
+    Args:
+        environment: its variables; those of `support.forkserver.fresh` for a new interpreter.
+    """
 
     manager: KernelManager
 
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        self.environment = environment or dict(os.environ)
+
     def __enter__(self) -> Self:
-        self.manager, self.client = start_new_kernel(PATIENCE, kernel_name="python3")
+        self.manager, self.client = start_new_kernel(
+            PATIENCE, kernel_name="python3", env=self.environment
+        )
         return self
 
     def __exit__(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.forkserver import WARM
 from support.networks import CAN_BUILD, Networks
 from support.raw_wire import ServerProcess
 
@@ -45,7 +45,7 @@ def test_a_notebook_in_another_network_goes_on(tiny_llama: Path, tmp_path: Path)
         try:
             server.wait_ready()
             (address,) = server.facts["maddrs"]
-            command = [*networks.prefix(1), sys.executable, "-c", NOTEBOOK, address, tiny_llama]
+            command = [*networks.prefix(1), *WARM, NOTEBOOK, address, tiny_llama]
             notebook = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )

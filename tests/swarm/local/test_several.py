@@ -7,13 +7,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.forkserver import WARM
 from support.patience import PATIENCE
 from support.tiny import build, tiny_model
 
@@ -37,7 +37,7 @@ class Machine:
         given = [json.dumps(DEVICES), json.dumps(options)]
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *given],
+                [*WARM, PROGRAM, *given],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
