@@ -44,6 +44,7 @@ class Waiting:
         count: says how many are done, if anything is counted; called by the thread that shows it.
         detail: says more, in a few words, or nothing; called by that thread as well.
         after: seconds before anything is shown.
+        began: when that which is waited for did, by `time.monotonic`; None: with the context.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class Waiting:
         count: Callable[[], int] | None = None,
         detail: Callable[[], str] = lambda: "",
         after: float = SHOW_AFTER_SECONDS,
+        began: float | None = None,
     ) -> None:
         self._what, self._total, self._unit, self._after = what, total, unit, after
         self._count, self._detail = count, detail
-        self._began = 0.0
+        self._began = began
         self._over = threading.Event()
         self._thread = cell_thread("waiting", self._run)
 
@@ -67,7 +69,8 @@ class Waiting:
         self._what = what
 
     def __enter__(self) -> Self:
-        self._began = time.monotonic()
+        if self._began is None:
+            self._began = time.monotonic()
         self._thread.start()
         return self
 
@@ -89,7 +92,8 @@ class Waiting:
             shown.clear()
 
     def _line(self, done: int | None) -> str:
-        seconds = int(time.monotonic() - self._began)
+        now = time.monotonic()
+        seconds = int(now - (self._began or now))
         parts = [] if done is None else [f"{done}"]
         parts += [] if self._total is None else [f"of {self._total}"]
         amount = f": {' '.join([*parts, self._unit])}" if parts else ""

@@ -2,7 +2,7 @@
 
 While a request takes longer than a moment, its server is asked for a sign of life every few
 seconds. None: the request is given up, which ends the wait for its answer. A slow server may be
-slow up to a limit.
+slow up to a limit, and is named on a line that goes away again.
 
 Where others have its blocks, a silent server is left sooner, as that costs little if it was only
 late: what it had is computed again elsewhere. So silence is borne for as long as its pings make
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Self
@@ -23,8 +22,7 @@ from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, prompt_seconds
 from swarm_notebook.errors import RemoteError, ServerFailed, ServerGone
 from swarm_notebook.net.wire.streams import TRANSPORT_ERRORS, ByteMeter, Stream, abort_opened
-
-logger: logging.Logger = logging.getLogger(__name__)
+from swarm_notebook.progress import Waiting
 
 # Most steps take less: what takes longer is watched. A ping takes a server about what opening a
 # stream does (0.4 ms), which is nothing beside a request of so long.
@@ -78,6 +76,7 @@ class Watch:
         self._elsewhere, self._nudge = elsewhere, nudge
         self._task: asyncio.Task | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._shown: Waiting | None = None
 
     def __enter__(self) -> Self:
         self._timer = asyncio.get_running_loop().call_later(LOOK_AFTER, self._begin)
@@ -88,6 +87,8 @@ class Watch:
             self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
+        if self._shown is not None:
+            self._shown.__exit__()
         if not isinstance(error, TRANSPORT_ERRORS):
             return
         if self.verdict:
@@ -101,7 +102,7 @@ class Watch:
 
     async def _watch(self) -> None:
         began = time.monotonic() - LOOK_AFTER
-        tell_after, nudge = TELL_AFTER, self._nudge
+        nudge = self._nudge
         while not self.verdict:
             self._alive = await self._look()
             waited = time.monotonic() - began
@@ -110,9 +111,9 @@ class Watch:
             elif waited > REQUEST_LIMIT:
                 self.verdict = f"has not finished {self._what()} in {waited:.0f} s"
             else:
-                if waited > tell_after:
-                    logger.warning("still waiting for %s, %.0f s so far", self._what(), waited)
-                    tell_after *= 2
+                if waited > TELL_AFTER and self._shown is None:
+                    self._shown = Waiting(f"Waiting for {self._what()}", began=began, after=0.0)
+                    self._shown.__enter__()
                 if nudge is not None and waited >= NUDGE_AFTER:
                     with contextlib.suppress(RemoteError):  # whoever waits for the answer meets it
                         await nudge()
