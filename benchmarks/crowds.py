@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from places import CARDS, SHAPES, model_of, server_of
-from simulation import SimulatedHop, Simulation
 
 from swarm_notebook.client.servers.crowd import Crowd
 from swarm_notebook.client.servers.routing import ANSWER_TOKENS, Links, Work, best_chain
@@ -27,6 +26,7 @@ from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.net.dht.records import ServerInfo, ServerSpan, ServerState
 from swarm_notebook.planning.machines import KNOWN, Link, Machine
 from swarm_notebook.planning.placement import Share, step_seconds
+from swarm_notebook.planning.simulation import SimulatedHop, Simulation
 from swarm_notebook.report.plot import Line, LineChart
 from swarm_notebook.server.presence.flow import Place
 from swarm_notebook.server.presence.places import choose, next_move

@@ -2,5 +2,5 @@
 
 `shape` reads a model's config and its files' headers, `machines` knows what cards and Macs can do
 (`measure` finds it out for this one), `placement` lays blocks on machines and counts seconds, and
-`plan` asks them all and shows the result.
+`plan` asks them all and shows the result. `simulation` lets a whole swarm work in simulated time.
 """

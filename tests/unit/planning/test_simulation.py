@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from simulation import MISSED_SECONDS, Simulation
 
 from swarm_notebook.planning.machines import KNOWN, Link
 from swarm_notebook.planning.placement import (
@@ -16,6 +15,7 @@ from swarm_notebook.planning.placement import (
     step_seconds,
 )
 from swarm_notebook.planning.shape import BlockShape, ModelShape
+from swarm_notebook.planning.simulation import MISSED_SECONDS, Simulation
 
 SHAPE = ModelShape("8", (BlockShape(200_000_000, 0, 8192, 2048),) * 8, 4096, 0, 0, None)
 CARD, LINK = KNOWN["rtx4090"], Link(0.02, 125e6)
@@ -52,7 +52,7 @@ def test_one_stream_takes_what_a_plan_says() -> None:
     prompt = sum(prompt_seconds(SHAPE, share, 500) for share in (FIRST, SECOND))
     way = 2 * hop_seconds(SHAPE, LINK, 500) + notebook_seconds(SHAPE, CARD, LINK)
     assert made.tokens["me"][0] == pytest.approx(prompt + way)
-    assert sum(made.hosts["a"].answered.values()) == 20
+    assert sum(made.answered("a").values()) == 20
 
 
 def test_what_waits_together_is_one_batch() -> None:
@@ -75,7 +75,7 @@ def test_a_server_that_goes_costs_a_pause_and_no_token() -> None:
     made.run(20.0)
     longest = max(gaps(made.tokens["me"]))
     assert 4.0 < longest < 4.0 + MISSED_SECONDS
-    assert set(made.hosts["c"].answered) == {"me"}
+    assert set(made.answered("c")) == {"me"}
     made.at(made.now, lambda: made.add("d", FIRST))
     made.at(made.now + 1, lambda: made.remove("a", told=True))
     before = len(made.tokens["me"])

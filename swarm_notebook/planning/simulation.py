@@ -6,11 +6,11 @@
     swarm.run(60.0)
     swarm.tokens["me"]                     # when each token was there
 
-Seconds are those of `sn.plan`. A server computes one thing at a time, as ours do: steps that have
-come while it was busy become one batch, and one piece of a prompt comes between two batches. Which
-servers a stream takes is asked of `route`, and where servers are is the caller's to decide: so the
-code of the product decides in it, unchanged. A stream whose server has gone asks again, and brings
-the new ones up to where it was.
+Seconds are those of `placement`, so those of `sn.plan`. A server computes one thing at a time, as
+ours do: steps that have come while it was busy become one batch, and one piece of a prompt comes
+between two batches. Which servers a stream takes is asked of `route`, and where servers are is the
+caller's to decide: so the code of the product decides in it, unchanged. A stream whose server has
+gone asks again, and brings the new ones up to where it was.
 """
 
 from __future__ import annotations
@@ -120,6 +120,10 @@ class Simulation:
         """A notebook asks for one answer after the other, with a pause of so many seconds."""
         stream = self._conversation(notebook, prompt, answer, pause)
         self._later(0.0, stream, None)
+
+    def answered(self, server: str) -> dict[str, int]:
+        """Requests that a server has answered, by notebook."""
+        return self.hosts[server].answered
 
     def run(self, until: float) -> None:
         """Let time pass."""
