@@ -21,6 +21,7 @@ from pathlib import Path
 from places import CARDS, SHAPES, model_of, server_of
 
 from swarm_notebook.client.servers.crowd import Crowd
+from swarm_notebook.client.servers.kept import KeptChain
 from swarm_notebook.client.servers.routing import ANSWER_TOKENS, Links, Work, best_chain
 from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.net.dht.records import ServerInfo, ServerSpan, ServerState
@@ -57,6 +58,7 @@ class Swarm:
         self.simulation = Simulation(self.model, self.link, self.route, NOTEBOOK)
         self._far: dict[str, float] = {}
         self._crowds: dict[str, Crowd] = {}
+        self._kept: dict[str, KeptChain] = {}
         self._cards: dict[str, Machine] = {}
         self._numbers = itertools.count()
         self.moves = 0
@@ -111,6 +113,9 @@ class Swarm:
         for number in range(count):
             name = f"notebook-{number}"
             self._crowds[name] = Crowd(name)
+            self._kept[name] = KeptChain(
+                self._crowds[name], draw=self.drawn.random, clock=lambda: self.simulation.now
+            )
             when = self.simulation.now + self.drawn.uniform(0, 5)
             self.simulation.at(
                 when,
@@ -129,11 +134,13 @@ class Swarm:
     def route(self, notebook: str, tokens: int) -> Sequence[SimulatedHop]:
         spans = [self._span(name) for name in self.simulation.hosts]
         trips = {one.peer: self.link(notebook, one.peer).round_trip for one in spans}
-        crowd = self._crowds[notebook] if self._crowded else None
-        links = Links(trips, lambda _one, _other: True, crowd)
+        links = Links(trips, lambda _one, _other: True)
         try:
+            usual = None
+            if self._crowded:
+                usual = self._kept[notebook].choose(spans, 0, self.blocks, links)
             work = Work(tokens, ANSWER_TOKENS)
-            chain = best_chain(spans, 0, self.blocks, links, work=work)
+            chain = best_chain(spans, 0, self.blocks, links, work=work, usual=usual)
         except MissingBlocks:
             return []
         return [(one.peer, one.start, one.end) for one in chain]

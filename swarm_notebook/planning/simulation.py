@@ -156,9 +156,12 @@ class Simulation:
         if host.prompts and (host.was_prompt is False or not host.steps):
             host.running, host.was_prompt = [host.prompts.popleft()], True
         elif host.steps:
-            count = min(len(host.steps), MOST_ROWS)
-            host.running = [host.steps.popleft() for _ in range(count)]
-            host.was_prompt = False
+            # Only steps through the same blocks share a call (`server/engine/steps/batching.py`).
+            first = host.steps[0]
+            same = [job for job in host.steps if (job.start, job.end) == (first.start, first.end)]
+            host.running, host.was_prompt = same[:MOST_ROWS], False
+            taken = set(map(id, host.running))
+            host.steps = deque(job for job in host.steps if id(job) not in taken)
         else:
             host.running = []
             return

@@ -1,10 +1,9 @@
 """How busy servers are for others, and how notebooks that know the same choose differently.
 
 Servers tell with every ping how many requests they have answered. What is not this notebook's own
-is others', and a request keeps a server for about as long as a token takes in its blocks. So
-whoever comes later sees who is busy. Those that come at the same moment all see the same, and would
-all take the server that measured itself a little faster than its twins: each prefers other ones a
-little, by a number that depends on both peers' ids, so that it keeps to its choice.
+is others'. Those that know the same, or nothing yet, would all take the server that measured itself
+a little faster than its twins: each prefers other ones a little, by a number that depends on both
+peers' ids. What a notebook makes of both is decided in `kept`.
 """
 
 from __future__ import annotations
@@ -57,16 +56,10 @@ class Crowd:
             rate = (others - before.requests) / (when - before.when)
             self._told[peer] = _Told(others, when, rate)
 
-    def load(self, peer: str, seconds: float) -> float:
-        """How many requests of others a server has at a time (Little's law).
-
-        Above 1 where those of several share a call.
-
-        Args:
-            seconds: of one request there.
-        """
+    def rate(self, peer: str) -> float:
+        """Requests of others per second that a server has answered lately."""
         known = self._told.get(peer)
-        return 0.0 if known is None else known.rate * seconds
+        return 0.0 if known is None else known.rate
 
     def reluctance(self, peer: str) -> float:
         """By which part, up to `ALIKE`, a server counts as slower than it is, only to choose."""

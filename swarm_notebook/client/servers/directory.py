@@ -33,6 +33,7 @@ from swarm_notebook.client.servers.bits import BitsInUse
 from swarm_notebook.client.servers.crowd import Crowd
 from swarm_notebook.client.servers.detector import HELD_UP, MOST_WAITS, FailureDetector
 from swarm_notebook.client.servers.health import OTHER, UNREACHABLE, Fault, PeerHealth
+from swarm_notebook.client.servers.kept import KeptChain
 from swarm_notebook.client.servers.recent import RecentServers
 from swarm_notebook.client.servers.snapshot import Shortage, Snapshot
 from swarm_notebook.client.telemetry import Telemetry
@@ -84,6 +85,7 @@ class Directory:
         refused: what a private swarm has said last to this notebook, if it is no member.
         bits: per weight of the blocks that are computed.
         crowd: how busy servers are for others.
+        kept: the servers that are used for single tokens.
         detector: whether servers are there.
     """
 
@@ -110,6 +112,7 @@ class Directory:
     refused: list[NotAMember] = field(default_factory=list)
     bits: BitsInUse = field(default_factory=BitsInUse)
     crowd: Crowd = field(init=False)
+    kept: KeptChain = field(init=False)
     detector: FailureDetector = field(init=False)
     _announced: Announced = field(init=False)
     _asked: dict[str, float] = field(default_factory=dict)
@@ -122,6 +125,7 @@ class Directory:
         membership = self.node.membership if self.node is not None else None
         self._announced = Announced(self.prefix, membership)
         self.crowd = Crowd("" if self.node is None else self.node.peer_id.to_base58())
+        self.kept = KeptChain(self.crowd, self._is_strange)
         self.detector = FailureDetector(self.ping)
 
     async def start(self) -> None:
@@ -291,7 +295,7 @@ class Directory:
     @property
     def links(self) -> routing.Links:
         """How far notebook and servers are from each other."""
-        return routing.Links(self.rtt, self.together, self.crowd, self._is_strange)
+        return routing.Links(self.rtt, self.together)
 
     def _is_strange(self, span: ServerSpan) -> bool:
         return self.audits is not None and not self.audits.outcomes(span.peer).agreed
@@ -304,9 +308,10 @@ class Directory:
         work: routing.Work = routing.ONE_TOKEN,
     ) -> list[routing.RouteSegment]:
         """The best chain over ``[start, end)``; MissingBlocks names who had missing blocks."""
-        usable = self.usable()
+        usable, links = self.usable(), self.links
         try:
-            return routing.best_chain(usable, start, end, self.links, exclude, work=work)
+            usual = None if exclude else self.kept.choose(usable, start, end, links)
+            return routing.best_chain(usable, start, end, links, exclude, work=work, usual=usual)
         except MissingBlocks as error:
             raise MissingBlocks(f"{error} of {self.prefix}{self.who_had(start, end)}") from None
 

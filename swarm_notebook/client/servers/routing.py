@@ -1,11 +1,12 @@
 """Which server computes which blocks: the chain with the lowest expected latency. Pure code.
 
 A token takes its blocks' time at the servers' announced speed, more where others are served at the
-same time (`crowd`), and the network's time on the critical path: to the first server, from each to
-the next, and back from the last. (Every server answers to the notebook besides, but nobody waits
-for that.) Two servers that push to each other are half of their round trip apart, which servers
-measure to their neighbours and announce. Where the notebook passes the hidden states on, or no ping
-is known, the way over the notebook counts: half of its own round trip to each of the two.
+same time (`kept` says how many), and the network's time on the critical path: to the first server,
+from each to the next, and back from the last. (Every server answers to the notebook besides, but
+nobody waits for that.) Two servers that push to each other are half of their round trip apart,
+which servers measure to their neighbours and announce. Where the notebook passes the hidden states
+on, or no ping is known, the way over the notebook counts: half of its own round trip to each of the
+two.
 
 The best chain from `start` to `end` is found block by block: the cheapest way to have passed block
 b on server s stays on s, or switches to it from whichever server is cheapest together with the
@@ -16,9 +17,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from swarm_notebook.client.servers.crowd import ALIKE, Crowd
 from swarm_notebook.errors import MissingBlocks
 from swarm_notebook.net.dht.records import ServerSpan, ServerState
 
@@ -102,38 +102,39 @@ class Links:
     Attributes:
         rtt: round trips between notebook and servers that were measured here, in seconds by peer.
         pushes: whether the first of two servers can push its output to the second.
-        crowd: how busy servers are for others; None: not known.
-        strange: whether audits are made, and none of a server has agreed with it yet.
+        busy: requests of others per second that a server is asked, by peer.
+        bound: blocks through which a server is asked, or not at all, by peer.
     """
 
     rtt: Mapping[str, float]
     pushes: Pushes = lambda _sender, _receiver: False
-    crowd: Crowd | None = None
-    strange: Callable[[ServerSpan], bool] = lambda _span: False
+    busy: Mapping[str, float] = field(default_factory=dict)
+    bound: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def block_seconds(self, span: ServerSpan) -> float:
         """Expected seconds of one token in one block of a server, beside the tokens of others.
 
-        What comes while a step is computed goes into the next: one waits for half a step of a
-        server that is always busy, however many share it. Each of them makes the step longer, by
-        what a token costs among many. (Had each counted as a step of its own, 50 notebooks on 16
-        simulated cards would have kept to servers that are slower, and had a third less.)
+        What comes together shares a call. Each makes it longer, by what a token costs among many.
+        (Had each counted as a step of its own, 50 notebooks on 16 simulated cards would have kept
+        to servers that are slower, and had a third less.)
         """
-        seconds = block_seconds(span)
-        if self.crowd is None:
-            return seconds
-        load = self.crowd.load(span.peer, seconds * (span.end - span.start))
-        return seconds * (1 + min(load, 1.0) / 2) + load / prompt_rps(span)
+        return block_seconds(span) + self._load(span) / prompt_rps(span)
 
-    def preference(self, span: ServerSpan, work: Work) -> float:
-        """Seconds of work in a block, for each notebook a little different, more for strangers.
+    def wait_seconds(self, span: ServerSpan) -> float:
+        """Expected seconds until a server begins with a token, for the calls of others.
 
-        Of servers that are alike one is taken whose answers were audited and found right. Strangers
-        are taken where they are faster than that, and audited soon (`client.audit.choice`).
+        What comes during a call goes into the next, however many share it: at a server that is
+        always busy one waits for half a call, for few blocks as for many.
         """
-        alike = 0.0 if self.crowd is None else self.crowd.reluctance(span.peer)
-        seconds = work.seconds(span, self.block_seconds(span))
-        return seconds * (1 + alike + ALIKE * self.strange(span))
+        return min(self._load(span), 1.0) / 2 * _call_seconds(span)
+
+    def _load(self, span: ServerSpan) -> float:
+        """How many requests of others a server has at a time (Little's law)."""
+        return self.busy.get(span.peer, 0.0) * _call_seconds(span)
+
+    def blocks(self, span: ServerSpan) -> tuple[int, int]:
+        """The blocks through which a server can be asked."""
+        return self.bound.get(span.peer, (span.start, span.end))
 
     def to_notebook(self, span: ServerSpan) -> float:
         """Seconds one way between the notebook and a server."""
@@ -156,6 +157,10 @@ class Links:
 def block_seconds(span: ServerSpan) -> float:
     """Expected seconds of one token in one block of this server."""
     return 1.0 / max(span.info.inference_rps or span.info.throughput or DEFAULT_RPS, 1e-3)
+
+
+def _call_seconds(span: ServerSpan) -> float:
+    return (span.end - span.start) * block_seconds(span)
 
 
 def prompt_rps(span: ServerSpan) -> float:
@@ -189,7 +194,9 @@ def network_seconds(chain: Sequence[RouteSegment], links: Links) -> list[float]:
 def token_seconds(chain: Sequence[RouteSegment], links: Links) -> list[float]:
     """Expected seconds of one token on each segment, network included."""
     return [
-        network + (segment.end - segment.start) * links.block_seconds(segment.span)
+        network
+        + links.wait_seconds(segment.span)
+        + (segment.end - segment.start) * links.block_seconds(segment.span)
         for segment, network in zip(chain, network_seconds(chain, links), strict=True)
     ]
 
@@ -212,6 +219,7 @@ def best_chain(
     exclude: Collection[str] = (),
     *,
     work: Work = ONE_TOKEN,
+    usual: list[RouteSegment] | None = None,
 ) -> list[RouteSegment]:
     """The chain over blocks ``[start, end)`` with the lowest expected seconds for some work.
 
@@ -222,6 +230,7 @@ def best_chain(
         links: how far they are.
         exclude: peers that must not be used.
         work: what is asked for: a long prompt is best on other servers than a short one.
+        usual: the chain that is taken for one token; None: the one with the lowest seconds.
 
     Raises:
         MissingBlocks: no server covers some of the blocks.
@@ -232,7 +241,8 @@ def best_chain(
     missing = uncovered(usable, start, end)
     if missing:
         raise MissingBlocks(f"no server holds {describe_blocks(missing)}")
-    usual = _cheapest(usable, start, end, links, ONE_TOKEN)
+    if usual is None:
+        usual = _cheapest(usable, start, end, links, ONE_TOKEN)
     if work == ONE_TOKEN:
         return usual
     special = _cheapest(usable, start, end, links, work)
@@ -244,6 +254,7 @@ def work_seconds(chain: Sequence[RouteSegment], links: Links, work: Work) -> flo
     """Expected seconds of some work on a chain, network included."""
     blocks = [
         (one.end - one.start) * work.seconds(one.span, links.block_seconds(one.span))
+        + work.trips * links.wait_seconds(one.span)
         for one in chain
     ]
     return sum(blocks) + work.trips * sum(network_seconds(chain, links))
@@ -254,42 +265,55 @@ def _cheapest(
 ) -> list[RouteSegment]:
     """The chain with the lowest expected seconds, of servers that cover all blocks."""
     distances: dict[tuple[int, int], float] = {}
+    waits = [work.trips * links.wait_seconds(span) for span in usable]
+    seconds = [work.seconds(span, links.block_seconds(span)) for span in usable]
+    ranges = [links.blocks(span) for span in usable]
 
     def distance(sender: int, receiver: int) -> float:
         pair = (sender, receiver)
         if pair not in distances:
-            distances[pair] = work.trips * links.between(usable[sender], usable[receiver])
+            there = work.trips * links.between(usable[sender], usable[receiver])
+            distances[pair] = there + waits[receiver]
         return distances[pair]
 
     passed: dict[int, _Passed] = {}  # by the server, as a number in `usable`, of the latest block
     for block in range(start, end):
+        # Who is bound to a range is left at its end and not before.
+        left = {
+            number: before
+            for number, before in passed.items()
+            if usable[number].peer not in links.bound or ranges[number][1] == block
+        }
         following: dict[int, _Passed] = {}
         for number, span in enumerate(usable):
-            if not span.start <= block < span.end:
+            first, behind = ranges[number]
+            if not first <= block < behind:
                 continue
-            stay = passed.get(number)
+            best = passed.get(number)
             if block == start:
-                best = _Passed(work.trips * links.to_notebook(span), span, block, None)
-            else:
-                switches = [
-                    (before.cost + distance(other, number), other)
-                    for other, before in passed.items()
-                    if other != number
-                ]
-                cost, other = min(switches, default=(float("inf"), number))
-                if stay is not None and stay.cost <= cost:
-                    best = stay
-                else:
-                    best = _Passed(cost, span, block, passed[other])
-            following[number] = _Passed(
-                best.cost + links.preference(span, work), span, best.start, best.before
-            )
+                cost = work.trips * links.to_notebook(span) + waits[number]
+                best = _Passed(cost, span, block, None)
+            elif block == first or span.peer not in links.bound:
+                others = left.keys() - {number}
+                found = min(
+                    ((left[one].cost + distance(one, number), one) for one in others), default=None
+                )
+                if found is not None and (best is None or found[0] < best.cost):
+                    best = _Passed(found[0], span, block, left[found[1]])
+            if best is not None:
+                after = best.cost + seconds[number]
+                following[number] = _Passed(after, span, best.start, best.before)
         passed = following
     last = min(
         passed.values(),
         key=lambda one: one.cost + work.trips * links.to_notebook(one.span),
         default=None,
     )
+    return _segments(last, end)
+
+
+def _segments(last: _Passed | None, end: int) -> list[RouteSegment]:
+    """The chain that has passed all blocks."""
     chain: list[RouteSegment] = []
     while last is not None:
         chain.insert(0, RouteSegment(last.span, last.start, chain[0].start if chain else end))

@@ -1,0 +1,165 @@
+"""A notebook keeps to its servers, and moves to better ones with a chance. Pure code.
+
+How busy servers are is told with pings, so it is seconds old, and all notebooks hear the same. Had
+each taken what is best by that, all would go where nobody was, find it busy, and go on together. So
+whoever has servers expects that others move as well, until the new ones are as busy as those that
+are left: what is not better then is not worth moving. And of all who think so, as many are to move
+as gain by it: of those on one of two equal servers, each moves with a chance of a half. Who has the
+servers to itself moves at once.
+
+Servers compute together what goes through the same blocks. So a notebook that moves asks the busy
+servers that it stays with for the same blocks as before. And which blocks a first chain takes of
+which servers is decided without looking at others: all notebooks then cut at the same blocks. Only
+then each chooses among servers that have the same blocks and are alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from swarm_notebook.client.servers.crowd import ALIKE, Crowd
+from swarm_notebook.client.servers.routing import (
+    Links,
+    RouteSegment,
+    best_chain,
+    token_seconds,
+)
+from swarm_notebook.net.dht.records import ServerSpan, ServerState
+
+# Once for every news: as often as `directory.py` asks how busy servers are.
+DECIDE_SECONDS = 10.0
+
+
+class KeptChain:
+    """The servers that a notebook keeps to for single tokens.
+
+    Args:
+        crowd: how busy servers are for others.
+        strange: whether audits are made, and none of a server has agreed with it yet.
+        draw: a number from 0 to 1.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        crowd: Crowd,
+        strange: Callable[[ServerSpan], bool] = lambda _span: False,
+        draw: Callable[[], float] = random.random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._crowd, self._strange = crowd, strange
+        self._draw, self._clock = draw, clock
+        self._peers: dict[int, str] = {}  # by block
+        self._decided = -math.inf
+
+    def choose(
+        self, spans: Sequence[ServerSpan], start: int, end: int, links: Links
+    ) -> list[RouteSegment]:
+        """The chain over blocks ``[start, end)``, which is kept from now on.
+
+        Args:
+            spans: what can be used of what the servers announce.
+            links: how far they are; how busy they are is added here.
+
+        Raises:
+            MissingBlocks: no server covers some of the blocks.
+        """
+        usable = [span for span in spans if span.info.state == ServerState.ONLINE]
+        kept = self._kept(start, end, usable)
+        if not kept:
+            kept = self._spread(best_chain(usable, start, end, links), usable, links)
+        expected = self._when_shared(kept, usable, links)
+        best = self._spread(best_chain(usable, start, end, expected), usable, expected)
+        chain = best if self._moves(kept, best, expected) else kept
+        for one in chain:
+            self._peers.update(dict.fromkeys(range(one.start, one.end), one.peer))
+        return chain
+
+    def _kept(self, start: int, end: int, usable: Sequence[ServerSpan]) -> list[RouteSegment]:
+        """What is kept of these blocks; nothing unless all of it can be used."""
+        chain: list[RouteSegment] = []
+        for peer, run in itertools.groupby(range(start, end), self._peers.get):
+            blocks = [*run]
+            there = [one for one in usable if one.peer == peer]
+            fits = [one for one in there if one.start <= blocks[0] and blocks[-1] < one.end]
+            if not fits:
+                return []
+            chain.append(RouteSegment(fits[0], blocks[0], blocks[-1] + 1))
+        return chain
+
+    def _spread(
+        self, chain: Sequence[RouteSegment], usable: Sequence[ServerSpan], links: Links
+    ) -> list[RouteSegment]:
+        """For each notebook another chain of servers that have the same blocks and are alike.
+
+        Of those, one is taken whose answers were audited and found right. Strangers are taken where
+        they are faster than that, and audited soon (`client.audit.choice`).
+        """
+        found = [*chain]
+        for place, segment in enumerate(chain):
+            there = (segment.start, segment.end)
+
+            def seconds(one: RouteSegment, place: int = place) -> float:
+                compute = (one.end - one.start) * links.block_seconds(one.span)
+                unlike = self._crowd.reluctance(one.peer) + ALIKE * self._strange(one.span)
+                whole = [*found[:place], one, *found[place + 1 :]]
+                return sum(token_seconds(whole, links)) + unlike * compute
+
+            able = [
+                one
+                for one in usable
+                if one.start <= segment.start
+                and segment.end <= one.end
+                and links.bound.get(one.peer, there) == there
+            ]
+            found[place] = min((RouteSegment(one, *there) for one in able), key=seconds)
+        return found
+
+    def _when_shared(
+        self, kept: Sequence[RouteSegment], usable: Sequence[ServerSpan], links: Links
+    ) -> Links:
+        """How busy servers are when others have moved to them from those that are kept."""
+        rates = {one.peer: self._crowd.rate(one.peer) for one in usable}
+        own = 1 / sum(token_seconds(kept, replace(links, busy=rates)))
+        peers = Counter(one.peer for one in kept)
+        busy = dict[str, float]()
+        for span in usable:
+            left = [
+                rates[one.peer] for one in kept if one.start < span.end and span.start < one.end
+            ]
+            shared = (max(left, default=0.0) + rates[span.peer] - own) / 2
+            stays = span.peer in peers
+            busy[span.peer] = rates[span.peer] if stays else max(rates[span.peer], shared)
+        bound = {
+            one.peer: (one.start, one.end)
+            for one in kept
+            if rates[one.peer] and peers[one.peer] == 1
+        }
+        return replace(links, busy=busy, bound=bound)
+
+    def _moves(
+        self, kept: Sequence[RouteSegment], best: Sequence[RouteSegment], links: Links
+    ) -> bool:
+        left = [one for one in kept if one not in best]
+        gain = sum(token_seconds(kept, links)) - sum(token_seconds(best, links))
+        if not left or gain <= 0:
+            return False
+        if not any(links.busy.get(one.peer) for one in (*left, *best)):
+            return True
+        if self._clock() - self._decided < DECIDE_SECONDS:
+            return False
+        self._decided = self._clock()
+        # As much as is gained of the part that would be another.
+        seconds = _seconds_by_segment(kept, links)
+        return self._draw() * sum(seconds[one.start] for one in left) < gain
+
+
+def _seconds_by_segment(chain: Sequence[RouteSegment], links: Links) -> Mapping[int, float]:
+    each = zip(chain, token_seconds(chain, links), strict=True)
+    return {one.start: seconds for one, seconds in each}
