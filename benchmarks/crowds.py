@@ -127,8 +127,9 @@ class Swarm:
         """All notebooks hear how much all servers have done."""
         for peer, host in self.simulation.hosts.items():
             done = sum(host.answered.values())
-            for name, crowd in self._crowds.items():
+            for number, (name, crowd) in enumerate(self._crowds.items()):
                 crowd.told(peer, done, host.answered.get(name, 0), self.simulation.now)
+                crowd.arrived(peer, number)
         self.simulation.at(self.simulation.now + PING_SECONDS, self.ping)
 
     def route(self, notebook: str, tokens: int) -> Sequence[SimulatedHop]:

@@ -1,14 +1,17 @@
 """How busy servers are for others, and how notebooks that know the same choose differently.
 
 Servers tell with every ping how many requests they have answered. What is not this notebook's own
-is others'. Those that know the same, or nothing yet, would all take the server that measured itself
-a little faster than its twins: each prefers other ones a little, by a number that depends on both
-peers' ids. What a notebook makes of both is decided in `kept`.
+is others'. Those that know the same, or nothing yet, would all take the same of several servers
+that are alike. So servers number their notebooks as they come, and each takes its place in a
+sequence that fills a line evenly, however far it has got: of two, three or more equal servers each
+is taken by nearly as many. (By turns would not do: who connects may ask as two peers, one after the
+other.) What a notebook makes of both is decided in `kept`.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # Servers of equal machines announce rates that differ by so much: with six runs of a tenth of a
@@ -16,6 +19,8 @@ from dataclasses import dataclass, field
 ALIKE = 0.1
 # Two pings that are closer than that say little of a rate.
 LEAST_SECONDS = 1.0
+# Its multiples, but for what is before the point, lie as evenly as any (the golden ratio).
+GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass
@@ -37,6 +42,12 @@ class Crowd:
 
     own: str
     _told: dict[str, _Told] = field(default_factory=dict)
+    _arrivals: dict[str, int] = field(default_factory=dict)
+
+    def arrived(self, peer: str, number: object) -> None:
+        """A server has said how many came before this notebook; anything at all may come."""
+        if isinstance(number, int) and 0 <= number < 1 << 31:
+            self._arrivals[peer] = number
 
     def told(self, peer: str, answered: object, here: int, when: float) -> None:
         """A server has said how much it has done.
@@ -61,9 +72,13 @@ class Crowd:
         known = self._told.get(peer)
         return 0.0 if known is None else known.rate
 
-    def reluctance(self, peer: str) -> float:
-        """By which part, up to `ALIKE`, a server counts as slower than it is, only to choose."""
-        return ALIKE * zlib.crc32(f"{self.own} {peer}".encode()) / (1 << 32)
+    def one_of(self, peers: Sequence[str]) -> str:
+        """Of servers that are alike this notebook's, in an order that is the same for all."""
+        number = self._arrivals.get(min(peers))
+        hashed = zlib.crc32(self.own.encode()) / (1 << 32)  # Petals' servers tell no number
+        place = hashed if number is None else number * GOLDEN % 1
+        return peers[int(place * len(peers))]
 
     def forget(self, peer: str) -> None:
         self._told.pop(peer, None)
+        self._arrivals.pop(peer, None)

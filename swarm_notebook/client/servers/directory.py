@@ -229,6 +229,7 @@ class Directory:
         self.detector.answered(peer, seconds)
         here = self.telemetry.usage.requests(peer)
         self.crowd.told(peer, info.get("requests_served"), here, time.monotonic())
+        self.crowd.arrived(peer, info.get("arrival"))
         return True
 
     def note(self, spans: Sequence[ServerSpan], now: float) -> None:

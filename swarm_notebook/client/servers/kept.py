@@ -102,23 +102,12 @@ class KeptChain:
         they are faster than that, and audited soon (`client.audit.choice`).
         """
         found = [*chain]
-        for place, segment in enumerate(chain):
-            there = (segment.start, segment.end)
-
-            def seconds(one: RouteSegment, place: int = place) -> float:
-                compute = (one.end - one.start) * links.block_seconds(one.span)
-                unlike = self._crowd.reluctance(one.peer) + ALIKE * self._strange(one.span)
-                whole = [*found[:place], one, *found[place + 1 :]]
-                return sum(token_seconds(whole, links)) + unlike * compute
-
-            able = [
-                one
-                for one in usable
-                if one.start <= segment.start
-                and segment.end <= one.end
-                and links.bound.get(one.peer, there) == there
-            ]
-            found[place] = min((RouteSegment(one, *there) for one in able), key=seconds)
+        for place in range(len(found)):
+            alike = _alike(found, place, usable, links)
+            known = [span for span in alike if not self._strange(span)] or alike
+            by_peer = {span.peer: span for span in sorted(known, key=_speed)}
+            mine = by_peer[self._crowd.one_of([*by_peer])]
+            found[place] = replace(found[place], span=mine)
         return found
 
     def _when_shared(
@@ -158,6 +147,29 @@ class KeptChain:
         # As much as is gained of the part that would be another.
         seconds = _seconds_by_segment(kept, links)
         return self._draw() * sum(seconds[one.start] for one in left) < gain
+
+
+def _speed(span: ServerSpan) -> tuple[float, str]:
+    """Those that say that they are faster come first, and are taken by whoever is first."""
+    return -(span.info.inference_rps or 0.0), span.peer
+
+
+def _alike(
+    chain: Sequence[RouteSegment], place: int, usable: Sequence[ServerSpan], links: Links
+) -> list[ServerSpan]:
+    """Who could have a segment of a chain, and would be no slower by more than `ALIKE` of it."""
+    segment = chain[place]
+    there = (segment.start, segment.end)
+    most = ALIKE * (segment.end - segment.start) * links.block_seconds(segment.span)
+    most += sum(token_seconds(chain, links))
+    found = []
+    for span in usable:
+        if span.start <= segment.start and segment.end <= span.end:
+            other = [*chain[:place], replace(segment, span=span), *chain[place + 1 :]]
+            able = links.bound.get(span.peer, there) == there
+            if able and sum(token_seconds(other, links)) <= most:
+                found.append(span)
+    return found
 
 
 def _seconds_by_segment(chain: Sequence[RouteSegment], links: Links) -> Mapping[int, float]:

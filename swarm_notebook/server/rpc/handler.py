@@ -197,7 +197,7 @@ class Handler:
         finally:
             self._sessions.discard(session)
 
-    async def _info(self, request: runtime_pb2.ExpertUID, _account: Account) -> bytes:
+    async def _info(self, request: runtime_pb2.ExpertUID, account: Account) -> bytes:
         blocks = self._limits.end - self._limits.start
         info: dict[str, Any] = {
             "version": __version__,
@@ -213,6 +213,7 @@ class Handler:
             "traffic_bytes": self._traffic.total,
             "traffic_bytes_held": self._traffic.held,
             "tokens_served": self._counters.tokens,
+            "arrival": self._counters.arrival(account.peer),
             **self._announced(),
             **self._engine.facts(),
             **self._compute.facts(),

@@ -54,13 +54,36 @@ class Notebook:
         return [one.peer for one in self.opens(servers)]
 
 
-def test_those_that_come_at_once_spread_over_servers_that_are_alike() -> None:
+@pytest.mark.parametrize("servers", [2, 3, 4])
+@pytest.mark.parametrize("every", [1, 2], ids=["one after the other", "others come between"])
+@pytest.mark.parametrize("notebooks", [3, 10, 60])
+def test_those_that_come_spread_over_servers_that_are_alike(
+    servers: int, every: int, notebooks: int
+) -> None:
     # As twins measure themselves: a little different.
-    servers = [server(f"twin{number}", 1000.0 * (1 + ALIKE / 4 * number)) for number in range(3)]
-    took = Counter(Notebook(f"notebook{number}").peers(servers)[0] for number in range(60))
-    assert min(took[one.peer] for one in servers) >= 8
-    # The same notebook chooses the same again.
-    assert len({Notebook("notebook1").peers(servers)[0] for _ in range(5)}) == 1
+    twins = [server(f"twin{one}", 1000.0 * (1 + ALIKE / 4 * one)) for one in range(servers)]
+    took: Counter[str] = Counter()
+    for number in range(notebooks):
+        notebook = Notebook(f"notebook{number}")
+        for one in twins:
+            notebook.crowd.arrived(one.peer, every * number)
+        took[notebook.peers(twins)[0]] += 1
+        assert notebook.peers(twins) == notebook.peers(twins)
+    share = notebooks / servers
+    assert all(share - 2 < took[one.peer] < share + 2 for one in twins), took
+
+
+def test_servers_that_do_not_number_their_notebooks_are_all_used() -> None:
+    twins = [server(f"twin{number}", 1000.0) for number in range(3)]
+    took = Counter(Notebook(f"notebook{number}").peers(twins)[0] for number in range(60))
+    assert min(took[one.peer] for one in twins) >= 8
+
+
+@pytest.mark.parametrize("rubbish", [None, "first", -1, 1 << 80, math.nan, [1]])
+def test_rubbish_is_no_number(rubbish: object) -> None:
+    notebook = Notebook()
+    notebook.crowd.arrived("twin0", rubbish)
+    assert notebook.peers([server("twin0", 1000.0), server("twin1", 1000.0)])
 
 
 def test_of_those_on_one_of_two_equal_servers_half_move_and_then_nobody_does() -> None:
@@ -81,13 +104,13 @@ def test_of_those_on_one_of_two_equal_servers_half_move_and_then_nobody_does() -
 
 def test_nobody_goes_from_a_fast_server_to_a_slow_one_that_others_fill_as_well() -> None:
     # Calls take as long for many as for one, so company costs half a call.
-    fast, slow = server("fast", 1100.0, many=1e6), server("slow", 1000.0, many=1e6)
+    fast, slow = server("fast", 1200.0, many=1e6), server("slow", 1000.0, many=1e6)
     notebook = Notebook(draws=[0.0])
     assert notebook.peers([fast, slow]) == ["fast"]
     notebook.hears({"fast": 1000.0, "slow": 0.0})
     assert notebook.peers([fast, slow]) == ["fast"]
     # Who shares it with one or two others has the slow one nearly to itself.
-    notebook.hears({"fast": 100.0, "slow": 0.0})
+    notebook.hears({"fast": 110.0, "slow": 0.0})
     assert notebook.peers([fast, slow]) == ["slow"]
 
 
