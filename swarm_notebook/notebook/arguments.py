@@ -130,12 +130,14 @@ class CommandLine:
         return list(parser.values_by_option) if values is None else values
 
     def _add(self, name: str, summary: str) -> Arguments:
-        parser: Arguments = self._table.add_parser(name, help=summary, description=f"{summary}.")
+        parser: Arguments = self._table.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
         self.commands[name] = parser
         return parser
 
     def _view(self, name: str, summary: str, shown: str) -> None:
-        _add_output(self._add(name, summary), f"the {shown}, instead of showing it,")
+        _add_output(self._add(name, summary), f"the {shown}")
 
     def _connect(self) -> None:
         connect = self._add(
@@ -194,7 +196,7 @@ class CommandLine:
             help="audit so much of what servers answer: spot (2 %%), off, or a share such as 0.1 "
             "(default: spot for public addresses)",
         )
-        _add_output(connect, "the Swarm object")
+        _add_output(connect, "the Swarm object", "")
 
     def _home(self) -> None:
         own = self._add("own", "bring blocks home: load their weights and run them here")
@@ -211,10 +213,12 @@ class CommandLine:
         )
 
     def _lens(self) -> None:
-        lens = self._add("lens", "see what each block would say next, at each token of a text")
-        lens.add_argument("text", nargs="+", metavar="TEXT", help="what to read")
+        lens = self._add(
+            "lens", "show the next-token prediction of each block, at each token of a text"
+        )
+        lens.add_argument("text", nargs="+", metavar="TEXT", help="the text")
         lens.add_argument("--token", metavar="WORD", help="colour by the rank of this token")
-        _add_output(lens, "the LensWidget, instead of showing it,")
+        _add_output(lens, "the LensWidget")
 
     def _privacy(self) -> None:
         privacy = self._add("privacy", "see what servers can read of a text")
@@ -226,12 +230,12 @@ class CommandLine:
             metavar="N",
             help="attack its first N tokens (default: %(default)s)",
         )
-        _add_output(privacy, "the Privacy report, instead of showing it,")
+        _add_output(privacy, "the Privacy report")
 
     def _monitor(self) -> None:
         monitor = self._add("monitor", "follow a training run; defines monitor in the notebook")
         monitor.add_argument("--total", type=count, metavar="N", help="steps of the run")
-        _add_output(monitor, "the TrainingMonitor, instead of showing it,")
+        _add_output(monitor, "the TrainingMonitor")
 
     def _serve(self) -> None:
         serve = self._add(
@@ -250,7 +254,7 @@ class CommandLine:
             help="such as /ip4/0.0.0.0/tcp/0, which others can reach (default: this machine alone "
             "where all known servers are, else all interfaces)",
         )
-        _add_output(serve, "the ServePanel, instead of showing it,")
+        _add_output(serve, "the ServePanel")
 
     def _private(self) -> None:
         invite = self._add("invite", "let somebody join a private swarm that was begun here")
@@ -263,13 +267,13 @@ class CommandLine:
             which="which one: a variable, or its name on this machine (default: the only one of "
             "this notebook, else of this machine)",
         )
-        _add_output(invite, "the invitation, instead of printing it,")
-        _add_output(members, "the list of them, instead of printing it,")
+        _add_output(invite, "the invitation")
+        _add_output(members, "the list of them")
 
     def _plan(self) -> None:
         plan = self._add("plan", "say whether a model runs on some machines, and how fast")
         add_plan(plan)
-        _add_output(plan, "the Plan, instead of showing it,")
+        _add_output(plan, "the Plan")
 
     def _chat(self) -> None:
         chat = self._add("chat", "talk with the model; defines chat in the notebook")
@@ -283,22 +287,22 @@ class CommandLine:
             "--strength", type=values.number, default=1.0, metavar="X", help="times (default: 1)"
         )
         _add_sampling(chat)
-        _add_output(chat, "the ChatWidget, instead of showing it,")
+        _add_output(chat, "the ChatWidget")
 
     def _generate(self, *, with_prompt: bool) -> None:
-        generate = self._add("generate", "let the model answer; the text streams into the cell")
+        generate = self._add("generate", "answer a prompt; the text streams into the cell")
         if with_prompt:
             generate.add_argument("prompt", nargs="*", metavar="TEXT", help="what to answer")
         generate.add_argument(
             "--widget",
             action="store_true",
-            help="in the background, with a colour per token that says how sure the model was",
+            help="generate in the background, in a view that colours each token by its probability",
         )
         generate.add_argument(
             "--raw", action="store_true", help="continue the text itself: no chat template"
         )
         _add_sampling(generate)
-        _add_output(generate, "the text (the GenerateWidget, instead of showing it)")
+        _add_output(generate, "the text (or the GenerateWidget)", "")
 
     def _help(self) -> None:
         shown = list(self.commands)
@@ -319,30 +323,34 @@ def _add_sampling(parser: Arguments) -> None:
         type=count,
         default=256,
         metavar="N",
-        help="write at most so many tokens (default: %(default)s)",
+        help="generate at most N tokens (default: %(default)s)",
     )
     parser.add_argument(
-        "--sample", action="store_true", help="draw tokens (default: greedy, the most probable)"
+        "--sample", action="store_true", help="sample tokens (default: greedy, the most probable)"
     )
     parser.add_argument(
         "--temperature",
         type=values.temperature,
         metavar="T",
-        help="draw at this temperature; 0 is greedy (default: the model's own, else 1)",
+        help="sampling temperature; 0 is greedy (default: the model's own, else 1)",
     )
     parser.add_argument(
         "--top-p",
         type=values.share,
         metavar="P",
-        help="draw from the most probable tokens of this probability together (default: the "
-        "model's own, else 1)",
+        help="sample from the most probable tokens that have this probability together "
+        "(default: the model's own, else 1)",
     )
     parser.add_argument(
-        "--seed", type=values.seed, metavar="N", help="of the drawing (default: another each time)"
+        "--seed", type=values.seed, metavar="N", help="random seed (default: another each time)"
     )
 
 
-def _add_output(parser: Arguments, what: str) -> None:
+def _add_output(parser: Arguments, what: str, instead: str = " instead of showing it") -> None:
     parser.add_argument(
-        "-o", "--output", type=values.name, metavar="NAME", help=f"store {what} in this variable"
+        "-o",
+        "--output",
+        type=values.name,
+        metavar="NAME",
+        help=f"store {what} in this variable{instead}",
     )

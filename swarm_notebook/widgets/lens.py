@@ -1,4 +1,4 @@
-"""The logit lens as a map of heat: what each block would say next, at every token of a text.
+"""The logit lens as a heat map: next-token prediction per block, at every token of a text.
 
     lens = LensWidget(swarm, "The capital of France is")     # or %swarm lens "…"
     lens                                       # click a cell, or choose one with arrows and Enter

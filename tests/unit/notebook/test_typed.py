@@ -61,7 +61,7 @@ def test_a_question_mark_after_a_command_is_its_help(capsys: pytest.CaptureFixtu
         with pytest.raises(HelpShown):
             CommandLine("%swarm").parse(line)
         shown = capsys.readouterr().out
-        assert "write at most so many tokens (default: 256)" in shown
+        assert "generate at most N tokens (default: 256)" in shown
 
 
 @pytest.mark.parametrize(
