@@ -1,12 +1,12 @@
-"""Products with weights in few bits on a GPU, and their unpacking: three Triton kernels.
+"""Products with weights in few bits on a GPU, and their unpacking: two Triton kernels.
 
-With a few tokens the time of a product goes into reading the weight, so it is read as its bits are:
-each program takes some rows of the weight and a part of its columns, makes values of a tile in
-registers, rounded to the dtype as `Packed.unpack` rounds them, and multiplies them on the tensor
-cores. Matrices of one block have too few rows to keep a card busy, so columns are shared out, too
-(*splits*); the program that ends last adds up what the others have left. In the order of columns:
-a row's bits do not depend on which one that is, and the number of splits follows from the weight
-and the bucket of tokens alone.
+Products of one token have another (`token_kernel`). With a few tokens the time of a product goes
+into reading the weight, so it is read as its bits are: each program takes some rows of the weight
+and a part of its columns, makes values of a tile in registers, rounded to the dtype as
+`Packed.unpack` rounds them, and multiplies them on the tensor cores. Matrices of one block have too
+few rows to keep a card busy, so columns are shared out, too (*splits*); the program that ends last
+adds up what the others have left. In the order of columns: a row's bits do not depend on which one
+that is, and the number of splits follows from the weight and the bucket of tokens alone.
 
 Integers lie in their bytes as `checkpoint.packed.spread` reads them: the lowest bits of all bytes
 are the first columns. So a tile of bytes is a tile of columns for each *part* of a byte, and all
@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 
 from swarm_notebook.checkpoint.packed import PackedGrid
+from swarm_notebook.server.engine.products import token_kernel
+from swarm_notebook.server.engine.products.token_kernel import assembles, group_of
 
 # Integers in a byte of the plane that has the fewest bits.
 _PARTS = {2: 4, 3: 8, 4: 2, 8: 1}
@@ -31,8 +33,6 @@ _PARTS = {2: 4, 3: 8, 4: 2, 8: 1}
 LEAST, _WIDEST = 16, 128
 # Bytes that are read ahead for one program: two of them fit into a multiprocessor.
 _AHEAD = 96 << 10
-# The group of a whole row.
-_ALL = 1 << 30
 # Row blocks of a weight, for each of which somebody counts its splits.
 _MOST_BLOCKS = 1 << 15
 
@@ -61,13 +61,6 @@ fma.rn.bf16x2 $2, c, $9, $11;
 fma.rn.bf16x2 $3, d, $10, $12;
 }
 """)
-
-# For one token: 128 + byte, and 32768 + byte. The exponent comes in a register: the machine's
-# instruction has room for one constant, and which bytes are meant is another one in each.
-_BYTE_OF_4 = tl.constexpr(tuple(f"prmt.b32 $0, $1, $2, 0x7{index}44;" for index in range(4)))
-_BYTE_OF_8 = tl.constexpr(tuple(f"prmt.b32 $0, $1, $2, 0x74{index}4;" for index in range(4)))
-_EXPONENT = {4: 0x43000000, 8: 0x47000000}
-_BIAS = {4: 128 + 8, 8: 32768 + 128}
 
 
 @dataclass(frozen=True)
@@ -229,128 +222,6 @@ def _multiply(
 
 
 @triton.jit
-def _field(words, exponent, index: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """One byte of each word as a float, `_bias` too large."""
-    if ASSEMBLY:
-        # The byte among the highest bits of a fraction, below an exponent that makes it count ones.
-        if BITS == 4:
-            found = tl.inline_asm_elementwise(
-                _BYTE_OF_4[index],
-                "=f,r,r",
-                [words, exponent],
-                dtype=tl.float32,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            found = tl.inline_asm_elementwise(
-                _BYTE_OF_8[index],
-                "=f,r,r",
-                [words, exponent],
-                dtype=tl.float32,
-                is_pure=True,
-                pack=1,
-            )
-    else:
-        found = ((words >> (8 * index)) & 255).to(tl.float32)
-    return found
-
-
-@triton.jit
-def _add(
-    total,
-    words,
-    exponent,
-    x,
-    scales,
-    offsets,
-    row,
-    column,
-    there,
-    rows,
-    scale_row,
-    scale_group,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BIAS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
-    """What four bytes of each of four words add to the products of some rows."""
-    at = (column // GROUP)[:, None] * scale_group + row[None] * scale_row
-    mask = there[:, None] & (row < rows)[None]
-    scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
-    # Two bfloat16 in each integer.
-    place = x + (column // 2)[:, None] + 2 * tl.arange(0, 4)[None]
-    first = tl.load(place, mask=there[:, None], other=0)
-    second = tl.load(place + 1, mask=there[:, None], other=0)
-    x_0 = (first << 16).to(tl.float32, bitcast=True)
-    x_1 = (first & -65536).to(tl.float32, bitcast=True)
-    x_2 = (second << 16).to(tl.float32, bitcast=True)
-    x_3 = (second & -65536).to(tl.float32, bitcast=True)
-    found = _field(words, exponent, 0, BITS, ASSEMBLY) * x_0[:, None]
-    found += _field(words, exponent, 1, BITS, ASSEMBLY) * x_1[:, None]
-    found += _field(words, exponent, 2, BITS, ASSEMBLY) * x_2[:, None]
-    found += _field(words, exponent, 3, BITS, ASSEMBLY) * x_3[:, None]
-    summed = tl.sum((x_0 + x_1) + (x_2 + x_3), axis=1)
-    more = -BIAS * scale
-    if BITS != 8:
-        more += tl.load(offsets + at, mask=mask, other=0.0).to(tl.float32)
-    return total + scale * tl.sum(found, axis=2) + more * summed[:, None]
-
-
-@triton.jit(do_not_specialize=["exponent"])
-def _multiply_one(
-    x,
-    plane,
-    scales,
-    offsets,
-    output,
-    rows,
-    words,
-    scale_row,
-    scale_group,
-    exponent,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BIAS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
-    """Some rows of a weight times one token; each thread has four words of all of these rows."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    chunk, word = tl.arange(0, CHUNKS), tl.arange(0, 4)
-    # Chunks first: then Triton lays them along the threads, and rows into each.
-    total = tl.zeros([CHUNKS, ROWS], tl.float32)
-    for first in range(0, words // 4, CHUNKS):
-        at = first + chunk
-        there = at < words // 4
-        found = tl.load(
-            plane + (4 * at)[:, None, None] + row[None, :, None] * words + word[None, None],
-            mask=there[:, None, None] & (row < rows)[None, :, None],
-            other=0,
-        )
-        if BITS == 4:
-            low, high = found & 0x0F0F0F0F, (found >> 4) & 0x0F0F0F0F
-            total = _add(
-                total, low, exponent, x, scales, offsets, row, 16 * at, there, rows, scale_row,
-                scale_group, BITS, GROUP, BIAS, ASSEMBLY,
-            )  # fmt: skip
-            total = _add(
-                total, high, exponent, x, scales, offsets, row, 4 * words + 16 * at, there, rows,
-                scale_row, scale_group, BITS, GROUP, BIAS, ASSEMBLY,
-            )  # fmt: skip
-        else:
-            # Around zero to around 128: all bits but the highest stay.
-            total = _add(
-                total, found ^ -2139062144, exponent, x, scales, offsets, row, 16 * at, there, rows,
-                scale_row, scale_group, BITS, GROUP, BIAS, ASSEMBLY,
-            )  # fmt: skip
-    result = tl.sum(total, axis=0).to(output.dtype.element_ty)
-    tl.store(output + row, result, mask=row < rows)
-
-
-@triton.jit
 def _unpack(
     plane,
     high,
@@ -390,11 +261,6 @@ def tile_of(packed: PackedGrid) -> int:
     return math.gcd(columns // packed.scales.shape[1], columns // _PARTS[packed.grid.bits], _WIDEST)
 
 
-def _group(packed: PackedGrid) -> int:
-    groups = packed.scales.shape[1]
-    return _ALL if groups == 1 else packed.shape[1] // groups
-
-
 def bucket(tokens: int) -> int:
     """For how many tokens the product of so many is made."""
     return 1 if tokens == 1 else max(LEAST, 1 << (tokens - 1).bit_length())
@@ -404,7 +270,7 @@ def multiply(x: torch.Tensor, packed: PackedGrid, tiling: Tiling) -> torch.Tenso
     """``[tokens, rows]`` in bfloat16, for ``[tokens, columns]``."""
     x = x.contiguous()
     if not tiling.fill:
-        return _one(x, packed, tiling)
+        return token_kernel.multiply(x, packed, tiling.rows, tiling.warps)
     (tokens, columns), rows = x.shape, packed.shape[0]
     bits, tile, room = packed.grid.bits, tile_of(packed), max(LEAST, bucket(tokens))
     blocks, tiles = triton.cdiv(rows, tiling.rows), columns // _PARTS[bits] // tile
@@ -435,37 +301,12 @@ def multiply(x: torch.Tensor, packed: PackedGrid, tiling: Tiling) -> torch.Tenso
         each,
         BITS=bits,
         PARTS=_PARTS[bits],
-        GROUP=_group(packed),
+        GROUP=group_of(packed),
         TILE=tile,
         ROWS=tiling.rows,
         TOKENS=room,
         STAGES=stages,
-        ASSEMBLY=bits == 4 and _assembles(x.device),
-        num_warps=tiling.warps,
-    )
-    return output
-
-
-def _one(x: torch.Tensor, packed: PackedGrid, tiling: Tiling) -> torch.Tensor:
-    rows, bits, assembly = packed.shape[0], packed.grid.bits, _assembles(x.device)
-    plane = packed.planes[0].view(torch.int32)
-    output = torch.empty(1, rows, dtype=x.dtype, device=x.device)
-    _multiply_one[(triton.cdiv(rows, tiling.rows),)](
-        x.view(torch.int32),
-        plane,
-        packed.scales,
-        packed.scales if packed.offsets is None else packed.offsets,
-        output,
-        rows,
-        plane.shape[1],
-        *packed.scales.stride(),
-        _EXPONENT[bits],
-        BITS=bits,
-        GROUP=_group(packed),
-        ROWS=tiling.rows,
-        CHUNKS=32 * tiling.warps,
-        BIAS=_BIAS[bits] if assembly else 1 << (bits - 1),
-        ASSEMBLY=assembly,
+        ASSEMBLY=bits == 4 and assembles(x.device),
         num_warps=tiling.warps,
     )
     return output
@@ -487,7 +328,7 @@ def unpack(packed: PackedGrid, dtype: torch.dtype) -> torch.Tensor:
         *packed.scales.stride(),
         BITS=bits,
         PARTS=_PARTS[bits],
-        GROUP=_group(packed),
+        GROUP=group_of(packed),
         TILE=tile,
         ROWS=LEAST,
         # Or product and sum would be rounded once instead of twice.
@@ -501,16 +342,6 @@ def _counts(device: torch.device) -> torch.Tensor:
     """How many splits of each row block have ended; all are zero between products."""
     with torch.inference_mode(False):
         return torch.zeros(_MOST_BLOCKS, dtype=torch.int32, device=device)
-
-
-@cache
-def _assembles(device: torch.device) -> bool:
-    """Whether it is a card for which `_FOUR_BITS` is written: NVIDIA's since Ampere."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
 
 
 @cache
