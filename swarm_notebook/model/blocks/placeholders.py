@@ -1,11 +1,11 @@
 """Parameters inside of remote blocks: a shape that costs nothing, values that are read when asked.
 
-A `RemoteParameter` is a zero-stride view of one zero on a real device (so that PEFT puts real
-adapter weights beside it), which torch asks about every operation. What needs no values (shape,
-dtype, device, new tensors like it) works on the view. A conversion gives another of its kind. What
+A `RemoteParameter` has no memory behind it, and says that it is on a real device (so that PEFT puts
+real adapter weights beside it). Torch asks it about every operation. What needs no values (shape,
+dtype, device, new tensors like it) works as ever. A conversion gives another of its kind. What
 reads values gets the real ones, read from the checkpoint for this one operation. What would write
 is refused, also by way of a row or another view that was read: the weights that count are on the
-servers.
+servers. What looks for its memory finds none and raises.
 """
 
 from __future__ import annotations
@@ -45,31 +45,32 @@ class RemoteTensor(torch.Tensor):
     """A tensor in a remote block, or a conversion of one."""
 
     _origin: Origin
+    _device: torch.device
+    _memory: torch.Tensor
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _COSTLESS:
-            return _as_it_is(func, args, kwargs)
         first = args[0] if args else next(iter(kwargs.values()), None)
-        if func in _CONVERSIONS and isinstance(first, RemoteTensor):
-            return _converted(func, first, args, kwargs)
-        if func == torch.Tensor.is_contiguous:
-            return True
-        if func == _SET_DATA and isinstance(args[1], RemoteTensor) and _same(first, args[1]):
-            return _as_it_is(func, args, kwargs)
-        if func in _SWITCHES:
-            wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
-            if wanted:
-                _refuse(first, "requires_grad")
-            result = _as_it_is(func, args, kwargs)
-            if isinstance(first, Detached):
-                first.__class__ = RemoteParameter  # type: ignore[assignment]
-            return result
+        answer = _ANSWERS.get(func)
+        if answer is not None and (answer is not _converted or isinstance(first, RemoteTensor)):
+            return answer(func, first, args, kwargs)
         _refuse_write(func, first, kwargs)
         return _read(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What torch does with it in C++: ``torch.tensor(weight)``, `torch.func`, traces."""
+        if func is torch.ops.prim.device.default:
+            return args[0]._device
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.is_out or (argument.alias_info and argument.alias_info.is_write):
+                _refuse_writes_to(value, func.overloadpacket.__name__)
+        return func(*tree_map(_real, args), **tree_map(_real, kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         owner = self._origin.owner()
@@ -80,14 +81,12 @@ class RemoteTensor(torch.Tensor):
             memo[id(self)] = copied
             return copied
         origin = replace(self._origin, owner=weakref.ref(memo[id(owner)]))
-        with torch._C.DisableTorchFunctionSubclass():
-            twin = _wrap(type(self), _bare(self).clone(), self.shape, origin)
-        memo[id(self)] = twin
+        memo[id(self)] = twin = _wrap(type(self), self, origin)
         return twin
 
     def __copy__(self) -> RemoteTensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            return _wrap(type(self), _bare(self).clone(), self.shape, self._origin)
+        copied: RemoteTensor = _wrap(type(self), self, self._origin)
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _real(self).__reduce_ex__(protocol)
@@ -116,7 +115,7 @@ class ReadView(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _COSTLESS or func in _SWITCHES:
-            return _as_it_is(func, args, kwargs)
+            return _plainly(func, None, args, kwargs)
         _refuse_write(func, args[0] if args else next(iter(kwargs.values()), None), kwargs)
         return _read(func, args, kwargs)
 
@@ -130,52 +129,108 @@ class ReadView(torch.Tensor):
 
 def remote_buffer(tensor: torch.Tensor, origin: Origin) -> RemoteTensor:
     """A tensor of the shape, dtype and device of another one, with its values at an origin."""
-    zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
-    made: RemoteTensor = _wrap(RemoteTensor, zero, tensor.shape, origin)
+    made: RemoteTensor = _wrap(RemoteTensor, tensor, origin)
     return made
 
 
 def make_real(parameter: RemoteParameter, values: torch.Tensor) -> None:
     """Turn it into an ordinary parameter, in place: whoever holds it has the values then."""
-    plain: Any = parameter
-    del plain._origin
-    plain.__class__ = nn.Parameter
-    plain.data = values
+    _become(parameter, nn.Parameter(values, requires_grad=False))
 
 
 def make_remote(parameter: nn.Parameter, origin: Origin) -> None:
     """Turn an ordinary parameter into one without values, in place."""
-    plain: Any = parameter
-    plain.requires_grad_(False)
-    plain.grad = None
-    zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
-    plain.data = zero.expand(parameter.shape)
-    plain.__class__ = RemoteParameter
-    plain._origin = origin
+    _become(parameter, _wrap(RemoteParameter, parameter, origin))
 
 
-def _wrap(kind: type, zero: torch.Tensor, shape: torch.Size, origin: Origin) -> Any:
-    made: Any = torch.Tensor._make_subclass(kind, zero.expand(shape), False)
-    made._origin = origin
+def _become(parameter: nn.Parameter, other: nn.Parameter) -> None:
+    """Turn a parameter into another one.
+
+    As `torch.utils.swap_tensors`, which wants that no graph of autograd holds it: a graph may, and
+    goes on with what it has.
+    """
+    torch._C._swap_tensor_impl(parameter, other)
+    parameter.__class__, parameter.__dict__ = other.__class__, other.__dict__
+
+
+def _wrap(kind: type, like: torch.Tensor, origin: Origin, shape: torch.Size | None = None) -> Any:
+    """One of the dtype and device of a tensor, and of its shape if no other is given."""
+    # Meta, for torch then knows no memory of it, whichever device it says that it is on.
+    none = torch.empty((), dtype=like.dtype, device="meta").expand(shape or like.shape)
+    made: Any = torch.Tensor._make_subclass(kind, none, False, dispatch_device=True)
+    torch._C._set_throw_on_mutable_data_ptr(made)
+    made._origin, made._device = origin, like.device
+    made._memory = torch.empty((), dtype=like.dtype, device=like.device)
     return made
 
 
-def _bare(tensor: torch.Tensor) -> torch.Tensor:
-    """The one zero behind it."""
-    return tensor.detach().as_strided((), ())
+# How what needs no values is answered: a function, its first argument, and all of them.
 
 
-def _as_it_is(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a function makes of the view, which asks us no more."""
+def _plainly(func: Any, _first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
 
+def _made_like(func: Any, _first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*tree_map(_stand_in, args), **tree_map(_stand_in, kwargs))
+
+
+def _stand_in(value: Any) -> Any:
+    """An ordinary tensor of its shape, dtype and device, and of no size."""
+    return value._memory.expand(value.shape) if isinstance(value, RemoteTensor) else value
+
+
+def _converted(
+    func: Any, first: RemoteTensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(first._memory, *args[1:], **kwargs)
+        if not isinstance(result, torch.Tensor):
+            return result
+        of_parameter = func in _DETACHING and isinstance(first, RemoteParameter)
+        kind = Detached if of_parameter else RemoteTensor
+        return _wrap(kind, result, first._origin, first.shape)
+
+
+def _switched(func: Any, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args[1] if len(args) > 1 else kwargs.get("requires_grad", True):
+        _refuse(first, "requires_grad")
+    if isinstance(first, Detached):
+        first.__class__ = RemoteParameter  # type: ignore[assignment]
+    return _plainly(func, first, args, kwargs)
+
+
+def _set_data(func: Any, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    other = args[1]
+    if not isinstance(other, RemoteTensor) or not _same(first, other):
+        _refuse(first, "__set__")
+    _plainly(func, first, args, kwargs)
+    first._device, first._memory = other._device, other._memory
+
+
+def _storage(_func: Any, first: Any, *_: Any) -> Any:
+    return first._memory.untyped_storage()
+
+
+def _refuse_memory(func: Any, first: Any, *_: Any) -> NoReturn:
+    origin = first._origin
+    raise Unsupported(
+        f"{func.__name__}: {origin.name} of block {origin.block} has no memory here; its values "
+        f"are read by clone(), or bring the block home: swarm.own({origin.block})"
+    )
+
+
 def _refuse_write(func: Any, first: Any, kwargs: dict[str, Any]) -> None:
     written = kwargs.get("out", first if _writes(func) else None)
+    _refuse_writes_to(written, getattr(func, "__name__", "a write"))
+
+
+def _refuse_writes_to(written: Any, what: str) -> None:
     for target in written if isinstance(written, (list, tuple)) else (written,):
         if isinstance(target, (RemoteTensor, ReadView)):
-            _refuse(target, getattr(func, "__name__", "a write"))
+            _refuse(target, what)
 
 
 def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -184,7 +239,7 @@ def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     def real(value: Any) -> Any:
         found = _real(value)
-        if found is not value:
+        if found is not value and not _transformed(found):
             origins[found.untyped_storage().data_ptr()] = value._origin
         return found
 
@@ -192,6 +247,8 @@ def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(value, np.ndarray):
             value.flags.writeable = False
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            return value
+        if _transformed(value):
             return value
         origin = origins.get(value.untyped_storage().data_ptr())
         if origin is None or value.is_meta:
@@ -207,6 +264,11 @@ def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return tree_map(guarded, result)
 
 
+def _transformed(value: torch.Tensor) -> bool:
+    """Whether it is inside of a function that `torch.func` transforms, and has no memory itself."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
 def _real(value: Any) -> Any:
     if isinstance(value, ReadView):
         with torch._C.DisableTorchFunctionSubclass():
@@ -216,20 +278,7 @@ def _real(value: Any) -> Any:
     origin = value._origin
     found = origin.read(origin.block, origin.name)
     with torch._C.DisableTorchFunctionSubclass():
-        return found.to(value.device, value.dtype)
-
-
-def _converted(
-    func: Any, tensor: RemoteTensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        rest = args[1:]
-        result = func(_bare(tensor), *rest, **kwargs)
-        if not isinstance(result, torch.Tensor):
-            return result
-        of_parameter = func in _DETACHING and isinstance(tensor, RemoteParameter)
-        kind = Detached if of_parameter else RemoteTensor
-        return _wrap(kind, result, tensor.shape, tensor._origin)
+        return found.to(value._device, value.dtype)
 
 
 def _same(one: Any, other: RemoteTensor) -> bool:
@@ -256,7 +305,6 @@ def _refuse(tensor: Any, what: str) -> NoReturn:
 
 
 _TENSOR: Any = torch.Tensor
-_SET_DATA = _TENSOR.data.__set__
 _SWITCHES = (_TENSOR.requires_grad_, _TENSOR.requires_grad.__set__)
 _OPERATORS = "add sub mul truediv floordiv mod pow and or xor lshift rshift"
 _IN_PLACE = frozenset(f"__i{name}__" for name in _OPERATORS.split())
@@ -275,16 +323,18 @@ _PROPERTIES = (
     "retains_grad shape volatile"
 )
 _METHODS = (
-    "__hash__ __len__ _is_view backward data_ptr dim element_size get_device is_complex "
-    "is_floating_point is_inference is_pinned is_same_size is_shared is_signed ndimension "
-    "nelement new_empty new_full new_ones new_zeros numel register_hook retain_grad size stride "
-    "storage storage_offset untyped_storage _typed_storage "
-    "register_post_accumulate_grad_hook"
+    "__hash__ __len__ _is_view backward dim element_size get_device is_complex is_floating_point "
+    "is_inference is_signed ndimension nelement numel register_hook retain_grad size stride "
+    "storage_offset register_post_accumulate_grad_hook"
 )
-_FUNCTIONS = (
-    "_has_compatible_shallow_copy_type empty_like full_like is_complex is_floating_point "
-    "is_same_size numel ones_like rand_like randint_like randn_like result_type zeros_like"
+_FUNCTIONS = "_has_compatible_shallow_copy_type is_complex is_floating_point numel"
+# Asked for shape, dtype and device alone.
+_MAKING_METHODS = "is_pinned is_same_size is_shared new_empty new_full new_ones new_zeros"
+_MAKING_FUNCTIONS = (
+    "empty_like full_like is_same_size ones_like rand_like randint_like randn_like result_type "
+    "zeros_like"
 )
+_OF_MEMORY = (_TENSOR.data_ptr, _TENSOR.storage, _TENSOR._typed_storage)
 _COSTLESS = frozenset(
     [
         *(
@@ -294,9 +344,23 @@ _COSTLESS = frozenset(
         ),
         _TENSOR.grad.__set__,
         *(getattr(torch.Tensor, name) for name in _METHODS.split() if hasattr(torch.Tensor, name)),
-        *(getattr(torch, name) for name in _FUNCTIONS.split() if hasattr(torch, name)),
+        *(getattr(torch, name) for name in _FUNCTIONS.split()),
     ]
 )
+_MAKERS = [
+    *(getattr(torch.Tensor, name) for name in _MAKING_METHODS.split()),
+    *(getattr(torch, name) for name in _MAKING_FUNCTIONS.split()),
+]
+_ANSWERS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(_COSTLESS, _plainly),
+    **dict.fromkeys(_MAKERS, _made_like),
+    **dict.fromkeys(_CONVERSIONS, _converted),
+    **dict.fromkeys(_SWITCHES, _switched),
+    **dict.fromkeys(_OF_MEMORY, _refuse_memory),
+    _TENSOR.data.__set__: _set_data,
+    _TENSOR.untyped_storage: _storage,
+    _TENSOR.is_contiguous: lambda *_: True,
+}
 
 
 def is_placeholder(tensor: torch.Tensor) -> bool:

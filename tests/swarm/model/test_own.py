@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from support.hosting import HostedSwarm
 from support.pairs import SPANS, Pair, local_model, padded, pair_of
@@ -121,6 +122,30 @@ def test_its_weights_come_and_go(pair: Pair) -> None:
     pair.swarm.release(3)
     assert all(is_placeholder(p) for p in block.parameters() if p.numel() > 1)
     assert repr(block).startswith("RemoteLlamaDecoderLayer(")
+
+
+def test_a_block_goes_while_its_gradients_are_still_to_come(pair: Pair) -> None:
+    """A loss of before goes on with the weights that it was computed with; an optimizer's too."""
+    embedded = pair.local.get_input_embeddings()(tokens()).detach()
+    weight = pair.remote.model.layers[3].mlp.up_proj.weight
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    pair.swarm.own(3)
+    gradients = []
+    for model in (pair.local, pair.remote):
+        model.model.layers[3].mlp.up_proj.weight.requires_grad_(True)
+        start = embedded.clone().requires_grad_()
+        loss = model(inputs_embeds=start).logits.logsumexp(-1).sum()
+        if model is pair.remote:
+            pair.swarm.release(3)
+            same(pair)
+        loss.backward()
+        gradients.append(start.grad)
+    close(*gradients)
+    assert is_placeholder(weight)
+    assert weight.grad is None
+    pair.swarm.own(3)
+    assert optimizer.param_groups[0]["params"][0] is pair.remote.model.layers[3].mlp.up_proj.weight
+    same(pair)
 
 
 @pytest.mark.works("Blocks at home: a mask of pairs of tokens (4D), with all of them")
@@ -390,6 +415,31 @@ def test_deep_prompts(pair: Pair, place: list[int]) -> None:
     assert gradient is not None
     close(prompts.prompts.grad, gradient)
     prompts.remove()
+
+
+@pytest.mark.works("Blocks at home: prefix tuning, and a cache of transformers, with all of them")
+def test_keys_and_values_of_somebody_else(pair: Pair) -> None:
+    pair.swarm.own(slice(None))
+    batch, found = padded(tokens(3, 12)), []
+    for model in (pair.remote, pair.local):
+        torch.manual_seed(0)
+        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        tuned: Any = get_peft_model(copy.deepcopy(model), config)
+        loss = tuned(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        gradients = [one.grad for one in tuned.parameters() if one.grad is not None]
+        assert len(gradients) == 1
+        text = tuned.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        found.append([loss, *gradients, text])
+    filled = pair.local(tokens(), use_cache=True).past_key_values
+    for model, one in zip((pair.remote, pair.local), found, strict=True):
+        with torch.no_grad():
+            one.append(model(tokens(seed=1), past_key_values=copy.deepcopy(filled)).logits)
+    for ours, theirs in zip(*found, strict=True):
+        close(ours, theirs)
+    pair.swarm.release(2)
+    with pytest.raises(Unsupported, match=r"another model has filled.*swarm\.own"):
+        pair.remote(tokens(seed=1), past_key_values=filled)
 
 
 @pytest.mark.works("Blocks at home: attention weights")

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import torch.utils.dlpack
 from support.hosting import HostedSwarm
 from support.pairs import SPANS, Pair, pair_of
 from support.tiny import tiny_model
@@ -83,6 +85,16 @@ READS: dict[str, Callable[[Any], Any]] = {
     "deepcopied row": lambda weight: copy.deepcopy(weight[3]).zero_(),
     "text of a row": lambda weight: torch.tensor(list(str(weight[3]).encode())),
     "gradient": lambda weight: gradient(weight[3]),
+    # Of these torch asks no tensor subclass: they go straight for the values.
+    "tensor": lambda weight: torch.tensor(weight.detach()),
+    "new tensor": lambda weight: torch.ones(1).new_tensor(weight.detach()),
+    "old constructor": lambda weight: torch.Tensor(weight.detach()),
+    "plain class": lambda weight: torch.Tensor._make_subclass(torch.Tensor, weight),
+    "as subclass": lambda weight: weight.as_subclass(torch.Tensor).sum(),
+    "set": lambda weight: torch.zeros(1).set_(weight.detach()),
+    "traced": torch.jit.trace(lambda x: 2 * x, torch.ones(1)),
+    "vmap": lambda weight: torch.func.vmap(torch.sum)(weight.detach()),
+    "func.grad": lambda weight: torch.func.grad(lambda x: (x * weight).sum())(torch.ones(80)),
 }
 
 
@@ -145,6 +157,31 @@ def test_families(family: str, tmp_path: Path) -> None:
                 assert torch.equal(parameter.clone(), theirs[name]), name
 
 
+@pytest.mark.refused(
+    "Weights: memory of weights inside remote blocks (`data_ptr`, safetensors' `save_file`)",
+    "`weight.clone()`, or `swarm.own(block)`",
+)
+def test_memory_that_is_not_there_is_not_read(pair: Pair) -> None:
+    """Who goes by addresses would read what lies beside it, or zeros."""
+    remote, local = weights(pair)
+    for ask in (
+        lambda weight: weight.data_ptr(),
+        lambda weight: weight.storage(),
+        lambda weight: safetensors.torch.save({"weight": weight}),
+    ):
+        with pytest.raises(Unsupported, match=r"block 3 has no memory.*clone\(\).*own\(3\)"):
+            ask(remote)
+    other = torch.zeros(48, 80)
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        other.data = remote
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(remote)
+    saved = safetensors.torch.save({"weight": remote.clone()})
+    assert torch.equal(safetensors.torch.load(saved)["weight"], local)
+    storages = {one.untyped_storage().data_ptr() for one in pair.remote.parameters()}
+    assert len(storages) == len({id(one) for one in pair.remote.parameters()})
+
+
 def set_data(weight: Any) -> None:
     weight.data = torch.zeros(48, 80)
 
@@ -190,6 +227,7 @@ WRITES: list[Callable[[Any], Any]] = [
     nn.init.normal_,
     lambda weight: torch.add(torch.zeros(48, 80), 1, out=weight),
     lambda weight: torch._foreach_mul_([weight], 2),
+    lambda weight: weight.set_(torch.zeros(48, 80)),
 ]
 
 
@@ -263,9 +301,13 @@ CHANGES = [
 @pytest.mark.refused("Weights: modules exchanged inside remote blocks", "`swarm.own(block)`")
 def test_what_is_exchanged_is_refused(pair: Pair, change: Callable[[Any], None]) -> None:
     twin = copy.deepcopy(pair.remote)
-    change(twin)
-    with pytest.raises(Unsupported, match=r"block 3: .*servers.*swarm\.own\(3\)"):
+
+    def use_changed() -> None:
+        change(twin)
         twin(tokens())
+
+    with pytest.raises(Unsupported, match=r"block 3.*servers.*swarm\.own\(3\)"):
+        use_changed()
     with torch.no_grad():
         torch.testing.assert_close(pair.remote(tokens()).logits, pair.local(tokens()).logits)
 
