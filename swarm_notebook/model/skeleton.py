@@ -94,11 +94,6 @@ class RemoteModel:
             self._runner.warn_of_dropout()
         return super().train(mode)  # type: ignore[misc]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        # What an adapter takes from the base weights comes from the servers; here it is zeros yet.
-        self._runner.adapters.current(self._runner.blocks, thorough=False)
-        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
-
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> None:
@@ -123,7 +118,7 @@ class RemoteModel:
                 "adapter works, and of blocks that came home (swarm.own(block)); for the weights "
                 "use the checkpoint itself"
             )
-        state = kwargs.get("state_dict") or self.state_dict()
+        state = kwargs.get("state_dict") or self.state_dict()  # type: ignore[attr-defined]
         # Tied weights are one tensor of two names, which safetensors does not take.
         once = {(value.data_ptr(), value.shape): name for name, value in reversed(state.items())}
         kept = {name: state[name].detach().contiguous() for name in once.values()}

@@ -108,12 +108,10 @@ class DecoderCalls:
         injections, continued = self.adapters.injections, _continued(kwargs.get("past_key_values"))
         observed = self.observer.observed(layout, injections, continued=continued)
         modules = self.observer.modules(layout, injections)
-        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
-        if cache is None and (config.use_cache if use_cache is None else use_cache):
-            cache = RemoteCache(self.connection, lazy=use_cache is None)
-            kwargs["past_key_values"] = cache
-        elif cache is not None:
-            cache = adopted(cache, self.connection)
+        cache = self._cache(kwargs, config)
+        masked = kwargs.get("attention_mask")
+        if not remote and not isinstance(cache, RemoteCache):
+            cache = masked = None  # blocks at home go on with whatever another one has filled
         inputs.check_cache(cache, self.connection, rows)
         position = 0 if cache is None else cache.length
         if remote:
@@ -123,10 +121,10 @@ class DecoderCalls:
         inputs.check_length(position, new, self._context_length)
         states = kwargs.get("output_hidden_states")
         states = config.output_hidden_states if states is None else states
-        mask = inputs.new_mask(kwargs.get("attention_mask"), cache, new, remote=bool(remote))
+        mask = inputs.new_mask(masked, cache, new, remote=bool(remote))
         ids = self.rotations.here(kwargs.get("position_ids"))
         ids = inputs.unusual_positions(ids, position)
-        packs = cache is None and kwargs.get("attention_mask") is None
+        packs = cache is None and masked is None
         if cache is not None and layout.home and kwargs.get("attention_mask") is None:
             # The servers remember what was masked; blocks at home see what they are given.
             kwargs["attention_mask"] = cache.whole_mask(new)
@@ -164,6 +162,15 @@ class DecoderCalls:
         if not layout.home:
             self._masks.leave_out()
         return (), kwargs
+
+    def _cache(self, kwargs: dict[str, Any], config: Any) -> Any:
+        """What the call fills, which is made here if the caller has none and wants one."""
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if cache is not None:
+            return adopted(cache, self.connection)
+        if config.use_cache if use_cache is None else use_cache:
+            cache = kwargs["past_key_values"] = RemoteCache(self.connection, lazy=use_cache is None)
+        return cache
 
     def _check_alike(self, block: int, position: int) -> None:
         """Refuse a call that its servers would compute in another way than it would be here."""

@@ -65,7 +65,8 @@ def check_cache(cache: object, connection: Connection, rows: int) -> None:
         raise Unsupported(
             f"past_key_values is a {type(cache).__name__} that another model has filled; remote "
             "blocks keep their keys and values on the servers. Pass None, an empty cache, or what "
-            "an earlier call of this model returned; for prefix tuning: tuning.DeepPrompts"
+            "an earlier call of this model returned; for prefix tuning: tuning.DeepPrompts, or "
+            "swarm.own(slice(None)), which brings all blocks home"
         )
     if cache.connection is not connection:
         raise ValueError("past_key_values belongs to another connection; start without it")

@@ -231,6 +231,16 @@ def test_several_adapters(pair: Pair, tmp_path: Path) -> None:
     same(models)
 
 
+@pytest.mark.works("PEFT: `low_cpu_mem_usage=True`, from the first adapter on")
+def test_an_adapter_without_values_at_first(pair: Pair, tmp_path: Path) -> None:
+    noisy(tuned(pair, lora(task_type="CAUSAL_LM"))[1]).save_pretrained(tmp_path)
+    models = [
+        peft.PeftModel.from_pretrained(copy.deepcopy(one), tmp_path, low_cpu_mem_usage=True)
+        for one in (pair.remote, pair.local)
+    ]
+    assert (same(models) - pair.local(tokens()).logits).abs().max() > 1e-3
+
+
 @pytest.mark.works("PEFT: adapters of several types at once (`mixed=True`)")
 def test_types_mixed(pair: Pair) -> None:
     models = []
