@@ -84,6 +84,12 @@ class HostedServer:
         return up.handler
 
     @property
+    def sessions_served(self) -> int:
+        """As it says when it is asked."""
+        count: int = self.handler._counters.sessions
+        return count
+
+    @property
     def ready(self) -> bool:
         return self.facts.get("ready", False)
 
