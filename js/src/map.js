@@ -220,14 +220,14 @@ function details(model, facts) {
 
 /**
  * A server that was lost, from `Traffic.failovers` in widgets/traffic.py.
- * @param {any[]} loss
+ * @param {any[]} loss with, at its end, whether servers hold these blocks now
  */
-function lossItem([when, , name, start, end, reason, taken, seconds]) {
+function lossItem([when, , name, start, end, reason, taken, seconds, covered]) {
   const time = new Date(1000 * when).toLocaleTimeString();
   const blocks = `blocks ${start}:${end}`;
   const then = taken.length
     ? `${blocks} continued on ${taken.join(", ")}${seconds === null ? "…" : ` after ${duration(seconds)}`}`
-    : `no replacement for ${blocks} yet`;
+    : covered ? `${blocks} are served again` : `no replacement for ${blocks} yet`;
   return h(
     "div",
     { "data-testid": "failover", class: seconds === null ? null : "sn-mended", title: reason },
@@ -450,8 +450,17 @@ function build({ model, root }) {
     }),
     follow(model, ["bill"], () => setText(bill, model.get("bill"))),
     follow(model, ["selected", "servers", "seen"], showDetail),
-    follow(model, ["failovers"], () => {
-      keepItems(log, model.get("failovers").slice(-5).reverse(), lossItem);
+    follow(model, ["failovers", "coverage"], () => {
+      const without = model.get("coverage").filter((/** @type {any[]} */ run) => run[2] === 0);
+      const losses = model.get("failovers").slice(-5).reverse();
+      keepItems(
+        log,
+        losses.map((/** @type {any[]} */ loss) => [
+          ...loss,
+          !without.some((/** @type {any[]} */ [start, end]) => start < loss[4] && loss[3] < end),
+        ]),
+        lossItem,
+      );
     }),
   ];
 }

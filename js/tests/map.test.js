@@ -212,8 +212,10 @@ describe("the swarm map", () => {
     const model = swarm();
     const view = show(map, model);
     const lost = [NOW, "peer-b", "b", 6, 10, "is gone", [], null];
-    model.update({ failovers: [lost] });
+    model.update({ failovers: [lost], coverage: [[0, 6, 1], [6, 10, 0]] });
     expect(view.byId("failover").textContent).toMatch(/b lost, no replacement for blocks 6:10 yet$/);
+    model.update({ coverage: [[0, 10, 1]] });
+    expect(view.byId("failover").textContent).toMatch(/b lost, blocks 6:10 are served again$/);
     model.update({ failovers: [[...lost.slice(0, 6), ["c"], 0.42]] });
     expect(view.byId("failover").textContent).toMatch(/continued on c after 420 ms$/);
   });
