@@ -38,6 +38,7 @@ import swarm_notebook as sn
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.net.wire import tensors
 from swarm_notebook.net.wire.message import PackedTensor
+from swarm_notebook.tuning import DeepPrompts
 
 HIDDEN, BLOCKS = 48, 5
 ROOM = 1 << 17  # tokens in the cache of our server
@@ -463,7 +464,7 @@ def test_gradients_of_padded_batches(models: tuple[Any, Any]) -> None:
 def test_deep_prompts_in_padded_batches(models: tuple[Any, Any]) -> None:
     remote, local = models
     ids, mask = padded()
-    prompts = sn.tuning.DeepPrompts(remote, length=5)
+    prompts = DeepPrompts(remote, length=5)
     vectors = torch.randn(BLOCKS, 5, HIDDEN, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         prompts.prompts.copy_(vectors)
