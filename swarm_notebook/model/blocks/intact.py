@@ -72,6 +72,7 @@ class BlockPlan:
     def __init__(self, block: nn.Module):
         self._values = {name: _values(module) for name, module in block.named_modules()}
         self._classes = {name: _layer_class(module) for name, module in block.named_modules()}
+        self._called = {kind: _called_by(kind) for kind in set(self._classes.values())}
         self._children = {
             name: tuple(module._modules.items()) for name, module in block.named_modules()
         }
@@ -125,6 +126,9 @@ class BlockPlan:
             _refuse(index, f"the class of {name}", "was changed")
         if _has_foreign_forward(kind):
             _refuse(index, f"{kind.__name__}.forward", "was replaced")
+        called = self._called.get(kind, {})
+        if called and (other := _exchanged(called, _called_by(kind))) is not None:
+            _refuse(index, f"{kind.__module__}.{other}", "was replaced")
         if (changed := _changed(module, kind, self._values[name])) is not None:
             _refuse(index, _join(name, changed), "was changed")
 
@@ -223,6 +227,21 @@ def _has_foreign_forward(kind: type[nn.Module]) -> bool:
     """Whether somebody has put a ``forward`` from elsewhere on a class."""
     owner = next(one for one in kind.__mro__ if "forward" in vars(one))
     return getattr(vars(owner)["forward"], "__module__", None) != owner.__module__
+
+
+def _called_by(kind: type[nn.Module]) -> dict[str, Any]:
+    """The functions of its file that a class's ``forward`` may call, by name."""
+    forward = inspect.unwrap(kind.forward)
+    known: Any = getattr(forward, "__globals__", {})
+    return {
+        name: known[name]
+        for name in getattr(getattr(forward, "__code__", None), "co_names", ())
+        if isinstance(known.get(name), types.FunctionType)
+    }
+
+
+def _exchanged(planned: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    return next((name for name in sorted(planned) if here.get(name) is not planned[name]), None)
 
 
 def refuse_other_attention(block: int, name: str | None) -> None:

@@ -203,6 +203,22 @@ def test_patched_classes(
         model(tiny_scene.ids(2, 9))
 
 
+@pytest.mark.refused(
+    "Hooks: a function that blocks call, patched (`modeling_llama.apply_rotary_pos_emb = …`)",
+    "hook the blocks, or `swarm.own(slice(None))`",
+)
+@pytest.mark.parametrize("name", ["apply_rotary_pos_emb", "eager_attention_forward"])
+def test_patched_functions(
+    tiny_scene: Scene, model: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    ids = tiny_scene.ids(2, 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama, name, lambda *_args, **_named: None)
+        with pytest.raises(Unsupported, match=rf"{name} was replaced.*swarm\.own"):
+            model(ids)
+    as_local(tiny_scene, model)
+
+
 def test_classes_of_single_modules(tiny_scene: Scene, model: Any) -> None:
     """Of a module inside of a block it is refused; around a block it is a wrapper like another."""
 
