@@ -1,1 +1,2 @@
-export default { test: { environment: "happy-dom", include: ["tests/*.test.js"] } };
+// Patient: a long text takes seconds on a busy machine.
+export default { test: { environment: "happy-dom", testTimeout: 60_000, include: ["tests/*.test.js"] } };
