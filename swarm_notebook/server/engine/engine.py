@@ -127,7 +127,9 @@ class Engine:
         if graph is None or not graph.serves(request):
             found = yield from backward.recompute(span, request)
         else:
-            found = yield from graph.gradients(request)
+            if request.release:
+                self._activations.remove(key)
+            found = yield from graph.gradients(request, keep=not request.release)
         return SpanGradients([gradient.cpu() for gradient in found.tensors], found.weights)
 
     def load_adapter(self, peer: str, upload: Upload) -> int:

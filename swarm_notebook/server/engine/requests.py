@@ -158,7 +158,9 @@ class Backward(Forward):
     Attributes:
         grad: the gradient of the last block's output.
         kept: the id of a forward pass whose activations may still be there.
+        release: nobody needs them after this.
     """
 
     grad: torch.Tensor = field(kw_only=True)
     kept: str | None = None
+    release: bool = False

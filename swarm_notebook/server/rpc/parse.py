@@ -123,6 +123,7 @@ def parse_backward(
             f"states: the gradient at block {blocks[1] - 1} is what the request brings"
         )
     request.kept = fields.text(metadata, "kept")
+    request.release = fields.flag(metadata, "release")
     _read_dtype(request, metadata)
     if request.dtype is not None and request.states:
         raise BadRequest(f"{protocol.COMPUTE_DTYPE}: gradients in another dtype have no states")

@@ -99,11 +99,16 @@ class AutogradPass:
             == (wanted.adapter, wanted.seed, wanted.by_row)
         )
 
-    def gradients(self, wanted: Backward) -> Pieces[SpanGradients]:
-        """The gradients that a backward request wants, which this graph serves; it is kept."""
+    def gradients(self, wanted: Backward, *, keep: bool = False) -> Pieces[SpanGradients]:
+        """The gradients that a backward request wants.
+
+        Args:
+            wanted: a request that this graph serves.
+            keep: whether the graph is needed again.
+        """
         room = yield 0
         if BACKWARD_COST * work_of(wanted) <= room:
-            return self.stretch(wanted, *wanted.blocks, wanted.grad, keep=True)
+            return self.stretch(wanted, *wanted.blocks, wanted.grad, keep=keep)
         start, end = wanted.blocks
         found = Gathered(wanted)
         for block in reversed(range(start, end)):
