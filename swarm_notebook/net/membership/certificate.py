@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import hashlib
 import struct
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -185,7 +184,6 @@ class Membership:
         self.shown = credentials.shown_by(peer)
         self.revocations = b""
         self._own, self._number, self._revoked = own, -1, frozenset[bytes]()
-        self._known: OrderedDict[bytes, Certificate] = OrderedDict()
         self._streams: dict[Callable[[], None], Certificate] = {}
 
     @property
@@ -216,7 +214,7 @@ class Membership:
             )
         if len(shown) != SHOWN_BYTES:
             raise NotAMember(f"{len(shown)} bytes are no certificate")
-        found = self._read(peer, shown)
+        found = _shown_certificate(self.swarm, peer, shown)
         if found.expires < time.time() - CLOCK_SECONDS:
             raise NotAMember(
                 f"the membership {short(found.member)} has expired at {when(found.expires)}, and "
@@ -282,19 +280,15 @@ class Membership:
         finally:
             self._streams.pop(end, None)
 
-    def _read(self, peer: str, shown: bytes) -> Certificate:
-        """What is shown, if both signatures hold."""
-        key = hashlib.sha256(peer.encode() + shown).digest()
-        known = self._known.get(key)
-        if known is None:
-            known = Certificate.read(shown[:CERTIFICATE_BYTES], self.swarm)
-            data = _PEER + self.swarm + known.member + PeerID.from_base58(peer).to_bytes()
-            if not _is_signed(known.member, data, shown[CERTIFICATE_BYTES:]):
-                raise NotAMember("the certificate is another peer's")
-            self._known[key] = known
-            if len(self._known) > _KNOWN_MOST:
-                self._known.popitem(last=False)
-        return known
+
+@lru_cache(maxsize=_KNOWN_MOST)
+def _shown_certificate(swarm: bytes, peer: str, shown: bytes) -> Certificate:
+    """What a peer has shown, if both signatures hold."""
+    found = Certificate.read(shown[:CERTIFICATE_BYTES], swarm)
+    data = _PEER + swarm + found.member + PeerID.from_base58(peer).to_bytes()
+    if not _is_signed(found.member, data, shown[CERTIFICATE_BYTES:]):
+        raise NotAMember("the certificate is another peer's")
+    return found
 
 
 def signed_revocations(swarm: Ed25519PrivateKey, number: int, members: Collection[bytes]) -> bytes:

@@ -150,6 +150,11 @@ class Step(Forward):
         """How many of the first positions of the last block's output nobody gets."""
         return 0 if self.last is None or self.pushed else max(self.length - self.last, 0)
 
+    def mixes(self, position: int) -> bool:
+        """Whether nothing in it concerns the whole call in which it is computed, from there on."""
+        prompted = self.prompts is not None and position < self.prompts.shape[2]
+        return not prompted and not self.inner and self.seed is None and self.by_row is None
+
 
 @dataclass(slots=True)
 class Backward(Forward):

@@ -16,24 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 
-STRETCHING = ("dynamic", "longrope")
+_STRETCHING = ("dynamic", "longrope")
 
 
-def rotary_kinds(module: nn.Module) -> list[str]:
-    """The kinds of rotary embeddings of a module, as transformers names them."""
+def stretching_kinds(module: nn.Module) -> list[str]:
+    """Those of a module's rotary embeddings that are such, as transformers names their kinds."""
     found = getattr(module, "rope_type", None)
     # One name, or a dict with one for each kind of block.
     kinds = found.values() if isinstance(found, dict) else [found]
-    return [str(kind) for kind in kinds if kind is not None]
+    return [str(kind) for kind in kinds if any(word in str(kind) for word in _STRETCHING)]
 
 
 def stretching_modules(decoder: nn.Module) -> list[nn.Module]:
     """The rotary modules of a decoder that depend on the length of a sequence."""
-    return [
-        module
-        for module in decoder.modules()
-        if any(word in kind for kind in rotary_kinds(module) for word in STRETCHING)
-    ]
+    return [module for module in decoder.modules() if stretching_kinds(module)]
 
 
 @contextmanager

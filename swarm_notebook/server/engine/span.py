@@ -33,7 +33,7 @@ from swarm_notebook.server.adapters.mixing import Tuners
 from swarm_notebook.server.engine.attention.batch import BatchCache, Part, attending
 from swarm_notebook.server.engine.captures import Captures
 from swarm_notebook.server.engine.kv.cache import SessionCache
-from swarm_notebook.server.engine.rotary import rotary_kinds, stretching_modules, turning_by
+from swarm_notebook.server.engine.rotary import stretching_kinds, stretching_modules, turning_by
 
 # Sub-ranges that are kept ready: each is a decoder without weights of its own, some kB.
 MAX_VIEWS = 64
@@ -77,9 +77,9 @@ class Span:
         self._views: Final[OrderedDict[tuple[int, int], nn.Module]] = OrderedDict()
 
     @property
-    def rotations(self) -> set[str]:
-        """The kinds of rotary embeddings of the decoder, as transformers names them."""
-        return {kind for module in self._decoder.modules() for kind in rotary_kinds(module)}
+    def stretching(self) -> set[str]:
+        """The kinds of its rotary embeddings that depend on the longest sequence of a call."""
+        return {kind for module in self._stretching for kind in stretching_kinds(module)}
 
     @property
     def config(self) -> Any:

@@ -31,7 +31,6 @@ from swarm_notebook.server.adapters.mixing import Site
 from swarm_notebook.server.engine.attention.batch import Part
 from swarm_notebook.server.engine.kv.cache import SessionCache
 from swarm_notebook.server.engine.requests import Step
-from swarm_notebook.server.engine.rotary import STRETCHING
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.decode import Decoding, Impossible
 from swarm_notebook.server.engine.steps.session_state import BatchItem, no_memory, run_one
@@ -101,18 +100,9 @@ class Batching:
 
     def group(self, step: Step, position: int) -> Hashable | None:
         """Steps with the same one can run together; None for a step that runs alone."""
-        prompted = step.prompts is not None and position < step.prompts.shape[2]
-        if (
-            not self.possible
-            or (self.alone and self.decoding is None)
-            or not 0 < step.rows * step.length <= SHORT_TOKENS
-            or prompted
-            or step.inner
-            or step.seed is not None
-            or step.by_row is not None
-        ):
-            return None
-        return step.blocks
+        shared = self.possible and not (self.alone and self.decoding is None)
+        short = 0 < step.rows * step.length <= SHORT_TOKENS
+        return step.blocks if shared and short and step.mixes(position) else None
 
     def run(self, items: Sequence[BatchItem]) -> list[Outcome]:
         """The outputs, or the error, of each item; all are of one group."""
@@ -153,9 +143,7 @@ class Batching:
     @torch.inference_mode()
     def try_out(cls, span: Span, hidden_size: int) -> Batching:
         """What sessions of these blocks can share; runs a few tokens through all of them."""
-        if not span.takes_positions or any(
-            word in kind for kind in span.rotations for word in STRETCHING
-        ):
+        if not span.takes_positions or span.stretching:
             return cls()
         # The session of two rows has two new positions.
         sessions = trial_sessions(span, hidden_size, 2)

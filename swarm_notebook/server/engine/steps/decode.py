@@ -32,7 +32,6 @@ from swarm_notebook.server.engine.attention.batch import Part
 from swarm_notebook.server.engine.attention.paged import NAME
 from swarm_notebook.server.engine.kv.cache import PAGE, SessionCache
 from swarm_notebook.server.engine.kv.pages import KVShape, PagedCache, PagePool
-from swarm_notebook.server.engine.rotary import STRETCHING
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.compiled import Compiler
 from swarm_notebook.server.engine.steps.program import Bucket, Program, pages_of
@@ -146,10 +145,7 @@ class Decoding:
             not self._broken
             and step.length == 1
             and step.rows <= (self._rows or MAX_ROWS)
-            and (step.prompts is None or item.position >= step.prompts.shape[2])
-            and not step.inner
-            and step.seed is None
-            and step.by_row is None
+            and step.mixes(item.position)
             and isinstance(item.state.cache, PagedCache)
             and (self._takes_padding or not item.state.padded_by(step))
             and self._takes_adapter(item.state.span_for(step))
@@ -300,8 +296,8 @@ class Decoding:
         """
         if not span.takes_positions:
             raise Impossible("the model takes no positions")
-        if stretch := [kind for kind in span.rotations if any(w in kind for w in STRETCHING)]:
-            raise Impossible(f"rotations of the kind {stretch[0]} depend on the longest sequence")
+        if kinds := span.stretching:
+            raise Impossible(f"rotations of the kind {min(kinds)} depend on the longest sequence")
         alone = _rounds(trial_sessions(span, hidden_size, _TRIAL_STEPS))
         with torch.inference_mode(False):
             pool = PagePool(

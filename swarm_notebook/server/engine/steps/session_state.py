@@ -33,6 +33,9 @@ class SessionState:
         context: how many positions the model has.
         choose: which blocks to run a step with: ``span``, or the same with an adapter in them.
         cache: where its keys and values go; memory of its own if None.
+
+    Attributes:
+        span_for: ``choose``, or what gives ``span`` for all steps.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class SessionState:
         choose: Callable[[Step], Span] | None = None,
         cache: SessionCache | None = None,
     ):
-        self._choose = choose or (lambda _: span)
+        self.span_for: Callable[[Step], Span] = choose or (lambda _: span)
         self.cache: SessionCache = cache or SessionCache(span.start, span.end)
         self.span, self._context = span, context
         self._mask: torch.Tensor | None = None
@@ -85,13 +88,13 @@ class SessionState:
     def run(self, step: Step, position: int, begin: int, end: int) -> list[torch.Tensor]:
         """Compute the step's positions ``[begin, end)``; called in order, from 0 on."""
         if begin == 0:
-            self._choose(step)  # what is not there must not cost the session its cache
+            self.span_for(step)  # what is not there must not cost the session its cache
             self._prepare(step, position)
         return self.compute(step, position, begin, end)
 
     def batch_part(self, step: Step, position: int) -> Part:
         """The step as a part of a call for several sessions; prepared as by `run`."""
-        span = self._choose(step)
+        span = self.span_for(step)
         self._prepare(step, position)
         mask = self._extend_mask(step, position, 0, step.length)
         return Part(
@@ -108,10 +111,6 @@ class SessionState:
         new = step.attention_mask
         return self._mask is not None or (new is not None and not bool(new.all()))
 
-    def span_for(self, step: Step) -> Span:
-        """The blocks to run a step with."""
-        return self._choose(step)
-
     def compute(self, step: Step, position: int, begin: int, end: int) -> list[torch.Tensor]:
         """`run`, after the session has been prepared."""
         mask = self._extend_mask(step, position, begin, end)
@@ -119,7 +118,7 @@ class SessionState:
         if prompts is not None:
             # They belong to the first positions of the sequence, not of the step.
             prompts = prompts[:, :, position + begin : position + end]
-        return self._choose(step).run(
+        return self.span_for(step).run(
             *step.blocks,
             step.hidden[:, begin:end],
             cache=self.cache,

@@ -145,7 +145,7 @@ def test_an_error_belongs_to_its_session_alone(sessions: list[SessionState]) -> 
 
     step = Step((1, 4), torch.randn(1, 1, HIDDEN))
     turns = [prepared(state, step) for state in sessions]
-    sessions[1]._choose = refuse
+    sessions[1].span_for = refuse
     first, second, third = Batching().run(turns)
     assert isinstance(second, AdapterMissing)
     assert sessions[1].cache.length == 3
