@@ -14,6 +14,8 @@ from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
+import torch.overrides
+import torch.utils._python_dispatch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
@@ -89,6 +91,20 @@ class Masks:
 def hooks_everywhere() -> bool:
     """Whether there are hooks that torch calls for every module."""
     return torch_module._has_any_global_hook()
+
+
+def mode_of_others() -> str | None:
+    """The name of a mode that looks into torch's operations, but for torch's own inner ones."""
+    modes = (
+        *torch.overrides._get_current_function_mode_stack(),
+        *torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
+    )
+    named = (type(mode) for mode in modes)
+    return next((one.__name__ for one in named if not one.__module__.startswith(_INNER)), None)
+
+
+# Default devices, fake tensors, functional tensors and the like.
+_INNER = ("torch.utils._", "torch._", "torch.fx.")
 
 
 def observed_boundaries(blocks: Sequence[nn.Module], everywhere: bool) -> set[int]:

@@ -64,6 +64,8 @@ class Observer:
         found = Observed(boundaries, hooks.observed_inside(modules, ()))
         if modules and key[-1]:
             warnings.warn(_GLOBAL, stacklevel=2)
+        if modules and (mode := hooks.mode_of_others()) is not None:
+            warnings.warn(f"{mode}: {_MODE}", stacklevel=2)
         self._looked = key, watch, found
         return found
 
@@ -102,6 +104,10 @@ class Observer:
         return [*known, *(one for one in found if one not in known)] if more else None
 
 
+_MODE = (
+    "a mode of torch sees, counts and changes what is computed here, and nothing of what remote "
+    "blocks compute on their servers; bring the blocks home for it: swarm.own(slice(None))"
+)
 _GLOBAL = (
     "hooks for all modules (torch.nn.modules.module.register_module_…) see remote blocks, but not "
     "the modules inside of them; register a hook on those themselves, or bring the blocks home: "

@@ -13,6 +13,7 @@ import torch
 from support.scene import TOLERANCE, Scene, scene
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, GraniteConfig, GraniteForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
@@ -304,6 +305,22 @@ def test_hooks_for_all_modules(tiny_scene: Scene, model: Any) -> None:
         pytest.warns(UserWarning, match=r"not the modules inside of them.*swarm\.own"),
     ):
         model(tiny_scene.ids(2, 9))
+
+
+@pytest.mark.refused(
+    "Calls: modes of torch (`FlopCounterMode`, `TorchFunctionMode`) see no remote block, which a "
+    "warning says",
+    "`swarm.own(slice(None))`",
+)
+def test_modes_of_torch(tiny_scene: Scene, model: Any) -> None:
+    with (
+        FlopCounterMode(display=False),
+        pytest.warns(UserWarning, match=r"FlopCounterMode: .*remote blocks.*swarm\.own"),
+    ):
+        model(tiny_scene.ids(2, 9))
+    with warnings.catch_warnings(), torch.device("cpu"):
+        warnings.simplefilter("error")
+        as_local(tiny_scene, model)
 
 
 @pytest.mark.works("Hooks: read the arguments of blocks (`with_kwargs=True`)")
