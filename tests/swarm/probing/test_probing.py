@@ -103,7 +103,7 @@ def test_linear_probe(pair: LetteredPair, tmp_path: Path) -> None:
     assert found.counts.sum(1).tolist() == [20, 20, 20]
     assert found.counts.diagonal().sum() / 60 == pytest.approx(probes[0].accuracy)
     assert found.to_pandas().loc["x", "x"] == found.counts[0, 0]
-    assert "taken for" in repr(found)
+    assert "true \\ predicted" in repr(found)
     assert list(probes.to_pandas()["accuracy"]) == [probes[0].accuracy, probes[2].accuracy]
     picture = probes.plot().save(tmp_path / "accuracy.svg").read_text()
     assert "majority baseline 0.33" in picture

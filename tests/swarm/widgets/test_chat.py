@@ -140,7 +140,7 @@ def test_turns_can_be_edited_and_exported(chat: ChatWidget) -> None:
     assert chat.messages[1] == {"role": "assistant", "content": "my <b>own</b> words"}
     assert "&lt;b&gt;" in chat.turns[1]["html"]
     act(chat, "resume")
-    assert "no answer of the model to go on with" in chat.error
+    assert "there is no answer to continue" in chat.error
     act(chat, "dismiss")
     act(chat, "send", text="two")
     answered(chat)
