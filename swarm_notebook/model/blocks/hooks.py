@@ -94,7 +94,7 @@ def hooks_everywhere() -> bool:
 
 
 def mode_of_others() -> str | None:
-    """The name of a mode that looks into torch's operations, but for torch's own inner ones."""
+    """The name of a mode that looks into torch's operations; not of torch's inner ones, or ours."""
     modes = (
         *torch.overrides._get_current_function_mode_stack(),
         *torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
@@ -104,7 +104,7 @@ def mode_of_others() -> str | None:
 
 
 # Default devices, fake tensors, functional tensors and the like.
-_INNER = ("torch.utils._", "torch._", "torch.fx.")
+_INNER = ("torch.utils._", "torch._", "torch.fx.", "swarm_notebook.")
 
 
 def observed_boundaries(blocks: Sequence[nn.Module], everywhere: bool) -> set[int]:

@@ -53,7 +53,7 @@ def test_logit_lens(pair: LetteredPair) -> None:
     assert repr(remote) == repr(local).replace(local.model, remote.model)
     assert repr(remote).splitlines()[1].split()[:3] == ["block", "H", "e"]
     assert "%" in str(remote)
-    assert "<table>" in remote._repr_html_()
+    assert "<table" in remote._repr_html_()
     assert probing.logit_lens(pair.local, ids, blocks=[1]).blocks == [1]
 
 
@@ -119,7 +119,7 @@ def test_linear_probe(pair: LetteredPair, tmp_path: Path) -> None:
     assert json.loads((tmp_path / MANIFEST_FILE).read_text())["model"] == pair.swarm.name
     assert "0.33" in repr(probes)
     assert "<svg" in probes._repr_html_()
-    assert "<table>" in found._repr_html_()
+    assert "<table" in found._repr_html_()
 
 
 def test_a_probe_of_two_classes_predicts_as_scikit_learn_does() -> None:
@@ -151,7 +151,7 @@ def test_patch(pair: LetteredPair) -> None:
     # where it enters: nothing before it differs.
     assert remote.restored[-1].tolist() == pytest.approx([0, 0, 1], abs=1e-3)
     assert repr(remote).splitlines()[1].split() == ["block", "c", "a", "n"]
-    assert "<table>" in remote._repr_html_()
+    assert "<table" in remote._repr_html_()
     # Without positions, from the first token that differs.
     whole = probing.patch(pair.swarm, clean, corrupted, metric, blocks=2)
     assert (whole.blocks, whole.positions) == ([2], [7, 8, 9, 10, 11])
@@ -184,7 +184,7 @@ def test_path_patch(pair: LetteredPair) -> None:
     assert remote.scores.isnan().int().tolist() == [[0, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0] * 5]
     same(remote.scores.nan_to_num(), local.scores.nan_to_num())
     assert len(remote.to_pandas()) == 9
-    assert "<table>" in remote._repr_html_()
+    assert "<table" in remote._repr_html_()
     assert repr(remote).splitlines()[1].split()[:3] == ["receiver", "from", "0"]
     # From block 1 to block 3 by hand, as it is defined: everything frozen but the two.
     layers = pair.local.model.layers
@@ -232,7 +232,7 @@ def test_patch_heads(pair: LetteredPair) -> None:
     heads = pair.local.config.num_attention_heads
     assert remote.scores.shape == (2, heads)
     assert len(remote.to_pandas()) == 2 * heads
-    assert "<table>" in remote._repr_html_()
+    assert "<table" in remote._repr_html_()
     assert repr(remote).splitlines()[1].split()[:3] == ["block", "h0", "h1"]
     named = probing.patch_heads(
         pair.local,
@@ -305,8 +305,8 @@ def test_attention_patterns(pair: LetteredPair) -> None:
     assert len(remote.to_pandas()) == 2 * heads * 21
     one = remote.head(3, 1)
     same(one.weights.sum(-1), torch.ones(6))
-    assert "<table>" in one._repr_html_()
-    assert "<table>" in remote._repr_html_()
+    assert "<table" in one._repr_html_()
+    assert "<table" in remote._repr_html_()
     assert repr(one).splitlines()[1].split()[:3] == ["from", "i", "t"]
     with pytest.raises(LookupError, match=r"blocks \[1, 3\]"):
         remote.head(2, 0)
