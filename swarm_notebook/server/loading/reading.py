@@ -59,7 +59,8 @@ class Reading:
                 # Kernels of Triton and captured graphs go where this thread is, not where tensors
                 # are.
                 torch.cuda.set_device(device)
-            import_ahead()
+            if not options.reproducible:  # whose blocks are not compiled
+                import_ahead()
         start, end = options.blocks or (0, self._source.config().num_hidden_layers)
         with heap.apart():
             found = load_within(
