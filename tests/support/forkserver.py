@@ -150,15 +150,16 @@ def _await_orders(asked: socket.socket) -> list[str] | None:
             with os.fdopen(reads, "rb") as pid:
                 asked.send(pid.read())
             continue
-        if second := os.fork():
-            os.write(writes, str(second).encode())
+        if os.fork():
             os._exit(0)
+        # Before its number is told: whoever interrupts it looks up its process group at once.
+        os.setsid()
+        os.write(writes, str(os.getpid()).encode())
         for number in (reads, writes, asked.detach()):
             os.close(number)
         arguments, network, environment, folder = json.loads(message)
         if network is not None:
             _enter(network)
-        os.setsid()
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)

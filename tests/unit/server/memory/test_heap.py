@@ -59,7 +59,7 @@ weight = torch.zeros(64, 64, dtype=torch.bfloat16)
 product = torch.nn.functional.linear
 product(torch.zeros(300, 64, dtype=torch.bfloat16), weight)
 before = psutil.Process().memory_info().rss
-for tokens in range(1, 193):
+for tokens in range(1, 577):
     product(torch.zeros(tokens, 64, dtype=torch.bfloat16), weight)
 print(psutil.Process().memory_info().rss - before)
 """
