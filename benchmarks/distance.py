@@ -16,6 +16,7 @@ root; about half a minute per row.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -68,7 +70,8 @@ def main() -> None:
         ExitStack() as ends,
     ):
         model = build(options.model, Path(folder))
-        peers = start(machines, model, options.servers, Path(folder), ends)
+        spans = in_line(model, options.servers)
+        peers = start(machines, model, spans, Path(folder), ends)
         report = measure(machines, model, peers, options)
     print(json.dumps(report))
 
@@ -87,15 +90,28 @@ def build(which: str, folder: Path) -> str:
     return str(path)
 
 
-def start(machines: Machines, model: str, count: int, folder: Path, ends: ExitStack) -> list[str]:
-    """Start a server on each machine but the first; the address of the first of them."""
+def in_line(model: str, count: int) -> list[tuple[int, int]]:
+    """The blocks of so many servers of which each has as many."""
     from transformers import AutoConfig
 
     blocks = AutoConfig.from_pretrained(model).num_hidden_layers
+    cuts = [blocks * index // count for index in range(count + 1)]
+    return [*itertools.pairwise(cuts)]
+
+
+def start(
+    machines: Machines,
+    model: str,
+    spans: Sequence[tuple[int, int]],
+    folder: Path,
+    ends: ExitStack,
+    *more: str,
+) -> list[str]:
+    """Start a server on each machine but the first; the address of the first of them."""
     servers: list[ServerProcess] = []
     peers: list[str] = []
-    for index in range(count):
-        options = ["--blocks", f"{blocks * index // count}:{blocks * (index + 1) // count}"]
+    for index, (begin, end) in enumerate(spans):
+        options = ["--blocks", f"{begin}:{end}", *more]
         options += ["--host-maddrs", f"/ip4/{machines.address(index + 1)}/tcp/0"]
         options += ["--name", f"far-{index}", *(["--initial-peers", *peers] if peers else [])]
         log, prefix = folder / f"server-{index}.log", machines.command(index + 1)

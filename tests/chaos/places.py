@@ -1,16 +1,17 @@
 """Servers that choose their blocks come and go while notebooks work (``make churn``).
 
-    PYTHONPATH=tests python -m chaos.places [--seconds 300] [--seed 0] [--servers 6]
+    PYTHONPATH=tests python -m chaos.places [--seconds 300] [--seed 0] [--servers 6] [--losses 5]
 
 Six servers of a tiny Llama, real processes, each with room for two or three of its five blocks and
 nobody who says which. At random, about every ten seconds, one is killed or told to leave or comes
 back, so that those that stay have room for all blocks and some more; where root may make network
-namespaces, half of the servers are also cut off for half a minute. Meanwhile a notebook generates
-and trains, another one does anything, and both compare all with the local model.
+namespaces, half of the servers are also cut off for half a minute. At last one is killed that alone
+has some of the blocks, some times over. Meanwhile a notebook generates and trains, another one does
+anything, and both compare all with the local model.
 
 What is told at the end: how long blocks were without a server that is ready, as the servers'
-processes say themselves and not as the swarm believes; how often servers moved; and what notebooks
-had of it.
+processes say themselves and not as the swarm believes, and how long after a server that alone had
+them (``retaken_s``); how often servers moved; and what notebooks had of it.
 """
 
 from __future__ import annotations
@@ -178,6 +179,41 @@ class Run:
             server.end(signal.SIGKILL if kind == "killed" else signal.SIGTERM)
             self.events[kind] += 1
 
+    def lose(self) -> float | None:
+        """Kill one that alone has some blocks; seconds until others serve all; None if none is.
+
+        Others leave first, until there is one; those that are left have room for all blocks.
+        """
+        while True:
+            there = [server for server in self.servers if server.held]
+            room = sum(server.size for server in there)
+            able = [one for one in there[1:] if room - one.size >= BLOCKS]
+            alone = [one for one in able if self._alone(one, there)]
+            if alone:
+                server = self.random.choice(alone)
+                began = time.monotonic()
+                server.end(signal.SIGKILL)
+                wait(lambda: not Holes(self.servers).there)
+                return time.monotonic() - began
+            if not able:
+                return None
+            self.random.choice(able).end(signal.SIGTERM)
+            wait(lambda: not Holes(self.servers).there)
+
+    @staticmethod
+    def _alone(server: Chooser, there: Sequence[Chooser]) -> bool:
+        others = {
+            block for one in there if one is not server for block in range(*one.held or (0, 0))
+        }
+        return not set(range(*server.held or (0, 0))) <= others
+
+    def restore(self) -> None:
+        """All servers are there again, and ready."""
+        for server in self.servers:
+            if not server.up:
+                self.join(server)
+        wait(lambda: all(server.held for server in self.servers))
+
     def cut(self) -> None:
         """Half of the servers cannot be reached for a time, each by itself."""
         assert self.networks is not None
@@ -257,6 +293,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--servers", type=int, default=6)
+    parser.add_argument("--losses", type=int, default=5, help="of servers that alone have blocks")
     options = parser.parse_args()
     torch.set_num_threads(1)
     forkserver.install()
@@ -281,6 +318,10 @@ def main() -> int:
             wait(lambda: told.counts["tokens"] and told.counts["steps"])
             with Holes(servers) as holes:
                 work(run, options.seconds, holes)
+            retaken = []
+            for _ in range(options.losses):
+                run.restore()
+                retaken.append(run.lose())
             moves = sum(server.moves for server in servers) - sum(before)
     for text, times in Counter(told.errors).items():
         say(f"{times} x {text}")
@@ -297,6 +338,7 @@ def main() -> int:
                 "holes": len(holes.found),
                 "longest_hole_s": round(max(holes.found, default=0.0), 1),
                 "median_hole_s": round(statistics.median(holes.found or [0.0]), 1),
+                "retaken_s": [one and round(one, 1) for one in retaken],
                 "healed_s": run.healed and round(run.healed, 1),
                 "longest_pause_s": round(max(gaps, default=0.0), 1),
                 "counts": dict(told.counts),

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -308,18 +308,26 @@ class Directory:
         exclude: Collection[str] = (),
         work: routing.Work = routing.ONE_TOKEN,
     ) -> list[routing.RouteSegment]:
-        """The best chain over ``[start, end)``; MissingBlocks names who had missing blocks."""
+        """The best chain, kept to unless servers are excluded; MissingBlocks names who had some."""
         usable, links = self.usable(), self.links
-        try:
+        with self._saying_who_had(start, end):
             usual = None if exclude else self.kept.choose(usable, start, end, links)
             return routing.best_chain(usable, start, end, links, exclude, work=work, usual=usual)
-        except MissingBlocks as error:
-            raise MissingBlocks(f"{error} of {self.prefix}{self.who_had(start, end)}") from None
 
     def route(self, home: frozenset[int] | None = None) -> list[routing.RouteSegment]:
-        """The best chain over all blocks that are not at ``home``; None for those that are now."""
-        stretches = routing.stretches(self.num_blocks, self.home if home is None else home)
-        return [segment for start, end in stretches for segment in self.chain(start, end)]
+        """What `chain` would give for all blocks not at ``home`` (None: as now); keeps nothing."""
+        usable, links, found = self.usable(), self.links, list[routing.RouteSegment]()
+        for start, end in routing.stretches(self.num_blocks, self.home if home is None else home):
+            with self._saying_who_had(start, end):
+                found += self.kept.expected(usable, start, end, links)
+        return found
+
+    @contextlib.contextmanager
+    def _saying_who_had(self, start: int, end: int) -> Iterator[None]:
+        try:
+            yield
+        except MissingBlocks as error:
+            raise MissingBlocks(f"{error} of {self.prefix}{self.who_had(start, end)}") from None
 
     def who_had(self, start: int, end: int) -> str:
         """Who has blocks of ``[start, end)`` that nobody can be asked for, and why not, in words.

@@ -70,16 +70,33 @@ class KeptChain:
         Raises:
             MissingBlocks: no server covers some of the blocks.
         """
+        kept, best, chance = self._considered(spans, start, end, links)
+        chain = best if self._moves(chance) else kept
+        for one in chain:
+            self._peers.update(dict.fromkeys(range(one.start, one.end), one.peer))
+        return chain
+
+    def expected(
+        self, spans: Sequence[ServerSpan], start: int, end: int, links: Links
+    ) -> list[RouteSegment]:
+        """The chain that `choose` would take, but for moves that are left to chance: none of those.
+
+        Whoever only looks asks for this: it decides nothing, and two looks are the same.
+        """
+        kept, best, chance = self._considered(spans, start, end, links)
+        return best if math.isinf(chance) else kept
+
+    def _considered(
+        self, spans: Sequence[ServerSpan], start: int, end: int, links: Links
+    ) -> tuple[list[RouteSegment], list[RouteSegment], float]:
+        """What is kept, or would be to begin with; what is better; the chance to move there."""
         usable = [span for span in spans if span.info.state == ServerState.ONLINE]
         kept = self._kept(start, end, usable)
         if not kept:
             kept = self._spread(best_chain(usable, start, end, links), usable, links)
         expected = self._when_shared(kept, usable, links)
         best = self._spread(best_chain(usable, start, end, expected), usable, expected)
-        chain = best if self._moves(kept, best, expected) else kept
-        for one in chain:
-            self._peers.update(dict.fromkeys(range(one.start, one.end), one.peer))
-        return chain
+        return kept, best, _chance(kept, best, expected)
 
     def _kept(self, start: int, end: int, usable: Sequence[ServerSpan]) -> list[RouteSegment]:
         """What is kept of these blocks; nothing unless all of it can be used."""
@@ -132,21 +149,26 @@ class KeptChain:
         }
         return replace(links, busy=busy, bound=bound)
 
-    def _moves(
-        self, kept: Sequence[RouteSegment], best: Sequence[RouteSegment], links: Links
-    ) -> bool:
-        left = [one for one in kept if one not in best]
-        gain = sum(token_seconds(kept, links)) - sum(token_seconds(best, links))
-        if not left or gain <= 0:
-            return False
-        if not any(links.busy.get(one.peer) for one in (*left, *best)):
-            return True
+    def _moves(self, chance: float) -> bool:
+        if not chance or math.isinf(chance):
+            return bool(chance)
         if self._clock() - self._decided < DECIDE_SECONDS:
             return False
         self._decided = self._clock()
-        # As much as is gained of the part that would be another.
-        seconds = _seconds_by_segment(kept, links)
-        return self._draw() * sum(seconds[one.start] for one in left) < gain
+        return self._draw() < chance
+
+
+def _chance(kept: Sequence[RouteSegment], best: Sequence[RouteSegment], links: Links) -> float:
+    """With which to move; infinite for who has the servers to itself."""
+    left = [one for one in kept if one not in best]
+    gain = sum(token_seconds(kept, links)) - sum(token_seconds(best, links))
+    if not left or gain <= 0:
+        return 0.0
+    if not any(links.busy.get(one.peer) for one in (*left, *best)):
+        return math.inf
+    # As much as is gained of the part that would be another.
+    seconds = _seconds_by_segment(kept, links)
+    return gain / sum(seconds[one.start] for one in left)
 
 
 def _speed(span: ServerSpan) -> tuple[float, str]:

@@ -50,6 +50,10 @@ class Notebook:
         links = Links({one.peer: RTT for one in servers}, lambda _one, _other: True)
         return self._chain.choose(servers, 0, BLOCKS, links)
 
+    def looks(self, servers: list[ServerSpan]) -> list[str]:
+        links = Links({one.peer: RTT for one in servers}, lambda _one, _other: True)
+        return [one.peer for one in self._chain.expected(servers, 0, BLOCKS, links)]
+
     def peers(self, servers: list[ServerSpan]) -> list[str]:
         return [one.peer for one in self.opens(servers)]
 
@@ -124,6 +128,28 @@ def test_it_decides_once_for_every_news() -> None:
         assert notebook.peers(servers) == ["one"]
     notebook.hears({"one": 200.0, "other": 0.0})
     assert notebook.peers(servers) == ["other"]
+
+
+def test_to_look_decides_nothing() -> None:
+    servers = [server("one", 1000.0), server("other", 1000.0)]
+    notebook = Notebook(draws=[0.0])
+    # Before anything is kept, and when only one of them is there: nothing is kept by looking.
+    assert notebook.looks([servers[0]]) == ["one"]
+    assert notebook.looks([servers[1]]) == ["other"]
+    assert notebook.peers([servers[0]]) == ["one"]
+    notebook.hears({"one": 200.0, "other": 0.0})
+    # The one draw and this news' one decision are left for the session.
+    assert [notebook.looks(servers) for _ in range(5)] == [["one"]] * 5
+    assert notebook.peers(servers) == ["other"]
+    assert notebook.looks(servers) == ["other"]
+
+
+def test_who_looks_sees_where_one_that_is_alone_will_go() -> None:
+    notebook = Notebook(draws=[0.99])
+    assert notebook.peers([server("slow", 1000.0)]) == ["slow"]
+    both = [server("slow", 1000.0), server("fast", 3000.0)]
+    assert notebook.looks(both) == ["fast"]
+    assert notebook.looks([both[0]]) == ["slow"], "it has not moved"
 
 
 def test_who_is_alone_goes_to_what_is_faster_at_once() -> None:
