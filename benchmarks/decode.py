@@ -1,6 +1,6 @@
 """How fast a notebook decodes through a swarm on this machine; prints one JSON line.
 
-    python benchmarks/decode.py [--threads N] [--only demo tiny prefill connect embedded]
+    python benchmarks/decode.py [--threads N] [--only demo connect …]
 
 Everything is compared with local transformers in the same run, with the same number of threads
 in each process: the demo model and a tiny Llama, both over two servers; local and remote runs
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from common import (
 
 PROMPT = "The history of the lighthouse at the end of the cape begins with a storm"
 NEW_TOKENS = 64
+PARTS = ("demo", "tiny", "prefill", "connect", "invitation", "embedded")
 REPEATS = 5
 FRESH_PROCESSES = 3
 PROMPT_TOKENS, PREFILL_REPEATS = 2000, 2
@@ -135,6 +137,20 @@ def connect() -> dict[str, float]:
         return fresh("--child", "--model", servers.model, "--peers", *servers.initial_peers)
 
 
+def invitation() -> dict[str, float]:
+    """From pasting an invitation to the first token: nothing else is known, not even the model.
+
+    The goal is of a kernel that has loaded the extension, which imports all of it meanwhile.
+    """
+    import swarm_notebook as sn
+
+    with tempfile.TemporaryDirectory() as data:
+        os.environ["XDG_DATA_HOME"] = data  # swarm keys and memberships of others are no matter
+        with sn.LocalSwarm(threads=1, private=True) as servers:
+            found = fresh("--child", "--peers", servers.invite())
+    return found | {"pasted": round(found["all"] - found["import"], 2), "goal_pasted": 5.0}
+
+
 def embedded() -> dict[str, float]:
     """From a fresh process to the first token, with servers of its own."""
     return fresh("--child")
@@ -169,13 +185,14 @@ def child(peers: list[str] | None, model: str | None) -> None:
     from swarm_notebook.client import connection
 
     parts = {"import": time.perf_counter() - began}
+    given = peers[0] if peers and len(peers) == 1 else peers  # an invitation is no list
     with (
         timed(parts, module, LocalSwarm="servers", Connection="join"),
         timed(parts, connection, _acquire="join: daemon and DHT"),
         timed(parts, module.skeleton, build="embeddings and head"),
         timed(parts, ModelSource, tokenizer="tokenizer"),
     ):
-        parts["connect"] = seconds(lambda: opened.append(module.connect(peers, model=model)))
+        parts["connect"] = seconds(lambda: opened.append(module.connect(given, model=model)))
     (swarm,) = opened
     ids = swarm.tokenizer(PROMPT, return_tensors="pt").input_ids
     parts["first token"] = seconds(lambda: swarm.model.generate(ids, max_new_tokens=1))
@@ -190,9 +207,7 @@ opened: list[Any] = []
 def main() -> None:
     parser = argparse.ArgumentParser(description=summary(__doc__))
     parser.add_argument("--threads", type=int, default=1, help="per process (default: 1)")
-    parser.add_argument(
-        "--only", nargs="+", choices=["demo", "tiny", "prefill", "connect", "embedded"]
-    )
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--peers", nargs="+", help=argparse.SUPPRESS)
@@ -206,6 +221,7 @@ def main() -> None:
         "tiny": lambda: tiny(options.threads),
         "prefill": lambda: prefill(options.threads),
         "connect": connect,
+        "invitation": invitation,
         "embedded": embedded,
     }
     report(options, parts)

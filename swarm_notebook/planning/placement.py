@@ -212,19 +212,3 @@ def token_parts(
     parts["network"] = len(shares) * hop_seconds(shape, link, 1)
     parts["the notebook"] = notebook_seconds(shape, notebook, link)
     return parts
-
-
-def rate_of_many(
-    shape: ModelShape, shares: Sequence[Share], notebook: Machine, demand: Demand, link: Link
-) -> float:
-    """Tokens per second of ``demand.sessions`` streams together, in groups that follow each other.
-
-    Each machine works on another group at a time; what is slowest sets the pace, unless the groups
-    are too few to keep it busy.
-    """
-    rows = -(-demand.sessions // len(shares))
-    stages = [step_seconds(shape, share, rows, demand.context // 2, None) for share in shares]
-    network = len(shares) * hop_seconds(shape, link, rows) + link.one_way(0)
-    # A notebook each: their own work is done side by side.
-    around = sum(stages) + network + notebook_seconds(shape, notebook, link)
-    return min(rows / max(stages), demand.sessions / around)

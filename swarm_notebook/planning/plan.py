@@ -5,7 +5,8 @@
     plan                      # a table, and machines as bars of blocks
 
 The notebook runs on the first machine, and its embeddings and head take memory there. Rates are
-those of a conversation that has filled half of its context.
+those of a conversation that has filled half of its context. For one stream they are a sum, and for
+several what comes of it in simulated time (`simulation`), where steps wait and share calls.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from swarm_notebook.planning.placement import (
     hop_seconds,
     place,
     prompt_seconds,
-    rate_of_many,
     token_parts,
 )
 from swarm_notebook.planning.shape import ModelShape, read_shape
+from swarm_notebook.planning.simulation import rate_together
 from swarm_notebook.report.base import Report
 from swarm_notebook.report.formatting import data_frame, duration, number, size, text_table
 from swarm_notebook.report.html import block_bar, facts, head, number_cell, table, view
@@ -62,7 +63,7 @@ class Plan(Report):
         bits: per weight, where it had to be fewer than what is computed in; else None.
         link: the network that was assumed.
         tokens_per_second: of one stream; 0 if it does not fit.
-        many_tokens_per_second: of ``demand.sessions`` streams together.
+        many_tokens_per_second: of ``demand.sessions`` streams together, as simulated.
         first_token_seconds: for a prompt of ``prompt_tokens``.
         parts: seconds of a token, by where they are spent.
         missing: bytes that do not fit anywhere at ``bits``.
@@ -281,6 +282,9 @@ def plan_shape(
 ) -> Plan:
     """As `plan`, for a shape and machines that are known."""
     best = _without_one_more(shape, machines, demand, between, bits)
+    if best.fits and demand.sessions > 1:
+        together = rate_together(shape, best.shares, machines[0], demand, between)
+        best = replace(best, many_tokens_per_second=together)
     return _with_one_more(best, bits)
 
 
@@ -335,7 +339,7 @@ def _without_one_more(
         tuple(shares),
         wanted if reduced else None,
         1 / sum(parts.values()),
-        rate_of_many(shape, shares, notebook, demand, between),
+        1 / sum(parts.values()),
         first,
         prompt,
         parts,

@@ -6,11 +6,12 @@
     swarm.run(60.0)
     swarm.tokens["me"]                     # when each token was there
 
-Seconds are those of `placement`, so those of `sn.plan`. A server computes one thing at a time, as
-ours do: steps that have come while it was busy become one batch, and one piece of a prompt comes
-between two batches. Which servers a stream takes is asked of `route`, and where servers are is the
-caller's to decide: so the code of the product decides in it, unchanged. A stream whose server has
-gone asks again, and brings the new ones up to where it was.
+Seconds are those of `placement`, so those of `sn.plan`, which asks `rate_together` what several
+streams have. A server computes one thing at a time, as ours do: steps that have come while it was
+busy become one batch, and one piece of a prompt comes between two batches. Which servers a stream
+takes is asked of `route`, and where servers are is the caller's to decide: so the code of the
+product decides in it, unchanged. A stream whose server has gone asks again, and brings the new ones
+up to where it was.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from swarm_notebook.planning.machines import Link, Machine
 from swarm_notebook.planning.placement import (
+    Demand,
     Share,
     hop_seconds,
     notebook_seconds,
@@ -38,6 +41,9 @@ MOST_ROWS, PIECE_TOKENS = 256, 1024
 MISSED_SECONDS = 3.0
 # Between two looks for servers of blocks that nobody has (`client/servers/waiting.py`).
 RETRY_SECONDS = 0.5
+
+# What `rate_together` reckons with: as many tokens of each stream as these events allow.
+_MOST_TOKENS, _LEAST_TOKENS, _MOST_EVENTS = 64, 4, 200_000
 
 # Blocks ``[start, end)`` on the server of this name.
 SimulatedHop = tuple[str, int, int]
@@ -75,6 +81,7 @@ class Simulation:
         link: between two peers, by their names; how many tokens travel is counted.
         route: the servers for a prompt of so many tokens.
         notebook: what each notebook runs on.
+        context: positions behind each token; their keys and values take time to read.
 
     Attributes:
         now: seconds since it began.
@@ -88,11 +95,13 @@ class Simulation:
         link: Callable[[str, str], Link],
         route: Router,
         notebook: Machine,
+        context: int = 0,
     ):
         self.now = 0.0
         self.hosts: dict[str, _Host] = {}
         self.tokens: dict[str, list[float]] = defaultdict(list)
         self._shape, self._link, self._route, self._notebook = shape, link, route, notebook
+        self._context = context
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._told: set[str] = set()  # those that have said that they go
@@ -187,7 +196,7 @@ class Simulation:
             self._seconds[key] = (
                 prompt_seconds(self._shape, part, count)
                 if prompt
-                else step_seconds(self._shape, part, count, 0, None)
+                else step_seconds(self._shape, part, count, self._context, None)
             )
         return self._seconds[key]
 
@@ -236,3 +245,28 @@ class Simulation:
 
     def _travel(self, sender: str, receiver: str, tokens: int) -> float:
         return hop_seconds(self._shape, self._link(sender, receiver), tokens)
+
+
+def rate_together(
+    shape: ModelShape, shares: Sequence[Share], notebook: Machine, demand: Demand, link: Link
+) -> float:
+    """Tokens per second of ``demand.sessions`` streams through a chain, each of its own notebook.
+
+    Every stream is in the middle of its context. They begin one after the other within the time of
+    a token, and what counts is the second half of what is simulated.
+    """
+    context, count = demand.context // 2, demand.sessions
+    chain = [(str(number), one.start, one.end) for number, one in enumerate(shares)]
+    made = Simulation(shape, lambda _, __: link, lambda _, __: chain, notebook, context)
+    for (name, _, _), share in zip(chain, shares, strict=True):
+        made.add(name, share)
+    alone = sum(step_seconds(shape, share, 1, context, None) for share in shares)
+    for number in range(count):
+        begin = partial(made.open, str(number), prompt=1, answer=_MOST_EVENTS)
+        made.at(alone * number / count, begin)
+    each = _MOST_EVENTS // (count * len(shares))
+    wanted = count * min(max(each, _LEAST_TOKENS), _MOST_TOKENS)
+    while sum(map(len, made.tokens.values())) < wanted:
+        made.run(made.now + alone)
+    half = made.now / 2
+    return sum(when > half for one in made.tokens.values() for when in one) / half

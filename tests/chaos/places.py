@@ -68,12 +68,13 @@ class Chooser:
     Attributes:
         held: the blocks that it serves now; None while it serves none.
         moves: how often it has taken others by itself.
+        ended: how often its process has ended and nobody had told it to.
     """
 
     def __init__(self, number: int, size: int, command: Sequence[str], log: Path):
         self.number, self.size, self._command, self._log = number, size, command, log
         self.held: tuple[int, int] | None = None
-        self.moves, self.addresses = 0, list[str]()
+        self.moves, self.ended, self.addresses = 0, 0, list[str]()
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -114,6 +115,11 @@ class Chooser:
                 if self.held is not None:
                     self.moves += before not in {None, self.held}
                     before = self.held
+        if self._process is process:
+            said = self._log.read_text().splitlines() if self._log.exists() else []
+            say(f"server-{self.number} has ended by itself: {' | '.join(said[-3:])}")
+            self._process, self.held, self.addresses = None, None, []
+            self.ended += 1
 
 
 class Holes:
@@ -209,10 +215,14 @@ class Run:
 
     def restore(self) -> None:
         """All servers are there again, and ready."""
-        for server in self.servers:
-            if not server.up:
-                self.join(server)
-        wait(lambda: all(server.held for server in self.servers))
+
+        def ready() -> bool:
+            for server in self.servers:
+                if not server.up:
+                    self.join(server)
+            return all(server.held for server in self.servers)
+
+        wait(ready)
 
     def cut(self) -> None:
         """Half of the servers cannot be reached for a time, each by itself."""
@@ -335,6 +345,7 @@ def main() -> int:
             {
                 "events": dict(run.events),
                 "moves": moves,
+                "ended_by_themselves": sum(server.ended for server in servers),
                 "holes": len(holes.found),
                 "longest_hole_s": round(max(holes.found, default=0.0), 1),
                 "median_hole_s": round(statistics.median(holes.found or [0.0]), 1),

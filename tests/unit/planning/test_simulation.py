@@ -8,6 +8,7 @@ import pytest
 
 from swarm_notebook.planning.machines import KNOWN, Link
 from swarm_notebook.planning.placement import (
+    Demand,
     Share,
     hop_seconds,
     notebook_seconds,
@@ -15,7 +16,7 @@ from swarm_notebook.planning.placement import (
     step_seconds,
 )
 from swarm_notebook.planning.shape import BlockShape, ModelShape
-from swarm_notebook.planning.simulation import MISSED_SECONDS, Simulation
+from swarm_notebook.planning.simulation import MISSED_SECONDS, Simulation, rate_together
 
 SHAPE = ModelShape("8", (BlockShape(200_000_000, 0, 8192, 2048),) * 8, 4096, 0, 0, None)
 CARD, LINK = KNOWN["rtx4090"], Link(0.02, 125e6)
@@ -81,3 +82,22 @@ def test_a_server_that_goes_costs_a_pause_and_no_token() -> None:
     before = len(made.tokens["me"])
     made.run(30.0)
     assert max(gaps(made.tokens["me"][before:])) < 0.5, "it was told"
+
+
+def test_streams_together_have_no_more_than_each_alone_and_no_more_than_servers_can() -> None:
+    shares, context = (FIRST, SECOND), 1024
+
+    def rate(sessions: int) -> float:
+        return rate_together(SHAPE, shares, CARD, Demand(2 * context, sessions), LINK)
+
+    def steps(rows: int) -> list[float]:
+        return [step_seconds(SHAPE, share, rows, context, None) for share in shares]
+
+    network = 2 * hop_seconds(SHAPE, LINK, 1) + notebook_seconds(SHAPE, CARD, LINK)
+    alone = 1 / (sum(steps(1)) + network)
+    assert rate(1) == pytest.approx(alone, rel=0.05)  # half of a token at the ends
+    assert 1.5 * alone < rate(2) < 2.1 * alone
+    assert rate(16) > 2 * rate(2)
+    # Nobody passes more than the largest batches that there can be.
+    assert rate(64) < 64 / max(steps(64))
+    assert rate(2000) > rate(64)
