@@ -5,7 +5,7 @@ ways (one pass, short pieces with a cache, beside longer rows, eager attention);
 compared, 32 tokens at a time, with a replay in float32 and one in the answer's own dtype, as an
 audit does. `alarms` is to be 0, and so is `alarms_together`, of the audits of each way added up.
 `--evidence` shows servers that cheat a little, by how many tokens are taken together. `--gradients`
-audits backward passes in float32 instead, the gradients of states.
+audits backward passes instead, the gradients of states.
 
     python benchmarks/audits.py [--audits 1000] [--dtype bfloat16] [--blocks 10:20] [--gradients]
 """
@@ -53,10 +53,10 @@ class Extremes:
     alarms_together: int = 0
     most: dict[str, float] = field(default_factory=dict)
 
-    def add(self, errors: Errors, together: str = "") -> None:
+    def add(self, errors: Errors, together: str = "", *, back: bool = False) -> None:
         """Take an audit of an answer; `together` says why several are wrong, if they are."""
         self.audits += 1
-        self.alarms += bool(limits.what_is_wrong(errors, torch.float32))
+        self.alarms += bool(limits.judged(errors, Errors(), torch.float32, back=back)[1])
         self.alarms_together += bool(together)
         found = {"mean": errors.mean, "largest": errors.largest, "gain": abs(errors.mean_gain)}
         if errors.ratio is not None:
@@ -195,20 +195,35 @@ def int8_block(layers: list[nn.Module]) -> list[Any]:
 def gradients(bench: Bench, audits: int) -> Extremes:
     """Audits of honest backward passes: of states, for gradients of the output drawn at random."""
     found = Extremes()
+    count = bench.end - bench.start
+    for request in backwards(bench):
+        reference, twin = gradient_replays(bench, request)
+        for room in (1 << 60, 32 * 3 * count):
+            answer = gradients_of(backward.recompute(bench.span, request), room)
+            found.add(compare_gradients(answer, reference, twin)[0], back=True)
+        if found.audits >= audits:
+            return found
+    raise AssertionError("texts never end")
+
+
+def backwards(bench: Bench) -> Iterator[Backward]:
+    """Two rows of text, and a gradient of all of the output."""
     source, draw = texts(LENGTH), torch.Generator().manual_seed(0)
-    blocks, count = (bench.start, bench.end), bench.end - bench.start
-    while found.audits < audits:
+    while True:
         hidden = torch.cat([bench.inputs(next(source)[None]) for _ in range(2)])
         grad = torch.randn(hidden.shape, generator=draw)
-        request = Backward(blocks, hidden, grad=grad)
-        reference = _gradients(cast.gradients(bench.span, request, torch.float32))
-        for room in (1 << 60, 32 * 3 * count):
-            answer = _gradients(backward.recompute(bench.span, request), room)
-            found.add(compare_gradients(answer, reference)[0])
-    return found
+        yield Backward((bench.start, bench.end), hidden, grad=grad)
 
 
-def _gradients(pieces: Any, room: int = 1 << 60) -> PassGradients:
+def gradient_replays(bench: Bench, request: Backward) -> tuple[PassGradients, PassGradients | None]:
+    """In float32 and, if that is another one, in the server's own dtype."""
+    reference = gradients_of(cast.gradients(bench.span, request, torch.float32))
+    if bench.dtype == torch.float32:
+        return reference, None
+    return reference, gradients_of(backward.recompute(bench.span, request))
+
+
+def gradients_of(pieces: Any, room: int = 1 << 60) -> PassGradients:
     return PassGradients(run_whole(pieces, room).tensors[0].float())
 
 
@@ -220,8 +235,6 @@ def main() -> None:
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--evidence", type=int, default=0, help="of so many tokens")
     given = parser.parse_args()
-    if given.gradients and given.dtype != "float32":
-        parser.error("--gradients: only those in float32 are audited (--dtype float32)")
     start, end = map(int, given.blocks.split(":"))
     bench = Bench(start, end, getattr(torch, given.dtype))
     said = {"dtype": given.dtype, "blocks": given.blocks}

@@ -5,13 +5,16 @@ audited 32 tokens at a time, as two audits of a server would. `first` and `secon
 texts the first audit found it, and for how many only the second; `missed` is to be 0. `--curve` is
 about one token in a hundred that is edited: after how many passes of 128 tokens it is found, by the
 rate of audits, for a server that is not new (of a new one the first 128 tokens are audited).
+`--gradients` is about poisoned backward passes, each of which is one audit.
 
-    python benchmarks/lies.py [--seeds 100] [--dtype bfloat16] [--blocks 10:20] [--curve]
+    python benchmarks/lies.py [--seeds 100] [--dtype bfloat16] [--blocks 10:20]
+                              [--curve | --gradients]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -19,11 +22,12 @@ from collections import Counter
 from typing import Any
 
 import torch
-from audits import Bench, liars, texts
+from audits import Bench, backwards, gradient_replays, gradients_of, liars, texts
 
 from swarm_notebook.client.audit import limits
 from swarm_notebook.client.audit.choice import PieceSampler
-from swarm_notebook.client.audit.comparison import compare
+from swarm_notebook.client.audit.comparison import Errors, compare, compare_gradients
+from swarm_notebook.server.engine.passes import backward
 from swarm_notebook.server.engine.requests import Forward
 
 # The goal is said of two audits of so many tokens each.
@@ -44,6 +48,18 @@ def found(bench: Any, lie: liars.Lie, hidden: torch.Tensor, size: int) -> list[b
         for cut in cuts
     ]
     return [bool(limits.what_is_wrong(errors, torch.float32)) for errors in every]
+
+
+def poisoned(bench: Bench, lie: liars.Lie, seeds: int) -> int:
+    """In how many backward passes one audit finds the lie."""
+    hits = 0
+    for request in itertools.islice(backwards(bench), seeds):
+        reference, twin = gradient_replays(bench, request)
+        with liars.lying(bench, lie):  # type: ignore[arg-type]
+            answer = gradients_of(backward.recompute(bench.span, request))
+        errors, _ = compare_gradients(answer, reference, twin)
+        hits += bool(limits.judged(errors, Errors(), torch.float32, back=True)[1])
+    return hits
 
 
 def curve(bench: Bench, seeds: int, said: dict[str, Any]) -> None:
@@ -73,12 +89,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--blocks", default="10:20")
     parser.add_argument("--curve", action="store_true")
+    parser.add_argument("--gradients", action="store_true")
     given = parser.parse_args()
     start, end = map(int, given.blocks.split(":"))
     bench = Bench(start, end, getattr(torch, given.dtype))
     said = {"dtype": given.dtype, "blocks": given.blocks, "seeds": given.seeds}
     if given.curve:
         curve(bench, given.seeds, said)
+        return
+    if given.gradients:
+        for name, lie in liars.GRADIENT_LIES.items():
+            hits = poisoned(bench, lie, given.seeds)
+            print(json.dumps(said | {"lie": name, "first": hits}), flush=True)
         return
     for name, lie in liars.LIES.items():
         torch.manual_seed(0)

@@ -129,10 +129,7 @@ class Auditor:
     ) -> None:
         """A server has answered its part of a backward pass."""
         tokens = grad.shape[0] * grad.shape[1]
-        # In halves honest gradients differ too much (see `limits`).
-        if tokens < limits.MIN_TOKENS or piece.dtype_of(segment) != torch.float32:
-            return
-        if self._drawn(segment, tokens, tokens, back=True):
+        if tokens >= limits.MIN_TOKENS and self._drawn(segment, tokens, tokens, back=True):
             self._take(piece.of_backward(segment, request, grad, found))
 
     def disputed(self, sender: RouteSegment, receiver: RouteSegment, why: str) -> None:
@@ -228,8 +225,13 @@ class Auditor:
         return first or await self._at_home(found)
 
     def _added_up(self, found: Piece, replay: _Replay, errors: Errors) -> Verdict:
-        """Nothing is wrong with this answer by itself; is there with the latest together?"""
+        """Nothing is wrong with this answer by itself; is there with the latest together?
+
+        Gradients are not added up: what halves make of them does not average out.
+        """
         segment = found.segment
+        if found.grad is not None:
+            return _verdict(found, AGREED, by=replay.by, errors=errors)
         why = self._evidence.add(segment.peer, replay.peers, errors)
         if not why:
             return _verdict(found, AGREED, by=replay.by, errors=errors)

@@ -11,10 +11,11 @@ answer is not compared with a number but with the error that the dtype itself ma
   too long. It finds a factor that a noisy model's ratio hides;
 - *largest*: the largest error of a token over the twin's mean error: one token that was edited.
 
-Gradients are compared in the same way, in float32 only (see `limits`): those of states token by
-token and those of weights tensor by tensor, each in a comparison of its own. A token that has
-hardly any part in the loss has a gradient of hardly more than rounding: its error counts against
-the root mean square of all.
+Gradients are compared in the same way: those of states token by token and those of weights tensor
+by tensor, each in a comparison of its own. A token that has hardly any part in the loss has a
+gradient of hardly more than rounding: its error counts against the root mean square of all. In
+halves most of the error lies in few tokens and tensors, not the same ones each time; so there all
+of them are one vector, and what is compared is its error and its gain.
 
 For float32 the twin is the reference, and the errors are compared with what float32 makes at most.
 
@@ -44,7 +45,7 @@ class Errors:
     """What was found over some tokens.
 
     Attributes:
-        tokens: how many were compared.
+        tokens: how many were compared; 1 for gradients as one vector.
         error, twin: sums over the tokens of their error, and of the twin's (0 for float32).
         gain: the sum of their gains, less the twin's.
         largest: the largest error of a token; over the twin's mean where there is a twin.
@@ -102,15 +103,22 @@ def compare(
 
 
 def compare_gradients(
-    answer: PassGradients, reference: PassGradients, mask: torch.Tensor | None = None
+    answer: PassGradients,
+    reference: PassGradients,
+    twin: PassGradients | None = None,
+    mask: torch.Tensor | None = None,
 ) -> tuple[Errors, Errors]:
-    """The errors of gradients in float32: of states by token, and of weights by tensor.
+    """The errors of gradients, of states and of weights: each as one vector where there is a twin.
 
     A gradient of weights that the answer lacks counts as zero.
 
     Args:
         mask: ``[rows, positions]``, 0 where the gradient of the input does not count.
     """
+    if twin is not None:
+        three = (answer, reference, twin)
+        states = _of_one(*(_stacked(one, mask) for one in three))
+        return states, _of_one(*(_all_weights(one, reference) for one in three))
     r = _stacked(reference, mask).double()
     length = r.norm(dim=-1).square().mean().sqrt().clamp_min(_TINY)
     states = _summed(_differences(_stacked(answer, mask), r, length))
@@ -134,7 +142,7 @@ def errors_of(
     """Of states or their gradients, and of gradients of weights."""
     if isinstance(answer, torch.Tensor):
         return compare(answer, reference, twin, mask), Errors()  # type: ignore[arg-type]
-    return compare_gradients(answer, reference, mask)  # type: ignore[arg-type]
+    return compare_gradients(answer, reference, twin, mask)  # type: ignore[arg-type]
 
 
 def _stacked(gradients: PassGradients, mask: torch.Tensor | None) -> torch.Tensor:
@@ -142,6 +150,25 @@ def _stacked(gradients: PassGradients, mask: torch.Tensor | None) -> torch.Tenso
     given = gradients.input.flatten(0, -2) if mask is None else gradients.input[mask.bool()]
     prompts = [gradients.prompts[block].flatten(0, -2) for block in sorted(gradients.prompts)]
     return torch.cat([given, *prompts])
+
+
+def _all_weights(gradients: PassGradients, like: PassGradients) -> torch.Tensor:
+    """Those of weights one behind the other, as many as another one has."""
+    found = [
+        gradients.weights.get(name, torch.zeros_like(weight)).flatten()
+        for name, weight in sorted(like.weights.items())
+    ]
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+def _of_one(x: torch.Tensor, r: torch.Tensor, twin: torch.Tensor) -> Errors:
+    """The errors of one long vector."""
+    x, r, twin = (one.flatten().double() for one in (x, r, twin))
+    if not r.numel():
+        return Errors()
+    length = r.norm().clamp_min(_TINY)
+    (error, gain), (of_twin, gain_of_twin) = (_differences(one, r, length) for one in (x, twin))
+    return Errors(1, float(error), float(of_twin), float(gain - gain_of_twin), float(error))
 
 
 def _differences(

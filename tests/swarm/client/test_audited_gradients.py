@@ -83,15 +83,32 @@ def test_honest_gradients_agree(swarm: Swarm, kind: str) -> None:
     assert [(one.back, one.outcome) for one in verdicts] == [(False, "agreed"), (True, "agreed")]
 
 
-def test_gradients_of_halves_are_not_audited(tiny_llama: Path) -> None:
-    """Honest ones differ by more than the limits allow."""
+@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+def halves(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[HostedSwarm]:
+    """Three servers of all blocks that compute in halves."""
     with (
-        HostedSwarm(tiny_llama, [(0, 5)] * 2, dtype="bfloat16") as local,
-        sn.connect(local.initial_peers, model=local.model, verify=1.0) as swarm,
+        HostedSwarm(tiny_llama, [(0, 5)] * 3, dtype=request.param) as swarm,
+        swarm.with_a_node(),
     ):
-        train_once(swarm, adapter=False)
-        verdicts = swarm.audit(wait=PATIENCE).verdicts
-        assert {one.back for one in verdicts} == {False}
+        yield swarm
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("lie", [None, *liars.GRADIENT_LIES])
+def test_gradients_in_halves_are_audited(
+    halves: HostedSwarm, lie: str | None, adapter: bool
+) -> None:
+    with sn.connect(halves.initial_peers, model=halves.model, verify=1.0) as swarm:
+        server = first_server(halves, swarm)
+        with liars.lying(server, liars.GRADIENT_LIES[lie] if lie else lambda _layers: []):
+            train_once(swarm, adapter=adapter)
+            table = swarm.audit(wait=PATIENCE)
+    expected = "wrong" if lie else "agreed"
+    assert [(one.back, one.outcome) for one in table.verdicts] == [
+        (False, "agreed"),
+        (True, expected),
+    ]
+    assert table.wrong == ((server.peer_id,) if lie else ())
 
 
 def test_training_goes_back_to_what_is_known_to_be_good(tiny_llama: Path) -> None:
