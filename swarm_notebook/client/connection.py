@@ -79,7 +79,7 @@ class Connection:
         self.network: LoopThread = network_thread()
         self._peers = frozenset(str(peer) for peer in initial_peers)
         self._open = True
-        shared = _acquire(self._peers, self.network)
+        shared = _acquire(self._peers, self.network, patience=patience)
         self.directory: Directory = Directory(
             shared.node, prefix, num_blocks, patience, digest=digest
         )
@@ -101,6 +101,11 @@ class Connection:
     @property
     def initial_peers(self) -> list[str]:
         return sorted(self._peers)
+
+    @property
+    def in_touch(self) -> bool:
+        """Whether any peer of the swarm has answered the last time it was asked."""
+        return self.directory.node.in_touch
 
     @property
     def is_open(self) -> bool:
@@ -272,13 +277,15 @@ def _acquire(
     network: LoopThread,
     addresses: Sequence[str] | None = None,
     credentials: Credentials | None = None,
+    patience: float = PATIENCE,
 ) -> _SharedNode:
     """The node that goes by ``peers``; its ``addresses``, if these are not all of them."""
     with _lock:
         shared = _nodes.get(peers)
         if shared is None:
             given = sorted(peers) if addresses is None else addresses
-            node = network.run(Node.start(given, client=True, credentials=credentials))
+            starting = Node.start(given, client=True, credentials=credentials, patience=patience)
+            node = network.run(starting)
             at_exit(node.stop)
             shared = _nodes[peers] = _SharedNode(node)
         shared.users += 1

@@ -15,7 +15,7 @@ import torch
 from swarm_notebook.client.connection import Connection, served_models
 from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.client.servers.waiting import check_checkpoint, check_membership
-from swarm_notebook.errors import MissingBlocks, ModelNotServed
+from swarm_notebook.errors import ConnectionFailed, MissingBlocks, ModelNotServed
 from swarm_notebook.net.dht.records import ModelRecord, ServerSpan, ServerState
 from swarm_notebook.net.wire.tensors import dtype_from_name
 from swarm_notebook.progress import Waiting
@@ -55,7 +55,8 @@ def await_spans(
     """What is served of the model; waits for servers that are just joining.
 
     A swarm that says nothing of the model is asked again for a moment only: most likely nobody
-    serves it, but a peer of the DHT may have been too busy to answer in time.
+    serves it, but a peer of the DHT may have been too busy to answer in time. Where no peer says
+    anything at all, that tells nothing of the model.
     """
     directory = connection.directory
     readings, warned = 1, False
@@ -66,7 +67,12 @@ def await_spans(
         waited = time.monotonic() - directory.began
         if waited > directory.patience:
             break
-        if not spans and readings >= SILENT_READINGS and waited > SILENCE_SECONDS:
+        if (
+            not spans
+            and readings >= SILENT_READINGS
+            and waited > SILENCE_SECONDS
+            and connection.in_touch
+        ):
             break
         waiting.say(f"Waiting for servers of {describe_blocks(directory.missing())}")
         if not warned:
@@ -75,6 +81,12 @@ def await_spans(
         time.sleep(0.5)
         connection.refresh(max(deadline - time.monotonic(), 0.0))
         readings += 1
+    if not spans and not connection.in_touch:
+        raise ConnectionFailed(
+            f"model {name!r}: no peer of this swarm has answered for {directory.patience:.0f} s, "
+            "though they let this notebook in before; look whether their machines are overloaded "
+            "or asleep, and connect again"
+        )
     if not any(span.info.state == ServerState.ONLINE for span in spans):
         raise ModelNotServed(
             f"model {name!r}: nobody in this swarm serves {connection.prefix!r}; it serves "

@@ -19,17 +19,15 @@ from pathlib import Path
 import psutil
 from hivemind.dht.node import DHTID, DHTNode
 from hivemind.dht.protocol import ValidationError
-from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm_notebook.errors import (
     ClocksDiffer,
     ConnectionFailed,
-    NotAMember,
-    RemoteError,
-    from_wire,
 )
+from swarm_notebook.net import bootstrap
 from swarm_notebook.net.addresses import LOOPBACK, addresses_of, parse_address, parse_peers
 from swarm_notebook.net.dht.storage import MembersOnly, bound_storage, prefer_signed
 from swarm_notebook.net.identity import Identity
@@ -46,7 +44,7 @@ from swarm_notebook.net.p2p.fixes import (
     mend_calls,
 )
 from swarm_notebook.net.p2p.sockets import use_loop_writers
-from swarm_notebook.net.wire import protocol, streams
+from swarm_notebook.net.wire import streams
 from swarm_notebook.net.wire.traffic import Traffic
 
 bound_nesting()
@@ -111,6 +109,7 @@ class Node:
         host_maddrs: Sequence[str] = LOOPBACK,
         identity: Path | None = None,
         credentials: Credentials | None = None,
+        patience: float = bootstrap.PATIENCE,
     ) -> Node:
         """Start a daemon, connect to the peers and join their DHT.
 
@@ -122,6 +121,8 @@ class Node:
             identity: file of the private key that makes the peer id permanent; made if missing.
             credentials: of a member of a private swarm; None asks for them if there is an
                 invitation.
+            patience: seconds within which peers are asked again that let this one in and say
+                nothing; each is asked once in any case.
 
         Raises:
             AddressError: an address is malformed, or the identity's file is unfit.
@@ -136,20 +137,24 @@ class Node:
         peers = parse_peers(initial_peers)
         for address in host_maddrs:
             parse_address("host_maddrs", address, "/ip4/<address>/tcp/<port>")
+        deadline = time.monotonic() + patience
         try:
             with _identity_file(identity) as (key, path, lasting):
-                p2p = await P2P.create(
-                    initial_peers=[str(peer) for peer in peers] or None,
-                    dht_mode="client" if client else "server",
-                    host_maddrs=None if client else list(host_maddrs),
-                    no_listen=client,
-                    identity_path=str(path),
-                    # A daemon is started for that; nobody else has an identity that is new.
-                    check_if_identity_free=lasting,
-                    startup_timeout=START_TIMEOUT,
-                    use_relay=not client or bool(peers),
-                    auto_nat=not client,
-                    nat_port_map=False,
+                p2p = await bootstrap.start_daemon(
+                    lambda: P2P.create(
+                        initial_peers=[str(peer) for peer in peers] or None,
+                        dht_mode="client" if client else "server",
+                        host_maddrs=None if client else list(host_maddrs),
+                        no_listen=client,
+                        identity_path=str(path),
+                        # A daemon is started for that; nobody else has an identity that is new.
+                        check_if_identity_free=lasting,
+                        startup_timeout=START_TIMEOUT,
+                        use_relay=not client or bool(peers),
+                        auto_nat=not client,
+                        nat_port_map=False,
+                    ),
+                    deadline,
                 )
         except P2PDaemonError as error:
             if not peers or "listen" in str(error):
@@ -157,9 +162,9 @@ class Node:
             raise _unreachable(initial_peers, error) from None
         mend_calls(p2p)
         use_loop_writers(p2p)
+        known = [PeerID.from_base58(peer["p2p"]) for peer in peers]
         try:
             if credentials is None and invitations:
-                known = [PeerID.from_base58(peer["p2p"]) for peer in peers]
                 credentials = await join(p2p, invitations[0], known)
             membership = None if credentials is None else Membership(credentials, p2p.peer_id)
             dht = await DHTNode.create(
@@ -167,7 +172,6 @@ class Node:
                 # The same after a restart: a peer that others know under several ids would count
                 # as several replicas of what it stores, and take them all along when it dies.
                 node_id=DHTID.generate(p2p.peer_id.to_bytes()),
-                initial_peers=[str(peer) for peer in peers],
                 client_mode=client,
                 # hivemind would forget a silent peer for times that double without end.
                 backoff_rate=1.0,
@@ -179,13 +183,12 @@ class Node:
                 record_validator=ReadableValues(),
                 authorizer=None if membership is None else MembersOnly(membership),
             )
-        except RuntimeError as error:
-            await p2p.shutdown()
-            raise _unreachable(initial_peers, error) from None
+            if known and not await bootstrap.meet(dht, known, deadline):
+                late = "a connection was made, but nothing said over it"
+                raise _unreachable(initial_peers, TimeoutError(late))
         except ValidationError as error:
-            refusal = await _refusal(p2p, peers)
             await p2p.shutdown()
-            raise refusal or _unfit(initial_peers, error) from None
+            raise _unfit(initial_peers, error) from None
         except BaseException:
             await p2p.shutdown()
             raise
@@ -246,6 +249,11 @@ class Node:
             logger.debug("ping of %s: %s", peer, error)
             return None
         return None if answer is None else time.perf_counter() - began
+
+    @property
+    def in_touch(self) -> bool:
+        """Whether any peer of the DHT has answered this one the last time it was asked."""
+        return bool(self.dht.protocol.routing_table.uid_to_peer_id)
 
     def neighbours(self) -> list[str]:
         """Peers of the DHT (base58 ids) that this one knows; first those it was told to join."""
@@ -350,28 +358,15 @@ def _identity_file(path: Path | None) -> Iterator[tuple[Identity, Path, bool]]:
 
 def _unreachable(initial_peers: Sequence[str], error: Exception) -> ConnectionFailed:
     listed = ", ".join(str(peer) for peer in initial_peers)
+    if "is already taken" in str(error):
+        return ConnectionFailed(
+            "another server of this swarm has this one's identity; end that one, or give this one "
+            f"a file of its own with --identity ({error})"
+        )
     return ConnectionFailed(
         f"none of the initial peers answered: {listed}. Check that a server runs there "
         f"(swarm-notebook serve prints its address) and that its port is open ({error})"
     )
-
-
-async def _refusal(p2p: P2P, peers: Sequence[Multiaddr]) -> RemoteError | None:
-    """What a private swarm says to a server that is none of its members.
-
-    To such a one its peers do not say, as others do, whether they can reach it.
-    """
-    for peer in peers:
-        with contextlib.suppress(*streams.TRANSPORT_ERRORS):
-            try:
-                async with asyncio.timeout(PING_TIMEOUT):
-                    await p2p._client.call_unary_handler(
-                        PeerID.from_base58(peer["p2p"]), protocol.RPC_INFO, b""
-                    )
-            except P2PHandlerError as error:
-                if str(error).startswith(f"{NotAMember.code}: "):
-                    return from_wire(str(error), peer["p2p"])
-    return None
 
 
 def _unfit(initial_peers: Sequence[str], error: ValidationError) -> ConnectionFailed:

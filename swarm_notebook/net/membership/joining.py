@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Collection
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm_notebook.errors import ClocksDiffer, ConnectionFailed, InvitationError, NotAMember
+from swarm_notebook.net.bootstrap import PATIENCE
 from swarm_notebook.net.membership import RENEW_SECONDS
 from swarm_notebook.net.membership.authority import Authority
 from swarm_notebook.net.membership.certificate import (
@@ -96,12 +98,17 @@ async def _redeem(
     request = Redemption.of(invitation, key.public_key().public_bytes_raw()).pack()
     failed: Exception | None = None
     invited = [PeerID.from_base58(Multiaddr(one)["p2p"]) for one in invitation.addresses]
-    for peer in dict.fromkeys([*invited, *others]):
+    asked, deadline = deque(dict.fromkeys([*invited, *others])), time.monotonic() + PATIENCE
+    while asked:
+        peer = asked.popleft()
         try:
             async with asyncio.timeout(REDEEM_SECONDS):
                 answer = await p2p._client.call_unary_handler(peer, RPC_JOIN, request)
         except TRANSPORT_ERRORS as error:
             failed = error
+            # Who is late is not gone: it is asked again, after all others.
+            if isinstance(error, TimeoutError) and time.monotonic() < deadline:
+                asked.append(peer)
             continue
         try:
             certificate = _granted(answer, invitation, key.public_key().public_bytes_raw())

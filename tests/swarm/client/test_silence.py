@@ -18,7 +18,8 @@ from support.scene import generate
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
-from swarm_notebook.errors import MissingBlocks
+from swarm_notebook.client.servers.directory import Directory
+from swarm_notebook.errors import ConnectionFailed, MissingBlocks
 
 # Announced every five seconds, so that records expire after ten.
 PROGRAM = """
@@ -73,6 +74,26 @@ def test_a_fresh_notebook_says_who_has_the_blocks_that_it_misses(
             sn.connect(servers[0].facts["maddrs"], model=tiny_llama, timeout=4)
     finally:
         servers[1].signal(signal.SIGCONT)
+
+
+def test_silence_is_not_taken_for_a_swarm_without_the_model(
+    servers: list[HastyServer], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody says anything once the notebook has joined."""
+    start = Directory.start
+
+    async def fall_silent_and_start(self: Directory) -> None:
+        for server in servers:
+            server.signal(signal.SIGSTOP)
+        await start(self)
+
+    monkeypatch.setattr(Directory, "start", fall_silent_and_start)
+    try:
+        with pytest.raises(ConnectionFailed, match="no peer of this swarm has answered for 10 s"):
+            sn.connect(servers[0].facts["maddrs"], model=tiny_llama, timeout=10)
+    finally:
+        for server in servers:
+            server.signal(signal.SIGCONT)
 
 
 def test_a_notebook_that_heard_nobody_goes_on(servers: list[HastyServer], tiny_llama: Path) -> None:

@@ -1,0 +1,91 @@
+"""Joining peers that have no time at first: their loop or their network daemon stands still."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+import psutil
+import pytest
+from support.raw_wire import ServerProcess
+
+from swarm_notebook.errors import ConnectionFailed
+from swarm_notebook.net import bootstrap
+from swarm_notebook.net.node import Node
+
+
+@pytest.fixture
+def server(tiny_llama: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    server = ServerProcess(tiny_llama, tmp_path / "server.log")
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.kill()
+
+
+class _Told(logging.Handler):
+    """Does something when this process says that it goes on asking."""
+
+    def __init__(self, act: Callable[[], None]):
+        super().__init__()
+        self._act, self.texts = act, []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+        self._act()
+
+    def __enter__(self) -> Self:
+        bootstrap.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        bootstrap.logger.removeHandler(self)
+
+
+def _part(server: ServerProcess, name: str) -> int:
+    """The process whose loop, or whose network daemon, is to stand still."""
+    if name == "loop":
+        return server.process.pid
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return next(child.pid for child in children if "p2pd" in child.name())
+
+
+async def _join(address: str, client: bool, patience: float) -> int:
+    node = await Node.start([address], client=client, patience=patience)
+    try:
+        return len(node.neighbours())
+    finally:
+        await node.stop()
+
+
+@pytest.mark.parametrize("client", [True, False], ids=["notebook", "server"])
+@pytest.mark.parametrize("part", ["loop", "daemon"])
+def test_a_peer_that_is_late_is_asked_again(server: ServerProcess, part: str, client: bool) -> None:
+    """Hivemind asks once, for 3 s, and its daemon gives a neighbour 5 s for a handshake."""
+    pid, address = _part(server, part), server.facts["maddrs"][0]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with _Told(lambda: os.kill(pid, signal.SIGCONT)) as told:
+            assert asyncio.run(_join(address, client, bootstrap.PATIENCE)) == 1
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert told.texts
+    assert "no initial peer has answered yet; asking them for up to" in told.texts[0]
+
+
+def test_a_peer_that_stays_silent_is_named(server: ServerProcess) -> None:
+    pid, address = _part(server, "loop"), server.facts["maddrs"][0]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ConnectionFailed, match=rf"{address}.*nothing said over it"):
+            asyncio.run(_join(address, True, 0.0))
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
