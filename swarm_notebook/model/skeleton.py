@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +19,7 @@ from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.checkpoint.files.weights import SINGLE_FILE
 from swarm_notebook.checkpoint.parts.partial import load_edges
 from swarm_notebook.checkpoint.parts.single import BlockTensors
+from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.adapters.injected import Adapters
 from swarm_notebook.model.blocks.remote import remote_class
@@ -94,6 +96,19 @@ class RemoteModel:
             self._runner.warn_of_dropout()
         return super().train(mode)  # type: ignore[misc]
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every module, without what is on servers, which is said to who asks the model."""
+        runner = self._runner
+        remote = [block for block in range(len(runner.blocks)) if block not in runner.home]
+        if remote and not args and kwargs.get("destination") is None:
+            warnings.warn(
+                f"state_dict: the weights of {describe_blocks(remote)} are on servers and left "
+                "out; for all weights use the checkpoint itself, or bring the blocks home: "
+                "swarm.own(slice(None))",
+                stacklevel=2,
+            )
+        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> None:
@@ -118,7 +133,7 @@ class RemoteModel:
                 "adapter works, and of blocks that came home (swarm.own(block)); for the weights "
                 "use the checkpoint itself"
             )
-        state = kwargs.get("state_dict") or self.state_dict()  # type: ignore[attr-defined]
+        state = kwargs.get("state_dict") or super().state_dict()  # type: ignore[misc]
         # Tied weights are one tensor of two names, which safetensors does not take.
         once = {(value.data_ptr(), value.shape): name for name, value in reversed(state.items())}
         kept = {name: state[name].detach().contiguous() for name in once.values()}

@@ -2,8 +2,9 @@
 
 A `RemoteParameter` has no memory behind it, and says that it is on a real device (so that PEFT puts
 real adapter weights beside it). Torch asks it about every operation. What needs no values (shape,
-dtype, device, new tensors like it) works as ever. A conversion gives another of its kind. What
-reads values gets the real ones, read from the checkpoint for this one operation. What would write
+dtype, device, new tensors like it) works as ever. A conversion gives another of its kind, which
+remembers what it was converted to, for each step rounds. What reads values gets the real ones, read
+from the checkpoint for this one operation. What would write
 is refused, also by way of a row or another view that was read: the weights that count are on the
 servers. What looks for its memory finds none and raises.
 """
@@ -42,10 +43,16 @@ class Origin:
 
 
 class RemoteTensor(torch.Tensor):
-    """A tensor in a remote block, or a conversion of one."""
+    """A tensor in a remote block, or a conversion of one.
+
+    Attributes:
+        _dtypes: what its values were converted to, one after the other.
+        _memory: of its dtype and device, and of no size.
+    """
 
     _origin: Origin
     _device: torch.device
+    _dtypes: tuple[torch.dtype, ...]
     _memory: torch.Tensor
 
     @classmethod
@@ -76,10 +83,8 @@ class RemoteTensor(torch.Tensor):
         owner = self._origin.owner()
         if id(owner) not in memo:
             # A part of a block that is copied by itself (PEFT trains such copies) has values.
-            values = _real(self).detach().clone()
-            copied = nn.Parameter(values) if isinstance(self, nn.Parameter) else values
-            memo[id(self)] = copied
-            return copied
+            memo[id(self)] = ordinary = _ordinary(self, requires_grad=True)
+            return ordinary
         origin = replace(self._origin, owner=weakref.ref(memo[id(owner)]))
         memo[id(self)] = twin = _wrap(type(self), self, origin)
         return twin
@@ -89,7 +94,7 @@ class RemoteTensor(torch.Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _real(self).__reduce_ex__(protocol)
+        return _ordinary(self, requires_grad=False).__reduce_ex__(protocol)
 
 
 class RemoteParameter(RemoteTensor, nn.Parameter):
@@ -153,13 +158,18 @@ def _become(parameter: nn.Parameter, other: nn.Parameter) -> None:
     parameter.__class__, parameter.__dict__ = other.__class__, other.__dict__
 
 
-def _wrap(kind: type, like: torch.Tensor, origin: Origin, shape: torch.Size | None = None) -> Any:
-    """One of the dtype and device of a tensor, and of its shape if no other is given."""
+def _wrap(
+    kind: type, like: torch.Tensor, origin: Origin, before: torch.Tensor | None = None
+) -> Any:
+    """One of the dtype and device of a tensor; what was converted to it gives shape and dtypes."""
+    before = like if before is None else before
     # Meta, for torch then knows no memory of it, whichever device it says that it is on.
-    none = torch.empty((), dtype=like.dtype, device="meta").expand(shape or like.shape)
+    none = torch.empty(before.shape, dtype=like.dtype, device="meta")
     made: Any = torch.Tensor._make_subclass(kind, none, False, dispatch_device=True)
     torch._C._set_throw_on_mutable_data_ptr(made)
     made._origin, made._device = origin, like.device
+    dtypes = getattr(before, "_dtypes", ())
+    made._dtypes = dtypes if dtypes[-1:] == (like.dtype,) else (*dtypes, like.dtype)
     made._memory = torch.empty((), dtype=like.dtype, device=like.device)
     return made
 
@@ -191,7 +201,7 @@ def _converted(
             return result
         of_parameter = func in _DETACHING and isinstance(first, RemoteParameter)
         kind = Detached if of_parameter else RemoteTensor
-        return _wrap(kind, result, first._origin, first.shape)
+        return _wrap(kind, result, first._origin, first)
 
 
 def _switched(func: Any, first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -207,11 +217,24 @@ def _set_data(func: Any, first: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if not isinstance(other, RemoteTensor) or not _same(first, other):
         _refuse(first, "__set__")
     _plainly(func, first, args, kwargs)
-    first._device, first._memory = other._device, other._memory
+    first._device, first._dtypes, first._memory = other._device, other._dtypes, other._memory
+
+
+class _NoStorage(torch.UntypedStorage):
+    """Tells weights from each other, and how little they take; there are no bytes to read."""
+
+    _origin: Origin
+
+    def __getitem__(self, *_: Any) -> NoReturn:
+        _refuse_memory(_TENSOR.untyped_storage, self)
+
+    __iter__ = __setitem__ = clone = copy_ = cpu = tolist = __getitem__  # type: ignore[assignment]
 
 
 def _storage(_func: Any, first: Any, *_: Any) -> Any:
-    return first._memory.untyped_storage()
+    storage = first._memory.untyped_storage()
+    storage.__class__, storage._origin = _NoStorage, first._origin
+    return storage
 
 
 def _refuse_memory(func: Any, first: Any, *_: Any) -> NoReturn:
@@ -278,7 +301,16 @@ def _real(value: Any) -> Any:
     origin = value._origin
     found = origin.read(origin.block, origin.name)
     with torch._C.DisableTorchFunctionSubclass():
-        return found.to(value._device, value.dtype)
+        for dtype in value._dtypes:
+            found = found.to(dtype)
+        return found.to(value._device)
+
+
+def _ordinary(tensor: RemoteTensor, *, requires_grad: bool) -> torch.Tensor:
+    """An ordinary tensor of its values, or parameter as it is one."""
+    values = _real(tensor).detach().clone()
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(values, requires_grad=requires_grad) if is_parameter else values
 
 
 def _same(one: Any, other: RemoteTensor) -> bool:
@@ -324,8 +356,8 @@ _PROPERTIES = (
 )
 _METHODS = (
     "__hash__ __len__ _is_view backward dim element_size get_device is_complex is_floating_point "
-    "is_inference is_signed ndimension nelement numel register_hook retain_grad size stride "
-    "storage_offset register_post_accumulate_grad_hook"
+    "is_contiguous is_inference is_signed ndimension nelement numel register_hook retain_grad size "
+    "storage_offset register_post_accumulate_grad_hook stride"
 )
 _FUNCTIONS = "_has_compatible_shallow_copy_type is_complex is_floating_point numel"
 # Asked for shape, dtype and device alone.
@@ -359,7 +391,6 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_OF_MEMORY, _refuse_memory),
     _TENSOR.data.__set__: _set_data,
     _TENSOR.untyped_storage: _storage,
-    _TENSOR.is_contiguous: lambda *_: True,
 }
 
 

@@ -25,8 +25,14 @@ def memory(model: Any) -> int:
     return sum(storage.nbytes() for storage in {s.data_ptr(): s for s in storages}.values())
 
 
+@pytest.mark.refused(
+    "The model: `state_dict()` lacks the weights of remote blocks, which a warning says",
+    "the checkpoint itself, or `swarm.own(slice(None))`",
+)
 def test_the_state_dict_holds_what_is_here(tiny_scene: Scene) -> None:
-    state, whole = tiny_scene.remote.state_dict(), tiny_scene.reference.state_dict()
+    with pytest.warns(UserWarning, match=r"blocks 0:5 are on servers.*swarm\.own"):
+        state = tiny_scene.remote.state_dict()
+    whole = tiny_scene.reference.state_dict()
     assert sorted(state) == sorted(name for name in whole if ".layers." not in name)
     for name, tensor in state.items():
         torch.testing.assert_close(tensor, whole[name])

@@ -94,6 +94,12 @@ READS: dict[str, Callable[[Any], Any]] = {
     "set": lambda weight: torch.zeros(1).set_(weight.detach()),
     "traced": torch.jit.trace(lambda x: 2 * x, torch.ones(1)),
     "vmap": lambda weight: torch.func.vmap(torch.sum)(weight.detach()),
+    # Each conversion rounds, also where the next one has room for more.
+    "rounded": lambda weight: weight - weight.bfloat16().float(),
+    "rounded twice": lambda weight: weight.to(torch.bfloat16).half().double(),
+    "whole numbers": lambda weight: (
+        (10 * weight).data.to(torch.int8) + weight.to(torch.int8).half()
+    ),
     "func.grad": lambda weight: torch.func.grad(lambda x: (x * weight).sum())(torch.ones(80)),
 }
 
@@ -127,6 +133,7 @@ def test_shapes_cost_nothing(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Non
     for ask in (
         lambda one: (one.shape, one.dtype, one.device, one.ndim, one.numel(), len(one)),
         lambda one: (one.size(0), one.dim(), one.element_size(), one.nbytes, one.is_contiguous()),
+        lambda one: (one.stride(), one.stride(0), one.storage_offset(), one.half().stride()),
         lambda one: (one.requires_grad, one.grad, one.is_leaf, isinstance(one, nn.Parameter)),
         lambda one: (one.is_floating_point(), one.is_meta, one.layout, one.to("cpu").shape),
         lambda one: (torch.empty_like(one).shape, one.new_zeros(3).dtype, one.half().dtype),
@@ -137,6 +144,23 @@ def test_shapes_cost_nothing(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Non
     assert moved.model.layers[3].mlp.down_proj.weight.dtype == torch.bfloat16
     assert moved.model.layers[3].mlp.down_proj.weight.untyped_storage().nbytes() == 2
     torch.optim.AdamW(pair.remote.parameters()).zero_grad()
+
+
+def test_a_converted_model_reads_as_it_was_rounded(pair: Pair) -> None:
+    for model in (pair.remote, pair.local):
+        model.half()
+        model.float()
+    remote, local = weights(pair)
+    assert torch.equal(remote.clone(), local)
+    assert torch.equal(remote.double(), local.double())
+
+
+def test_a_pickled_module_has_parameters(pair: Pair) -> None:
+    both = [model.model.layers[3].mlp.down_proj for model in (pair.remote, pair.local)]
+    ours, theirs = (pickle.loads(pickle.dumps(module)) for module in both)
+    assert type(ours.weight) is nn.Parameter
+    assert ours.weight.requires_grad is theirs.weight.requires_grad is False
+    assert torch.equal(ours.weight, theirs.weight)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt2", "gemma3_text"])
@@ -167,6 +191,8 @@ def test_memory_that_is_not_there_is_not_read(pair: Pair) -> None:
     for ask in (
         lambda weight: weight.data_ptr(),
         lambda weight: weight.storage(),
+        lambda weight: bytes(weight.untyped_storage()),
+        lambda weight: weight.detach().untyped_storage().tolist(),
         lambda weight: safetensors.torch.save({"weight": weight}),
     ):
         with pytest.raises(Unsupported, match=r"block 3 has no memory.*clone\(\).*own\(3\)"):
