@@ -195,12 +195,14 @@ def _tell_others() -> None:
     others = len(running) - 1
     if others > 0:
         logger.warning(
-            "%s of before still %s, with server processes of %s: something holds %s model. "
-            "disconnect() on the earlier Swarm ends it",
-            "an embedded swarm" if others == 1 else f"{others} embedded swarms",
-            "runs" if others == 1 else "run",
+            "%s still running, with server processes of %s: a variable, such as model, still "
+            "refers to %s. Delete or replace that variable, or call disconnect() on the earlier "
+            "swarm",
+            "an earlier embedded swarm is"
+            if others == 1
+            else f"{others} earlier embedded swarms are",
             ", ".join(sorted({Path(local.model).name for local in running})),
-            "its" if others == 1 else "their",
+            "it" if others == 1 else "them",
         )
 
 

@@ -20,7 +20,7 @@ from swarm_notebook.model.home import Blocks
 from swarm_notebook.privacy import examine
 from swarm_notebook.report.audit import AuditTable
 from swarm_notebook.report.cost import Bill, Preview, bill_of, expect
-from swarm_notebook.report.formatting import count
+from swarm_notebook.report.formatting import count, model_title
 from swarm_notebook.report.privacy import Privacy
 from swarm_notebook.report.route import RouteTable, route_of
 from swarm_notebook.report.status import SwarmStatus, status_of
@@ -58,7 +58,7 @@ class Swarm:
 
     def __repr__(self) -> str:
         servers = len({span.peer for span in self.connection.directory.snapshot.spans})
-        return f"<Swarm of {count(servers, 'server')}: {self.name}>"
+        return f"<Swarm of {count(servers, 'server')}: {model_title(self.name)}>"
 
     def __enter__(self) -> Self:
         return self

@@ -16,6 +16,8 @@ from swarm_notebook.report.palette import MINUS, MOST, PLUS
 
 # Its classes are its own: several pictures and widgets stand on one page.
 _COLOURS = f".sn-heat {{ --snh-plus: {PLUS}; --snh-minus: {MINUS}; --snh-most: {MOST:.0%}; }}"
+# In a cell without a value: an empty one is a value of about 0.
+DASH = "–"
 _STYLE = (
     f"<style>\n{_COLOURS}"
     """
@@ -70,11 +72,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Legend:
-    """What the colours mean: the weakest, the strongest, and what is below 0 if there is such."""
+    """What the colours mean: the weakest, the strongest, and what is below 0 if there is such; and
+    what cells without a value are, which show a dash.
+    """
 
     low: str
     high: str
     below: str = ""
+    absent: str = ""
 
     def html(self) -> str:
         """A scale between its ends."""
@@ -86,6 +91,7 @@ class Legend:
         )
         ends = (self.below, self.high) if self.below else (self.low, self.high)
         middle = f"<span>no colour: {escape(self.low)}</span>" if self.below else ""
+        middle += f"<span>{DASH}: {escape(self.absent)}</span>" if self.absent else ""
         return (
             f'<div class="snh-legend"><span>{escape(ends[0])}</span>'
             f'<span class="snh-scale" style="{style}"></span><span>{escape(ends[1])}</span>'

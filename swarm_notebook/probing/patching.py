@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 
 from swarm_notebook.model.home import Blocks
-from swarm_notebook.probing.grid import Cell, Legend, as_html, visible
+from swarm_notebook.probing.grid import DASH, Cell, Legend, as_html, visible
 from swarm_notebook.probing.subject import Subject, Target, Text
 from swarm_notebook.progress import Waiting
 from swarm_notebook.report.formatting import data_frame, model_title, text_table
@@ -45,6 +45,7 @@ class Restored(ABC):
     corrupted: float
     _patch: ClassVar[str]
     _corner: ClassVar[str] = "block"
+    _absent: ClassVar[str] = "not patched"
 
     @property
     def restored(self) -> torch.Tensor:
@@ -60,7 +61,9 @@ class Restored(ABC):
             (name, [_cell(value, self._hint(name, at)) for at, value in enumerate(row)])
             for name, row in self._drawn()
         ]
-        return as_html(self._title, self._names, rows, corner=self._corner, legend=LEGEND)
+        absent = self._absent if self.scores.isnan().any() else ""
+        legend = replace(LEGEND, absent=absent)
+        return as_html(self._title, self._names, rows, corner=self._corner, legend=legend)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per patched run: its place, the metric, and how much was restored."""
@@ -111,7 +114,7 @@ def _text(value: float, digits: int) -> str:
 def _cell(value: float, hint: str) -> Cell:
     """A share as a cell. Where nothing happens it stays empty: what does is seen at once."""
     if math.isnan(value):
-        return Cell("", 0.0)
+        return Cell(DASH, 0.0)
     return Cell(_text(value, 2) if abs(value) >= 0.05 else "", value, f"{hint}{value:.4f}")
 
 

@@ -61,6 +61,7 @@ class PathPatching(Restored):
 
     _patch: ClassVar[str] = "direct path"
     _corner: ClassVar[str] = "receiver"
+    _absent: ClassVar[str] = "no path, the sender is not before the receiver"
 
     @property
     def _lines(self) -> list[int | str]:

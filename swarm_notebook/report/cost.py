@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from swarm_notebook.client.servers.routing import (
     Links,
+    block_slices,
     describe_blocks,
     network_seconds,
     prompt_seconds,
@@ -308,7 +309,8 @@ def _token_seconds(segment: RouteSegment, usage: Mapping[str, ServerUsage]) -> f
 def _cells(server: ServerBill) -> list[str]:
     return [
         server.name,
-        ", ".join(f"{start}:{end}" for start, end in server.blocks),
+        # Hooks in between cut spans into parts of themselves: whoever had one has seen it all.
+        block_slices(sorted({block for span in server.blocks for block in range(*span)})),
         number(server.requests),
         number(server.tokens),
         size(server.sent),

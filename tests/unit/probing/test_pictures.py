@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from swarm_notebook.probing import grid
+from swarm_notebook.probing import PathPatching, grid
 from swarm_notebook.report import html, plot
 from swarm_notebook.report.plot import Line, LineChart, nice_ticks
 from swarm_notebook.widgets.parts import static_html
@@ -46,6 +48,17 @@ def test_a_grid_says_what_its_colours_mean() -> None:
     assert 'title="&lt;hint&gt;"' in shown
     assert "snh-legend" in shown
     assert "∅" not in grid.as_html("T", [""], [])
+
+
+def test_no_path_is_told_from_a_path_that_carries_nothing() -> None:
+    scores = torch.tensor([[math.nan, math.nan], [0.0, 1.0], [0.01, 0.0]])
+    paths = PathPatching("m", [1, 2], [1, 3, "logits"], scores, clean=1.0, corrupted=0.0)
+    html = paths._repr_html_()
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", html)
+    assert cells == ["", "", "", "1.00", "–", "–"]
+    assert "–: no path, the sender is not before the receiver" in html
+    whole = PathPatching("m", [1, 2], [3, "logits"], scores[1:], clean=1.0, corrupted=0.0)
+    assert "no path" not in whole._repr_html_()
 
 
 @pytest.mark.parametrize(
