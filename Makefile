@@ -11,6 +11,7 @@
 # make quantisers  checkpoints of bitsandbytes, compressed-tensors and torchao, with these libraries
 # make chaos  ten minutes (SECONDS=600, SEED=0) of faults while notebooks work, and a table of pauses
 # make places  the places that servers choose in simulated swarms, against the optimum: two minutes
+# make simulated  swarms of the demo model over links, and the same in simulated time; as root
 # make churn  five minutes (SECONDS=300, SEED=0) of servers that come and go and choose their blocks
 # make hostile  attacks on a server process beside an honest notebook, and a table of them
 #
@@ -35,7 +36,7 @@ IN_ORDER := -n 2 $(BY_FILE) --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
 .PHONY: demo lab docs release trial replay test unit foreign foreign-peft foreign-nnsight foreign-trl \
-  foreign-petals quantisers chaos churn places hostile lint format outputs clean
+  foreign-petals quantisers chaos churn places simulated hostile lint format outputs clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -132,6 +133,9 @@ chaos: $(READY)
 
 places: $(READY)
 	$(BIN)/python benchmarks/places.py --seeds $(or $(SEEDS),2)
+
+simulated: $(READY)
+	$(OFFLINE) $(BIN)/python benchmarks/simulated.py
 
 churn: $(READY)
 	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m chaos.places --seconds $(or $(SECONDS),300) --seed $(or $(SEED),0)
