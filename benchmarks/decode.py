@@ -120,12 +120,19 @@ def prefill(threads: int) -> dict[str, Any]:
 
 
 def fresh(*arguments: str) -> dict[str, float]:
-    """Medians of the parts that fresh processes report."""
+    """Medians of the parts that fresh processes report, each of a user who is no member yet."""
     found: list[dict[str, float]] = []
     for _ in range(FRESH_PROCESSES):
         command = [sys.executable, __file__, *arguments]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        found.append(json.loads(output.splitlines()[-1]))
+        with tempfile.TemporaryDirectory() as data:
+            done = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                env=os.environ | {"XDG_DATA_HOME": data},
+            )
+        found.append(json.loads(done.stdout.splitlines()[-1]))
     return {part: round(statistics.median(run[part] for run in found), 2) for part in found[0]}
 
 
@@ -147,7 +154,7 @@ def invitation() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as data:
         os.environ["XDG_DATA_HOME"] = data  # swarm keys and memberships of others are no matter
         with sn.LocalSwarm(threads=1, private=True) as servers:
-            found = fresh("--child", "--peers", servers.invite())
+            found = fresh("--child", "--peers", servers.invite(uses=FRESH_PROCESSES))
     return found | {"pasted": round(found["all"] - found["import"], 2), "goal_pasted": 5.0}
 
 
@@ -187,7 +194,8 @@ def child(peers: list[str] | None, model: str | None) -> None:
     parts = {"import": time.perf_counter() - began}
     given = peers[0] if peers and len(peers) == 1 else peers  # an invitation is no list
     with (
-        timed(parts, module, LocalSwarm="servers", Connection="join"),
+        timed(parts, module.LocalSwarm, __init__="servers"),
+        timed(parts, module.Connection, __init__="join"),
         timed(parts, connection, _acquire="join: daemon and DHT"),
         timed(parts, module.skeleton, build="embeddings and head"),
         timed(parts, ModelSource, tokenizer="tokenizer"),
