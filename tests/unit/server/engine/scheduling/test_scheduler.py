@@ -174,6 +174,16 @@ def test_pieces_are_as_long_as_their_time() -> None:
     assert chunks.size(0.06) == scheduler.MAX_CHUNK
 
 
+def test_pieces_take_as_long_as_they_are_to_where_some_are_held_up() -> None:
+    """Every second one, on a busy machine; the mean of rates would be that of the quick ones."""
+    chunks = ChunkSizer()
+    for seconds in (0.19, 0.01) * 30:
+        chunks.ran(100, seconds)
+        tokens = chunks.size(0.06)
+    # A token takes a millisecond on average.
+    assert 45 < tokens < 75
+
+
 def test_who_waits_besides() -> None:
     made = filled(step("a"), Task(Kind.STATELESS, "a"))
     assert made.has_others("b")
