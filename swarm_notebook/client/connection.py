@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -117,14 +117,8 @@ class Connection:
 
     def await_audits(self, seconds: float) -> None:
         """Wait for audits that are under way, for so long at most."""
-
-        async def wait(auditor: Auditor) -> None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await auditor.settled()
-
         if self.auditor is not None:
-            self.run(wait(self.auditor))
+            self.run(_within(seconds, self.auditor.settled))
 
     def session(self, max_length: int | None = None) -> BatchSession:
         """A new session without servers yet; its first step chooses them."""
@@ -186,13 +180,7 @@ class Connection:
         Args:
             limit: seconds to wait for it; None waits to the end.
         """
-
-        async def read() -> None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(limit):
-                    await self.directory.refresh()
-
-        self.run(read())
+        self.run(_within(limit, self.directory.refresh))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for what the network thread does for us.
@@ -245,6 +233,13 @@ class Inquiry:
     def close(self) -> None:
         """Leave the swarm, unless others of this process are still there."""
         _release(self._peers, self._network)
+
+
+async def _within(seconds: float | None, work: Callable[[], Awaitable[None]]) -> None:
+    """Wait for some work, for so long at most."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await work()
 
 
 def served_models(

@@ -72,7 +72,6 @@ class Auditor:
         directory: who serves the model.
         rate: how much is computed for audits, as a share of what is computed anyway.
         judge: computes here what is disputed, if the user allows it.
-        source: of randomness; None for one that nobody can predict.
 
     Attributes:
         verdicts: what was found.
@@ -83,15 +82,9 @@ class Auditor:
 
     rate: float
 
-    def __init__(
-        self,
-        directory: Directory,
-        rate: float,
-        judge: Judge | None = None,
-        source: random.Random | None = None,
-    ):
+    def __init__(self, directory: Directory, rate: float, judge: Judge | None = None):
         self._directory, self._judge, self.rate = directory, judge, rate
-        self._source = source or random.SystemRandom()
+        self._source = random.SystemRandom()  # nobody can predict it
         self._choice = PieceSampler(rate, self._source)
         # By peer, and whether it was a way back: who is new to gradients may lie in them alone.
         self._tried: set[tuple[str, bool]] = set()

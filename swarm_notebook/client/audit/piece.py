@@ -50,12 +50,6 @@ class Piece:
         """How many tokens are compared."""
         return int(self.counted.sum())
 
-    @property
-    def cost(self) -> int:
-        """Tokens times blocks of one replay."""
-        rows, length = self.counted.shape
-        return rows * length * (self.segment.end - self.segment.start)
-
 
 def dtype_of(segment: RouteSegment) -> torch.dtype | None:
     """What a server says it computes in; None if audits cannot tell what that gives."""
@@ -74,15 +68,14 @@ def of_pass(
         compression: of the hidden states on their way.
         kept: they were not rounded on their way.
     """
-    if request.seed is not None or (compression and compression != tensors.FLOAT16 and not kept):
+    packed = compression == tensors.FLOAT16 and not kept
+    if request.seed is not None or (compression and not kept and not packed):
         return None
     hidden = request.hidden if kept else travelling(request.hidden, segment.span)
-    if compression == tensors.FLOAT16 and not kept:
-        hidden = hidden.half()
+    hidden = hidden.half() if packed else hidden
     plain = replace(request, hidden=hidden.float(), states=(), inner=())
     known = torch.ones(answer.shape[:2], dtype=torch.bool)
     counted = known if request.mask is None else request.mask.bool()
-    packed = compression == tensors.FLOAT16 and not kept
     rounded = torch.float16 if packed else answer.dtype
     return Piece(segment, plain, answer, counted, rounded=rounded)
 
@@ -155,8 +148,4 @@ def of_session(history: History, computed: Computed, end: int, compression: int)
     found = of_pass(of_end, request, torch.cat(answers, dim=1), compression, kept=False)
     if found is None:
         return None
-    return replace(
-        found,
-        counted=found.counted & torch.cat(counted, dim=1),
-        first=first or 0,
-    )
+    return replace(found, counted=found.counted & torch.cat(counted, dim=1), first=first or 0)

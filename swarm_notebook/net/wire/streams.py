@@ -369,15 +369,19 @@ async def open_stream(
         account: where answers are counted; see `Stream`.
         membership: shown to the peer; a round trip more is not needed for it.
     """
-    opening = asyncio.ensure_future(p2p.call_binary_stream_handler(peer, handler))
+
+    async def opened() -> Stream:
+        _, reader, writer = await p2p.call_binary_stream_handler(peer, handler)
+        name = peer.to_base58()
+        return Stream(reader, writer, name, max_frame, meter, answers=True, account=account)
+
+    opening = asyncio.ensure_future(opened())
     try:
-        _, reader, writer = await asyncio.shield(opening)
+        # Not cancelled itself: that would leave the stream half open for good.
+        stream = await asyncio.shield(opening)
     except asyncio.CancelledError:
-        opening.add_done_callback(_abandon)
+        opening.add_done_callback(abort_opened)
         raise
-    stream = Stream(
-        reader, writer, peer.to_base58(), max_frame, meter, answers=True, account=account
-    )
     if membership is not None:
         try:
             await stream.send(PackedMessage(metadata=show(membership)))
@@ -396,9 +400,3 @@ def abort_opened(opening: asyncio.Future[Stream]) -> None:
     """End a stream that came when nobody waited for it any more."""
     if not opening.cancelled() and opening.exception() is None:
         opening.result().abort()
-
-
-def _abandon(opening: asyncio.Future) -> None:
-    """End a stream that nobody waits for any more; cancelling would leave it half open for good."""
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result()[2].transport.abort()
