@@ -99,6 +99,8 @@ class AuditTable(ModelReport):
     def as_html(self) -> str:
         """The headline and the audits, as one static fragment."""
         first = head(self.title, self.headline, alarm=bool(self.wrong))
+        if not self.verdicts:
+            return view(first)
         rows = "".join(
             f"<tr><td>{escape(one.name)}</td>{peer_cell(one.peer)}<td>{one.start}:{one.end}</td>"
             f'<td><span class="sn-dot {_DOTS[one.outcome]}"></span>{one.outcome}</td>'

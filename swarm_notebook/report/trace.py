@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 PARTS = HopTimes._fields[4:]
 
-WIDTH, HEIGHT, LEFT = 640, 120, 56
-ROW, NAMES, NAME_LETTERS = 18, 110, 16
+# Room for labels in the larger type of narrow cells (`plot`).
+WIDTH, HEIGHT, LEFT = 640, 120, 84
+ROW, NAMES, NAME_LETTERS = 22, 176, 16
 MAX_BARS = 160  # four pixels each
 SPIKE = 1.25  # how far above the 95th percentile a bar may rise before it is cut
 
@@ -311,7 +312,8 @@ def _waterfall(one: PassTimes) -> str:
     for number, (name, parts) in enumerate(rows):
         y = ROW * number
         drawn.append(
-            f'<text x="{NAMES - 6}" y="{y + 12}" text-anchor="end" font-size="12" '
+            f'<text x="{NAMES - 6}" y="{y + ROW / 2:.0f}" text-anchor="end" font-size="12" '
+            'dominant-baseline="central" '
             f'fill="currentColor" opacity=".8">{escape(name[:NAME_LETTERS])}</text>'
         )
         for part, seconds in parts:

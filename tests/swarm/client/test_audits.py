@@ -262,5 +262,6 @@ def test_nothing_is_audited_unless_it_is_asked_for(trio: HostedSwarm) -> None:
         swarm.model(ids(), use_cache=False)
         assert not found(swarm).verdicts
         assert "nothing is audited" in repr(swarm.audit())
+        assert "<table" not in swarm.audit().as_html()
     with pytest.raises(ValueError, match="verify: 'always'"):
         sn.connect(trio.initial_peers, model=trio.model, verify="always")
