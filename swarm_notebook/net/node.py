@@ -23,10 +23,7 @@ from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
-from swarm_notebook.errors import (
-    ClocksDiffer,
-    ConnectionFailed,
-)
+from swarm_notebook.errors import ClocksDiffer, ConnectionFailed
 from swarm_notebook.net import bootstrap
 from swarm_notebook.net.addresses import LOOPBACK, addresses_of, parse_address, parse_peers
 from swarm_notebook.net.dht.storage import MembersOnly, bound_storage, prefer_signed

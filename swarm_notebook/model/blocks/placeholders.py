@@ -4,9 +4,9 @@ A `RemoteParameter` has no memory behind it, and says that it is on a real devic
 real adapter weights beside it). Torch asks it about every operation. What needs no values (shape,
 dtype, device, new tensors like it) works as ever. A conversion gives another of its kind, which
 remembers what it was converted to, for each step rounds. What reads values gets the real ones, read
-from the checkpoint for this one operation. What would write
-is refused, also by way of a row or another view that was read: the weights that count are on the
-servers. What looks for its memory finds none and raises.
+from the checkpoint for this one operation. What would write is refused, also by way of a row or
+another view that was read: the weights that count are on the servers. What looks for its memory
+finds none and raises.
 """
 
 from __future__ import annotations
