@@ -21,7 +21,8 @@ from swarm_notebook.client.servers.detector import is_done
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, prompt_seconds
 from swarm_notebook.errors import RemoteError, ServerFailed, ServerGone
-from swarm_notebook.net.wire.streams import TRANSPORT_ERRORS, ByteMeter, Stream, abort_opened
+from swarm_notebook.net.wire.opening import abort_opened
+from swarm_notebook.net.wire.streams import TRANSPORT_ERRORS, ByteMeter, Stream
 from swarm_notebook.progress import Waiting
 
 # Most steps take less: what takes longer is watched. A ping takes a server about what opening a

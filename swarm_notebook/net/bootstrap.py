@@ -56,7 +56,7 @@ async def start_daemon(start: Callable[[], Awaitable[P2P]], deadline: float) -> 
             silent = now - began > SILENCE_SECONDS and any(text in str(error) for text in _SILENT)
             if not silent or now > deadline:
                 raise
-            _say(deadline - now)
+            say_late(deadline - now)
 
 
 async def meet(dht: DHTNode, peers: Sequence[PeerID], deadline: float) -> bool:
@@ -88,7 +88,7 @@ async def meet(dht: DHTNode, peers: Sequence[PeerID], deadline: float) -> bool:
                 if unreached is not None:
                     raise unreached
                 return False
-            _say(left)
+            say_late(left)
             await asyncio.sleep(min(PAUSE_SECONDS, left))
             seconds = min(2 * seconds, max(left, usual))
             dht.protocol.wait_timeout = seconds
@@ -135,5 +135,6 @@ async def _refusal(p2p: P2P, peers: Sequence[PeerID]) -> RemoteError | None:
     return None
 
 
-def _say(left: float) -> None:
+def say_late(left: float) -> None:
+    """Say that those who let this peer in have not said anything yet, and how long they may be."""
     logger.warning("no initial peer has answered yet; asking them for up to %.0f s more", left)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import re
 import tempfile
 import time
@@ -41,7 +42,7 @@ from swarm_notebook.net.p2p.fixes import (
     mend_calls,
 )
 from swarm_notebook.net.p2p.sockets import use_loop_writers
-from swarm_notebook.net.wire import streams
+from swarm_notebook.net.wire import opening, streams
 from swarm_notebook.net.wire.traffic import Traffic
 
 bound_nesting()
@@ -56,6 +57,8 @@ START_TIMEOUT = 30.0
 # A dial over three round trips, the longest being 0.3 s, and time for a busy machine.
 CONNECT_TIMEOUT = 5.0
 PING_TIMEOUT = 3.0
+# As many of a swarm as one is told of who joins it: p2pd is content with four that answer.
+MAX_ADDRESSES = 8
 # Weight of the latest ping: about the last five count.
 PING_SMOOTHING = 0.3
 _TIMES = re.compile(r"local: ([\d.]+), peer: ([\d.]+)")
@@ -119,7 +122,7 @@ class Node:
             credentials: of a member of a private swarm; None asks for them if there is an
                 invitation.
             patience: seconds within which peers are asked again that let this one in and say
-                nothing; each is asked once in any case.
+                nothing, or do not redeem the invitation yet; each is asked once in any case.
 
         Raises:
             AddressError: an address is malformed, or the identity's file is unfit.
@@ -162,7 +165,7 @@ class Node:
         known = [PeerID.from_base58(peer["p2p"]) for peer in peers]
         try:
             if credentials is None and invitations:
-                credentials = await join(p2p, invitations[0], known)
+                credentials = await join(p2p, invitations[0], deadline, known)
             membership = None if credentials is None else Membership(credentials, p2p.peer_id)
             dht = await DHTNode.create(
                 p2p=p2p,
@@ -203,11 +206,11 @@ class Node:
     async def open_stream(
         self, peer: str, handler: str, meter: streams.ByteMeter | None = None
     ) -> streams.Stream:
-        """A new stream to a handler of a peer (base58 id), see `streams.open_stream`.
+        """A new stream to a handler of a peer (base58 id), see `opening.open_stream`.
 
         What is received is counted in `answers`, until its reader gives it back.
         """
-        return await streams.open_stream(
+        return await opening.open_stream(
             self.p2p,
             PeerID.from_base58(peer),
             handler,
@@ -271,6 +274,12 @@ class Node:
             for peer in met
             if peer != self.peer_id
         }
+
+    async def known_addresses(self) -> list[str]:
+        """Multiaddrs with peer ids by which others of the DHT can be joined, of some of them."""
+        known = [*(await self.acquaintances()).items()]
+        some = random.sample(known, min(len(known), MAX_ADDRESSES))
+        return [f"{address}/p2p/{peer}" for peer, addresses in some for address in addresses]
 
     async def meet(self, peer: str, addresses: Collection[str]) -> bool:
         """Let the DHT of a peer and this one's be one; whether it answers.
@@ -336,6 +345,7 @@ class Node:
         """Leave the DHT and end the daemon."""
         await self.dht.shutdown()
         await daemon.end(self.p2p)
+        await opening.settle(self.p2p)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from swarm_notebook.net.dht.records import ServerInfo, ServerState
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
+from swarm_notebook.net.wire.opening import open_stream
 from swarm_notebook.net.wire.stream_server import add_stream_handler
 
 RPCS = (
@@ -61,7 +62,7 @@ class Target:
         return protocol.uid_chain(self.prefix, *self.blocks)
 
     async def open(self, rpc: str) -> streams.Stream:
-        return await streams.open_stream(self.node.p2p, self.peer, rpc)
+        return await open_stream(self.node.p2p, self.peer, rpc)
 
     @contextlib.asynccontextmanager
     async def asking(self, rpc: str) -> AsyncIterator[streams.Stream]:

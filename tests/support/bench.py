@@ -23,6 +23,7 @@ from torch import nn
 
 from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
+from swarm_notebook.net.wire.opening import open_stream
 
 Answer = tuple[list[torch.Tensor], dict[str, Any]]
 
@@ -36,7 +37,7 @@ async def call(
     metadata: dict[str, Any],
 ) -> Answer:
     """One request and its answer over a stream: tensors and metadata."""
-    stream = await streams.open_stream(client.node.p2p, peer, rpc)
+    stream = await open_stream(client.node.p2p, peer, rpc)
     packed = protocol.pack_metadata(metadata)
     try:
         # A server that has read enough answers before it has got all.

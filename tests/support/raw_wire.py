@@ -27,6 +27,7 @@ from swarm_notebook.net.membership.certificate import Credentials
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
+from swarm_notebook.net.wire.opening import open_stream
 
 
 class ServerProcess:
@@ -83,7 +84,7 @@ class RawClient:
         self._runner.close()
 
     async def session(self, peer: PeerID) -> RawSession:
-        return RawSession(await streams.open_stream(self.node.p2p, peer, protocol.RPC_INFERENCE))
+        return RawSession(await open_stream(self.node.p2p, peer, protocol.RPC_INFERENCE))
 
     async def info(self, peer: PeerID, uid: str = "") -> dict[str, Any]:
         answer = await self.node.p2p.call_protobuf_handler(
@@ -102,7 +103,7 @@ class RawClient:
     async def forward_stream(
         self, peer: PeerID, messages: Sequence[PackedMessage]
     ) -> list[torch.Tensor]:
-        stream = await streams.open_stream(self.node.p2p, peer, protocol.RPC_FORWARD_STREAM)
+        stream = await open_stream(self.node.p2p, peer, protocol.RPC_FORWARD_STREAM)
         for message in messages:
             await stream.send(message)
         await stream.send_end()

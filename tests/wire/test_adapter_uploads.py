@@ -18,7 +18,8 @@ from support.raw_wire import RawClient
 from swarm_notebook.errors import AdapterMissing, BadRequest, ServerBusy
 from swarm_notebook.net.wire import protocol, tensors, traffic
 from swarm_notebook.net.wire.message import PackedMessage
-from swarm_notebook.net.wire.streams import Stream, StreamClosed, open_stream
+from swarm_notebook.net.wire.opening import open_stream
+from swarm_notebook.net.wire.streams import Stream, StreamClosed
 
 
 def hostile(tuned: Tuned) -> dict[str, tuple[dict[str, Any], type[Exception]]]:

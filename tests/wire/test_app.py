@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import swarm_notebook as sn
 from swarm_notebook.errors import ModelNotFound
 from swarm_notebook.net.node import Node
-from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.net.wire.message import PackedTensor
+from swarm_notebook.net.wire.opening import open_stream
 from swarm_notebook.server import app
 from swarm_notebook.server.app import Server
 from swarm_notebook.server.engine.steps.batching import Batching
@@ -207,7 +208,7 @@ def test_a_step_in_flight_is_answered_before_the_server_stops(loop: Loop, tiny_l
     async def ask(server: Server) -> list[torch.Tensor]:
         node = await Node.start(server.facts["maddrs"], client=True)
         peer = node.p2p.peer_id.from_base58(server.facts["peer_id"])
-        session = RawSession(await streams.open_stream(node.p2p, peer, protocol.RPC_INFERENCE))
+        session = RawSession(await open_stream(node.p2p, peer, protocol.RPC_INFERENCE))
         uid = protocol.uid_chain(NAME, 0, 5)
         await session.step(uid, hidden[:, :1], max_length=250)
         await session.stream.send(request(uid, hidden[:, 1:], max_length=250))
@@ -276,7 +277,7 @@ def test_nothing_large_is_computed_or_packed_on_the_event_loop(
                 (protocol.RPC_FORWARD_STREAM, forward),
                 (protocol.RPC_BACKWARD_STREAM, back),
             ):
-                stream = await streams.open_stream(node.p2p, peer, rpc)
+                stream = await open_stream(node.p2p, peer, rpc)
                 await stream.send(message)
                 await stream.send_end() if rpc is not protocol.RPC_INFERENCE else None
                 answers.append(list((await stream.receive()).tensors))

@@ -18,8 +18,9 @@ from support.patience import wait_until
 from support.raw_wire import RawClient, ServerProcess, request
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.net.wire.message import PackedMessage
+from swarm_notebook.net.wire.opening import open_stream
 from swarm_notebook.server.rpc.push import EARLY_SECONDS
 
 BLOCKS, SOME, HIDDEN = 30, (10, 15), 576
@@ -71,7 +72,7 @@ def test_what_a_crowd_leaves_behind_goes_back_to_the_system(llama_process: Bench
         for session in sessions:
             fields = {"session_id": str(uuid.uuid4()), "max_length": POSITIONS}
             await session.step(uid, states, None, None, start_from_position=0, **fields)
-        stream = await streams.open_stream(llama.client.node.p2p, peer, protocol.RPC_PUSH_STREAM)
+        stream = await open_stream(llama.client.node.p2p, peer, protocol.RPC_PUSH_STREAM)
         for number in range(PUSHES):
             metadata = protocol.pack_metadata({"session_id": "none", "step_id": str(number)})
             pushed = [tensors.pack(PUSHED)]

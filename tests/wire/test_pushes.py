@@ -19,6 +19,7 @@ from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.net.wire.message import PackedMessage
+from swarm_notebook.net.wire.opening import open_stream
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.rpc import inbox
 from swarm_notebook.server.rpc.push import EARLY_BYTES_PER_PEER
@@ -52,7 +53,7 @@ class Pushes:
 
     async def stream(self, client: RawClient | None = None) -> streams.Stream:
         node = (client or self.client).node
-        return await streams.open_stream(node.p2p, self.bench.server.peer, protocol.RPC_PUSH_STREAM)
+        return await open_stream(node.p2p, self.bench.server.peer, protocol.RPC_PUSH_STREAM)
 
     def push(self, hidden: torch.Tensor, step: str) -> PackedMessage:
         metadata = protocol.pack_metadata({"session_id": self.id, "step_id": step})

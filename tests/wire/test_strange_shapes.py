@@ -8,8 +8,9 @@ from support.bench import Bench
 from support.memory import Peak
 
 from swarm_notebook.errors import BadRequest
-from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
+from swarm_notebook.net.wire.opening import open_stream
 
 # What travels of a tensor is two copies at the most: as it came, and as a message or joined.
 MEBIBYTES, COPIES = 15, 3.5
@@ -37,7 +38,7 @@ def test_a_strange_shape_is_refused_before_it_is_unpacked(llama_process: Bench) 
     uid = protocol.uid_chain("tiny-llama", llama_process.start, llama_process.end)
 
     async def ask(rpc: str, message: PackedMessage) -> None:
-        stream = await streams.open_stream(client.node.p2p, server.peer, rpc)
+        stream = await open_stream(client.node.p2p, server.peer, rpc)
         try:
             await stream.send(message)
             if rpc != protocol.RPC_INFERENCE:

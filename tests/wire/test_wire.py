@@ -22,8 +22,9 @@ from support.raw_wire import RawClient, RawSession, ServerProcess, request
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.errors import BadRequest, CacheFull, SessionLost, from_wire
-from swarm_notebook.net.wire import protocol, streams, tensors
+from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
+from swarm_notebook.net.wire.opening import open_stream
 from swarm_notebook.server.engine.kv.cache import grown_capacity
 from swarm_notebook.server.engine.span import Span
 
@@ -399,7 +400,7 @@ GARBAGE = {
 @pytest.mark.parametrize("rpc", [protocol.RPC_INFERENCE, protocol.RPC_FORWARD_STREAM])
 def test_garbage_is_refused(wire: Wire, bystander: Bystander, rpc: str, name: str) -> None:
     async def work() -> None:
-        session = RawSession(await streams.open_stream(wire.client.node.p2p, wire.server.peer, rpc))
+        session = RawSession(await open_stream(wire.client.node.p2p, wire.server.peer, rpc))
         await session.send_bytes(GARBAGE[name])
         await bystander.step()
         with pytest.raises(BadRequest):

@@ -13,7 +13,7 @@ from hivemind.proto import runtime_pb2
 from swarm_notebook.errors import MAX_WIRE_TEXT, BadRequest, NotAMember, from_wire
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol
-from swarm_notebook.net.wire.streams import show
+from swarm_notebook.net.wire.opening import show
 from swarm_notebook.texts import clean
 
 logger: logging.Logger = logging.getLogger(__name__)

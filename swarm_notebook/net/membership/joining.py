@@ -21,7 +21,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm_notebook.errors import ClocksDiffer, ConnectionFailed, InvitationError, NotAMember
-from swarm_notebook.net.bootstrap import PATIENCE
+from swarm_notebook.net.bootstrap import say_late
 from swarm_notebook.net.membership import RENEW_SECONDS
 from swarm_notebook.net.membership.authority import Authority
 from swarm_notebook.net.membership.certificate import (
@@ -42,8 +42,9 @@ from swarm_notebook.net.wire.streams import TRANSPORT_ERRORS
 logger: logging.Logger = logging.getLogger(__name__)
 
 RPC_JOIN = "TransformerConnectionHandler.rpc_join"
-# A dial and a round trip, on a machine that loads a model besides.
-REDEEM_SECONDS = 10.0
+# A dial and a round trip, on a machine that loads a model besides; and on one that does not, which
+# is what each server gets, however little time is left.
+REDEEM_SECONDS, LEAST_SECONDS = 10.0, 3.0
 
 _REFUSED = {
     Ruling.UNKNOWN: "the swarm does not know it",
@@ -66,10 +67,13 @@ async def offer(p2p: P2P, authority: Authority) -> None:
     await p2p._client.add_unary_handler(RPC_JOIN, redeem)
 
 
-async def join(p2p: P2P, invitation: Invitation, others: Collection[PeerID] = ()) -> Credentials:
+async def join(
+    p2p: P2P, invitation: Invitation, deadline: float, others: Collection[PeerID] = ()
+) -> Credentials:
     """What makes this machine's user a member; asks a server unless that was done before.
 
     Args:
+        deadline: by `time.monotonic`; until then those are asked again that are late.
         others: peers besides those of the invitation that may be of the swarm, as the local
             network tells; what they answer is the swarm's own word, or nothing.
 
@@ -80,34 +84,42 @@ async def join(p2p: P2P, invitation: Invitation, others: Collection[PeerID] = ()
     """
     key, certificate = await asyncio.to_thread(_read, invitation)
     if not certificate:
-        return await _redeem(p2p, invitation, others, key)
+        return await _redeem(p2p, invitation, deadline, others, key)
     kept = Credentials(invitation.swarm, key, certificate)
     left = Certificate.read(certificate, invitation.swarm).expires - time.time()
     if left < RENEW_SECONDS:
         try:
-            return await _redeem(p2p, invitation, others, key)
+            # Once: without it, too, the rest of the time is better spent on meeting the swarm.
+            return await _redeem(p2p, invitation, time.monotonic(), others, key)
         except (ConnectionFailed, ClocksDiffer) as error:
             logger.info("the membership is not renewed: %s", error)
     return kept
 
 
 async def _redeem(
-    p2p: P2P, invitation: Invitation, others: Collection[PeerID], key: Ed25519PrivateKey
+    p2p: P2P,
+    invitation: Invitation,
+    deadline: float,
+    others: Collection[PeerID],
+    key: Ed25519PrivateKey,
 ) -> Credentials:
     """Ask one server after the other to be let in with a key."""
     request = Redemption.of(invitation, key.public_key().public_bytes_raw()).pack()
     failed: Exception | None = None
     invited = [PeerID.from_base58(Multiaddr(one)["p2p"]) for one in invitation.addresses]
-    asked, deadline = deque(dict.fromkeys([*invited, *others])), time.monotonic() + PATIENCE
+    asked = deque(dict.fromkeys([*invited, *others]))
     while asked:
         peer = asked.popleft()
+        left = deadline - time.monotonic()
         try:
-            async with asyncio.timeout(REDEEM_SECONDS):
+            async with asyncio.timeout(min(REDEEM_SECONDS, max(left, LEAST_SECONDS))):
                 answer = await p2p._client.call_unary_handler(peer, RPC_JOIN, request)
         except TRANSPORT_ERRORS as error:
             failed = error
             # Who is late is not gone: it is asked again, after all others.
-            if isinstance(error, TimeoutError) and time.monotonic() < deadline:
+            left = deadline - time.monotonic()
+            if isinstance(error, TimeoutError) and left > 0:
+                say_late(left)
                 asked.append(peer)
             continue
         try:

@@ -8,9 +8,6 @@ for a failure. We frame by ourselves over hivemind's binary streams, instead of 
 async-generator handlers, because a decode step is one message each way: no task and no queue per
 message, a bound on the length that a peer may declare, and typed errors.
 
-In a private swarm the first message of a stream is a request without tensors, whose metadata show
-who asks (see `net.membership`).
-
 A frame that has begun must come to its end in time, and so must whoever reads it. Its bytes are
 taken from `traffic` first, and looked at as they come: nothing is waited for that is to be refused.
 """
@@ -23,13 +20,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p import P2PDaemonError, P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto.p2pd_pb2 import RPCError
 
 from swarm_notebook.errors import BadRequest, ServerBusy, from_wire, to_wire
-from swarm_notebook.net.membership.certificate import Membership
-from swarm_notebook.net.wire import protocol
 from swarm_notebook.net.wire.format import MAX_FIELDS, check_fields
 from swarm_notebook.net.wire.frame import Frame
 from swarm_notebook.net.wire.message import (
@@ -351,52 +346,3 @@ def _read_error(data: bytes | Frame) -> str:
         return parsed(RPCError, data.rest() if isinstance(data, Frame) else data).message
     except BadRequest as error:
         raise BadFrame(str(error)) from None
-
-
-async def open_stream(
-    p2p: P2P,
-    peer: PeerID,
-    handler: str,
-    meter: ByteMeter | None = None,
-    max_frame: int = MAX_FRAME_BYTES,
-    *,
-    account: Account | None = None,
-    membership: Membership | None = None,
-) -> Stream:
-    """A new stream to `handler` of `peer`; P2PDaemonError when the peer cannot be reached.
-
-    Args:
-        account: where answers are counted; see `Stream`.
-        membership: shown to the peer; a round trip more is not needed for it.
-    """
-
-    async def opened() -> Stream:
-        _, reader, writer = await p2p.call_binary_stream_handler(peer, handler)
-        name = peer.to_base58()
-        return Stream(reader, writer, name, max_frame, meter, answers=True, account=account)
-
-    opening = asyncio.ensure_future(opened())
-    try:
-        # Not cancelled itself: that would leave the stream half open for good.
-        stream = await asyncio.shield(opening)
-    except asyncio.CancelledError:
-        opening.add_done_callback(abort_opened)
-        raise
-    if membership is not None:
-        try:
-            await stream.send(PackedMessage(metadata=show(membership)))
-        except BaseException:
-            stream.abort()
-            raise
-    return stream
-
-
-def show(membership: Membership) -> bytes:
-    """The metadata by which a member shows that it is one."""
-    return protocol.pack_metadata({protocol.MEMBER: membership.shown})
-
-
-def abort_opened(opening: asyncio.Future[Stream]) -> None:
-    """End a stream that came when nobody waited for it any more."""
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().abort()

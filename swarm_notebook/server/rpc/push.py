@@ -30,12 +30,8 @@ from swarm_notebook.errors import BadRequest, RemoteError
 from swarm_notebook.net.membership.certificate import Membership
 from swarm_notebook.net.wire import protocol
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
-from swarm_notebook.net.wire.streams import (
-    TRANSPORT_ERRORS,
-    Stream,
-    abort_opened,
-    open_stream,
-)
+from swarm_notebook.net.wire.opening import abort_opened, open_stream
+from swarm_notebook.net.wire.streams import TRANSPORT_ERRORS, Stream
 from swarm_notebook.net.wire.traffic import COPIES, Account, Traffic
 from swarm_notebook.server.rpc import fields
 from swarm_notebook.server.rpc.petals_push import PetalsPush

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from support.raw_wire import ServerProcess
 
 from swarm_notebook.errors import ConnectionFailed
 from swarm_notebook.net import bootstrap
+from swarm_notebook.net.membership import joining
+from swarm_notebook.net.membership.authority import Authority
 from swarm_notebook.net.node import Node
 
 
@@ -26,6 +29,21 @@ def server(tiny_llama: Path, tmp_path: Path) -> Iterator[ServerProcess]:
     try:
         server.wait_ready()
         yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def private(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[ServerProcess, str]]:
+    """A server of a private swarm, and an invitation to it."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    server = ServerProcess(tiny_llama, tmp_path / "server.log", "--private")
+    try:
+        server.wait_ready()
+        (book,) = tmp_path.rglob("members.sqlite")
+        yield server, str(Authority(book.parent).invite())
     finally:
         server.kill()
 
@@ -89,3 +107,33 @@ def test_a_peer_that_stays_silent_is_named(server: ServerProcess) -> None:
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+
+
+def test_an_invitation_is_shown_again_to_a_server_that_is_late(
+    private: tuple[ServerProcess, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "REDEEM_SECONDS", 1.0)
+    server, invitation = private
+    pid = _part(server, "loop")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with _Told(lambda: os.kill(pid, signal.SIGCONT)) as told:
+            assert asyncio.run(_join(invitation, True, bootstrap.PATIENCE)) == 1
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert "no initial peer has answered yet; asking them for up to" in told.texts[0]
+
+
+def test_an_invitation_takes_no_longer_than_the_rest(private: tuple[ServerProcess, str]) -> None:
+    """It had half a minute of its own, whatever was asked for."""
+    server, invitation = private
+    pid = _part(server, "loop")
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        with pytest.raises(ConnectionFailed, match="no server that redeems invitations"):
+            asyncio.run(_join(invitation, True, 0.0))
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    assert time.monotonic() - began < bootstrap.PATIENCE

@@ -14,7 +14,7 @@ from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire.stream_server import add_stream_handler
-from swarm_notebook.net.wire.streams import open_stream
+from swarm_notebook.net.wire.opening import open_stream
 
 async def flood(stream, peer):
     while True:

@@ -13,8 +13,9 @@ from support.patience import PATIENCE
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire.message import PackedMessage
+from swarm_notebook.net.wire.opening import open_stream
 from swarm_notebook.net.wire.stream_server import add_stream_handler
-from swarm_notebook.net.wire.streams import Stream, StreamClosed, open_stream
+from swarm_notebook.net.wire.streams import Stream, StreamClosed
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
