@@ -40,7 +40,7 @@ from swarm_notebook.planning.machines import KNOWN, Machine
 from swarm_notebook.planning.placement import Share, prompt_seconds, weight_bytes
 from swarm_notebook.planning.shape import BlockShape, ModelShape
 from swarm_notebook.report.plot import Line, LineChart
-from swarm_notebook.server.presence.flow import Place, bound, throughput
+from swarm_notebook.server.presence.flow import Moves, Place, bound, throughput
 from swarm_notebook.server.presence.places import choose, next_move
 
 # More moves than this after one event are an oscillation.
@@ -114,21 +114,27 @@ def trace(seed: int, kinds: Sequence[Server], most: int) -> Iterator[tuple[int, 
             yield number, drawn.choice(kinds)
 
 
-def ours(servers: Servers, spans: Spans, blocks: int, drawn: random.Random) -> int:
-    """Each server decides alone, by the code that servers run."""
+def ours(
+    servers: Servers, spans: Spans, blocks: int, drawn: random.Random, *, moves: Moves = Moves.AWAY
+) -> int:
+    """Each server decides alone, by the code that servers run.
+
+    Args:
+        moves: how all of them go to other blocks.
+    """
 
     def place(one: int) -> Place:
         start, end = spans[one]
-        return Place(start, end, servers[one].span_rate(end - start))
+        return Place(start, end, servers[one].span_rate(end - start), moves)
 
     for new in servers.keys() - spans.keys():
         size = min(servers[new].size, blocks)
         rate = servers[new].span_rate(size)
         spans[new] = choose([place(one) for one in spans], blocks, size, rate)
-    for moves in range(MOST_MOVES):
+    for moved in range(MOST_MOVES):
         move = next_move([place(one) for one in servers], blocks)
         if move is None:
-            return moves
+            return moved
         # Of those that are alike one is as good as the other.
         one = drawn.choice([one for one in servers if place(one) == move[0]])
         spans[one] = move[1].start, move[1].end
@@ -222,7 +228,12 @@ def _by_speed(pipeline: Sequence[Server], blocks: int) -> list[int]:
     return counts
 
 
-RULES: dict[str, Rule] = {"ours": ours, "petals": petals, "parallax": parallax}
+RULES: dict[str, Rule] = {
+    "ours": ours,
+    "with room": functools.partial(ours, moves=Moves.BESIDE),
+    "petals": petals,
+    "parallax": parallax,
+}
 
 
 def flow(servers: Servers, spans: Spans, blocks: int) -> float:

@@ -118,7 +118,8 @@ def add_served(serve: argparse.ArgumentParser, *, model: str, peers: str) -> Non
         metavar="SIZE",
         help="for weights, such as 20GiB: as many blocks as it holds as they are; where that is "
         "not all, at --bits or what is measured to be good enough, and then at the most bits that "
-        "hold them (default: 7 tenths of what is free, for who joins a swarm, and no fewer bits)",
+        "hold them; for a while twice as much, where that is free and the server moves to others "
+        "(default: 7 tenths of what is free, for who joins a swarm, and no fewer bits)",
     )
     serve.add_argument(
         "--initial-peers",

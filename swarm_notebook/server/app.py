@@ -45,7 +45,8 @@ from swarm_notebook.server.presence.arrival import (
     start_node,
     stay_together,
 )
-from swarm_notebook.server.presence.flow import Place
+from swarm_notebook.server.presence.flow import Moves, Place
+from swarm_notebook.server.presence.moving import Move, moves_of
 from swarm_notebook.server.presence.pings import NeighbourPings
 from swarm_notebook.server.presence.placing import Placing
 from swarm_notebook.server.presence.reunion import Reunion
@@ -120,24 +121,44 @@ class Server:
             await self._stack.aclose()
 
     @property
+    def options(self) -> ServeOptions:
+        """What it serves and how; once it has started, nothing of it is open."""
+        return self._options
+
+    @property
     def busy(self) -> bool:
         """Whether a step of a session is in flight."""
         return self._up is not None and self._up.handler.busy
 
-    async def better_place(self) -> ServeOptions:
-        """Return as soon as it had better serve other blocks, if it may choose them.
+    @property
+    def up(self) -> bool:
+        """Whether it serves."""
+        return self._up is not None
 
-        Returns:
-            what a server in that place is to be started with.
-        """
+    async def better_place(self) -> Move:
+        """Return as soon as it had better serve other blocks, if it may choose them."""
         up = self._up
         while up is None or not self._options.chosen:
             await asyncio.Event().wait()  # for ever
         start, end = self.facts["blocks"]
-        throughput = up.describe(ServerState.ONLINE).throughput
-        span = await up.placing.better(Place.announced(start, end, throughput))
+
+        def own() -> Place:
+            info = up.describe(ServerState.ONLINE)
+            return Place.announced(start, end, info.throughput, Moves(info.moves or Moves.AWAY))
+
+        there = await up.placing.better(own)
+        span, beside = (there.start, there.end), there.moves is Moves.BESIDE
         logger.info("moving to blocks %d:%d, where the swarm needs this server more", *span)
-        return replace(self._options, blocks=span, chosen=True)
+        peers = [*(self.facts["maddrs"] if beside else ()), *await up.node.known_addresses()]
+        # Those that it was told at first may have gone, and nobody may have told it of any.
+        peers = [*dict.fromkeys([*peers, *self._options.initial_peers])]
+        options = replace(self._options, blocks=span, chosen=True, initial_peers=peers)
+        return Move(options, beside=beside)
+
+    async def replaced(self) -> None:
+        """Return as soon as each of its blocks has another server."""
+        if self._up is not None:
+            await self._up.placing.replaced(*self.facts["blocks"])
 
     async def daemon_ended(self) -> None:
         """Return when the network daemon has ended."""
@@ -173,7 +194,14 @@ class Server:
         self._stack.push_async_callback(announcer.cancel)
         self._announcer = announcer
         told = await asyncio.to_thread(digest, source)
-        joining = describe(blocks, options, told, None, ServerState.JOINING)
+        joining = describe(
+            blocks,
+            options,
+            told,
+            None,
+            ServerState.JOINING,
+            moves=Moves.AWAY if options.chosen else Moves.NEVER,
+        )
         await announcer.announce(joining)
         self._say(blocks=list(blocks))
         loaded, quantised = await _while_announced(announcer, joining, loading.future)
@@ -219,7 +247,12 @@ class Server:
 
         def now(state: ServerState) -> ServerInfo:
             return about(
-                state, rates=meter.rates, engine=batching.engine, pool=pool, pings=pings.rtt
+                state,
+                rates=meter.rates,
+                engine=batching.engine,
+                pool=pool,
+                pings=pings.rtt,
+                moves=moves_of(options, span),
             )
 
         async def online() -> ServerInfo:

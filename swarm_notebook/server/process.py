@@ -6,7 +6,8 @@ that is needed to use it. People read the log on standard error.
 
 SIGTERM, SIGINT and, with ``exit_with_stdin``, the end of standard input make it leave: steps in
 flight are answered, the swarm is told, the exit code is 0. A server that has chosen its blocks
-itself gives way to another one in its place as soon as other blocks need it more.
+itself gives way to another one as soon as other blocks need it more. Where memory holds both, it
+serves until the other one does and each of its blocks has another server.
 """
 
 from __future__ import annotations
@@ -71,31 +72,35 @@ async def serve(options: ServeOptions) -> None:
     leaving = asyncio.create_task(_leaving(options.exit_with_stdin).wait())
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    while True:
+    # A notebook shows how far it is; a person who reads the terminal has the log.
+    server: Server | None = _server(options)
+    while server is not None:
+        options = server.options
         try:
-            options = await _serve_in_place(options, leaving)
+            if not server.up:
+                await _start(server, leaving)
+            server = await _next(server, leaving) if server.up else None
         except ConnectionFailed as error:
             if not options.chosen:
                 raise
             logger.warning("%s; trying again", error)
             await asyncio.wait([leaving], timeout=GOODBYE_SECONDS)
-        if leaving.done():
-            return
-        # The next server needs the memory of this one.
+            server = None if leaving.done() else _server(options)
+        # The next server needs the memory of the last one.
         gc.unfreeze()
         gc.collect()
 
 
-async def _serve_in_place(options: ServeOptions, leaving: asyncio.Task[Any]) -> ServeOptions:
-    """Serve until told to leave, or until another place is better.
+def _server(options: ServeOptions) -> Server:
+    # A notebook shows how far it is; a person who reads the terminal has the log.
+    return Server(options, _tell, progress=options.exit_with_stdin)
 
-    Returns:
-        with what to go on, if not told to leave.
+
+async def _start(server: Server, leaving: asyncio.Task[Any]) -> None:
+    """Start a server; if told to leave meanwhile, it is not up.
 
     Raises: as `serve`.
     """
-    # A notebook shows how far it is; a person who reads the terminal has the log.
-    server = Server(options, _tell, progress=options.exit_with_stdin)
     starting = asyncio.create_task(server.start())
     await asyncio.wait([starting, leaving], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -103,26 +108,84 @@ async def _serve_in_place(options: ServeOptions, leaving: asyncio.Task[Any]) -> 
         starting.cancel()
         # What takes longer ends with the process.
         await asyncio.wait([starting], timeout=GOODBYE_SECONDS)
-        return options
+        return
     try:
         starting.result()
     except P2PDaemonError as error:
         raise ConnectionFailed(
-            f"the network daemon cannot listen on {', '.join(options.host_maddrs)}; is the port "
-            f"taken? Choose another one with --host-maddrs ({error})"
+            f"the network daemon cannot listen on {', '.join(server.options.host_maddrs)}; is the "
+            f"port taken? Choose another one with --host-maddrs ({error})"
         ) from None
+
+
+async def _next(server: Server, leaving: asyncio.Task[Any]) -> Server | None:
+    """Serve until told to leave, or until another server of this process is to go on.
+
+    Returns:
+        the server to go on with, which may be up; None if told to leave.
+
+    Raises: as `serve`.
+    """
     heap.freeze()
     trimming = asyncio.create_task(server.trim())
     ended = asyncio.create_task(server.daemon_ended())
     moving = asyncio.create_task(server.better_place())
-    await asyncio.wait([ended, leaving, moving], return_when=asyncio.FIRST_COMPLETED)
-    failed, moves = ended.done(), moving.done()
-    for task in (trimming, ended, moving):
-        task.cancel()
+    successor: Server | None = None
+    try:
+        while successor is None:
+            await asyncio.wait([ended, leaving, moving], return_when=asyncio.FIRST_COMPLETED)
+            if ended.done() or leaving.done():
+                break
+            move = moving.result()
+            if not move.beside:
+                successor = _server(move.options)
+            elif (successor := await _started_beside(server, move.options, leaving)) is None:
+                moving = asyncio.create_task(server.better_place())
+    finally:
+        for task in (trimming, ended, moving):
+            task.cancel()
+    failed = ended.done() and not ended.cancelled()
     await server.stop()
-    if failed:
+    if leaving.done() and successor is not None:
+        await successor.stop()
+    if failed and successor is None:
         raise ServerFailed("the network daemon (p2pd) of this server has died")
-    return moving.result() if moves else options
+    return None if leaving.done() else successor
+
+
+async def _started_beside(
+    server: Server, options: ServeOptions, leaving: asyncio.Task[Any]
+) -> Server | None:
+    """A server in another place, as soon as one that serves until then is not needed any more.
+
+    Returns:
+        None if it did not start, or if told to leave.
+    """
+    successor = Server(options)
+
+    async def take_over() -> None:
+        await successor.start()
+        await server.replaced()
+
+    taking = asyncio.create_task(take_over())
+    ended = asyncio.create_task(server.daemon_ended())
+    await asyncio.wait([taking, ended, leaving], return_when=asyncio.FIRST_COMPLETED)
+    taking.cancel()
+    ended.cancel()
+    await asyncio.wait([taking], timeout=GOODBYE_SECONDS)
+    if successor.up and not leaving.done():
+        _tell(successor.facts)
+        return successor
+    await successor.stop()
+    if not leaving.done():
+        logger.warning("staying: the other blocks cannot be served (%s)", _why(taking))
+    return None
+
+
+def _why(ended: asyncio.Task[None]) -> str:
+    if not ended.done() or ended.cancelled():
+        return "it took too long"
+    return str(ended.exception())
 
 
 def _tell(facts: dict[str, Any]) -> None:

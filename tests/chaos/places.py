@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -81,6 +81,11 @@ class Chooser:
     def up(self) -> bool:
         return self._process is not None
 
+    def __str__(self) -> str:
+        said = self._log.read_text().splitlines() if self._log.exists() else []
+        state = f"serves {self.held}" if self.held else "is not ready" if self.up else "is not up"
+        return "\n    ".join([f"server-{self.number} {state}", *said[-8:]])
+
     def start(self, peers: Sequence[str]) -> None:
         joining = ["--initial-peers", *peers] if peers else []
         with self._log.open("a") as log:
@@ -116,8 +121,7 @@ class Chooser:
                     self.moves += before not in {None, self.held}
                     before = self.held
         if self._process is process:
-            said = self._log.read_text().splitlines() if self._log.exists() else []
-            say(f"server-{self.number} has ended by itself: {' | '.join(said[-3:])}")
+            say(f"{self} and has ended by itself")
             self._process, self.held, self.addresses = None, None, []
             self.ended += 1
 
@@ -199,12 +203,12 @@ class Run:
                 server = self.random.choice(alone)
                 began = time.monotonic()
                 server.end(signal.SIGKILL)
-                wait(lambda: not Holes(self.servers).there)
+                wait(lambda: not Holes(self.servers).there, self.servers)
                 return time.monotonic() - began
             if not able:
                 return None
             self.random.choice(able).end(signal.SIGTERM)
-            wait(lambda: not Holes(self.servers).there)
+            wait(lambda: not Holes(self.servers).there, self.servers)
 
     @staticmethod
     def _alone(server: Chooser, there: Sequence[Chooser]) -> bool:
@@ -222,7 +226,7 @@ class Run:
                     self.join(server)
             return all(server.held for server in self.servers)
 
-        wait(ready)
+        wait(ready, self.servers)
 
     def cut(self) -> None:
         """Half of the servers cannot be reached for a time, each by itself."""
@@ -277,12 +281,15 @@ def notebook(kind: str, peers: Sequence[str], folder: Path, told: Told, prefix: 
         reading.join()
 
 
-def wait(ready, seconds: float = START_SECONDS) -> None:
-    """Raises: RuntimeError: it does not become true in time."""
+def wait(
+    ready: Callable[[], object], servers: Sequence[Chooser], seconds: float = START_SECONDS
+) -> None:
+    """Raises: RuntimeError: it does not become true in time; it tells what servers say."""
     deadline = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > deadline:
-            raise RuntimeError("the swarm does not become whole")
+            told = "\n".join(map(str, servers))
+            raise RuntimeError(f"the swarm does not become whole:\n{told}")
         time.sleep(0.1)
 
 
@@ -292,10 +299,10 @@ def work(run: Run, seconds: float, holes: Holes) -> None:
     while time.monotonic() < until:
         time.sleep(run.random.uniform(0.5, 1.5) * PAUSE_SECONDS)
         run.event()
-    wait(lambda: not holes.there)
+    wait(lambda: not holes.there, run.servers)
     if run.networks is not None:
         run.cut()
-    wait(lambda: not holes.there)
+    wait(lambda: not holes.there, run.servers)
 
 
 def main() -> int:
@@ -317,15 +324,15 @@ def main() -> int:
             stack.callback(lambda: [one.end(signal.SIGKILL) for one in servers if one.up])
             for server in servers:
                 run.join(server)
-                wait(lambda server=server: server.held)
-            wait(lambda: not Holes(servers).there)
+                wait(lambda server=server: server.held, servers)
+            wait(lambda: not Holes(servers).there, servers)
             say(f"whole: {[server.held for server in servers]}")
             before = [server.moves for server in servers]
             peers = [address for server in servers for address in server.addresses]
             prefix = networks.prefix(len(servers)) if networks else ()
             for kind in ("works", "acts"):
                 stack.enter_context(notebook(kind, peers, folder, told, prefix))
-            wait(lambda: told.counts["tokens"] and told.counts["steps"])
+            wait(lambda: told.counts["tokens"] and told.counts["steps"], servers)
             with Holes(servers) as holes:
                 work(run, options.seconds, holes)
             retaken = []

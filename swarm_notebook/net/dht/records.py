@@ -99,6 +99,7 @@ class ServerInfo(BaseModel):
         part_tokens: from how many tokens on a pass takes as long as its tokens need.
         engine: how steps run, for people: "compiled", "graph" or "plain", mostly with the reason.
         reproducible: what a session gets does not depend on who else is served, to the bit.
+        moves: how the server goes to other blocks, see `server.presence.flow.Moves`.
         next_pings: round trips in seconds to servers of neighbouring blocks, by peer (base58 id).
         model: the prefix of the model that the record is about.
         digest: of the checkpoint that is served, see `checkpoint.files.digest`.
@@ -121,6 +122,7 @@ class ServerInfo(BaseModel):
     part_tokens: Annotated[int, Field(gt=0)] | None = None
     engine: Name | None = None
     reproducible: bool | None = None
+    moves: int | None = None
     adapters: tuple[Name, ...] | list[Name] = ()
     torch_dtype: Name | None = None
     quant_type: Name | None = None

@@ -32,6 +32,7 @@ from swarm_notebook.server.engine.kv.budget import CachePool
 from swarm_notebook.server.engine.quantising.loading import Quantised
 from swarm_notebook.server.engine.throughput import Throughput
 from swarm_notebook.server.options import ServeOptions
+from swarm_notebook.server.presence.flow import Moves
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def describe(
     engine: str | None = None,
     pool: CachePool | None = None,
     pings: Mapping[str, float] | None = None,
+    moves: Moves = Moves.NEVER,
 ) -> ServerInfo:
     """What the server says of itself; neither measured nor with a cache while it joins.
 
@@ -63,6 +65,7 @@ def describe(
         engine: how its steps run.
         quantised: what was done to its weights; None: nothing.
         pings: round trips in seconds to the servers of neighbouring blocks.
+        moves: how it goes to other blocks.
     """
     packed: dict[str, Any] = {"quant_type": "none"}
     if quantised is not None:
@@ -84,6 +87,7 @@ def describe(
         part_tokens=rates.part_tokens if rates else None,
         engine=engine[:MAX_WORDS] if engine else None,
         reproducible=options.reproducible or None,
+        moves=int(moves) or None,
         torch_dtype=options.dtype,
         using_relay=False,
         next_pings=dict(pings) if pings else None,

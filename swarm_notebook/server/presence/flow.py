@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum
 
 # Of all that is asked for, what arithmetic in floats may lose.
 _ROUNDING = 1e-9
@@ -26,6 +27,14 @@ _HALVINGS = 30
 _PARTS = (1, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
+class Moves(IntEnum):
+    """How a server goes to other blocks."""
+
+    NEVER = 0  # somebody has told it which to serve
+    AWAY = 1  # it leaves those that it has, and then loads the others
+    BESIDE = 2  # it has memory for both, and serves those that it has until it serves the others
+
+
 @dataclass(frozen=True, order=True)
 class Place:
     """Blocks ``[start, end)`` on a server that passes ``rate`` tokens per second through them."""
@@ -33,16 +42,17 @@ class Place:
     start: int
     end: int
     rate: float
+    moves: Moves = Moves.AWAY
 
     @classmethod
-    def announced(cls, start: int, end: int, throughput: float) -> Place:
+    def announced(cls, start: int, end: int, throughput: float, moves: Moves) -> Place:
         """Of a server with this ``throughput``.
 
         That is of requests for half of the blocks, by Petals' definition, and favours small spans
         up to twofold: reckoning with it reached 0.91 of the optimum in the median instead of 0.94.
         """
         blocks = end - start
-        return cls(start, end, throughput * (blocks + 1) / (2 * blocks))
+        return cls(start, end, throughput * (blocks + 1) / (2 * blocks), moves)
 
     @property
     def size(self) -> int:
@@ -55,7 +65,7 @@ class Place:
 
     def at(self, start: int) -> Place:
         """The same server with as many blocks from another one on."""
-        return Place(start, start + self.size, self.rate)
+        return replace(self, start=start, end=start + self.size)
 
 
 def held(places: Sequence[Place], blocks: int) -> list[int]:

@@ -23,7 +23,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from swarm_notebook.server.presence.flow import Place, bound, held, layouts, throughput, unmet
+from swarm_notebook.server.presence.flow import (
+    Moves,
+    Place,
+    bound,
+    held,
+    layouts,
+    throughput,
+    unmet,
+)
 
 # How much more the swarm must be able to have for anybody to move. In simulated swarms of up to
 # eight unlike cards, six traces: all of the optimum in the median with 1.02, 1.05 and 1.1, and 0.98
@@ -109,10 +117,15 @@ def _helpful_moves(
     now, moves = list(places), list[Move]()
     while len(moves) < 2 * len(places) and any(unmet(now, blocks, asked)):
         best, move = _worth(now, blocks, asked), None
-        for place in _movable(now, blocks):
+        counts = held(now, blocks)
+        for place in sorted(set(now)):
+            if not _may_move(place, counts):
+                continue
             rest = [*now]
             rest.remove(place)
             for start in _starts(rest, blocks, place.size, unmet(rest, blocks, asked)):
+                if not _may_move(place, counts, start):
+                    continue
                 found = _worth([*rest, place.at(start)], blocks, asked)
                 # Not for what rounding makes of it.
                 if found[0] > best[0] or (found[0] == best[0] and found[1] > best[1] + asked / 1e4):
@@ -135,12 +148,14 @@ def _moves_to(
     moving = [*(Counter(places) - Counter(wanted)).elements()]
     left = [*(Counter(wanted) - Counter(places)).elements()]
     while moving:
-        allowed = _movable(now, blocks)
+        counts = held(now, blocks)
         best: tuple[tuple[int, float], Move] | None = None
-        for place in sorted({one for one in moving if one in allowed}):
+        for place in sorted(set(moving)):
             rest = [*now]
             rest.remove(place)
             for there in sorted({one for one in left if one == place.at(one.start)}):
+                if not _may_move(place, counts, there.start):
+                    continue
                 found = _worth([*rest, there], blocks, asked)
                 if best is None or found > best[0]:
                     best = found, (place, there)
@@ -165,15 +180,22 @@ def _worth(places: Sequence[Place], blocks: int, asked: float) -> tuple[int, flo
     return sum(map(bool, held(places, blocks))), -sum(unmet(places, blocks, asked))
 
 
-def _movable(places: Sequence[Place], blocks: int) -> list[Place]:
-    """Those that may move: each of their blocks has another server, or the swarm is not whole."""
-    counts = held(places, blocks)
-    whole = all(counts)
-    return [
-        place
-        for place in sorted(set(places))
-        if not whole or all(count > 1 for count in counts[place.start : place.end])
-    ]
+def _may_move(place: Place, counts: Sequence[int], start: int | None = None) -> bool:
+    """Whether a server may move: the blocks that it leaves have others, or the swarm is not whole.
+
+    Args:
+        counts: how many servers each block has.
+        start: of where it goes; None: anywhere.
+    """
+    if place.moves is Moves.NEVER or not all(counts):
+        return place.moves is not Moves.NEVER
+    left = set(range(place.start, place.end))
+    if place.moves is Moves.BESIDE:
+        # What it has in both places it serves all the time; anywhere: a block further at least.
+        if start is None:
+            return counts[place.start] > 1 or counts[place.end - 1] > 1
+        left -= set(range(start, start + place.size))
+    return all(counts[block] > 1 for block in left)
 
 
 def _starts(others: Sequence[Place], blocks: int, size: int, missing: Sequence[float]) -> list[int]:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from swarm_notebook.server.presence.flow import Place, bound, held, layouts, throughput
+from swarm_notebook.server.presence.flow import Moves, Place, bound, held, layouts, throughput
 from swarm_notebook.server.presence.places import better, choose, next_move
 
 
@@ -102,6 +102,21 @@ def test_nobody_uncovers_a_block_or_moves_for_little() -> None:
     assert better([Place(0, 3, 100.0)], 6, own) == (3, 6), "somebody has left"
     assert better([Place(0, 3, 100.0), Place(3, 6, 20.0)], 6, own) == (3, 6)
     assert better([Place(0, 3, 100.0), Place(3, 6, 198.0)], 6, own) is None
+
+
+def test_who_has_room_for_both_keeps_to_the_blocks_that_nobody_else_has() -> None:
+    others = [Place(0, 1, 100.0), Place(3, 5, 75.0)]
+    assert better(others, 5, Place(0, 3, 67.0)) is None, "it is the only one at two of its blocks"
+    # It serves these two all the time, as they are in both places.
+    own = Place(0, 3, 67.0, Moves.BESIDE)
+    assert better(others, 5, own) == (1, 4)
+    assert better(others[1:], 5, own) is None, "now it is the only one at all of them"
+
+
+def test_who_was_told_which_blocks_to_serve_is_not_expected_to_move() -> None:
+    own, other = Place(0, 3, 100.0), Place(0, 3, 100.0, Moves.NEVER)
+    assert better([other], 6, own) == (3, 6)
+    assert better([own], 6, other) is None
 
 
 def test_it_is_one_servers_turn_whoever_asks() -> None:
