@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,9 +18,9 @@ from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.checkpoint.files.weights import SINGLE_FILE
 from swarm_notebook.checkpoint.parts.partial import load_edges
 from swarm_notebook.checkpoint.parts.single import BlockTensors
-from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.adapters.injected import Adapters
+from swarm_notebook.model.blocks.placeholders import is_placeholder
 from swarm_notebook.model.blocks.remote import remote_class
 from swarm_notebook.model.calls.decoder import DecoderCalls
 from swarm_notebook.model.calls.runner import Runner
@@ -39,6 +38,9 @@ _UNCOMPILED = (
     "torch.compile(fullgraph=True): blocks run on servers and cannot be part of a graph; leave "
     "fullgraph out"
 )
+
+# Of names in a model as it is, and with PEFT's around it, with a tuner or without.
+_AROUND = ("", "base_model.model.", "base_model.")
 
 
 class RemoteModel:
@@ -96,18 +98,14 @@ class RemoteModel:
             self._runner.warn_of_dropout()
         return super().train(mode)  # type: ignore[misc]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of every module, without what is on servers, which is said to who asks the model."""
-        runner = self._runner
-        remote = [block for block in range(len(runner.blocks)) if block not in runner.home]
-        if remote and not args and kwargs.get("destination") is None:
-            warnings.warn(
-                f"state_dict: the weights of {describe_blocks(remote)} are on servers and left "
-                "out; for all weights use the checkpoint itself, or bring the blocks home: "
-                "swarm.own(slice(None))",
-                stacklevel=2,
-            )
-        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What `DistributedDataParallel` is to leave alone: it is frozen, alike everywhere, and not
+        here.
+        """
+        named: Any = [*self.named_parameters(), *self.named_buffers()]  # type: ignore[attr-defined]
+        remote = [name for name, tensor in named if is_placeholder(tensor)]
+        return [prefix + name for prefix in _AROUND for name in remote]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
@@ -133,7 +131,7 @@ class RemoteModel:
                 "adapter works, and of blocks that came home (swarm.own(block)); for the weights "
                 "use the checkpoint itself"
             )
-        state = kwargs.get("state_dict") or super().state_dict()  # type: ignore[misc]
+        state = kwargs.get("state_dict") or self.state_dict()  # type: ignore[attr-defined]
         # Tied weights are one tensor of two names, which safetensors does not take.
         once = {(value.data_ptr(), value.shape): name for name, value in reversed(state.items())}
         kept = {name: state[name].detach().contiguous() for name in once.values()}

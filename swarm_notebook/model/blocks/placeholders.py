@@ -331,8 +331,9 @@ def _refuse(tensor: Any, what: str) -> NoReturn:
     what = {"__set__": "setting it", "requires_grad": "requires_grad=True"}.get(what, what)
     raise Unsupported(
         f"{what}: {origin.name} of block {origin.block} is on the servers and cannot be changed or "
-        "trained from here; train the block with a PEFT adapter, change a clone() for yourself, or "
-        f"bring the block home: swarm.own({origin.block})"
+        "trained from here; train a PEFT adapter around it, average only parameters with "
+        "requires_grad, change a clone() for yourself, or bring the block home: "
+        f"swarm.own({origin.block})"
     )
 
 

@@ -18,10 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.hooks import allow_writes, refuse_writes
 from swarm_notebook.model.blocks.intact import refuse_export, refuse_transforms
-from swarm_notebook.model.blocks.placeholders import is_placeholder
+from swarm_notebook.model.blocks.state import hold_what_is_here
 
 
 class BlockRunner(Protocol):
@@ -52,10 +51,12 @@ class SwarmBlock(nn.Module):
     def attach(self, runner: BlockRunner, index: int) -> None:
         """Make this the block ``index`` of the model that `runner` runs."""
         self._runner, self._index = runner, index
-        self.register_state_dict_post_hook(_without_placeholders)
-        self.register_load_state_dict_pre_hook(_refuse_placeholders)
-        self.register_load_state_dict_post_hook(_miss_no_placeholders)
+        hold_what_is_here(self)
         refuse_writes(index, self)
+
+    def _get_name(self) -> str:
+        """What ``repr`` calls it: where it runs is seen there."""
+        return type(self).__qualname__
 
 
 class RemoteBlock(SwarmBlock):
@@ -98,45 +99,6 @@ class OwnBlock(SwarmBlock):
         return self._runner.run_own(self._index, super().__call__, args, kwargs)
 
 
-def _without_placeholders(
-    _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object
-) -> None:
-    """A state dict holds what is here; what the servers hold is not."""
-    for name in [name for name in state if name.startswith(prefix)]:
-        if isinstance(state[name], torch.Tensor) and is_placeholder(state[name]):
-            del state[name]
-
-
-def _refuse_placeholders(
-    block: Any,
-    state: dict[str, Any],
-    prefix: str,
-    _metadata: object,
-    _strict: bool,
-    _missing: list[str],
-    _unexpected: list[str],
-    _errors: list[str],
-) -> None:
-    """Weights that are on the servers are not loaded."""
-    block._loading = {prefix + name for name, one in _named(block) if is_placeholder(one)}
-    if found := sorted(block._loading & state.keys()):
-        index = block._index
-        raise Unsupported(
-            f"load_state_dict: {found[0]} is on the servers and cannot be changed there; leave the "
-            f"weights of block {index} out, or bring the block home first: swarm.own({index})"
-        )
-
-
-def _miss_no_placeholders(block: Any, incompatible: Any) -> None:
-    """A state dict is not asked for what is not here."""
-    missing = incompatible.missing_keys
-    missing[:] = [name for name in missing if name not in block._loading]
-
-
-def _named(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
-
-
 def _argument_names(layer_class: type[nn.Module]) -> list[str]:
     """What a layer's forward takes behind the hidden states."""
     return list(inspect.signature(layer_class.forward).parameters)[2:]
@@ -156,10 +118,12 @@ def own_class(layer_class: type[nn.Module]) -> type[nn.Module]:
 
 def _subclass(word: str, mixin: type, layer_class: type[nn.Module]) -> type[nn.Module]:
     return type(
-        f"{word}{layer_class.__name__}",
+        # The name stays: accelerate (which modules are not split) and others go by it.
+        layer_class.__name__,
         (mixin, layer_class),
         {
             "__module__": layer_class.__module__,
+            "__qualname__": f"{word}{layer_class.__qualname__}",
             "__doc__": layer_class.__doc__,
             "layer_class": layer_class,
         },

@@ -128,6 +128,9 @@ class DecoderCalls:
         if cache is not None and layout.home and kwargs.get("attention_mask") is None:
             # The servers remember what was masked; blocks at home see what they are given.
             kwargs["attention_mask"] = cache.whole_mask(new)
+        if cache is not None and not layout.ascending:
+            # Nobody has asked for it, and a block has one place in it.
+            kwargs["past_key_values"], kwargs["use_cache"], cache = None, False, None
         recorded = self.recorded.asked(kwargs, modules)
         self.here.given = None  # of a call that did not come to its end
         own = layers == [self.blocks[index] for index in layout.order]

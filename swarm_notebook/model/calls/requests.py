@@ -101,9 +101,10 @@ def _positions(index: int, kwargs: dict[str, Any], rotations: Rotations) -> torc
     given = {name for name, value in kwargs.items() if isinstance(value, (torch.Tensor, Cache))}
     if unknown := sorted(given - {"position_ids", "position_embeddings"}):
         raise Unsupported(
-            f"block {index} was called by itself with {unknown[0]}; call the model, or the block "
-            "with hidden states and its positions only, or bring it home: "
-            f"swarm.own({index})"
+            f"block {index} was called by itself with {unknown[0]}, as copies of blocks are "
+            "(layer_replication of PEFT); call the model, or the block with hidden states and its "
+            "positions only, or bring the blocks home before they are copied: "
+            "swarm.own(slice(None))"
         )
     embeddings, ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
     if embeddings is not None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from support.scene import TOLERANCE, Scene, generate
+from torch import nn
 
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.placeholders import is_placeholder
@@ -36,6 +40,40 @@ def test_the_state_dict_holds_what_is_here(tiny_scene: Scene) -> None:
     assert sorted(state) == sorted(name for name in whole if ".layers." not in name)
     for name, tensor in state.items():
         torch.testing.assert_close(tensor, whole[name])
+
+
+def test_whatever_is_asked_for_a_state_dict_says_what_it_lacks(
+    tiny_scene: Scene, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(tiny_scene.remote)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    layers = model.model.layers
+    for module, told in (
+        (layers[3], r"block 3 are on servers and left out.*swarm\.own\(3\)"),
+        (layers[1:3], r"blocks 1:3 are on servers.*swarm\.own\(slice\(None\)\)"),
+        (nn.ModuleDict({"inner": tuned}), "blocks 0:5 are on servers"),
+        (tuned, "blocks 0:5 are on servers"),
+    ):
+        with pytest.warns(UserWarning, match=f"^state_dict: the weights of {told}") as warned:
+            state = module.state_dict()
+        assert [one.filename for one in warned] == [__file__]
+        assert all("lora" in name for name in state if "layers." in name or module is layers[3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuned.save_pretrained(tmp_path)  # it has all that it saves
+
+
+@pytest.mark.works("Tools: accelerate's `infer_auto_device_map`")
+@pytest.mark.parametrize("whole", [True, False])
+def test_accelerate_divides_it_as_it_divides_a_local_one(tiny_scene: Scene, whole: bool) -> None:
+    maps = []
+    for model in (tiny_scene.remote, tiny_scene.reference):
+        options = {"no_split_module_classes": model._no_split_modules} if whole else {}
+        memory: dict[int | str, int | str] = {0: 150_000, 1: 150_000, "cpu": 10**9}
+        maps.append(infer_auto_device_map(model, memory, **options))
+    assert maps[0] == maps[1]
+    assert len(set(maps[0].values())) == 3
+    assert whole is not any("mlp" in name for name in maps[0])
 
 
 @pytest.mark.refused(

@@ -16,6 +16,9 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.hotswap import hotswap_adapter
 from support.pairs import Pair, close, pair_of
 from support.tiny import tiny_model
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from swarm_notebook.errors import Unsupported
 
@@ -345,6 +348,20 @@ def test_refused_with_the_way_out(pair: Pair, kind: str) -> None:
         model(tokens())
 
 
+@pytest.mark.works("PEFT: `layer_replication` of blocks at home, with `use_cache=False`")
+def test_blocks_replicated_at_home(pair: Pair) -> None:
+    pair.swarm.own(slice(None))
+    try:
+        models = tuned(pair, REFUSED["replicated"])
+        same(models)
+        same_training(models)
+        same_generation(models, use_cache=False)
+        with pytest.raises(Unsupported, match="use_cache=False"):
+            models[0].generate(tokens(), max_new_tokens=2)
+    finally:
+        pair.swarm.release()
+
+
 @pytest.mark.refused(
     "PEFT: merging into remote blocks", "bring the blocks home: `swarm.own(slice(None))`"
 )
@@ -382,3 +399,51 @@ def test_used_in_turns_an_adapter_is_sent_once(pair: Pair) -> None:
                 ours(tokens())
         sent.append(dict(connection.directory.uploaded))
     assert sent[0] == sent[1] == sent[2]
+
+
+def averaged(model: Any, averages: AveragedModel) -> float:
+    """Three steps of training, each followed by an update of an average of what is trained."""
+    trained = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    for _ in range(3):
+        model(**padded()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        averages.update_parameters(averaged_of(model))
+    return float(sum(one.detach().norm() for one in averages.module.parameters()))
+
+
+def averaged_of(model: Any) -> nn.ParameterList:
+    return nn.ParameterList(one for one in model.parameters() if one.requires_grad)
+
+
+@pytest.mark.refused(
+    "Training: averages of all parameters (`AveragedModel(model)`)",
+    "one of the parameters with `requires_grad`, or `swarm.own(slice(None))`",
+)
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_averages_of_what_is_trained(pair: Pair, decay: float | None) -> None:
+    kind = None if decay is None else get_ema_multi_avg_fn(decay)
+    models = tuned(pair, lora())
+    ours, theirs = (
+        averaged(model, AveragedModel(averaged_of(model), multi_avg_fn=kind)) for model in models
+    )
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    whole = AveragedModel(models[0], multi_avg_fn=kind)
+    with pytest.raises(Unsupported, match=rf"average only parameters with requires_grad.*{OWN}"):
+        whole.update_parameters(models[0])
+
+
+@pytest.mark.works("Training: PEFT's adapters in `DistributedDataParallel`")
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_in_parallel(pair: Pair, kind: str, tmp_path: Path) -> None:
+    """A process alone: what is frozen and not here is neither broadcast nor reduced."""
+    prompt = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    models = tuned(pair, lora() if kind == "lora" else prompt)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
+    try:
+        same_training([DistributedDataParallel(model) for model in models])
+    finally:
+        distributed.destroy_process_group()
