@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.hosting import HostedSwarm
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM
 import swarm_notebook as sn
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.parts.partial import load_edges
+from swarm_notebook.net.wire import codecs, tensors
+from swarm_notebook.net.wire.message import PackedTensor
 from swarm_notebook.server.engine.quantising.loading import load_within
 from swarm_notebook.server.loading.room import room_for
 from swarm_notebook.server.options import ServeOptions
@@ -168,3 +171,29 @@ def test_servers(library: str, tmp_path: Path) -> None:
             model(inputs_embeds=states).logits.square().mean().backward()
             gradients.append(states.grad)
     assert torch.allclose(*gradients, atol=1e-4 * float(gradients[1].abs().max()))
+
+
+@needs("bitsandbytes")
+def test_blocks_on_the_wire_are_those_of_bitsandbytes() -> None:
+    """What hivemind writes with it is read here, and the other way around."""
+    from bitsandbytes.functional import dequantize_blockwise
+    from hivemind.compression import serialize_torch_tensor
+
+    whole = torch.randn(3, 50, 48, generator=torch.Generator().manual_seed(0)) * 3
+    theirs = PackedTensor.of(serialize_torch_tensor(whole, codecs.BLOCKWISE_8BIT))
+    ours = tensors.pack(whole, codecs.BLOCKWISE_8BIT)
+    for packed in (theirs, ours):
+        sizes, book, chosen = np.split(
+            np.frombuffer(packed.buffer, np.uint8), [16 + 8, 16 + 8 + 1024]
+        )
+        sizes = sizes[16:].view(np.float32)
+        expected = dequantize_blockwise(
+            torch.from_numpy(chosen.copy()),
+            absmax=torch.from_numpy(sizes.copy()),
+            code=torch.from_numpy(book.view(np.float32).copy()),
+            blocksize=4096,
+        )
+        torch.testing.assert_close(tensors.unpack(packed).flatten(), expected)
+    assert ours.buffer[:1048] == theirs.buffer[:1048]
+    other = np.frombuffer(ours.buffer, np.uint8) != np.frombuffer(theirs.buffer, np.uint8)
+    assert other.mean() < 1e-3  # what lies between two entries

@@ -294,8 +294,8 @@ WRONG: dict[str, tuple[PackedMessage, str]] = {
     "huge shape": (with_tensor(tensor([1 << 31, 1 << 31, 1 << 31])), "its buffer has 0"),
     "no elements": (with_tensor(tensor([0, 1 << 31, 1 << 31])), "hidden states|tensor"),
     "compression": (
-        with_tensor(tensor([1, 1, HIDDEN], compression=5, buffer=b"1" * 192)),
-        "compression 5",
+        with_tensor(tensor([1, 1, HIDDEN], compression=7, buffer=b"1" * 192)),
+        "compression 7",
     ),
     "eight dimensions": (with_tensor(tensor([1] * 8, buffer=b"1234")), "8 dimensions"),
     "prompts": (with_hidden(torch.zeros(2, 2, 1, HIDDEN)), r"expected \[3, 1 or 2"),
@@ -313,7 +313,7 @@ WRONG: dict[str, tuple[PackedMessage, str]] = {
     "states": (with_hidden(states=[0]), "states: "),
     "states of text": (with_hidden(states="12"), "states: "),
     "many states": (with_hidden(states=[1] * 4), "states: "),
-    "output compression": (with_hidden(output_compression=(5,)), "output_compression"),
+    "output compression": (with_hidden(output_compression=(7,)), "output_compression"),
     "adapter": (with_hidden(active_adapter="x"), "active_adapter: 'x'"),
 }
 # Wrong in a session's step, where hypo_ids stand before the mask and the positions.

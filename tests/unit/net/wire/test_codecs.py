@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
@@ -14,6 +15,8 @@ from swarm_notebook.net.wire import codecs, tensors
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 
 KINDS = sorted(codecs.CODECS)
+# hivemind writes the other one with bitsandbytes alone (`tests/foreign/test_quantisers.py`).
+WRITTEN_BY_HIVEMIND = [kind for kind in KINDS if kind != codecs.BLOCKWISE_8BIT]
 # How far values may be off, relative to their deviation.
 CLOSE = {codecs.MEANSTD_16BIT: 2e-3, codecs.QUANTILE_8BIT: 0.2, codecs.UNIFORM_8BIT: 0.2}
 
@@ -22,7 +25,7 @@ def values(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 3 + 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WRITTEN_BY_HIVEMIND)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_hivemind_wrote_is_read(kind: int, dtype: torch.dtype) -> None:
     whole = values(2, 5, 48).to(dtype)
@@ -76,3 +79,49 @@ def test_a_codebook_that_lacks_an_entry() -> None:
     )
     with pytest.raises(BadRequest, match="entry 3 of a codebook of 3"):
         tensors.unpack(packed)
+
+
+def blocks(sizes: list[float], codebook: list[float], chosen: bytes, **more: int) -> bytes:
+    """`BLOCKWISE_8BIT` by hand; ``more`` may tell other counts: ``blocks``, ``entries``."""
+    counts = {"blocks": len(sizes), "entries": len(codebook), **more}
+    head = b"".join(count.to_bytes(8, "little", signed=True) for count in counts.values())
+    return head + np.array([*sizes, *codebook], np.float32).tobytes() + chosen
+
+
+def blockwise(buffer: bytes, *shape: int) -> PackedTensor:
+    return PackedTensor(
+        buffer=buffer, size=shape, dtype="float32", compression=codecs.BLOCKWISE_8BIT
+    )
+
+
+def test_blocks_by_hand() -> None:
+    """4,096 values of the first block, two of the second."""
+    chosen = bytes([0, 2] * 2049)
+    packed = blockwise(blocks([8.0, 0.5], [-1.0, 0.0, 0.25], chosen), 2, 2049)
+    expected = torch.tensor([-8.0, 2.0] * 2048 + [-0.5, 0.125]).reshape(2, 2049)
+    assert torch.equal(tensors.unpack(packed), expected)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "told"),
+    [
+        (blocks([1.0, 1.0], [0.0, 1.0], bytes(4)), "2 blocks, 4 values have 1"),
+        (blocks([1.0], [0.0], bytes(4), blocks=-1), "-1 blocks"),
+        (blocks([1.0], [0.0], bytes(4), entries=1 << 40), "codebook of 1099511627776"),
+        (blocks([1.0], [], bytes(4)), "codebook of 0"),
+        (blocks([1.0], [0.0], bytes(5)), "need 28 bytes, the buffer has 29"),
+        (bytes(3), "0 blocks"),
+    ],
+)
+def test_blocks_that_do_not_fit(buffer: bytes, told: str) -> None:
+    with pytest.raises(BadRequest, match=told):
+        tensors.layout(blockwise(buffer, 4))
+
+
+def test_blocks_of_very_different_sizes() -> None:
+    """Each is as exact as its own largest value allows; zeros stay zeros."""
+    whole = values(3, 4096) * torch.tensor([[1e-3], [0.0], [1e3]])
+    got = tensors.unpack(tensors.pack(whole.reshape(1, 3, 4096), codecs.BLOCKWISE_8BIT))
+    error = (got[0] - whole).norm(dim=1) / whole.norm(dim=1).clamp_min(1)
+    assert not got[0, 1].any()
+    assert error.max() < 0.02
