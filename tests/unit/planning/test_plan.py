@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,17 @@ def test_a_step_takes_what_its_parts_take() -> None:
     assert found.many_tokens_per_second > 4 * found.tokens_per_second
 
 
+def test_streams_together_are_those_of_the_plan_itself() -> None:
+    """Also of a plan that was made of another one: none keeps the rate of fewer streams."""
+    one = card("card", 24, 1000, 100, "test")
+    alone = plan_shape(model(10), [one], Demand(2048, 1), LAN)
+    assert alone.many_tokens_per_second == alone.tokens_per_second
+    shared = plan_shape(model(10), [one], Demand(2048, 8), LAN)
+    again = replace(alone, demand=shared.demand)
+    assert again.many_tokens_per_second == shared.many_tokens_per_second
+    assert plan_shape(model(400), [one], Demand(2048, 8), LAN).many_tokens_per_second == 0
+
+
 def test_experts_are_read_as_far_as_tokens_go_through_them() -> None:
     block = BlockShape(100, 80, 0, 8)
     shape = ModelShape("m", (block,), 8, 0, 0, None, chosen=0.25)
@@ -148,6 +160,7 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
     for options, message in (
         ({"bits": 1}, "2.5 to 16"),
         ({"sessions": 0}, "sessions"),
+        ({"sessions": 10**9}, "sessions: 1,000,000,000, at most 10,000"),
         ({"machines": []}, "none are given"),
     ):
         with pytest.raises(PlanError, match=message):
