@@ -11,7 +11,9 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -47,7 +49,11 @@ def environment() -> dict[str, str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama that Petals' transformers reads, too."""
     path = tiny_model(
-        "llama", tmp_path_factory.mktemp("petals"), head_dim=12, num_hidden_layers=BLOCKS
+        "llama",
+        tmp_path_factory.mktemp("petals"),
+        head_dim=12,
+        num_hidden_layers=BLOCKS,
+        max_position_embeddings=4096,
     )
     config = json.loads((path / "config.json").read_text())
     config |= {"rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": "float32"}
@@ -216,6 +222,33 @@ def test_more_than_a_cache_was_reserved_for(both: Both) -> None:
 
     ours, theirs = use(both.swarm.model), use(both.local)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_more_than_2048_tokens_in_a_cache_of_ones_own(both: Both) -> None:
+    """Nobody said how many it would be, and so many were reserved."""
+
+    def use(model: Any) -> list[torch.Tensor]:
+        ids = some_ids(1, 2200)
+        out = model(ids[:, :2040], use_cache=True)
+        found = [out.logits[:, -1]]
+        for part in (ids[:, 2040:2047], ids[:, 2047:2049], ids[:, 2049:]):
+            out = model(part, past_key_values=out.past_key_values)
+            found.append(out.logits)
+        return found
+
+    before = both.swarm.route().hops
+    same(both, use)
+    assert [hop.peer_id for hop in both.swarm.route().hops] == [hop.peer_id for hop in before]
+
+
+def test_a_name_that_nobody_serves(both: Both, folder: Path, tmp_path: Path) -> None:
+    """It is said when the time is over, not much later."""
+    other = shutil.copytree(folder, tmp_path / "another-name")
+    began = time.monotonic()
+    with pytest.raises(sn.errors.ModelNotServed, match="another-name"):
+        sn.connect([both.servers[0].address], model=other, timeout=4)
+    assert time.monotonic() - began < 20
 
 
 def test_a_block_at_home(both: Both) -> None:
