@@ -2,7 +2,8 @@
 
 A chain may have gaps: a new one is nothing else, a lost server leaves one, and a gap is filled when
 its blocks are to be computed. A server without a cache, or whose cache lacks something, is caught
-up by replaying the history: there is one mechanism for opening, resuming and failing over.
+up by replaying the history: there is one mechanism for opening, resuming and failing over. Only a
+chain that is another one's copy begins with copies of its caches, if they are still there.
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ class Chain:
     def hops(self) -> list[Hop]:
         """The servers in use, in the order of their blocks."""
         return list(self._hops)
+
+    def copy_from(self, other: Chain) -> None:
+        """Begin with copies of another chain's caches, on its servers, where those make copies."""
+        copies = (hop.copied() for hop in other.hops)
+        self._hops = [hop for hop in copies if hop is not None]
+        self._cuts, self.absent = set(other._cuts), other.absent
 
     def cut(self, boundaries: Collection[int]) -> None:
         """From now on, have the states at the inputs of these blocks (`RouteSegment.cut`).

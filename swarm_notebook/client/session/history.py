@@ -149,7 +149,9 @@ class History:
             else event
             for event in self._events
         ]
+        twin._edited = set(self._edited)
         twin.adapter, twin.prompts = self.adapter, self.prompts
+        twin.rows, twin.rows_version = self.rows, self.rows_version
         return twin
 
     @property

@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -60,6 +62,26 @@ class HopAnswer:
     print: int | None = None
 
 
+@dataclass(eq=False)
+class CopySource:
+    """A session on the same server, with whose cache another one is to begin.
+
+    Attributes:
+        length: tokens that were in its cache.
+        intact: whether these are still what they were.
+    """
+
+    hop: Hop
+    session_id: str
+    length: int
+    intact: bool = True
+
+    def holds(self, length: int) -> bool:
+        """Whether so many tokens can still be copied from there."""
+        open_ = self.hop._stream is not None and self.hop.session_id == self.session_id
+        return open_ and self.intact and length <= self.length
+
+
 class Hop:
     """The server of blocks ``[start, end)`` in one session.
 
@@ -90,17 +112,22 @@ class Hop:
         self._max_length, self._needed = max_length, 0
         self._stream: streams.Stream | None = None
         self.sending, self.receiving = asyncio.Lock(), asyncio.Lock()
+        self._changing = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
         """Begin anew with an empty cache on the same server."""
         self.close()
-        self.position = self.counted = self.rows = 0
-        self.rows_version: int | None = None
-        # Steps that were sent and not answered yet.
-        self._owed: deque[tuple[Request, StepRoute]] = deque()
-        self._answered = 0.0
-        self._writer = StepWriter(self.segment, self._directory, self._max_length)
+        with self._changing:
+            self.position = self.counted = self.rows = 0
+            self.rows_version: int | None = None
+            # Steps that were sent and not answered yet.
+            self._owed: deque[tuple[Request, StepRoute]] = deque()
+            self._answered = 0.0
+            self._source: CopySource | None = None
+            self._copies: list[weakref.ref[CopySource]] = []
+            self._last_step = ""
+            self._writer = StepWriter(self.segment, self._directory, self._max_length)
 
     def reserve(self, tokens: int) -> None:
         """See to room for so many tokens per sequence, those in the cache included.
@@ -115,9 +142,41 @@ class Hop:
 
     def goes_on_from(self, position: int, rows: int) -> bool:
         """Whether a step of so many rows from there is one that the server's cache is ready for."""
+        if self._source is not None and not self._source.holds(position):
+            return False
         if self.segment.span.extended:
             return self.position >= position
         return self.counted == position and self.rows in (0, rows)
+
+    def copied(self) -> Hop | None:
+        """The hop of another session, that begins with what is in this one's cache.
+
+        None if the server makes no copies, or there is nothing to copy. In any thread: the copy is
+        made on the server when the hop is used.
+        """
+        origin = self if self._source is None else self._source.hop
+        with origin._changing:
+            length = self.position
+            lost = origin._stream is None or not (
+                self._source is None or self._source.holds(length)
+            )
+            if lost or not length or not self.segment.span.copies:
+                return None
+            twin = Hop(self.segment, self._directory, self._max_length)
+            twin.position, twin.counted, twin.rows = length, self.counted, self.rows
+            twin.rows_version = self.rows_version
+            twin._source = CopySource(origin, origin.session_id, length)
+            origin._copies.append(weakref.ref(twin._source))
+        return twin
+
+    def _change(self, request: Request) -> None:
+        """Note what a step that is sent leaves of the cache, for those who are still to copy it."""
+        with self._changing:
+            self.position = min(self.position, request.position)
+            waiting = [(one, source) for one in self._copies if (source := one()) is not None]
+            for _, source in waiting:
+                source.intact = request.position >= source.length and request.rows is None
+            self._copies = [one for one, source in waiting if source.intact]
 
     def content_with_less(self, error: RemoteError) -> bool:
         """After a refusal: if the server would reserve less, and that is enough, begin anew so."""
@@ -171,7 +230,12 @@ class Hop:
 
     async def send(self, request: Request, route: StepRoute) -> float:
         """Send one step (`prepare` came before); the moment when it was packed."""
+        self._change(request)
+        if self._source is not None:
+            self._writer.copy_of = self._source.session_id, self._source.hop._last_step
+            self._source = None
         message = self._writer.write(request, route)
+        self._last_step = route.step_id
         packed = time.perf_counter()
         self._owed.append((request, route))
         self.rows = request.hidden.shape[0]

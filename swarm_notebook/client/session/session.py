@@ -105,8 +105,9 @@ class InferenceSession:
         self.history.begin(new)
 
     def copy_from(self, other: InferenceSession) -> None:
-        """Begin where another session is; the servers rebuild its caches when they are needed."""
+        """Begin where another session is; its servers copy their caches when they are needed."""
         self.history, self._absent = other.history.copy(), other._absent
+        self._chain.copy_from(other._chain)
 
     async def step(
         self,

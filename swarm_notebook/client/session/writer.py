@@ -51,12 +51,14 @@ class StepWriter:
     Attributes:
         session_id: the session's name on the server.
         print_seed: by which it says what was pushed to it; None if it does not.
+        copy_of: a session there and its last step, with whose cache this one begins.
     """
 
     def __init__(self, segment: RouteSegment, directory: Directory, max_length: int):
         self._segment, self._directory, self._max_length = segment, directory, max_length
         self.session_id: str = str(uuid.uuid4())
         self.print_seed: bytes | None = prints.new_seed() if segment.span.prints else None
+        self.copy_of: tuple[str, str] | None = None
         self._introduced = False
         self._named: tuple[int, int] | None = None
 
@@ -76,6 +78,8 @@ class StepWriter:
         if not self._introduced:
             metadata["max_length"] = self._max_length
             metadata["alloc_timeout"] = ALLOC_TIMEOUT
+            if self.copy_of is not None:
+                metadata[protocol.COPY_OF] = self.copy_of
             self._introduced = True
         if route.push_from is not None:
             metadata[protocol.PUSH_FROM] = route.push_from

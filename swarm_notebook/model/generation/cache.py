@@ -167,7 +167,7 @@ class RemoteCache(Cache):
         return f"{type(self).__name__}(batch_size={self.rows}, length={self.length})"
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> RemoteCache:
-        """A cache that goes its own way; the servers rebuild its part from a copied history."""
+        """A cache that goes its own way; the servers copy their part when it is next used."""
         memo[id(self)] = twin = RemoteCache(
             self.connection, lazy=self.lazy, max_length=self._max_length
         )

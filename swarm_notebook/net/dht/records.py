@@ -45,6 +45,8 @@ DTYPE_VERSION = 3
 LAST_POSITIONS_VERSION = 4
 # From which version on they say what was pushed to them (`net.wire.prints`).
 PRINT_VERSION = 5
+# From which version on a session may begin with a copy of another one's cache.
+COPY_VERSION = 6
 
 # The record stands under every block, so what we announce is to stay small. Petals' servers ping
 # five neighbours per announcement and announce all that they pinged within five minutes.
@@ -344,6 +346,11 @@ class ServerSpan:
     def prints(self) -> bool:
         """Whether it tells the print of what another server has pushed to it."""
         return (self.info.swarm_notebook or 0) >= PRINT_VERSION
+
+    @property
+    def copies(self) -> bool:
+        """Whether a session on it may begin with a copy of another one's cache."""
+        return (self.info.swarm_notebook or 0) >= COPY_VERSION
 
 
 def spans_of(blocks: Mapping[int, Mapping[str, ServerInfo]]) -> list[ServerSpan]:

@@ -19,6 +19,8 @@ only servers which announce ``swarm_notebook`` in their record are sent:
   output the client wants; all of them go on to the next server all the same;
 - ``print`` in a step's metadata is the seed by which the server says what was pushed to it: its
   print (`net.wire.prints`) comes under the same name in the answer's;
+- ``copy_of`` in the metadata of a session's first step names another session of the same client on
+  this server, and the last step of it: the session begins with a copy of its cache;
 - ``compute_dtype`` in the metadata of a forward or backward request names the dtype to compute it
   in, whatever the server's own: for comparisons of what two servers answer.
 
@@ -41,8 +43,8 @@ from swarm_notebook.net.wire.message import PackedTensor
 bound_nesting()
 
 # 1: masks, states, adapters; 2: pushes from server to server, 8-bit values; 3: `compute_dtype`;
-# 4: `last_positions`; 5: `print`
-PROTOCOL_VERSION = 5
+# 4: `last_positions`; 5: `print`; 6: `copy_of`
+PROTOCOL_VERSION = 6
 EXTENSION_KEY = "swarm_notebook"
 TIMES_KEY = "times"
 PUSH_TO, PUSH_FROM = "push_to", "push_from"
@@ -52,6 +54,7 @@ PRINT = "print"
 TENSORS = "tensors"
 COMPUTE_DTYPE = "compute_dtype"
 LAST_POSITIONS = "last_positions"
+COPY_OF = "copy_of"
 # What a member of a private swarm shows (`net.membership`).
 MEMBER = "member"
 NEXT_SERVERS = "next_servers"  # Petals' pushes, see `server.rpc.petals_push`

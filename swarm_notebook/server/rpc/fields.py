@@ -70,10 +70,19 @@ def seed_of_prints(metadata: dict[str, Any]) -> bytes | None:
 
 def target(metadata: dict[str, Any], name: str) -> tuple[str, str]:
     """A peer id and a session id."""
+    return _two_texts(metadata, name, "a peer id and a session id")
+
+
+def session_and_step(metadata: dict[str, Any], name: str) -> tuple[str, str]:
+    """A session id and a step id."""
+    return _two_texts(metadata, name, "a session id and a step id")
+
+
+def _two_texts(metadata: dict[str, Any], name: str, expected: str) -> tuple[str, str]:
     value = metadata.get(name)
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_text, value)):
         return value[0], value[1]
-    raise _unfit(name, value, "a peer id and a session id")
+    raise _unfit(name, value, expected)
 
 
 def next_servers(metadata: dict[str, Any], end: int) -> list[tuple[str, str, int, int]]:

@@ -189,6 +189,7 @@ class Handler:
             pushes=self._pushes,
             counters=self._counters,
             codec=self._codec,
+            others=self._sessions,
         )
         self._sessions.add(session)
         self._counters.sessions += 1

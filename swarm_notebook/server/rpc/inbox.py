@@ -57,13 +57,14 @@ class Inbox:
 
     Attributes:
         filled: the step that was taken out last had to be filled in by its client.
+        session_id: the session's name; None before its first step, "" if it has none.
     """
 
     def __init__(self, pushes: PushChannel, limit: int, may_hold: Callable[[int], bool]):
         self._pushes, self._limit, self._may_hold = pushes, limit, may_hold
         self._held = 0
         self.filled = False
-        self._session_id: str | None = None
+        self.session_id: str | None = None
         self._steps: deque[tuple[PackedMessage, int] | _Announced] = deque()
         self._announced: dict[str, tuple[str, _Announced]] = {}
         # The latest steps that may come a second time: announced ones that were taken out, and
@@ -84,7 +85,7 @@ class Inbox:
         Raises:
             BadRequest: an announcement is malformed, or there are too many.
         """
-        if self._session_id is None:
+        if self.session_id is None:
             self._introduce(message)
         if _ANNOUNCES in message.metadata and self._announce(message, size):
             return
@@ -132,16 +133,16 @@ class Inbox:
         for session_id, announced in self._announced.values():
             self._pushes.forget(session_id, announced.step_id, announced.arrived)
         self._announced.clear()
-        if self._session_id:
-            self._pushes.dismiss(self._session_id, self.offer)
+        if self.session_id:
+            self._pushes.dismiss(self.session_id, self.offer)
 
     def _introduce(self, message: PackedMessage) -> None:
         """Take a session's name from its first step; Petals' clients leave out the position."""
         metadata = protocol.unpack_metadata(message.metadata)
-        self._session_id = fields.text(metadata, "session_id") or ""
-        if self._session_id and "start_from_position" not in metadata:
+        self.session_id = fields.text(metadata, "session_id") or ""
+        if self.session_id and "start_from_position" not in metadata:
             self._plain = True
-            self._pushes.admit(self._session_id, self.offer)
+            self._pushes.admit(self.session_id, self.offer)
 
     def _announce(self, message: PackedMessage, size: int) -> bool:
         metadata = protocol.unpack_metadata(message.metadata)

@@ -65,6 +65,7 @@ class StepMessage:
         push_to: the peer that gets the output besides the client, and the session there, or what
             else goes to it in Petals' form.
         print_seed: of the print of what was pushed; None: the client does not ask.
+        copy_of: another session of the client and its last step, whose cache this one begins with.
     """
 
     step: Step
@@ -73,6 +74,7 @@ class StepMessage:
     alloc_timeout: float | None = None
     push_to: tuple[str, str | petals_push.PetalsPush] | None = None
     print_seed: bytes | None = None
+    copy_of: tuple[str, str] | None = None
 
 
 def parse_blocks(uid: str, limits: Limits) -> tuple[int, int]:
@@ -178,6 +180,10 @@ def parse_step(
         parsed.push_to = petals_push.read(metadata, behind, limits.prefix, blocks[1])
     request.pushed = parsed.push_to is not None
     parsed.print_seed = fields.seed_of_prints(metadata)
+    if previous is None and metadata.get(protocol.COPY_OF) is not None:
+        if request.position is None:
+            raise BadRequest(f"{protocol.COPY_OF}: such a step needs a start_from_position")
+        parsed.copy_of = fields.session_and_step(metadata, protocol.COPY_OF)
     times.parsed()
     return parsed
 

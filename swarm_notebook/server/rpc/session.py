@@ -10,13 +10,16 @@ A short step is computed together with those of other sessions (`steps.batching`
 computed in chunks, so that the steps of other sessions come in between and a client that leaves
 stops it. Large tensors are packed and unpacked beside the event loop (`codec`).
 
+A session may begin with a copy of the cache of another one of its client, if that has done nothing
+since the step that the client names: else it is `SessionLost`, as a cache is that others needed.
+
 A client that does not read its answers holds up nobody but itself, and is gone after a while.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from typing import Any
 
 import torch
@@ -37,7 +40,7 @@ from swarm_notebook.server.rpc.answers import allow_answer
 from swarm_notebook.server.rpc.codec import Codec
 from swarm_notebook.server.rpc.counters import Counters
 from swarm_notebook.server.rpc.inbox import Inbox
-from swarm_notebook.server.rpc.parse import parse_step
+from swarm_notebook.server.rpc.parse import StepMessage, parse_step
 from swarm_notebook.server.rpc.push import PushChannel
 
 # Seconds to wait for cache memory when the client does not say, and for it to read an answer.
@@ -46,7 +49,11 @@ UNREAD_SECONDS = 60.0
 
 
 class ServerSession:
-    """A client's session on one stream; `run` lasts as long as it does."""
+    """A client's session on one stream; `run` lasts as long as it does.
+
+    Args:
+        others: all sessions on this server.
+    """
 
     def __init__(
         self,
@@ -60,8 +67,9 @@ class ServerSession:
         pushes: PushChannel,
         counters: Counters,
         codec: Codec,
+        others: Collection[ServerSession],
     ):
-        self._stream, self._limits = stream, limits
+        self._stream, self._limits, self._others = stream, limits, others
         self._batching, self._pushes, self._counters = batching, pushes, counters
         self._pool, self._compute, self._codec = pool, compute, codec
         self._state: SessionState | None = state
@@ -109,6 +117,11 @@ class ServerSession:
     @property
     def busy(self) -> bool:
         return self._reservation.busy
+
+    def state_behind(self, peer: str, session_id: str, step_id: str) -> SessionState | None:
+        """What is in the session, if it has this name and owner and is at rest behind this step."""
+        named = self._stream.peer == peer and self._inbox.session_id == session_id
+        return self._state if named and self._step_id == step_id and not self.busy else None
 
     def leave(self) -> None:
         """The server shuts down: end now, or after the step in flight."""
@@ -177,13 +190,11 @@ class ServerSession:
         state = self._state
         if state is None:
             return None  # the session has just been dropped, `run` says so
+        if parsed.copy_of is not None:
+            await self._begin_as_copy(state, parsed)
         position = state.check(step)
         self._answer_bytes = await allow_answer(self._stream.account, step)
-        needed = state.needs(step, position)
-        if needed is not None:
-            wait = ALLOC_TIMEOUT if parsed.alloc_timeout is None else parsed.alloc_timeout
-            granted = await self._pool.resize(self._reservation, *needed, wait)
-            state.cache.reserve(granted // step.rows)
+        await self._make_room(state, step.rows, state.needs(step, position), parsed)
         told: dict[str, Any] = {}
         if self._inbox.filled:
             told[protocol.FILLED] = True
@@ -211,6 +222,39 @@ class ServerSession:
                 told[protocol.PUSH_FAILED] = failed
         metadata = protocol.pack_metadata(told)
         return PackedMessage(tensors=packed, metadata=metadata)
+
+    async def _make_room(
+        self, state: SessionState, rows: int, needed: tuple[int, int] | None, parsed: StepMessage
+    ) -> None:
+        """Wait for cache memory, preferred and needed in tokens, if any is needed."""
+        if needed is not None:
+            wait = ALLOC_TIMEOUT if parsed.alloc_timeout is None else parsed.alloc_timeout
+            granted = await self._pool.resize(self._reservation, *needed, wait)
+            state.cache.reserve(granted // rows)
+
+    async def _begin_as_copy(self, state: SessionState, parsed: StepMessage) -> None:
+        """Have a copy of what another session of the client holds before the step.
+
+        Raises:
+            SessionLost: it is not there, or was changed while it was copied.
+            CacheFull, ServerBusy: there is no room for the copy.
+        """
+        step, peer, source = parsed.step, self._stream.peer, parsed.copy_of or ("", "")
+        length = step.position or 0
+
+        def found() -> SessionState | None:
+            states = (one.state_behind(peer, *source) for one in self._others)
+            return next((one for one in states if one is not None), None)
+
+        theirs = found()
+        if theirs is not None and min(theirs.cache.lengths(*step.blocks)) >= length:
+            rows = theirs.cache.rows
+            await self._make_room(state, rows, state.room(rows, length + step.length), parsed)
+            task = Task(Kind.STATELESS, peer)
+            await self._submit(state.copy_from, theirs, length, task=task)
+            if found() is theirs:
+                return
+        raise SessionLost("the session to be copied has ended or gone on, send its history again")
 
     async def _run(self, state: SessionState, step: Step, position: int) -> list[torch.Tensor]:
         if step.rows * step.length <= SHORT_TOKENS:

@@ -272,3 +272,74 @@ def test_a_copied_cache_goes_its_own_way(models: list[Any]) -> None:
             if before is not None:
                 close(ours, models[1](torch.cat([before, new], dim=1)).logits[:, 12:])
         assert (cache.get_seq_length(), other.get_seq_length()) == (20, 14)
+
+
+def served(pair: Pair) -> int:
+    """Tokens that the servers have computed, each for itself."""
+    rows = pair.swarm.status(refresh=False).servers
+    return sum(pair.swarm.info(str(row.peer_id))["tokens_served"] for row in rows)
+
+
+@torch.no_grad()
+@pytest.mark.works(
+    "Caches: `copy.deepcopy` of a prompt's, on the servers, without a second prefill"
+)
+def test_a_copied_prompt_is_not_computed_again(pair: Pair) -> None:
+    """As transformers' documentation reuses a prompt."""
+    pair.swarm.release()
+    remote, local = pair.models()
+    prompt, ends = tokens(2, 40), [tokens(2, 3), tokens(2, 5) + 1, tokens(2, 2)]
+    cache = remote(prompt, use_cache=True).past_key_values
+    for end in ends:
+        before = served(pair)
+        whole = torch.cat([prompt, end], dim=1)
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        mask = torch.ones_like(whole)
+        ours = remote.generate(
+            whole, attention_mask=mask, past_key_values=copy.deepcopy(cache), **options
+        )
+        assert ours.tolist() == local.generate(whole, attention_mask=mask, **options).tolist()
+        assert served(pair) - before == 2 * 2 * (end.shape[1] + 3)
+    assert cache.get_seq_length() == 40
+
+
+def longer(model: Any, cache: Any) -> None:
+    model(tokens(2, 3), past_key_values=cache)
+
+
+def shorter(model: Any, cache: Any) -> None:
+    cache.crop(-5)
+    model(tokens(2, 7) + 1, past_key_values=cache)
+
+
+def exchanged(model: Any, cache: Any) -> None:
+    cache.reorder_cache(torch.tensor([1, 0]))
+    model(tokens(2, 1), past_key_values=cache)
+
+
+def left(_model: Any, cache: Any) -> None:
+    cache.leave()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [longer, shorter, exchanged, left])
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_becomes_of_the_first_one_leaves_its_copy_alone(
+    models: list[Any], change: Any, twice: bool
+) -> None:
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :4] = 0
+    cache = models[0](ids, attention_mask=mask, use_cache=True).past_key_values
+    models[0](tokens(2, 1), past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 1]))  # what the servers do with the next step
+    other = copy.deepcopy(cache)
+    other = copy.deepcopy(other) if twice else other
+    change(models[0], cache)
+    seen = torch.cat([ids, tokens(2, 1)], dim=1)[[1, 1]]
+    seen_mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)[[1, 1]]
+    for length in (2, 3):
+        new = tokens(2, length) + length
+        seen = torch.cat([seen, new], dim=1)
+        seen_mask = torch.cat([seen_mask, torch.ones_like(new)], dim=1)
+        theirs = models[1](seen, attention_mask=seen_mask).logits[:, -length:]
+        close(models[0](new, past_key_values=other).logits, theirs)

@@ -95,6 +95,15 @@ class SessionCache(Cache):
         self._lengths = [0] * count
         self._keys, self._values = [None] * count, [None] * count
 
+    def copy_from(self, other: SessionCache, length: int) -> None:
+        """Hold copies of what another session's cache holds of the first ``length`` positions."""
+        self.restart(other.rows)
+        self._lengths = [min(held, length) for held in other._lengths]
+        for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
+            for index, (store, held) in enumerate(zip(theirs, self._lengths, strict=True)):
+                if store is not None:
+                    mine[index] = self._moved(store, held, range(other.rows))
+
     def reserve(self, capacity: int) -> None:
         """Set the positions to allocate; a block moves to storage of this size when it needs it."""
         self.capacity = capacity

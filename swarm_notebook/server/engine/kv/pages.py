@@ -174,6 +174,19 @@ class PagedCache(SessionCache):
         if sources:
             self.pool.copy(sources, targets)
 
+    def copy_from(self, other: SessionCache, length: int) -> None:
+        if not isinstance(other, PagedCache) or other.pool is not self.pool:
+            raise TypeError("pages are copied within a pool")
+        table = other.table  # it is replaced, and not changed, when they are given back
+        self.restart(other.rows)
+        self._lengths = [min(held, length) for held in other._lengths]
+        self.make_room(self.length)
+        used = -(-self.length // PAGE)
+        self.pool.copy(
+            [page for row in table for page in row[:used]],
+            [page for row in self.table[: len(table)] for page in row[:used]],
+        )
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

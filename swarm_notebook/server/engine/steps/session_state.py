@@ -76,14 +76,23 @@ class SessionState:
 
     def needs(self, step: Step, position: int) -> tuple[int, int] | None:
         """Cache tokens for the step, preferred and needed; None if they are there."""
-        cache, rows = self.cache, step.rows
-        length = max(position + step.length, cache.length)
+        return self.room(step.rows, max(position + step.length, self.cache.length))
+
+    def room(self, rows: int, length: int) -> tuple[int, int] | None:
+        """Cache tokens for so many rows and positions, preferred and needed; None if there."""
+        cache = self.cache
         length += -length % cache.granule
         if rows == cache.rows and length <= cache.capacity:
             return None
         preferred = grown_capacity(cache.capacity, length, self._context)
         preferred += -preferred % cache.granule
         return rows * preferred, rows * length
+
+    @torch.inference_mode()
+    def copy_from(self, other: SessionState, length: int) -> None:
+        """Hold what another session holds of the first ``length`` positions; room is there."""
+        self.cache.copy_from(other.cache, length)
+        self._mask = None if other._mask is None else other._mask.clone()
 
     def run(self, step: Step, position: int, begin: int, end: int) -> list[torch.Tensor]:
         """Compute the step's positions ``[begin, end)``; called in order, from 0 on."""
