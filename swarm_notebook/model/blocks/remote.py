@@ -10,6 +10,7 @@ through the runner, which has to know what comes in and what goes out.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -52,7 +53,27 @@ class SwarmBlock(nn.Module):
         """Make this the block ``index`` of the model that `runner` runs."""
         self._runner, self._index = runner, index
         hold_what_is_here(self)
+        for module in self.modules():
+            # As on what transformers has loaded, which is not to begin anew.
+            module._is_hf_initialized = True  # type: ignore[assignment]
         refuse_writes(index, self)
+
+    def __copy__(self) -> SwarmBlock:
+        return self._twin(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SwarmBlock:
+        memo[id(self)] = twin = self._twin({})
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _twin(self, state: dict[str, Any]) -> SwarmBlock:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(state)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Before pickle finds, and says, only that it cannot import this class.
+        return self._runner.__reduce__()
 
     def _get_name(self) -> str:
         """What ``repr`` calls it: where it runs is seen there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,30 @@ def test_whatever_is_asked_for_a_state_dict_says_what_it_lacks(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tuned.save_pretrained(tmp_path)  # it has all that it saves
+
+
+@pytest.mark.parametrize("own", [False, True])
+@torch.no_grad()
+def test_it_begins_as_little_anew_as_a_model_that_was_loaded(tiny_scene: Scene, own: bool) -> None:
+    ids = tiny_scene.ids(2, 9)
+    if own:
+        tiny_scene.swarm.own(1)
+    try:
+        model = copy.deepcopy(tiny_scene.remote)
+        model.post_init()
+        model.init_weights()
+        model.tie_weights()
+        close(model(ids).logits, tiny_scene.reference(ids).logits)
+    finally:
+        tiny_scene.swarm.release()
+
+
+def test_a_block_is_no_file(tiny_scene: Scene) -> None:
+    for module in (tiny_scene.remote.model.layers[1], tiny_scene.remote):
+        with pytest.raises(Unsupported, match="cannot be pickled; save its adapter"):
+            pickle.dumps(module)
+    block = tiny_scene.remote.model.layers[1]
+    assert copy.copy(block).mlp is block.mlp
 
 
 @pytest.mark.works("Tools: accelerate's `infer_auto_device_map`")
