@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from swarm_notebook.server.engine import following_kernel
+from swarm_notebook.server.engine.following_kernel import wait_and_be_followed
 from swarm_notebook.server.engine.kv.cache import PAGE
 
 # Programs per multiprocessor that keep a card's memory busy.
@@ -47,8 +49,10 @@ def _file(
     KEY_PAD: tl.constexpr,
     VALUE: tl.constexpr,
     VALUE_PAD: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
     """File the new key and value of one head of one row."""
+    wait_and_be_followed(FOLLOWS)
     row, head = tl.program_id(0), tl.program_id(1)
     line = tl.load(places + row * place_row) + head.to(tl.int64) * lines
     at = tl.arange(0, KEY_PAD)
@@ -91,8 +95,10 @@ def _attend(
     KEY_PAD: tl.constexpr,
     VALUE: tl.constexpr,
     VALUE_PAD: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
     """One split of a row's pages, for the queries that share a head of keys."""
+    wait_and_be_followed(FOLLOWS)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups, at_key = tl.arange(0, GROUPS_PAD), tl.arange(0, KEY_PAD)
     at_value, within = tl.arange(0, VALUE_PAD), tl.arange(0, SIZE)
@@ -152,8 +158,10 @@ def _join(
     SINKS: tl.constexpr,
     VALUE: tl.constexpr,
     VALUE_PAD: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
     """Put the splits of one query together."""
+    wait_and_be_followed(FOLLOWS)
     row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     at = tl.arange(0, VALUE_PAD)
     summed = tl.zeros([VALUE_PAD], tl.float32)
@@ -204,6 +212,7 @@ def file(
         KEY_PAD=_power(key_size),
         VALUE=value_size,
         VALUE_PAD=_power(value_size),
+        **following_kernel.options(keys.device),
     )
 
 
@@ -268,6 +277,7 @@ def attend(
         KEY_PAD=max(_LEAST_GROUPS, _power(key_size)),
         VALUE=value_size,
         VALUE_PAD=max(_LEAST_GROUPS, _power(value_size)),
+        **following_kernel.options(query.device),
     )
     output = torch.empty(rows, heads, value_size, dtype=values.dtype, device=query.device)
     _join[rows, heads](
@@ -280,6 +290,7 @@ def attend(
         SINKS=sinks is not None,
         VALUE=value_size,
         VALUE_PAD=_power(value_size),
+        **following_kernel.options(query.device),
     )
     return output
 

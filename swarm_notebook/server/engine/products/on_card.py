@@ -32,7 +32,7 @@ _SIZES = (1, 16, 32, 64)
 # Ways to share out a product, as the fields of `Tiling`: of one token at 4 or 8 bits, and of all
 # others, for which the shape of a program is chosen by the fewest tokens. Those of others are what
 # was fastest on an H200 for some matrix of an 8B Llama; no other card was tried.
-_OF_ONE = [(8, 4, 1, 0), (4, 4, 1, 0), (8, 2, 1, 0)]
+_OF_ONE = [(8, 4, 1, 0), (8, 2, 1, 0), (4, 4, 1, 0), (8, 8, 1, 0)]
 _OF_MANY = [(rows, 4, 4, fill) for rows in (64, 128) for fill in (2, 4, 8)]
 # Below four bits tiles of more tokens or rows do not fit into a multiprocessor's memory.
 _MOST_OF_FEW, _ROWS_OF_FEW = 32, 64

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 
 from swarm_notebook.checkpoint.packed import PackedGrid
+from swarm_notebook.server.engine import following_kernel
+from swarm_notebook.server.engine.following_kernel import wait_and_be_followed
 from swarm_notebook.server.engine.products import token_kernel
 from swarm_notebook.server.engine.products.token_kernel import assembles, group_of
 
@@ -159,8 +161,10 @@ def _multiply(
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
     """Some rows of a weight, in one split of its columns, times all tokens."""
+    wait_and_be_followed(FOLLOWS)
     block, split = tl.program_id(0), tl.program_id(1)
     row, token = block * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS)
     within = tl.arange(0, TILE)
@@ -308,6 +312,7 @@ def multiply(x: torch.Tensor, packed: PackedGrid, tiling: Tiling) -> torch.Tenso
         STAGES=stages,
         ASSEMBLY=bits == 4 and assembles(x.device),
         num_warps=tiling.warps,
+        **following_kernel.options(x.device),
     )
     return output
 
