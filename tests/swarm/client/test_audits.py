@@ -164,8 +164,8 @@ def halves(tiny_llama: Path) -> Iterator[HostedSwarm]:
 def test_a_small_lie_is_found_by_several_audits_and_two_witnesses(halves: HostedSwarm) -> None:
     with connected(halves, verify=1.0) as swarm:
         liar = next_server(halves, swarm)
-        # Half of what bfloat16 itself makes there: together about 1.14 times that.
-        with liars.lying(liar, liars.noise(0.0148)):
+        # With what bfloat16 itself makes there about 1.1 times that, far below the 1.25 of one audit.
+        with liars.lying(liar, liars.noise(0.0125)):
             for seed in range(300):  # audits and witnesses are drawn
                 swarm.model(ids(seed), use_cache=False)
                 if found(swarm).wrong:
