@@ -9,13 +9,14 @@ import argparse
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from swarm_notebook.errors import DeviceMissing, InvitationError
 from swarm_notebook.parsing import add_served, count, gpus, size
+from swarm_notebook.stdin import at_end_of_stdin
 
 ANY_INTERFACE = "/ip4/0.0.0.0/tcp/0"
 
@@ -140,7 +141,8 @@ def _serve(options: argparse.Namespace) -> int:
                 shutil.rmtree(scratch, ignore_errors=True)
             return 0
         if scratch is not None:
-            threading.Thread(target=_remove_when_orphaned, args=(scratch,), daemon=True).start()
+            # Whoever would remove it was killed.
+            at_end_of_stdin(partial(shutil.rmtree, scratch, ignore_errors=True))
         settings["initial_peers"] = line.split()
     return process.main(ServeOptions(**settings))
 
@@ -158,7 +160,7 @@ def _serve_on(
     passed = {name: value for name, value in settings.items() if name != "blocks"}
     servers = Several(cards(wanted), passed)
     if options.exit_with_stdin:
-        servers.stop_with_stdin()
+        at_end_of_stdin(servers.stop)
     return servers.run()
 
 
@@ -186,10 +188,3 @@ def _join(text: str, settings: dict[str, Any]) -> None:
                 "`swarm-notebook serve MODEL --join …`"
             )
         settings["model"] = invitation.model
-
-
-def _remove_when_orphaned(scratch: Path) -> None:
-    """Remove a folder at the end of standard input: whoever would have done it was killed."""
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    shutil.rmtree(scratch, ignore_errors=True)

@@ -126,16 +126,6 @@ class Several:
         """Let all leave; may be called from any thread, and from a signal."""
         self._events.put((None, "stop", None))
 
-    def stop_with_stdin(self) -> None:
-        """Let all leave when standard input ends."""
-
-        def wait() -> None:
-            while os.read(sys.stdin.fileno(), 4096):
-                pass
-            self.stop()
-
-        threading.Thread(target=wait, daemon=True).start()
-
     def _hear(self, server: _Server, said: dict[str, Any]) -> None:
         server.facts |= said
         server.settled = server.settled or "blocks" in said

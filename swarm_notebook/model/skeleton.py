@@ -21,7 +21,7 @@ from swarm_notebook.checkpoint.parts.single import BlockTensors
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.adapters.injected import Adapters
 from swarm_notebook.model.blocks.placeholders import is_placeholder
-from swarm_notebook.model.blocks.remote import remote_class
+from swarm_notebook.model.blocks.remote import swarm_class
 from swarm_notebook.model.calls.decoder import DecoderCalls
 from swarm_notebook.model.calls.runner import Runner
 from swarm_notebook.model.generation import drafting
@@ -248,7 +248,7 @@ def build(
     )
     runner = Runner(calls, returns_tuple=info.returns_tuple)
     for index, block in enumerate(blocks):
-        block.__class__ = remote_class(type(block))  # type: ignore[arg-type]
+        block.__class__ = swarm_class(type(block), own=False)  # type: ignore[arg-type]
         empty(model, block, index)
         block.attach(runner, index)
     model._runner = runner

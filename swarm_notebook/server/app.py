@@ -41,7 +41,7 @@ from swarm_notebook.server.options import CACHE_TOKENS, ServeOptions
 from swarm_notebook.server.presence.announce import Announcer, describe
 from swarm_notebook.server.presence.arrival import (
     GOODBYE_SECONDS,
-    end_task,
+    run_beside,
     start_node,
     stay_together,
 )
@@ -239,10 +239,8 @@ class Server:
             membership=node.membership,
         )
         self._stack.push_async_callback(handler.close)
-        expiring = asyncio.create_task(_keep_expiring(handler))
-        self._stack.push_async_callback(end_task, expiring)
-        telling = asyncio.create_task(_tell_engine(batching, announcer))
-        self._stack.push_async_callback(end_task, telling)
+        run_beside(self._stack, _keep_expiring(handler))
+        run_beside(self._stack, _tell_engine(batching, announcer))
         await handler.register(node.p2p)
 
         def now(state: ServerState) -> ServerInfo:

@@ -20,7 +20,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import warnings
 from typing import Any, NoReturn
 
@@ -33,6 +32,7 @@ from swarm_notebook.server.app import Server
 from swarm_notebook.server.memory import heap
 from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.server.presence.arrival import GOODBYE_SECONDS
+from swarm_notebook.stdin import at_end_of_stdin
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -201,16 +201,14 @@ def _leaving(exit_with_stdin: bool) -> asyncio.Event:
     event = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, event.set)
+
+    def leave() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            loop.call_soon_threadsafe(event.set)
+
     if exit_with_stdin:
-        threading.Thread(target=_await_end_of_stdin, args=(loop, event), daemon=True).start()
+        at_end_of_stdin(leave)
     return event
-
-
-def _await_end_of_stdin(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    with contextlib.suppress(RuntimeError):  # the loop has ended already
-        loop.call_soon_threadsafe(event.set)
 
 
 def server_loop() -> PeerLoop:

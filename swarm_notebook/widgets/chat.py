@@ -262,7 +262,7 @@ class ChatWidget(WritingWidget, module="chat"):
         if not messages or messages[-1]["role"] != "user":
             raise ValueError("nothing was asked yet; send a message first")
         sampling = self.sampling
-        ids = self._ids(messages)
+        ids = self._ids_of_chat(messages)
         with self._talking:
             self._refuse_if_answering()
             self._start(lambda: self.writer.write(ids, sampling))
@@ -323,15 +323,11 @@ class ChatWidget(WritingWidget, module="chat"):
         if self._answering or self.writer.running:
             raise Busy("the model is still answering; stop it first, or wait for it to end")
 
-    def _written(self) -> str:
-        ids = self.writer.draft.written
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
     def _show_text(self, values: dict[str, Any], *, ended: bool) -> float | None:
         with self._talking:
             if not self._answering:
                 return None
-            began, text = time.monotonic(), self._written()
+            began, text = time.monotonic(), self._written
             if ended:
                 self._answering = False
                 if text:
@@ -347,15 +343,9 @@ class ChatWidget(WritingWidget, module="chat"):
                 self._shown = self._talk.version
         return (time.monotonic() - began) / _RENDERING
 
-    def _ids(self, messages: Sequence[Message]) -> list[int]:
-        encoded = self._tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
-
     def _prompt_ids(self) -> Sequence[int]:
         messages = self.messages
-        return self._ids(messages) if messages else []
+        return self._ids_of_chat(messages) if messages else []
 
     def _estimate_traits(self) -> list[str]:
         return ["turns", "max_new_tokens"]

@@ -93,8 +93,7 @@ class GenerateWidget(WritingWidget, module="generate"):
     @property
     def text(self) -> str:
         """What was written, without the prompt and without special tokens."""
-        written = self.writer.draft.written
-        return str(self._tokenizer.decode(written, skip_special_tokens=True))
+        return self._written
 
     @property
     def tokens(self) -> list[Token]:
@@ -305,11 +304,7 @@ class GenerateWidget(WritingWidget, module="generate"):
         if not self.prompt:
             return []
         if self.chat and self.has_template:
-            messages = [{"role": "user", "content": self.prompt}]
-            encoded = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True
-            )
-            return list(encoded["input_ids"])
+            return self._ids_of_chat([{"role": "user", "content": self.prompt}])
         return list(self._tokenizer(self.prompt)["input_ids"])
 
     def _ids_of(self, token: int | str) -> list[int]:

@@ -8,7 +8,7 @@ token.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +213,19 @@ class WritingWidget(Widget):
         super().beat()
         if not self.writer.running:
             self._look_for_adapters()
+
+    @property
+    def _written(self) -> str:
+        """The text that was written, without special tokens."""
+        written = self.writer.draft.written
+        return str(self._tokenizer.decode(written, skip_special_tokens=True))
+
+    def _ids_of_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """What the model reads before it answers, by the tokenizer's chat template."""
+        encoded = self._tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
 
     def _look_for_adapters(self) -> None:
         names, on = adapters(self._model)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedBlocks:
-    """Blocks start..end-1 of a model, as a base model that has no others.
+    """Blocks of a model, from ``start`` on, as a base model that has no others.
 
     Called with ``inputs_embeds``, `model` gives in ``last_hidden_state`` exactly what these blocks
     make of it: embeddings, norms and projections around them do nothing.
@@ -51,7 +51,6 @@ class LoadedBlocks:
     decoder: nn.Module
     layers_name: str
     start: int
-    end: int
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -79,6 +78,16 @@ class DecoderInfo:
     @property
     def layers(self) -> nn.ModuleList:
         return getattr(self.decoder, self.layers_name)
+
+
+def bare_layers(source: ModelSource) -> nn.ModuleList:
+    """All blocks of a model as its config alone describes them: they take no memory."""
+    from transformers import MODEL_MAPPING
+
+    config = source.config()
+    without_quantizer(config)
+    with torch.device("meta"):
+        return find_trunk(class_for(source, MODEL_MAPPING, "base model")(config)).layers
 
 
 def load_blocks(
@@ -132,7 +141,7 @@ def load_blocks(
     )
     trunk = trunks[0]
     make_transparent(model, trunk)
-    return LoadedBlocks(model, trunk.decoder, trunk.layers_name, start, end)
+    return LoadedBlocks(model, trunk.decoder, trunk.layers_name, start)
 
 
 def load_one_by_one(
@@ -173,7 +182,7 @@ def load_one_by_one(
         if name == "num_hidden_layers" or (isinstance(value, list) and len(value) == end - start):
             setattr(first.config, name, value)
     setattr(first.decoder, first.layers_name, nn.ModuleList(layers))
-    return LoadedBlocks(first.model, first.decoder, first.layers_name, start, end)
+    return LoadedBlocks(first.model, first.decoder, first.layers_name, start)
 
 
 def _in_range(name: str, start: int, end: int) -> bool:

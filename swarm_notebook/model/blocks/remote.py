@@ -126,18 +126,9 @@ def _argument_names(layer_class: type[nn.Module]) -> list[str]:
 
 
 @functools.cache
-def remote_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """The remote subclass of a decoder layer's class."""
-    return _subclass("Remote", RemoteBlock, layer_class)
-
-
-@functools.cache
-def own_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a decoder layer's class that runs here."""
-    return _subclass("Own", OwnBlock, layer_class)
-
-
-def _subclass(word: str, mixin: type, layer_class: type[nn.Module]) -> type[nn.Module]:
+def swarm_class(layer_class: type[nn.Module], *, own: bool) -> type[nn.Module]:
+    """The subclass of a decoder layer's class that runs on servers, or here."""
+    word, mixin = ("Own", OwnBlock) if own else ("Remote", RemoteBlock)
     return type(
         # The name stays: accelerate (which modules are not split) and others go by it.
         layer_class.__name__,
@@ -153,8 +144,8 @@ def _subclass(word: str, mixin: type, layer_class: type[nn.Module]) -> type[nn.M
 
 def become(block: SwarmBlock, *, own: bool) -> None:
     """Let a block run here, or on servers, from its next call on."""
-    kind: Any = own_class if own else remote_class
-    block.__class__ = kind(block.layer_class)
+    kind: Any = block.layer_class
+    block.__class__ = swarm_class(kind, own=own)
     if own:
         allow_writes(block)
     else:

@@ -35,7 +35,7 @@ def refuse_others(index: int, call: Call, named: Mapping[str, Any], rotations: R
     embeddings = named.get("position_embeddings")
     if embeddings is None or any(embeddings is known for known in call.embeddings):
         return
-    if rotations.asked_since(call.asked):
+    if rotations.count > call.asked:
         ids, expected = rotations.positions(embeddings), call.position_ids
         if expected is None:
             expected = torch.arange(call.position, call.position + call.new)[None]

@@ -27,7 +27,11 @@ _ROUNDED = 2**-7
 
 
 class Rotations:
-    """The rotary modules of a decoder beside its blocks."""
+    """The rotary modules of a decoder beside its blocks.
+
+    Attributes:
+        count: how often they were asked; compiled ones are not seen.
+    """
 
     def __init__(self, decoder: nn.Module, blocks: Collection[nn.Module]):
         inside = {id(module) for block in blocks for module in block.modules()}
@@ -39,7 +43,7 @@ class Rotations:
         ]
         self._modules = [module for _, _, module in self._owners]
         self._plans = [_plan(module) for module in self._modules]
-        self._count = 0
+        self.count = 0
         # Positions on the CPU, and the version: by cosines, by sines; by positions where they were.
         self._asked, self._ids = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         for module in self._modules:
@@ -49,7 +53,7 @@ class Rotations:
         memo[id(self)] = twin = object.__new__(Rotations)
         twin._owners = copy.deepcopy(self._owners, memo)
         twin._modules = [module for _, _, module in twin._owners]
-        twin._plans, twin._count = self._plans, 0
+        twin._plans, twin.count = self._plans, 0
         twin._asked, twin._ids = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         return twin
 
@@ -58,7 +62,7 @@ class Rotations:
     ) -> None:
         if torch.compiler.is_compiling():
             return
-        self._count += 1
+        self.count += 1
         ids = inputs[1] if len(inputs) > 1 else named.get("position_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
             return
@@ -76,14 +80,6 @@ class Rotations:
         copied: torch.Tensor = ids.detach().to("cpu", torch.int64, copy=True)
         self._ids[ids] = copied, _version(ids)
         return copied
-
-    @property
-    def count(self) -> int:
-        return self._count
-
-    def asked_since(self, count: int) -> bool:
-        """Whether they were asked since `count` was ``count``: compiled ones are not seen."""
-        return self._count > count
 
     def check(self) -> None:
         """Compare the modules with what they were.

@@ -12,16 +12,12 @@ import logging
 import math
 from dataclasses import dataclass
 
-import torch
-
-from swarm_notebook.checkpoint.anatomy import find_trunk
 from swarm_notebook.checkpoint.as_stored import bytes_by_block, keepable
-from swarm_notebook.checkpoint.files.quantised import method_of, without_quantizer
+from swarm_notebook.checkpoint.files.quantised import method_of
 from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.checkpoint.files.weights import block_index
 from swarm_notebook.checkpoint.packed import matrices
-from swarm_notebook.checkpoint.parts.loading import class_for
-from swarm_notebook.checkpoint.parts.partial import load_blocks
+from swarm_notebook.checkpoint.parts.partial import bare_layers, load_blocks
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.net.wire import tensors
 from swarm_notebook.server.engine.quantising.loading import MAX_BITS, free_memory
@@ -152,14 +148,8 @@ def _count(
 
 def _sizes(source: ModelSource) -> list[BlockSize]:
     """Of all blocks, from the config alone."""
-    from transformers import MODEL_MAPPING
-
-    config = source.config()
-    without_quantizer(config)
-    with torch.device("meta"):
-        model = class_for(source, MODEL_MAPPING, "base model")(config)
     found = []
-    for layer in find_trunk(model).layers:
+    for layer in bare_layers(source):
         packable = sum(weight.numel() for _, _, _, weight in matrices(layer))
         found.append(BlockSize(packable, sum(one.numel() for one in layer.parameters()) - packable))
     return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from typing import Any
 
 from swarm_notebook.errors import NotAMember
 from swarm_notebook.net import lan
@@ -72,8 +73,7 @@ async def _take_part(
     keeper = MembershipKeeper(node, authority, await node.addresses(), shared_name)
     stack.push_async_callback(keeper.stop)
     await keeper.update()
-    keeping = asyncio.create_task(keeper.run())
-    stack.push_async_callback(end_task, keeping)
+    run_beside(stack, keeper.run())
 
 
 def _check_role(node: Node) -> None:
@@ -112,8 +112,7 @@ async def stay_together(
 
         beacon = await lan.Beacon.start(await node.addresses(), prefix, key, heard)
         stack.push_async_callback(beacon.stop)
-    looking = asyncio.create_task(reunion.run())
-    stack.push_async_callback(end_task, looking)
+    run_beside(stack, reunion.run())
     return reunion
 
 
@@ -132,7 +131,12 @@ async def _stop_node(starting: asyncio.Task[Node]) -> None:
         logger.info("the network daemon did not answer a last time")
 
 
-async def end_task(task: asyncio.Task[None]) -> None:
-    """Cancel a task, and wait until it has ended."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+def run_beside(stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
+    """Let something run until the stack is left, which waits until it has ended."""
+    task = asyncio.create_task(work)
+
+    async def end() -> None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    stack.push_async_callback(end)

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from swarm_notebook.checkpoint.anatomy import find_trunk
 from swarm_notebook.checkpoint.as_stored import Keepable, keep_packed, keepable
-from swarm_notebook.checkpoint.files.quantised import method_of, without_quantizer
+from swarm_notebook.checkpoint.files.quantised import method_of
 from swarm_notebook.checkpoint.files.weights import block_index
 from swarm_notebook.checkpoint.packed import Grid, matrices, pack, replace
-from swarm_notebook.checkpoint.parts.loading import class_for
-from swarm_notebook.checkpoint.parts.partial import LoadedBlocks, load_blocks, load_one_by_one
+from swarm_notebook.checkpoint.parts.partial import (
+    LoadedBlocks,
+    bare_layers,
+    load_blocks,
+    load_one_by_one,
+)
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.server.engine.quantising.calibration import calibration_states
 from swarm_notebook.server.engine.quantising.measuring import (
@@ -123,13 +126,8 @@ def load_within(
 
 def _published(source: ModelSource, start: int, end: int) -> Quantised | None:
     """In how many bits the weights of some blocks are stored, who are loaded as they are."""
-    from transformers import MODEL_MAPPING
-
-    config, weights = source.config(), source.weights()
-    without_quantizer(config)
-    with torch.device("meta"):
-        layers = find_trunk(class_for(source, MODEL_MAPPING, "base model")(config)).layers
-    count = sum(one.numel() for layer in layers[start:end] for one in layer.parameters())
+    layers, weights = bare_layers(source)[start:end], source.weights()
+    count = sum(one.numel() for layer in layers for one in layer.parameters())
     names = [name for name in weights.names() if block_index(name) in range(start, end)]
     stored = 8 * sum(lazy.nbytes for lazy in weights.lazy(names).values()) / count
     return Quantised(stored, None) if stored < MAX_BITS else None

@@ -38,6 +38,7 @@ from torch.utils import _pytree as pytree
 from swarm_notebook.server.engine.attention.paged import Seen, StepCache, at_block
 from swarm_notebook.server.engine.products import few_bits
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.stdin import at_end_of_stdin
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -352,7 +353,7 @@ def main() -> None:
     from torch._inductor import standalone_compile
 
     folder = Path(sys.argv[1])
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    at_end_of_stdin(lambda: os._exit(1))  # the parent has ended
     # Whoever is served comes first.
     os.nice(10)
     jobs = pickle.loads((folder / "jobs").read_bytes())  # noqa: S301
@@ -364,9 +365,3 @@ def main() -> None:
         (folder / f"facts-{index}").write_bytes(
             pickle.dumps((constants, pytree.treespec_dumps(outputs)))
         )
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
