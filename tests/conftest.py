@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 from support import forkserver
-from support.processes import mark_this_run, marked_processes, wait_gone
+from support.processes import mark_this_run, wait_gone
 
 from swarm_notebook import LocalSwarm
 
@@ -46,7 +46,7 @@ def _fail_on(left: dict[int, str], when: str) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _no_process_outlives_the_run() -> Iterator[None]:
     yield
-    _fail_on(wait_gone({}), "the test run")
+    _fail_on(wait_gone(()), "the test run")
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def _no_process_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[No
     if _folder(request.node) == "unit":  # no servers there: the end of the run is early enough
         yield
         return
-    known = marked_processes()
+    known = psutil.pids()
     yield
     _fail_on(wait_gone(known), request.node.nodeid)
 

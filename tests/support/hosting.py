@@ -27,6 +27,7 @@ from swarm_notebook.server.app import Server
 from swarm_notebook.server.engine import throughput
 from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.server.presence.reunion import Reunion
+from swarm_notebook.swarm import Swarm
 
 # No test rests on how fast a server finds itself, and a run of all tests starts some hundreds.
 throughput.SECONDS /= 20
@@ -190,6 +191,11 @@ class HostedSwarm:
                 if not peers:
                     await server.listens.wait()
                     peers = server.addresses
+
+    def next_of(self, notebook: Swarm) -> HostedServer:
+        """The first server of the route that a notebook's next request takes."""
+        first = notebook.route().hops[0].peer_id
+        return next(server for server in self.servers if server.peer_id == first)
 
     @property
     def initial_peers(self) -> list[str]:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 import uuid
+from collections.abc import Collection
 
 import psutil
 from support import forkserver
@@ -28,12 +29,16 @@ def mark_this_run() -> None:
     os.environ[MARK] = uuid.uuid4().hex
 
 
-def marked_processes() -> dict[int, str]:
-    """Servers and network daemons that this test run started and that still live."""
+def marked_processes(known: Collection[int] = ()) -> dict[int, str]:
+    """Servers and network daemons that this test run started and that still live.
+
+    Args:
+        known: processes that are none of them: to look at all takes longer than many a test.
+    """
     found = {}
-    for process in psutil.process_iter():
+    for pid in set(psutil.pids()).difference(known):
         try:
-            # Its environment last: those of all processes on a machine take longer than a test.
+            process = psutil.Process(pid)
             command = " ".join(process.cmdline())
             if (
                 _ours(command)
@@ -47,12 +52,11 @@ def marked_processes() -> dict[int, str]:
     return found
 
 
-def wait_gone(known: dict[int, str], seconds: float = GRACE_SECONDS) -> dict[int, str]:
+def wait_gone(known: Collection[int], seconds: float = GRACE_SECONDS) -> dict[int, str]:
     """Marked processes that are not `known` and do not go away within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
-        ours = known.keys() | _of_lasting_swarms()
-        left = {pid: text for pid, text in marked_processes().items() if pid not in ours}
+        left = marked_processes({*known, *_of_lasting_swarms()})
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.1)

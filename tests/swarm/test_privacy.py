@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support.letter_tokenizer import LetteredPair, lettered_pair
+from support.letter_tokenizer import LetteredPair
 
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model import inversion
@@ -18,9 +17,8 @@ TEXT = "Ada, 555-0137"
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LetteredPair]:
-    with lettered_pair(tmp_path_factory.mktemp("models")) as made:
-        yield made
+def pair(lettered_pair: LetteredPair) -> LetteredPair:
+    return lettered_pair
 
 
 def test_the_states_are_those_of_the_local_model(pair: LetteredPair) -> None:

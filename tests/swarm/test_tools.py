@@ -6,7 +6,7 @@ Each is run on the remote model and on the same model held locally: what they sa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
-from support.letter_tokenizer import LetteredPair, lettered_pair
+from support.letter_tokenizer import LetteredPair
 from support.pairs import local_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -39,9 +39,8 @@ def ids(pair: LetteredPair) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LetteredPair]:
-    with lettered_pair(tmp_path_factory.mktemp("tools")) as made:
-        yield made
+def pair(lettered_pair: LetteredPair) -> LetteredPair:
+    return lettered_pair
 
 
 CONFIGS: dict[str, peft.PeftConfig] = {

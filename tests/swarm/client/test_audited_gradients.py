@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support import liars
-from support.hosting import HostedServer, HostedSwarm
+from support.hosting import HostedSwarm
 from support.patience import PATIENCE
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -24,22 +24,10 @@ from swarm_notebook.tuning import DeepPrompts, Rollback
 LENGTH = 72
 
 
-@pytest.fixture(scope="module")
-def trio(tiny_llama: Path) -> Iterator[HostedSwarm]:
-    """Three servers of all blocks."""
-    with HostedSwarm(tiny_llama, [(0, 5)] * 3) as swarm, swarm.with_a_node():
-        yield swarm
-
-
 @pytest.fixture
 def swarm(trio: HostedSwarm) -> Iterator[Swarm]:
     with sn.connect(trio.initial_peers, model=trio.model, verify=1.0) as swarm:
         yield swarm
-
-
-def first_server(local: HostedSwarm, swarm: Swarm) -> HostedServer:
-    first = swarm.route().hops[0].peer_id
-    return next(server for server in local.servers if server.peer_id == first)
 
 
 def train_once(swarm: Swarm, *, adapter: bool = False) -> None:
@@ -61,7 +49,7 @@ def train_once(swarm: Swarm, *, adapter: bool = False) -> None:
 def test_a_poisoned_gradient_is_found_by_its_first_audit(
     trio: HostedSwarm, swarm: Swarm, lie: str, adapter: bool
 ) -> None:
-    liar = first_server(trio, swarm)
+    liar = trio.next_of(swarm)
     with liars.lying(liar, liars.GRADIENT_LIES[lie]):
         train_once(swarm, adapter=adapter)
         table = swarm.audit(wait=PATIENCE)
@@ -99,7 +87,7 @@ def test_gradients_in_halves_are_audited(
     halves: HostedSwarm, lie: str | None, adapter: bool
 ) -> None:
     with sn.connect(halves.initial_peers, model=halves.model, verify=1.0) as swarm:
-        server = first_server(halves, swarm)
+        server = halves.next_of(swarm)
         with liars.lying(server, liars.GRADIENT_LIES[lie] if lie else lambda _layers: []):
             train_once(swarm, adapter=adapter)
             table = swarm.audit(wait=PATIENCE)

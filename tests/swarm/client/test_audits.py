@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import liars
-from support.hosting import HostedServer, HostedSwarm
+from support.hosting import HostedSwarm
 from support.patience import PATIENCE
 from transformers import AutoModelForCausalLM
 
@@ -30,23 +30,10 @@ from swarm_notebook.widgets import ChatWidget, GenerateWidget
 TOKENS = 48
 
 
-@pytest.fixture(scope="module")
-def trio(tiny_llama: Path) -> Iterator[HostedSwarm]:
-    """Three servers of all blocks."""
-    with HostedSwarm(tiny_llama, [(0, 5)] * 3) as swarm, swarm.with_a_node():
-        yield swarm
-
-
 @contextmanager
 def connected(local: HostedSwarm, **options: object) -> Iterator[Swarm]:
     with sn.connect(local.initial_peers, model=local.model, **options) as swarm:  # type: ignore[arg-type]
         yield swarm
-
-
-def next_server(local: HostedSwarm, swarm: Swarm) -> HostedServer:
-    """The server that the next request takes."""
-    first = swarm.route().hops[0].peer_id
-    return next(server for server in local.servers if server.peer_id == first)
 
 
 def ids(seed: int = 0) -> torch.Tensor:
@@ -60,7 +47,7 @@ def found(swarm: Swarm) -> AuditTable:
 @pytest.mark.parametrize("lie", liars.LIES)
 def test_a_liar_is_found_by_its_first_audit(trio: HostedSwarm, lie: str) -> None:
     with connected(trio, verify=1.0) as swarm:
-        liar = next_server(trio, swarm)
+        liar = trio.next_of(swarm)
         with liars.lying(liar, liars.LIES[lie]):
             swarm.model(ids(), use_cache=False)
             table = found(swarm)
@@ -76,7 +63,7 @@ def test_a_liar_is_found_by_its_first_audit(trio: HostedSwarm, lie: str) -> None
 
 def test_a_liar_is_found_while_only_a_part_of_its_answer_travels(trio: HostedSwarm) -> None:
     with connected(trio, verify=1.0) as swarm:
-        liar = next_server(trio, swarm)
+        liar = trio.next_of(swarm)
         with liars.lying(liar, liars.LIES["a skipped block"]):
             swarm.model.generate(ids(), max_new_tokens=1, do_sample=False)
             table = found(swarm)
@@ -92,7 +79,7 @@ def test_a_wrong_answer_is_kept_and_replayed_by_others(
     with connected(trio, verify=1.0) as swarm:
         with pytest.raises(ValueError, match="nothing to prove"):
             swarm.audit().export(file)
-        liar = next_server(trio, swarm)
+        liar = trio.next_of(swarm)
         with liars.lying(liar, liars.LIES["2 % too long"]):
             swarm.model(ids(), use_cache=False)
             found(swarm).export(file)
@@ -125,7 +112,7 @@ def test_honest_servers_agree(trio: HostedSwarm) -> None:
 
 def test_a_witness_that_lies_is_the_one_that_is_left(trio: HostedSwarm) -> None:
     with connected(trio, verify=1.0) as swarm:
-        first = next_server(trio, swarm)
+        first = trio.next_of(swarm)
         liar, honest = (server for server in trio.servers if server is not first)
         with liars.lying(liar, liars.LIES["zeros"]):
             # Witnesses are drawn: until it was the liar's turn.
@@ -143,7 +130,7 @@ def test_what_a_liar_computed_is_rebuilt_elsewhere(
     local = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     with connected(trio, verify=1.0) as swarm:
         prompt = ids(7)
-        with liars.lying(next_server(trio, swarm), liars.LIES["a skipped block"]):
+        with liars.lying(trio.next_of(swarm), liars.LIES["a skipped block"]):
             wrong = swarm.model(prompt, use_cache=True)
             assert found(swarm).wrong
         following = torch.tensor([[5, 6]])
@@ -163,8 +150,8 @@ def halves(tiny_llama: Path) -> Iterator[HostedSwarm]:
 
 def test_a_small_lie_is_found_by_several_audits_and_two_witnesses(halves: HostedSwarm) -> None:
     with connected(halves, verify=1.0) as swarm:
-        liar = next_server(halves, swarm)
-        # With what bfloat16 itself makes there about 1.1 times that, far below the 1.25 of one audit.
+        liar = halves.next_of(swarm)
+        # With what bfloat16 itself makes there about 1.1 times that: one audit wants 1.25.
         with liars.lying(liar, liars.noise(0.0125)):
             for seed in range(300):  # audits and witnesses are drawn
                 swarm.model(ids(seed), use_cache=False)
@@ -197,7 +184,7 @@ def test_tokens_of_a_liar_are_marked_where_a_text_is_shown(
     options = {"tokenizer": lettered.tokenizer, "max_new_tokens": 1}
     with connected(trio, verify=1.0) as swarm:
         shown = GenerateWidget(swarm, "o" * TOKENS, **options)
-        with liars.lying(next_server(trio, swarm), liars.LIES["a skipped block"]):
+        with liars.lying(trio.next_of(swarm), liars.LIES["a skipped block"]):
             shown.run()
             assert shown.wait(PATIENCE)
             name = found(swarm).verdicts[0].name
@@ -218,7 +205,7 @@ def test_an_answer_of_a_liar_is_marked_in_a_conversation(trio: HostedSwarm, lett
     tokenizer.chat_template = "{% for one in messages %}{{ one['content'] }}{% endfor %}"
     with connected(trio, verify=1.0) as swarm:
         chat = ChatWidget(swarm, tokenizer=tokenizer, max_new_tokens=1)
-        with liars.lying(next_server(trio, swarm), liars.LIES["a skipped block"]):
+        with liars.lying(trio.next_of(swarm), liars.LIES["a skipped block"]):
             chat.send("o" * TOKENS)
             assert chat.wait(PATIENCE)
             assert found(swarm).wrong
@@ -236,7 +223,7 @@ def test_the_notebook_decides_where_there_is_no_third(tiny_llama: Path, here: bo
         HostedSwarm(tiny_llama, [(0, 5)] * 2) as local,
         connected(local, verify=1.0, verify_here=here) as swarm,
     ):
-        liar = next_server(local, swarm)
+        liar = local.next_of(swarm)
         with liars.lying(liar, liars.LIES["int8 weights"]):
             swarm.model(ids(), use_cache=False)
             table = found(swarm)

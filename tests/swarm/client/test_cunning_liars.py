@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import liars
-from support.hosting import HostedServer, HostedSwarm
+from support.hosting import HostedSwarm
 from support.patience import PATIENCE
 from support.petals_peer import petals_swarm
 
@@ -23,20 +22,8 @@ TOKENS = 48
 MANY = 70
 
 
-@pytest.fixture(scope="module")
-def trio(tiny_llama: Path) -> Iterator[HostedSwarm]:
-    """Three servers of all blocks."""
-    with HostedSwarm(tiny_llama, [(0, 5)] * 3) as swarm, swarm.with_a_node():
-        yield swarm
-
-
 def connected(local: HostedSwarm, **options: Any) -> Swarm:
     return sn.connect(local.initial_peers, model=local.model, **options)
-
-
-def next_server(local: HostedSwarm, swarm: Swarm) -> HostedServer:
-    first = swarm.route().hops[0].peer_id
-    return next(server for server in local.servers if server.peer_id == first)
 
 
 def ask(swarm: Swarm, seed: int = 0, length: int = TOKENS) -> None:
@@ -51,7 +38,7 @@ def wrong(swarm: Swarm) -> tuple[str, ...]:
 def test_two_that_vouch_for_each_other_are_found_here(trio: HostedSwarm) -> None:
     """They are two of three: by votes, the honest one would be left."""
     with connected(trio, verify=1.0, verify_here=True) as swarm:
-        first = next_server(trio, swarm)
+        first = trio.next_of(swarm)
         second, honest = (server for server in trio.servers if server is not first)
         lie = liars.LIES["2 % too long"]
         with liars.lying(first, lie), liars.lying(second, lie):
@@ -60,14 +47,14 @@ def test_two_that_vouch_for_each_other_are_found_here(trio: HostedSwarm) -> None
                 if first.peer_id in wrong(swarm):
                     break
             for seed in range(MANY):
-                if next_server(trio, swarm) is honest:
+                if trio.next_of(swarm) is honest:
                     break
                 ask(swarm, seed)
                 wrong(swarm)
             found = set(wrong(swarm))
             assert first.peer_id in found
             assert honest.peer_id not in found
-            assert next_server(trio, swarm) is honest or second.peer_id in found
+            assert trio.next_of(swarm) is honest or second.peer_id in found
 
 
 def test_who_lies_to_new_notebooks_only_is_found_while_it_does(trio: HostedSwarm) -> None:
@@ -79,7 +66,7 @@ def test_who_lies_to_new_notebooks_only_is_found_while_it_does(trio: HostedSwarm
         return states * 1.02 if sum(answered) <= 150 else states
 
     with connected(trio, verify="spot") as swarm:
-        liar = next_server(trio, swarm)
+        liar = trio.next_of(swarm)
         with liars.lying(liar, liars.outputs(while_new)):
             ask(swarm, length=140)
             assert wrong(swarm) == (liar.peer_id,)
@@ -90,7 +77,7 @@ def test_witnesses_that_refuse_hide_nobody(trio: HostedSwarm) -> None:
         raise RuntimeError("no audits here")
 
     with connected(trio, verify=1.0, verify_here=True) as swarm:
-        liar = next_server(trio, swarm)
+        liar = trio.next_of(swarm)
         refusing, other = (server for server in trio.servers if server is not liar)
         with (
             liars.lying(refusing, liars.outputs(refuse)),
@@ -111,7 +98,7 @@ def test_slow_witnesses_delay_no_token(trio: HostedSwarm) -> None:
         return states
 
     with connected(trio, verify=1.0) as swarm:
-        used = next_server(trio, swarm)
+        used = trio.next_of(swarm)
         first, second = (server for server in trio.servers if server is not used)
         with liars.lying(first, liars.outputs(wait)), liars.lying(second, liars.outputs(wait)):
             for seed in range(3):

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.pairs import Pair, close, pair_of
-from support.tiny import tiny_model
+from support.pairs import Pair, close
 
 import swarm_notebook as sn
 from swarm_notebook.client.passes import backward as backward_module
@@ -26,12 +25,6 @@ from swarm_notebook.errors import Unsupported
 BLOCKS = 5
 FIRST, BOUNDARY, MIDDLE, LAST = 0, 1, 2, BLOCKS - 1
 PLACES = [FIRST, BOUNDARY, MIDDLE, LAST]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with pair_of(tiny_model("llama", tmp_path_factory.mktemp("hooks"))) as made:
-        yield made
 
 
 @pytest.fixture

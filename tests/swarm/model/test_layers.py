@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support.pairs import Pair, pair_of
-from support.tiny import tiny_model
+from support.pairs import Pair
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
@@ -17,12 +15,6 @@ from transformers import DynamicCache
 from swarm_notebook.errors import Unsupported
 
 BLOCKS = 5
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with pair_of(tiny_model("llama", tmp_path_factory.mktemp("layers"))) as made:
-        yield made
 
 
 @pytest.fixture(params=["remote", "with one at home"])

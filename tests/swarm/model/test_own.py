@@ -13,7 +13,7 @@ import torch
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from support.hosting import HostedSwarm
-from support.pairs import SPANS, Pair, local_model, padded, pair_of
+from support.pairs import Pair, local_model, padded, pair_of
 from support.tiny import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -29,21 +29,9 @@ BLOCKS = 5
 PLACES: list[Any] = [0, BLOCKS - 1, 3, [3, 4], [0, 1, 2], [1, 3], slice(None)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("own"))
-
-
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[list[str]]:
-    with HostedSwarm(folder, SPANS) as hosted, hosted.with_a_node() as peers:
-        yield peers
-
-
 @pytest.fixture
-def pair(folder: Path, address: list[str]) -> Iterator[Pair]:
-    with sn.connect(address, model=folder) as swarm:
-        yield Pair(swarm, folder)
+def pair(fresh_pair: Pair) -> Pair:
+    return fresh_pair
 
 
 def tokens(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
@@ -172,12 +160,12 @@ def test_a_mask_of_pairs_of_tokens(pair: Pair) -> None:
         pair.remote(ids, attention_mask=mask[..., :6, :6])
 
 
-def test_it_needs_no_server(folder: Path) -> None:
+def test_it_needs_no_server(tiny_llama: Path) -> None:
     with (
-        HostedSwarm(folder, [(0, 2), (3, BLOCKS)]) as hosted,
-        sn.connect(hosted.initial_peers, model=folder, own=2, timeout=5) as swarm,
+        HostedSwarm(tiny_llama, [(0, 2), (3, BLOCKS)]) as hosted,
+        sn.connect(hosted.initial_peers, model=tiny_llama, own=2, timeout=5) as swarm,
     ):
-        pair = Pair(swarm, folder)
+        pair = Pair(swarm, tiny_llama)
         same(pair)
         status, route = swarm.status(), swarm.route()
         assert status.home == (2,)

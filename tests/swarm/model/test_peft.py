@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from peft.tuners.lora.config import CordaConfig, KasaConfig, LoraGAConfig, Monte
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.hotswap import hotswap_adapter
-from support.pairs import Pair, close, pair_of
-from support.tiny import tiny_model
+from support.pairs import Pair, close
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -28,12 +27,6 @@ OWN = r"swarm\.own"
 
 def tuned(pair: Pair, config: Any, name: str = "default") -> list[Any]:
     return [adapted(model, copy.deepcopy(config), name) for model in pair.models()]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with pair_of(tiny_model("llama", tmp_path_factory.mktemp("peft"))) as made:
-        yield made
 
 
 def noisy(model: Any, part: str = "") -> Any:

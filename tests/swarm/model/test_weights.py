@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,11 @@ import pytest
 import safetensors.torch
 import torch
 import torch.utils.dlpack
-from support.hosting import HostedSwarm
-from support.pairs import SPANS, Pair, pair_of
+from support.pairs import Pair, pair_of
 from support.tiny import tiny_model
 from torch import nn
 from torch.nn.utils import prune as pruning
 
-import swarm_notebook as sn
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.parts import single
 from swarm_notebook.errors import Unsupported
@@ -33,21 +31,9 @@ def weights(pair: Pair) -> tuple[Any, Any]:
     return remote, local
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[list[str]]:
-    with HostedSwarm(folder, SPANS) as hosted, hosted.with_a_node() as peers:
-        yield peers
-
-
 @pytest.fixture
-def pair(folder: Path, address: list[str]) -> Iterator[Pair]:
-    with sn.connect(address, model=folder) as swarm:
-        yield Pair(swarm, folder)
+def pair(fresh_pair: Pair) -> Pair:
+    return fresh_pair
 
 
 def tokens() -> torch.Tensor:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from support.letter_tokenizer import LetteredPair, lettered_pair
+from support.letter_tokenizer import LetteredPair
 from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -24,9 +23,8 @@ BLOCKS = 5
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LetteredPair]:
-    with lettered_pair(tmp_path_factory.mktemp("probing")) as made:
-        yield made
+def pair(lettered_pair: LetteredPair) -> LetteredPair:
+    return lettered_pair
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support.forkserver import WARM
-from support.letter_tokenizer import LetteredPair, lettered_pair
+from support.letter_tokenizer import LetteredPair
 from support.patience import PATIENCE
 from support.processes import lasting_swarms
 
@@ -30,9 +30,8 @@ TEXTS = [f"{'the quick brown fox'[: 4 + n % 13]} {n}" for n in range(20)]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LetteredPair]:
-    with lettered_pair(tmp_path_factory.mktemp("probing")) as made:
-        yield made
+def pair(lettered_pair: LetteredPair) -> LetteredPair:
+    return lettered_pair
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:

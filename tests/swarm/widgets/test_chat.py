@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.hosting import HostedSwarm
 from support.patience import PATIENCE
 from support.widgets import act, tokens_sent, until
 
@@ -22,12 +21,6 @@ TEMPLATE = (
     "{% for message in messages %}{{ message['role'][0] + ':' + message['content'] + ';' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def swarm(demo_swarm: HostedSwarm) -> Iterator[sn.Swarm]:
-    with sn.connect(demo_swarm.initial_peers, model=demo_swarm.model) as swarm:
-        yield swarm
 
 
 @pytest.fixture
@@ -67,8 +60,8 @@ def test_a_view_hears_that_python_is_there(chat: ChatWidget) -> None:
     assert said == [{"method": "custom", "content": {"alive": True}}]
 
 
-def test_a_conversation_reads_only_what_is_new(swarm: sn.Swarm, sent: list[int]) -> None:
-    chat = ChatWidget(swarm, max_new_tokens=24)
+def test_a_conversation_reads_only_what_is_new(demo: sn.Swarm, sent: list[int]) -> None:
+    chat = ChatWidget(demo, max_new_tokens=24)
     try:
         act(chat, "send", text=GERMANY)
         assert answered(chat) == ANSWER
@@ -76,7 +69,7 @@ def test_a_conversation_reads_only_what_is_new(swarm: sn.Swarm, sent: list[int])
         assert chat.turns[1]["html"] == f"<p>{ANSWER}</p>\n"
         assert chat.live == ""
         assert chat.note == "finished"
-        first = len(template_ids(swarm, chat.messages[:1]))
+        first = len(template_ids(demo, chat.messages[:1]))
         assert sent[0] == first
         known = first + len(sent) - 1  # the last written token has not been read
         sent.clear()
@@ -84,11 +77,11 @@ def test_a_conversation_reads_only_what_is_new(swarm: sn.Swarm, sent: list[int])
         assert "Paris" in answered(chat)
         messages = chat.messages
         assert [message["content"] for message in messages[::2]] == [GERMANY, FRANCE]
-        assert sent[0] == len(template_ids(swarm, messages[:3])) - known
+        assert sent[0] == len(template_ids(demo, messages[:3])) - known
         assert chat.stats["computed"] == sent[0]
         assert "requests to 2 servers" in chat.preview
-        expected = swarm.model.generate(  # type: ignore[operator]
-            **swarm.tokenizer.apply_chat_template(  # type: ignore[union-attr]
+        expected = demo.model.generate(  # type: ignore[operator]
+            **demo.tokenizer.apply_chat_template(  # type: ignore[union-attr]
                 messages[:3], add_generation_prompt=True, return_dict=True, return_tensors="pt"
             ),
             max_new_tokens=24,

@@ -30,12 +30,6 @@ QUESTION = "What is the capital of Germany?"
 ANSWER = "The capital of Germany is Berlin."
 
 
-@pytest.fixture(scope="module")
-def swarm(demo_swarm: HostedSwarm) -> Iterator[sn.Swarm]:
-    with sn.connect(demo_swarm.initial_peers, model=demo_swarm.model) as swarm:
-        yield swarm
-
-
 @pytest.fixture
 def make(lettered: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., GenerateWidget]]:
     """Widgets of the local tiny model, which writes on and on; closed in the end."""
@@ -52,8 +46,8 @@ def make(lettered: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         widget.close()
 
 
-def test_an_answer_of_the_swarm(swarm: sn.Swarm) -> None:
-    widget = GenerateWidget(swarm, QUESTION, chat=True, max_new_tokens=30)
+def test_an_answer_of_the_swarm(demo: sn.Swarm) -> None:
+    widget = GenerateWidget(demo, QUESTION, chat=True, max_new_tokens=30)
     try:
         until(lambda: "requests to 2 servers" in widget.preview)
         act(widget, "run")
@@ -111,9 +105,9 @@ def test_what_nobody_holds_ends(demo_swarm: HostedSwarm) -> None:
 
 
 def test_a_branch_goes_on_from_there_and_sends_only_what_is_new(
-    swarm: sn.Swarm, monkeypatch: pytest.MonkeyPatch
+    demo: sn.Swarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    widget = GenerateWidget(swarm, QUESTION, chat=True, max_new_tokens=12)
+    widget = GenerateWidget(demo, QUESTION, chat=True, max_new_tokens=12)
     try:
         widget.run()
         assert widget.wait(PATIENCE)
@@ -127,7 +121,7 @@ def test_a_branch_goes_on_from_there_and_sends_only_what_is_new(
         draft = widget.writer.draft
         assert draft.written[: position + 1] == [*written[:position], token]
         ids = torch.tensor([draft.prompt + draft.written[: position + 1]])
-        fresh = swarm.model.generate(  # type: ignore[operator]
+        fresh = demo.model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
         )
         assert draft.ids == fresh[0].tolist()
