@@ -89,8 +89,8 @@ def test_silence_is_not_taken_for_a_swarm_without_the_model(
 
     monkeypatch.setattr(Directory, "start", fall_silent_and_start)
     try:
-        with pytest.raises(ConnectionFailed, match="no peer of this swarm has answered for 10 s"):
-            sn.connect(servers[0].facts["maddrs"], model=tiny_llama, timeout=10)
+        with pytest.raises(ConnectionFailed, match="no peer of this swarm has answered for 5 s"):
+            sn.connect(servers[0].facts["maddrs"], model=tiny_llama, timeout=5)
     finally:
         for server in servers:
             server.signal(signal.SIGCONT)
