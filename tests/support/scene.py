@@ -25,7 +25,7 @@ from transformers import StoppingCriteria
 
 import swarm_notebook as sn
 from swarm_notebook.client.session.batch import BatchSession
-from swarm_notebook.local.swarm import LocalServer
+from swarm_notebook.local.process import ANY_PORT, LocalServer
 from swarm_notebook.swarm import Swarm
 
 NEW_TOKENS = 14
@@ -71,23 +71,33 @@ class Scene(Connected):
         wait_until(self._all_used, "the notebook uses all servers again")
 
     def _all_used(self) -> bool:
+        connection = self.swarm.connection
         # One whose daemon was killed may end only now.
-        for server in self.local.servers:
-            if not server.running:
-                server.launch()
-                server.join(self.local.initial_peers)
+        gone = [server for server in self.local.servers if not server.running]
+        for server in gone:
+            # Elsewhere: a port that has refused a connection is dialled again after five seconds.
+            server._listen, server._facts = ANY_PORT, {}
+            server.launch()
+            server.join(self.local.initial_peers)
         for server in self.local.servers:
             server.wait_ready(RESTART_SECONDS)
+        for server in gone:
+            connection.run(connection.directory.node.meet(server.peer_id, server.addresses))
         self.swarm.status()
-        used = {span.peer for span in self.swarm.connection.directory.usable()}
+        used = {span.peer for span in connection.directory.usable()}
         return used >= {server.peer_id for server in self.local.servers}
 
     def begin(self) -> Scene:
         """As if nothing had happened yet."""
+        self.forgive()
         self.heal()
         self.sessions.clear()
-        self.swarm.connection.directory.health.bring_together()
         return self
+
+    def forgive(self) -> None:
+        """Avoid no server for what it did, and keep no two apart."""
+        for server in self.local.servers:
+            self.swarm.connection.directory.health.forget(server.peer_id)
 
     def same(self, ours: Any, theirs: Any) -> None:
         """Tokens, and logits where they were asked for."""

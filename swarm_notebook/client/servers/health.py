@@ -146,10 +146,6 @@ class PeerHealth:
         until = self._apart.get((sender, receiver))
         return until is not None and until >= time.monotonic()
 
-    def bring_together(self) -> None:
-        """Let hidden states go from any server to any other again."""
-        self._apart.clear()
-
     def forget(self, peer: str) -> None:
         """The peer is gone for good."""
         self._failing.pop(peer, None)

@@ -43,9 +43,7 @@ def redundant(tiny_llama: Path) -> Iterator[Scene]:
 
 @pytest.fixture
 def stage(redundant: Scene) -> Scene:
-    redundant.heal()
-    redundant.sessions.clear()
-    return redundant
+    return redundant.begin()
 
 
 @pytest.mark.parametrize("kill", [stop_then_kill, kill_process, kill_daemon])

@@ -199,7 +199,7 @@ def test_interrupted_while_those_behind_are_asked(
     # What a shell starts in the background ignores it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     # A machine that is busy may have pushed too late, and has kept them apart.
-    stage.swarm.connection.directory.health.bring_together()
+    stage.forgive()
     stop_then_kill(on_the_way(stage, 1))
     longer = torch.cat([first.sequences, stage.ids(1, 5, seed=1)], dim=1)
     try:

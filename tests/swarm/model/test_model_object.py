@@ -12,15 +12,12 @@ import peft
 import pytest
 import torch
 from accelerate import infer_auto_device_map
-from support.scene import TOLERANCE, Scene, generate
+from support.pairs import close
+from support.scene import Scene, generate
 from torch import nn
 
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.placeholders import is_placeholder
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
 
 
 def memory(model: Any) -> int:

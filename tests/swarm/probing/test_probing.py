@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from support.letter_tokenizer import LetteredPair
+from support.pairs import close
 from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ from swarm_notebook.errors import Unsupported
 from swarm_notebook.tuning import MANIFEST_FILE
 
 BLOCKS = 5
+SENTENCES = ("it was black", "it was clean")
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +29,18 @@ def pair(lettered_pair: LetteredPair) -> LetteredPair:
     return lettered_pair
 
 
-def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
 def test_logit_lens(pair: LetteredPair) -> None:
     remote = probing.logit_lens(pair.swarm, "Hello, world", top=3)
     local = probing.logit_lens(pair.local, "Hello, world", top=3, tokenizer=pair.tokenizer)
     assert remote.ids.shape == (BLOCKS, 12, 3)
     assert torch.equal(remote.ids, local.ids)
-    same(remote.probabilities, local.probabilities)
+    close(remote.probabilities, local.probabilities)
     # The last block's row is the model's own prediction.
     ids = pair.tokenizer("Hello, world", return_tensors="pt").input_ids
     with torch.no_grad():
         real = pair.local(ids).logits[0].softmax(-1).topk(3)
     assert torch.equal(remote.ids[-1], real.indices)
-    same(remote.probabilities[-1], real.values)
+    close(remote.probabilities[-1], real.values)
     # An earlier row is what the norm and the head make of that block's state.
     with torch.no_grad():
         state = pair.local.model(ids, output_hidden_states=True).hidden_states[3]
@@ -63,9 +61,9 @@ def test_entropy_and_ranks(pair: LetteredPair) -> None:
     ids = pair.tokenizer("Hello, world", return_tensors="pt").input_ids
     with torch.no_grad():
         passed = pair.local(ids, output_hidden_states=True)
-    same(lens.states[3], passed.hidden_states[4][0, -4:])
+    close(lens.states[3], passed.hidden_states[4][0, -4:])
     logits = passed.logits[0, -4:]
-    same(lens.entropy[-1], torch.distributions.Categorical(logits=logits).entropy() / math.log(2))
+    close(lens.entropy[-1], torch.distributions.Categorical(logits=logits).entropy() / math.log(2))
     token = int(logits[2].argsort(descending=True)[6])
     ranks = probing.token_ranks(pair.swarm, lens.states, token)
     assert ranks.shape == lens.entropy.shape
@@ -82,7 +80,7 @@ def test_the_lens_uses_the_end_of_every_architecture(family: str, tmp_path: Path
     with torch.no_grad():
         real = model(ids[None]).logits[0].softmax(-1).topk(4)
     assert torch.equal(lens.ids[-1], real.indices)
-    same(lens.probabilities[-1], real.values)
+    close(lens.probabilities[-1], real.values)
 
 
 def test_linear_probe(pair: LetteredPair, tmp_path: Path) -> None:
@@ -134,16 +132,16 @@ def test_a_probe_of_two_classes_predicts_as_scikit_learn_does() -> None:
     assert probe.accuracy > 0.8
 
 
-def test_patch(pair: LetteredPair) -> None:
-    def metric(logits: torch.Tensor) -> torch.Tensor:
-        return logits[:, 40] - logits[:, 50]
+def margin(logits: torch.Tensor) -> torch.Tensor:
+    return logits[:, 40] - logits[:, 50]
 
-    clean, corrupted = "it was black", "it was clean"
-    remote = probing.patch(pair.swarm, clean, corrupted, metric, positions=[-5, -2, -1])
+
+def test_patch(pair: LetteredPair) -> None:
+    remote = probing.patch(pair.swarm, *SENTENCES, margin, positions=[-5, -2, -1])
     local = probing.patch(
-        pair.local, clean, corrupted, metric, positions=[-5, -2, -1], tokenizer=pair.tokenizer
+        pair.local, *SENTENCES, margin, positions=[-5, -2, -1], tokenizer=pair.tokenizer
     )
-    same(remote.scores, local.scores)
+    close(remote.scores, local.scores)
     assert remote.positions == [7, 10, 11]
     # The last position of the last block decides alone; the first position that differs, too,
     # where it enters: nothing before it differs.
@@ -151,12 +149,12 @@ def test_patch(pair: LetteredPair) -> None:
     assert repr(remote).splitlines()[1].split() == ["block", "c", "a", "n"]
     assert "<table" in remote._repr_html_()
     # Without positions, from the first token that differs.
-    whole = probing.patch(pair.swarm, clean, corrupted, metric, blocks=2)
+    whole = probing.patch(pair.swarm, *SENTENCES, margin, blocks=2)
     assert (whole.blocks, whole.positions) == ([2], [7, 8, 9, 10, 11])
     assert list(whole.to_pandas()["position"]) == whole.positions
-    same(whole.scores[0, [0, 3, 4]], remote.scores[2])
+    close(whole.scores[0, [0, 3, 4]], remote.scores[2])
     # One of them by hand.
-    ids = [pair.tokenizer(text, return_tensors="pt").input_ids for text in (clean, corrupted)]
+    ids = [pair.tokenizer(text, return_tensors="pt").input_ids for text in SENTENCES]
     with torch.no_grad():
         state = pair.local.model(ids[0], output_hidden_states=True).hidden_states[3]
 
@@ -164,29 +162,25 @@ def test_patch(pair: LetteredPair) -> None:
             output[:, 10] = state[:, 10]
 
         handle = pair.local.model.layers[2].register_forward_hook(restore)
-        by_hand = metric(pair.local(ids[1]).logits[:, -1])
+        by_hand = margin(pair.local(ids[1]).logits[:, -1])
         handle.remove()
     assert remote.scores[2, 1].item() == pytest.approx(by_hand.item(), abs=1e-3)
 
 
 def test_path_patch(pair: LetteredPair) -> None:
-    def metric(logits: torch.Tensor) -> torch.Tensor:
-        return logits[:, 40] - logits[:, 50]
-
-    clean, corrupted = "it was black", "it was clean"
-    remote = probing.path_patch(pair.swarm, clean, corrupted, metric, receivers=[1, 3])
+    remote = probing.path_patch(pair.swarm, *SENTENCES, margin, receivers=[1, 3])
     local = probing.path_patch(
-        pair.local, clean, corrupted, metric, receivers=[1, 3], tokenizer=pair.tokenizer
+        pair.local, *SENTENCES, margin, receivers=[1, 3], tokenizer=pair.tokenizer
     )
     assert (remote.senders, remote.receivers) == ([0, 1, 2, 3, 4], [1, 3, "logits"])
     assert remote.scores.isnan().int().tolist() == [[0, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0] * 5]
-    same(remote.scores.nan_to_num(), local.scores.nan_to_num())
+    close(remote.scores.nan_to_num(), local.scores.nan_to_num())
     assert len(remote.to_pandas()) == 9
     assert "<table" in remote._repr_html_()
     assert repr(remote).splitlines()[1].split()[:3] == ["receiver", "from", "0"]
     # From block 1 to block 3 by hand, as it is defined: everything frozen but the two.
     layers = pair.local.model.layers
-    ids = [pair.tokenizer(text, return_tensors="pt").input_ids for text in (clean, corrupted)]
+    ids = [pair.tokenizer(text, return_tensors="pt").input_ids for text in SENTENCES]
     with torch.no_grad():
         good, bad = (pair.local(one, output_hidden_states=True).hidden_states for one in ids)
 
@@ -205,28 +199,24 @@ def test_path_patch(pair: LetteredPair) -> None:
         for handle in handles:
             handle.remove()
         handle = layers[3].register_forward_hook(lambda _, args, out: args[0] + got[0])
-        by_hand = metric(pair.local(ids[1]).logits[:, -1])
+        by_hand = margin(pair.local(ids[1]).logits[:, -1])
         handle.remove()
     assert remote.scores[1, 1].item() == pytest.approx(by_hand.item(), abs=1e-3)
 
 
 @pytest.mark.works("Probing: single heads patched, at home")
 def test_patch_heads(pair: LetteredPair) -> None:
-    def metric(logits: torch.Tensor) -> torch.Tensor:
-        return logits[:, 40] - logits[:, 50]
-
-    clean, corrupted = "it was black", "it was clean"
     with pytest.raises(Unsupported, match=r"swarm\.own"):
-        probing.patch_heads(pair.swarm, clean, corrupted, metric, blocks=1)
+        probing.patch_heads(pair.swarm, *SENTENCES, margin, blocks=1)
     pair.swarm.own([1, 3])
     try:
-        remote = probing.patch_heads(pair.swarm, clean, corrupted, metric, blocks=[1, 3])
+        remote = probing.patch_heads(pair.swarm, *SENTENCES, margin, blocks=[1, 3])
     finally:
         pair.swarm.release()
     local = probing.patch_heads(
-        pair.local, clean, corrupted, metric, blocks=[1, 3], tokenizer=pair.tokenizer
+        pair.local, *SENTENCES, margin, blocks=[1, 3], tokenizer=pair.tokenizer
     )
-    same(remote.scores, local.scores)
+    close(remote.scores, local.scores)
     heads = pair.local.config.num_attention_heads
     assert remote.scores.shape == (2, heads)
     assert len(remote.to_pandas()) == 2 * heads
@@ -234,17 +224,17 @@ def test_patch_heads(pair: LetteredPair) -> None:
     assert repr(remote).splitlines()[1].split()[:3] == ["block", "h0", "h1"]
     named = probing.patch_heads(
         pair.local,
-        *(pair.tokenizer(text).input_ids for text in (clean, corrupted)),
-        metric,
+        *(pair.tokenizer(text).input_ids for text in SENTENCES),
+        margin,
         blocks=[1, 3],
         projection="self_attn.o_proj",
     )
     assert torch.equal(named.scores, local.scores)
     with pytest.raises(ValueError, match=r"its linear layers: .*o_proj"):
-        probing.patch_heads(pair.local, [40, 41], [40, 42], metric, projection="out")
+        probing.patch_heads(pair.local, [40, 41], [40, 42], margin, projection="out")
     # One of them by hand.
     layer = pair.local.model.layers[3].self_attn.o_proj
-    texts = [pair.tokenizer(text, return_tensors="pt").input_ids for text in (clean, corrupted)]
+    texts = [pair.tokenizer(text, return_tensors="pt").input_ids for text in SENTENCES]
     read: list[torch.Tensor] = []
     with torch.no_grad():
         handle = layer.register_forward_pre_hook(lambda _, args: read.append(args[0]))
@@ -256,7 +246,7 @@ def test_patch_heads(pair: LetteredPair) -> None:
             args[0][:, 7:, width : 2 * width] = read[0][:, 7:, width : 2 * width]
 
         handle = layer.register_forward_pre_hook(restore)
-        by_hand = metric(pair.local(texts[1]).logits[:, -1])
+        by_hand = margin(pair.local(texts[1]).logits[:, -1])
         handle.remove()
     assert remote.scores[1, 1].item() == pytest.approx(by_hand.item(), abs=1e-3)
 
@@ -287,13 +277,13 @@ def test_attention_patterns(pair: LetteredPair) -> None:
     local = probing.attention_patterns(
         pair.local, "it was", blocks=[1, 3], tokenizer=pair.tokenizer
     )
-    same(remote.weights, local.weights)
+    close(remote.weights, local.weights)
     model = copy.deepcopy(pair.local)
     model.set_attn_implementation("eager")
     ids = pair.tokenizer("it was", return_tensors="pt").input_ids
     with torch.no_grad():
         real = model(ids, output_attentions=True).attentions
-    same(local.weights, torch.stack([real[block][0] for block in (1, 3)]))
+    close(local.weights, torch.stack([real[block][0] for block in (1, 3)]))
     # Afterwards everything is as it was.
     implementations = {pair.swarm.model.config._attn_implementation}
     assert implementations | {pair.local.config._attn_implementation} == {"sdpa"}
@@ -302,7 +292,7 @@ def test_attention_patterns(pair: LetteredPair) -> None:
     assert len(repr(remote).splitlines()) == 2 + 2 * heads
     assert len(remote.to_pandas()) == 2 * heads * 21
     one = remote.head(3, 1)
-    same(one.weights.sum(-1), torch.ones(6))
+    close(one.weights.sum(-1), torch.ones(6))
     assert "<table" in one._repr_html_()
     assert "<table" in remote._repr_html_()
     assert repr(one).splitlines()[1].split()[:3] == ["from", "i", "t"]
@@ -348,7 +338,7 @@ def test_a_steering_vector_from_contrast_pairs(pair: LetteredPair, tmp_path: Pat
     texts = ["so good", "fine", "so bad", "poor"]
     made = probing.steering_vector(pair.swarm, texts[:2], texts[2:], block=-3)
     states = probing.hidden_states(pair.swarm, texts, blocks=2, pool="last")[2]
-    same(made.vector, states[:2].mean(0) - states[2:].mean(0))
+    close(made.vector, states[:2].mean(0) - states[2:].mean(0))
     again = probing.load_vector(made.save(tmp_path / "good.safetensors"))
     assert (again.block, again.model, repr(again)) == (2, pair.swarm.name, repr(made))
     ids = pair.tokenizer("once", return_tensors="pt").input_ids
@@ -356,7 +346,7 @@ def test_a_steering_vector_from_contrast_pairs(pair: LetteredPair, tmp_path: Pat
         with again.steer(pair.swarm, 3):
             ours = pair.swarm.model(ids).logits
         with probing.steer(pair.local, 2, made.vector, scale=3):
-            same(ours, pair.local(ids).logits)
+            close(ours, pair.local(ids).logits)
     with pytest.raises(ValueError, match="at least one text"):
         probing.steering_vector(pair.swarm, [], texts, block=2)
 
@@ -370,7 +360,7 @@ def test_a_steering_vector_can_be_trained(pair: LetteredPair) -> None:
             model(ids, labels=ids).loss.backward()
         grads.append(vector.grad)
     assert grads[0] is not None
-    same(*grads)
+    close(*grads)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "lora"])
@@ -399,7 +389,7 @@ def test_models_wrapped_by_peft(pair: LetteredPair, kind: str, tmp_path: Path) -
                 wrapped.unload()
     assert lens.words == ["a", "b", "c"]
     for ours, theirs in zip(*told, strict=True):
-        same(ours, theirs)
+        close(ours, theirs)
     assert (told[0][0] - plain).abs().max() > 1e-2
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from support.forkserver import WARM
 from support.letter_tokenizer import LetteredPair
+from support.pairs import close
 from support.patience import PATIENCE
 from support.processes import lasting_swarms
 
@@ -32,10 +33,6 @@ TEXTS = [f"{'the quick brown fox'[: 4 + n % 13]} {n}" for n in range(20)]
 @pytest.fixture(scope="module")
 def pair(lettered_pair: LetteredPair) -> LetteredPair:
     return lettered_pair
-
-
-def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def shard_files(store: Path) -> dict[str, int]:
@@ -60,13 +57,13 @@ def test_hidden_states(pair: LetteredPair, pool: Any, tmp_path: Path) -> None:
             alone = kept[block][0]
             expected = {None: alone, "last": alone[-1:], "mean": alone.mean(0, keepdim=True)}[pool]
             for states in (remote, memory, local):
-                same(states.text(number, block), expected)
+                close(states.text(number, block), expected)
     if pool is None:
         with pytest.raises(ValueError, match="per token"):
             remote[3]
     else:
         assert remote[3].shape == (len(TEXTS), 48)
-        same(remote[4], local[4])
+        close(remote[4], local[4])
     assert len(shard_files(tmp_path)) == 3
     assert remote.manifest is not None
     assert remote.manifest["blocks"] == BLOCKS
@@ -89,7 +86,7 @@ def test_a_store_grows_by_what_is_missing(pair: LetteredPair, tmp_path: Path) ->
     ]
     expected = probing.hidden_states(pair.swarm, order, blocks=[1, 2], pool="last")
     for block in (1, 2):
-        same(states[block], expected[block])
+        close(states[block], expected[block])
     # Nothing is asked any more; another dtype, pooling or tag is kept apart.
     probing.hidden_states(pair.swarm, order, blocks=[1], **options)
     assert shard_files(tmp_path) == files
@@ -130,7 +127,7 @@ def test_a_model_that_has_changed_gets_no_old_states(pair: LetteredPair, tmp_pat
                 stored = probing.hidden_states(swarm, TEXTS[:4], store=home, **options)
                 expected = probing.hidden_states(swarm, TEXTS[:4], **options)
             for block in stored.blocks:
-                same(stored[block], expected[block])
+                close(stored[block], expected[block])
         seen.append(stored[4])
     assert all(not torch.allclose(one, seen[0], atol=1e-2) for one in seen[1:])
     assert len(shard_files(home)) == 1  # one of this name in each folder
@@ -153,9 +150,9 @@ def test_states_under_a_hook_are_not_stored(
     tagged = probing.hidden_states(pair.swarm, TEXTS[:3], tag="doubled", **options)[4]
     hook.remove()
     assert "model.layers.2 has a forward hook" in caplog.text
-    same(under, tagged)
+    close(under, tagged)
     assert not torch.allclose(under, before, atol=1e-2)
-    same(probing.hidden_states(pair.swarm, TEXTS[:3], **options)[4], before)
+    close(probing.hidden_states(pair.swarm, TEXTS[:3], **options)[4], before)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -190,7 +187,7 @@ def test_a_damaged_shard_is_made_again(pair: LetteredPair, tmp_path: Path) -> No
     broken.write_bytes(broken.read_bytes()[:500])
     files = shard_files(tmp_path)
     after = probing.hidden_states(pair.swarm, TEXTS, **options)
-    same(after[2], before)
+    close(after[2], before)
     now = shard_files(tmp_path)
     assert [name for name in now if now[name] != files[name]] == [broken.name]
 
@@ -257,7 +254,7 @@ def test_a_killed_kernel_leaves_whole_shards(pair: LetteredPair, tmp_path: Path)
     files = shard_files(tmp_path)
     assert len(files) == 5
     assert {name: files[name] for name in finished} == finished
-    same(resumed[3], probing.hidden_states(pair.swarm, TEXTS, pool="last", blocks=[3])[3])
+    close(resumed[3], probing.hidden_states(pair.swarm, TEXTS, pool="last", blocks=[3])[3])
 
 
 def test_killed_in_the_middle_and_resumed(
@@ -302,5 +299,5 @@ def test_killed_in_the_middle_and_resumed(
     undisturbed = probing.hidden_states(pair.swarm, TEXTS, store=tmp_path / "other", **options)
     assert len(shard_files(tmp_path / "other")) == len(files) == 5
     for block in range(BLOCKS):
-        same(resumed[block], undisturbed[block])
-        same(resumed[block], probing.load_states(tmp_path, TEXTS)[block])
+        close(resumed[block], undisturbed[block])
+        close(resumed[block], probing.load_states(tmp_path, TEXTS)[block])
