@@ -21,7 +21,6 @@ from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.net.wire.opening import open_stream
-from swarm_notebook.server.rpc.push import EARLY_SECONDS
 
 BLOCKS, SOME, HIDDEN = 30, (10, 15), 576
 BLOCK_BYTES = 3_540_096 * 4
@@ -31,6 +30,7 @@ SESSIONS, POSITIONS = 80, 160
 SESSION_BYTES = 3 * 2 * 2 * 16 * 192 * 4
 # Hidden states that are pushed for a session that does not exist.
 PUSHES, PUSHED = 30, torch.zeros(1, 4096, 48)
+LAST_SECONDS = 3.0  # between the first pushes that are forgotten and the last ones
 
 
 def test_five_of_thirty_blocks_take_five_blocks_of_memory(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_what_a_crowd_leaves_behind_goes_back_to_the_system(llama_process: Bench
     # Arithmetic of these shapes takes some memory for good: that is not what a crowd leaves behind.
     peak = llama.client.run(crowd())
     wait_until(lambda: peak - process.memory_info().rss > 0.9 * held, "forgetting a crowd", 0.5)
-    time.sleep(EARLY_SECONDS)
+    time.sleep(LAST_SECONDS)
     before = process.memory_info().rss
     peak = llama.client.run(crowd())
     assert peak - before > 0.9 * held

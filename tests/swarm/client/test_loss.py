@@ -21,7 +21,7 @@ from swarm_notebook.local.folder import ServerFolder
 from swarm_notebook.local.swarm import LocalServer
 from swarm_notebook.server.engine.kv import budget as kv_budget
 
-PATIENCE = 3.0
+PATIENCE = 2.0
 NOTICE_SECONDS = 2.0
 CACHE_TOKENS = 256
 
@@ -46,8 +46,8 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     They do so for a bit longer than usual: on a busy machine, one that is at work may pause, too.
     """
-    monkeypatch.setattr(kv_budget, "SHORT_IDLE_SECONDS", 4.0)
-    monkeypatch.setattr(writer, "ALLOC_TIMEOUT", 5.0)
+    monkeypatch.setattr(kv_budget, "SHORT_IDLE_SECONDS", 3.0)
+    monkeypatch.setattr(writer, "ALLOC_TIMEOUT", 4.0)
 
 
 def test_blocks_without_a_server_and_their_servers_return(pair: Scene) -> None:

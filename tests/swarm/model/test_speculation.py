@@ -55,7 +55,7 @@ def test_a_verification_is_one_pass(tiny_scene: Scene, kind: str) -> None:
 def test_sampling_draws_from_the_same_distribution(tiny_scene: Scene) -> None:
     """The second new token's frequencies, with guesses and by the model's own probabilities."""
     ids = tiny_scene.ids(1, 6).repeat(1, 3)
-    draws, options = 200, {"do_sample": True, "top_k": 4, "temperature": 2.0}
+    draws, options = 100, {"do_sample": True, "top_k": 4, "temperature": 2.0}
     with torch.no_grad():
         first = _distribution(tiny_scene.reference, ids)
         exact = torch.zeros(tiny_scene.reference.config.vocab_size)
@@ -70,7 +70,7 @@ def test_sampling_draws_from_the_same_distribution(tiny_scene: Scene) -> None:
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **options
             )
             seen[out[0, -1]] += 1 / draws
-    # Total variation of 200 draws among at most 16 tokens is 0.11, wrong first tokens alone 0.5.
+    # Total variation of 100 draws among at most 16 tokens is 0.15, wrong first tokens alone 0.5.
     assert 0.5 * (seen - exact).abs().sum() < 0.25
 
 
