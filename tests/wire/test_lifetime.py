@@ -122,6 +122,7 @@ def test_sigterm_finishes_the_step_in_flight(swarm: Swarm, tiny_llama: Path) -> 
         for each in (session, idle):
             with pytest.raises(ShuttingDown, match="leaving"):
                 await each.receive()
+            each.close()
         return got
 
     got = client.run(work())
