@@ -64,31 +64,36 @@ class Scene(Connected):
         return self.server(self.sessions[-1].hops[-1].segment.peer)
 
     def heal(self) -> None:
-        """Start all servers again that are gone.
+        """Start all servers again that are gone, where they were.
 
         All of them: the double of the one that a test kills must be there by then.
         """
         wait_until(self._all_used, "the notebook uses all servers again")
 
     def _all_used(self) -> bool:
-        connection = self.swarm.connection
         # One whose daemon was killed may end only now.
-        gone = [server for server in self.local.servers if not server.running]
+        self._restart([server for server in self.local.servers if not server.running])
+        self.swarm.status()
+        used = {span.peer for span in self.swarm.connection.directory.usable()}
+        return used >= {server.peer_id for server in self.local.servers}
+
+    def _restart(self, gone: list[LocalServer]) -> None:
         for server in gone:
-            # Elsewhere: a port that has refused a connection is dialled again after five seconds.
-            server._listen, server._facts = ANY_PORT, {}
             server.launch()
             server.join(self.local.initial_peers)
         for server in self.local.servers:
             server.wait_ready(RESTART_SECONDS)
-        for server in gone:
-            connection.run(connection.directory.node.meet(server.peer_id, server.addresses))
-        self.swarm.status()
-        used = {span.peer for span in connection.directory.usable()}
-        return used >= {server.peer_id for server in self.local.servers}
 
     def begin(self) -> Scene:
         """As if nothing had happened yet."""
+        connection = self.swarm.connection
+        gone = [server for server in self.local.servers if not server.running]
+        for server in gone:
+            # Elsewhere: a port that has refused a connection is dialled again after five seconds.
+            server._listen, server._facts = ANY_PORT, {}
+        self._restart(gone)
+        for server in gone:
+            connection.run(connection.directory.node.meet(server.peer_id, server.addresses))
         self.forgive()
         self.heal()
         self.sessions.clear()
