@@ -126,7 +126,7 @@ def _argument_names(layer_class: type[nn.Module]) -> list[str]:
 
 
 @functools.cache
-def swarm_class(layer_class: type[nn.Module], *, own: bool) -> type[nn.Module]:
+def swarm_class(layer_class: type[nn.Module], *, own: bool) -> Any:
     """The subclass of a decoder layer's class that runs on servers, or here."""
     word, mixin = ("Own", OwnBlock) if own else ("Remote", RemoteBlock)
     return type(
