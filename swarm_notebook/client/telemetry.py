@@ -5,8 +5,9 @@ receive. A subscription holds a bounded number of events and forgets the oldest:
 slow or gone costs nothing. The steps of the latest generation are kept as well, for `trace`, and
 `Usage` counts for `bill`.
 
-An event is a `StepRecord` (tokens have passed all blocks) or a `Failover` (a server was lost). All
-times are seconds; moments are those of `time.perf_counter`.
+An event is a `StepRecord` (tokens of a session have passed blocks), a `PassRecord` (the same
+without a cache) or a `Failover` (a server was lost). All times are seconds; moments are those of
+`time.perf_counter`.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class StepRecord(NamedTuple):
         began: when the notebook's network thread got the step.
         ended: when it had the result.
         hops: the servers in the order of their answers; one that was asked twice is there twice.
+        first: whether the pass begins with it. Behind a block at home, or a state that a hook has
+            changed, the same tokens go on in another record.
     """
 
     position: int
@@ -69,6 +72,27 @@ class StepRecord(NamedTuple):
     began: float
     ended: float
     hops: tuple[HopTimes, ...]
+    first: bool = True
+
+
+class HopBlocks(NamedTuple):
+    """A server has computed blocks ``[start, end)``."""
+
+    peer: str
+    name: str
+    start: int
+    end: int
+
+
+class PassRecord(NamedTuple):
+    """As `StepRecord`, without a cache: states that are collected, training. No times of parts."""
+
+    tokens: int
+    rows: int
+    began: float
+    ended: float
+    hops: tuple[HopBlocks, ...]
+    first: bool
 
 
 class Failover(NamedTuple):
@@ -88,7 +112,7 @@ class Failover(NamedTuple):
         return cls(lost.peer, name, lost.start, lost.end, str(reason), now)
 
 
-Event = StepRecord | Failover
+Event = StepRecord | PassRecord | Failover
 
 
 class Timeline:
@@ -108,10 +132,13 @@ class Subscription:
     """Events as they come; use it as a context manager, or `close` it.
 
     ``for event in subscription`` waits for the next one and ends after `close`.
+
+    Attributes:
+        before: tokens times sequences that had passed when it began.
     """
 
     def __init__(self, telemetry: Telemetry, size: int):
-        self._telemetry = telemetry
+        self._telemetry, self.before = telemetry, telemetry.tokens
         self._waiting: deque[Event] = deque(maxlen=size)
         self._arrived = threading.Event()
         self._open = True
@@ -253,10 +280,12 @@ class Telemetry:
     Attributes:
         latest: the generation that was last begun.
         usage: what each server got and gave since the notebook was attached.
+        tokens: tokens times sequences that have passed since then.
     """
 
     def __init__(self) -> None:
         self.latest: Timeline | None = None
+        self.tokens: int = 0
         self.usage: Usage = Usage()
         self._subscriptions: tuple[Subscription, ...] = ()
         self._lock = threading.Lock()
@@ -267,10 +296,18 @@ class Telemetry:
         return self.latest
 
     def passed(self, timeline: Timeline, step: StepRecord) -> None:
-        """Tokens have passed all blocks."""
-        timeline.steps.append(step)
+        """Tokens of a session have passed blocks."""
+        if step.first or not timeline.steps:
+            timeline.steps.append(step)
+        else:
+            begun = timeline.steps[-1]
+            timeline.steps[-1] = begun._replace(ended=step.ended, hops=begun.hops + step.hops)
         self.usage.passed(step)
         self._publish(step)
+
+    def passed_once(self, record: PassRecord) -> None:
+        """Tokens have passed blocks without a cache; `Usage.answered` has counted them."""
+        self._publish(record)
 
     def lost(self, timeline: Timeline | None, failover: Failover) -> None:
         """A server was lost, in a generation or (None) in a pass without a cache."""
@@ -280,8 +317,8 @@ class Telemetry:
 
     def subscribe(self, size: int = MAX_EVENTS) -> Subscription:
         """Receive what happens from now on; at most ``size`` events wait."""
-        subscription = Subscription(self, size)
         with self._lock:
+            subscription = Subscription(self, size)
             self._subscriptions = (*self._subscriptions, subscription)
         return subscription
 
@@ -291,5 +328,8 @@ class Telemetry:
             self._subscriptions = tuple(left)
 
     def _publish(self, event: Event) -> None:
-        for subscription in self._subscriptions:
-            subscription._put(event)
+        with self._lock:
+            if not isinstance(event, Failover) and event.first:
+                self.tokens += event.tokens * event.rows
+            for subscription in self._subscriptions:
+                subscription._put(event)

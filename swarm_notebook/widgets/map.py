@@ -78,7 +78,8 @@ class SwarmMap(Widget, module="map"):
     selected: String = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, swarm: Swarm, **options: Any) -> None:
-        self._swarm, self._traffic, self._events = swarm, NotebookTraffic(), swarm.events()
+        self._swarm, self._events = swarm, swarm.events()
+        self._traffic = NotebookTraffic(self._events.before)
         self._status = swarm.status(refresh=False)
         self._next_facts = 0.0
         self._telling = threading.Lock()

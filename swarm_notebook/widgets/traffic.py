@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarm_notebook.client.telemetry import Event, Failover, HopTimes, StepRecord
+from swarm_notebook.client.telemetry import Event, Failover, PassRecord, StepRecord
 from swarm_notebook.report.formatting import runs
 
 # Speed is of the last few seconds, or it would show what was; failovers are a list for the eye.
@@ -41,25 +41,30 @@ class NotebookTraffic:
     """The traffic of one notebook, as far as its events were taken in.
 
     Attributes:
-        route: who computed the latest step, as ``(peer, start, end)`` in the order of the blocks.
+        route: who computed the latest pass, as ``(peer, start, end)`` in the order of the blocks.
         losses: the servers lost last.
-        tokens: tokens times sequences that have passed.
+        tokens: tokens times sequences that have passed, with those before the first event.
     """
 
-    def __init__(self) -> None:
-        self.route: list[tuple[str, int, int]] = []
+    def __init__(self, tokens: int = 0) -> None:
+        self._peers: dict[int, str] = {}
         self.losses: deque[LostServer] = deque(maxlen=MAX_FAILOVERS)
-        self.tokens: int = 0
-        self._recent: deque[StepRecord] = deque(maxlen=256)
+        self.tokens = tokens
+        self._recent: deque[StepRecord | PassRecord] = deque(maxlen=256)
+
+    @property
+    def route(self) -> list[tuple[str, int, int]]:
+        peers = [self._peers.get(block) for block in range(max(self._peers, default=-1) + 1)]
+        return [(peer, start, end) for start, end, peer in runs(peers) if peer is not None]
 
     def take(self, events: Iterable[Event]) -> None:
         """Take in what has happened."""
         for event in events:
-            if isinstance(event, StepRecord):
-                self._pass(event)
-            else:
+            if isinstance(event, Failover):
                 when = event.when + time.time() - time.perf_counter()
                 self.losses.append(LostServer(event, when, set(range(event.start, event.end))))
+            else:
+                self._pass(event)
 
     def speed(self, now: float | None = None) -> tuple[float, float]:
         """Tokens per second in the last seconds, and seconds per pass; zeros if none passed.
@@ -72,8 +77,9 @@ class NotebookTraffic:
         if not recent:
             return 0.0, 0.0
         span = max(now - recent[0].began, 1e-3)
-        tokens = sum(step.tokens * step.rows for step in recent)
-        return tokens / span, sum(step.ended - step.began for step in recent) / len(recent)
+        whole = [step for step in recent if step.first]
+        tokens = sum(step.tokens * step.rows for step in whole)
+        return tokens / span, sum(step.ended - step.began for step in recent) / max(len(whole), 1)
 
     def failovers(self) -> list[list[Any]]:
         """The losses for the view: when, peer, name, blocks, reason, successors, seconds."""
@@ -91,24 +97,19 @@ class NotebookTraffic:
             for loss in self.losses
         ]
 
-    def _pass(self, step: StepRecord) -> None:
-        self.tokens += step.tokens * step.rows
+    def _pass(self, step: StepRecord | PassRecord) -> None:
+        if step.first:
+            self.tokens += step.tokens * step.rows
+            self._peers.clear()
         self._recent.append(step)
-        if step.hops:
-            self.route = route_of_hops(step.hops)
+        for hop in step.hops:
+            self._peers |= dict.fromkeys(range(hop.start, hop.end), hop.peer)
         for loss in self.losses:
             if loss.left:
                 _mend(loss, step)
 
 
-def route_of_hops(hops: Iterable[HopTimes]) -> list[tuple[str, int, int]]:
-    """Who computed which blocks last, neighbours of one server as one."""
-    last = {block: hop.peer for hop in hops for block in range(hop.start, hop.end)}
-    peers = [last.get(block) for block in range(max(last, default=-1) + 1)]
-    return [(peer, start, end) for start, end, peer in runs(peers) if peer is not None]
-
-
-def _mend(loss: LostServer, step: StepRecord) -> None:
+def _mend(loss: LostServer, step: StepRecord | PassRecord) -> None:
     """Note who computed a lost server's blocks after it."""
     for hop in step.hops:
         mended = loss.left & set(range(hop.start, hop.end))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 import uuid
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from swarm_notebook.client.request import (
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment, Work, describe_blocks
 from swarm_notebook.client.servers.waiting import await_chain
-from swarm_notebook.client.telemetry import Failover
+from swarm_notebook.client.telemetry import Failover, HopBlocks, PassRecord
 from swarm_notebook.errors import BadRequest, MissingBlocks, NotAMember, RemoteError
 from swarm_notebook.net.wire import protocol, tensors
 
@@ -75,14 +76,22 @@ async def forward(
         MissingBlocks: no server holds a block, and none came in time.
         BadRequest: two servers, or the only one, found the request invalid.
     """
-    rows, length = request.hidden.shape[:2]
+    began, (rows, length) = time.perf_counter(), request.hidden.shape[:2]
     work = Work(prompt=rows * length, answer=0)
     found = await await_chain(directory, request.start, request.end, work=work)
     chain = _cut(found, request)
     groups = row_groups(rows, len(chain), _most_rows(chain, length))
     results = await together(
-        [_forward_rows(directory, take_rows(request, rows), chain, keep) for rows in groups]
+        [_forward_rows(directory, take_rows(request, group), chain, keep) for group in groups]
     )
+    hops = tuple(
+        HopBlocks(segment.peer, segment.span.name, segment.start, segment.end)
+        for _, segments in results
+        for segment, _, _ in segments
+    )
+    first = directory.begins_at(request.start)
+    record = PassRecord(length, rows, began, time.perf_counter(), hops, first)
+    directory.telemetry.passed_once(record)
     trails = [Trail(rows, segments) for rows, (_, segments) in zip(groups, results, strict=True)]
     return joined([outputs for outputs, _ in results], dim=0), trails
 

@@ -314,6 +314,10 @@ class Directory:
             usual = None if exclude else self.kept.choose(usable, start, end, links)
             return routing.best_chain(usable, start, end, links, exclude, work=work, usual=usual)
 
+    def begins_at(self, block: int) -> bool:
+        """Whether this is the first block that is not at home: there a pass enters the swarm."""
+        return self.home.issuperset(range(block))
+
     def route(self, home: frozenset[int] | None = None) -> list[routing.RouteSegment]:
         """What `chain` would give for all blocks not at ``home`` (None: as now); keeps nothing."""
         usable, links, found = self.usable(), self.links, list[routing.RouteSegment]()

@@ -150,7 +150,8 @@ class InferenceSession:
                 raise
             now, current = time.perf_counter(), self.history.current
             rows, hops = outputs.states[stop - 1].shape[0], tuple(run.times)
-            step = StepRecord(current.position, current.length, rows, began, now, hops)
+            first = self._directory.begins_at(block)
+            step = StepRecord(current.position, current.length, rows, began, now, hops, first)
             self._telemetry.passed(timeline, step)
             if self._directory.audits is not None:
                 self._directory.audits.step(self.history)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.patience import wait_until
@@ -59,6 +59,35 @@ def test_the_map_follows_a_real_swarm_without_the_main_thread(
         assert repr(shown).startswith("<SwarmMap: tiny-llama, 2 servers online")
         assert "local-0" in shown.picture()
         assert "waiting" in shown.picture()
+    finally:
+        shown.close()
+
+
+def test_all_that_has_passed_is_counted_once(tiny_scene: Scene, own_swarm: Swarm) -> None:
+    """The map said "no tokens yet" beside a bill: of passes without a cache, and of what was before
+    it; and counted tokens twice that a block at home divides.
+    """
+    swarm, ids = own_swarm, tiny_scene.ids(2, 9)
+    model: Any = swarm.model
+    model(ids)
+    shown = SwarmMap(swarm)
+    try:
+        assert shown.pace[0] == 18
+        model(ids)
+        wait_until(lambda: shown.pace[0] == 36)
+        assert shown.pace[1] > 0
+        assert not shown.planned
+        swarm.own([1])
+        model(ids)
+        wait_until(lambda: shown.pace[0] == 54)
+        model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        wait_until(lambda: shown.pace[0] == 54 + 18 + 4)
+        assert swarm.trace().shape.startswith("3 tokens in 3 passes")
+        swarm.release()
+        # A hook that changes a state: the rest of the blocks is asked once more.
+        with swarm.model.model.layers[3].register_forward_hook(lambda *args: 2 * args[2]):
+            model(ids)
+        wait_until(lambda: shown.pace[0] == 76 + 18)
     finally:
         shown.close()
 

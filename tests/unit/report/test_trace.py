@@ -43,6 +43,22 @@ def test_parts_sum_up_to_the_whole() -> None:
     assert trace.mean.part("compute") == pytest.approx(0.008)
 
 
+def test_parts_of_one_pass_are_one() -> None:
+    """Behind a block at home, or a changed state, a pass goes on with another request."""
+    telemetry = Telemetry()
+    begun = telemetry.begin(10.0)
+    for number in range(3):
+        began = 10.0 + number
+        here = StepRecord(number, 1, 1, began, began + 0.25, (HOP,))
+        behind = (HOP._replace(peer="Qm2", name="right", start=4, end=5),)
+        telemetry.passed(begun, here)
+        telemetry.passed(begun, StepRecord(number, 1, 1, began + 0.5, began + 1, behind, False))
+    trace = from_timeline("m", begun)
+    assert trace.shape == "3 tokens in 3 passes"
+    assert [one.seconds for one in trace.passes] == pytest.approx([1.0] * 3)
+    assert telemetry.tokens == 3
+
+
 def test_text_and_html() -> None:
     made = timeline(4)
     made.failovers.append(Failover("Qm1", "left", 0, 3, "server left is <gone>\n", 11.0))
