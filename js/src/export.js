@@ -41,11 +41,15 @@ export function copyButton(id, title, text) {
  * @param {string} label
  * @param {string} id
  * @param {string} name of the file
- * @param {() => string} text
+ * @param {() => string | Promise<Blob>} content
  */
-export function downloadButton(label, id, name, text) {
-  const download = button(label, id, () => {
-    const url = URL.createObjectURL(new Blob([text()], { type: "text/plain;charset=utf-8" }));
+export function downloadButton(label, id, name, content) {
+  const download = button(label, id, async () => {
+    const found = content();
+    const file = typeof found === "string"
+      ? new Blob([found], { type: "text/plain;charset=utf-8" })
+      : await found;
+    const url = URL.createObjectURL(file);
     h("a", { href: url, download: name }).click();
     URL.revokeObjectURL(url);
   });

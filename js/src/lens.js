@@ -3,6 +3,8 @@
 // counted from its end, where the predictions are that one mostly looks for.
 
 import { act, button, fill, follow, h, keepItems, set, setText, widget } from "./dom.js";
+import { csv, downloadButton, exportBar } from "./export.js";
+import { tablePicture } from "./picture.js";
 
 /** @typedef {import("@anywidget/types").AnyModel<any>} Model */
 /** @typedef {{ top: Uint32Array, chance: Float32Array, entropy: Float32Array, rank: Uint32Array }} Numbers */
@@ -106,6 +108,13 @@ function build({ model, root }) {
     body,
   );
   const box = h("div", { class: "sn-grid" }, grid);
+  const exported = exportBar(
+    downloadButton("CSV", "csv", "lens.csv", table),
+    downloadButton("PNG", "png", "lens.png", () => {
+      const kind = COLOURS[model.get("colour")].replace("a token", model.get("token") || "a token");
+      return tablePicture(box, grid, `${model.get("title")}: ${kind}`);
+    }),
+  );
   // What comes next is on the right: in view until somebody takes hold of it. A change of theme or
   // width scrolls as well, so that scrolling itself tells nothing.
   let held = false;
@@ -145,6 +154,7 @@ function build({ model, root }) {
       h("label", {}, "Colour ", choice),
       form,
       legend,
+      exported,
     ),
     h("div", { class: "sn-bar", hidden: pages === 1 && !first }, earlier, range, later),
     h("div", { class: "sn-split" }, box, details),
@@ -152,6 +162,21 @@ function build({ model, root }) {
 
   function askRank() {
     if (word.value && !rank.disabled) act(model, "rank", { token: word.value });
+  }
+
+  /** Every cell of all pages, the first block first. */
+  function table() {
+    const ranked = numbers.rank.length > 0;
+    const head = ["block", "position", "token", "prediction", "probability", "entropy"];
+    const rows = blocks.flatMap((block, row) =>
+      words.map((said, at) => {
+        const cell = row * words.length + at;
+        const [chance, bits] = [numbers.chance[cell * top], numbers.entropy[cell]].map((one) => Number(one.toPrecision(5)));
+        const facts = [vocabulary[numbers.top[cell * top]], chance, bits];
+        return [block, first + at, said, ...facts, ...(ranked ? [numbers.rank[cell]] : [])];
+      }),
+    );
+    return csv([[...head, ...(ranked ? [`rank of ${model.get("token")}`] : [])], ...rows]);
   }
 
   /** @param {number} cell */
