@@ -140,7 +140,7 @@ def invert(
         torch.inference_mode(),
     ):
         for boundary in boundaries:
-            waiting.say(f"Reading the text from the states behind block {boundary - 1}")
+            waiting.say(f"Reading the text from the states after block {boundary - 1}")
             home = load_blocks(source, 0, boundary, dtype=model.dtype, device=model.device).model
             search = _Search(model, home, observed, candidates, dtype)
             tokens: list[int] = []

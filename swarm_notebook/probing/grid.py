@@ -114,7 +114,7 @@ def as_html(
         for name, cells in rows
     )
     return (
-        f'{_STYLE}<div class="sn-heat"><div class="snh-title">{escape(title)}</div>'
+        f'{_STYLE}<div class="sn-heat" tabindex="0"><div class="snh-title">{escape(title)}</div>'
         '<table class="snh-grid"><thead>'
         f'<tr><th scope="col">{escape(corner)}</th>{heads}</tr></thead>'
         f"<tbody>{lines}</tbody></table>{legend.html() if legend else ''}</div>"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Metric: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
-LEGEND = Legend("0, like the corrupted run", "1, like the clean run", "-1, away from the clean run")
+LEGEND = Legend("0, like the corrupted run", "1, like the clean run", "-1, the opposite")
 
 
 class Restored(ABC):

@@ -68,8 +68,8 @@ STYLE = """<style>
 
 
 def view(body: str) -> str:
-    """The whole fragment around a report's body."""
-    return f'{STYLE}<div class="sn-view">{body}</div>'
+    """The whole fragment around a report's body, which the keyboard can scroll where it is wide."""
+    return f'{STYLE}<div class="sn-view" tabindex="0">{body}</div>'
 
 
 def head(model: str, headline: str, *, alarm: bool = False) -> str:

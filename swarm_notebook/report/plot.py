@@ -22,6 +22,8 @@ from swarm_notebook.report.palette import SERIES
 
 _WIDTH, _HEIGHT = 640, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 8, 40
+# Above the picture: for letters that a narrow cell makes larger; for names of several lines.
+_ABOVE, _LEGEND = 8, 26
 
 _STYLE = """<style>
 .sn-figure { font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif); max-width: 48em;
@@ -29,6 +31,7 @@ _STYLE = """<style>
 .sn-figure .snp-title { font-weight: 600; font-size: 14px; }
 .sn-figure svg { display: block; width: 100%; height: auto; }
 </style>"""
+_HALO = "paint-order: stroke; stroke: var(--jp-layout-color0, Canvas); stroke-width: 4px"
 # A narrow cell shrinks a picture of the usual width, and its letters with it.
 LETTERS = """<style>
 @media (max-width: 720px) { .sn-picture text { font-size: 20px; } }
@@ -103,15 +106,22 @@ class LineChart:
         parts += [_tick_x(place(x, low)[0], _short(x)) for x in whole]
         middle = (_LEFT + _WIDTH - _RIGHT) / 2
         parts.append(_text(middle, _HEIGHT - 4, self.x, "middle"))
-        for name, value in self.levels:
+        for _, value in self.levels:
             y = place(left, value)[1]
             parts.append(
                 f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
                 'stroke="currentColor" stroke-dasharray="5 4" opacity=".7"/>'
             )
-            parts.append(_text(_WIDTH - _RIGHT, y - 4, name, "end"))
         for number, line in enumerate(self.lines):
             parts.append(_line(line, place, SERIES[number % len(SERIES)]))
+        for name, value in self.levels:
+            # Over the lines, which would run through its letters.
+            y = place(left, value)[1] - 4
+            parts.append(f'<g style="{_HALO}">{_text(_WIDTH - _RIGHT, y, name, "end")}</g>')
+        above = _ABOVE
+        if len(self.lines) > 1:
+            above = _LEGEND
+            parts += _legend([line.name for line in self.lines])
         said = "; ".join(
             f"{line.name} from {_short(min(line.ys))} to {_short(max(line.ys))}"
             for line in self.lines
@@ -119,7 +129,7 @@ class LineChart:
         )
         return (
             f'<svg class="sn-picture" xmlns="http://www.w3.org/2000/svg" '
-            f'viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+            f'viewBox="0 {-above} {_WIDTH} {_HEIGHT + above}" '
             'font-family="system-ui, sans-serif" role="img" '
             f'aria-label="{escape(f"{self.title}: {said}")}">{"".join(parts)}</svg>'
         )
@@ -164,6 +174,20 @@ def _line(line: Line, place: Callable[[float, float], tuple[float, float]], colo
             f"<title>{escape(hint)}</title></circle>"
         )
     return drawn
+
+
+def _legend(names: Sequence[str]) -> list[str]:
+    """The names of lines beside their colours, in a row."""
+    room = (_WIDTH - _LEFT - _RIGHT) / len(names)
+    parts = []
+    for number, name in enumerate(names):
+        x, colour = _LEFT + number * room, SERIES[number % len(SERIES)]
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x + 20:.1f}" y1="-14" y2="-14" stroke="{colour}" '
+            'stroke-width="3"/>'
+        )
+        parts.append(_text(x + 28, -10, name, "start"))
+    return parts
 
 
 def _tick_y(y: float, text: str) -> str:

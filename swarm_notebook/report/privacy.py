@@ -89,14 +89,14 @@ class Privacy(ModelReport):
         if not seen:
             return ""
         change = (
-            f"With blocks {', '.join(map(str, self.home))} at home the first states that a server "
-            f"sees are those {_place(seen[0])}: of them it reads {seen[0].share:.0%}"
+            f"With blocks {', '.join(map(str, self.home))} at home, the first states that a server "
+            f"sees are those {_place(seen[0])}. It can read {seen[0].share:.0%} of them"
         )
         if seen[0].inverted is not None:
             change += f", with {seen[0].tested:,} guesses"
         return (
-            f"{change}. Blocks at home make that more work and hide nothing, while the weights are "
-            "public."
+            f"{change}. Blocks at home make that more work but hide nothing, as long as the "
+            "weights are public."
         )
 
     @property
@@ -115,10 +115,7 @@ class Privacy(ModelReport):
                 [100 * (one.inverted or 0.0) for one in tried],
             ),
         ]
-        name = (
-            "Tokens recovered, in percent: blue by the nearest vocabulary entry, orange by greedy"
-        )
-        return LineChart(f"{name} inversion", "blocks that the states have been through", lines)
+        return LineChart("Tokens recovered, in percent", "blocks passed", lines)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for each boundary."""
@@ -157,7 +154,7 @@ class Privacy(ModelReport):
             f"<td>{escape(clean(', '.join(one.seen_by) or HERE))}</td>"
             f"{number_cell(f'{one.nearest:.0%}')}"
             f"{number_cell('' if one.inverted is None else f'{one.inverted:.0%}')}"
-            f"<td>{escape(one.text)}</td></tr>"
+            f'<td class="sn-note" dir="auto">{escape(one.text)}</td></tr>'
             for one in self.boundaries
             if _attacked(one)
         )
@@ -172,4 +169,4 @@ def _attacked(boundary: Boundary) -> bool:
 
 
 def _place(boundary: Boundary) -> str:
-    return f"behind block {boundary.after - 1}" if boundary.after else "before block 0"
+    return f"after block {boundary.after - 1}" if boundary.after else "before block 0"

@@ -56,7 +56,7 @@ def test_blocks_at_home_change_where_not_whether(pair: LetteredPair) -> None:
     assert found.text == TEXT[:6]
     assert [bool(one.seen_by) for one in found.boundaries] == [False] * 3 + [True] * 2 + [False]
     assert found.boundaries[3].share == 1.0
-    assert "of them it reads 100%" in found.advice
+    assert "It can read 100% of them" in found.advice
     assert "hide nothing" in repr(found)
 
 

@@ -77,6 +77,10 @@ def test_a_chart_names_its_lines_and_levels() -> None:
     assert "acc from 0.5 to 0.9" in chart.svg()
     assert chart.svg().count("<circle") == 2
     assert "stroke-dasharray" in chart.svg()
+    assert ">acc</text>" not in chart.svg()  # one line needs no legend
+    two = LineChart("", "block", [Line(name, [0, 1], [0.1, 0.2]) for name in ("<a>", "b")]).svg()
+    assert ">&lt;a&gt;</text>" in two
+    assert ">b</text>" in two
     shares = LineChart("", "block", [Line("acc", [0], [0.95], [0.1])], within=(0, 1)).svg()
     assert ">1</text>" in shares
     assert ">1.2</text>" not in shares
