@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import check
 import pytest
@@ -45,6 +48,28 @@ def test_binder_asks_for_extras_that_there_are() -> None:
     asked = (ROOT / "binder" / "requirements.txt").read_text()
     (extras,) = re.findall(r"^\.\[(.*)\]$", asked, re.MULTILINE)
     assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+
+
+def test_each_example_can_be_run_on_colab_and_binder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first cell installs what it needs there, and does nothing elsewhere."""
+    monkeypatch.setenv("GITHUB_REPOSITORY", "someone/swarm")
+    hook = runpy.run_path(str(ROOT / "docs" / "links.py"))["on_page_content"]
+    examples = sorted((ROOT / "examples").glob("*.ipynb"))
+    for path in examples:
+        notebook = json.loads(path.read_text())
+        first = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+        source = "".join(first["source"])
+        (extras,) = re.findall(r'%pip install -q "swarm-notebook\[(\w+)\]"', source)
+        assert extras in PROJECT["optional-dependencies"]
+        assert re.search(r'^if "google.colab" in sys.modules:', source, re.MULTILINE)
+        page = SimpleNamespace(file=SimpleNamespace(src_uri=f"notebooks/{path.name}"))
+        shown = hook("<p>text</p>", page)
+        assert f"github/someone/swarm/blob/main/examples/{path.name}" in shown
+        assert f"gh/someone/swarm/main?labpath=examples%2F{path.name}" in shown
+        monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+        assert hook("<p>text</p>", page) == "<p>text</p>"  # nobody knows where
+        monkeypatch.setenv("GITHUB_REPOSITORY", "someone/swarm")
+    assert len(examples) >= 12
 
 
 def test_the_notes_of_a_release_are_its_part_of_the_changelog() -> None:
