@@ -56,7 +56,7 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "The exit code is 3 if some blocks have no server.",
     )
     status.add_argument("peers", nargs="+", metavar="ADDRESS", help="servers of the swarm")
-    status.add_argument("--model", metavar="MODEL", help="default: the one that is served")
+    status.add_argument("--model", metavar="MODEL", help="default: the one it serves")
     status.set_defaults(run=_status)
 
 
@@ -64,8 +64,8 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check = commands.add_parser(
         "check",
         help="replay a record of wrong answers with the model's weights",
-        description="Replay a record that swarm.audit().export(FILE) has written, block by block, "
-        "with the weights of the checkpoint. Exits with 1 unless all of it is confirmed.",
+        description="Replay a record written by swarm.audit().export(FILE), block by block, with "
+        "the weights of the checkpoint. The exit code is 1 unless all of it is confirmed.",
     )
     check.add_argument("file", metavar="FILE", type=Path)
     check.add_argument(
@@ -86,10 +86,10 @@ def _check(options: argparse.Namespace) -> int:
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     plan = commands.add_parser(
         "plan",
-        help="say whether a model runs on some machines, and how fast, before it is fetched",
+        help="say whether a model runs on some machines, and how fast, before it is downloaded",
         description="Say whether a model runs on some machines, with which blocks where, and how "
-        "fast. Only its config and the headers of its files are read. The notebook is taken to run "
-        "on the first machine. The exit code is 1 if the model does not fit.",
+        "fast. Reads only its config and the headers of its files, and assumes that the notebook "
+        "runs on the first machine. The exit code is 1 if the model does not fit.",
     )
     add_plan(plan)
     plan.set_defaults(run=_plan)
@@ -100,8 +100,8 @@ def _add_measure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "measure",
         help="say what a model loses with fewer bits per weight",
         description="Say what a model loses with fewer bits per weight, on a small text of this "
-        "package: the perplexity beside that of the whole weights, and how far the distributions "
-        "of the next token are apart. The whole weights are read block by block.",
+        "package: the perplexity with and without quantisation, and how far the distributions of "
+        "the next token are apart. The original weights are read block by block.",
     )
     measure.add_argument(
         "model",
@@ -141,8 +141,8 @@ def _measure(options: argparse.Namespace) -> int:
 def _add_members(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     invite = commands.add_parser(
         "invite",
-        help="let somebody join a private swarm of this machine",
-        description="Print an invitation, for `%%swarm connect INVITE`, `sn.connect(INVITE)` or "
+        help="invite somebody to a private swarm started on this machine",
+        description="Print an invitation, for `%swarm connect INVITE`, `sn.connect(INVITE)` or "
         "`swarm-notebook serve --join INVITE`. A server of the swarm must run on this machine.",
     )
     invite.set_defaults(
@@ -153,17 +153,19 @@ def _add_members(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     members = commands.add_parser(
         "members",
-        help="show who has joined a private swarm of this machine",
-        description="Show who has joined a private swarm of this machine.",
+        help="show who has joined a private swarm started on this machine",
+        description="Show who has joined a private swarm started on this machine.",
     )
     members.set_defaults(run=_private, told=lambda swarm, _: swarm.members())
     revoke = commands.add_parser(
         "revoke",
-        help="shut a member out of a private swarm of this machine",
-        description="Shut a member out, or all who came by an invitation, within ten seconds.",
+        help="shut a member out of a private swarm started on this machine",
+        description="Shut out a member, or everybody who used an invitation, within ten seconds.",
     )
     revoke.set_defaults(run=_private, told=lambda swarm, given: swarm.revoke(given.member))
-    add_private(invite, members, revoke, which="which one (default: the only of this machine)")
+    add_private(
+        invite, members, revoke, which="which swarm (default: the only one on this machine)"
+    )
 
 
 def _private(options: argparse.Namespace) -> int:

@@ -239,8 +239,8 @@ def _tell_coarse(spans: Sequence[ServerSpan]) -> None:
         least = min(span.weight_bits for span in coarse)
         logger.warning(
             "%d of %d servers have weights of %.3g bits or more: results differ from those of the "
-            "model's own. sn.connect(min_bits=16) takes whole weights only, min_bits=%.3g takes "
-            "these without a word",
+            "original weights. sn.connect(min_bits=16) uses those only, min_bits=%.3g accepts "
+            "these without a warning",
             len(coarse),
             len(spans),
             least,

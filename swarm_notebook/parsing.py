@@ -72,22 +72,26 @@ def add_private(
         "--role",
         choices=("notebook", "server"),
         default="notebook",
-        help="what they may do; a server may do what a notebook may (default: %(default)s)",
+        help="what they may do; a server may also do what a notebook may (default: %(default)s)",
     )
     invite.add_argument(
         "--expires",
         type=duration,
         default="7d",
         metavar="TIME",
-        help="until it is redeemed, such as 30m, 12h or 7d (default: %(default)s)",
+        help="how long it can be redeemed, such as 30m, 12h or 7d (default: %(default)s)",
     )
     invite.add_argument(
-        "--uses", type=count, default=1, metavar="N", help="how many may redeem it (default: 1)"
+        "--uses",
+        type=count,
+        default=1,
+        metavar="N",
+        help="how many can use it (default: 1)",
     )
     revoke.add_argument(
         "member",
         metavar="MEMBER",
-        help="as `members` shows it; or an invitation, or its name: all who came by it",
+        help="as `members` shows it; or an invitation, or its name: everybody who used it",
     )
     for command in (invite, members, revoke):
         command.add_argument("--swarm", metavar="NAME", help=which)
@@ -109,17 +113,17 @@ def add_served(serve: argparse.ArgumentParser, *, model: str, peers: str) -> Non
         "--blocks",
         type=blocks,
         metavar="A:B",
-        help="hold blocks A to B-1 only; only their tensors are read (default: all of a new swarm, "
-        "else those that it needs most, and others when that changes)",
+        help="serve blocks A to B-1 (default: all in a new swarm, else those that it needs most, "
+        "chosen again when that changes)",
     )
     serve.add_argument(
         "--memory",
         type=size,
         metavar="SIZE",
-        help="for weights, such as 20GiB: as many blocks as it holds as they are; where that is "
-        "not all, at --bits or what is measured to be good enough, and then at the most bits that "
-        "hold them; for a while twice as much, where that is free and the server moves to others "
-        "(default: 7 tenths of what is free, for who joins a swarm, and no fewer bits)",
+        help="memory for weights, such as 20GiB. If not all blocks fit unquantised: as many as fit "
+        "at --bits, or at the fewest bits measured to be good enough, and then at the most bits "
+        "that fit; briefly twice as much, if that is free, when the server moves to other blocks "
+        "(default: to join a swarm, 70 %% of what is free, unquantised)",
     )
     serve.add_argument(
         "--initial-peers",
@@ -131,14 +135,14 @@ def add_served(serve: argparse.ArgumentParser, *, model: str, peers: str) -> Non
     serve.add_argument(
         "--lan",
         action="store_true",
-        help="be found on the local network by `%%swarm connect --lan`, and join the swarm of this "
-        "model that is found there",
+        help="let `%%swarm connect --lan` find this server on the local network, and join the "
+        "swarm of this model that is found there",
     )
     serve.add_argument(
         "--private",
         action="store_true",
-        help="let in only those who are invited (see `invite`); makes the swarm's key if there is "
-        "none yet",
+        help="serve only people who were invited (see `invite`); creates the swarm's key if there "
+        "is none yet",
     )
     serve.add_argument(
         "--dtype",
@@ -156,12 +160,12 @@ def add_served(serve: argparse.ArgumentParser, *, model: str, peers: str) -> Non
         "--bits",
         type=float,
         metavar="B",
-        help="bits per weight, scales included, from 2.5 to 16: each matrix gets as many as it "
-        "needs within this mean; with --memory, at least so many (default: as they are; those of a "
-        "GGUF file packed where memory is short)",
+        help="bits per weight on average, scales included, from 2.5 to 16: each matrix gets as "
+        "many as it needs; with --memory, the least (default: as stored; those of a GGUF file stay "
+        "packed if memory is short)",
     )
     serve.add_argument("--threads", type=count, metavar="N", help="CPU threads for torch")
-    serve.add_argument("--name", metavar="NAME", help="what others see in their status")
+    serve.add_argument("--name", metavar="NAME", help="the name that others see")
 
 
 def add_plan(plan: argparse.ArgumentParser) -> None:
@@ -177,14 +181,14 @@ def add_plan(plan: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[:MEMORY[:BANDWIDTH]]",
-        help="a card or a Mac by its name, such as rtx3090 or m2-max:64GB, or any other machine "
-        "with its figures, such as laptop:16GB:60GB/s; once for each (default: --this-machine)",
+        help="a GPU or a Mac by its name, such as rtx3090 or m2-max:64GB, or any other machine "
+        "with its figures, such as laptop:16GB:60GB/s; repeat for each (default: --this-machine)",
     )
     plan.add_argument(
-        "--this-machine", action="store_true", help="measure this one, and plan with it first"
+        "--this-machine", action="store_true", help="measure this machine and put it first"
     )
-    plan.add_argument("--context", type=count, default=4096, metavar="N", help="positions")
-    plan.add_argument("--sessions", type=count, default=1, metavar="N", help="at a time")
+    plan.add_argument("--context", type=count, default=4096, metavar="N", help="tokens of context")
+    plan.add_argument("--sessions", type=count, default=1, metavar="N", help="concurrent sessions")
     plan.add_argument(
         "--bits", type=float, metavar="B", help="per weight, 2.5 to 16 (default: all that fit)"
     )
@@ -192,5 +196,5 @@ def add_plan(plan: argparse.ArgumentParser) -> None:
         "--link",
         default="1ms:1Gbit/s",
         metavar="ROUND_TRIP[:BANDWIDTH]",
-        help="the network between all of them (default: %(default)s)",
+        help="the network between the machines (default: %(default)s)",
     )

@@ -24,24 +24,24 @@ ANY_INTERFACE = "/ip4/0.0.0.0/tcp/0"
 def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     serve = commands.add_parser(
         "serve",
-        help="hold some blocks of a model and compute them for others",
-        description="Hold some blocks of a model and compute them for others. Prints a JSON line "
+        help="serve some blocks of a model to others",
+        description="Serve some blocks of a model to others. Prints a JSON line "
         'with its addresses and {"ready": true} when it can be used; stop it with Ctrl-C.',
     )
     add_served(
         serve,
         model="the demo model",
-        peers="begin a new swarm); - reads them from one line of standard input",
+        peers="start a new swarm); - reads them from one line of standard input",
     )
     serve.add_argument(
         "--swarm",
         metavar="NAME",
-        help="begin the private swarm of this name, or go on with it (default: the model's name)",
+        help="start or resume the private swarm of this name (default: the model's name)",
     )
     serve.add_argument(
         "--join",
         metavar="INVITE",
-        help="join a private swarm by an invitation, which names the model, too",
+        help="join a private swarm with an invitation, which also names the model",
     )
     serve.add_argument(
         "--host-maddrs",
@@ -54,27 +54,27 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--identity",
         type=Path,
         metavar="FILE",
-        help="private key that makes the peer id permanent; written if there is none",
+        help="file of the private key, which keeps the peer id the same; created if missing",
     )
     serve.add_argument(
         "--gpus",
         type=gpus,
         default=False,
         metavar="WHICH",
-        help="a server on each GPU of this machine (all), on so many (2), or on some (0,2); each "
-        "chooses its own blocks, and all leave together",
+        help="run a server on each GPU of this machine (all), on the first two (2), or on these "
+        "(0,2); each chooses its own blocks, and all stop together",
     )
     serve.add_argument(
         "--dummy-weights",
         action="store_true",
-        help="random weights of the model's shape, to measure and plan; announced under another "
-        "name",
+        help="random weights of the model's shape, to measure and plan with; announced under "
+        "another name",
     )
     serve.add_argument(
         "--cache-tokens",
         type=count,
         metavar="N",
-        help="room for keys and values of all sessions together, in tokens",
+        help="size of the KV cache for all sessions together, in tokens",
     )
     serve.add_argument(
         "--activation-bytes",
@@ -87,8 +87,8 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--traffic-bytes",
         type=size,
         metavar="SIZE",
-        help="memory for requests that arrive and answers that leave (default: 512MiB, or what the "
-        "largest requests of two notebooks take)",
+        help="memory for incoming requests and outgoing answers (default: 512MiB, or enough for "
+        "the largest requests of two notebooks)",
     )
     serve.add_argument(
         "--adapter-bytes",
@@ -100,12 +100,12 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     serve.add_argument(
         "--reproducible",
         action="store_true",
-        help="what a session gets does not depend on who else is served, to the bit; slower",
+        help="make the results of a session independent of other users, to the bit; slower",
     )
     serve.add_argument(
         "--exit-with-stdin",
         action="store_true",
-        help="leave when standard input closes, as a notebook's own servers do",
+        help="stop when standard input closes, as a notebook's own servers do",
     )
     # Of a notebook's own servers: a folder that they remove if the notebook is killed.
     serve.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
@@ -179,7 +179,9 @@ def _join(text: str, settings: dict[str, Any]) -> None:
 
     invitation = Invitation.read(text)
     if settings["swarm"] is not None:
-        raise InvitationError("--private begins a swarm, and --join joins one: give one of both")
+        raise InvitationError(
+            "--private starts a swarm and --join joins one: give only one of them"
+        )
     settings["initial_peers"] = [*settings["initial_peers"], text]
     if settings["model"] is None:
         if not invitation.model:

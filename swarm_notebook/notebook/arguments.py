@@ -24,10 +24,10 @@ COMPRESSIONS = ("float16", "int8")
 
 EXAMPLES = """\
 examples:
-  %swarm connect                                   a swarm of two processes on this machine
-  %swarm connect /ip4/…/tcp/…/p2p/… --model NAME   a swarm that exists
-  %swarm connect swarm1…                           a private one, by an invitation
-  %swarm connect --lan                             one of this network
+  %swarm connect                                   two server processes on this machine
+  %swarm connect /ip4/…/tcp/…/p2p/… --model NAME   an existing swarm
+  %swarm connect swarm1…                           a private swarm, with an invitation
+  %swarm connect --lan                             a swarm on the local network
   %swarm generate "Why is the sky blue?" -o answer
 """
 
@@ -149,12 +149,12 @@ class CommandLine:
             type=values.address,
             metavar="ADDRESS",
             help="servers of the swarm, as /ip4/…/tcp/…/p2p/…, or an invitation to a private one "
-            "(default: begin a swarm of two server processes on this machine)",
+            "(default: start a swarm of two server processes on this machine)",
         )
         connect.add_argument(
             "--lan",
             action="store_true",
-            help="find servers on this network that were started with --lan",
+            help="find servers on the local network that were started with --lan",
         )
         connect.add_argument(
             "--model",
@@ -164,17 +164,17 @@ class CommandLine:
         connect.add_argument(
             "--dtype",
             choices=DTYPES,
-            help="of the parts that run here (default: what the servers compute in)",
+            help="dtype of what runs here (default: that of the servers)",
         )
         connect.add_argument(
             "--device",
             metavar="DEVICE",
-            help="of the parts that run here, such as cuda:1 (default: a GPU where there is one)",
+            help="device of what runs here, such as cuda:1 (default: a GPU if there is one)",
         )
         connect.add_argument(
             "--compression",
             choices=COMPRESSIONS,
-            help="of hidden states on their way; shifts the results a little (default: none)",
+            help="compress hidden states in transit; shifts the results a little (default: none)",
         )
         connect.add_argument(
             "--own",
@@ -193,8 +193,8 @@ class CommandLine:
             "--verify",
             type=values.verify,
             metavar="RATE",
-            help="audit so much of what servers answer: spot (2 %%), off, or a share such as 0.1 "
-            "(default: spot for public addresses)",
+            help="share of the work to repeat on other servers as a check: spot (2 %%), off, or "
+            "0.1 (default: spot for public addresses)",
         )
         _add_output(connect, "the Swarm object", "")
 
@@ -240,8 +240,8 @@ class CommandLine:
     def _serve(self) -> None:
         serve = self._add(
             "serve",
-            "lend this machine's memory: hold blocks of a model for a swarm; at once if --blocks "
-            "or --memory are given",
+            "lend this machine: serve blocks of a model to a swarm; starts at once with --blocks "
+            "or --memory",
         )
         add_served(
             serve,
@@ -251,15 +251,15 @@ class CommandLine:
         serve.add_argument(
             "--listen",
             metavar="ADDRESS",
-            help="such as /ip4/0.0.0.0/tcp/0, which others can reach (default: this machine alone "
-            "where all known servers are, else all interfaces)",
+            help="where to listen, such as /ip4/0.0.0.0/tcp/0, which others can reach (default: "
+            "only this machine if all known servers are on it, else all interfaces)",
         )
         _add_output(serve, "the ServePanel")
 
     def _private(self) -> None:
-        invite = self._add("invite", "let somebody join a private swarm that was begun here")
-        members = self._add("members", "show who has joined a private swarm that was begun here")
-        revoke = self._add("revoke", "shut a member out of a private swarm that was begun here")
+        invite = self._add("invite", "invite somebody to a private swarm that was started here")
+        members = self._add("members", "show who has joined a private swarm that was started here")
+        revoke = self._add("revoke", "shut a member out of a private swarm that was started here")
         add_private(
             invite,
             members,
@@ -284,7 +284,11 @@ class CommandLine:
             help="a SteeringVector to add while it answers: a variable, or the file of a saved one",
         )
         chat.add_argument(
-            "--strength", type=values.number, default=1.0, metavar="X", help="times (default: 1)"
+            "--strength",
+            type=values.number,
+            default=1.0,
+            metavar="X",
+            help="scale (default: 1)",
         )
         _add_sampling(chat)
         _add_output(chat, "the ChatWidget")
@@ -338,11 +342,11 @@ def _add_sampling(parser: Arguments) -> None:
         "--top-p",
         type=values.share,
         metavar="P",
-        help="sample from the most probable tokens that have this probability together "
+        help="sample from the most probable tokens with this total probability "
         "(default: the model's own, else 1)",
     )
     parser.add_argument(
-        "--seed", type=values.seed, metavar="N", help="random seed (default: another each time)"
+        "--seed", type=values.seed, metavar="N", help="random seed (default: different each time)"
     )
 
 

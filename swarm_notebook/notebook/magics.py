@@ -198,7 +198,9 @@ class SwarmMagics:
         names = ("dtype", "device", "bits", "memory", "threads", "name", "listen")
         given = {key: getattr(arguments, key) for key in names}
         if arguments.private and arguments.initial_peers:
-            raise UsageError("--private begins a swarm, --initial-peers joins one: give one")
+            raise UsageError(
+                "--private starts a swarm and --initial-peers joins one: give only one"
+            )
         alone = bool(arguments.initial_peers) or arguments.private
         swarm = None if alone else self._current()
         panel = ServePanel(
@@ -226,7 +228,7 @@ class SwarmMagics:
         begun = LocalSwarm.private_here() if name is None else []
         if len(begun) > 1:
             raise UsageError(
-                f"this notebook has begun {len(begun)} private swarms; name the variable of one "
+                f"this notebook has started {len(begun)} private swarms; name the variable of one "
                 "with --swarm"
             )
         return begun[0] if begun else begun_here(name)

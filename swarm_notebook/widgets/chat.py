@@ -64,7 +64,7 @@ class ChatWidget(WritingWidget, module="chat"):
         TypeError: an option is unknown.
     """
 
-    GO_ON = "connect again (%swarm connect); ChatWidget(swarm, chat.messages) has what was said"
+    GO_ON = "connect again (%swarm connect); ChatWidget(swarm, chat.messages) restores the chat"
 
     turns: traitlets.List[dict[str, Any]] = traitlets.List().tag(sync=True)
     live: String = traitlets.Unicode().tag(sync=True)
@@ -93,8 +93,8 @@ class ChatWidget(WritingWidget, module="chat"):
         if not self.has_template:
             self.close()
             raise ValueError(
-                "tokenizer: it has no chat template, so nobody knows how this model was taught to "
-                "talk; use GenerateWidget, or set tokenizer.chat_template"
+                "tokenizer: it has no chat template; use GenerateWidget, or set "
+                "tokenizer.chat_template"
             )
 
     @property
@@ -112,7 +112,7 @@ class ChatWidget(WritingWidget, module="chat"):
             ValueError: there is nothing to say.
         """
         if not text.strip():
-            raise ValueError("text: there is nothing to send")
+            raise ValueError("text: the message is empty")
         said = {"role": "user", "content": text}
         self._say([*self.messages, said], lambda: self._talk.add(said))
 
@@ -260,7 +260,7 @@ class ChatWidget(WritingWidget, module="chat"):
     def _say(self, messages: list[Message], change: Callable[[], None]) -> None:
         """Let the model answer to these, which `change` makes the path."""
         if not messages or messages[-1]["role"] != "user":
-            raise ValueError("nothing was asked yet; send a message first")
+            raise ValueError("there is no message to answer; send one first")
         sampling = self.sampling
         ids = self._ids_of_chat(messages)
         with self._talking:

@@ -354,7 +354,7 @@ class WritingWidget(Widget):
         if writer.error is not None:
             error = f"{type(writer.error).__name__}: {writer.error}"
             self._estimated = ()  # what the next run takes may not be what this one was to take
-            return {"note": "ended by an error; the text is kept", "error": error, "bill": bill}
+            return {"note": "stopped by an error; the text is kept", "error": error, "bill": bill}
         return {"note": self._verdict(), "bill": bill}
 
     def _verdict(self) -> str:

@@ -117,3 +117,13 @@ def test_what_is_not_there_is_refused() -> None:
     assert "not a command" in refused("%swarm", "conect")
     assert refused("make", "demo") == ""
     assert refused("make", "coffee") == "no coffee"
+
+
+@pytest.mark.parametrize("command", ["serve", "status", "plan", "measure", "invite", "check"])
+def test_a_help_names_magics_as_they_are_typed(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a description ``%%`` stays as it is; argparse halves it only in the help of an option."""
+    with pytest.raises(SystemExit):
+        cli.parser().parse_args([command, "--help"])
+    assert "%%" not in capsys.readouterr().out

@@ -250,7 +250,7 @@ class Auditor:
     def _condemn(self, segment: RouteSegment, reason: str) -> None:
         self._directory.health.wrong[segment.peer] = reason
         said, telemetry = f"found wrong {reason}", self._directory.telemetry
-        logger.warning("%s was left for good: %s", server_name(segment), said)
+        logger.warning("%s is never used again: %s", server_name(segment), said)
         telemetry.lost(telemetry.latest, Failover.of(segment, said))
 
     def _condemn_witness(self, found: Piece, first: _Replay, second: _Replay) -> None:

@@ -113,7 +113,7 @@ class TrainingRun(TrainingView):
             self._end("failed", failure)
             raise
         if not self.outcome:
-            self.update(outcome="not saved: TrainingMonitor(save=…) says how")
+            self.update(outcome="not saved; to save, give TrainingMonitor(save=…)")
         self._end("stopped")
 
     def saved(self, place: object) -> None:

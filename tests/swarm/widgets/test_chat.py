@@ -145,7 +145,7 @@ def test_turns_can_be_edited_and_exported(chat: ChatWidget) -> None:
     chat.clear()
     assert chat.messages == []
     act(chat, "retry")
-    assert "nothing was asked yet" in chat.error
+    assert "there is no message to answer" in chat.error
 
 
 def test_nothing_that_was_said_is_lost(chat: ChatWidget) -> None:

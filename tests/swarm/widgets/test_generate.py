@@ -208,7 +208,7 @@ def test_an_error_stands_in_the_panel_and_the_text_stays(
         widget.run()
         assert widget.wait(PATIENCE)
     assert widget.error == "RuntimeError: the disk is <b>full</b>"
-    assert widget.note == "ended by an error; the text is kept"
+    assert widget.note == "stopped by an error; the text is kept"
     assert len(widget.tokens) == 3
     widget.resume()
     assert widget.wait(PATIENCE)
