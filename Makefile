@@ -9,6 +9,7 @@
 # make replay   record the session that the site replays, and film it for the README
 # make foreign  PEFT's and nnsight's own tests on remote models, TRL's trainers, a real Petals
 # make quantisers  checkpoints of bitsandbytes, compressed-tensors and torchao, with these libraries
+# make kernels  the kernels for cards, run by Triton's interpreter
 # make chaos  ten minutes (SECONDS=600, SEED=0) of faults while notebooks work, and a table of pauses
 # make places  the places that servers choose in simulated swarms, against the optimum: two minutes
 # make simulated  swarms of the demo model over links, and the same in simulated time; as root
@@ -36,7 +37,7 @@ IN_ORDER := -n 2 $(BY_FILE) --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
 .PHONY: demo lab docs release trial replay test unit foreign foreign-peft foreign-nnsight foreign-trl \
-  foreign-petals quantisers chaos churn places simulated hostile lint format outputs clean
+  foreign-petals quantisers kernels chaos churn places simulated hostile lint format outputs clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -122,6 +123,11 @@ quantisers: $(READY)
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target .venv/quantisers \
 	  bitsandbytes==0.50.2 compressed-tensors==0.20.1 torchao==0.18.0 loguru==0.7.3
 	$(OFFLINE) PYTHONPATH=$(CURDIR)/.venv/quantisers $(BIN)/pytest -q tests/foreign/test_quantisers.py
+
+# On the CPU, by Triton's interpreter.
+kernels: $(READY)
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target .venv/triton triton==3.9.0
+	$(OFFLINE) PYTHONPATH=$(CURDIR)/.venv/triton $(BIN)/pytest -q tests/foreign/test_kernels.py
 
 replay: $(READY)
 	tests/browser/install-chromium

@@ -14,15 +14,14 @@ it is missing, or cannot compile, steps run by `paged` (see `steps.decode`).
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from swarm_notebook.server.engine import following_kernel
-from swarm_notebook.server.engine.following_kernel import wait_and_be_followed
+from swarm_notebook.server.engine import card_kernel
+from swarm_notebook.server.engine.card_kernel import wait_and_be_followed
 from swarm_notebook.server.engine.kv.cache import PAGE
 
 # Programs per multiprocessor that keep a card's memory busy.
@@ -212,7 +211,7 @@ def file(
         KEY_PAD=_power(key_size),
         VALUE=value_size,
         VALUE_PAD=_power(value_size),
-        **following_kernel.options(keys.device),
+        **card_kernel.following(keys.device),
     )
 
 
@@ -241,7 +240,7 @@ def attend(
     rows, heads, _, key_size = query.shape
     shared, value_size, pages = keys.shape[0], values.shape[2], table.shape[1]
     groups = heads // shared
-    idle = _FILL * _multiprocessors(query.device) // (rows * shared)
+    idle = _FILL * card_kernel.multiprocessors(query.device) // (rows * shared)
     each = -(-pages // min(max(idle, 1), pages))
     splits = -(-pages // each)
     options: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
@@ -277,7 +276,7 @@ def attend(
         KEY_PAD=max(_LEAST_GROUPS, _power(key_size)),
         VALUE=value_size,
         VALUE_PAD=max(_LEAST_GROUPS, _power(value_size)),
-        **following_kernel.options(query.device),
+        **card_kernel.following(query.device),
     )
     output = torch.empty(rows, heads, value_size, dtype=values.dtype, device=query.device)
     _join[rows, heads](
@@ -290,7 +289,7 @@ def attend(
         SINKS=sinks is not None,
         VALUE=value_size,
         VALUE_PAD=_power(value_size),
-        **following_kernel.options(query.device),
+        **card_kernel.following(query.device),
     )
     return output
 
@@ -302,9 +301,3 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 def _power(number: int) -> int:
     return 1 << (number - 1).bit_length()
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    found: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return found

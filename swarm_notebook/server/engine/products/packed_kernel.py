@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 
 from swarm_notebook.checkpoint.packed import PackedGrid
-from swarm_notebook.server.engine import following_kernel
-from swarm_notebook.server.engine.following_kernel import wait_and_be_followed
+from swarm_notebook.server.engine import card_kernel
+from swarm_notebook.server.engine.card_kernel import wait_and_be_followed
 from swarm_notebook.server.engine.products import token_kernel
 from swarm_notebook.server.engine.products.token_kernel import assembles, group_of
 
@@ -278,7 +278,7 @@ def multiply(x: torch.Tensor, packed: PackedGrid, tiling: Tiling) -> torch.Tenso
     (tokens, columns), rows = x.shape, packed.shape[0]
     bits, tile, room = packed.grid.bits, tile_of(packed), max(LEAST, bucket(tokens))
     blocks, tiles = triton.cdiv(rows, tiling.rows), columns // _PARTS[bits] // tile
-    each = triton.cdiv(tiles, max(1, tiling.fill * _multiprocessors(x.device) // blocks))
+    each = triton.cdiv(tiles, max(1, tiling.fill * card_kernel.multiprocessors(x.device) // blocks))
     splits = triton.cdiv(tiles, each)
     stage = tile * (_PARTS[bits] * room * x.itemsize + len(packed.planes) * tiling.rows)
     stages = max(1, min(tiling.stages, _AHEAD // stage))
@@ -312,7 +312,7 @@ def multiply(x: torch.Tensor, packed: PackedGrid, tiling: Tiling) -> torch.Tenso
         STAGES=stages,
         ASSEMBLY=bits == 4 and assembles(x.device),
         num_warps=tiling.warps,
-        **following_kernel.options(x.device),
+        **card_kernel.following(x.device),
     )
     return output
 
@@ -347,12 +347,3 @@ def _counts(device: torch.device) -> torch.Tensor:
     """How many splits of each row block have ended; all are zero between products."""
     with torch.inference_mode(False):
         return torch.zeros(_MOST_BLOCKS, dtype=torch.int32, device=device)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    # Triton interprets these kernels on CPUs.
-    if device.type != "cuda":
-        return 1
-    found: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return found

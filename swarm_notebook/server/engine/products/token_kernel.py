@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from swarm_notebook.checkpoint.packed import PackedGrid
-from swarm_notebook.server.engine import following_kernel
-from swarm_notebook.server.engine.following_kernel import wait_and_be_followed
+from swarm_notebook.server.engine import card_kernel
+from swarm_notebook.server.engine.card_kernel import wait_and_be_followed
 
 # The group of a whole row.
 _ALL = 1 << 30
@@ -285,7 +285,7 @@ def multiply(x: torch.Tensor, packed: PackedGrid, rows_each: int, warps: int) ->
         BIAS_HIGH=_BIAS_HIGH + 32768 * assembly,
         ASSEMBLY=assembly,
         num_warps=warps,
-        **following_kernel.options(x.device),
+        **card_kernel.following(x.device),
     )
     return output
 
