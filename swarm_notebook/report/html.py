@@ -1,8 +1,9 @@
 """What the HTML of all reports is made of: one style, the frame, tables and their cells.
 
-Colours come from JupyterLab's ``--jp-*`` variables; elsewhere they derive from the text colour
-around them, so that no theme has to be detected. Everything is one static fragment: no scripts,
-and no styles outside ``.sn-view``. Whatever a server said is escaped by whoever puts it in.
+Colours of text and lines come from JupyterLab's ``--jp-*`` variables; elsewhere they derive from
+the text colour around them, so that no theme has to be detected. Everything is one static fragment:
+no scripts, and no styles outside ``.sn-view``. Whatever a server said is escaped by whoever puts it
+in.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ STYLE = """<style>
   --sn-dim: var(--jp-ui-font-color2, color-mix(in srgb, currentColor 65%, transparent));
   --sn-line: var(--jp-border-color2, color-mix(in srgb, currentColor 22%, transparent));
   --sn-track: var(--jp-layout-color2, color-mix(in srgb, currentColor 8%, transparent));
-  --sn-good: var(--jp-success-color1, #388e3c);
-  --sn-bad: var(--jp-error-color1, #d32f2f);
+  --sn-good: #2e7d32; /* below white letters: JupyterLab's have too little contrast */
+  --sn-bad: #c62828;
   --sn-warn: var(--jp-warn-color1, #f57c00);
-  --sn-blue: var(--jp-brand-color1, #2196f3);
+  --sn-blue: #1976d2;
   color: var(--sn-text); font: 13px/1.5 var(--jp-ui-font-family, system-ui, sans-serif);
   max-width: 60em; padding: 2px 0; overflow-x: auto;
 }
@@ -49,6 +50,7 @@ STYLE = """<style>
 .sn-view .sn-table td.sn-num, .sn-view .sn-table th.sn-num {
   text-align: right; font-variant-numeric: tabular-nums;
 }
+.sn-view .sn-table + .sn-table { margin-top: 8px; }
 .sn-view .sn-peer { font-family: var(--jp-code-font-family, monospace); color: var(--sn-dim); }
 .sn-view .sn-track {
   display: inline-block; position: relative; width: 7em; height: 8px; margin-right: .6em;
@@ -58,7 +60,10 @@ STYLE = """<style>
   position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 2px;
   background: var(--sn-blue);
 }
-.sn-view .sn-note { max-width: 26em; white-space: normal; overflow-wrap: anywhere; }
+.sn-view .sn-note, .sn-view .sn-table td.sn-note {
+  min-width: 12em; max-width: 26em; white-space: normal; overflow-wrap: anywhere;
+}
+.sn-view .sn-table td.sn-fact { min-width: 16em; white-space: normal; }
 .sn-view .sn-dot { display: inline-block; width: 8px; height: 8px; border-radius: 50%;
   margin-right: .5em; background: var(--sn-dim); }
 .sn-view .sn-dot.sn-online { background: var(--sn-good); }
@@ -92,7 +97,7 @@ def table(titles: list[str], numbers: list[str], more: list[str], rows: str) -> 
 def facts(found: Iterable[tuple[str, str]]) -> str:
     """A table of names and what there is to say of each."""
     rows = "".join(
-        f'<tr><td class="sn-dim">{escape(name)}</td><td>{escape(text)}</td></tr>'
+        f'<tr><td class="sn-dim">{escape(name)}</td><td class="sn-fact">{escape(text)}</td></tr>'
         for name, text in found
     )
     return f'<table class="sn-table"><tbody>{rows}</tbody></table>'

@@ -297,7 +297,7 @@ def _plot(passes: Sequence[PassTimes]) -> str:
         for y in [HEIGHT * (1 - tick / (1000 * top))]
     )
     return (
-        f'<svg class="sn-picture" viewBox="0 -8 {WIDTH} {HEIGHT + 16}" width="100%" '
+        f'<svg class="sn-picture" viewBox="0 -14 {WIDTH} {HEIGHT + 22}" width="100%" '
         f'style="max-width:{WIDTH}px" '
         f'role="img" aria-label="milliseconds of each pass by part">{axis}{"".join(drawn)}</svg>'
     )

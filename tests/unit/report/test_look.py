@@ -102,6 +102,14 @@ def test_lines_are_seen_on_white_and_on_black() -> None:
         assert min(contrast(colour, np.full(3, value)) for value in (255.0, 17.0)) >= 3
 
 
+def test_white_letters_on_a_reports_colours_can_be_read_in_both_themes() -> None:
+    found = re.findall(r"--sn-(good|bad|blue): (#\w{6});", html.STYLE)
+    assert len(found) == 3
+    for name, colour in found:
+        assert contrast(of(colour), np.full(3, 255.0)) >= 4.5, name
+        assert contrast(of(colour), np.full(3, 17.0)) >= 3, name  # the bar itself, in the dark
+
+
 def test_parts_of_a_time_are_told_apart_by_everybody() -> None:
     for colour in map(of, TIMES.values()):
         assert min(contrast(colour, np.full(3, value)) for value in (255.0, 17.0)) >= 3
