@@ -303,17 +303,13 @@ class Telemetry:
             begun = timeline.steps[-1]
             timeline.steps[-1] = begun._replace(ended=step.ended, hops=begun.hops + step.hops)
         self.usage.passed(step)
-        self._publish(step)
-
-    def passed_once(self, record: PassRecord) -> None:
-        """Tokens have passed blocks without a cache; `Usage.answered` has counted them."""
-        self._publish(record)
+        self.publish(step)
 
     def lost(self, timeline: Timeline | None, failover: Failover) -> None:
         """A server was lost, in a generation or (None) in a pass without a cache."""
         if timeline is not None:
             timeline.failovers.append(failover)
-        self._publish(failover)
+        self.publish(failover)
 
     def subscribe(self, size: int = MAX_EVENTS) -> Subscription:
         """Receive what happens from now on; at most ``size`` events wait."""
@@ -327,7 +323,8 @@ class Telemetry:
             left = [other for other in self._subscriptions if other is not subscription]
             self._subscriptions = tuple(left)
 
-    def _publish(self, event: Event) -> None:
+    def publish(self, event: Event) -> None:
+        """Tell all that have subscribed; what counts, `usage` was told before."""
         with self._lock:
             if not isinstance(event, Failover) and event.first:
                 self.tokens += event.tokens * event.rows

@@ -231,7 +231,7 @@ class Simulation:
             server, start, end = hop
             # What a new server has to catch up with goes through it in pieces.
             left = 1 if hop in caught_up else tokens
-            yield self._travel(at, server, min(left, PIECE_TOKENS))
+            yield hop_seconds(self._shape, self._link(at, server), min(left, PIECE_TOKENS))
             while left:
                 piece = min(left, PIECE_TOKENS)
                 if not (yield (server, piece, start, end)):
@@ -242,9 +242,6 @@ class Simulation:
                 self.hosts[server].answered[notebook] += 1
             at = server
         return True
-
-    def _travel(self, sender: str, receiver: str, tokens: int) -> float:
-        return hop_seconds(self._shape, self._link(sender, receiver), tokens)
 
 
 def rate_together(

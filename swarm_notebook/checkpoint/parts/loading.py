@@ -100,7 +100,8 @@ def load(
             f"the weights of {source.name} do not fit its config: {name} has shape {tuple(found)}, "
             f"the config makes it {tuple(expected)} ({len(mismatched)} such tensors)"
         )
-    new = {name for name in report["missing_keys"] if labels and not _in_base(name, model)}
+    base = f"{model.base_model_prefix}."
+    new = {name for name in report["missing_keys"] if labels and not name.startswith(base)}
     if missing := sorted(report["missing_keys"] - new):
         raise ModelNotFound(
             f"the weights of {source.name} lack {len(missing)} tensors that "
@@ -118,21 +119,14 @@ def _finite(source: ModelSource, name: str, lazy: LazyTensor) -> LazyTensor:
 
     def read() -> torch.Tensor:
         tensor = lazy.read()
-        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1 and _damaged(tensor):
+        floating = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+        if floating and not tensor.isfinite().all():
             raise ModelNotFound(
                 f"{source.name}: tensor {name} has NaN or infinity in it; fetch it again"
             )
         return tensor
 
     return LazyTensor(read, lazy.nbytes, lazy.slice)
-
-
-def _damaged(tensor: torch.Tensor) -> bool:
-    return not bool(tensor.isfinite().all())
-
-
-def _in_base(name: str, model: PreTrainedModel) -> bool:
-    return name.startswith(f"{model.base_model_prefix}.")
 
 
 def _edited(

@@ -91,7 +91,7 @@ async def forward(
     )
     first = directory.begins_at(request.start)
     record = PassRecord(length, rows, began, time.perf_counter(), hops, first)
-    directory.telemetry.passed_once(record)
+    directory.telemetry.publish(record)
     trails = [Trail(rows, segments) for rows, (_, segments) in zip(groups, results, strict=True)]
     return joined([outputs for outputs, _ in results], dim=0), trails
 

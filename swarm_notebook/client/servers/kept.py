@@ -20,7 +20,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from swarm_notebook.client.servers.crowd import ALIKE, Crowd
@@ -167,8 +167,8 @@ def _chance(kept: Sequence[RouteSegment], best: Sequence[RouteSegment], links: L
     if not any(links.busy.get(one.peer) for one in (*left, *best)):
         return math.inf
     # As much as is gained of the part that would be another.
-    seconds = _seconds_by_segment(kept, links)
-    return gain / sum(seconds[one.start] for one in left)
+    each = zip(kept, token_seconds(kept, links), strict=True)
+    return gain / sum(seconds for one, seconds in each if one in left)
 
 
 def _speed(span: ServerSpan) -> tuple[float, str]:
@@ -192,8 +192,3 @@ def _alike(
             if able and sum(token_seconds(other, links)) <= most:
                 found.append(span)
     return found
-
-
-def _seconds_by_segment(chain: Sequence[RouteSegment], links: Links) -> Mapping[int, float]:
-    each = zip(chain, token_seconds(chain, links), strict=True)
-    return {one.start: seconds for one, seconds in each}

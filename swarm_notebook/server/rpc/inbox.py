@@ -180,7 +180,7 @@ class Inbox:
         if found is None:
             return step_id in self._known  # the push was faster
         session_id, announced = found
-        given_up = bool(message.tensors) and _has_no_elements(message.tensors[0])
+        given_up = bool(message.tensors) and 0 in message.tensors[0].size
         if given_up and announced.tensor is not None:
             self._held -= announced.tensor_size
             announced.tensor, announced.tensor_size = None, 0
@@ -207,10 +207,6 @@ class Inbox:
 
 def _is_whole(step: tuple[PackedMessage, int] | _Announced) -> bool:
     return not isinstance(step, _Announced) or step.tensor is not None
-
-
-def _has_no_elements(tensor: PackedTensor) -> bool:
-    return 0 in tensor.size
 
 
 def _step_id(message: PackedMessage) -> str:
