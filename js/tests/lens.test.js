@@ -1,4 +1,4 @@
-import { afterEach, expect, test } from "vitest";
+import { afterEach, expect, test, vi } from "vitest";
 import lens, { percent, strength } from "../src/lens.js";
 import { FakeModel, show } from "./fake_model.js";
 
@@ -111,6 +111,24 @@ test("ranks are asked for by word or by a shown token, and shown when they come"
   expect(cells(shown)[3].style.getPropertyValue("--strength")).toBe("0.500");
   expect(shown.byId("details").textContent).toContain("rank of maybe 1");
   expect(document.activeElement).toBe(candidate);
+});
+
+test("all of it is taken away as a table", async () => {
+  /** @type {Blob[]} */
+  const files = [];
+  const made = vi.spyOn(URL, "createObjectURL").mockImplementation((blob) => {
+    files.push(/** @type {Blob} */ (blob));
+    return "blob:it";
+  });
+  const fake = model(40, { first: 5, token: "yes", ranks: view(new Uint32Array(80).fill(7)) });
+  show(lens, fake).byId("csv").click();
+  await vi.waitFor(() => expect(files.length).toBe(1));
+  const lines = (await files[0].text()).trim().split("\n");
+  expect(lines.length).toBe(1 + 2 * 40); // also of tokens that are on another page
+  expect(lines[0]).toBe("block,position,token,prediction,probability,entropy,rank of yes");
+  expect(lines[1]).toBe("0,5,w0,yes,0.75,0,7");
+  expect(lines[80]).toBe("3,44,w39,<b>no</b>,0.75,79,7");
+  made.mockRestore();
 });
 
 test("two views agree, and one that is closed hears nothing", () => {
