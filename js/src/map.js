@@ -448,7 +448,7 @@ function build({ model, root }) {
       const who = seen.length ? `${names}${more}` : "none";
       setText(privacy, `Servers that saw your activations: ${who}`);
     }),
-    follow(model, ["bill"], () => setText(bill, model.get("bill"))),
+    follow(model, ["bill"], () => setText(bill, model.get("bill") || "no requests yet")),
     follow(model, ["selected", "servers", "seen"], showDetail),
     follow(model, ["failovers", "coverage"], () => {
       const without = model.get("coverage").filter((/** @type {any[]} */ run) => run[2] === 0);

@@ -64,6 +64,7 @@ describe("the swarm map", () => {
     expect(view.all(".sn-way.sn-planned").length).toBe(2);
     expect(view.byId("route").textContent).toBe("ab");
     expect(view.byId("pace").textContent).toBe("no tokens yet");
+    expect(view.byId("bill").textContent).toBe("no requests yet");
     expect(view.byId("privacy").textContent).toContain("activations: none");
   });
 
