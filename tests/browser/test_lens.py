@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 import pytest
+from browser.conftest import SCREENS
 from browser.notebook import HEIGHT, WIDTH, Notebook
 from playwright.sync_api import Locator, expect
 
@@ -77,6 +79,27 @@ def test_two_views_agree(notebook: Notebook, lens: Locator) -> None:
     assert notebook.value("lens.selected") == "[25, 2]"
 
 
+def test_it_can_be_taken_away_as_a_table_and_as_a_picture(
+    notebook: Notebook, lens: Locator
+) -> None:
+    with notebook.page.expect_download() as download:
+        lens.get_by_test_id("csv").click()
+    head, *rows = download.value.path().read_text().splitlines()
+    assert head.startswith("block,position,token,prediction,probability,entropy")
+    assert len(rows) == 30 * 5
+    assert rows[-1].startswith("29,4,·is,·Paris,")
+    with notebook.page.expect_download() as download:
+        lens.get_by_test_id("png").click()
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    kept = SCREENS / "lens.png"
+    download.value.save_as(kept)
+    grid = lens.get_by_role("grid").bounding_box()
+    assert grid is not None
+    width, height = struct.unpack(">II", kept.read_bytes()[16:24])
+    assert width > 2 * grid["width"]
+    assert height > 2 * grid["height"]
+
+
 def test_pictures(lens: Locator, picture: Callable[[Locator, str], None]) -> None:
     lens.get_by_label("Colour").select_option("probability")
     lens.get_by_role("row").nth(2).get_by_role("gridcell").last.hover()
@@ -128,6 +151,11 @@ def test_a_long_text_opens_on_its_end(notebook: Notebook) -> None:
     notebook.theme(dark=True)
     notebook.page.set_viewport_size({"width": 600, "height": HEIGHT})
     notebook.page.wait_for_function(inside, arg=row.get_by_role("gridcell").last.element_handle())
+    # What is said of a cell has no room beside the grid, and stands below it.
+    grid, below = box.bounding_box(), view.get_by_test_id("details").bounding_box()
+    assert grid is not None
+    assert below is not None
+    assert below["y"] >= grid["y"] + grid["height"]
     notebook.theme(dark=False)
     box.hover()
     notebook.page.mouse.wheel(-9999, 0)
