@@ -41,6 +41,8 @@ WORTH_MOVING = 1.1
 # What moves must lead to, as a part of what the servers could have; with less, the servers go on to
 # another arrangement from there.
 ENOUGH = 0.98
+# What is asked for where no move helps to all that servers could have, by what they have.
+_MORE = (1.5, 1.25, 1.1)
 # Of what servers could give at most where they cannot have all blocks: hardly anything is asked of
 # each block, so that all that counts is that somebody has it.
 _HARDLY = 1e-3
@@ -105,7 +107,11 @@ def next_move(places: Sequence[Place], blocks: int) -> Move | None:
             ways += [moves] if moves else []
     if ways:
         return min(ways, key=len)[0]
-    # Not what could be, but more than there is.
+    # Not what could be, but more than there is: nearly nothing helps to all of it where several
+    # places are narrow, but it may help the narrowest.
+    if max(helpful, default=(0.0, []))[0] <= flow * WORTH_MOVING:
+        tried = [_helpful_moves(places, blocks, part * flow) for part in _MORE]
+        helpful = [(throughput(end, blocks), moves) for moves, end in tried if moves]
     best, moves = max(helpful, default=(0.0, []))
     return moves[0] if best > flow * WORTH_MOVING else None
 

@@ -146,6 +146,26 @@ def test_several_move_one_after_the_other_where_no_single_move_helps() -> None:
     assert 1 < len(moved) <= 4
 
 
+def test_the_narrowest_place_is_helped_where_several_are_narrow() -> None:
+    # No move brings all to what they could have; one that is needed nowhere helps where least is.
+    places = [
+        Place(start, end, rate / (end - start))
+        for start, end, rate in (
+            (0, 10, 31.7),
+            (0, 21, 40.5),
+            (19, 29, 18.6),
+            (29, 39, 43.2),
+            (39, 75, 258.8),
+            (70, 80, 43.2),
+        )
+    ]
+    before = throughput(places, 80)
+    move = next_move(places, 80)
+    assert move is not None
+    assert move[0] == places[0]
+    assert throughput([*places[1:], move[1]], 80) > 1.1 * before
+
+
 def test_a_stream_needs_few_hops() -> None:
     # All the same otherwise: a span that follows another one is better than one across two.
     pairs = [Place(start, start + 2, 100.0) for start in (0, 2, 4, 6)]
