@@ -10,9 +10,10 @@ import contextlib
 import gc
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from swarm_notebook.checkpoint.anatomy import context_length
@@ -74,6 +75,7 @@ class Server:
         tell: gets facts for the program that started the server, as they come: first where it
             listens, at last ``"ready": True`` with all that is needed to use it.
         progress: also tell how much of the weights was read.
+        known: where peers are, or were, that the server of before knew.
 
     Attributes:
         facts: what was told, but for the progress.
@@ -85,8 +87,10 @@ class Server:
         tell: Callable[[dict[str, Any]], None] = lambda _: None,
         *,
         progress: bool = False,
+        known: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ):
         self._options, self._tell, self._tells_progress = options, tell, progress
+        self.known = known
         self.facts: dict[str, Any] = {}
         self._stack = contextlib.AsyncExitStack()
         self._announcer: Announcer | None = None
@@ -153,7 +157,8 @@ class Server:
         # Those that it was told at first may have gone, and nobody may have told it of any.
         peers = [*dict.fromkeys([*peers, *self._options.initial_peers])]
         options = replace(self._options, blocks=span, chosen=True, initial_peers=peers)
-        return Move(options, beside=beside)
+        known = self.known if self._reunion is None else self._reunion.remembered
+        return Move(options, beside, known)
 
     async def replaced(self) -> None:
         """Return as soon as each of its blocks has another server."""
@@ -308,7 +313,12 @@ class Server:
             loading = self._begin_loading(compute, source)
         node = await start_node(options, self._stack, source.shared_name)
         self._reunion = await stay_together(
-            options, self._stack, node, source.dht_prefix, self._announce_soon
+            options,
+            self._stack,
+            node,
+            source.dht_prefix,
+            self._announce_soon,
+            known=self.known,
         )
         blocks = source.config().num_hidden_layers
         placing = Placing(node, source.dht_prefix, blocks)

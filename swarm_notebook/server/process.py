@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +33,7 @@ from swarm_notebook.server.app import Server
 from swarm_notebook.server.memory import heap
 from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.server.presence.arrival import GOODBYE_SECONDS
+from swarm_notebook.server.presence.moving import Move
 from swarm_notebook.stdin import at_end_of_stdin
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -73,9 +75,9 @@ async def serve(options: ServeOptions) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     # A notebook shows how far it is; a person who reads the terminal has the log.
-    server: Server | None = _server(options)
+    server: Server | None = _server(options, {})
     while server is not None:
-        options = server.options
+        options, known = server.options, server.known
         try:
             if not server.up:
                 await _start(server, leaving)
@@ -85,15 +87,15 @@ async def serve(options: ServeOptions) -> None:
                 raise
             logger.warning("%s; trying again", error)
             await asyncio.wait([leaving], timeout=GOODBYE_SECONDS)
-            server = None if leaving.done() else _server(options)
+            server = None if leaving.done() else _server(options, known)
         # The next server needs the memory of the last one.
         gc.unfreeze()
         gc.collect()
 
 
-def _server(options: ServeOptions) -> Server:
+def _server(options: ServeOptions, known: Mapping[str, Sequence[str]]) -> Server:
     # A notebook shows how far it is; a person who reads the terminal has the log.
-    return Server(options, _tell, progress=options.exit_with_stdin)
+    return Server(options, _tell, progress=options.exit_with_stdin, known=known)
 
 
 async def _start(server: Server, leaving: asyncio.Task[Any]) -> None:
@@ -138,8 +140,8 @@ async def _next(server: Server, leaving: asyncio.Task[Any]) -> Server | None:
                 break
             move = moving.result()
             if not move.beside:
-                successor = _server(move.options)
-            elif (successor := await _started_beside(server, move.options, leaving)) is None:
+                successor = _server(move.options, move.known)
+            elif (successor := await _started_beside(server, move, leaving)) is None:
                 moving = asyncio.create_task(server.better_place())
     finally:
         for task in (trimming, ended, moving):
@@ -153,15 +155,13 @@ async def _next(server: Server, leaving: asyncio.Task[Any]) -> Server | None:
     return None if leaving.done() else successor
 
 
-async def _started_beside(
-    server: Server, options: ServeOptions, leaving: asyncio.Task[Any]
-) -> Server | None:
+async def _started_beside(server: Server, move: Move, leaving: asyncio.Task[Any]) -> Server | None:
     """A server in another place, as soon as one that serves until then is not needed any more.
 
     Returns:
         None if it did not start, or if told to leave.
     """
-    successor = Server(options)
+    successor = Server(move.options, known=move.known)
 
     async def take_over() -> None:
         await successor.start()

@@ -12,7 +12,7 @@ import asyncio
 import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -42,10 +42,10 @@ def _thread() -> LoopThread:
 class HostedServer:
     """A server in this process, up as long as its context."""
 
-    def __init__(self, options: ServeOptions):
+    def __init__(self, options: ServeOptions, known: Mapping[str, Sequence[str]] | None = None):
         self.options = options
         self.listens = asyncio.Event()
-        self._server = Server(options, self._told)
+        self._server = Server(options, self._told, known=known or {})
 
     @property
     def facts(self) -> dict[str, Any]:

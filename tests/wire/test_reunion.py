@@ -34,6 +34,18 @@ def test_a_server_that_was_lost_is_called_again(tiny_llama: Path) -> None:
             wait_until(lambda: not swarm.status().missing)
 
 
+def test_who_goes_on_in_another_place_calls_those_that_were_lost_before(tiny_llama: Path) -> None:
+    with (
+        HostedServer(ServeOptions(tiny_llama, (0, 2))) as first,
+        HostedServer(ServeOptions(tiny_llama, (2, 5), first.addresses)) as second,
+    ):
+        wait_until(lambda: second.remembers(first))
+        known = second._server._reunion.remembered
+        # Nobody that it could join at its start is there, as while a network is cut.
+        with HostedServer(ServeOptions(tiny_llama, (2, 5)), known) as another:
+            wait_until(lambda: first.peer_id in another.acquaintances())
+
+
 def test_two_that_began_apart_meet_when_one_hears_of_the_other(tiny_llama: Path) -> None:
     with (
         HostedServer(ServeOptions(tiny_llama, (0, 2))) as first,

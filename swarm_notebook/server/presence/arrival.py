@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -96,14 +96,17 @@ async def stay_together(
     node: Node,
     prefix: str,
     announce: Callable[[], None],
+    *,
+    known: Mapping[str, Sequence[str]],
 ) -> Reunion:
     """Keep together with the rest of the swarm; on a local network, answer who looks for it.
 
     Args:
         prefix: of the model's records.
         announce: is called where somebody has come back who may lack what this server announces.
+        known: where peers were that the server of before knew.
     """
-    reunion = Reunion(node, addresses_of(options.initial_peers), announce)
+    reunion = Reunion(node, addresses_of(options.initial_peers), announce, known)
     if options.lan:
         key = None if node.membership is None else node.membership.swarm
 

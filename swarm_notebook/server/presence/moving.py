@@ -8,6 +8,7 @@ another peer at another port: a server that is to be found where it was leaves b
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from swarm_notebook.server.engine.quantising.loading import free_memory
@@ -26,10 +27,12 @@ class Move:
     Attributes:
         options: what a server in that place is to be started with.
         beside: it is to be started before this one leaves.
+        known: where peers are, or were, that this one knows.
     """
 
     options: ServeOptions
     beside: bool
+    known: Mapping[str, Sequence[str]]
 
 
 def moves_of(options: ServeOptions, span: Span) -> Moves:

@@ -16,7 +16,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from swarm_notebook.net.addresses import parse_peers
@@ -51,21 +51,35 @@ class Reunion:
         node: the server's.
         initial_peers: multiaddrs with peer ids, which are never forgotten.
         announce: lets others read this server's records soon.
+        known: where peers were that the server of before knew (`remembered`).
     """
 
-    def __init__(self, node: Node, initial_peers: Sequence[str], announce: Callable[[], None]):
+    def __init__(
+        self,
+        node: Node,
+        initial_peers: Sequence[str],
+        announce: Callable[[], None],
+        known: Mapping[str, Sequence[str]],
+    ):
         self._node, self._announce = node, announce
         self._known: dict[str, _Known] = {}
         for maddr in parse_peers(initial_peers):
             listed = self._known.setdefault(maddr["p2p"], _Known([], time.monotonic()))
             listed.addresses.append(str(maddr))
         self._initial = set(self._known)
+        for peer, addresses in known.items():
+            self._remember(peer, addresses)
         self._told = asyncio.Event()
 
     def hear(self, peer: str, addresses: Sequence[str]) -> None:
         """Somebody said where a server of the same swarm is: look at once."""
         self._remember(peer, addresses)
         self._told.set()
+
+    @property
+    def remembered(self) -> dict[str, list[str]]:
+        """Where peers were last, those that are lost as well."""
+        return {peer: known.addresses for peer, known in self._known.items()}
 
     def addresses(self, peer: str) -> list[str]:
         """Where a peer was last; none if it is not known."""
