@@ -74,7 +74,6 @@ async def serve(options: ServeOptions) -> None:
     leaving = asyncio.create_task(_leaving(options.exit_with_stdin).wait())
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    # A notebook shows how far it is; a person who reads the terminal has the log.
     server: Server | None = _server(options, {})
     while server is not None:
         options, known = server.options, server.known
