@@ -83,8 +83,9 @@ async def _join(address: str, client: bool, patience: float) -> int:
         await node.stop()
 
 
-@pytest.mark.parametrize("client", [True, False], ids=["notebook", "server"])
-@pytest.mark.parametrize("part", ["loop", "daemon"])
+@pytest.mark.parametrize(
+    ("part", "client"), [("loop", True), ("daemon", False)], ids=["loop-notebook", "daemon-server"]
+)
 def test_a_peer_that_is_late_is_asked_again(server: ServerProcess, part: str, client: bool) -> None:
     """Hivemind asks once, for 3 s, and its daemon gives a neighbour 5 s for a handshake."""
     pid, address = _part(server, part), server.facts["maddrs"][0]

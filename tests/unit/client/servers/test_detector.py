@@ -88,7 +88,7 @@ def test_a_notebook_that_is_always_held_up_does_not_wait_for_ever() -> None:
         asking = asyncio.ensure_future(detector.is_there(PEER, 0.01))
         while not asking.done():
             time.sleep(0.3)  # noqa: ASYNC251
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
         assert not await asking
         detector.stop()
 
