@@ -7,50 +7,44 @@ import os
 import subprocess
 
 import pytest
-import torch
 from support.forkserver import WARM
 
 from swarm_notebook.server.memory import heap
 
+# Where all of a process's memory lies is the process's, too.
+_APART = """
+import ctypes, torch
+from swarm_notebook.server.memory import heap
 
-class _Info(ctypes.Structure):
-    """glibc's ``struct mallinfo2``."""
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
-    )
+class Info(ctypes.Structure):  # glibc's struct mallinfo2
+    _fields_ = tuple((name, ctypes.c_size_t) for name in names.split())
 
-
-def mapped() -> int:
-    """Bytes of allocations that are mappings of their own."""
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
-    mallinfo2.restype = _Info
-    found: int = mallinfo2().hblkhd
-    return found
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Info
+mapped = lambda: mallinfo2().hblkhd  # bytes of allocations that are mappings of their own
+size = 8 << 20
+with heap.apart():
+    before = mapped()
+    # Holes that others have left in the heap are filled first.
+    weights = []
+    while mapped() - before < size and len(weights) < 64:
+        weights.append(torch.empty(size, dtype=torch.uint8))
+    assert mapped() - before >= size
+    weights.clear()
+    assert mapped() == before
+activations = torch.empty(size, dtype=torch.uint8)
+assert mapped() == before
+"""
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
 def test_weights_lie_apart_and_activations_do_not() -> None:
-    size = 8 << 20
-    with heap.apart():
-        before = mapped()
-        # Holes that others have left in the heap are filled first.
-        weights: list[torch.Tensor] = []
-        while mapped() - before < size and len(weights) < 64:
-            weights.append(torch.empty(size, dtype=torch.uint8))
-        assert mapped() - before >= size
-        weights.clear()
-        assert mapped() == before
-    activations = torch.empty(size, dtype=torch.uint8)
-    assert mapped() == before
-    del activations
+    subprocess.run([*WARM, _APART], check=True)
 
 
-# What oneDNN has compiled is the process's: one of its own.
+# What oneDNN has compiled is the process's.
 _COMPILING = """
 import psutil, torch
 from swarm_notebook.server.memory import heap
