@@ -268,7 +268,7 @@ def expect(
         prompt_tokens,
         max_new_tokens,
         batch,
-        tuple(segment.span.name for segment in chain),
+        tuple({segment.peer: segment.span.name for segment in chain}.values()),
         requests,
         tokens * sum(up for up, _ in loads) + requests * REQUEST_BYTES,
         tokens * sum(down for _, down in loads) - kept_back + requests * ANSWER_BYTES,

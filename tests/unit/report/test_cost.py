@@ -112,3 +112,12 @@ def test_sizes_and_durations_for_people() -> None:
         "90.0 s",
         "10 min",
     ]
+
+
+def test_a_server_on_both_sides_of_a_block_at_home_is_one() -> None:
+    chain = [segment("a", 0, 2), segment("a", 3, 5)]
+    loads = [(10, 10), (10, 10)]
+    given = {"prompt_tokens": 1, "max_new_tokens": 1, "answered": 1, "batch": 1}
+    preview = expect("m", chain, Links(RTT), {}, loads=loads, **given)
+    assert preview.servers == ("a",)
+    assert preview.requests == 2
