@@ -1,8 +1,9 @@
 """How a server goes to other blocks, as its memory and its address allow.
 
-Where the device has memory for as many blocks more, another server of the same process is started
-at the other blocks and takes over when it serves, so that nothing is missing meanwhile. It is
-another peer at another port: a server that is to be found where it was leaves before it goes.
+Where memory for as many blocks more is free, another server of the same process is started at the
+other blocks and takes over when it serves, so that nothing is missing meanwhile. It is another peer
+at another port: a server that is to be found where it was leaves before it goes. So does one on a
+card, where blocks are captured in graphs and compiled: beside another one that has not been tried.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def moves_of(options: ServeOptions, span: Span) -> Moves:
         return Moves.NEVER
     found_again = options.identity is not None or options.swarm is not None
     if found_again or not all(map(_ANY_PORT.search, options.host_maddrs)):
+        return Moves.AWAY
+    if span.device.type != "cpu":
         return Moves.AWAY
     taken = sum(
         one.nbytes for layer in span.layers for one in (*layer.parameters(), *layer.buffers())

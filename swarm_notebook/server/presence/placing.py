@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import statistics
+import time
 from collections.abc import Callable
 
 from swarm_notebook.net.dht.records import (
@@ -29,6 +30,9 @@ logger: logging.Logger = logging.getLogger(__name__)
 # Between two looks at the swarm, on average: one and a half of them and a random wait are half a
 # minute, and reading all records costs what a notebook does, which reads them every ten seconds.
 LOOK_SECONDS = 12.0
+# Until a notebook has read of a server that is new: every ten seconds it does
+# (`client.servers.directory.REFRESH_PERIOD`), and to read takes a moment.
+NEWS_SECONDS = 13.0
 
 
 class Placing:
@@ -74,15 +78,16 @@ class Placing:
                 logger.exception("looking for a better place failed; trying again")
 
     async def replaced(self, start: int, end: int) -> None:
-        """Return as soon as each of these blocks has another server."""
-        while True:
+        """Return when each of these blocks has another server that notebooks know of."""
+        since: float | None = None
+        while since is None or time.monotonic() - since < NEWS_SECONDS:
             try:
                 _, serving = await self._others(1.0)
-                if all(held(serving, self._blocks)[start:end]):
-                    return
+                replaced = all(held(serving, self._blocks)[start:end])
+                since = (since or time.monotonic()) if replaced else None
             except Exception:
                 logger.exception("looking for servers of the same blocks failed; trying again")
-            await asyncio.sleep(LOOK_SECONDS / 2)
+            await asyncio.sleep(LOOK_SECONDS / 4)
 
     async def _wanted(self, own: Place) -> tuple[int, int] | None:
         others, serving = await self._others(own.rate)
