@@ -164,6 +164,7 @@ async def _started_beside(server: Server, move: Move, leaving: asyncio.Task[Any]
 
     async def take_over() -> None:
         await successor.start()
+        _tell(successor.facts)
         await server.replaced()
 
     taking = asyncio.create_task(take_over())
@@ -173,7 +174,6 @@ async def _started_beside(server: Server, move: Move, leaving: asyncio.Task[Any]
     ended.cancel()
     await asyncio.wait([taking], timeout=GOODBYE_SECONDS)
     if successor.up and not leaving.done():
-        _tell(successor.facts)
         return successor
     await successor.stop()
     if not leaving.done():
