@@ -268,9 +268,9 @@ def test_liars_that_never_end_their_answers_cost_a_pause_together(
 
 
 def test_a_ping_answered_with_rubbish_does_not_keep_others_from_connecting(
-    stage: Stage, tiny_llama: Path
+    stage: Stage, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage.liar.info = b"\xff\xff\xff"
+    monkeypatch.setattr(stage.liar, "info", b"\xff\xff\xff")
     ids = stage.scene.ids(1, 9)
     with sn.connect(stage.scene.local.initial_peers, model=tiny_llama) as swarm:
         rows = {row.name: row.state for row in swarm.status().servers}
