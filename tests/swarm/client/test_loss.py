@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.patience import within
+from support.patience import wait_until, within
 from support.scene import RESTART_SECONDS, TOLERANCE, AtToken, Scene, generate, scene
 
 from swarm_notebook.client.session import writer
@@ -202,3 +202,5 @@ def test_a_batch_that_fits_elsewhere(small: Scene, tiny_llama: Path) -> None:
         assert small.sessions[-1].hops[0].segment.span.name == "roomy"
     finally:
         roomy.terminate()
+        # Whoever comes next has to do with the small one.
+        wait_until(lambda: "1 server online" in small.swarm.status().headline, "the leaving")

@@ -170,7 +170,8 @@ def test_small_parts_do_not_take_large_memory(name: str) -> None:
         check_fields(data)
     taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert taken < 1 << 20
+    # What other threads of the process take meanwhile counts, too.
+    assert taken < 8 << 20
 
 
 @fuzz
