@@ -144,15 +144,19 @@ def test_a_run_that_finds_no_server_keeps_the_text_of_before(notebook: Notebook)
 def test_the_way_of_the_map_avoids_the_dead_and_a_restarted_server_is_used_at_once(
     notebook: Notebook,
 ) -> None:
-    view = notebook.run("%swarm map").get_by_test_id("map")
+    # Servers of its own: those of all tests are to be what they were.
+    notebook.run("apart = sn.LocalSwarm(local.model, servers=2)")
+    notebook.run("there = sn.connect(apart.initial_peers, model=local.model)")
+    view = notebook.run("sn.widgets.SwarmMap(there)").get_by_test_id("map")
     legs = view.get_by_test_id("route").get_by_role("button")
     expect(legs.first).to_have_text("local-0")
-    notebook.run("local.servers[0].kill()")
+    notebook.run("apart.servers[0].kill()")
     expect(view.get_by_test_id("headline")).to_contain_text("MISSING blocks 0:15")
     expect(legs.filter(has_text="local-0")).to_have_count(0)
-    notebook.run("local.servers[0].restart(); answer = swarm.generate('Hi', max_new_tokens=2)")
+    notebook.run("apart.servers[0].restart(); answer = there.generate('Hi', max_new_tokens=2)")
     expect(view.get_by_test_id("headline")).to_contain_text("all 30 blocks served")
     expect(legs.first).to_have_text("local-0")
+    notebook.run("there.disconnect(); apart.close()")
 
 
 def test_patching_tells_how_far_it_is_and_shows_what_differs(notebook: Notebook) -> None:
