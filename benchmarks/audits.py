@@ -1,13 +1,18 @@
 """How far honest servers differ, and what audits tell from it: false alarms, and lies by evidence.
 
 Prints JSON lines. Blocks of the demo model answer for texts of this repository in several honest
-ways (one pass, short pieces with a cache, beside longer rows, eager attention); each answer is
-compared, 32 tokens at a time, with a replay in float32 and one in the answer's own dtype, as an
-audit does. `alarms` is to be 0, and so is `alarms_together`, of the audits of each way added up.
-`--evidence` shows servers that cheat a little, by how many tokens are taken together. `--gradients`
-audits backward passes instead, the gradients of states.
+ways (one pass, short pieces with a cache, beside longer rows, eager attention, on a GPU also token
+by token through CUDA graphs and compiled blocks); each answer is compared, 32 tokens at a time,
+with a replay in float32 and one in the answer's own dtype, as an audit does. Who replays may be a
+server of another kind (`--replay`). `alarms` is to be 0, and so is `alarms_together`, of the audits
+of each way added up. `--evidence` shows servers that cheat a little, by how many tokens are taken
+together. `--gradients` audits backward passes instead, the gradients of states.
 
-    python benchmarks/audits.py [--audits 1000] [--dtype bfloat16] [--blocks 10:20] [--gradients]
+    python benchmarks/audits.py [--audits 1000] [--blocks 10:20] [--gradients]
+                                [--server bfloat16@cpu] [--replay float32@cuda]
+
+A kind is a dtype, ``@`` and a device, and ``/`` and bits if the weights are packed. Both servers
+then have the same packed weights if their dtype is the same.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import itertools
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,23 +31,52 @@ from typing import Any
 import torch
 from torch import nn
 
-from swarm_notebook.checkpoint.files.source import resolve
+from swarm_notebook.checkpoint.files.source import ModelSource, resolve
+from swarm_notebook.checkpoint.packed import PackedWeight, replace
 from swarm_notebook.checkpoint.parts.partial import load_blocks, load_edges
 from swarm_notebook.client.audit import limits
 from swarm_notebook.client.audit.comparison import Errors, compare, compare_gradients
 from swarm_notebook.client.audit.evidence import Evidence
 from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.server.engine.passes import backward, cast, stateless
-from swarm_notebook.server.engine.requests import Backward, Forward
+from swarm_notebook.server.engine.products import few_bits
+from swarm_notebook.server.engine.quantising.loading import load_quantised
+from swarm_notebook.server.engine.requests import Backward, Forward, Step
 from swarm_notebook.server.engine.scheduling.pieces import run_whole
 from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.steps.batching import Batching
+from swarm_notebook.server.engine.steps.decode import Decoding
+from swarm_notebook.server.engine.steps.session_state import SessionState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from support import liars
+from support.random_sessions import prepared
 
 LENGTH = 128
 EVIDENCE = (32, 128, 512, 2048)
+# Between two lines about what was found so far.
+TELL_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a server computes with."""
+
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
+    bits: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Kind:
+        """Of ``bfloat16``, ``bfloat16@cuda`` or ``bfloat16@cuda/4.5``."""
+        rest, _, bits = text.partition("/")
+        dtype, _, device = rest.partition("@")
+        return cls(getattr(torch, dtype), device or "cpu", float(bits) if bits else None)
+
+    def __str__(self) -> str:
+        whole = f"{self.dtype}@{self.device}".removeprefix("torch.")
+        return whole if self.bits is None else f"{whole}/{self.bits:g}"
 
 
 @dataclass
@@ -79,16 +114,19 @@ def texts(length: int) -> Iterator[torch.Tensor]:
 
 
 class Bench:
-    """Blocks ``[start, end)`` as one server has them, and what goes into them."""
+    """Blocks ``[start, end)`` as one server has them and as a witness does, and what goes in."""
 
-    def __init__(self, start: int, end: int, dtype: torch.dtype):
+    def __init__(self, start: int, end: int, kind: Kind, witness: Kind | None = None):
         source = resolve(None)
-        self.start, self.end, self.dtype = start, end, dtype
+        self.start, self.end, self.kind, self.dtype = start, end, kind, kind.dtype
         self._embed = load_edges(source, dtype=torch.float32)[0].get_input_embeddings()
         self._before = load_blocks(source, 0, start, dtype=torch.float32).model if start else None
-        loaded = load_blocks(source, start, end, dtype=dtype)
-        self.layers = loaded.layers
-        self.span = Span(loaded.model, loaded.layers_name, start)
+        self.span = _span(source, start, end, kind)
+        self.layers = self.span.layers
+        self.witness = self.span
+        if witness is not None and witness != kind:
+            self.witness = _span(source, start, end, witness)
+        self._decoding: Decoding | None = None
 
     @torch.inference_mode()
     def inputs(self, ids: torch.Tensor) -> torch.Tensor:
@@ -105,48 +143,104 @@ class Bench:
         yield "one pass", self._run(request)
         for size in (7, 32):
             yield f"pieces of {size}", self._run(request, size * count)
-        longer = torch.cat([hidden.new_zeros(1, 24, hidden.shape[2]), hidden], dim=1)
+        rows = hidden.shape[0]
+        longer = torch.cat([hidden.new_zeros(rows, 24, hidden.shape[2]), hidden], dim=1)
         both = torch.cat([longer, longer.roll(40, 1)])
         mask = torch.ones(both.shape[:2], dtype=torch.long)
-        mask[0, :24] = 0
-        yield (
-            "beside another row",
-            self._run(Forward(blocks, both, attention_mask=mask))[:1, -length:],
-        )
+        mask[:rows, :24] = 0
+        beside = self._run(Forward(blocks, both, attention_mask=mask))
+        yield "beside another row", beside[:rows, -length:]
         config: Any = self.span.config
         kept, config._attn_implementation = config._attn_implementation, "eager"
         yield "eager", self._run(request)
         config._attn_implementation = kept
+        if self.kind.device != "cpu":
+            yield self._stepped(hidden)
+
+    def _stepped(self, hidden: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """Token by token through CUDA graphs, and through compiled blocks once there are some."""
+        rows, length, size = hidden.shape
+        if self._decoding is None:
+            self._decoding = Decoding.try_out(self.span, size, 4 * rows * length, capture=True)
+            self._decoding.compile_beside()
+        batching = Batching(possible=True, decoding=self._decoding)
+        compiled = ((self.start, self.end), rows) in self._decoding.compiled
+        state = SessionState(self.span, context=None, cache=self._decoding.cache())
+        found = []
+        for position in range(length):
+            token = hidden[:, position : position + 1]
+            step = Step((self.start, self.end), token, position=position)
+            (got,) = batching.run([prepared(state, step)])
+            if isinstance(got, Exception):
+                raise got
+            found.append(got[0].float())
+        state.cache.release()
+        return "steps, compiled" if compiled else "steps, graphs", torch.cat(found, dim=1)
 
     def replays(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """In float32 and, if that is another one, in the server's own dtype."""
+        twin = None if self.dtype == torch.float32 else self._replay(hidden, self.dtype)
+        return self._replay(hidden, torch.float32), twin
+
+    def _replay(self, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         request = Forward((self.start, self.end), hidden)
-        if self.dtype == torch.float32:
-            return self._run(request), None
-        return run_whole(cast.forward(self.span, request, torch.float32))[0], self._run(request)
+        if self.witness.dtype == dtype:
+            return run_whole(stateless.forward(self.witness, request))[0].float()
+        return run_whole(cast.forward(self.witness, request, dtype))[0].float()
 
     def _run(self, request: Forward, room: int = 1 << 60) -> torch.Tensor:
         return run_whole(stateless.forward(self.span, request), room)[0].float()
 
 
-def honest(bench: Bench, audits: int) -> Extremes:
-    """Audits of 32 tokens of honest answers."""
-    found, together, parts = Extremes(), Evidence(), dict[str, list[Errors]]()
-    for ids in texts(LENGTH):
-        hidden = bench.inputs(ids[None])
+def _span(source: ModelSource, start: int, end: int, kind: Kind) -> Span:
+    """The blocks of a server. Packed ones are packed on the CPU: so they are the same anywhere."""
+    device = "cpu" if kind.bits else kind.device
+    reading: dict[str, Any] = {"dtype": kind.dtype, "device": device}
+    if kind.bits is None:
+        loaded = load_blocks(source, start, end, **reading)
+        return Span(loaded.model, loaded.layers_name, start)
+    loaded, _ = load_quantised(source, start, end, bits=kind.bits, **reading)
+    kept = [
+        (module, name, weight.packed)
+        for module in loaded.model.modules()
+        for name, weight in module._parameters.items()
+        if isinstance(weight, PackedWeight)
+    ]
+    for module, name, _ in kept:
+        module._parameters[name] = None
+    loaded.model.to(kind.device)
+    for module, name, packed in kept:
+        there = packed.around([part.to(kind.device) for part in packed.parts()])
+        replace(module, name, there, kind.dtype)
+    few_bits.install(loaded.layers)
+    return Span(loaded.model, loaded.layers_name, start)
+
+
+def honest(bench: Bench, audits: int, rows: int, said: dict[str, Any]) -> None:
+    """Audits of 32 tokens of honest answers; tells now and then what was found of each way."""
+    found, parts = dict[str, Extremes](), dict[str, list[Errors]]()
+    source, together, told = texts(LENGTH), Evidence(), time.monotonic()
+    done = 0
+    while done < audits:
+        hidden = bench.inputs(torch.stack(list(itertools.islice(source, rows))))
         reference, twin = bench.replays(hidden)
         for way, answer in bench.answers(hidden):
+            of_way = found.setdefault(way, Extremes())
             for part in _windows(answer, reference, twin):
                 errors = compare(*part)
-                found.add(errors, together.add(way, frozenset(), errors))
+                of_way.add(errors, together.add(way, frozenset(), errors))
                 parts.setdefault(way, []).append(errors)
-        if found.audits >= audits:
-            break
-    if bench.dtype != torch.float32:
-        for size in EVIDENCE:
-            ratios = (_ratios(some, size // limits.MIN_TOKENS) for some in parts.values())
-            found.most[f"ratio over {size}"] = max(itertools.chain(*ratios), default=0.0)
-    return found
+        done = sum(one.audits for one in found.values())
+        if done >= audits or time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            for way, of_way in found.items():
+                for size in EVIDENCE if twin is not None else ():
+                    ratios = _ratios(parts[way], size // limits.MIN_TOKENS)
+                    of_way.most[f"ratio over {size}"] = max(ratios, default=0.0)
+            whole = {"audits": done, "alarms": sum(one.alarms for one in found.values())}
+            whole["alarms_together"] = sum(one.alarms_together for one in found.values())
+            ways = {way: vars(of_way) for way, of_way in found.items()}
+            print(json.dumps(said | whole | {"ways": ways}), flush=True)
 
 
 def evidence(
@@ -182,9 +276,10 @@ def _windows(
     answer: torch.Tensor, reference: torch.Tensor, twin: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     size = limits.MIN_TOKENS
-    for begin in range(0, answer.shape[1] - size + 1, size):
-        cut = slice(begin, begin + size)
-        yield answer[:, cut], reference[:, cut], None if twin is None else twin[:, cut]
+    for row in range(answer.shape[0]):
+        for begin in range(0, answer.shape[1] - size + 1, size):
+            cut = slice(row, row + 1), slice(begin, begin + size)
+            yield answer[cut], reference[cut], None if twin is None else twin[cut]
 
 
 def int8_block(layers: list[nn.Module]) -> list[Any]:
@@ -217,10 +312,13 @@ def backwards(bench: Bench) -> Iterator[Backward]:
 
 def gradient_replays(bench: Bench, request: Backward) -> tuple[PassGradients, PassGradients | None]:
     """In float32 and, if that is another one, in the server's own dtype."""
-    reference = gradients_of(cast.gradients(bench.span, request, torch.float32))
-    if bench.dtype == torch.float32:
-        return reference, None
-    return reference, gradients_of(backward.recompute(bench.span, request))
+
+    def replay(dtype: torch.dtype) -> PassGradients:
+        if bench.witness.dtype == dtype:
+            return gradients_of(backward.recompute(bench.witness, request))
+        return gradients_of(cast.gradients(bench.witness, request, dtype))
+
+    return replay(torch.float32), None if bench.dtype == torch.float32 else replay(bench.dtype)
 
 
 def gradients_of(pieces: Any, room: int = 1 << 60) -> PassGradients:
@@ -230,23 +328,28 @@ def gradients_of(pieces: Any, room: int = 1 << 60) -> PassGradients:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--audits", type=int, default=1000)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--server", type=Kind.parse, default=Kind(), metavar="KIND")
+    parser.add_argument("--replay", type=Kind.parse, default=None, metavar="KIND")
+    parser.add_argument("--rows", type=int, default=1, help="texts at once")
     parser.add_argument("--blocks", default="10:20")
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--evidence", type=int, default=0, help="of so many tokens")
     given = parser.parse_args()
     start, end = map(int, given.blocks.split(":"))
-    bench = Bench(start, end, getattr(torch, given.dtype))
-    said = {"dtype": given.dtype, "blocks": given.blocks}
+    bench = Bench(start, end, given.server, given.replay)
+    said = {"server": str(given.server), "replay": str(given.replay or given.server)}
+    said["blocks"] = given.blocks
     if given.evidence:
         lies = {"int8 in one block": int8_block, "noise of 0.3 %": liars.noise(0.003)}
         for name, by_size in evidence(bench, lies, given.evidence).items():
             spans = {size: [min(all_), max(all_)] for size, all_ in by_size.items() if all_}
             print(json.dumps(said | {"what": name, "ratios": spans}), flush=True)
         return
-    found = (gradients if given.gradients else honest)(bench, given.audits)
-    said["what"] = "gradients" if given.gradients else "states"
-    print(json.dumps(said | vars(found)), flush=True)
+    if given.gradients:
+        found = gradients(bench, given.audits)
+        print(json.dumps(said | {"what": "gradients"} | vars(found)), flush=True)
+        return
+    honest(bench, given.audits, given.rows, said | {"what": "states"})
 
 
 if __name__ == "__main__":

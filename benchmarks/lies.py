@@ -7,8 +7,8 @@ about one token in a hundred that is edited: after how many passes of 128 tokens
 rate of audits, for a server that is not new (of a new one the first 128 tokens are audited).
 `--gradients` is about poisoned backward passes, each of which is one audit.
 
-    python benchmarks/lies.py [--seeds 100] [--dtype bfloat16] [--blocks 10:20]
-                              [--curve | --gradients]
+    python benchmarks/lies.py [--seeds 100] [--server bfloat16] [--blocks 10:20]
+                              [--replay float32@cuda] [--curve | --gradients]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from audits import Bench, backwards, gradient_replays, gradients_of, liars, texts
+from audits import Bench, Kind, backwards, gradient_replays, gradients_of, liars, texts
 
 from swarm_notebook.client.audit import limits
 from swarm_notebook.client.audit.choice import PieceSampler
@@ -86,14 +86,16 @@ def curve(bench: Bench, seeds: int, said: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--server", type=Kind.parse, default=Kind(), metavar="KIND")
+    parser.add_argument("--replay", type=Kind.parse, default=None, metavar="KIND")
     parser.add_argument("--blocks", default="10:20")
     parser.add_argument("--curve", action="store_true")
     parser.add_argument("--gradients", action="store_true")
     given = parser.parse_args()
     start, end = map(int, given.blocks.split(":"))
-    bench = Bench(start, end, getattr(torch, given.dtype))
-    said = {"dtype": given.dtype, "blocks": given.blocks, "seeds": given.seeds}
+    bench = Bench(start, end, given.server, given.replay)
+    said = {"server": str(given.server), "replay": str(given.replay or given.server)}
+    said |= {"blocks": given.blocks, "seeds": given.seeds}
     if given.curve:
         curve(bench, given.seeds, said)
         return

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from swarm_notebook.checkpoint.packed import PackedWeight
 from swarm_notebook.server.engine.passes import backward, stateless
 from swarm_notebook.server.engine.passes.gradients import Gathered, SpanGradients
 from swarm_notebook.server.engine.requests import Backward, Forward
@@ -102,8 +103,12 @@ class _CastSpan(Span):
 
 
 def _cast(span: Span, block: int, dtype: torch.dtype) -> Span:
-    """One block alone, its weights copied in ``dtype``."""
-    copied: dict[int, Any] = {}
+    """One block alone, its weights copied in ``dtype``; what is packed, as its bits say it."""
+    copied: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.packed.unpack(dtype), requires_grad=False)
+        for weight in span.layer(block).parameters()
+        if isinstance(weight, PackedWeight)
+    }
     layer = copy.deepcopy(span.layer(block), copied)
     weights = {
         name: copied[id(parameter)]

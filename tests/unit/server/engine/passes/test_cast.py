@@ -9,11 +9,13 @@ import torch
 from support.tiny import tiny_model
 
 from swarm_notebook.checkpoint.files.source import resolve
+from swarm_notebook.checkpoint.packed import Grid, matrices, pack, replace
 from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.server.adapters.store import AdapterLimits
 from swarm_notebook.server.engine.engine import Engine
-from swarm_notebook.server.engine.products import kernels
-from swarm_notebook.server.engine.requests import Forward
+from swarm_notebook.server.engine.passes import cast
+from swarm_notebook.server.engine.products import few_bits, kernels
+from swarm_notebook.server.engine.requests import Backward, Forward
 from swarm_notebook.server.engine.scheduling.pieces import run_whole
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
@@ -60,3 +62,26 @@ def test_float32_of_half_weights_is_exact(tiny_llama: Path) -> None:
     engine = Engine(half, 0, AdapterLimits(), Batching())
     found = run_whole(engine.forward("me", request), room=30)
     torch.testing.assert_close(found[0], rounded.run(1, 4, request.hidden)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_packed_weights_are_what_their_bits_say(tmp_path: Path) -> None:
+    """Not what they are in the dtype that the server computes in."""
+    folder = tiny_model("llama", tmp_path)
+    packed, whole = span_of(folder, torch.bfloat16), span_of(folder, torch.float32)
+    for layer, theirs in zip(packed.layers, whole.layers, strict=True):
+        for name, module, attribute, weight in list(matrices(layer)):
+            made = pack(weight.detach(), Grid(8, 0))
+            theirs.get_parameter(name).data.copy_(made.unpack(torch.float32))
+            replace(module, attribute, made, torch.bfloat16)
+        for name, parameter in theirs.named_parameters():
+            if parameter.ndim == 1:
+                parameter.data.copy_(layer.get_parameter(name))
+    few_bits.install(packed.layers)
+    hidden = torch.randn(2, 9, whole.config.hidden_size)
+    found = run_whole(cast.forward(packed, Forward((1, 4), hidden), torch.float32))[0]
+    torch.testing.assert_close(found, whole.run(1, 4, hidden)[0], atol=1e-5, rtol=1e-5)
+    back = Backward((1, 4), hidden, grad=torch.randn_like(hidden))
+    gradients, expected = (
+        run_whole(cast.gradients(span, back, torch.float32)).tensors[0] for span in (packed, whole)
+    )
+    torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
