@@ -268,8 +268,7 @@ def evidence(
 
 def _ratios(parts: list[Errors], count: int) -> Iterator[float]:
     for begin in range(0, len(parts) - count + 1, count):
-        some = parts[begin : begin + count]
-        yield sum(one.error for one in some) / sum(one.twin for one in some)
+        yield sum(parts[begin : begin + count], Errors()).ratio or 0.0
 
 
 def _windows(

@@ -5,11 +5,14 @@ what the server computes in (its *twin*). Honest servers differ from each other 
 much that is depends on the model, the span and the dtype, over a factor of ten. So the error of an
 answer is not compared with a number but with the error that the dtype itself makes there:
 
-- *ratio*: mean error of the answer over mean error of the twin, both against the reference, where
-  the error of a token is ``‖x - r‖ / ‖r‖``;
+- *ratio*: error of the answer over error of the twin, both against the reference, where the error
+  of a token is ``‖x - r‖ / ‖r‖``; the geometric mean over the tokens, because a few of them may
+  have a hundred times the error of others, and would decide over a mean by their own rounding;
 - *gain*: the mean of ``⟨x - r, r⟩ / ⟨r, r⟩`` less that of the twin: states that are all a little
-  too long. It finds a factor that a noisy model's ratio hides;
-- *largest*: the largest error of a token over the twin's mean error: one token that was edited.
+  too long. It finds a factor that a noisy model's ratio hides. No token counts for more than some
+  times what all of them may have;
+- *largest*: the largest error of a token over the twin's, of this token or in the mean: one token
+  that was edited.
 
 Gradients are compared in the same way: those of states token by token and those of weights tensor
 by tensor, each in a comparison of its own. A token that has hardly any part in the loss has a
@@ -24,6 +27,7 @@ How far honest servers go stands in `limits`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -34,6 +38,12 @@ from swarm_notebook.client.passes.backward import PassGradients
 _TINY = torch.finfo(torch.float32).tiny
 # Of the longest gradient among those of weights.
 _LEAST_SHARE = 1e-3
+# Of the twin's mean error: less of a token counts as so much. A token that repeats has none.
+_LEAST_TWIN = 0.1
+# Of the twin's error: a token with less counts as so much, lest exact ones make up for wrong ones.
+_LEAST_RATIO = 0.5
+# What a token's gain counts for at most, beside the twin's mean error: five times the limit.
+_MOST_GAIN = 0.01
 
 
 Result: TypeAlias = torch.Tensor | PassGradients
@@ -48,7 +58,8 @@ class Errors:
         tokens: how many were compared; 1 for gradients as one vector.
         error, twin: sums over the tokens of their error, and of the twin's (0 for float32).
         gain: the sum of their gains, less the twin's.
-        largest: the largest error of a token; over the twin's mean where there is a twin.
+        largest: the largest error of a token; over the twin's where there is a twin.
+        ratios: the sum of the logarithms of their errors over the twin's.
     """
 
     tokens: int = 0
@@ -56,6 +67,7 @@ class Errors:
     twin: float = 0.0
     gain: float = 0.0
     largest: float = 0.0
+    ratios: float = 0.0
 
     def __add__(self, other: Errors) -> Errors:
         """Of both together."""
@@ -65,6 +77,7 @@ class Errors:
             self.twin + other.twin,
             self.gain + other.gain,
             max(self.largest, other.largest),
+            self.ratios + other.ratios,
         )
 
     @property
@@ -74,8 +87,8 @@ class Errors:
 
     @property
     def ratio(self) -> float | None:
-        """The mean error over the twin's; None without a twin."""
-        return self.error / self.twin if self.twin else None
+        """The geometric mean of errors over the twin's; None without a twin."""
+        return math.exp(self.ratios / self.tokens) if self.twin else None
 
     @property
     def mean_gain(self) -> float:
@@ -167,8 +180,8 @@ def _of_one(x: torch.Tensor, r: torch.Tensor, twin: torch.Tensor) -> Errors:
     if not r.numel():
         return Errors()
     length = r.norm().clamp_min(_TINY)
-    (error, gain), (of_twin, gain_of_twin) = (_differences(one, r, length) for one in (x, twin))
-    return Errors(1, float(error), float(of_twin), float(gain - gain_of_twin), float(error))
+    ours, theirs = (_differences(one[None], r, length) for one in (x, twin))
+    return _summed(ours, theirs)
 
 
 def _differences(
@@ -188,10 +201,18 @@ def _summed(
         return Errors()
     if own is None:
         return Errors(error.numel(), float(error.sum()), 0.0, float(gain.sum()), float(error.max()))
+    of_twin = own[0]
+    mean = of_twin.mean().clamp_min(_TINY)
+    ratios = error / of_twin.clamp_min(_LEAST_TWIN * mean)
+    gain = gain - own[1]
+    if gain.numel() > 1:
+        most = float(mean) + _MOST_GAIN
+        gain = gain.clamp(-most, most)
     return Errors(
         error.numel(),
         float(error.sum()),
-        float(own[0].sum()),
-        float((gain - own[1]).sum()),
-        float(error.max() / own[0].mean().clamp_min(1e-12)),
+        float(of_twin.sum()),
+        float(gain.sum()),
+        float((error / of_twin.clamp_min(mean)).max()),
+        float(ratios.clamp_min(_LEAST_RATIO).log().sum()),
     )

@@ -43,8 +43,8 @@ class _Sum:
             together += errors
             if together.ratio is not None and together.ratio > limits.max_ratio(together.tokens):
                 return (
-                    f"over {together.tokens} tokens of several audits, mean error over that of "
-                    f"its dtype {together.ratio:.3g}, honest servers reach "
+                    f"over {together.tokens} tokens of several audits, error over that of its "
+                    f"dtype {together.ratio:.3g}, honest servers reach "
                     f"{limits.max_ratio(together.tokens):.3g}"
                 )
         return ""

@@ -69,7 +69,7 @@ MOST_TOKENS = max(MAX_RATIOS)  # more tell no more
 MAX_ERROR = {torch.float32: 3e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 # Of a token, over the limit of the mean: attention to few tokens magnifies what differs.
 MAX_TOKEN = 30.0
-# Over the twin's mean error, the largest of one token.
+# Over the twin's error, the largest of one token.
 MAX_TOKEN_RATIO = 12.0
 MAX_GAIN, MAX_GAIN_OF_ERROR = 2e-3, 0.06
 # Of gradients in halves as one vector.
@@ -129,7 +129,7 @@ def _measures(errors: Errors, answered: torch.dtype) -> Iterator[tuple[str, floa
         yield "mean error", errors.mean, limit
         yield "error of a token", errors.largest, MAX_TOKEN * limit
         return
-    yield "mean error over that of its dtype", errors.ratio, max_ratio(errors.tokens)
+    yield "error over that of its dtype", errors.ratio, max_ratio(errors.tokens)
     gain = MAX_GAIN + MAX_GAIN_OF_ERROR * errors.twin / errors.tokens
     yield "gain", abs(errors.mean_gain), gain
-    yield "error of a token over the mean of its dtype", errors.largest, MAX_TOKEN_RATIO
+    yield "error of a token over that of its dtype", errors.largest, MAX_TOKEN_RATIO

@@ -107,3 +107,26 @@ def test_a_stranger_is_audited_early_and_nobody_without_a_rate() -> None:
 )
 def test_which_addresses_are_public(address: str, public: bool) -> None:
     assert is_public(address) is public
+
+
+def test_a_token_with_a_large_error_of_its_own_decides_over_nothing() -> None:
+    torch.manual_seed(0)
+    reference = torch.randn(1, 64, 32)
+    scale = torch.full((64, 1), 0.01)
+    scale[5] = 0.5
+    answer, twin = (reference + scale * torch.randn(64, 32) for _ in range(2))
+    errors = compare(answer, reference, twin)
+    assert errors.ratio == pytest.approx(1, abs=0.1)
+    assert errors.largest < 2
+    edited = answer.clone()
+    edited[:, 7] *= 1.2
+    assert compare(edited, reference, twin).largest > 5
+
+
+def test_exact_tokens_make_up_for_no_others() -> None:
+    torch.manual_seed(0)
+    reference = torch.randn(1, 64, 32)
+    answer, twin = (reference + 0.01 * torch.randn(64, 32) for _ in range(2))
+    answer = reference + 4 * (answer - reference)
+    answer[:, ::2] = reference[:, ::2]
+    assert compare(answer, reference, twin).ratio == pytest.approx(2**0.5, rel=0.1)

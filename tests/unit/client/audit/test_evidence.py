@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -16,8 +17,10 @@ ANN, BOB = frozenset({"ann"}), frozenset({"bob"})
 def audits(ratio: float, spread: float = 0.03, seed: int = 0) -> list[Errors]:
     """Of 32 tokens each; 0.03 is what single ones of honest servers differ by."""
     drawn, twin = random.Random(seed), 8e-3 * MIN_TOKENS
+    found = [drawn.gauss(ratio, spread) for _ in range(400)]
     return [
-        Errors(MIN_TOKENS, twin * drawn.gauss(ratio, spread), twin, largest=2.0) for _ in range(400)
+        Errors(MIN_TOKENS, twin * one, twin, largest=2.0, ratios=MIN_TOKENS * math.log(one))
+        for one in found
     ]
 
 
