@@ -5,11 +5,12 @@ room as it grows and keeps it while its notebook is idle, until others need it. 
 and does no I/O; `CachePool` lets requests wait for its decisions.
 
 A session asks for a preferred size (ahead of its need, so that it asks seldom) and a minimum.
-It gets the preferred size if that is free, else the minimum, else the minimum after dropping idle
-sessions, least recently used first. A session is idle when no step of it is in flight, and may be
-dropped after `IDLE_SECONDS`; if nothing else helps, the request waits, and at the end of its wait
-sessions may be dropped that have been idle all that time. Who gets nothing gets `CacheFull` with
-the numbers. A dropped session's notebook sees `SessionLost` and rebuilds from its history.
+It gets the preferred size if that is free, else the minimum, else what of it there is when idle
+sessions have been dropped for the minimum, least recently used first: with that alone it would be
+back with its next token, and wait again. A session is idle when no step of it is in flight, and
+may be dropped after `IDLE_SECONDS`; if nothing else helps, the request waits, and at the end of its
+wait sessions may be dropped that have been idle all that time. Who gets nothing gets `CacheFull`
+with the numbers. A dropped session's notebook sees `SessionLost` and rebuilds from its history.
 
 When memory comes free, those who wait look in order: first who holds some already (who goes on
 will end, and give it back), then the others, each as they came. A few may wait, beyond them is
@@ -88,7 +89,7 @@ class KVBudget:
             dropped.append(other)
             room += other.tokens
             if minimum <= room:
-                return Grant(minimum, tuple(dropped))
+                return Grant(min(preferred, room), tuple(dropped))
         return None
 
     def admit(self, client: str, now: float) -> Reservation | None:

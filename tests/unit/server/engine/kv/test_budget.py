@@ -36,7 +36,8 @@ def test_idle_sessions_go_the_longest_idle_first_and_no_more_than_needed() -> No
         100, (0, 100, True), (30, 60, False), (30, 50, False), (40, 69, False)
     )
     assert books.decide(mine, 100, 30, now=100, idle_seconds=30) == Grant(30, (older,))
-    assert books.decide(mine, 100, 31, now=100, idle_seconds=30) == Grant(31, (older, newer))
+    assert books.decide(mine, 100, 31, now=100, idle_seconds=30) == Grant(60, (older, newer))
+    assert books.decide(mine, 50, 31, now=100, idle_seconds=30) == Grant(50, (older, newer))
     assert books.decide(mine, 100, 61, now=100, idle_seconds=31) is not None
     assert books.decide(mine, 100, 61, now=98, idle_seconds=30) is None
     books.apply(mine, Grant(61, (older, newer, newest)))
