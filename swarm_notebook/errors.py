@@ -75,6 +75,15 @@ class ConnectionFailed(SwarmError, ConnectionError):
 class ClocksDiffer(ConnectionFailed):
     """This machine's clock and a peer's differ by more than records allow."""
 
+    @classmethod
+    def by(cls, ahead: float, of: str, most: float, why: str = "") -> ClocksDiffer:
+        """What to say where this machine's clock is so many seconds ahead of somebody's."""
+        return cls(
+            f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} "
+            f"that of {of}, at most {most:.0f} s are allowed{why}; set the clock of whichever is "
+            "wrong (with NTP, say) and connect again"
+        )
+
 
 class ModelNotFound(SwarmError, FileNotFoundError):
     """A model name leads to no config or no weights."""

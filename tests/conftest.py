@@ -24,6 +24,7 @@ from support.processes import mark_this_run, wait_gone
 from swarm_notebook import LocalSwarm
 
 if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
     from support.hosting import HostedSwarm
     from support.letter_tokenizer import Lettered
     from support.scene import Scene
@@ -103,6 +104,19 @@ def lettered(tmp_path_factory: pytest.TempPathFactory) -> Lettered:
     from support.letter_tokenizer import lettered_model
 
     return lettered_model(tmp_path_factory.mktemp("lettered"))
+
+
+@pytest.fixture
+def shell() -> Iterator[InteractiveShell]:
+    """With the extension in it."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from swarm_notebook.notebook.magics import load, unload
+
+    made = InteractiveShell()
+    load(made)
+    yield made
+    unload(made)
 
 
 # In the order in which they run: where several processes share a run file by file, long files come

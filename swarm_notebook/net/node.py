@@ -381,9 +381,5 @@ def _unfit(initial_peers: Sequence[str], error: ValidationError) -> ConnectionFa
     times = _TIMES.search(str(error))
     if times is None:
         return _unreachable(initial_peers, error)
-    ahead = float(times[1]) - float(times[2])
-    return ClocksDiffer(
-        f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that "
-        f"of an initial peer, at most {MAX_CLOCK_SECONDS:.0f} s are allowed, as records would seem "
-        "expired; set the clock of whichever is wrong (with NTP, say) and connect again"
-    )
+    ahead, why = float(times[1]) - float(times[2]), ", as records would seem expired"
+    return ClocksDiffer.by(ahead, "an initial peer", MAX_CLOCK_SECONDS, why)

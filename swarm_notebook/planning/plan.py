@@ -306,6 +306,8 @@ def _without_one_more(
     notebook = machines[0]
     taken = [edge_bytes(shape, notebook)] + [0] * (len(machines) - 1)
     prompt = min(PROMPT_TOKENS, demand.context)
+    parts: dict[str, float] = {}
+    first = missing = 0.0
     for wanted in LADDER if bits is None else (bits,):
         each = [min(wanted, one.float_bits) for one in machines]
         shares = place(shape, machines, demand, between, bits=each, taken=taken)
@@ -318,38 +320,25 @@ def _without_one_more(
         missing = sum(
             b.matrices * wanted / 8 + b.vectors * 2 + positions * b.cache * 2 for b in rest
         )
-        return Plan(
-            shape,
-            tuple(machines),
-            demand,
-            between,
-            (),
-            wanted,
-            0.0,
-            0.0,
-            prompt,
-            {},
-            int(missing),
-            "",
+    if shares is not None:
+        parts = token_parts(shape, shares, notebook, demand, between)
+        first = parts["the notebook"] + sum(
+            prompt_seconds(shape, share, prompt) + hop_seconds(shape, between, prompt)
+            for share in shares
         )
-    parts = token_parts(shape, shares, notebook, demand, between)
-    first = parts["the notebook"] + sum(
-        prompt_seconds(shape, share, prompt) + hop_seconds(shape, between, prompt)
-        for share in shares
-    )
-    reduced = any(share.bits < share.machine.float_bits for share in shares)
+    whole = shares and all(share.bits == share.machine.float_bits for share in shares)
     return Plan(
         shape,
         tuple(machines),
         demand,
         between,
-        tuple(shares),
-        wanted if reduced else None,
-        1 / sum(parts.values()),
+        tuple(shares or ()),
+        None if whole else wanted,
+        1 / sum(parts.values()) if parts else 0.0,
         first,
         prompt,
         parts,
-        0,
+        int(missing),
         "",
     )
 

@@ -35,19 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class HeadPatching(Restored):
-    """What restoring the clean output of each head does to the metric.
+    """What restoring the clean output of each head does to the metric; scores ``[blocks, heads]``.
 
     Attributes:
         blocks: what was patched.
-        scores: the metric of each patched run, ``[blocks, heads]``.
-        clean, corrupted: the metric of the two runs without a patch.
     """
 
-    model: str
     blocks: list[int]
-    scores: torch.Tensor
-    clean: float
-    corrupted: float
 
     _patch: ClassVar[str] = "head"
 
@@ -113,15 +107,13 @@ def patch_heads(
                 for layer in found:
                     hooks.enter_context(_editing_input(layer, keep(block, layer)))
             # The clean run is the last of the two, and so the one whose states are kept.
-            score_clean, score_corrupted = scores_of_both(subject, good, bad, metric)
+            both = scores_of_both(subject, good, bad, metric)
         rows, at = bad.expand(heads, -1), [place - len(bad) for place in places]
         with Waiting("Patching", total=len(chosen), unit="blocks", count=lambda: len(scores)):
             for block, layer in layers.items():
                 with _editing_input(layer, _restoring(states[block], at)):
                     scores.append(run_metric(subject, rows, metric))
-    return HeadPatching(
-        model_title(subject.name), chosen, torch.tensor(scores), score_clean, score_corrupted
-    )
+    return HeadPatching(model_title(subject.name), torch.tensor(scores), *both, chosen)
 
 
 def _layers(subject: Subject, block: int, name: str | None) -> list[nn.Module]:

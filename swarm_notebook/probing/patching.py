@@ -36,8 +36,14 @@ Metric: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 LEGEND = Legend("0, like the corrupted run", "1, like the clean run", "-1, the opposite")
 
 
+@dataclass(frozen=True, repr=False)
 class Restored(ABC):
-    """What the results of all kinds of patching have: the metric of runs between two others."""
+    """What the results of all kinds of patching have: the metric of runs between two others.
+
+    Attributes:
+        scores: the metric of each patched run; NaN where there was none.
+        clean, corrupted: the metric of the two runs without a patch.
+    """
 
     model: str
     scores: torch.Tensor
@@ -120,22 +126,16 @@ def _cell(value: float, hint: str) -> Cell:
 
 @dataclass(frozen=True, repr=False)
 class Patching(Restored):
-    """What restoring the clean state does to the metric.
+    """What restoring the clean state does to the metric; scores are ``[blocks, positions]``.
 
     Attributes:
         words: the corrupted text's tokens at the patched positions.
         blocks, positions: what was patched.
-        scores: the metric of each patched run, ``[blocks, positions]``.
-        clean, corrupted: the metric of the two runs without a patch.
     """
 
-    model: str
     words: list[str]
     blocks: list[int]
     positions: list[int]
-    scores: torch.Tensor
-    clean: float
-    corrupted: float
 
     _patch: ClassVar[str] = "patch"
 
@@ -187,7 +187,7 @@ def patch(
     with subject.at_rest():
         with subject.reading(chosen) as read:
             # The clean run is the last of the two, and so the one whose states are kept.
-            score_clean, score_corrupted = scores_of_both(subject, good, bad, metric)
+            both = scores_of_both(subject, good, bad, metric)
             states = {block: state[0] for block, state in read.items()}
         rows = bad.expand(len(places), -1)
         from_end = [place - len(bad) for place in places]
@@ -196,15 +196,8 @@ def patch(
             for block in chosen:
                 with subject.editing(block, _restoring(states[block], from_end)):
                     scores.append(run_metric(subject, rows, metric))
-    return Patching(
-        model_title(subject.name),
-        subject.words(bad[places]),
-        chosen,
-        places,
-        torch.tensor(scores),
-        score_clean,
-        score_corrupted,
-    )
+    words, title = subject.words(bad[places]), model_title(subject.name)
+    return Patching(title, torch.tensor(scores), *both, words, chosen, places)
 
 
 def places_of(

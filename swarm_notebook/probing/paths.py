@@ -44,20 +44,15 @@ LOGITS = "logits"
 class PathPatching(Restored):
     """What the direct path from each sender to each receiver carries.
 
+    Scores are ``[receivers, senders]``; NaN where the sender does not stand before the receiver.
+
     Attributes:
         senders: blocks whose writing was taken from the clean run.
         receivers: blocks that got it, and at the end ``"logits"``.
-        scores: the metric of each patched run, ``[receivers, senders]``; NaN where the sender does
-            not stand before the receiver.
-        clean, corrupted: the metric of the two runs without a patch.
     """
 
-    model: str
     senders: list[int]
     receivers: list[int | str]
-    scores: torch.Tensor
-    clean: float
-    corrupted: float
 
     _patch: ClassVar[str] = "direct path"
     _corner: ClassVar[str] = "receiver"
@@ -107,7 +102,7 @@ def path_patch(
     last = len(subject.blocks) - 1
     scores: list[list[float]] = []
     with subject.at_rest():
-        score_clean, score_corrupted = scores_of_both(subject, good, bad, metric)
+        both = scores_of_both(subject, good, bad, metric)
         written, before = _written(subject, good, sending), _written(subject, bad, sending)
         ends: list[int | str] = [*reading, LOGITS]
         count = len(ends)
@@ -126,14 +121,7 @@ def path_patch(
                         rows = bad.expand(len(able), -1)
                         row |= zip(able, run_metric(subject, rows, metric), strict=True)
                 scores.append(list(row.values()))
-    return PathPatching(
-        model_title(subject.name),
-        sending,
-        ends,
-        torch.tensor(scores),
-        score_clean,
-        score_corrupted,
-    )
+    return PathPatching(model_title(subject.name), torch.tensor(scores), *both, sending, ends)
 
 
 def _written(subject: Subject, ids: torch.Tensor, blocks: list[int]) -> dict[int, torch.Tensor]:

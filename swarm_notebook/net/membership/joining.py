@@ -146,11 +146,7 @@ def _granted(answer: bytes, invitation: Invitation, member: bytes) -> bytes:
     verdict, there, certificate = found
     ahead = time.time() - there
     if not abs(ahead) <= CLOCK_SECONDS:  # NaN, too
-        raise ClocksDiffer(
-            f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} "
-            f"that of the server that redeems invitations, at most {CLOCK_SECONDS:.0f} s are "
-            "allowed; set the clock of whichever is wrong (with NTP, say) and connect again"
-        )
+        raise ClocksDiffer.by(ahead, "the server that redeems invitations", CLOCK_SECONDS)
     if verdict == Ruling.GRANTED:
         try:
             granted = Certificate.read(certificate, invitation.swarm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,20 +16,11 @@ import swarm_notebook as sn
 from swarm_notebook import cli
 from swarm_notebook.errors import InvitationError, NotAMember
 from swarm_notebook.net.membership.invitation import Invitation
-from swarm_notebook.notebook.magics import load, unload
 
 
 @pytest.fixture(autouse=True)
 def _data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-
-
-@pytest.fixture
-def shell() -> Iterator[InteractiveShell]:
-    made = InteractiveShell()
-    load(made)
-    yield made
-    unload(made)
 
 
 def test_a_private_swarm_of_this_machine(

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from IPython.core.completer import provisionalcompleter
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 
 from swarm_notebook.notebook.arguments import CommandLine, HelpShown
-from swarm_notebook.notebook.magics import load, unload
+from swarm_notebook.notebook.magics import unload
 from swarm_notebook.notebook.typed import text_of
-
-
-@pytest.fixture
-def shell() -> Iterator[InteractiveShell]:
-    made = InteractiveShell()
-    load(made)
-    yield made
-    unload(made)
 
 
 @pytest.mark.parametrize(

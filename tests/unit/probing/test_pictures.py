@@ -52,12 +52,12 @@ def test_a_grid_says_what_its_colours_mean() -> None:
 
 def test_no_path_is_told_from_a_path_that_carries_nothing() -> None:
     scores = torch.tensor([[math.nan, math.nan], [0.0, 1.0], [0.01, 0.0]])
-    paths = PathPatching("m", [1, 2], [1, 3, "logits"], scores, clean=1.0, corrupted=0.0)
+    paths = PathPatching("m", scores, 1.0, 0.0, [1, 2], [1, 3, "logits"])
     html = paths._repr_html_()
     cells = re.findall(r"<td[^>]*>(.*?)</td>", html)
     assert cells == ["", "", "", "1.00", "–", "–"]
     assert "–: no path, the sender is not before the receiver" in html
-    whole = PathPatching("m", [1, 2], [3, "logits"], scores[1:], clean=1.0, corrupted=0.0)
+    whole = PathPatching("m", scores[1:], 1.0, 0.0, [1, 2], [3, "logits"])
     assert "no path" not in whole._repr_html_()
 
 

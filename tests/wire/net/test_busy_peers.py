@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -75,6 +75,24 @@ def _part(server: ServerProcess, name: str) -> int:
     return next(child.pid for child in children if "p2pd" in child.name())
 
 
+@contextmanager
+def _still(pid: int) -> Iterator[Callable[[], None]]:
+    """A process that stands still, and what lets it go on before the end of this."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield lambda: os.kill(pid, signal.SIGCONT)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def _asked_again(server: ServerProcess, part: str, address: str, *, client: bool) -> None:
+    """Whoever joins says that it asks again, and is let in by a peer that goes on only then."""
+    with _still(_part(server, part)) as go_on, _Told(go_on) as told:
+        assert asyncio.run(_join(address, client, bootstrap.PATIENCE)) == 1
+    assert "no initial peer has answered yet; asking them for up to" in told.texts[0]
+
+
 async def _join(address: str, client: bool, patience: float) -> int:
     node = await Node.start([address], client=client, patience=patience)
     try:
@@ -88,26 +106,14 @@ async def _join(address: str, client: bool, patience: float) -> int:
 )
 def test_a_peer_that_is_late_is_asked_again(server: ServerProcess, part: str, client: bool) -> None:
     """Hivemind asks once, for 3 s, and its daemon gives a neighbour 5 s for a handshake."""
-    pid, address = _part(server, part), server.facts["maddrs"][0]
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        with _Told(lambda: os.kill(pid, signal.SIGCONT)) as told:
-            assert asyncio.run(_join(address, client, bootstrap.PATIENCE)) == 1
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    assert told.texts
-    assert "no initial peer has answered yet; asking them for up to" in told.texts[0]
+    _asked_again(server, part, server.facts["maddrs"][0], client=client)
 
 
 def test_a_peer_that_stays_silent_is_named(server: ServerProcess) -> None:
-    pid, address = _part(server, "loop"), server.facts["maddrs"][0]
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(ConnectionFailed, match=rf"{address}.*nothing said over it"):
-            asyncio.run(_join(address, True, 0.0))
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+    address = server.facts["maddrs"][0]
+    said = pytest.raises(ConnectionFailed, match=rf"{address}.*nothing said over it")
+    with _still(_part(server, "loop")), said:
+        asyncio.run(_join(address, True, 0.0))
 
 
 def test_an_invitation_is_shown_again_to_a_server_that_is_late(
@@ -115,26 +121,14 @@ def test_an_invitation_is_shown_again_to_a_server_that_is_late(
 ) -> None:
     monkeypatch.setattr(joining, "REDEEM_SECONDS", 1.0)
     server, invitation = private
-    pid = _part(server, "loop")
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        with _Told(lambda: os.kill(pid, signal.SIGCONT)) as told:
-            assert asyncio.run(_join(invitation, True, bootstrap.PATIENCE)) == 1
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    assert "no initial peer has answered yet; asking them for up to" in told.texts[0]
+    _asked_again(server, "loop", invitation, client=True)
 
 
 def test_an_invitation_takes_no_longer_than_the_rest(private: tuple[ServerProcess, str]) -> None:
     """It had half a minute of its own, whatever was asked for."""
     server, invitation = private
-    pid = _part(server, "loop")
-    os.kill(pid, signal.SIGSTOP)
+    said = pytest.raises(ConnectionFailed, match="no server that redeems invitations")
     began = time.monotonic()
-    try:
-        with pytest.raises(ConnectionFailed, match="no server that redeems invitations"):
-            asyncio.run(_join(invitation, True, 0.0))
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+    with _still(_part(server, "loop")), said:
+        asyncio.run(_join(invitation, True, 0.0))
     assert time.monotonic() - began < bootstrap.PATIENCE

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 import uvloop
@@ -29,13 +30,24 @@ async def _refuse(stream: Stream, _peer: PeerID) -> None:
     raise BadRequest("not like this")
 
 
-async def _talk() -> None:
+@asynccontextmanager
+async def _opened(
+    *handlers: Callable[[Stream, PeerID], Awaitable[None]],
+) -> AsyncIterator[list[Stream]]:
+    """Streams to a peer that handles each in one of these ways."""
     server = await Node.start(client=False)
     client = await Node.start(await server.addresses(), client=True)
     try:
-        await add_stream_handler(server.p2p, "Test.answer", _answer)
-        await add_stream_handler(server.p2p, "Test.refuse", _refuse)
-        stream = await open_stream(client.p2p, server.peer_id, "Test.answer")
+        for handler in handlers:
+            await add_stream_handler(server.p2p, handler.__name__, handler)
+        yield [await open_stream(client.p2p, server.peer_id, one.__name__) for one in handlers]
+    finally:
+        await client.stop()
+        await server.stop()
+
+
+async def _talk() -> None:
+    async with _opened(_answer, _refuse) as (stream, refused):
         await stream.send(PackedMessage(uid="question"))
         answer = await stream.receive()
         assert answer is not None
@@ -43,15 +55,11 @@ async def _talk() -> None:
         assert await stream.receive() is None
         stream.abort()
 
-        refused = await open_stream(client.p2p, server.peer_id, "Test.refuse")
         for _ in range(64):  # more than lies between the two
             await refused.send(PackedMessage(metadata=bytes(1 << 18)))
         with pytest.raises(BadRequest, match="not like this"):
             await refused.receive()
         refused.abort()
-    finally:
-        await client.stop()
-        await server.stop()
 
 
 async def _refuse_and_leave(stream: Stream, _peer: PeerID) -> None:
@@ -70,11 +78,7 @@ async def _keep_sending(stream: Stream) -> None:
 
 
 async def _talk_to_nobody() -> None:
-    server = await Node.start(client=False)
-    client = await Node.start(await server.addresses(), client=True)
-    try:
-        await add_stream_handler(server.p2p, "Test.hang_up", _hang_up)
-        stream = await open_stream(client.p2p, server.peer_id, "Test.hang_up")
+    async with _opened(_hang_up) as (stream,):
         # The first messages may still go out before the loop has noticed.
         with pytest.raises(StreamClosed, match="closed the stream without a reason"):
             await asyncio.wait_for(_keep_sending(stream), PATIENCE)
@@ -82,22 +86,12 @@ async def _talk_to_nobody() -> None:
             with pytest.raises(StreamClosed):
                 await stream.send(PackedMessage(uid="hello?"))
             await asyncio.sleep(0.1)
-    finally:
-        await client.stop()
-        await server.stop()
 
 
 async def _talk_to_one_who_leaves() -> None:
-    server = await Node.start(client=False)
-    client = await Node.start(await server.addresses(), client=True)
-    try:
-        await add_stream_handler(server.p2p, "Test.leave", _refuse_and_leave)
-        stream = await open_stream(client.p2p, server.peer_id, "Test.leave")
+    async with _opened(_refuse_and_leave) as (stream,):
         with pytest.raises(BadRequest, match="not like this"):
             await asyncio.wait_for(_keep_sending(stream), PATIENCE)
-    finally:
-        await client.stop()
-        await server.stop()
 
 
 @pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
