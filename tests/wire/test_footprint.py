@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import torch
-from support.bench import Bench
+from support.forkserver import WARM
 from support.patience import wait_until
 from support.raw_wire import RawClient, ServerProcess, request
+from support.tiny import tiny_model
 
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.net.wire import protocol, tensors
@@ -31,6 +33,18 @@ SESSION_BYTES = 3 * 2 * 2 * 16 * 192 * 4
 # Hidden states that are pushed for a session that does not exist.
 PUSHES, PUSHED = 30, torch.zeros(1, 4096, 48)
 LAST_SECONDS = 3.0  # between the first pushes that are forgotten and the last ones
+# Pushes have 4 s there instead of 10, and what expires is looked for ten times as often.
+PROGRAM = """
+from swarm_notebook.cli import main
+from swarm_notebook.server import app
+from swarm_notebook.server.rpc import push
+app.EXPIRE_SECONDS, push.EARLY_SECONDS = 0.5, 4.0
+main()
+"""
+
+
+class ForgetfulServer(ServerProcess):
+    program = (*WARM[1:], PROGRAM)
 
 
 def test_five_of_thirty_blocks_take_five_blocks_of_memory(tmp_path: Path) -> None:
@@ -59,20 +73,30 @@ def test_five_of_thirty_blocks_take_five_blocks_of_memory(tmp_path: Path) -> Non
     assert 22 < saved < 30, f"{saved:.1f} blocks less in memory, expected about 25"
 
 
-def test_what_a_crowd_leaves_behind_goes_back_to_the_system(llama_process: Bench) -> None:
+def test_what_a_crowd_leaves_behind_goes_back_to_the_system(tmp_path: Path) -> None:
     """One of many sessions stays; nobody will ever ask for what was pushed."""
-    llama = llama_process
-    process, peer = psutil.Process(llama.server.facts["pid"]), llama.server.peer
-    uid = protocol.uid_chain("tiny-llama", llama.start, llama.end)
+    folder = tiny_model("llama", tmp_path)
+    server = ForgetfulServer(folder, tmp_path / "server.log", "--blocks", "1:4")
+    try:
+        server.wait_ready()
+        with closing(RawClient(server.facts["maddrs"])) as client:
+            _crowds(server, client)
+    finally:
+        server.kill()
+
+
+def _crowds(server: ServerProcess, client: RawClient) -> None:
+    process, peer = psutil.Process(server.facts["pid"]), server.peer
+    uid = protocol.uid_chain("tiny-llama", 1, 4)
     states = torch.randn(1, POSITIONS, 48)
 
     async def crowd() -> int:
         """What the server takes while all are there."""
-        sessions = [await llama.client.session(peer) for _ in range(SESSIONS)]
+        sessions = [await client.session(peer) for _ in range(SESSIONS)]
         for session in sessions:
             fields = {"session_id": str(uuid.uuid4()), "max_length": POSITIONS}
             await session.step(uid, states, None, None, start_from_position=0, **fields)
-        stream = await open_stream(llama.client.node.p2p, peer, protocol.RPC_PUSH_STREAM)
+        stream = await open_stream(client.node.p2p, peer, protocol.RPC_PUSH_STREAM)
         for number in range(PUSHES):
             metadata = protocol.pack_metadata({"session_id": "none", "step_id": str(number)})
             pushed = [tensors.pack(PUSHED)]
@@ -88,11 +112,11 @@ def test_what_a_crowd_leaves_behind_goes_back_to_the_system(llama_process: Bench
 
     held = (SESSIONS - 1) * SESSION_BYTES + PUSHES * PUSHED.nbytes
     # Arithmetic of these shapes takes some memory for good: that is not what a crowd leaves behind.
-    peak = llama.client.run(crowd())
+    peak = client.run(crowd())
     wait_until(lambda: peak - process.memory_info().rss > 0.9 * held, "forgetting a crowd", 0.5)
     time.sleep(LAST_SECONDS)
     before = process.memory_info().rss
-    peak = llama.client.run(crowd())
+    peak = client.run(crowd())
     assert peak - before > 0.9 * held
     # Not even a single push may stay.
     wait_until(

@@ -21,7 +21,7 @@ from swarm_notebook.local.folder import ServerFolder
 from swarm_notebook.local.swarm import LocalServer
 from swarm_notebook.server.engine.kv import budget as kv_budget
 
-PATIENCE = 2.0
+PATIENCE = 1.0
 NOTICE_SECONDS = 2.0
 CACHE_TOKENS = 256
 

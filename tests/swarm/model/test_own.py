@@ -163,7 +163,7 @@ def test_a_mask_of_pairs_of_tokens(pair: Pair) -> None:
 def test_it_needs_no_server(tiny_llama: Path) -> None:
     with (
         HostedSwarm(tiny_llama, [(0, 2), (3, BLOCKS)]) as hosted,
-        sn.connect(hosted.initial_peers, model=tiny_llama, own=2, timeout=5) as swarm,
+        sn.connect(hosted.initial_peers, model=tiny_llama, own=2) as swarm,
     ):
         pair = Pair(swarm, tiny_llama)
         same(pair)
@@ -176,6 +176,7 @@ def test_it_needs_no_server(tiny_llama: Path) -> None:
         assert swarm.preview(prompt_tokens=5, max_new_tokens=3).requests == 6
         swarm.release()
         assert swarm.status().missing == [2]
+        swarm.connection.directory.patience = 0.5
         with pytest.raises(MissingBlocks, match="block 2"):
             swarm.model(tokens())
 

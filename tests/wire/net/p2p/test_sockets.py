@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-import sys
+
+from support.forkserver import WARM
 
 # Streams that are dropped in circles while bytes arrive, and a main thread that collects garbage:
 # with asyncio's own writers the process died in three of five runs of 60 rounds.
 DROPPING = """
-import gc
+import faulthandler, gc, warnings
+faulthandler.enable()
+warnings.simplefilter("ignore")
 from hivemind.proto import runtime_pb2
 from swarm_notebook.net.wire.message import PackedMessage
 from swarm_notebook.client.loop import LoopThread
@@ -48,11 +51,6 @@ print("alive")
 
 
 def test_a_collector_in_another_thread_is_no_danger() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-X", "faulthandler", "-c", DROPPING],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command = [*WARM, DROPPING]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
     assert done.stdout.strip() == "alive", done.stderr[-3000:]
