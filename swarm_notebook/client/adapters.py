@@ -111,7 +111,7 @@ async def ensure_uploaded(
         if directory.is_left(segment.peer):
             # Most likely while another group sent it: the same is not found out once more.
             reason = directory.avoided(segment.peer)
-            raise ServerGone(f"{server_name(segment)} is left: {reason}")
+            raise ServerGone(f"{server_name(segment)} is no longer used: {reason}")
         known = directory.uploaded.get((segment.peer, adapter.id))
         if known != (adapter.version, segment.span.start, segment.span.end):
             await upload(directory, segment, adapter)

@@ -168,7 +168,7 @@ class Connection:
             ValueError: this is no peer's id.
         """
         if not is_peer_id(peer):
-            raise ValueError(f"peer_id: {peer!r} is no peer's id; `swarm.status()` shows them")
+            raise ValueError(f"peer_id: {peer!r} is not a peer id; `swarm.status()` shows them")
         found = self.run(self.directory.try_info(peer))
         if found is None:
             raise ServerGone(f"server {peer} does not answer")

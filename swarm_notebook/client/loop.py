@@ -53,8 +53,8 @@ class LoopThread:
             work.close()
             raise ConnectionFailed(
                 f"this process ({os.getpid()}) was forked off a notebook ({self._process}) that is "
-                "attached to a swarm, and has no part in its connection; call "
-                "swarm_notebook.connect in a process that was spawned, or ask the notebook"
+                "attached to a swarm, and cannot use its connection; call swarm_notebook.connect "
+                "in a spawned process, or compute in the notebook"
             )
         if threading.current_thread() is self._thread:
             work.close()

@@ -156,8 +156,8 @@ def refuse_extensions(span: ServerSpan, server: str, request: Request) -> None:
     for what, (asked, instead) in wanted.items():
         if asked and not span.extended:
             raise Unsupported(
-                f"{server} is a Petals server, which knows no {what}; {instead}, or use servers "
-                "started with `swarm-notebook serve`"
+                f"{server} is a Petals server, which does not support {what}; {instead}, or use "
+                "servers started with `swarm-notebook serve`"
             )
 
 

@@ -95,7 +95,7 @@ class Lending:
         self._swarm: Path | None = None
         if private:
             if self._peers:
-                raise ValueError("private: begins a swarm, and there are peers of one to join")
+                raise ValueError("private starts a swarm, initial_peers joins one: give only one")
             self._swarm = swarms_folder() / Path(self.model).name
         alone = _all_loopback(self._peers) and not lan
         self._listen = listen or (ANY_PORT if alone else ANY_INTERFACE)
@@ -225,7 +225,7 @@ class Lending:
             ValueError: an argument is none.
         """
         if self._swarm is None:
-            raise InvitationError("everybody may join this server; start one with private=True")
+            raise InvitationError("this server is open to everybody; start one with private=True")
         return str(Authority(self._swarm).invite(role, expires=expires, uses=uses))
 
     def stop(self) -> None:

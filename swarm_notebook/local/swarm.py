@@ -181,7 +181,7 @@ class LocalSwarm:
 
         if self._swarm is None:
             raise InvitationError(
-                "everybody may join this swarm; begin a private one with "
+                "this swarm is open to everybody; start a private one with "
                 "sn.LocalSwarm(private=True)"
             )
         return Authority(self._swarm)

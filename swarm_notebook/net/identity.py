@@ -57,7 +57,7 @@ class Identity:
         try:
             message = crypto_pb2.PrivateKey.FromString(file)
         except DecodeError as error:
-            raise ValueError(f"no private key of libp2p ({error})") from None
+            raise ValueError(f"not a libp2p private key ({error})") from None
         self.file = file
         self._key: Ed25519PrivateKey | rsa.RSAPrivateKey
         if message.key_type == crypto_pb2.KeyType.Ed25519:

@@ -18,7 +18,7 @@ def some_blocks(text: str) -> int | slice:
             return int(text)
         start, end = bounds
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no block; {SOME_BLOCKS}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a block; {SOME_BLOCKS}") from None
     return slice(start, end)
 
 

@@ -262,7 +262,7 @@ def plan(
     if not found:
         raise PlanError("machines: none are given; give some, or None for this one")
     if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
-        raise PlanError(f"bits: {bits:g}, possible are {MIN_BITS} to {MAX_BITS:g} bits per weight")
+        raise PlanError(f"bits: {bits:g}, expected {MIN_BITS} to {MAX_BITS:g} bits per weight")
     for name, value in (("context", context), ("sessions", sessions)):
         if value < 1:
             raise PlanError(f"{name}: {value}, expected at least 1")

@@ -98,7 +98,8 @@ class AttentionPatterns:
         heads = self.weights.shape[1]
         if block not in self.blocks or not 0 <= number < heads:
             raise LookupError(
-                f"block {block}, head {number}: there are blocks {self.blocks} of {heads} heads"
+                f"block {block}, head {number}: not in these patterns, which have blocks "
+                f"{self.blocks} with {heads} heads each"
             )
         weights = self.weights[self.blocks.index(block), number]
         return HeadPattern(self.model, self.words, block, number, weights)

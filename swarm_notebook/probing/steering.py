@@ -79,7 +79,7 @@ class SteeringVector:
         """
         subject = Subject.of(target, tokenizer)
         if not strengths or subject.tokenizer is None:
-            raise ValueError("strengths: none" if not strengths else "tokenizer: none is known")
+            raise ValueError("strengths: none given" if not strengths else "tokenizer: give one")
         ids = subject.ids(text)
         scales = torch.tensor(strengths, dtype=torch.float32)[:, None, None]
 

@@ -120,7 +120,7 @@ def load_states(
     if len(fitting) > 1:
         listed = "; ".join(f"{folder.name}: {key}" for folder, key in fitting)
         raise ValueError(
-            f"{store} has several that fit: {listed}. Name model=…, dtype=… or pool=…; states of "
+            f"{store} has several that match: {listed}. Name model=…, dtype=… or pool=…; states of "
             "one key by different models (other weights, steering, …) are read with "
             "hidden_states, by the model"
         )

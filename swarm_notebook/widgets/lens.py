@@ -155,7 +155,7 @@ class LensWidget(Widget, module="lens"):
         inside = len(value) == 2 and value[0] in self.blocks
         if not inside or not 0 <= value[1] - self.first < len(self.words):
             raise traitlets.TraitError(
-                f"selected: {value} is no cell; [block, position] with a position from "
+                f"selected: {value} is not a cell; [block, position] with a position from "
                 f"{self.first} to {self.first + len(self.words) - 1}"
             )
         return value

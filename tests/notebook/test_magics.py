@@ -59,7 +59,7 @@ def test_help_is_printed_and_nothing_exits(fresh: Kernel) -> None:
         ("%swarm status", "run %swarm connect first"),
         ("%swarm own 3", "run %swarm connect first"),
         ("%swarm own", "required: BLOCK"),
-        ("%swarm own three", "'three' is no block; numbers as 3 or -1"),
+        ("%swarm own three", "'three' is not a block; numbers as 3 or -1"),
         ("%swarm map", "run %swarm connect first"),
         ("%swarm serve --blocks 5:5", "not of the form A:B"),
         ("%swarm serve --blocks 3:99 some/where", "ModelNotFound"),

@@ -304,7 +304,7 @@ WRONG: dict[str, tuple[PackedMessage, str]] = {
     # hivemind's descriptor of a tensor, without a single field
     "no descriptor": (
         PackedMessage(uid=UID, metadata=b"\x81\xa1x\xc7\x01\x51\x80"),
-        "metadata is no msgpack",
+        "metadata is not msgpack",
     ),
     "a list": (
         PackedMessage(uid=UID, metadata=protocol.pack_metadata([1])),

@@ -105,7 +105,8 @@ class GgufFile:
             MemoryError,
         ) as error:
             raise ModelNotFound(
-                f"{path} is not a readable GGUF file ({error}); it may be cut off: fetch it again"
+                f"{path} is not a readable GGUF file ({error}); if it is incomplete, download it "
+                "again"
             ) from error
 
     def _parse(self) -> tuple[dict[str, Any], dict[str, TensorEntry], int]:
@@ -146,7 +147,7 @@ class GgufFile:
         shape, count = self._byte_shape(name), self.nbytes(name)
         begin = self._start + self.tensors[name].offset
         if begin + count > len(self._data):
-            raise ModelNotFound(f"{self.path} ends before its tensor {name}; fetch it again")
+            raise ModelNotFound(f"{self.path} ends before its tensor {name}; download it again")
         return np.frombuffer(self._data, np.uint8, count, begin).reshape(shape)
 
     def values(self, name: str) -> np.ndarray:
@@ -168,7 +169,7 @@ class GgufFile:
             ) from error
         if not np.isfinite(values).all():
             raise ModelNotFound(
-                f"{self.path}: tensor {name} has NaN or infinity in it; fetch it again"
+                f"{self.path}: tensor {name} has NaN or infinity in it; download it again"
             )
         return values
 

@@ -116,7 +116,7 @@ class ModelSource:
         if absurd := [name for name, most in MOST.items() if not _below(config, name, most)]:
             raise ModelNotFound(
                 f"model {self.name!r}: its config has {absurd[0]} = "
-                f"{getattr(config, absurd[0])!r}, which no model has; fetch it again"
+                f"{getattr(config, absurd[0])!r}, which no model has; download it again"
             )
         return config
 
@@ -256,8 +256,8 @@ def _no_weights(where: str, pickles: list[str]) -> str:
             "trust it, and call save_pretrained(folder)"
         )
     return (
-        f"{where} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}; fetch the whole model, "
-        "or give another folder"
+        f"{where} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}; download the whole "
+        "model, or give another folder"
     )
 
 

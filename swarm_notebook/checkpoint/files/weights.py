@@ -108,7 +108,7 @@ class SafetensorsWeights:
             where = ", ".join(str(path) for path in sorted(paths.values()))
             raise ModelNotFound(
                 f"{where}: not readable as safetensors, or not what {INDEX_FILE} says ({error}); "
-                "fetch the whole model again"
+                "download the whole model again"
             ) from error
 
     def headers(self, names: Iterable[str]) -> dict[str, str]:

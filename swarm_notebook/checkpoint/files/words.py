@@ -161,7 +161,7 @@ class WordWeights:
         if words.dtype != torch.int32 or zero_words.dtype != torch.int32:
             raise ModelNotFound(f"{module}: its integers are not in words of 32 bits")
         if not scales.is_floating_point() or not scales.isfinite().all():
-            raise ModelNotFound(f"{module}.scales has NaN or infinity in it; fetch it again")
+            raise ModelNotFound(f"{module}.scales has NaN or infinity in it; download it again")
         zeros = self._spread(zero_words)
         if self._awq:
             integers = self._spread(words).t()
@@ -173,7 +173,9 @@ class WordWeights:
         groups = torch.arange(columns) // (columns if self._group == -1 else self._group)
         index = tensors.get("g_idx", groups).to(torch.int64)
         if index.min() < 0 or index.max() >= len(scales):
-            raise ModelNotFound(f"{module}.g_idx names groups that are not there; fetch it again")
+            raise ModelNotFound(
+                f"{module}.g_idx names groups that are not there; download it again"
+            )
         return packed_words(self._bits, integers, zeros.t(), scales.t(), index)
 
     def _spread(self, words: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,7 @@ def load(
     if missing := sorted(report["missing_keys"] - new):
         raise ModelNotFound(
             f"the weights of {source.name} lack {len(missing)} tensors that "
-            f"{model_class.__name__} needs ({', '.join(missing[:3])}…); fetch the whole checkpoint"
+            f"{model_class.__name__} needs ({', '.join(missing[:3])}…); download all of it"
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in new)
@@ -122,7 +122,7 @@ def _finite(source: ModelSource, name: str, lazy: LazyTensor) -> LazyTensor:
         floating = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
         if floating and not tensor.isfinite().all():
             raise ModelNotFound(
-                f"{source.name}: tensor {name} has NaN or infinity in it; fetch it again"
+                f"{source.name}: tensor {name} has NaN or infinity in it; download it again"
             )
         return tensor
 

@@ -122,7 +122,7 @@ def read(path: Path) -> list[Recorded]:
             metadata = file.metadata() or {}
             text = metadata.get("record", "")
             if metadata.get("format") != _FORMAT or len(text) > _MAX_TEXT:
-                raise BadRequest(f"{path}: no record of audits")
+                raise BadRequest(f"{path} is not a record of audits")
             told = json.loads(text)
             names = set(file.keys())
             return [
@@ -130,7 +130,7 @@ def read(path: Path) -> list[Recorded]:
                 for number, one in enumerate(told["verdicts"])
             ]
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadRequest(f"{path}: no record of audits: {error}") from None
+        raise BadRequest(f"{path} is not a record of audits: {error}") from None
 
 
 def _recorded(told: Any, number: int, one: Any, names: set[str], get: Any) -> Recorded:

@@ -85,8 +85,8 @@ def groups_of_rows(
         first, last = places[0], places[-1] + 1
         if last - first != len(places) or not bool((steps[row, first : last - 1] == 1).all()):
             raise Unsupported(
-                f"{server} is a Petals server, which knows padding before and behind a row's "
-                f"tokens only; row {row} has some, or a jump of position_ids, in between. Use "
+                f"{server} is a Petals server, which supports padding only before or after a row's "
+                f"tokens; row {row} has padding, or a jump in position_ids, between them. Use "
                 "servers started with `swarm-notebook serve`"
             )
         found[first, last].append(row)

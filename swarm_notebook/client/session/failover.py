@@ -107,7 +107,7 @@ class FailoverPolicy:
             if self._lost[peer] > MAX_LOSSES and not self._others(hop):
                 raise MissingBlocks(
                     f"no server holds {blocks} but one that fails again and again: {error}; start "
-                    "another one, or ask whoever runs it to look into its log"
+                    "another one, or ask whoever runs it to read its log"
                 ) from None
             logger.warning("%s; continuing %s on another server", error, blocks)
 

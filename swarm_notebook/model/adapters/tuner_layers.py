@@ -78,14 +78,14 @@ def row_options(tuners: list[nn.Module]) -> dict[str, list[Any]]:
             if not told or not told.keys() <= _BY_ROW:
                 what = ", ".join(sorted(told)) or "a forward pre-hook"
                 raise Unsupported(
-                    f"{what}: PEFT's {type(tuner).__name__} is told this for one call, which "
-                    "servers cannot do; bring the blocks home: swarm.own(slice(None))"
+                    f"{what}: PEFT passes this to {type(tuner).__name__} for a single call, which "
+                    "servers do not support; bring the blocks home: swarm.own(slice(None))"
                 )
             if told not in found:
                 found.append(told)
     if len(found) > 1:
         raise Unsupported(
-            "PEFT tells its layers different things in one call; bring the blocks home: "
+            "PEFT passes different options to its layers in one call; bring the blocks home: "
             "swarm.own(slice(None))"
         )
     return {name: list(rows) for name, rows in found[0].items()} if found else {}

@@ -60,14 +60,13 @@ def refuse_blank(index: int, hidden: torch.Tensor, *, late: bool = False) -> Non
     """
     if late and is_blank(hidden):
         raise Unsupported(
-            f"a hook was registered on block {index} while the model was running, when its states "
-            f"were no longer to be had; register it before, or one on block {index - 1}, too"
+            f"a hook was registered on block {index} while the model was running, too late to get "
+            f"its states; register it before the call, or register one on block {index - 1} as well"
         )
     if is_blank(hidden):
         raise Unsupported(
-            f"block {index} is called in another order than the list of blocks says, or the model "
-            "changes hidden states before it outside of any hook; register a forward hook on the "
-            "block before"
+            f"block {index} is called out of order, or the model changes the hidden states before "
+            "it outside of any hook; register a forward hook on the block before"
         )
 
 
@@ -81,7 +80,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _refuse(index: int, name: str) -> None:
     raise Unsupported(
-        f"block {index} is given other {name} than the model makes for this call, but of what a "
-        "remote block is given only hidden states travel; leave it as it is, or bring the block "
-        f"home: swarm.own({index})"
+        f"block {index} is given other {name} than the model makes for this call, but only hidden "
+        "states are sent to a remote block; leave them as they are, or bring the block home: "
+        f"swarm.own({index})"
     )

@@ -155,7 +155,7 @@ def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _refuse(name: str) -> NoReturn:
     raise Unsupported(
-        f"{name} was changed or replaced, but servers turn keys and queries by their own; put it "
+        f"{name} was changed or replaced, but servers rotate keys and queries by their own; put it "
         "back, or bring the blocks home: swarm.own(slice(None))"
     )
 

@@ -22,7 +22,7 @@ def sent(hidden: torch.Tensor, index: int) -> torch.Tensor:
     if not all_finite(copied):
         raise Unsupported(
             f"block {index}: its input has NaN or infinite values, from a hook or the embeddings, "
-            "and servers compute with finite ones only; see to them before (torch.nan_to_num), or "
+            "and servers compute with finite ones only; replace them (torch.nan_to_num), or "
             f"bring the blocks from here on home: swarm.own(slice({index}, None))"
         )
     return copied

@@ -98,7 +98,7 @@ class BlockTrace:
 
     def _refuse(self, location: str, who: str) -> NoReturn:
         raise Unsupported(
-            f"{who} asks for {location}; of modules inside a remote block servers send the output "
-            "of those that are named one by one (layers[1].mlp.output): name blocks instead "
+            f"{who} asks for {location}; from inside a remote block, servers send only outputs "
+            "of modules that are named individually (layers[1].mlp.output): name blocks instead "
             "(tracer.cache(modules=[…])), or bring the block home: swarm.own(block)"
         )

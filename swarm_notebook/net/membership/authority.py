@@ -153,8 +153,8 @@ class Authority:
             ).fetchall()
             if not found:
                 raise InvitationError(
-                    f"no server of the swarm {short(self.swarm)} runs on this machine that could "
-                    "redeem an invitation; start one with `swarm-notebook serve MODEL --private`"
+                    f"no server of the swarm {short(self.swarm)} is running on this machine to "
+                    "redeem invitations; start one with `swarm-notebook serve MODEL --private`"
                 )
             book.execute(
                 "INSERT INTO invitations VALUES (?, ?, ?, ?, ?, 0, 0)",
@@ -259,7 +259,7 @@ class Authority:
             )
             if len(_revoked(book)) > MAX_REVOKED:
                 raise InvitationError(
-                    f"more than {MAX_REVOKED} members would be revoked at a time; begin a new swarm"
+                    f"more than {MAX_REVOKED} members would be revoked at once; start a new swarm"
                 )
         return [member for member in self.members() if member.key in found]
 
@@ -337,10 +337,10 @@ def begun_here(name: str | None) -> Authority:
         name = known[0]
     if name is None or not (folder / name / "key").exists():
         said = (
-            f"those begun here are {', '.join(known)}; name one with --swarm"
+            f"this machine has {', '.join(known)}; name one with --swarm"
             if known
             else (
-                "none was begun on this machine; `swarm-notebook serve MODEL --private` begins "
+                "none was started on this machine; `swarm-notebook serve MODEL --private` starts "
                 "one, and sn.LocalSwarm(private=True) one that ends with the notebook"
             )
         )

@@ -123,12 +123,12 @@ class Certificate:
             NotAMember: it has not, or this is no certificate.
         """
         if len(data) != CERTIFICATE_BYTES:
-            raise NotAMember(f"{len(data)} bytes are no certificate, which has {CERTIFICATE_BYTES}")
+            raise NotAMember(f"not a certificate: {len(data)} bytes, expected {CERTIFICATE_BYTES}")
         body = data[: _BODY.size]
         version, role, expires, member = _BODY.unpack(body)
         right = _is_signed(swarm, _MEMBER + swarm + body, data[_BODY.size :])
         if not right or version != _VERSION or role not in Role.__members__.values():
-            raise NotAMember("the certificate is another swarm's, or was changed")
+            raise NotAMember("the certificate belongs to another swarm, or was changed")
         return cls(Role(role), expires, member)
 
 
@@ -209,23 +209,23 @@ class Membership:
         """
         if not isinstance(shown, bytes) or not shown:
             raise NotAMember(
-                "this swarm is private; connect with an invitation, which whoever began the swarm "
-                "makes with `swarm-notebook invite`"
+                "this swarm is private; ask whoever started it for an invitation "
+                "(`swarm-notebook invite`), and connect with that"
             )
         if len(shown) != SHOWN_BYTES:
-            raise NotAMember(f"{len(shown)} bytes are no certificate")
+            raise NotAMember(f"not a certificate: {len(shown)} bytes")
         found = _shown_certificate(self.swarm, peer, shown)
         if found.expires < time.time() - CLOCK_SECONDS:
             raise NotAMember(
-                f"the membership {short(found.member)} has expired at {when(found.expires)}, and "
+                f"the membership {short(found.member)} expired at {when(found.expires)}, and "
                 f"it is {when(time.time())} here; ask for a new invitation"
             )
         if found.name in self._revoked:
             raise NotAMember(f"the membership {short(found.member)} was revoked")
         if found.role < role:
             raise NotAMember(
-                f"the membership {short(found.member)} is a {found.role.label}'s, and this takes a "
-                f"{role.label}'s; ask for an invitation of that role"
+                f"the membership {short(found.member)} is for a {found.role.label}, this needs one "
+                f"for a {role.label}; ask for an invitation made with --role {role.label}"
             )
         return found
 
@@ -247,7 +247,7 @@ class Membership:
             raise NotAMember(f"this membership of the swarm {self.name} was revoked")
         if self.expires < time.time():
             raise NotAMember(
-                f"this membership of the swarm {self.name} has expired at {when(self.expires)}; "
+                f"this membership of the swarm {self.name} expired at {when(self.expires)}; "
                 "ask for a new invitation"
             )
 
@@ -287,7 +287,7 @@ def _shown_certificate(swarm: bytes, peer: str, shown: bytes) -> Certificate:
     found = Certificate.read(shown[:CERTIFICATE_BYTES], swarm)
     data = _PEER + swarm + found.member + PeerID.from_base58(peer).to_bytes()
     if not _is_signed(found.member, data, shown[CERTIFICATE_BYTES:]):
-        raise NotAMember("the certificate is another peer's")
+        raise NotAMember("the certificate belongs to another peer")
     return found
 
 

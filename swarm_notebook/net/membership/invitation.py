@@ -93,10 +93,10 @@ class Invitation:
             InvitationError: it is none, is cut, or was changed.
         """
         if len(text) > 2 * MAX_TEXT:
-            raise InvitationError(f"{len(text)} characters are no invitation; paste it alone")
+            raise InvitationError(f"{len(text)} characters are not an invitation; paste it alone")
         text = re.sub(r"\s", "", text)
         if not text.startswith(PREFIX) or len(text) > MAX_TEXT:
-            raise InvitationError(f"an invitation begins with {PREFIX} and is one short string")
+            raise InvitationError(f"not an invitation: it would begin with {PREFIX}")
         body = text[len(PREFIX) :]
         try:
             data = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
@@ -105,13 +105,13 @@ class Invitation:
             cut = body[:-1] if re.fullmatch(r"[\w-]*", body, re.ASCII) else ""
             if not cut:
                 raise InvitationError(
-                    "the invitation has characters that none has; copy it again"
+                    "the invitation has characters that cannot be in one; copy it again"
                 ) from None
             data = base64.urlsafe_b64decode(cut + "=" * (-len(cut) % 4))
         found = cls._unpack(data)
         if base64.urlsafe_b64encode(data).decode().rstrip("=") != body:
             # The last character has bits that no byte needs.
-            raise InvitationError("the invitation was changed on its way; copy it again")
+            raise InvitationError("the invitation is damaged; copy it again")
         return found
 
     @classmethod
@@ -119,20 +119,23 @@ class Invitation:
         whole = int.from_bytes(data[:2], "big")
         if len(data) < max(whole, _HEAD.size):
             raise InvitationError(
-                f"the invitation is cut: {len(data)} of {whole} bytes are there; copy all of it"
+                f"the invitation is incomplete: {len(data)} of {whole} bytes; copy all of it"
             )
         if hashlib.sha256(data[:-_CHECKSUM]).digest()[:_CHECKSUM] != data[-_CHECKSUM:]:
-            raise InvitationError("the invitation was changed on its way; copy it again")
+            raise InvitationError("the invitation is damaged; copy it again")
         _, version, swarm, name, secret, role, expires = _HEAD.unpack_from(data)
         if version != _VERSION:
             raise InvitationError(
-                f"the invitation has version {version}, known is {_VERSION}; update swarm-notebook"
+                f"the invitation has version {version}, only {_VERSION} can be read; update "
+                "swarm-notebook"
             )
         try:
             model, addresses = _unpack_rest(data[_HEAD.size : -_CHECKSUM])
             return cls(swarm, name, secret, Role(role), expires, model, addresses)
         except Exception as error:  # hivemind's parser raises a different type per malformation
-            raise InvitationError(f"the invitation is no readable one ({error})") from None
+            raise InvitationError(
+                f"the invitation is unreadable ({error}); copy it again"
+            ) from None
 
 
 def is_invitation(text: object) -> bool:

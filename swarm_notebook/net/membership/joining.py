@@ -47,8 +47,8 @@ RPC_JOIN = "TransformerConnectionHandler.rpc_join"
 REDEEM_SECONDS, LEAST_SECONDS = 10.0, 3.0
 
 _REFUSED = {
-    Ruling.UNKNOWN: "the swarm does not know it",
-    Ruling.SPENT: "as many have redeemed it as it was made for",
+    Ruling.UNKNOWN: "this swarm never issued it",
+    Ruling.SPENT: "it has been used as often as it may be",
     Ruling.REVOKED: "it was revoked",
 }
 
@@ -142,7 +142,7 @@ def _granted(answer: bytes, invitation: Invitation, member: bytes) -> bytes:
     """The certificate in an answer, if the swarm itself has signed it."""
     found = unpack_answer(answer)
     if found is None:
-        raise InvitationError(f"a server has answered to the invitation with {len(answer)} bytes")
+        raise InvitationError(f"a server answered the invitation with {len(answer)} bytes")
     verdict, there, certificate = found
     ahead = time.time() - there
     if not abs(ahead) <= CLOCK_SECONDS:  # NaN, too
@@ -151,11 +151,11 @@ def _granted(answer: bytes, invitation: Invitation, member: bytes) -> bytes:
         try:
             granted = Certificate.read(certificate, invitation.swarm)
         except NotAMember as error:
-            raise InvitationError(f"a server has answered to the invitation: {error}") from None
+            raise InvitationError(f"a server answered the invitation: {error}") from None
         if granted.member != member:
-            raise InvitationError("a server has answered with somebody else's certificate")
+            raise InvitationError("a server answered with somebody else's certificate")
         return certificate
-    why = _REFUSED.get(verdict, f"it has expired at {when(invitation.expires)}")
+    why = _REFUSED.get(verdict, f"it expired at {when(invitation.expires)}")
     raise InvitationError(f"the invitation is refused: {why}; ask for a new one")
 
 

@@ -136,7 +136,7 @@ def unpack_metadata(data: bytes) -> dict[Any, Any]:
     try:
         values = MSGPackSerializer.loads(data)
     except Exception as error:  # hivemind's decoder raises a different type per malformation
-        raise BadRequest(f"the metadata is no msgpack: {error}") from None
+        raise BadRequest(f"the metadata is not msgpack: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise BadRequest(f"the metadata is a {type(values).__name__}, expected a dict of names")
     return values

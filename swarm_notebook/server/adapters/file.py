@@ -59,9 +59,9 @@ def _parse_header(text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"adapter file: the header is no JSON ({error})") from None
+        raise BadRequest(f"adapter file: the header is not JSON ({error})") from None
     if not isinstance(header, dict):
-        raise BadRequest("adapter file: the header is no dict of tensors")
+        raise BadRequest("adapter file: the header is not a dict of tensors")
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise BadRequest(f"adapter file: {len(header)} tensors, at most {MAX_TENSORS} are read")

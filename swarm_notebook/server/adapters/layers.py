@@ -89,7 +89,7 @@ def parse_description(
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"adapter: the description is no JSON ({error})") from None
+        raise BadRequest(f"adapter: the description is not JSON ({error})") from None
     if not isinstance(whole, dict) or not isinstance(whole.get("blocks"), dict):
         raise BadRequest("adapter: the description has no blocks")
     theirs = str(whole.get("peft"))[:_SHOWN]
@@ -108,7 +108,7 @@ def _parse_block(
 ) -> tuple[int, BlockDescription]:
     index = int(number) if number.isdecimal() and len(number) < 9 else -1
     if not blocks[0] <= index < blocks[1] or not isinstance(block, dict):
-        raise BadRequest(f"adapter: {number[:_SHOWN]!r} is no block in {list(blocks)}")
+        raise BadRequest(f"adapter: {number[:_SHOWN]!r} is not one of the blocks {list(blocks)}")
     layers, names, trained = (block.get(key) for key in ("layers", "tensors", "trained"))
     if not isinstance(layers, dict) or not isinstance(names, dict):
         raise BadRequest(f"adapter: block {index} has no layers or no tensors")

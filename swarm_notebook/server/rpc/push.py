@@ -309,4 +309,4 @@ def _peer_id(peer: str) -> PeerID:
     try:
         return PeerID.from_base58(peer)
     except ValueError:
-        raise ConnectionError(f"{peer[:80]!r} is no peer id") from None
+        raise ConnectionError(f"{peer[:80]!r} is not a peer id") from None

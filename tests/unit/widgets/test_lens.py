@@ -55,7 +55,7 @@ def test_a_selected_cell_is_that_hidden_state(lens: LensWidget, lettered: Any) -
     states = lettered.model(ids, output_hidden_states=True).hidden_states
     torch.testing.assert_close(lens.hidden_state, states[4][0, 7])
     for wrong in ([5, 0], [0, len(TEXT)], [-1, 0], [1]):
-        with pytest.raises(traitlets.TraitError, match="is no cell"):
+        with pytest.raises(traitlets.TraitError, match="is not a cell"):
             lens.selected = wrong
     assert lens.selected == [3, 7]
 

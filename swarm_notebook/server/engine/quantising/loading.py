@@ -72,7 +72,7 @@ def check_bits(bits: float) -> float:
     """
     if not MIN_BITS <= bits <= MAX_BITS:
         raise Unsupported(
-            f"--bits {bits:g}: possible are {MIN_BITS} to {MAX_BITS:g} bits per weight, scales "
+            f"--bits {bits:g}: expected {MIN_BITS} to {MAX_BITS:g} bits per weight, scales "
             "included (4.5 is a good choice; 8.5 can hardly be told from 16)"
         )
     return bits
