@@ -54,6 +54,7 @@ __getattr__, __dir__ = lazy_names(
         "look": "connecting",
         "plan": "planning.plan",
         "probing": "probing",
+        "tuning": "tuning",
         "widgets": "widgets",
     },
 )
@@ -75,6 +76,7 @@ __all__ = [
     "look",
     "plan",
     "probing",
+    "tuning",
     "widgets",
 ]
 

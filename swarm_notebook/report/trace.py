@@ -288,9 +288,12 @@ def _plot(passes: Sequence[PassTimes]) -> str:
                 )
             low = high
     ticks = [tick for tick in nice_ticks(0.0, 1000 * top, 4) if tick <= 1000 * top]
+    # "1000 ms" is too wide for its place in a narrow cell.
+    scale, unit = (1000, "s") if ticks[-1] >= 1000 else (1, "ms")
     axis = "".join(
         f'<text x="{LEFT - 6}" y="{y + 4:.0f}" text-anchor="end" font-size="12" '
-        f'fill="currentColor" opacity=".8">{tick:g}{" ms" if tick == ticks[-1] else ""}</text>'
+        f'fill="currentColor" opacity=".8">{tick / scale:g}'
+        f"{f' {unit}' if tick == ticks[-1] else ''}</text>"
         f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" '
         'opacity=".15"/>'
         for tick in ticks

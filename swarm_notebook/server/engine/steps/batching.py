@@ -66,7 +66,7 @@ class Batching:
     possible: bool = False
     token_wise: frozenset[Site] = frozenset()
     decoding: Decoding | None = None
-    why: str = "on a CPU nothing is gained by graphs"
+    why: str = "CUDA graphs need an NVIDIA GPU"
     alone: bool = False
 
     def with_decoding(self, span: Span, hidden_size: int, tokens: int) -> Batching:
