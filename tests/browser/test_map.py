@@ -45,6 +45,29 @@ def test_a_row_is_chosen_by_keyboard_and_by_mouse(notebook: Notebook, shown: Loc
     expect(shown.get_by_test_id("detail")).to_contain_text("0:15")
 
 
+def test_what_the_mouse_points_at_says_what_it_is(notebook: Notebook, shown: Locator) -> None:
+    colour = "row => getComputedStyle(row.querySelector('th')).backgroundColor"
+    row, other = rows(shown).nth(1), rows(shown).nth(2)
+    notebook.page.mouse.move(2, 2)
+    before = row.evaluate(colour)
+    row.hover()
+    pointed = f"(row) => ({colour})(row) !== {before!r}"
+    notebook.page.wait_for_function(pointed, arg=row.element_handle())
+    assert other.evaluate(colour) == before
+    # The browser shows the title of what lies on top there.
+    under = """(place) => {
+      const { x, y, width, height } = place.getBoundingClientRect();
+      const found = document.elementFromPoint(x + width / 2, y + height / 2);
+      return found.closest("[title]")?.title;
+    }"""
+    legs = shown.get_by_test_id("route").get_by_role("button")
+    legs.first.hover()
+    assert re.search("used? local-0 for blocks 0:15$", legs.first.evaluate(under))
+    track = row.locator(".sn-track")
+    track.hover()
+    assert "blocks 15:30" in track.evaluate(under)
+
+
 def test_what_is_selected_in_the_details_stays_selected(notebook: Notebook, shown: Locator) -> None:
     if rows(shown).first.get_attribute("aria-selected") != "true":
         rows(shown).first.click()
