@@ -71,7 +71,12 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
         for output in cell.outputs:
             if "text/html" in output.get("data", {}):
                 output.data.pop(WIDGET, None)
-        cell.outputs = [found for found in cell.outputs if WIDGET not in found.get("data", {})]
+        # What was shown while something lasted, and emptied when it was over, has no data.
+        cell.outputs = [
+            found
+            for found in cell.outputs
+            if found.get("data") != {} and WIDGET not in found.get("data", {})
+        ]
     notebook.metadata.pop("widgets", None)
     notebook.metadata.language_info = {"name": "python"}
 

@@ -51,8 +51,10 @@ _STYLE = (
   display: flex; flex-wrap: wrap; gap: 0 8px; align-items: center; font-size: 12px;
   color: var(--jp-ui-font-color2, inherit); white-space: nowrap;
 }
-.sn-heat .snh-scale { width: 7em; height: 10px; border-radius: 2px; background: linear-gradient(
-  to right, var(--snh-low), transparent var(--snh-zero),
+/* Both ends stay beside the scale; their words wrap in a narrow cell. */
+.sn-heat .snh-ends { display: flex; gap: 8px; align-items: center; white-space: normal; }
+.sn-heat .snh-scale { flex: none; width: 7em; height: 10px; border-radius: 2px;
+  background: linear-gradient(to right, var(--snh-low), transparent var(--snh-zero),
   color-mix(in srgb, var(--snh-plus) var(--snh-most), transparent)); }
 </style>"""
 )
@@ -93,8 +95,8 @@ class Legend:
         middle = f"<span>no colour: {escape(self.low)}</span>" if self.below else ""
         middle += f"<span>{DASH}: {escape(self.absent)}</span>" if self.absent else ""
         return (
-            f'<div class="snh-legend"><span>{escape(ends[0])}</span>'
-            f'<span class="snh-scale" style="{style}"></span><span>{escape(ends[1])}</span>'
+            f'<div class="snh-legend"><span class="snh-ends"><span>{escape(ends[0])}</span>'
+            f'<span class="snh-scale" style="{style}"></span><span>{escape(ends[1])}</span></span>'
             f"{middle}</div>"
         )
 
