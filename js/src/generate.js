@@ -138,8 +138,9 @@ function build({ model, root }) {
       stop.disabled = !running;
       resume.disabled = running || !written;
       tokens.enable(!running);
-      tokens.element.hidden = history.hidden = !written && !model.get("texts");
-      legend.hidden = !written;
+      // Before there is a text, what belongs to it has its place: nothing moves when it comes.
+      history.classList.toggle("sn-blank", !written && !model.get("texts"));
+      legend.classList.toggle("sn-blank", !written);
     }),
   ];
 }

@@ -164,7 +164,7 @@ class Probes(Mapping[int, LinearProbe]):
             [str(probe.block), f"{probe.accuracy:.2f}", f"{probe.spread:.2f}"]
             for probe in self.values()
         ]
-        return "\n".join([self._title, *text_table(["block", "accuracy", "+-"], rows)])
+        return "\n".join([self._title, *text_table(["block", "accuracy", "±"], rows)])
 
     def _repr_html_(self) -> str:
         return self.plot()._repr_html_()
