@@ -20,10 +20,9 @@ def lazy_names(
     def get(name: str) -> object:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        home = f"{package}.{homes[name]}"
-        if home not in sys.modules and _only_listed():
-            raise AttributeError(f"{home} is not imported to list {name!r}")
-        module = import_module(home)
+        if _only_listed():
+            raise AttributeError(f"module {package!r} imports {name!r} when it is used")
+        module = import_module(f"{package}.{homes[name]}")
         value = module if name == homes[name] else getattr(module, name)
         setattr(sys.modules[package], name, value)
         return value
@@ -39,7 +38,7 @@ def _only_listed() -> bool:
     """Whether Tab asks what kind of thing this is, beside a name that it offers in any case.
 
     IPython has jedi find that out for the names in turn, until 0.4 s are over. The first of them
-    alone would import torch in the middle of somebody's typing, and while another thread does so.
+    alone would import torch in the middle of somebody's typing, or wait for a thread that does so.
     """
     frame = sys._getframe(2)
     while frame := frame.f_back:

@@ -105,11 +105,13 @@ class AuditTable(ModelReport):
             f"<tr><td>{escape(one.name)}</td>{peer_cell(one.peer)}<td>{one.start}:{one.end}</td>"
             f'<td><span class="sn-dot {_DOTS[one.outcome]}"></span>{one.outcome}</td>'
             f"{number_cell(str(one.tokens))}{number_cell(_error(one))}"
-            f"<td>{escape(_by(one))}</td><td>{escape(one.why)}</td></tr>"
+            f'<td>{escape(_by(one))}</td><td class="sn-note">{escape(one.why)}</td></tr>'
             for one in self.verdicts
         )
         titles = ["server", "peer", "blocks", "outcome"]
-        return view(first + table(titles, ["tokens", "error"], ["replayed by", "why"], rows))
+        listed = table(titles, ["tokens", "error"], ["replayed by", "why"], rows)
+        # There may be hundreds.
+        return view(f'{first}<div class="sn-long" tabindex="0">{listed}</div>')
 
 
 def _words(verdict: Verdict) -> dict[str, str | None]:

@@ -51,6 +51,7 @@ STYLE = """<style>
   text-align: right; font-variant-numeric: tabular-nums;
 }
 .sn-view .sn-table + .sn-table { margin-top: 8px; }
+.sn-view .sn-long { max-height: 30em; overflow: auto; }
 .sn-view .sn-peer { font-family: var(--jp-code-font-family, monospace); color: var(--sn-dim); }
 .sn-view .sn-track {
   display: inline-block; position: relative; width: 7em; height: 8px; margin-right: .6em;

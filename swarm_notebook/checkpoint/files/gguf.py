@@ -105,8 +105,7 @@ class GgufFile:
             MemoryError,
         ) as error:
             raise ModelNotFound(
-                f"{path} is not a readable GGUF file ({error}); if it is incomplete, download it "
-                "again"
+                f"{path} is not a readable GGUF file ({error}); if it is cut off, download it again"
             ) from error
 
     def _parse(self) -> tuple[dict[str, Any], dict[str, TensorEntry], int]:

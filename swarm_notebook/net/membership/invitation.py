@@ -116,8 +116,8 @@ class Invitation:
 
     @classmethod
     def _unpack(cls, data: bytes) -> Self:
-        whole = int.from_bytes(data[:2], "big")
-        if len(data) < max(whole, _HEAD.size):
+        whole = max(int.from_bytes(data[:2], "big"), _HEAD.size)
+        if len(data) < whole:
             raise InvitationError(
                 f"the invitation is incomplete: {len(data)} of {whole} bytes; copy all of it"
             )
