@@ -64,6 +64,15 @@ function condition(facts) {
 }
 
 /**
+ * The same for a row, where it must not need more room than `online`: the tracks would shrink.
+ * @param {Server} facts
+ */
+function brief(facts) {
+  const seconds = facts.retry ? Math.round(facts.retry - Date.now() / 1000) : 0;
+  return seconds > 0 ? `${facts.state} (${seconds} s)` : facts.state;
+}
+
+/**
  * How audits of a server ended, in words; nothing where none are made.
  * @param {Server} facts
  */
@@ -96,7 +105,7 @@ class Row {
     this.speed = h("td", { class: "sn-num sn-c2" });
     this.precision = h("td", { class: "sn-c3" });
     this.cache = h("td", { class: "sn-c3" });
-    this.state = h("td", { class: "sn-c2" });
+    this.state = h("td", { class: "sn-c2 sn-state" });
     this.audits = h("td", { class: "sn-c3 sn-audits" });
     // In the place of the state's column, where that has no room.
     this.said = h("span", { class: "sn-say" });
@@ -150,7 +159,6 @@ class Row {
     this.track.setAttribute("aria-label", label);
     this.track.title = label;
     this.tick();
-    this.state.title = facts.note;
     setText(this.audits, audited(facts));
     setText(this.rtt, duration(facts.rtt));
     setText(this.speed, number(facts.speed));
@@ -167,7 +175,9 @@ class Row {
 
   /** Let the seconds go down until a server is tried again. */
   tick() {
-    if (this.facts) setText(this.state, condition(this.facts));
+    if (!this.facts) return;
+    setText(this.state, brief(this.facts));
+    this.state.title = [condition(this.facts), this.facts.note].filter(Boolean).join(": ");
   }
 }
 
