@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import FrameType
 
 
 def lazy_names(
@@ -40,8 +41,9 @@ def _only_listed() -> bool:
     IPython has jedi find that out for the names in turn, until 0.4 s are over. The first of them
     alone would import torch in the middle of somebody's typing, or wait for a thread that does so.
     """
-    frame = sys._getframe(2)
-    while frame := frame.f_back:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
         if frame.f_code.co_name == "type" and frame.f_globals["__name__"] == "jedi.api.classes":
             return True
+        frame = frame.f_back
     return False
