@@ -238,6 +238,8 @@ def test_matrices_stay_packed(kind: str, tmp_path: Path) -> None:
         "Q6_K",
         "IQ4_NL",
         "IQ4_XS",
+        "MXFP4",
+        "TQ2_0",
         "F16",
         "BF16",
     ],
@@ -247,9 +249,12 @@ def test_any_bytes_unpack_as_the_package_unpacks_them(kind: str) -> None:
 
     known = gguf.GGMLQuantizationType[kind]
     shape = quant_shape_to_byte_shape((3, 512), known)
-    raw = np.random.default_rng(0).integers(0, 60, shape, dtype=np.uint8)  # no infinite scales
+    raw = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     packed = PackedGguf(known, torch.Size([3, 512]), torch.from_numpy(raw))
-    assert np.array_equal(packed.unpack(torch.float32).numpy(), dequantize(raw, known))
+    with np.errstate(all="ignore"):  # some scales are not finite
+        expected = dequantize(raw, known)
+    assert np.array_equal(packed.unpack(torch.float32).numpy(), expected, equal_nan=True)
+    assert np.isfinite(expected).mean() > 0.5
     assert packed.nbytes == raw.size
 
 
