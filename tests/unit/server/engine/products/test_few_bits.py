@@ -12,7 +12,7 @@ from torch.nn import functional
 from swarm_notebook.checkpoint.packed import Grid, pack, replace
 from swarm_notebook.server.engine.products import few_bits
 
-GRIDS = [Grid(3, 64), Grid(4, 64), Grid(4, 32), Grid(8, 0)]
+GRIDS = [Grid(2, 64), Grid(3, 64), Grid(4, 64), Grid(4, 32), Grid(8, 0)]
 
 
 def packed_linear(grid: Grid, dtype: torch.dtype) -> tuple[nn.Linear, torch.Tensor]:
@@ -43,6 +43,7 @@ def test_an_operator_gives_what_unpacking_gives(grid: Grid) -> None:
     linear, whole = packed_linear(grid, torch.bfloat16)
     operator = few_bits.operator_for(linear.weight.packed, torch.bfloat16)  # type: ignore[attr-defined]
     assert torch.equal(linear.weight.packed.unpack(torch.float32), whole)  # type: ignore[attr-defined]
+    assert linear.weight.packed.nbytes == pack(whole, grid).nbytes  # type: ignore[attr-defined]
     if operator is not None:
         x = torch.randn(7, 128).to(torch.bfloat16)
         expected = x.float() @ whole.t()
