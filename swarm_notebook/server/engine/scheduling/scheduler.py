@@ -18,6 +18,7 @@ a call takes nearly as long for one as for all of them: `window` says how long t
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ BACKWARD_COST = 3
 MIN_PIECE, MAX_PIECE = 8 * BACKWARD_COST, 1 << 30
 # The newest value's weight in a running mean: half is forgotten after two values.
 _NEWEST = 0.3
+# Sizes of chunks that are remembered, by powers of two.
+_SIZES = 4
+# How much longer than the shortest possible chunk one may be: a third of its time is for tokens.
+_WORTH = 1.5
 
 K = TypeVar("K", bound=Hashable)
 W = TypeVar("W")
@@ -252,7 +257,13 @@ def _mean_cost(known: float | None, amount: int, seconds: float) -> float:
 
 
 class ChunkSizer:
-    """How many tokens a chunk of prefill may have, from how fast the last ones were.
+    """How many tokens a chunk of prefill may have, from how long the last ones took.
+
+    A chunk costs something however few tokens it has: its weights are read, and on a card its
+    kernels are launched, which takes as long for 32 tokens as for 400. So a line is fitted to
+    chunks of several sizes, and where none can be as short as it should, one may take `_WORTH`
+    times as long as the least. With costs by token alone chunks on an H200 shrank to 32 tokens
+    beside sessions that decode, and 32 prompts of 448 tokens took 14 to 26 s.
 
     Args:
         least, most: bounds of what `size` says.
@@ -268,17 +279,69 @@ class ChunkSizer:
         cost: float | None = None,
     ) -> None:
         self._least, self._most, self._first = least, most, first
-        self._cost = cost
+        # By powers of two, those that came last at the end: the mean size, and the mean time.
+        self._ran: dict[int, tuple[float, float]] = {}
+        self._line = None if cost is None else _Line(0.0, cost, most)
 
     def ran(self, tokens: int, seconds: float) -> None:
         """A chunk of so many tokens took so many seconds."""
-        self._cost = _mean_cost(self._cost, tokens, seconds)
+        power = tokens.bit_length()
+        size, taken = self._ran.pop(power, (tokens, seconds))
+        self._ran[power] = _mean(size, tokens), _mean(taken, max(seconds, 1e-6))
+        if len(self._ran) > _SIZES:
+            del self._ran[next(iter(self._ran))]
+        self._line = _Line.through(list(self._ran.values()))
 
     def size(self, seconds: float) -> int:
-        """The tokens of the next chunk, which should take so long."""
-        if self._cost is None:
+        """The tokens of the next chunk, which should take so long; may be asked anywhere."""
+        if self._line is None:
             return self._first
-        return int(min(max(seconds / self._cost, self._least), self._most))
+        return round(min(max(self._line.tokens(seconds), self._least), self._most))
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """What a chunk takes: ``fixed + cost * tokens`` seconds.
+
+    Attributes:
+        largest: tokens of the largest chunk that took hardly longer than the shortest possible.
+    """
+
+    fixed: float
+    cost: float
+    largest: float
+
+    @classmethod
+    def through(cls, chunks: Sequence[tuple[float, float]]) -> _Line:
+        """That of least squares through sizes and seconds, the last of which is the newest."""
+        # One of nothing in no time, which decides where there is one size only.
+        points = [(0.01, 0.0, 0.0), *((1.0, *chunk) for chunk in chunks)]
+        total = sum(weight for weight, _, _ in points)
+        size = sum(weight * x for weight, x, _ in points) / total
+        taken = sum(weight * y for weight, _, y in points) / total
+        rise = sum(weight * (x - size) * (y - taken) for weight, x, y in points)
+        slope = rise / sum(weight * (x - size) ** 2 for weight, x, _ in points)
+        fixed = max(0.0, min(taken - slope * size, *(seconds for _, seconds in chunks)))
+        # The machine is as fast as it was for the newest.
+        newest_size, newest_taken = chunks[-1]
+        cost = max(newest_taken - fixed, 0.0) / newest_size
+        short = [tokens for tokens, seconds in chunks if seconds <= _WORTH * fixed]
+        return cls(fixed, cost, max(short, default=0.0))
+
+    def tokens(self, seconds: float) -> float:
+        """Of a chunk that takes so long, or a little more than any does."""
+        room = seconds - self.fixed
+        if (worth := (_WORTH - 1) * self.fixed) > room:
+            # Beyond what was seen, only step by step: noise makes a line, too.
+            return min(self._in(worth), 2 * self.largest)
+        return self._in(room)
+
+    def _in(self, seconds: float) -> float:
+        return seconds / self.cost if self.cost > 0 else math.inf
+
+
+def _mean(known: float, newest: float) -> float:
+    return _NEWEST * newest + (1 - _NEWEST) * known
 
 
 class PassSizer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 from collections import Counter
 from collections.abc import Callable
 
@@ -167,7 +169,7 @@ def test_pieces_are_as_long_as_their_time() -> None:
     assert chunks.size(0.06) == 60
     assert chunks.size(0.5) == 500
     for _ in range(30):
-        chunks.ran(10, 0.1)
+        chunks.ran(100, 1.0)
     assert chunks.size(0.06) == scheduler.MIN_CHUNK
     for _ in range(30):
         chunks.ran(100_000, 0.1)
@@ -182,6 +184,38 @@ def test_pieces_take_as_long_as_they_are_to_where_some_are_held_up() -> None:
         tokens = chunks.size(0.06)
     # A token takes a millisecond on average.
     assert 45 < tokens < 75
+
+
+def test_chunks_do_not_shrink_where_they_take_as_long_however_small() -> None:
+    """As on a card: 25 ms, and 30 us for a token; somebody beside it decodes every 10 ms."""
+    chunks = ChunkSizer()
+    sizes = []
+    for _ in range(40):
+        sizes.append(chunks.size(0.01))
+        chunks.ran(sizes[-1], 0.025 + 30e-6 * sizes[-1])
+    assert min(sizes[5:]) > 250
+    assert max(sizes) < 600  # 43 ms
+    assert chunks.size(0.06) > 900
+
+
+def test_chunks_are_short_where_short_ones_are_quick() -> None:
+    """As on a CPU: 3 ms, and 1 ms for a token."""
+    chunks = ChunkSizer()
+    for _ in range(40):
+        size = chunks.size(0.06)
+        chunks.ran(size, 0.003 + 0.001 * size)
+    assert 50 <= chunks.size(0.06) <= 60
+    assert chunks.size(0.01) == scheduler.MIN_CHUNK
+
+
+def test_noise_makes_no_chunk_long() -> None:
+    chunks, noise = ChunkSizer(), random.Random(0)
+    sizes = []
+    for _ in range(500):
+        sizes.append(chunks.size(0.06))
+        chunks.ran(sizes[-1], 0.001 * sizes[-1] * noise.choice((0.3, 1, 1, 1, 3)))
+    assert statistics.median(sizes) > 35
+    assert max(sizes) < 400
 
 
 def test_who_waits_besides() -> None:
