@@ -24,11 +24,14 @@ HOP_SECONDS, NOTEBOOK_SECONDS, NOTEBOOK_BLOCK_SECONDS = 0.0014, 0.00145, 0.00004
 # Bytes of a request or an answer beside the hidden states.
 FRAME_BYTES = 200
 # The part of the bandwidth that products with packed weights reach. By kernels of our own 32
-# compiled blocks of 3.95 GB take 3.04 ms on an H200. On a Mac they are unpacked for each product,
+# compiled blocks of 3.95 GB take 2.80 ms on an H200. On a Mac they are unpacked for each product,
 # which took a hundred times as long on an H100. On a core of an AMD EPYC that reads float32 at
 # 12 GB/s, those of the demo model's blocks reach 5 in bfloat16 (1.7 ms), and as much in 4 bits
 # (0.7 ms).
 PACKED_REACHED = {"gpu": 0.85, "mac": 0.01, "cpu": 0.4}
+# On a card each further row costs such kernels arithmetic, at this part of that of floats: 32 rows
+# take 6.3 to 6.6 ms there. From where unpacking costs less, it is unpacked, which is another read.
+PACKED_ARITHMETIC = 0.26
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ def step_seconds(
         arithmetic = 2 * shape.multiplied(block) * rows / machine.operations
         kept = rows * context * cache_bytes(block, machine) / machine.bandwidth
         seconds += max(reading, arithmetic) + kept + machine.block_seconds
+        if packed and machine.kind == "gpu":
+            floats = shape.read(block, rows) * machine.float_bits / 8
+            unpacked = floats / (machine.bandwidth * machine.reached)
+            seconds += min((rows - 1) * arithmetic / rows / PACKED_ARITHMETIC, unpacked)
     return seconds
 
 
