@@ -95,7 +95,7 @@ class Extremes:
         self.alarms_together += bool(together)
         found = {"mean": errors.mean, "largest": errors.largest, "gain": abs(errors.mean_gain)}
         if errors.ratio is not None:
-            found["ratio"] = errors.ratio
+            found |= {"ratio": errors.ratio, "outliers": errors.outliers}
             found["gain of error"] = abs(errors.mean_gain) * errors.tokens / errors.twin
         for name, value in found.items():
             self.most[name] = max(self.most.get(name, 0.0), value)
@@ -321,7 +321,7 @@ def gradient_replays(bench: Bench, request: Backward) -> tuple[PassGradients, Pa
 
 
 def gradients_of(pieces: Any, room: int = 1 << 60) -> PassGradients:
-    return PassGradients(run_whole(pieces, room).tensors[0].float())
+    return PassGradients(run_whole(pieces, room).tensors[0].float().cpu())
 
 
 def main() -> None:

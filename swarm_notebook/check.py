@@ -68,6 +68,9 @@ def check(path: str | os.PathLike[str], model: str | None = None) -> list[Findin
 def _replayed(one: Recorded, judge: HomeJudge) -> Finding:
     if one.adapter:
         return Finding(one, UNDECIDED, "it was run with an adapter, which no record holds")
+    if one.packed:
+        said = "its weights were packed, and no checkpoint has their values: only a server can tell"
+        return Finding(one, UNDECIDED, said)
     try:
         reference = judge(one.request, torch.float32, one.grad)
         twin = None if one.dtype == torch.float32 else judge(one.request, one.dtype, one.grad)

@@ -108,6 +108,17 @@ describe("the swarm map", () => {
     expect(view.byId("route").textContent).toBe("a server that has leftc");
   });
 
+  test("shows a server that audits found wrong as one that is avoided, with the reason", () => {
+    const wrong = server("b", 6, 10, { 4: "found wrong", 5: "by c, d: gain 0.02", 16: [3, 1, 0] });
+    const view = show(map, swarm({ servers: [server("a", 0, 6), wrong] }));
+    const row = view.all('[data-testid="server"]')[1];
+    expect(row.textContent).toContain("found wrong");
+    expect(row.classList.contains("sn-avoided")).toBe(true);
+    row.click();
+    const detail = view.byId("detail").textContent;
+    for (const said of ["by c, d: gain 0.02", "3 agreed, 1 wrong"]) expect(detail).toContain(said);
+  });
+
   test("says why a server is avoided, and in how long it is tried again", () => {
     const gone = server("b", 6, 10, { 4: "unreachable", 5: "it is gone", 15: NOW + 3 });
     const view = show(map, swarm({ servers: [server("a", 0, 6), gone] }));

@@ -11,6 +11,7 @@ The bits are a `Packed`: integers in groups of neighbours, each with a scale and
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -200,6 +201,27 @@ def _pack_rows(
 def _rounded(scale: torch.Tensor) -> torch.Tensor:
     """Scales in their own precision, none of them zero."""
     return scale.clamp_min(1e-12).to(torch.bfloat16)
+
+
+# Of `packing_of`, for a block.
+PACKING_BYTES = 4
+AS_PUBLISHED = bytes(PACKING_BYTES)
+
+
+def packing_of(layer: nn.Module) -> bytes:
+    """What tells the values of a block's packed weights from others, in `PACKING_BYTES`.
+
+    Not once they lie in the order in which something multiplies by them.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(layer.named_parameters()):
+        if isinstance(weight, PackedWeight):
+            digest.update(
+                f"{name} {list(weight.shape)} {getattr(weight.packed, 'grid', '')}".encode()
+            )
+            for part in weight.packed.parts():
+                digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()[:PACKING_BYTES]
 
 
 class PackedWeight(torch.Tensor):

@@ -53,10 +53,14 @@ class AuditTable(ModelReport):
         parts += [f"{counts[kind]} {kind.upper()}" for kind in (WRONG, OPEN) if counts[kind]]
         return f"{len(self.verdicts)} audits, {', '.join(parts)}"
 
-    def export(self, path: str | Path) -> Path:
+    def export(self, path: str | Path, *, states: bool = True) -> Path:
         """Write the wrong answers as a record that ``swarm-notebook check`` replays.
 
         It holds what the servers were asked: hidden states, from which your text can be read.
+
+        Args:
+            states: False writes hashes in their place: nobody can read your text, and nobody can
+                replay the record.
 
         Raises:
             ValueError: no answer was found wrong.
@@ -64,7 +68,7 @@ class AuditTable(ModelReport):
         path = Path(path)
         if not any(one.proof for one in self.verdicts):
             raise ValueError("export: no answer was found wrong, so there is nothing to prove")
-        record.write(path, self.model, self.digest, self.verdicts)
+        record.write(path, self.model, self.digest, self.verdicts, states=states)
         return path
 
     def to_pandas(self) -> pd.DataFrame:

@@ -15,29 +15,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from swarm_notebook.client.audit import limits, piece
+from swarm_notebook.client.audit import borders, limits, piece
+from swarm_notebook.client.audit.borders import Dispute
 from swarm_notebook.client.audit.choice import PieceSampler
 from swarm_notebook.client.audit.comparison import Errors, Result, errors_of
 from swarm_notebook.client.audit.evidence import Evidence
 from swarm_notebook.client.audit.interface import Outcomes
 from swarm_notebook.client.audit.piece import Piece
 from swarm_notebook.client.audit.verdicts import AGREED, HERE, OPEN, WRONG, Verdict, Verdicts
-from swarm_notebook.client.passes.backward import PassGradients, backward_segment
+from swarm_notebook.client.audit.witnesses import Replay, Witnesses
+from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.client.passes.call import server_name
-from swarm_notebook.client.passes.forward import forward_segment
 from swarm_notebook.client.request import Request
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.session.history import History
 from swarm_notebook.client.telemetry import Failover
-from swarm_notebook.errors import MissingBlocks, ModelNotFound, RemoteError, Unsupported
-from swarm_notebook.net.dht.records import ServerState
-from swarm_notebook.net.wire import tensors
+from swarm_notebook.errors import ModelNotFound, Unsupported
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -53,16 +52,6 @@ HOME_SHARE = 1 / 8
 Judge = Callable[[Request, torch.dtype, torch.Tensor | None], Result]
 """Computes a request in the notebook, in a dtype; with the gradient of its output, the way back.
 Called in a thread of its own."""
-
-
-@dataclass(frozen=True)
-class _Replay:
-    """What somebody else made of a piece's input: in float32, and in the server's own dtype."""
-
-    by: tuple[str, ...]
-    peers: frozenset[str]
-    reference: Result
-    twin: Result | None
 
 
 class Auditor:
@@ -88,9 +77,10 @@ class Auditor:
         self._choice = PieceSampler(rate, self._source)
         # By peer, and whether it was a way back: who is new to gradients may lie in them alone.
         self._tried: set[tuple[str, bool]] = set()
-        self._waiting: list[Piece] = []
+        self._waiting: list[Piece | Dispute] = []
         self._working: asyncio.Task | None = None
         self._evidence = Evidence()
+        self._witnesses = Witnesses(directory, self._source)
         self.verdicts: Verdicts = Verdicts()
 
     def step(self, history: History) -> None:
@@ -125,43 +115,86 @@ class Auditor:
         if tokens >= limits.MIN_TOKENS and self._drawn(segment, tokens, tokens, back=True):
             self._take(piece.of_backward(segment, request, grad, found))
 
-    def disputed(self, sender: RouteSegment, receiver: RouteSegment, why: str) -> None:
+    def disputed(
+        self, sender: RouteSegment, receiver: RouteSegment, history: History, why: str
+    ) -> None:
         """What one server says it has handed to another is not what that one says it got.
 
-        Both count as new again: who lies is found by the next answers, whose input is known.
+        What the sender has answered is audited, and both are tried with others (`borders`). Both
+        count as new again: what they answer next is audited, and its input is known.
         """
         for one in (sender, receiver):
             self._tried.discard((one.peer, False))
             self.verdicts.add(
                 Verdict(one.peer, one.span.name, one.start, one.end, 0, OPEN, why=why)
             )
+        computed = history.current.computed.get(sender.end)
+        if computed is not None and computed.segment.peer == sender.peer:
+            compression = self._directory.compression_for(sender.span)
+            self._take(piece.of_session(history, computed, sender.end, compression))
+        dispute = Dispute.of(history, sender, receiver)
+        if dispute is not None:
+            self._wait_for(dispute)
 
     def _drawn(self, segment: RouteSegment, tokens: int, total: int, *, back: bool = False) -> bool:
         blocks, dtype = segment.end - segment.start, piece.dtype_of(segment)
-        if dtype is None or segment.peer in self._directory.health.wrong:
+        if segment.peer in self._directory.health.wrong:
+            return False
+        if dtype is None:
+            self._leave_open(segment)
             return False
         replays = 1 if dtype == torch.float32 else 2
         stranger = (segment.peer, back) not in self._tried
         done, cost = tokens * blocks, total * blocks * replays
         return self._choice.draw(tokens, done, cost, stranger=stranger)
 
-    def _take(self, found: Piece | None) -> None:
-        if found is None or found.tokens < limits.MIN_TOKENS or len(self._waiting) >= MAX_WAITING:
+    def _leave_open(self, segment: RouteSegment) -> None:
+        """Say once of a server that it is not audited."""
+        if (segment.peer, False) in self._tried:
             return
-        self._tried.add((found.segment.peer, found.grad is not None))
+        self._tried.add((segment.peer, False))
+        span = segment.span
+        why = "it does not say which values its weights have, so nobody can tell what they give"
+        self.verdicts.add(
+            Verdict(segment.peer, span.name, segment.start, segment.end, 0, OPEN, why=why)
+        )
+
+    def _take(self, found: Piece | None) -> None:
+        if found is not None and found.tokens >= limits.MIN_TOKENS and self._wait_for(found):
+            self._tried.add((found.segment.peer, found.grad is not None))
+
+    def _wait_for(self, found: Piece | Dispute) -> bool:
+        if len(self._waiting) >= MAX_WAITING:
+            return False
         self._waiting.append(found)
         if self._working is None or self._working.done():
             self._working = asyncio.create_task(self._work())
+        return True
 
     async def _work(self) -> None:
         while self._waiting:
+            found = self._waiting[0]
             try:
-                verdict = await self.audit(self._waiting[0])
-                self.verdicts.add(verdict)
+                if isinstance(found, Dispute):
+                    await self._try_with_others(found)
+                else:
+                    self.verdicts.add(await self.audit(found))
             except Exception:
                 logger.exception("an audit failed")
             finally:
                 self._waiting.pop(0)
+
+    async def _try_with_others(self, dispute: Dispute) -> None:
+        """Find out who lies about a hand-over, unless that is known by now."""
+        if self._directory.health.wrong.keys() & {dispute.sender.peer, dispute.receiver.peer}:
+            return
+        liar = await borders.who_lies(self._directory, dispute, self._source)
+        if liar is None:
+            return
+        one, why = liar.segment, "what it says of hand-overs is not what others say, each time"
+        self._condemn(one, f"by {' and '.join(liar.by)}: {why}")
+        found = Verdict(one.peer, one.span.name, one.start, one.end, 0, WRONG, liar.by, why)
+        self.verdicts.add(found)
 
     def outcomes(self, peer: str) -> Outcomes:
         """What audits of a server have found so far."""
@@ -181,7 +214,9 @@ class Auditor:
         """Replay a piece, and decide; a server whose answer is wrong is left."""
         segment, first = found.segment, await self._first_replay(found)
         if first is None:
-            return _verdict(found, OPEN, why="no other server has these blocks and can replay them")
+            packed = "" if piece.of_checkpoint(segment) else ", packed to the same bits,"
+            why = f"no other server has these blocks{packed} and can replay them"
+            return _verdict(found, OPEN, why=why)
         errors, why = await self._compare(found, first)
         if not why and first.peers and self._source.random() < HOME_SHARE:
             first = await self._at_home(found) or first
@@ -192,7 +227,7 @@ class Auditor:
         if first.peers:
             second = await self._at_home(found)
             if second is None:
-                second = await self._replay(found, {segment.peer, *first.peers})
+                second = await self._witnesses.replay(found, {segment.peer, *first.peers})
             if second is None:
                 said = f"{', '.join(first.by)} disagrees, and nobody else can decide: {why}"
                 logger.warning("audit of %s: %s", server_name(segment), said)
@@ -208,16 +243,16 @@ class Auditor:
         by = (*first.by, *(second.by if second else ()))
         return self._wrong(found, by, why, errors)
 
-    async def _first_replay(self, found: Piece) -> _Replay | None:
+    async def _first_replay(self, found: Piece) -> Replay | None:
         """By a witness, by preference one who has not said all it can; here where there is none."""
         peer = found.segment.peer
         doubters = self._evidence.doubters(peer)
-        first = await self._replay(found, {peer, *doubters})
+        first = await self._witnesses.replay(found, {peer, *doubters})
         if first is None and doubters and self._judge is None:
-            first = await self._replay(found, {peer})
+            first = await self._witnesses.replay(found, {peer})
         return first or await self._at_home(found)
 
-    def _added_up(self, found: Piece, replay: _Replay, errors: Errors) -> Verdict:
+    def _added_up(self, found: Piece, replay: Replay, errors: Errors) -> Verdict:
         """Nothing is wrong with this answer by itself; is there with the latest together?
 
         Gradients are not added up: what halves make of them does not average out.
@@ -253,7 +288,7 @@ class Auditor:
         logger.warning("%s is never used again: %s", server_name(segment), said)
         telemetry.lost(telemetry.latest, Failover.of(segment, said))
 
-    def _condemn_witness(self, found: Piece, first: _Replay, second: _Replay) -> None:
+    def _condemn_witness(self, found: Piece, first: Replay, second: Replay) -> None:
         """The server was right, and so whoever spoke against it is not."""
         if len(first.peers) != 1:
             return
@@ -267,14 +302,14 @@ class Auditor:
                 self.verdicts.add(replace(verdict, peer=peer, name=span.name))
                 return
 
-    async def _compare(self, found: Piece, other: _Replay) -> tuple[Errors, str]:
+    async def _compare(self, found: Piece, other: Replay) -> tuple[Errors, str]:
         answer: Result = found.gradients or found.answer
         states, weights = await asyncio.to_thread(
             errors_of, answer, other.reference, other.twin, found.counted
         )
         return limits.judged(states, weights, found.rounded, back=found.grad is not None)
 
-    async def _differ(self, found: Piece, first: _Replay, second: _Replay) -> bool:
+    async def _differ(self, found: Piece, first: Replay, second: Replay) -> bool:
         """Whether two replays in float32 are not the same either."""
         states, weights = await asyncio.to_thread(
             errors_of, first.reference, second.reference, None, found.counted
@@ -283,8 +318,8 @@ class Auditor:
         most = limits.MAX_ERROR[torch.bfloat16] * limits.MAX_TOKEN
         return max(states.mean, weights.mean) > most
 
-    async def _at_home(self, found: Piece) -> _Replay | None:
-        if self._judge is None:
+    async def _at_home(self, found: Piece) -> Replay | None:
+        if self._judge is None or not piece.of_checkpoint(found.segment):
             return None
         dtype, twin = piece.dtype_of(found.segment), None
         try:
@@ -295,75 +330,7 @@ class Auditor:
         except (Unsupported, ModelNotFound) as error:
             logger.info("an audit cannot be decided here: %s", error)
             return None
-        return _Replay((HERE,), frozenset(), reference, twin)
-
-    async def _replay(self, found: Piece, exclude: Collection[str]) -> _Replay | None:
-        """What another server, drawn at random, or a chain of them, makes of the input."""
-        excluded = set(exclude)
-        while True:
-            chain = self._witnesses(found, excluded)
-            if chain is None:
-                return None
-            dtype = piece.dtype_of(found.segment)
-            try:
-                reference = await self._run(found, chain, torch.float32)
-                half = dtype not in (None, torch.float32)
-                twin = await self._run(found, chain, dtype) if half and dtype else None
-            except RemoteError as error:
-                logger.info("an audit goes elsewhere: %s", error)
-                excluded |= {part.peer for part in chain}
-                continue
-            names = tuple(part.span.name for part in chain)
-            return _Replay(names, frozenset(part.peer for part in chain), reference, twin)
-
-    def _witnesses(self, found: Piece, exclude: set[str]) -> list[RouteSegment] | None:
-        """Servers to replay a piece: one that has all its blocks, or else the best chain."""
-        start, end, dtype = found.segment.start, found.segment.end, piece.dtype_of(found.segment)
-
-        def able(segment: RouteSegment) -> bool:
-            theirs = piece.dtype_of(segment)
-            # Weights that were rounded to a half cannot say what others give.
-            exact = theirs in (torch.float32, dtype)
-            return segment.span.casts and exact and segment.peer not in exclude
-
-        online = [
-            RouteSegment(span, start, end)
-            for span in self._directory.usable()
-            if span.info.state == ServerState.ONLINE and span.start <= start and end <= span.end
-        ]
-        single = [segment for segment in online if able(segment)]
-        if single:
-            return [self._source.choice(single)]
-        unable = {
-            span.peer
-            for span in self._directory.snapshot.spans
-            if not able(RouteSegment(span, span.start, span.end))
-        }
-        try:
-            return self._directory.chain(start, end, unable)
-        except MissingBlocks:
-            return None
-
-    async def _run(self, found: Piece, chain: Sequence[RouteSegment], dtype: torch.dtype) -> Result:
-        request = replace(found.request, dtype=tensors.dtype_name(dtype))
-        if request.adapter is not None:
-            # Not the one in use, of which a server keeps one state: this may be an older one.
-            request.adapter = replace(request.adapter, id=f"audit-{request.adapter.id}")
-        hidden, parts = request.hidden, []
-        for segment in chain:
-            parts.append(request.part(segment.start, segment.end, hidden))
-            if found.grad is None or segment is not chain[-1]:
-                outputs = await forward_segment(self._directory, segment, parts[-1])
-                hidden = outputs.states[segment.end - 1]
-        if found.grad is None:
-            return hidden
-        gathered = PassGradients(found.grad)
-        for segment, part in zip(reversed(chain), reversed(parts), strict=True):
-            got = await backward_segment(self._directory, segment, part, gathered.input)
-            gathered.input = got.input
-            gathered.prompts.update(got.prompts)
-            gathered.weights.update(got.weights)
-        return gathered
+        return Replay((HERE,), frozenset(), reference, twin)
 
 
 def _verdict(

@@ -12,7 +12,8 @@ answer is not compared with a number but with the error that the dtype itself ma
   too long. It finds a factor that a noisy model's ratio hides. No token counts for more than some
   times what all of them may have;
 - *largest*: the largest error of a token over the twin's, of this token or in the mean: one token
-  that was edited.
+  that was edited. Of some 500,000 tokens of honest servers one had 14 times the twin's error, so
+  those of more than `OUTLIER` are counted as well: two of them are no accident.
 
 Gradients are compared in the same way: those of states token by token and those of weights tensor
 by tensor, each in a comparison of its own. A token that has hardly any part in the loss has a
@@ -42,6 +43,7 @@ _LEAST_SHARE = 1e-3
 _LEAST_TWIN = 0.1
 # Of the twin's error: a token with less counts as so much, lest exact ones make up for wrong ones.
 _LEAST_RATIO = 0.5
+OUTLIER = 10.0
 # What a token's gain counts for at most, beside the twin's mean error: five times the limit.
 _MOST_GAIN = 0.01
 
@@ -60,6 +62,7 @@ class Errors:
         gain: the sum of their gains, less the twin's.
         largest: the largest error of a token; over the twin's where there is a twin.
         ratios: the sum of the logarithms of their errors over the twin's.
+        outliers: how many have more than `OUTLIER` times the twin's error.
     """
 
     tokens: int = 0
@@ -68,6 +71,7 @@ class Errors:
     gain: float = 0.0
     largest: float = 0.0
     ratios: float = 0.0
+    outliers: int = 0
 
     def __add__(self, other: Errors) -> Errors:
         """Of both together."""
@@ -78,6 +82,7 @@ class Errors:
             self.gain + other.gain,
             max(self.largest, other.largest),
             self.ratios + other.ratios,
+            self.outliers + other.outliers,
         )
 
     @property
@@ -204,6 +209,7 @@ def _summed(
     of_twin = own[0]
     mean = of_twin.mean().clamp_min(_TINY)
     ratios = error / of_twin.clamp_min(_LEAST_TWIN * mean)
+    over = error / of_twin.clamp_min(mean)
     gain = gain - own[1]
     if gain.numel() > 1:
         most = float(mean) + _MOST_GAIN
@@ -213,6 +219,7 @@ def _summed(
         float(error.sum()),
         float(of_twin.sum()),
         float(gain.sum()),
-        float((error / of_twin.clamp_min(mean)).max()),
+        float(over.max()),
         float(ratios.clamp_min(_LEAST_RATIO).log().sum()),
+        int((over > OUTLIER).sum()),
     )

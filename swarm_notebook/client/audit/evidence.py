@@ -37,7 +37,10 @@ class _Sum:
             self.tokens -= self.audits.popleft().tokens
 
     def why(self) -> str:
-        """The first limit that the latest audits, more and more of them, are over."""
+        """The first limit that the latest audits, more and more of them, are over.
+
+        A few tokens that are far off in none of them by itself are, together.
+        """
         together = Errors()
         for errors in reversed(self.audits):
             together += errors
@@ -46,6 +49,11 @@ class _Sum:
                     f"over {together.tokens} tokens of several audits, error over that of its "
                     f"dtype {together.ratio:.3g}, honest servers reach "
                     f"{limits.max_ratio(together.tokens):.3g}"
+                )
+            if together.outliers > 1 + limits.max_outliers(together.tokens):
+                return (
+                    f"over {together.tokens} tokens of several audits, {together.outliers} are far "
+                    "from what their dtype makes there"
                 )
         return ""
 

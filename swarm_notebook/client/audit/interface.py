@@ -39,8 +39,15 @@ class Audits(Protocol):
     ) -> None:
         """A server has answered its part of a backward pass."""
 
-    def disputed(self, sender: RouteSegment, receiver: RouteSegment, why: str) -> None:
-        """What one server says it has handed to another is not what that one says it got."""
+    def disputed(
+        self, sender: RouteSegment, receiver: RouteSegment, history: Any, why: str
+    ) -> None:
+        """What one server says it has handed to another is not what that one says it got.
+
+        Args:
+            sender, receiver: with the blocks that they computed.
+            history: of the session in whose latest pass it was.
+        """
 
     def outcomes(self, peer: str) -> Outcomes:
         """What audits of a server have found so far; called from any thread."""

@@ -13,7 +13,7 @@ import torch
 
 from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.client.request import Request, travelling
-from swarm_notebook.client.servers.bits import WHOLE_BITS
+from swarm_notebook.client.servers.bits import packing_of
 from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.session.history import Computed, History
 from swarm_notebook.net.wire import tensors
@@ -53,9 +53,14 @@ class Piece:
 
 def dtype_of(segment: RouteSegment) -> torch.dtype | None:
     """What a server says it computes in; None if audits cannot tell what that gives."""
-    info = segment.span.info
-    whole = info.quant_type in (None, "none") and segment.span.weight_bits >= WHOLE_BITS
-    return tensors.float_dtype(info.torch_dtype) if whole else None
+    known = packing_of(segment) is not None
+    return tensors.float_dtype(segment.span.info.torch_dtype) if known else None
+
+
+def of_checkpoint(segment: RouteSegment) -> bool:
+    """Whether a server says that its weights have the values of the checkpoint."""
+    packing = packing_of(segment)
+    return packing is not None and not any(packing)
 
 
 def of_pass(

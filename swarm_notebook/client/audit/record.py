@@ -2,7 +2,8 @@
 
 A record is a safetensors file: per verdict what the server was asked and what it answered, and in
 its metadata, as JSON, which checkpoint, server and blocks, what was found and with which versions.
-It holds hidden states, from which the text can be read (see `Swarm.privacy`).
+It holds hidden states, from which the text can be read (see `Swarm.privacy`), or in their place a
+SHA-256 of each tensor, by which whoever has them can be held to them.
 
 A record is somebody's word: nothing in it is signed by the server. What `check` confirms is that
 the answer in it is not what the blocks give for the input in it.
@@ -10,6 +11,7 @@ the answer in it is not what the blocks give for the input in it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
@@ -44,6 +46,7 @@ class Recorded:
         dtype: what the server said it computes in.
         rounded: what the answer's values were rounded to on their way.
         adapter: it was run with an adapter of the notebook, which is not recorded.
+        packed: its weights were packed, so that they have other values than the checkpoint's.
         request: what it was asked.
         answer, counted: as in `Piece`.
         grad, gradients: as in `Piece`.
@@ -57,6 +60,7 @@ class Recorded:
     dtype: torch.dtype
     rounded: torch.dtype
     adapter: bool
+    packed: bool
     request: Request
     answer: torch.Tensor
     counted: torch.Tensor
@@ -64,8 +68,14 @@ class Recorded:
     gradients: PassGradients | None
 
 
-def write(path: Path, model: str, digest: str, verdicts: Sequence[Verdict]) -> None:
-    """Write the verdicts that have a proof."""
+def write(
+    path: Path, model: str, digest: str, verdicts: Sequence[Verdict], *, states: bool = True
+) -> None:
+    """Write the verdicts that have a proof.
+
+    Args:
+        states: with what was asked and answered; else with hashes of it.
+    """
     tensors: dict[str, torch.Tensor] = {}
     told = []
     proven = [(one, one.proof) for one in verdicts if one.proof is not None]
@@ -82,11 +92,13 @@ def write(path: Path, model: str, digest: str, verdicts: Sequence[Verdict]) -> N
         }
         for block, one in (found.gradients.prompts if found.gradients else {}).items():
             parts[f"prompt_gradient.{block}"] = one
-        tensors |= {
-            f"{number}.{name}": one.detach().contiguous().clone()
+        own = {
+            name: one.detach().contiguous().clone()
             for name, one in parts.items()
             if one is not None
         }
+        if states:
+            tensors |= {f"{number}.{name}": one for name, one in own.items()}
         dtype = piece.dtype_of(found.segment)
         told.append(
             {
@@ -96,9 +108,12 @@ def write(path: Path, model: str, digest: str, verdicts: Sequence[Verdict]) -> N
                 "when": verdict.made,
                 "by": list(verdict.by),
                 "why": verdict.why,
+                "error": None if verdict.errors is None else verdict.errors.mean,
+                "sha256": {name: _hash(one) for name, one in own.items()},
                 "dtype": str(dtype or torch.float32).removeprefix("torch."),
                 "rounded": str(found.rounded).removeprefix("torch."),
                 "adapter": request.adapter is not None,
+                "packed": not piece.of_checkpoint(found.segment),
                 "server": found.segment.span.info.version,
             }
         )
@@ -110,11 +125,15 @@ def write(path: Path, model: str, digest: str, verdicts: Sequence[Verdict]) -> N
     save_file(tensors, path, {"format": _FORMAT, "record": text})
 
 
+def _hash(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 def read(path: Path) -> list[Recorded]:
     """What a record says, checked field by field: it may be anybody's.
 
     Raises:
-        BadRequest: the file is no record.
+        BadRequest: the file is no record, or has hashes in the place of states.
         OSError: it cannot be read.
     """
     try:
@@ -125,6 +144,11 @@ def read(path: Path) -> list[Recorded]:
                 raise BadRequest(f"{path} is not a record of audits")
             told = json.loads(text)
             names = set(file.keys())
+            if told["verdicts"] and not names:
+                raise BadRequest(
+                    f"{path} has only hashes of what was asked and answered, which nobody can "
+                    "replay: ask for a record with states"
+                )
             return [
                 _recorded(told, number, one, names, file.get_tensor)
                 for number, one in enumerate(told["verdicts"])
@@ -173,6 +197,7 @@ def _recorded(told: Any, number: int, one: Any, names: set[str], get: Any) -> Re
         _DTYPES[one["dtype"]],
         _DTYPES[one["rounded"]],
         bool(one["adapter"]),
+        bool(one["packed"]),
         request,
         answer,
         counted.bool(),

@@ -1,16 +1,34 @@
-"""With how many bits per weight blocks are computed, and saying so when that changes."""
+"""With which bits blocks are computed: how many per weight, and whether two have the same."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
+from swarm_notebook.checkpoint.packed import AS_PUBLISHED, PACKING_BYTES
 from swarm_notebook.client.servers.routing import RouteSegment, describe_blocks
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 # Whole weights are the same values in any of their dtypes.
 WHOLE_BITS = 16
+
+
+def packing_of(segment: RouteSegment) -> bytes | None:
+    """What tells the values of some blocks' weights from others; None if nobody knows them.
+
+    Zeros are those of the checkpoint.
+    """
+    info, count = segment.span.info, segment.end - segment.start
+    if info.quant_type in (None, "none") and segment.span.weight_bits >= WHOLE_BITS:
+        return AS_PUBLISHED * count
+    first, last, told = info.start_block, info.end_block, info.packing
+    if told is None or first is None or last is None:
+        return None
+    begin = PACKING_BYTES * (segment.start - first)
+    whole = first <= segment.start and segment.end <= last
+    fits = len(told) == PACKING_BYTES * (last - first)
+    return told[begin : begin + PACKING_BYTES * count] if whole and fits else None
 
 
 class BitsInUse:

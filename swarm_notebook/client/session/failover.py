@@ -14,6 +14,7 @@ from dataclasses import replace
 from swarm_notebook.client.adapters import Adapter
 from swarm_notebook.client.servers.routing import describe_blocks
 from swarm_notebook.client.session.chain import Chain
+from swarm_notebook.client.session.history import History
 from swarm_notebook.client.session.hop import Hop
 from swarm_notebook.client.session.pipeline import HandOverDisputed, HopLost
 from swarm_notebook.client.telemetry import Failover, Timeline
@@ -53,8 +54,11 @@ class FailoverPolicy:
         self._lost: Counter[str] = Counter()
         self.refusing: set[str] = set()
 
-    def handle(self, loss: HopLost) -> None:
+    def handle(self, loss: HopLost, history: History) -> None:
         """Go on without a failed hop, or without handing its input from server to server.
+
+        Args:
+            history: of the session.
 
         Raises:
             BadRequest, CacheFull, NotAMember, ServerBusy: no other server can mend it.
@@ -62,7 +66,7 @@ class FailoverPolicy:
         """
         stage, error = loss.stage, loss.error
         if isinstance(loss, HandOverDisputed):
-            self._part(loss)
+            self._part(loss, history)
             return
         if stage.source is not None and isinstance(error, BadRequest):
             # Perhaps its input was not what the client would have sent.
@@ -72,18 +76,19 @@ class FailoverPolicy:
         elif not stage.hop.content_with_less(error):
             self._lose(stage.hop, error)
 
-    def _part(self, dispute: HandOverDisputed) -> None:
+    def _part(self, dispute: HandOverDisputed, history: History) -> None:
         """From now on, what one of two servers gives the other goes over the notebook."""
         stage, source = dispute.stage, dispute.stage.source
         stage.hop.reset()
         if source is None:
             return
-        before, after = source.segment, stage.hop.segment
+        before = replace(source.segment, end=stage.start)
+        after = replace(stage.hop.segment, start=stage.start, end=stage.end)
         self._directory.health.keep_apart(before.peer, after.peer, float("inf"))
         said = f"{dispute}: one of them lies. From now on it goes over the notebook"
         logger.warning("%s", said)
         if self._directory.audits is not None:
-            self._directory.audits.disputed(before, after, said)
+            self._directory.audits.disputed(before, after, history, said)
 
     def _lose(self, hop: Hop, error: RemoteError) -> None:
         self._chain.drop(hop)

@@ -70,7 +70,7 @@ class StepRun:
                 hop = lost.stage.hop
                 await self._chain.settle({stage.hop for stage in stages} - {hop})
                 block = min(done, hop.start)
-                self._failover.handle(lost)
+                self._failover.handle(lost, self._history)
         asked = {*self._states, stop - 1}
         outputs.states = {index: outputs.states[index] for index in asked & outputs.states.keys()}
         return outputs

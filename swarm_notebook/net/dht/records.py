@@ -55,6 +55,8 @@ MAX_PINGS, MAX_PINGS_READ = 16, 256
 # Seconds; Petals announces infinity for a peer that does not answer.
 Ping = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Of what tells packed weights from others (`checkpoint.packed`): four for each of 512 blocks.
+MAX_PACKING_BYTES = 2048
 # Letters of what servers say of themselves in words.
 MAX_WORDS = 200
 
@@ -98,6 +100,8 @@ class ServerInfo(BaseModel):
         weight_error: what that does to the blocks' output: mean square of the difference by mean
             square of the output.
         weight_perplexity: the whole model's perplexity at these bits, by that of its whole weights.
+        packing: what tells the values of packed weights from others (`checkpoint.packed`), of each
+            block `PACKING_BYTES`; zeros for those of the checkpoint.
         part_tokens: from how many tokens on a pass takes as long as its tokens need.
         engine: how steps run, for people: "compiled", "graph" or "plain", mostly with the reason.
         reproducible: what a session gets does not depend on who else is served, to the bit.
@@ -136,6 +140,7 @@ class ServerInfo(BaseModel):
     weight_bits: Annotated[float, Field(gt=0, le=64)] | None = None
     weight_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     weight_perplexity: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    packing: Annotated[bytes, Field(max_length=MAX_PACKING_BYTES)] | None = None
     model: Name | None = None
     digest: Name | None = None
     member: Annotated[bytes, Field(max_length=SHOWN_BYTES)] | None = None

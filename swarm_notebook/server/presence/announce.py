@@ -74,6 +74,7 @@ def describe(
             "weight_bits": round(quantised.bits, 2),
             "weight_error": quantised.error,
             "weight_perplexity": quantised.perplexity,
+            "packing": quantised.packing,
         }
     return ServerInfo(
         state=state,

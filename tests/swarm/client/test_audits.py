@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +85,7 @@ def test_a_wrong_answer_is_kept_and_replayed_by_others(
         with liars.lying(liar, liars.LIES["2 % too long"]):
             swarm.model(ids(), use_cache=False)
             found(swarm).export(file)
+        hashed = found(swarm).export(tmp_path / "hashed.safetensors", states=False)
     assert cli.main(["check", str(file)]) == 0
     said = capsys.readouterr().out
     assert liar.peer_id in said
@@ -90,6 +93,13 @@ def test_a_wrong_answer_is_kept_and_replayed_by_others(
     with safe_open(file, framework="pt") as kept:
         metadata = kept.metadata()
         tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+    with safe_open(hashed, framework="pt") as kept:
+        assert not list(kept.keys())
+        (told,) = json.loads(kept.metadata()["record"])["verdicts"]
+    answer = tensors["0.answer"].contiguous().view(torch.uint8).numpy().tobytes()
+    assert told["sha256"]["answer"] == hashlib.sha256(answer).hexdigest()
+    with pytest.raises(BadRequest, match="only hashes"):
+        check(hashed)
     tensors["0.answer"] = tensors["0.answer"] / 1.02
     save_file(tensors, file, metadata)
     assert [one.outcome for one in check(file)] == ["refuted"]

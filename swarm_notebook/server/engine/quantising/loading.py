@@ -17,7 +17,14 @@ import torch
 from swarm_notebook.checkpoint.as_stored import Keepable, keep_packed, keepable
 from swarm_notebook.checkpoint.files.quantised import method_of
 from swarm_notebook.checkpoint.files.weights import block_index
-from swarm_notebook.checkpoint.packed import Grid, matrices, pack, replace
+from swarm_notebook.checkpoint.packed import (
+    AS_PUBLISHED,
+    Grid,
+    matrices,
+    pack,
+    packing_of,
+    replace,
+)
 from swarm_notebook.checkpoint.parts.partial import (
     LoadedBlocks,
     bare_layers,
@@ -57,11 +64,14 @@ class Quantised:
             weights are as they were published.
         perplexity: by how much the whole model's grows at these bits, as `loss` measured it; None
             if nobody asked.
+        packing: `PACKING_BYTES` for each block, that tell the values of its weights from others:
+            `AS_PUBLISHED`, or `packing_of` the block; None if nobody here knows the values.
     """
 
     bits: float
     error: float | None
     perplexity: float | None = None
+    packing: bytes | None = None
 
 
 def check_bits(bits: float) -> float:
@@ -121,7 +131,8 @@ def load_within(
 
     loaded = load_one_by_one(source, start, end, change, **reading)
     stored = 8 * nbytes / count
-    return loaded, Quantised(stored, None) if stored < MAX_BITS else None
+    published = AS_PUBLISHED * (end - start)
+    return loaded, Quantised(stored, None, packing=published) if stored < MAX_BITS else None
 
 
 def _published(source: ModelSource, start: int, end: int) -> Quantised | None:
@@ -130,7 +141,8 @@ def _published(source: ModelSource, start: int, end: int) -> Quantised | None:
     count = sum(one.numel() for layer in layers for one in layer.parameters())
     names = [name for name in weights.names() if block_index(name) in range(start, end)]
     stored = 8 * sum(lazy.nbytes for lazy in weights.lazy(names).values()) / count
-    return Quantised(stored, None) if stored < MAX_BITS else None
+    known = None if keepable(weights) is None else AS_PUBLISHED * (end - start)
+    return Quantised(stored, None, packing=known) if stored < MAX_BITS else None
 
 
 def _fits(
@@ -185,6 +197,7 @@ def load_quantised(
     rest = iter(chosen)
     packed = unpacked = 0
     float_states, states = states, states.clone()
+    packing = bytearray()
 
     def change(one: LoadedBlocks) -> None:
         nonlocal packed, unpacked, states, float_states
@@ -195,6 +208,7 @@ def load_quantised(
             made = pack(weight.detach(), next(rest), weights.get(name))
             packed, unpacked = packed + made.nbytes, unpacked + weight.numel()
             replace(module, attribute, made, dtype)
+        packing.extend(packing_of(layer))
         states = run(one, states)
 
     loaded = load_one_by_one(source, start, end, change, progress=progress, **options)
@@ -203,6 +217,7 @@ def load_quantised(
         8 * packed / unpacked,
         output_error(states[1:], float_states[1:]),
         ratio if isinstance(ratio, float) and ratio > 0 else None,
+        bytes(packing),
     )
     logger.info("packed the weights: %.2f bits each, error %.2g", result.bits, result.error)
     return loaded, result
