@@ -17,9 +17,12 @@ from support.tiny import build, tiny_model
 
 import swarm_notebook as sn
 from swarm_notebook.check import check
+from swarm_notebook.net.dht.records import ServerInfo
 from swarm_notebook.report.audit import AuditTable
+from swarm_notebook.server import app
 from swarm_notebook.server.engine.quantising import loading
 from swarm_notebook.server.options import ServeOptions
+from swarm_notebook.server.presence import announce
 from swarm_notebook.swarm import Swarm
 
 TOKENS = 48
@@ -114,6 +117,24 @@ def test_nobody_has_the_same_bits(cache: pytest.MonkeyPatch, tmp_path: Path) -> 
             table = asked_until(swarm, 1)
     assert {one.outcome for one in table.verdicts} == {"open"}
     assert "packed to the same bits" in str(table)
+
+
+def test_who_does_not_say_which_bits_it_has_is_left_open(
+    cache: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As Petals' quantised servers."""
+
+    def silent(*given: Any, **more: Any) -> ServerInfo:
+        return announce.describe(*given, **more).model_copy(update={"packing": None})
+
+    monkeypatch.setattr(app, "describe", silent)
+    folder = tiny_model("llama", tmp_path, **IN_GROUPS)
+    with HostedSwarm(folder, [(0, 5)], bits=4.5) as local, connected(local, verify=1.0) as swarm:
+        for seed in range(3):
+            ask(swarm, seed)
+        (one,) = swarm.audit(wait=PATIENCE).verdicts
+    assert one.outcome == "open"
+    assert "does not say which values its weights have" in one.why
 
 
 def test_bits_as_they_were_published_are_those_of_unpacked_servers(

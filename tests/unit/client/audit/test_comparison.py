@@ -118,9 +118,12 @@ def test_a_token_with_a_large_error_of_its_own_decides_over_nothing() -> None:
     errors = compare(answer, reference, twin)
     assert errors.ratio == pytest.approx(1, abs=0.1)
     assert errors.largest < 2
+    assert abs(errors.mean_gain) < 1e-3
     edited = answer.clone()
     edited[:, 7] *= 1.2
     assert compare(edited, reference, twin).largest > 5
+    answer[:, 5] *= 1.5
+    assert abs(compare(answer, reference, twin).mean_gain) < 2e-3
 
 
 def test_exact_tokens_make_up_for_no_others() -> None:

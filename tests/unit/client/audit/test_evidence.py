@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
+import torch
 
 from swarm_notebook.client.audit.comparison import Errors
 from swarm_notebook.client.audit.evidence import Evidence
-from swarm_notebook.client.audit.limits import MIN_TOKENS
+from swarm_notebook.client.audit.limits import MIN_TOKENS, what_is_wrong
 
 ANN, BOB = frozenset({"ann"}), frozenset({"bob"})
 
@@ -100,3 +102,14 @@ def test_float32_has_no_share_in_it() -> None:
     evidence = Evidence()
     for _ in range(100):
         assert not evidence.add("liar", ANN, Errors(MIN_TOKENS, 1.0))
+
+
+def test_tokens_that_are_far_off_are_counted_over_audits() -> None:
+    """One is allowed in each audit, three of several are not."""
+    evidence, said = Evidence(), []
+    for errors in audits(1.0)[:3]:
+        assert not what_is_wrong(replace(errors, outliers=1), torch.bfloat16)
+        said.append(evidence.add("liar", ANN, replace(errors, outliers=1)))
+    assert said[:2] == ["", ""]
+    assert "far from" in said[2]
+    assert what_is_wrong(replace(errors, outliers=2), torch.bfloat16)
