@@ -38,7 +38,8 @@ from typing import Any
 
 import torch
 from hivemind.p2p import PeerID
-from support.attacks import ATTACKS, Target
+from support.attacking import Target
+from support.attacks import ATTACKS
 from support.memory import Peak
 from support.raw_wire import ServerProcess
 from support.tiny import build

@@ -9,115 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from hivemind.p2p import PeerID
+from support.attacking import (
+    BARE,
+    RPCS,
+    Attack,
+    Errors,
+    Target,
+    again,
+    deadline,
+    hold,
+    many,
+)
 
-from swarm_notebook.errors import SwarmError
 from swarm_notebook.net.dht.records import ServerInfo, ServerState
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol, streams, tensors
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
-from swarm_notebook.net.wire.opening import open_stream
 from swarm_notebook.net.wire.stream_server import add_stream_handler
-
-RPCS = (
-    protocol.RPC_INFERENCE,
-    protocol.RPC_PUSH_STREAM,
-    protocol.RPC_FORWARD_STREAM,
-    protocol.RPC_BACKWARD_STREAM,
-)
-# What is closed without a reason, or refused by p2pd itself.
-BARE = (*streams.TRANSPORT_ERRORS, streams.StreamClosed)
-
-
-@dataclass
-class Target:
-    """A server, as seen by a stranger.
-
-    Attributes:
-        address: where it is reached, for attacks that come from new peers.
-        seconds: how long an attack goes on, or holds what it has.
-        frame: bytes of the largest frame that the server reads, about.
-        tokens: the longest pass that it takes.
-    """
-
-    node: Node
-    peer: PeerID
-    prefix: str
-    blocks: tuple[int, int]
-    hidden: int
-    seconds: float = 10.0
-    frame: int = 10 << 20
-    tokens: int = 16384
-    address: str = ""
-    random: random.Random = field(default_factory=lambda: random.Random(0))
-
-    @property
-    def uid(self) -> str:
-        return protocol.uid_chain(self.prefix, *self.blocks)
-
-    async def open(self, rpc: str) -> streams.Stream:
-        return await open_stream(self.node.p2p, self.peer, rpc)
-
-    @contextlib.asynccontextmanager
-    async def asking(self, rpc: str) -> AsyncIterator[streams.Stream]:
-        """A stream that is ended at once when nothing more is asked."""
-        stream = await self.open(rpc)
-        try:
-            yield stream
-        finally:
-            stream.abort()
-
-    def request(self, *slots: torch.Tensor | None, **metadata: object) -> PackedMessage:
-        return PackedMessage(
-            uid=self.uid,
-            tensors=protocol.pack_slots(list(slots)),
-            metadata=protocol.pack_metadata(metadata),
-        )
-
-
-Errors = list[Exception]
-Attack = Callable[[Target], Awaitable[Errors]]
-
-
-async def _many(count: int, work: Callable[[int], Awaitable[None]], at_once: int = 50) -> Errors:
-    """What goes wrong in each of many; some of them begin at once."""
-    gate, errors = asyncio.Semaphore(at_once), Errors()
-
-    async def one(number: int) -> None:
-        try:
-            async with gate:
-                await work(number)
-        except (SwarmError, *BARE) as error:
-            errors.append(error)
-
-    await asyncio.gather(*map(one, range(count)))
-    return errors
-
-
-async def _hold(target: Target, opened: Sequence[streams.Stream]) -> Errors:
-    """Keep streams open for the rest of the attack, and listen to what the server says."""
-    errors = Errors()
-
-    async def listen(stream: streams.Stream) -> None:
-        try:
-            await stream.receive()
-        except (SwarmError, *BARE) as error:
-            errors.append(error)
-
-    listening = [asyncio.create_task(listen(stream)) for stream in opened]
-    if listening:
-        await asyncio.wait(listening, timeout=target.seconds)
-    for task, stream in zip(listening, opened, strict=True):
-        task.cancel()
-        stream.abort()
-    await asyncio.gather(*listening, return_exceptions=True)
-    return errors
 
 
 async def _open_many(target: Target, count: int, rpc: str, first: bytes) -> Errors:
@@ -128,7 +42,7 @@ async def _open_many(target: Target, count: int, rpc: str, first: bytes) -> Erro
         opened.append(stream)
         stream._writer.write(first)
 
-    return await _many(count, one) + await _hold(target, opened)
+    return await many(count, one) + await hold(target, opened)
 
 
 async def slowloris(target: Target, count: int = 2000) -> Errors:
@@ -157,7 +71,7 @@ async def sessions_of_one_id(target: Target, count: int = 1000) -> Errors:
             raise
         opened.append(stream)
 
-    return await _many(count, one) + await _hold(target, opened)
+    return await many(count, one) + await hold(target, opened)
 
 
 async def malformed(target: Target, count: int = 35) -> Errors:
@@ -176,7 +90,7 @@ async def malformed(target: Target, count: int = 35) -> Errors:
             await stream.send_end()
             await stream.receive()
 
-    return await _again(target, lambda: _many(count, one, at_once=8))
+    return await again(target, lambda: many(count, one, at_once=8))
 
 
 async def ask_honestly(target: Target) -> PackedMessage | None:
@@ -197,7 +111,7 @@ async def new_identities(target: Target) -> Errors:
         finally:
             await node.stop()
 
-    return await _again(target, attack)
+    return await again(target, attack)
 
 
 async def unannounced_pushes(target: Target, count: int = 21200) -> Errors:
@@ -207,7 +121,7 @@ async def unannounced_pushes(target: Target, count: int = 21200) -> Errors:
         for number in range(count):
             metadata = protocol.pack_metadata({"session_id": "none", "step_id": str(number)})
             await opened[number % 4].send(PackedMessage(tensors=[tensor], metadata=metadata))
-    return await _hold(target, opened)
+    return await hold(target, opened)
 
 
 async def made_up_peers(target: Target, count: int = 200) -> Errors:
@@ -241,15 +155,7 @@ async def narrow_rows(target: Target, count: int = 16) -> Errors:
         buffer=bytes(3 * small), size=(small, 1), dtype="float64", compression=tensors.INT8
     )
     slots = [tensor if number % 4 == 0 else fits for number in range(count)]
-    return await _again(target, lambda: _ask(target, slots))
-
-
-async def _again(target: Target, attack: Callable[[], Awaitable[Errors]]) -> Errors:
-    """An attack over and over, and once at least."""
-    deadline, errors = _deadline(target), await attack()
-    while time.monotonic() < deadline:
-        errors += await attack()
-    return errors
+    return await again(target, lambda: _ask(target, slots))
 
 
 async def _ask(target: Target, slots: Sequence[PackedTensor]) -> Errors:
@@ -267,7 +173,7 @@ async def _ask(target: Target, slots: Sequence[PackedTensor]) -> Errors:
         if number % 2:  # a session that is ended is owed no answer
             await stream.send_end()
 
-    return await _many(len(slots), one, at_once=8)
+    return await many(len(slots), one, at_once=8)
 
 
 async def empty_tensors(target: Target, count: int = 8) -> Errors:
@@ -279,9 +185,9 @@ async def empty_tensors(target: Target, count: int = 8) -> Errors:
         opened = [await target.open(RPCS[number % 4]) for number in range(count)]
         for stream in opened:
             stream._writer.write(frame)
-        return await _hold(target, opened)
+        return await hold(target, opened)
 
-    return await _again(target, attack)
+    return await again(target, attack)
 
 
 async def unfinished(target: Target, count: int = 8) -> Errors:
@@ -290,7 +196,7 @@ async def unfinished(target: Target, count: int = 8) -> Errors:
     header = b"\x00" + target.frame.to_bytes(8, "big")
     for stream in opened:
         stream._writer.write(header + bytes(target.frame - 1))
-    return await _hold(target, opened)
+    return await hold(target, opened)
 
 
 async def unread_answers(target: Target, count: int = 16) -> Errors:
@@ -315,21 +221,41 @@ async def unread_answers(target: Target, count: int = 16) -> Errors:
 
 async def long_passes(target: Target, at_once: int = 2) -> Errors:
     """The longest passes forward and back that the server takes, two at a time."""
-    hidden, deadline = torch.randn(1, target.tokens, target.hidden), _deadline(target)
+    hidden, until = torch.randn(1, target.tokens, target.hidden), deadline(target)
     kinds = [(protocol.RPC_FORWARD_STREAM, [hidden]), (protocol.RPC_BACKWARD_STREAM, [hidden] * 2)]
 
     async def one(number: int) -> None:
         rpc, slots = kinds[number % 2]
-        while time.monotonic() < deadline:
+        while time.monotonic() < until:
             async with target.asking(rpc) as stream:
                 for slot in slots:
                     await stream.send(target.request(slot))
                 await stream.send_end()
-                async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
+                async with asyncio.timeout(max(0.1, until - time.monotonic())):
                     while await stream.receive() is not None:
                         pass
 
-    return await _many(at_once, one)
+    return await many(at_once, one)
+
+
+async def long_prompts(target: Target, at_once: int = 2) -> Errors:
+    """Sessions with nothing but a prompt, one after the other, two at a time.
+
+    Together they have half of the cache, so that there is room for others.
+    """
+    length = target.tokens // (2 * at_once)
+    hidden, until = torch.randn(1, length, target.hidden), deadline(target)
+
+    async def one(number: int) -> None:
+        while time.monotonic() < until:
+            async with target.asking(protocol.RPC_INFERENCE) as stream:
+                await stream.send(
+                    target.request(hidden, session_id=f"long {number}", max_length=length)
+                )
+                async with asyncio.timeout(max(0.1, until - time.monotonic())):
+                    await stream.receive()
+
+    return await many(at_once, one)
 
 
 async def inner_modules(target: Target, at_once: int = 8) -> Errors:
@@ -347,7 +273,7 @@ async def inner_modules(target: Target, at_once: int = 8) -> Errors:
                 await stream.receive()
             await asyncio.sleep(target.seconds)
 
-    return await _many(at_once, one)
+    return await many(at_once, one)
 
 
 async def push_to_a_drip(target: Target, address: str) -> Errors:
@@ -379,10 +305,6 @@ async def push_to_a_drip(target: Target, address: str) -> Errors:
     return []
 
 
-def _deadline(target: Target) -> float:
-    return time.monotonic() + target.seconds
-
-
 ATTACKS: dict[str, Attack] = {
     "slowloris, 2,000 streams": slowloris,
     "1,300 push streams, 1,024 files": push_streams,
@@ -396,5 +318,6 @@ ATTACKS: dict[str, Attack] = {
     "8 unfinished requests": unfinished,
     "16 unread answers": unread_answers,
     "passes of 16,384 tokens": long_passes,
+    "sessions with prompts of 4,096 tokens": long_prompts,
     "outputs of all inner modules": inner_modules,
 }

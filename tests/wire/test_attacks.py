@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hivemind.p2p import P2PHandlerError
 from support import attacks
-from support.attacks import BARE, Attack, Target
+from support.attacking import BARE, Attack, Target
 from support.hosting import HostedSwarm
 from support.memory import Peak
 from support.patience import wait_until
