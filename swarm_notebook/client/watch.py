@@ -35,7 +35,7 @@ LOOK_TIMEOUT = 2.5
 # Bytes per second of a slow uplink at home: a ping waits behind what is being sent.
 UPLINK = 1 << 20
 # Between two looks, and where others have the blocks: a server may be lost in a long request, too.
-WATCH_PERIOD, SHORT_PERIOD = 2.0, 0.5
+WATCH_PERIOD, SHORT_PERIOD = 2.0, 0.25
 # A push over two continents takes less; what comes twice is dropped.
 NUDGE_AFTER = 2.0
 # A long prompt may take so long on processors without anything being wrong.
@@ -129,14 +129,18 @@ class Watch:
     async def _look(self) -> bool:
         """Whether the server answers; where nobody else has its blocks it is asked twice."""
         detector = self._directory.detector
-        borne = detector.borne(self._peer)
-        if borne is not None and self._directory.replaceable(self._peer):
-            return await detector.is_there(self._peer, min(borne + self._elsewhere, LOOK_TIMEOUT))
-        if await detector.is_there(self._peer, LOOK_TIMEOUT):
+        if await detector.is_there(self._peer, self._borne):
             return True
         if self._directory.replaceable(self._peer):
             return False
-        return await detector.is_there(self._peer, LOOK_TIMEOUT)
+        return await detector.is_there(self._peer, self._borne)
+
+    def _borne(self) -> float:
+        """Seconds of silence that are borne, as things are."""
+        borne = self._directory.detector.borne(self._peer)
+        if borne is None or not self._directory.replaceable(self._peer):
+            return LOOK_TIMEOUT
+        return min(borne + self._elsewhere, LOOK_TIMEOUT)
 
 
 async def open_stream(

@@ -20,14 +20,16 @@ from typing import Any
 _NEWEST, _NEWEST_DEVIATION, _DEVIATIONS = 1 / 8, 1 / 4, 4
 # What a late answer counts at most, by what was borne: then about twice as much is borne.
 _LATE = 1.5
-# The least that is borne: about twice the longest of seventy pings of servers that ran, on two
-# cores at load 11 (0.22 s; the median was 0.012 s).
-LEAST_SECONDS = 0.4
+# The least that is borne: more than the longest of seventy pings of servers that ran, on two cores
+# at load 11 (0.22 s; the median was 0.012 s).
+LEAST_SECONDS = 0.3
 # A timer that is so late says that this process was held up, or slept: whoever was asked could not
 # be heard. A process that is held up again and again waits so often and no longer.
 HELD_UP, MOST_WAITS = 0.25, 3
-# Whoever has answered so lately is not asked: many requests of one server are watched at once.
+# Between two questions to one peer: many requests of one server are watched at once.
 _LATELY = 0.25
+# How often it is looked what is borne by now.
+_SLICE = 0.1
 # Between two questions to one that was missed: a call that needs it finds it back, or gone.
 _RETURN_PERIOD = 1.0
 # Peers that are asked so; each costs a message of a hundred bytes a second.
@@ -85,15 +87,25 @@ class FailureDetector:
         known = self._by_peer.get(peer)
         return None if known is None else known.borne
 
-    async def is_there(self, peer: str, seconds: float) -> bool:
-        """Whether a peer gives a sign of life within so many seconds.
+    async def is_there(self, peer: str, borne: Callable[[], float]) -> bool:
+        """Whether a peer gives a sign of life before its silence is borne no longer.
 
         Those who ask at the same time share a ping; it goes on when they wait no longer.
+
+        Args:
+            borne: for how many seconds it is, which is asked again and again: others may have come
+                that have the peer's blocks.
         """
-        if time.monotonic() - self._heard.get(peer, 0.0) < _LATELY:
-            return True
-        asked = self._begin(peer)
-        return await is_done(asked, seconds) and asked.result()
+        lately = self._heard.get(peer, -_LATELY) + _LATELY - time.monotonic()
+        if lately > 0:
+            await asyncio.sleep(lately)
+        asked, waited = self._begin(peer), 0.0
+        while (left := borne() - waited) > 0:
+            seconds = min(left, _SLICE)
+            if await is_done(asked, seconds):
+                return asked.result()
+            waited += seconds
+        return False
 
     async def keep_asking(self, missed: Callable[[], Sequence[str]]) -> None:
         """For ever: ask those that are missed whether they are back."""

@@ -55,15 +55,28 @@ def test_those_who_ask_at_once_share_a_ping_that_goes_on() -> None:
 
     async def main() -> None:
         detector = FailureDetector(ping)
-        waits = [detector.is_there(PEER, 0.05) for _ in range(3)]
+        waits = [detector.is_there(PEER, lambda: 0.05) for _ in range(3)]
         assert await asyncio.gather(*waits) == [False, False, False]
         answered.set()
-        assert await detector.is_there(PEER, 60)
+        assert await detector.is_there(PEER, lambda: 60)
         assert pings == [PEER]
-        assert await detector.is_there(PEER, 60)
+        assert await detector.is_there(PEER, lambda: 60)
         assert len(pings) == 2
 
     asyncio.run(main())
+
+
+def test_silence_is_borne_no_longer_once_others_have_come() -> None:
+    async def main() -> None:
+        detector, borne = FailureDetector(nobody), [3600.0]
+        asking = asyncio.ensure_future(detector.is_there(PEER, lambda: borne[0]))
+        await asyncio.sleep(0.05)
+        assert not asking.done()
+        borne[0] = 0.0
+        assert not await asking
+        detector.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_a_notebook_that_slept_misses_nobody_for_it() -> None:
@@ -73,7 +86,7 @@ def test_a_notebook_that_slept_misses_nobody_for_it() -> None:
 
     async def main() -> None:
         detector = FailureDetector(ping)
-        asking = asyncio.ensure_future(detector.is_there(PEER, 0.2))
+        asking = asyncio.ensure_future(detector.is_there(PEER, lambda: 0.2))
         await asyncio.sleep(0.1)
         # The loop does not run, as while a laptop sleeps.
         time.sleep(0.6)  # noqa: ASYNC251
@@ -85,7 +98,7 @@ def test_a_notebook_that_slept_misses_nobody_for_it() -> None:
 def test_a_notebook_that_is_always_held_up_does_not_wait_for_ever() -> None:
     async def main() -> None:
         detector = FailureDetector(nobody)
-        asking = asyncio.ensure_future(detector.is_there(PEER, 0.01))
+        asking = asyncio.ensure_future(detector.is_there(PEER, lambda: 0.01))
         while not asking.done():
             time.sleep(0.3)  # noqa: ASYNC251
             await asyncio.sleep(0.01)
