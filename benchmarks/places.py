@@ -230,7 +230,7 @@ def _by_speed(pipeline: Sequence[Server], blocks: int) -> list[int]:
 
 RULES: dict[str, Rule] = {
     "ours": ours,
-    "with room": functools.partial(ours, moves=Moves.BESIDE),
+    "keeping": functools.partial(ours, moves=Moves.BESIDE),
     "petals": petals,
     "parallax": parallax,
 }

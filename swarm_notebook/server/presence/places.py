@@ -41,6 +41,9 @@ WORTH_MOVING = 1.1
 # What moves must lead to, as a part of what the servers could have; with less, the servers go on to
 # another arrangement from there.
 ENOUGH = 0.98
+# Of what servers could have: with less, who makes the swarm whole looks for a way around.
+# In larger swarms somebody is free to move, and to try all ways takes long.
+POOR, MOST_TRIED = 0.85, 32
 # What is asked for where no move helps to all that servers could have, by what they have.
 _MORE = (1.5, 1.25, 1.1)
 # Of what servers could give at most where they cannot have all blocks: hardly anything is asked of
@@ -68,7 +71,39 @@ def choose(others: Sequence[Place], blocks: int, size: int, rate: float) -> tupl
         return covered, round(missing / asked, 6), -_hops(places, blocks), -start
 
     start = max(range(blocks - own.size + 1), key=worth)
+    whole = all(held([*others, own.at(start)], blocks))
+    if whole and not all(held(others, blocks)) and len(others) < MOST_TRIED:
+        start = _unlocked(others, blocks, own.at(start))
     return start, start + own.size
+
+
+def _unlocked(others: Sequence[Place], blocks: int, own: Place) -> int:
+    """Where a server is to begin that makes the swarm whole at `own`; there, mostly.
+
+    When it is whole, a block that one server has alone ties it down, and where there is hardly more
+    room than blocks all may be tied to poor places for good. While blocks are missing they may go
+    anywhere: one that begins where others are lets these go to what is missing.
+    """
+    most = bound([*others, own], blocks)
+
+    def end(start: int) -> tuple[bool, int, float]:
+        """Whether that is enough, minus the moves until the swarm is whole, and what flows then."""
+        places, moves, missing = [*others, own.at(start)], 0, 0
+        while moves < 2 * len(places) and (move := next_move(places, blocks)) is not None:
+            missing += not all(held(places, blocks))
+            places.remove(move[0])
+            places.append(move[1])
+            moves += 1
+        reached = throughput(places, blocks)
+        return reached >= POOR * most, -missing, reached
+
+    if end(own.start)[0]:
+        return own.start
+    edges = {0, blocks, *(one.start for one in others), *(one.end for one in others)}
+    starts = {start for edge in edges for start in (edge, edge - own.size)}
+    ends = {start: end(start) for start in sorted(starts) if 0 <= start <= blocks - own.size}
+    best = max(ends, key=lambda start: ends[start])
+    return best if ends[best][0] else own.start
 
 
 def better(others: Sequence[Place], blocks: int, own: Place) -> tuple[int, int] | None:

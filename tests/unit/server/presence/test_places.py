@@ -166,6 +166,25 @@ def test_the_narrowest_place_is_helped_where_several_are_narrow() -> None:
     assert throughput([*places[1:], move[1]], 80) > 1.1 * before
 
 
+def test_who_makes_a_swarm_whole_ties_nobody_to_a_poor_place() -> None:
+    """Five cards lack the last blocks; there, the sixth would leave each a block of its own."""
+    sizes = [(0, 10, 18579.0), (10, 20, 18579.0), (20, 30, 31663.0), (30, 40, 31663.0)]
+    sizes.append((40, 61, 40508.0))
+    places = [Place(start, end, capacity / (end - start)) for start, end, capacity in sizes]
+    rate = 81644.0 / 36
+    last = [*places, Place(44, 80, rate)]
+    assert next_move(last, 80) is None
+    assert throughput(last, 80) < 0.75 * bound(last, 80)
+    places.append(Place(*choose(places, 80, 36, rate), rate))
+    missing = 0
+    while (move := next_move(places, 80)) is not None:
+        missing += covered(places, 80) < 80
+        places.remove(move[0])
+        places.append(move[1])
+    assert missing <= 3
+    assert throughput(places, 80) > 0.9 * bound(places, 80)
+
+
 def test_a_stream_needs_few_hops() -> None:
     # All the same otherwise: a span that follows another one is better than one across two.
     pairs = [Place(start, start + 2, 100.0) for start in (0, 2, 4, 6)]
