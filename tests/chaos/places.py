@@ -9,9 +9,9 @@ namespaces, half of the servers are also cut off for half a minute. At last one 
 has some of the blocks, some times over. Meanwhile a notebook generates and trains, another one does
 anything, and both compare all with the local model.
 
-What is told at the end: how long blocks were without a server that is ready, as the servers'
-processes say themselves and not as the swarm believes, and how long after a server that alone had
-them (``retaken_s``); how often servers moved; and what notebooks had of it.
+What is told at the end: how long blocks were without a server that is ready and not cut off, as the
+servers' processes say themselves and not as the swarm believes, and how long after a server that
+alone had them (``retaken_s``); how often servers moved; and what notebooks had of it.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ CUT_SECONDS = 30.0
 # Of those that are up, the room for blocks that stays, as a part of the blocks.
 ROOM = 1.6
 START_SECONDS, LEAVE_SECONDS = 120.0, 45.0
-# Waits for a line, and then until the swarm tells of all servers through the address of one.
+# Waits for a line of addresses, and then until the swarm tells of all servers through these.
 LOOK = """
 import sys, time, swarm_notebook as sn
-folder, names, *address = sys.argv[1:]
-sys.stdin.readline()
+folder, names = sys.argv[1:]
+address = sys.stdin.readline().split()
 began = time.monotonic()
 while not set(names.split()) <= {row.name for row in sn.look(address, model=folder).servers}:
     pass
@@ -67,6 +67,7 @@ class Chooser:
 
     Attributes:
         held: the blocks that it serves now; None while it serves none.
+        reached: nobody has cut it off.
         moves: how often it has taken others by itself.
         ended: how often its process has ended and nobody had told it to.
     """
@@ -75,6 +76,7 @@ class Chooser:
         self.number, self.size, self._command, self._log = number, size, command, log
         self.held: tuple[int, int] | None = None
         self.moves, self.ended, self.addresses = 0, 0, list[str]()
+        self.reached = True
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -136,7 +138,7 @@ class Holes:
 
     @property
     def there(self) -> bool:
-        held = [server.held for server in self._servers]
+        held = [server.held for server in self._servers if server.reached]
         return {block for span in held if span for block in range(*span)} != set(range(BLOCKS))
 
     def __enter__(self) -> Self:
@@ -233,17 +235,28 @@ class Run:
         assert self.networks is not None
         names = " ".join(f"server-{one.number}" for one in self.servers if one.up)
         command = [*self.networks.prefix(len(self.servers)), sys.executable, "-c", LOOK]
-        command += [str(self.folder), names, *self.servers[0].addresses]
+        command += [str(self.folder), names]
         looking = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        lost = self.servers[len(self.servers) // 2 :]
+        say(f"cut off: {[server.held for server in lost]}; left: {self._places()}")
         with contextlib.ExitStack() as stack:
-            for server in self.servers[len(self.servers) // 2 :]:
+            for server in lost:
                 stack.enter_context(self.networks.cut(server.number))
+                server.reached = False
             time.sleep(CUT_SECONDS)
+        say(f"healed: {self._places()}")
+        for server in lost:
+            server.reached = True
         self.events["cut"] += 1
-        said, _ = looking.communicate("\n", timeout=START_SECONDS)
+        # Those that were never cut off, where they are now.
+        there = [one for server in self.servers[: -len(lost)] for one in server.addresses]
+        said, _ = looking.communicate(" ".join(there) + "\n", timeout=START_SECONDS)
         self.healed = float(said)
+
+    def _places(self) -> list[tuple[int, int] | None]:
+        return [server.held for server in self.servers if server.reached]
 
 
 def servers_for(folder: Path, place: Path, count: int, networks: Networks | None) -> list[Chooser]:
