@@ -38,7 +38,13 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(prog=PROGRAM, description="Serve and inspect a swarm.")
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND")
+
+    def show_help(_options: argparse.Namespace) -> int:
+        top.print_help()
+        return 2
+
+    top.set_defaults(run=show_help)
     add_serve(commands)
     _add_status(commands)
     _add_plan(commands)

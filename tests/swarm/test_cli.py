@@ -32,6 +32,11 @@ def test_help_is_quick_and_names_everything() -> None:
         assert f"--{option}" in serve.stdout
 
 
+def test_without_a_command_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "serve some blocks of a model" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -41,7 +46,6 @@ def test_help_is_quick_and_names_everything() -> None:
         ["serve", "x", "--dtype", "int4"],
         ["status"],
         ["nothing"],
-        [],
     ],
 )
 def test_wrong_arguments_exit_with_2(

@@ -117,6 +117,8 @@ class Invitation:
     @classmethod
     def _unpack(cls, data: bytes) -> Self:
         whole = max(int.from_bytes(data[:2], "big"), _HEAD.size)
+        if whole > MAX_TEXT:
+            raise InvitationError("the invitation is damaged; copy it again")
         if len(data) < whole:
             raise InvitationError(
                 f"the invitation is incomplete: {len(data)} of {whole} bytes; copy all of it"
