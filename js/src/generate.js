@@ -74,6 +74,7 @@ function build({ model, root }) {
       downloadButton("CSV", "csv", "tokens.csv", table),
     ),
   );
+  let height = 0; // of the last whole text
   const tokens = tokenView((position, token) => act(model, "branch", { position, token }));
   const facts = runFacts(model);
   const doubt = h("div", { class: "sn-suspect", role: "alert", "data-testid": "suspicion" });
@@ -138,6 +139,9 @@ function build({ model, root }) {
       stop.disabled = !running;
       resume.disabled = running || !written;
       tokens.enable(!running);
+      // A new text begins in the room of the one before, so that what is below stays where it is.
+      tokens.element.style.minHeight = running ? `${height}px` : "";
+      if (!running) height = tokens.element.offsetHeight;
       // Before there is a text, what belongs to it has its place: nothing moves when it comes.
       history.classList.toggle("sn-blank", !written && !model.get("texts"));
       legend.classList.toggle("sn-blank", !written);
