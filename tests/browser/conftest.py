@@ -7,7 +7,7 @@ the screen showed is kept in build/browser/, light and dark.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,24 +52,34 @@ def browser() -> Iterator[Browser]:
         yield started
 
 
-@pytest.fixture(scope="session")
+@contextmanager
+def opened(lab: Lab, browser: Browser, name: str) -> Iterator[Notebook]:
+    """A notebook of the Lab server's folder in a window of its own; its kernel ends with it."""
+    # What pulses and flows would take half a core, where no card draws it.
+    with browser.new_context(reduced_motion="reduce") as window:
+        notebook = Notebook(window.new_page(), lab.folder / name)
+        notebook.open(lab.address(name))
+        yield notebook
+        notebook.shut_down()
+
+
+@pytest.fixture
 def open_notebook(lab: Lab, browser: Browser) -> Iterator[Callable[[str], Notebook]]:
-    """Opens a notebook of the Lab server's folder in a window of its own."""
+    """Opens another notebook, for the test."""
     with ExitStack() as windows:
-
-        def open_(name: str) -> Notebook:
-            window = windows.enter_context(browser.new_context())
-            notebook = Notebook(window.new_page(), lab.folder / name)
-            notebook.open(lab.address(name))
-            return notebook
-
-        yield open_
+        yield lambda name: windows.enter_context(opened(lab, browser, name))
 
 
 @pytest.fixture(scope="session")
-def notebook(request: pytest.FixtureRequest, open_notebook: Callable[..., Notebook]) -> Notebook:
+def notebook(request: pytest.FixtureRequest, lab: Lab, browser: Browser) -> Iterator[Notebook]:
     """Connected to an embedded swarm of the demo model: ``local`` and ``swarm``."""
-    request.session.stash[DESK] = opened = open_notebook("desk.ipynb")
+    with opened(lab, browser, "desk.ipynb") as desk:
+        request.session.stash[DESK] = desk
+        _connect(desk)
+        yield desk
+
+
+def _connect(opened: Notebook) -> None:
     opened.run("%load_ext swarm_notebook")
     opened.run(
         "import swarm_notebook as sn\n"
@@ -77,7 +87,6 @@ def notebook(request: pytest.FixtureRequest, open_notebook: Callable[..., Notebo
         "swarm = sn.connect(local.initial_peers, model=local.model)\n"
         "model, tokenizer = swarm.model, swarm.tokenizer",
     )
-    return opened
 
 
 @pytest.fixture(autouse=True)

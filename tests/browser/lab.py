@@ -1,19 +1,23 @@
-"""A JupyterLab server of its own: no configuration of the user, nothing fetched, its own folder."""
+"""A JupyterLab server of its own: no configuration of the user, nothing fetched, its own folder.
+
+Its kernels, and their servers, are forked as `support.forkserver` says: it is a script of tests.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.forkserver import WARM
 from support.patience import PATIENCE
 
+LAB = "from jupyterlab.labapp import main; main()"
 STOP_SECONDS = 20.0
 TOKEN = "browser-tests"
 SETTINGS = {
@@ -58,7 +62,8 @@ def jupyter_lab(folder: Path) -> Iterator[Lab]:
     }
     log = folder / "lab.log"
     command = [
-        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
+        *WARM,
+        *(LAB, "--no-browser", "--allow-root"),
         *("--ip=127.0.0.1", "--port=0"),
         f"--IdentityProvider.token={TOKEN}",
         f"--ServerApp.root_dir={notebooks}",

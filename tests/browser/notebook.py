@@ -113,6 +113,10 @@ class Notebook:
         )
         self.page.wait_for_function(KERNEL_IS_IDLE, timeout=MILLISECONDS)
 
+    def shut_down(self) -> None:
+        """End the kernel."""
+        self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+
     def save(self) -> dict[str, Any]:
         """Save, with the state of the widgets; returns what is in the file."""
         before = self.path.stat().st_mtime_ns

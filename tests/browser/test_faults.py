@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from browser.notebook import HEIGHT, WIDTH, Notebook
 from playwright.sync_api import Locator, expect
+from playwright.sync_api import TimeoutError as NotInTime
 
 COLOUR = "cell => getComputedStyle(cell).backgroundColor"
 
@@ -32,8 +34,8 @@ def offered(notebook: Notebook) -> Callable[[str], list[str]]:
         # Lab waits a second for the kernel, which may have to import what it is asked about.
         for _ in range(100):
             notebook.page.keyboard.press("Tab")
-            notebook.page.wait_for_timeout(1500)
-            if items.first.is_visible():
+            with suppress(NotInTime):
+                items.first.wait_for(timeout=1500)
                 break
         found = items.locator(".jp-Completer-match").all_inner_texts()
         notebook.page.keyboard.press("Escape")

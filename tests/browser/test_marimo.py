@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
+from support.forkserver import WARM
 from support.patience import PATIENCE
 
 if TYPE_CHECKING:
     from support.scene import Scene
 
+MARIMO = "from marimo._cli.cli import main; main(prog_name='marimo')"
 APP = """
 import marimo
 app = marimo.App()
@@ -49,16 +50,7 @@ def page(
     app = folder / "app.py"
     app.write_text(APP.format(peers=tiny_scene.local.initial_peers, model=tiny_scene.local.model))
     log = folder / "marimo.log"
-    command = [
-        sys.executable,
-        "-m",
-        "marimo",
-        "run",
-        str(app),
-        "--headless",
-        "--no-token",
-        "--no-check",
-    ]
+    command = [*WARM, MARIMO, "run", str(app), "--headless", "--no-token", "--no-check"]
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output)
     try:

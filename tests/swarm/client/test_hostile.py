@@ -211,7 +211,7 @@ def test_nobody_but_a_liar(stage: Stage) -> None:
     """Whoever has no other server gets an error in time, which says what was wrong."""
     directory = stage.scene.swarm.connection.directory
     stage.tempt(LIES["wrong shape"])
-    patience, directory.patience = directory.patience, 4.0
+    patience, directory.patience = directory.patience, 1.0
     honest = stage.scene.local.servers[0]
     try:
         kill = AtToken({2: honest.kill})
