@@ -7,6 +7,7 @@ user's cache, by the weights themselves, so that a restart measures nothing.
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -180,11 +181,15 @@ def load_quantised(
 ) -> tuple[LoadedBlocks, Quantised]:
     """Load blocks start..end-1 with their matrices at ``bits`` per weight, on average at most.
 
+    How much each column matters is computed in float32, whatever the dtype: so servers on other
+    processors pack the same values to the same bits, and can replay each other's answers.
+
     Raises: as `load_blocks`, and Unsupported if so few bits are not possible for these matrices.
     """
     check_bits(bits)
     options: dict[str, Any] = {"dtype": dtype, "device": device}
-    states = calibration_states(source, dtype).to(device)
+    exact_states = calibration_states(source, torch.float32).to(device)
+    states = exact_states.to(dtype)
     memory = Memory.of_blocks(source, start, end, (bits, GRIDS))
     chosen = _grids(memory.read())
     if chosen is None:
@@ -196,14 +201,16 @@ def load_quantised(
         memory.write([(grid.bits, grid.group) for grid in chosen])
     rest = iter(chosen)
     packed = unpacked = 0
-    float_states, states = states, states.clone()
     packing = bytearray()
 
     def change(one: LoadedBlocks) -> None:
-        nonlocal packed, unpacked, states, float_states
+        nonlocal packed, unpacked, states, exact_states
         (layer,) = one.layers
-        weights = importance(one, float_states)
-        float_states = run(one, float_states)
+        exact = one if dtype == torch.float32 else copy.deepcopy(one)
+        exact.model.float()
+        weights = importance(exact, exact_states)
+        exact_states = run(exact, exact_states)
+        del exact
         for name, module, attribute, weight in matrices(layer):
             made = pack(weight.detach(), next(rest), weights.get(name))
             packed, unpacked = packed + made.nbytes, unpacked + weight.numel()
@@ -215,7 +222,7 @@ def load_quantised(
     ratio = Memory.of_loss(source, bits).read()
     result = Quantised(
         8 * packed / unpacked,
-        output_error(states[1:], float_states[1:]),
+        output_error(states[1:], exact_states[1:]),
         ratio if isinstance(ratio, float) and ratio > 0 else None,
         bytes(packing),
     )
