@@ -87,9 +87,10 @@ async def serve(options: ServeOptions) -> None:
             logger.warning("%s; trying again", error)
             await asyncio.wait([leaving], timeout=GOODBYE_SECONDS)
             server = None if leaving.done() else _server(options, known)
-        # The next server needs the memory of the last one.
-        gc.unfreeze()
-        gc.collect()
+        if server is not None:
+            # It needs the memory of the last one.
+            gc.unfreeze()
+            gc.collect()
 
 
 def _server(options: ServeOptions, known: Mapping[str, Sequence[str]]) -> Server:
