@@ -11,14 +11,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 from hivemind.p2p import P2PDaemonError, PeerID
-from support.patience import PATIENCE
-from support.raw_wire import RawClient, ServerProcess, request
+from support.patience import PATIENCE, within
+from support.raw_wire import RawClient, RawSession, ServerProcess, request
 
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.parts.partial import load_blocks
@@ -31,6 +30,7 @@ from swarm_notebook.net.dht.records import (
     parse_record,
 )
 from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire.streams import LINGER_SECONDS
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.server.process import serve, server_loop
@@ -110,7 +110,7 @@ def test_sigterm_finishes_the_step_in_flight(swarm: Swarm, tiny_llama: Path) -> 
     daemon = daemon_of(server)
     hidden = torch.randn(30, 200, 48)
 
-    async def work() -> Any:
+    async def work() -> tuple[torch.Tensor, tuple[RawSession, RawSession]]:
         session, idle = await client.session(server.peer), await client.session(server.peer)
         await idle.step(UID, hidden[:1, :2])
         await session.stream.send(request(UID, hidden))
@@ -122,14 +122,16 @@ def test_sigterm_finishes_the_step_in_flight(swarm: Swarm, tiny_llama: Path) -> 
         for each in (session, idle):
             with pytest.raises(ShuttingDown, match="leaving"):
                 await each.receive()
-            each.close()
-        return got
+        return got, (session, idle)
 
-    got = client.run(work())
+    got, left = client.run(work())
+    with within(LINGER_SECONDS / 2):  # streams that nobody closes are not waited for
+        assert server.process.wait(PATIENCE) == 0
+    for each in left:
+        each.close()
     loaded = load_blocks(resolve(tiny_llama), 0, BLOCKS, dtype=torch.float32)
     expected = Span(loaded.decoder, loaded.layers_name, 0).run(0, BLOCKS, hidden)[0]
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
-    assert server.process.wait(PATIENCE) == 0
     assert_gone(daemon)
     info = swarm.record(server.peer)
     assert info is not None

@@ -82,7 +82,9 @@ class Handler:
         self._span, self._limits, self._engine = span, limits, engine
         self._pool, self._compute, self._announced = pool, compute, announced
         self._sessions: set[ServerSession] = set()
-        self._running: set[asyncio.Task[Any]] = set()
+        # Requests by their ends, with the tasks that answer them. These may outlast the answer:
+        # who was refused, or told that the server leaves, has a while to close the stream.
+        self._running: dict[asyncio.Future[None], asyncio.Task[Any]] = {}
         self._codec = Codec()
         self._uploads = AdapterUploads(engine, compute, limits)
         self._traffic, self._conduct = traffic, Conduct()
@@ -160,14 +162,14 @@ class Handler:
             session.leave()
         if self._running:
             _, late = await asyncio.wait(self._running, timeout=seconds)
-            for task in late:
-                task.cancel()
+            for ended in late:
+                self._running[ended].cancel()
             # p2pd passes the last answers on in its own time, and cannot be asked whether it has.
             await asyncio.sleep(LINGER_SECONDS)
 
     async def close(self) -> None:
         """End what is left of requests and pushes, and the threads and tasks that were for them."""
-        running = list(self._running)
+        running = list(self._running.values())
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -305,14 +307,17 @@ class Handler:
             raise ShuttingDown("the server is leaving the swarm, use another one")
 
     def _tracked(self, handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        """Remember the task of each call, so that `leave` can wait for it."""
+        """Remember each call, so that `leave` can wait for it."""
 
         async def call(*arguments: Any) -> Any:
-            task = asyncio.current_task()
+            task, ended = asyncio.current_task(), asyncio.get_running_loop().create_future()
             if task is not None:
-                self._running.add(task)
-                task.add_done_callback(self._running.discard)
-            return await handler(*arguments)
+                self._running[ended] = task
+            try:
+                return await handler(*arguments)
+            finally:
+                self._running.pop(ended, None)
+                ended.set_result(None)
 
         return call
 
