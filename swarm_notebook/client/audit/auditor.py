@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 
 from swarm_notebook.client.audit import borders, limits, piece
-from swarm_notebook.client.audit.borders import Dispute
+from swarm_notebook.client.audit.borders import Dispute, Disputes
 from swarm_notebook.client.audit.choice import PieceSampler
 from swarm_notebook.client.audit.comparison import Errors, Result, errors_of
 from swarm_notebook.client.audit.evidence import Evidence
@@ -79,7 +79,7 @@ class Auditor:
         self._tried: set[tuple[str, bool]] = set()
         self._waiting: list[Piece | Dispute] = []
         self._working: asyncio.Task | None = None
-        self._evidence = Evidence()
+        self._evidence, self._disputes = Evidence(), Disputes()
         self._witnesses = Witnesses(directory, self._source)
         self.verdicts: Verdicts = Verdicts()
 
@@ -189,6 +189,7 @@ class Auditor:
         if self._directory.health.wrong.keys() & {dispute.sender.peer, dispute.receiver.peer}:
             return
         liar = await borders.who_lies(self._directory, dispute, self._source)
+        liar = liar or self._disputes.add(dispute)
         if liar is None:
             return
         one, why = liar.segment, "what it says of hand-overs is not what others say, each time"
@@ -284,6 +285,7 @@ class Auditor:
 
     def _condemn(self, segment: RouteSegment, reason: str) -> None:
         self._directory.health.wrong[segment.peer] = reason
+        self._disputes.forget(segment.peer)
         said, telemetry = f"found wrong {reason}", self._directory.telemetry
         logger.warning("%s is never used again: %s", server_name(segment), said)
         telemetry.lost(telemetry.latest, Failover.of(segment, said))

@@ -9,7 +9,8 @@ it got something else. Three things can tell:
 - both are tried with others: the sender hands something to a third server, and a fourth one hands
   something to the receiver. Whoever is contradicted there as well lies, by two against one;
 - where there are no others, or nobody is contradicted again, it stays open. The two are kept apart
-  for good: what one says to the other goes over the notebook, where nobody can lie about it.
+  for good: what one says to the other goes over the notebook, where nobody can lie about it. Who
+  comes into a dispute with another server later, that has had none, is known by that (`Disputes`).
 
 A trial is a session as any other. It is made of the recorded input, its tokens in another order and
 each a little changed: nobody has seen it before, so nobody knows that it is a trial.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -77,6 +79,29 @@ class Liar:
 
     segment: RouteSegment
     by: tuple[str, ...]
+
+
+class Disputes:
+    """Those that stayed open: who contradicts whom."""
+
+    def __init__(self) -> None:
+        self._others: defaultdict[str, dict[str, str]] = defaultdict(dict)
+
+    def add(self, dispute: Dispute) -> Liar | None:
+        """Who is contradicted by two, each of whom nobody else contradicts."""
+        both = dispute.sender, dispute.receiver
+        for one, other in (both, both[::-1]):
+            self._others[one.peer][other.peer] = other.span.name
+        for one in both:
+            others = self._others[one.peer]
+            if len(others) > 1 and all(len(self._others[other]) == 1 for other in others):
+                return Liar(one, tuple(others.values()))
+        return None
+
+    def forget(self, peer: str) -> None:
+        """What a liar says counts against nobody."""
+        for others in (self._others.pop(peer, {}), *self._others.values()):
+            others.pop(peer, None)
 
 
 async def who_lies(directory: Directory, dispute: Dispute, source: random.Random) -> Liar | None:
