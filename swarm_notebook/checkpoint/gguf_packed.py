@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from swarm_notebook.checkpoint.packed import Packed
+from swarm_notebook.checkpoint.packed import FourBits, Packed
 
 # The sixteen values that four bits stand for in the types whose names begin with IQ4 (ggml).
 _UNEVEN = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -53,6 +53,14 @@ class PackedGguf(Packed):
             reader, size = known
             values = reader(self.raw.view(self.raw.shape[0], -1, size))
         return values.reshape(self.shape).to(dtype)
+
+    def four_bits(self) -> FourBits | None:
+        if self.kind.name not in _FOUR_BITS:
+            return None
+        head, length, scales = _FOUR_BITS[self.kind.name]
+        groups = self.raw.view(self.raw.shape[0], -1, _READERS[self.kind.name][1])
+        integers = _by_parts(groups[..., head:], length, 4).flatten(1)
+        return FourBits(_PART, integers, (groups[..., :head].contiguous(),), scales)
 
 
 def _halves(groups: torch.Tensor) -> torch.Tensor:
@@ -134,6 +142,20 @@ def _factors_and_offsets(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     )
 
 
+def _scales_of_q4_0(heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = _halves(heads).flatten(1)
+    return scales, -8 * scales
+
+
+def _scales_of_q4_1(heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _halves(heads[..., :2]).flatten(1), _halves(heads[..., 2:]).flatten(1)
+
+
+def _scales_of_q4_k(heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    factors, offsets = _factors_and_offsets(heads)
+    return factors.flatten(1), -offsets.flatten(1)
+
+
 def _q4_k(groups: torch.Tensor) -> torch.Tensor:
     factors, offsets = _factors_and_offsets(groups)
     return _scaled(_by_parts(groups[..., 16:], _PART, 4), factors) - offsets.unsqueeze(-1)
@@ -193,4 +215,12 @@ _READERS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
     "MXFP4": (_mxfp4, 17),
     "F16": (_halves, 2),
     "BF16": (lambda groups: groups.contiguous().view(torch.bfloat16).to(torch.float32), 2),
+}
+
+# Of those with four bits and floats: the bytes before the integers, how many bytes of these are in
+# order, and what makes scales and offsets of the former.
+_FOUR_BITS: dict[str, tuple[int, int, Callable[..., tuple[torch.Tensor, torch.Tensor]]]] = {
+    "Q4_0": (2, 16, _scales_of_q4_0),
+    "Q4_1": (4, 16, _scales_of_q4_1),
+    "Q4_K": (16, 32, _scales_of_q4_k),
 }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from typing import Any, Self
@@ -24,6 +24,23 @@ from torch.utils import _pytree
 
 # Scales and offsets have these bits: bfloat16, as torch's own products with four bits want them.
 SCALE_BITS = 16
+
+
+@dataclass(frozen=True)
+class FourBits:
+    """A matrix of four bits taken apart: ``integer * scale + offset``, in float32, is what it is.
+
+    Attributes:
+        group: so many neighbours of a row share a scale and an offset.
+        integers: ``[rows, columns]``, 0 to 15.
+        rest: what scales and offsets are made of.
+        scales: makes them of it, ``[rows, groups]`` each, in float32.
+    """
+
+    group: int
+    integers: torch.Tensor
+    rest: tuple[torch.Tensor, ...]
+    scales: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class Packed(ABC):
@@ -46,6 +63,10 @@ class Packed(ABC):
     @abstractmethod
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight itself."""
+
+    def four_bits(self) -> FourBits | None:
+        """The matrix taken apart, if it is of four bits with floats for a group of neighbours."""
+        return None
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,6 @@
 """A matrix of GPTQ's or AWQ's integers in memory: ``(integer - zero) * scale``, exactly.
 
-torch's own operator for four bits wants scales in bfloat16, which does not hold float16's; so these
-are unpacked for each product.
+They are unpacked for each product, but for those of four bits on a CPU (`products.int4`).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from swarm_notebook.checkpoint.packed import Packed, gathered, spread
+from swarm_notebook.checkpoint.packed import FourBits, Packed, gathered, spread
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,17 @@ class PackedWords(Packed):
         else:
             values.sub_(zeros[:, self.index]).mul_(scales[:, self.index])
         return values.to(dtype)
+
+    def four_bits(self) -> FourBits | None:
+        if self.bits != 4 or self.index is not None:
+            return None
+        group = self.shape[1] // self.zeros.shape[1]
+        return FourBits(group, spread(self.plane, 4), (self.zeros, self.scales), _scales)
+
+
+def _scales(zeros: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = scales.to(torch.float32)
+    return scales, -zeros.to(torch.float32) * scales
 
 
 def packed_words(

@@ -42,7 +42,8 @@ class Lending:
             ``memory`` or ``lan`` the server chooses then.
         swarm: an attached swarm to serve in.
         initial_peers: addresses of the swarm to join, if none is attached; none begin a new one.
-        dtype: what to compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
+        dtype: what to compute in; "auto" is the checkpoint's on a GPU, on a CPU float32, and
+            bfloat16 if weights are packed to fit into the memory.
         bits: per weight, from 2.5 to 16; None leaves the weights as they are.
         memory: for weights, in bytes or such as ``"2GB"``: as many blocks as it holds as they are,
             or else at ``bits`` or at what is measured to be good enough, and then at the most bits.

@@ -51,7 +51,8 @@ class LocalSwarm:
     Args:
         model: a Hub id, a folder or a GGUF file; None is the demo model.
         servers: how many servers share the blocks evenly, or each one's ``(start, end)``.
-        dtype: what the servers compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
+        dtype: what the servers compute in; "auto" is the checkpoint's on a GPU, on a CPU float32,
+            and bfloat16 if weights are packed to fit into the memory.
         device: where, such as ``"cuda"``; "auto" is a GPU where there is one.
         bits: per weight of the blocks' matrices, from 2.5 to 16, scales included; None leaves them
             as they are. On a CPU, ``dtype`` "auto" is then bfloat16.

@@ -34,7 +34,8 @@ class ServeOptions:
             measured to be good enough, and then the most bits that hold these. None is a part of
             what is free, and ``bits`` are as given.
         identity: file of the private key behind the peer id; written if there is none.
-        dtype: what to compute in; "auto" is the checkpoint's on a GPU, float32 on a CPU.
+        dtype: what to compute in; "auto" is the checkpoint's on a GPU, on a CPU float32, and
+            bfloat16 if weights are packed to fit into the memory.
         device: a torch device; "auto" is a GPU where there is one.
         bits: per weight of the blocks' matrices, scales included; None leaves them as they are,
             those of a GGUF file packed where memory is short; 16 unpacks them in any case.

@@ -5,20 +5,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from gguf.quants import quant_shape_to_byte_shape
 from support.random_sessions import prepared
+from support.stored import SCALES, stored
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.gguf_packed import PackedGguf
-from swarm_notebook.checkpoint.packed import Packed, replace
+from swarm_notebook.checkpoint.packed import replace
 from swarm_notebook.checkpoint.parts.partial import load_blocks
-from swarm_notebook.checkpoint.words_packed import packed_words
 from swarm_notebook.server.engine.products import few_bits
 from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span
@@ -29,49 +25,12 @@ from swarm_notebook.server.engine.steps.session_state import SessionState
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 HIDDEN = 512
-# A type of GGUF, and where in a group of its bytes the scales are (float16).
-SCALES = {
-    "Q4_0": [0],
-    "Q5_1": [0, 2],
-    "Q8_0": [0],
-    "Q2_K": [80, 82],
-    "Q3_K": [108],
-    "Q4_K": [0, 2],
-    "Q5_K": [0, 2],
-    "Q6_K": [208],
-    "IQ4_NL": [0],
-    "IQ4_XS": [0],
-}
 KINDS = [*SCALES, "words 4", "words 4 in any order", "words 8"]
-
-
-def stored(kind: str, rows: int, columns: int, seed: int) -> Packed:
-    """A matrix of random bytes; its values are small."""
-    generator = np.random.default_rng(seed)
-    if kind.startswith("words"):
-        bits, groups = int(kind[6]), columns // 64
-        integers = torch.from_numpy(generator.integers(0, 2**bits, (rows, columns)))
-        zeros = torch.from_numpy(generator.integers(0, 2**bits, (rows, groups)))
-        scales = torch.full((rows, groups), 0.1 / 2**bits, dtype=torch.float16)
-        index = torch.arange(columns) // 64
-        if "order" in kind:
-            index = index[torch.from_numpy(generator.permutation(columns))]
-        packed: Packed = packed_words(bits, integers, zeros, scales, index)
-    else:
-        known = gguf.GGMLQuantizationType[kind]
-        shape = quant_shape_to_byte_shape((rows, columns), known)
-        raw = generator.integers(0, 256, shape, dtype=np.uint8)
-        _, size = gguf.GGML_QUANT_SIZES[known]
-        groups = raw.reshape(-1, size)
-        for place in SCALES[kind]:
-            groups[:, place : place + 2] = np.array([1e-4], "<f2").view(np.uint8)
-        packed = PackedGguf(known, torch.Size([rows, columns]), torch.from_numpy(raw))
-    return packed.around([part.cuda() for part in packed.parts()])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_are_unpacked_as_on_a_cpu(kind: str) -> None:
-    packed = stored(kind, 96, HIDDEN, 0)
+    packed = stored(kind, 96, HIDDEN, 0, "cuda")
     on_cpu = packed.around([part.cpu() for part in packed.parts()])
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(packed.unpack(dtype).cpu(), on_cpu.unpack(dtype))
@@ -102,7 +61,7 @@ def test_steps_through_graphs_and_compiled_blocks(kind: str, tmp_path: Path) -> 
     for seed, (ours, theirs) in enumerate(
         zip(linear_layers(span), linear_layers(plain), strict=True)
     ):
-        packed = stored(kind, *ours.weight.shape, seed)
+        packed = stored(kind, *ours.weight.shape, seed, "cuda")
         replace(ours, "weight", packed, torch.bfloat16)
         theirs.weight.data = packed.unpack(torch.bfloat16)
     few_bits.install(span.layers)

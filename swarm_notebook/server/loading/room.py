@@ -95,6 +95,7 @@ def room_for(source: ModelSource, options: ServeOptions) -> Room:
     if weights is not None and memory < count * largest.nbytes(width, width):
         stored = bytes_by_block(weights, width // 8)
         taken = float(max(stored.get(block, 0) for block in range(first, end)))
+        dtype = options.computes_in(source, packed=True)
         return Room(_count(source, memory, taken, wanted), None, dtype)
     kept = bits is not None and bits >= MAX_BITS
     if kept or options.memory is None:

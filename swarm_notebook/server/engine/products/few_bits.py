@@ -22,83 +22,23 @@ import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from dataclasses import replace as with_fields
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from swarm_notebook.checkpoint.packed import Grid, Packed, PackedGrid, PackedWeight, pack, replace
-from swarm_notebook.server.engine.products import on_card
+from swarm_notebook.server.engine.products import int4, on_card
 from swarm_notebook.server.memory import heap
 
 # Tokens of which it is measured whether an operator is faster than unpacking.
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _TRIES = 3
-# Rows of a weight that one block of the 4-bit layout holds (AVX-512); weights of a scale that its
-# operator knows.
-_TILE, _GROUPS = 64, (32, 64, 128, 256)
-# How far an operator's result may be from that of unpacking, relative to it: bfloat16 has 8 bits.
-_CLOSE = 2e-2
 
 Operator = Callable[[torch.Tensor, Any], torch.Tensor]
 Unpack = Callable[[Any, torch.dtype], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class PackedInt4(Packed):
-    """Four bits or fewer in the order in which torch's operator for CPUs reads four.
-
-    Three and two bits are widened for each product, a byte of two weights at a time, which costs a
-    tenth of unpacking.
-
-    Attributes:
-        bits: of a weight: 4, 3 or 2.
-        planes: bytes. Of 4 bits two weights in each, of 3 and 2 bits the lower two of four weights,
-            of 3 bits the highest one of eight.
-        scales: ``[groups, rows, 2]``: scales and offsets.
-    """
-
-    shape: torch.Size
-    bits: int
-    group: int
-    planes: tuple[torch.Tensor, ...]
-    scales: torch.Tensor
-
-    def parts(self) -> Sequence[torch.Tensor]:
-        return [*self.planes, self.scales]
-
-    def around(self, parts: Sequence[torch.Tensor]) -> Self:
-        *planes, scales = parts
-        return with_fields(self, planes=tuple(planes), scales=scales)
-
-    def plane(self) -> torch.Tensor:
-        """Four bits of each weight, around 8: ``[rows, columns / 2]`` bytes."""
-        if self.bits == 4:
-            return self.planes[0]
-        two = self.planes[0]
-        wide = torch.cat([two & 0x33, (two >> 2) & 0x33])
-        if self.bits == 3:
-            (one,) = self.planes[1:]
-            wide |= torch.cat([(one << 2) & 0x44, (one << 1) & 0x44, one & 0x44, (one >> 1) & 0x44])
-        wide += 0x11 * _below(self.bits)
-        return wide.view(self.shape[0], -1)
-
-    def unpack(self, dtype: torch.dtype) -> torch.Tensor:
-        rows, columns = self.shape
-        tiles = self.plane().view(rows // _TILE, columns, _TILE // 2)
-        integers = torch.cat([tiles & 15, tiles >> 4], dim=2).transpose(1, 2)
-        values = integers.reshape(rows, -1, self.group).to(torch.float32)
-        scales, offsets = self.scales.to(torch.float32).permute(2, 1, 0)
-        values.sub_(8).mul_(scales[:, :, None]).add_(offsets[:, :, None])
-        return values.view(self.shape).to(dtype)
-
-
-def _below(bits: int) -> int:
-    """The least integer of so many bits, where 8 is the middle."""
-    return 8 - (1 << (bits - 1))
 
 
 @dataclass(frozen=True)
@@ -241,49 +181,22 @@ def _way(alike: Sequence[Packed], dtype: torch.dtype) -> Way:
 
 def _arranged(packed: Packed, dtype: torch.dtype) -> Packed:
     """In the order in which what multiplies by it reads it."""
-    if not isinstance(packed, PackedGrid) or len(packed.shape) != 2:
+    if len(packed.shape) != 2:
         return packed
     if packed.device.type == "cuda":
-        return on_card.arranged(packed)
-    bits, group = packed.grid.bits, packed.shape[1] // packed.scales.shape[1]
-    wanted = dtype == torch.bfloat16 and bits <= 4 and group in _GROUPS
-    if not wanted or packed.shape[0] % _TILE or not _works(bits):
-        return packed
-    return _int4(packed)
-
-
-def _int4(packed: PackedGrid) -> PackedInt4:
-    bits, group = packed.grid.bits, packed.shape[1] // packed.scales.shape[1]
-    integers = (packed.integers() + 8).to(torch.int32)
-    plane = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)
-    planes = [plane]
-    if bits < 4:
-        flat = plane.flatten() - 0x11 * _below(bits)
-        first, second = (flat & 0x33).chunk(2)
-        planes = [first | (second << 2)]
-        if bits == 3:
-            highest = [(part >> 2) << place for place, part in enumerate((flat & 0x44).chunk(4))]
-            planes.append(highest[0] | highest[1] | highest[2] | highest[3])
-    offsets = torch.zeros_like(packed.scales) if packed.offsets is None else packed.offsets
-    scales = torch.stack([packed.scales, offsets], dim=2).transpose(0, 1).contiguous()
-    return PackedInt4(packed.shape, bits, group, tuple(planes), scales)
+        return on_card.arranged(packed) if isinstance(packed, PackedGrid) else packed
+    return (int4.arranged(packed) if dtype == torch.bfloat16 else None) or packed
 
 
 def operator_for(packed: Packed, dtype: torch.dtype) -> Operator | None:
     """What multiplies by the bits as they are on a CPU; None if nothing does."""
-    if isinstance(packed, PackedInt4):
-        return _by_four_bits
-    if not isinstance(packed, PackedGrid) or packed.grid.bits != 8 or not _works(8):
+    if isinstance(packed, (int4.OfGrid, int4.OfFile)):
+        return int4.multiply
+    if not isinstance(packed, PackedGrid) or packed.grid.bits != 8 or not _works():
         return None
     if dtype != torch.bfloat16 or packed.device.type != "cpu" or len(packed.shape) != 2:
         return None
     return _by_eight_bits
-
-
-def _by_four_bits(x: torch.Tensor, packed: PackedInt4) -> torch.Tensor:
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x, packed.plane(), packed.group, packed.scales
-    )
 
 
 def _by_eight_bits(x: torch.Tensor, packed: PackedGrid) -> torch.Tensor:
@@ -314,18 +227,8 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 @functools.cache
-def _works(bits: int) -> bool:
-    """Whether torch's operator for these bits is there, and gives what unpacking gives."""
+def _works() -> bool:
+    """Whether torch's operator for 8 bits is there, and gives what unpacking gives."""
     noise = torch.Generator().manual_seed(0)
-    multiply: Operator = _by_eight_bits if bits == 8 else _by_four_bits
-    packed = pack(torch.randn(2 * _TILE, 128, generator=noise), Grid(bits, 0 if bits == 8 else 64))
-    x = torch.randn(3, 128, generator=noise).to(torch.bfloat16)
-    try:
-        arranged: Packed = packed if bits == 8 else _int4(packed)
-        found = multiply(x, arranged)
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False
-    weight = packed.unpack(torch.float32)
-    expected = x.float() @ weight.t()
-    close = (found.float() - expected).abs().max() <= _CLOSE * expected.abs().max()
-    return bool(close) and torch.equal(arranged.unpack(torch.float32), weight)
+    packed = pack(torch.randn(128, 128, generator=noise), Grid(8, 0))
+    return int4.agrees(_by_eight_bits, lambda: packed, packed.unpack(torch.float32))

@@ -122,6 +122,8 @@ def test_memory_counts_what_blocks_will_take(
     options = ServeOptions(folder, memory=memory, device="cpu")
     room = room_for(source, options)
     assert (room.blocks, room.bits) == (2, None)
+    # Four bits are multiplied as they are in bfloat16 alone.
+    assert room.dtype == ("float32" if config is FP8 else "bfloat16")
     assert held(2, memory) <= memory
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from support.stored import stored
 from torch import nn
 from torch.nn import functional
 
@@ -59,6 +60,25 @@ def test_gradients_go_through_the_unpacked_weight(grid: Grid) -> None:
     expected = torch.randn(3, 192)
     linear(x).backward(expected)
     assert torch.allclose(x.grad, expected @ whole, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "words 4"])
+def test_four_bits_of_a_file_are_multiplied_as_they_are(kind: str) -> None:
+    weight = stored(kind, 192, 256, 0)
+    linear = nn.Linear(256, 192, dtype=torch.bfloat16)
+    replace(linear, "weight", weight, torch.bfloat16)
+    few_bits.install([linear])
+    packed = linear.weight.packed  # type: ignore[attr-defined]
+    whole = weight.unpack(torch.float32)
+    assert torch.equal(packed.unpack(torch.float32), whole)
+    assert packed.nbytes == weight.nbytes
+    if (operator := few_bits.operator_for(packed, torch.bfloat16)) is not None:
+        x = torch.randn(7, 256).to(torch.bfloat16)
+        expected = x.float() @ whole.t()
+        error = (operator(x, packed).float() - expected).norm()
+        # As near as a product with the weight in bfloat16.
+        rounded = functional.linear(x, whole.to(torch.bfloat16)).float() - expected
+        assert error <= 1.5 * rounded.norm()
 
 
 def test_a_clone_multiplies_by_the_same_bits() -> None:
