@@ -120,10 +120,12 @@ class Timeline:
 
     Attributes:
         began: when the notebook began to prepare it.
+        written: how many tokens of each sequence came out, once it has ended.
     """
 
     def __init__(self, began: float):
         self.began = began
+        self.written: int | None = None
         self.steps: deque[StepRecord] = deque(maxlen=MAX_STEPS)
         self.failovers: list[Failover] = []
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from swarm_notebook.client.connection import Connection
+    from swarm_notebook.client.telemetry import Timeline
 
+# The generation under way in this thread, and the length of the text that it was given.
+_generation: ContextVar[tuple[Timeline, int] | None] = ContextVar("generation", default=None)
 
 _UNCOMPILED = (
     "torch.compile(fullgraph=True): blocks run on servers and cannot be part of a graph; leave "
@@ -145,13 +149,21 @@ class RemoteGenerator(RemoteModel):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        outer = _generation.set(None)
         try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            found = super().generate(*args, **kwargs)  # type: ignore[misc]
+            generation = _generation.get()
         except KeyboardInterrupt as interrupt:
             cache = self._runner.generating
             if cache is not None:
                 cache.leave()
             raise interrupt.with_traceback(None) from None
+        finally:
+            _generation.reset(outer)
+        if generation is not None:
+            timeline, given = generation
+            timeline.written = getattr(found, "sequences", found).shape[-1] - given
+        return found
 
     def new_cache(self, max_length: int | None = None) -> RemoteCache:
         """An empty cache, to be given to several calls of the model or of ``generate``.
@@ -177,12 +189,12 @@ class RemoteGenerator(RemoteModel):
                     "and values of remote blocks are kept by their servers; leave it out"
                 )
             cache = RemoteCache(self._runner.connection, max_length=max_cache_length + 1)
-            cache.session.begin_generation()
+            _begin(cache, model_kwargs)
             model_kwargs["past_key_values"] = cache
             self._runner.generating = cache
             return
         if isinstance(given, RemoteCache):
-            given.session.begin_generation()
+            _begin(given, model_kwargs)
             self._runner.generating = given
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -223,6 +235,14 @@ def _remote_model_class(model_class: type) -> type:
             "__new__": lambda _cls, *args, **kwargs: model_class(*args, **kwargs),
         },
     )
+
+
+def _begin(cache: RemoteCache, given: dict[str, Any]) -> None:
+    """A generation begins, with what transformers gives the model."""
+    timeline, mask = cache.session.begin_generation(), given.get("attention_mask")
+    # Of embeddings, what was given is no part of what comes out.
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and "inputs_embeds" not in given:
+        _generation.set((timeline, mask.shape[1]))
 
 
 def build(

@@ -91,6 +91,7 @@ class Trace(ModelReport):
         failovers: servers that were lost meanwhile, and why.
         engines: how steps run on the servers, by peer, as they announce it.
         home: blocks that run in the notebook, whose time is a part of its own.
+        written: tokens of each sequence that came out; None until the generation has ended.
     """
 
     model: str
@@ -98,10 +99,13 @@ class Trace(ModelReport):
     failovers: tuple[str, ...] = ()
     home: tuple[int, ...] = ()
     engines: Mapping[str, str] = field(default_factory=dict)
+    written: int | None = None
 
     @property
     def tokens(self) -> int:
-        """How many tokens of each sequence came out; of guesses in the last pass, none counts."""
+        """How many tokens of each sequence came out; until the end, without what is guessed."""
+        if self.written is not None:
+            return self.written
         if not self.passes:
             return 0
         first, last = self.passes[0], self.passes[-1]
@@ -206,7 +210,7 @@ def from_timeline(
         passes.append(_pass(step, before))
         before = step.ended
     reasons = tuple(lost.reason for lost in list(timeline.failovers))
-    return Trace(model, tuple(passes), reasons, home, engines or {})
+    return Trace(model, tuple(passes), reasons, home, engines or {}, timeline.written)
 
 
 def _pass(step: StepRecord, before: float) -> PassTimes:

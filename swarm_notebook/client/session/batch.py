@@ -24,7 +24,7 @@ from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.session.history import Pass
 from swarm_notebook.client.session.hop import Hop
 from swarm_notebook.client.session.session import Given, InferenceSession
-from swarm_notebook.client.telemetry import StepRecord
+from swarm_notebook.client.telemetry import StepRecord, Timeline
 from swarm_notebook.errors import Unsupported
 
 
@@ -83,12 +83,13 @@ class BatchSession:
         self._left += [part.session for part in self._parts if not part.count]
         self._parts = [part for part in self._parts if part.count]
 
-    def begin_generation(self) -> None:
+    def begin_generation(self) -> Timeline:
         """As `InferenceSession.begin_generation`."""
         first, *others = self._sessions
-        first.begin_generation()
+        timeline = first.begin_generation()
         for session in others:
-            session.timeline = first.timeline
+            session.timeline = timeline
+        return timeline
 
     def begin(self, new: Pass, given: Given) -> None:
         """As `InferenceSession.begin`; a first pass decides how the batch is divided.

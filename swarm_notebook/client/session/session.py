@@ -91,9 +91,10 @@ class InferenceSession:
         steps = self.timeline.steps if self.timeline is not None else ()
         return steps[-1] if steps else None
 
-    def begin_generation(self) -> None:
+    def begin_generation(self) -> Timeline:
         """What follows is one generation, for those who watch (see `telemetry`)."""
         self.timeline = self._telemetry.begin(time.perf_counter())
+        return self.timeline
 
     def begin(self, new: Pass, given: Given) -> None:
         """Start a pass, whose ``edits`` hold the input of the first block.

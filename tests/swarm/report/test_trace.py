@@ -30,6 +30,15 @@ def test_a_generation_is_traced(tiny_scene: Scene) -> None:
     assert len(tiny_scene.swarm.trace().passes) == 2
 
 
+def test_what_was_guessed_right_counts(tiny_scene: Scene) -> None:
+    """Also in the first pass, and in the last."""
+    again = tiny_scene.ids(1, 4).repeat(1, 5)
+    generate(tiny_scene.remote, again, prompt_lookup_num_tokens=5)
+    trace = tiny_scene.swarm.trace()
+    assert trace.tokens == NEW_TOKENS
+    assert any(one.tokens > 1 for one in trace.passes[1:]) or trace.passes[0].tokens > 20
+
+
 def test_parts_of_a_long_prompt_do_not_count_while_they_wait_for_each_other(
     tiny_scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
