@@ -189,9 +189,14 @@ def _why(ended: asyncio.Task[None]) -> str:
 
 
 def _tell(facts: dict[str, Any]) -> None:
-    """One JSON line for the program that started this server."""
+    """One JSON line for the program that started this server; for people, how to reach it."""
+    text = json.dumps(facts)
+    if sys.stdout.isatty():
+        if not facts.get("ready"):
+            return
+        text = "\n  ".join(["addresses, for --initial-peers and %swarm connect:", *facts["maddrs"]])
     # Two threads tell: in one piece, or a line of one might end up within one of the other.
-    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
