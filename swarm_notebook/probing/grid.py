@@ -139,7 +139,9 @@ def as_text(title: str, head: Sequence[str], rows: Mapping[int, Sequence[str]]) 
 
 def visible(word: str) -> str:
     """A token's text with its white space to be seen: a leading space is part of most words."""
-    return word.replace(" ", "·").replace("\n", "↵").replace("\t", "→") or "∅"
+    shown = word.replace(" ", "·").replace("\n", "↵").replace("\t", "→") or "∅"
+    # What has no shape of its own (a no-break space, a control character) by its number.
+    return "".join(mark if mark.isprintable() else f"U+{ord(mark):04X}" for mark in shown)
 
 
 def _cell(cell: Cell) -> str:

@@ -50,6 +50,13 @@ def test_a_grid_says_what_its_colours_mean() -> None:
     assert "∅" not in grid.as_html("T", [""], [])
 
 
+def test_white_space_and_what_has_no_shape_is_seen() -> None:
+    assert grid.visible(" a\n") == "·a↵"
+    assert grid.visible("\u00a0") == "U+00A0"
+    assert grid.visible("é�") == "é�"
+    assert grid.visible("") == "∅"
+
+
 def test_no_path_is_told_from_a_path_that_carries_nothing() -> None:
     scores = torch.tensor([[math.nan, math.nan], [0.0, 1.0], [0.01, 0.0]])
     paths = PathPatching("m", scores, 1.0, 0.0, [1, 2], [1, 3, "logits"])
