@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from swarm_notebook.client.connection import Connection
     from swarm_notebook.client.telemetry import Timeline
 
-# The generation under way in this thread, and the length of the text that it was given.
-_generation: ContextVar[tuple[Timeline, int] | None] = ContextVar("generation", default=None)
+# The generation under way in this thread.
+_generation: ContextVar[Timeline | None] = ContextVar("generation", default=None)
 
 _UNCOMPILED = (
     "torch.compile(fullgraph=True): blocks run on servers and cannot be part of a graph; leave "
@@ -152,7 +152,7 @@ class RemoteGenerator(RemoteModel):
         outer = _generation.set(None)
         try:
             found = super().generate(*args, **kwargs)  # type: ignore[misc]
-            generation = _generation.get()
+            timeline = _generation.get()
         except KeyboardInterrupt as interrupt:
             cache = self._runner.generating
             if cache is not None:
@@ -160,9 +160,10 @@ class RemoteGenerator(RemoteModel):
             raise interrupt.with_traceback(None) from None
         finally:
             _generation.reset(outer)
-        if generation is not None:
-            timeline, given = generation
-            timeline.written = getattr(found, "sequences", found).shape[-1] - given
+        given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        written = getattr(found, "sequences", found)
+        if timeline is not None and all(isinstance(ids, torch.Tensor) for ids in (given, written)):
+            timeline.written = written.shape[-1] - given.shape[-1]
         return found
 
     def new_cache(self, max_length: int | None = None) -> RemoteCache:
@@ -189,12 +190,12 @@ class RemoteGenerator(RemoteModel):
                     "and values of remote blocks are kept by their servers; leave it out"
                 )
             cache = RemoteCache(self._runner.connection, max_length=max_cache_length + 1)
-            _begin(cache, model_kwargs)
+            _generation.set(cache.session.begin_generation())
             model_kwargs["past_key_values"] = cache
             self._runner.generating = cache
             return
         if isinstance(given, RemoteCache):
-            _begin(given, model_kwargs)
+            _generation.set(given.session.begin_generation())
             self._runner.generating = given
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -235,14 +236,6 @@ def _remote_model_class(model_class: type) -> type:
             "__new__": lambda _cls, *args, **kwargs: model_class(*args, **kwargs),
         },
     )
-
-
-def _begin(cache: RemoteCache, given: dict[str, Any]) -> None:
-    """A generation begins, with what transformers gives the model."""
-    timeline, mask = cache.session.begin_generation(), given.get("attention_mask")
-    # Of embeddings, what was given is no part of what comes out.
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and "inputs_embeds" not in given:
-        _generation.set((timeline, mask.shape[1]))
 
 
 def build(

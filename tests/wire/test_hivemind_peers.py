@@ -497,7 +497,7 @@ def test_deep_prompts_in_padded_batches(models: tuple[Any, Any]) -> None:
 @pytest.mark.refused("Petals' servers: padding between tokens", "servers of `swarm-notebook serve`")
 def test_padding_between_tokens_is_refused(models: tuple[Any, Any]) -> None:
     mask = torch.tensor([[1, 1, 0, 1]])
-    with pytest.raises(sn.errors.Unsupported, match="row 0 has some"):
+    with pytest.raises(sn.errors.Unsupported, match="row 0 has padding"):
         models[0](torch.tensor([[3, 4, 5, 6]]), attention_mask=mask)
 
 
