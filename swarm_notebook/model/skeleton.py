@@ -160,7 +160,7 @@ class RemoteGenerator(RemoteModel):
             raise interrupt.with_traceback(None) from None
         finally:
             _generation.reset(outer)
-        given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        given: Any = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         written = getattr(found, "sequences", found)
         if timeline is not None and all(isinstance(ids, torch.Tensor) for ids in (given, written)):
             timeline.written = written.shape[-1] - given.shape[-1]
