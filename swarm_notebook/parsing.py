@@ -122,8 +122,8 @@ def add_served(serve: argparse.ArgumentParser, *, model: str, peers: str) -> Non
         metavar="SIZE",
         help="memory for weights, such as 20GiB. If not all blocks fit unquantised: as many as fit "
         "at --bits, or at the fewest bits measured to be good enough, and then at the most bits "
-        "that fit; briefly twice as much, if that is free, when the server moves to other blocks "
-        "(default: to join a swarm, 70 %% of what is free, unquantised)",
+        "that fit; never more, also while the server moves to other blocks (default: to join a "
+        "swarm, 70 %% of what is free, unquantised)",
     )
     serve.add_argument(
         "--initial-peers",

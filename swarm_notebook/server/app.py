@@ -10,11 +10,11 @@ import contextlib
 import gc
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from swarm_notebook.checkpoint.anatomy import context_length
 from swarm_notebook.checkpoint.files.digest import digest
@@ -35,7 +35,7 @@ from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.startup import leave_cores_alone, prepare
 from swarm_notebook.server.engine.steps.batching import Batching
 from swarm_notebook.server.engine.throughput import RateMeter
-from swarm_notebook.server.loading.reading import Reading
+from swarm_notebook.server.loading.reading import Read, Reading
 from swarm_notebook.server.loading.room import room_for
 from swarm_notebook.server.memory import heap
 from swarm_notebook.server.options import CACHE_TOKENS, ServeOptions
@@ -47,7 +47,7 @@ from swarm_notebook.server.presence.arrival import (
     stay_together,
 )
 from swarm_notebook.server.presence.flow import Moves, Place
-from swarm_notebook.server.presence.moving import Move, moves_of
+from swarm_notebook.server.presence.moving import Blocks, Move, common, moves_of
 from swarm_notebook.server.presence.pings import NeighbourPings
 from swarm_notebook.server.presence.placing import Placing
 from swarm_notebook.server.presence.reunion import Reunion
@@ -56,10 +56,8 @@ from swarm_notebook.server.rpc.handler import Handler
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
-# How long steps in flight may take.
-LEAVE_SECONDS = 30.0
+# How long steps in flight may take; where others wait for this server, as its last word may.
+LEAVE_SECONDS, HURRY_SECONDS = 30.0, 1.0
 # Between two checks for what has expired.
 EXPIRE_SECONDS = 5.0
 
@@ -76,6 +74,8 @@ class Server:
             listens, at last ``"ready": True`` with all that is needed to use it.
         progress: also tell how much of the weights was read.
         known: where peers are, or were, that the server of before knew.
+        kept: those of the blocks that this process has already.
+        goal: blocks to go on to from here.
 
     Attributes:
         facts: what was told, but for the progress.
@@ -88,9 +88,11 @@ class Server:
         *,
         progress: bool = False,
         known: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        kept: Read | None = None,
+        goal: Blocks | None = None,
     ):
         self._options, self._tell, self._tells_progress = options, tell, progress
-        self.known = known
+        self.known, self._kept, self._goal = known, kept, goal
         self.facts: dict[str, Any] = {}
         self._stack = contextlib.AsyncExitStack()
         self._announcer: Announcer | None = None
@@ -110,15 +112,16 @@ class Server:
             await self._stack.aclose()
             raise
 
-    async def stop(self) -> None:
+    async def stop(self, *, hurry: bool = False) -> None:
         """Answer what is in flight, tell the swarm, free everything; does nothing twice."""
+        leave, goodbye = (HURRY_SECONDS,) * 2 if hurry else (LEAVE_SECONDS, GOODBYE_SECONDS)
         up, self._up = self._up, None
         try:
             if up is not None and daemon.lives(up.node.p2p):
                 logger.info("leaving: finishing what is in flight")
-                await up.handler.leave(LEAVE_SECONDS)
+                await up.handler.leave(leave)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(GOODBYE_SECONDS):
+                    async with asyncio.timeout(goodbye):
                         await up.announcer.stop(up.describe(ServerState.OFFLINE))
                 logger.info("left the swarm")
         finally:
@@ -128,6 +131,11 @@ class Server:
     def options(self) -> ServeOptions:
         """What it serves and how; once it has started, nothing of it is open."""
         return self._options
+
+    @property
+    def _moves(self) -> Moves:
+        """How others have to reckon with it; who is on its way goes nowhere else."""
+        return moves_of(self._options) if self._goal is None else Moves.NEVER
 
     @property
     def busy(self) -> bool:
@@ -150,15 +158,26 @@ class Server:
             info = up.describe(ServerState.ONLINE)
             return Place.announced(start, end, info.throughput, Moves(info.moves or Moves.AWAY))
 
-        there = await up.placing.better(own)
-        span, beside = (there.start, there.end), there.moves is Moves.BESIDE
-        logger.info("moving to blocks %d:%d, where the swarm needs this server more", *span)
+        goal, whole = self._goal, True
+        if goal is None:
+            there, whole = await up.placing.better(own)
+            goal = there.start, there.end
+            logger.info("moving to blocks %d:%d, where the swarm needs this server more", *goal)
+        stop = common((start, end), goal) if moves_of(self._options) is Moves.BESIDE else None
+        beside = whole and stop is not None
         peers = [*(self.facts["maddrs"] if beside else ()), *await up.node.known_addresses()]
         # Those that it was told at first may have gone, and nobody may have told it of any.
         peers = [*dict.fromkeys([*peers, *self._options.initial_peers])]
-        options = replace(self._options, blocks=span, chosen=True, initial_peers=peers)
+        # To be let in takes as long as the slowest of them.
+        peers = [one for one in peers if one.rpartition("/")[2] not in up.placing.silent] or peers
         known = self.known if self._reunion is None else self._reunion.remembered
-        return Move(options, beside, known)
+        options = replace(self._options, blocks=goal, chosen=True, initial_peers=peers)
+        if stop is None:
+            return Move(options, known, hurry=not whole)
+        kept = await up.compute.submit(up.read.part, *stop).future
+        if stop == (start, end) or not beside:
+            return Move(options, known, kept, beside, hurry=not whole)
+        return Move(replace(options, blocks=stop), known, kept, beside, goal)
 
     async def replaced(self) -> None:
         """Return as soon as each of its blocks has another server."""
@@ -199,21 +218,14 @@ class Server:
         self._stack.push_async_callback(announcer.cancel)
         self._announcer = announcer
         told = await asyncio.to_thread(digest, source)
-        joining = describe(
-            blocks,
-            options,
-            told,
-            None,
-            ServerState.JOINING,
-            moves=Moves.AWAY if options.chosen else Moves.NEVER,
-        )
+        joining = describe(blocks, options, told, None, ServerState.JOINING, moves=self._moves)
         await announcer.announce(joining)
         self._say(blocks=list(blocks))
-        loaded, quantised = await _while_announced(announcer, joining, loading.future)
-        span = Span(loaded.decoder, loaded.layers_name, loaded.start)
+        read = await announcer.beside(loading.future, joining)
+        span = Span(read.blocks.decoder, read.blocks.layers_name, read.blocks.start)
         tokens = options.cache_tokens or CACHE_TOKENS
         preparing = self._prepare(compute, span, config.hidden_size, tokens)
-        about = partial(describe, blocks, options, told, quantised)
+        about = partial(describe, blocks, options, told, read.quantised)
         pings = NeighbourPings(node, source.dht_prefix, blocks, told)
         await pings.measure()
         batching, rates = await preparing.future
@@ -255,7 +267,7 @@ class Server:
                 engine=batching.engine,
                 pool=pool,
                 pings=pings.rtt,
-                moves=moves_of(options, span),
+                moves=self._moves,
             )
 
         async def online() -> ServerInfo:
@@ -264,7 +276,7 @@ class Server:
 
         await announcer.announce(now(ServerState.ONLINE))
         announcer.keep(online)
-        self._up = _Up(node, compute, handler, announcer, now, placing)
+        self._up = _Up(node, compute, handler, announcer, now, placing, read)
         self._say(ready=True, model=source.name)
         await self._tell_invitation()
         logger.info(
@@ -306,7 +318,7 @@ class Server:
         joins = options.blocks is None and (options.initial_peers or options.chosen)
         chooses = options.memory is not None or joins
         loading = None
-        if not chooses:
+        if self._kept is not None or not chooses:
             # It and joining take seconds, and one mostly waits.
             dtype = options.computes_in(source, packed=options.bits is not None)
             self._options = replace(options, dtype=dtype)
@@ -341,7 +353,8 @@ class Server:
             self._announcer.soon()
 
     def _begin_loading(self, compute: ComputeThread, source: ModelSource) -> Job:
-        reading = Reading(source, self._options, self._tell if self._tells_progress else None)
+        tell = self._tell if self._tells_progress else None
+        reading, self._kept = Reading(source, self._options, tell, self._kept), None
         loading = compute.submit(reading.run)
         self._stack.callback(loading.cancel)
         self._stack.callback(reading.give_up)
@@ -367,18 +380,7 @@ class _Up:
     announcer: Announcer
     describe: Callable[[ServerState], ServerInfo]
     placing: Placing
-
-
-async def _while_announced(announcer: Announcer, info: ServerInfo, work: Awaitable[_T]) -> _T:
-    """Wait for blocks to load, which may take minutes; who chooses meanwhile is to know of them."""
-
-    async def still() -> ServerInfo:
-        return info
-
-    announcer.keep(still)
-    done = await work
-    await announcer.cancel()
-    return done
+    read: Read
 
 
 async def _tell_engine(batching: Batching, announcer: Announcer) -> None:

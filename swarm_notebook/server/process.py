@@ -6,8 +6,8 @@ that is needed to use it. People read the log on standard error.
 
 SIGTERM, SIGINT and, with ``exit_with_stdin``, the end of standard input make it leave: steps in
 flight are answered, the swarm is told, the exit code is 0. A server that has chosen its blocks
-itself gives way to another one as soon as other blocks need it more. Where memory holds both, it
-serves until the other one does and each of its blocks has another server.
+itself gives way to another one as soon as other blocks need it more. Where that one keeps some of
+them, it serves until the other one does and each of its blocks has another server.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -43,6 +42,9 @@ logger: logging.Logger = logging.getLogger(__name__)
 # compiled was loaded beside it, a prompt of 2,048 tokens through 32 blocks on an H200, which takes
 # 0.17 s by itself, took 3.4 s with them and 1.7 with this.
 SWITCH_SECONDS = 2e-4
+# Until others serve the blocks that a server leaves, and notebooks have read of it, which takes a
+# quarter of that. After so long those others have gone, and whatever was planned is old.
+REPLACED_SECONDS = 60.0
 
 
 def main(options: ServeOptions) -> NoReturn:
@@ -74,7 +76,7 @@ async def serve(options: ServeOptions) -> None:
     leaving = asyncio.create_task(_leaving(options.exit_with_stdin).wait())
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    server: Server | None = _server(options, {})
+    server: Server | None = _server(Move(options, {}))
     while server is not None:
         options, known = server.options, server.known
         try:
@@ -86,16 +88,17 @@ async def serve(options: ServeOptions) -> None:
                 raise
             logger.warning("%s; trying again", error)
             await asyncio.wait([leaving], timeout=GOODBYE_SECONDS)
-            server = None if leaving.done() else _server(options, known)
+            server = None if leaving.done() else _server(Move(options, known))
         if server is not None:
             # It needs the memory of the last one.
             gc.unfreeze()
             gc.collect()
 
 
-def _server(options: ServeOptions, known: Mapping[str, Sequence[str]]) -> Server:
+def _server(move: Move) -> Server:
     # A notebook shows how far it is; a person who reads the terminal has the log.
-    return Server(options, _tell, progress=options.exit_with_stdin, known=known)
+    progress = move.options.exit_with_stdin
+    return Server(move.options, _tell, progress=progress, known=move.known, kept=move.kept)
 
 
 async def _start(server: Server, leaving: asyncio.Task[Any]) -> None:
@@ -140,14 +143,14 @@ async def _next(server: Server, leaving: asyncio.Task[Any]) -> Server | None:
                 break
             move = moving.result()
             if not move.beside:
-                successor = _server(move.options, move.known)
+                successor = _server(move)
             elif (successor := await _started_beside(server, move, leaving)) is None:
                 moving = asyncio.create_task(server.better_place())
     finally:
         for task in (trimming, ended, moving):
             task.cancel()
     failed = ended.done() and not ended.cancelled()
-    await server.stop()
+    await server.stop(hurry=successor is not None and move.hurry)
     if leaving.done() and successor is not None:
         await successor.stop()
     if failed and successor is None:
@@ -159,33 +162,34 @@ async def _started_beside(server: Server, move: Move, leaving: asyncio.Task[Any]
     """A server in another place, as soon as one that serves until then is not needed any more.
 
     Returns:
-        None if it did not start, or if told to leave.
+        None if that did not come to pass, or if told to leave.
     """
-    successor = Server(move.options, known=move.known)
+    successor = Server(move.options, known=move.known, kept=move.kept, goal=move.goal)
 
     async def take_over() -> None:
         await successor.start()
+        if move.goal is None:
+            _tell(successor.facts)
+        async with asyncio.timeout(REPLACED_SECONDS):
+            await server.replaced()
         _tell(successor.facts)
-        await server.replaced()
 
     taking = asyncio.create_task(take_over())
     ended = asyncio.create_task(server.daemon_ended())
     await asyncio.wait([taking, ended, leaving], return_when=asyncio.FIRST_COMPLETED)
+    failed = taking.done() and taking.exception()
     taking.cancel()
     ended.cancel()
     await asyncio.wait([taking], timeout=GOODBYE_SECONDS)
-    if successor.up and not leaving.done():
+    if successor.up and not failed and not leaving.done():
         return successor
     await successor.stop()
     if not leaving.done():
-        logger.warning("staying: the other blocks cannot be served (%s)", _why(taking))
+        why = str(failed or "") or "it took too long"
+        logger.warning("staying: the other blocks cannot be served (%s)", why)
+        _tell(server.facts)
+        await asyncio.wait([leaving], timeout=GOODBYE_SECONDS)
     return None
-
-
-def _why(ended: asyncio.Task[None]) -> str:
-    if not ended.done() or ended.cancelled():
-        return "it took too long"
-    return str(ended.exception())
 
 
 def _tell(facts: dict[str, Any]) -> None:

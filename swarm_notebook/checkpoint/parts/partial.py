@@ -8,6 +8,7 @@ parameters and the list that holds them count from zero.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from swarm_notebook.checkpoint.files.quantised import (
 )
 from swarm_notebook.checkpoint.files.weights import block_index, renumbered
 from swarm_notebook.checkpoint.parts.loading import Progress, class_for, load
-from swarm_notebook.checkpoint.parts.passthrough import make_transparent
+from swarm_notebook.checkpoint.parts.passthrough import hand_over_alike, make_transparent
 from swarm_notebook.errors import BlocksOutOfRange
 
 if TYPE_CHECKING:
@@ -59,6 +60,22 @@ class LoadedBlocks:
     @property
     def layers(self) -> nn.ModuleList:
         return getattr(self.decoder, self.layers_name)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.layers)
+
+    def part(self, start: int, end: int) -> LoadedBlocks:
+        """The blocks ``[start, end)`` of these: modules of their own around the same tensors."""
+        memo: dict[int, Any] = {
+            id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())
+        }
+        model = copy.deepcopy(self.model, memo)
+        decoder: nn.Module = memo[id(self.decoder)]
+        layers = getattr(decoder, self.layers_name)[start - self.start : end - self.start]
+        setattr(decoder, self.layers_name, layers)
+        restrict_config(model.config, start - self.start, end - self.start)
+        return LoadedBlocks(model, decoder, self.layers_name, start)
 
 
 @dataclass(frozen=True)
@@ -159,8 +176,7 @@ def load_one_by_one(
     So blocks that ``change`` makes smaller never take the memory of all of them.
     """
     sizes = [0] * (end - start)
-    layers: list[nn.Module] = []
-    first: LoadedBlocks | None = None
+    parts: list[LoadedBlocks] = []
     for block in range(start, end):
 
         def told(done: int, total: int, block: int = block) -> None:
@@ -172,17 +188,25 @@ def load_one_by_one(
 
         one = load_blocks(source, block, block + 1, dtype=dtype, device=device, progress=told)
         change(one)
-        layers += one.layers
-        first = first or one
-    if first is None:
+        parts.append(one)
+    if not parts:
         raise BlocksOutOfRange(f"blocks {start}:{end} of {source.name}: none")
+    return joined(source, parts)
+
+
+def joined(source: ModelSource, parts: Sequence[LoadedBlocks]) -> LoadedBlocks:
+    """Blocks that were loaded apart and follow one another, as one model; the parts are used up."""
+    first, end = parts[0], parts[-1].end
+    layers = nn.ModuleList([layer for part in parts for layer in part.layers])
+    hand_over_alike(first.decoder, layers)
     described = source.config()
-    restrict_config(described, start, end)
+    restrict_config(described, first.start, end)
     for name, value in described.to_dict().items():
-        if name == "num_hidden_layers" or (isinstance(value, list) and len(value) == end - start):
+        if isinstance(value, list) and len(value) == len(layers):
             setattr(first.config, name, value)
-    setattr(first.decoder, first.layers_name, nn.ModuleList(layers))
-    return LoadedBlocks(first.model, first.decoder, first.layers_name, start)
+    first.config.num_hidden_layers = len(layers)  # by whatever name the config has for it
+    setattr(first.decoder, first.layers_name, layers)
+    return first
 
 
 def _in_range(name: str, start: int, end: int) -> bool:

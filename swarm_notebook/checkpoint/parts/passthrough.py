@@ -10,6 +10,7 @@ differs cannot be mended; such an architecture is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,15 @@ def _try_first_block(model: PreTrainedModel, trunk: Trunk) -> tuple[bool, bool]:
     return torch.equal(received[0], given), torch.equal(result, made)
 
 
+def hand_over_alike(decoder: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Let blocks that were loaded apart get their input as those of this decoder do."""
+    found = [getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values()]
+    for kept in found:
+        if isinstance(kept, _HandOver):
+            for layer in layers:
+                kept.take_over(layer)
+
+
 class _HandOver:
     """Gives the decoder's own input to whichever block runs first."""
 
@@ -75,6 +85,12 @@ class _HandOver:
         trunk.decoder.register_forward_pre_hook(self._keep, with_kwargs=True)
         for layer in trunk.layers:
             layer.register_forward_pre_hook(self._give, with_kwargs=True)
+
+    def take_over(self, layer: nn.Module) -> None:
+        """Give to a block to which another one has given so far."""
+        for number, hook in layer._forward_pre_hooks.items():
+            if isinstance(getattr(hook, "__self__", None), _HandOver):
+                layer._forward_pre_hooks[number] = self._give
 
     def _keep(
         self, _decoder: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]

@@ -1,4 +1,8 @@
-"""Reading the blocks of a server, which may take minutes: how far it is, and how it ends early."""
+"""Reading the blocks of a server, which may take minutes: how far it is, and how it ends early.
+
+A server that goes to other blocks has some of them already: those are not read again, and take no
+memory again.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from swarm_notebook.checkpoint.files.source import ModelSource
-from swarm_notebook.checkpoint.parts.partial import LoadedBlocks
+from swarm_notebook.checkpoint.packed import storages
+from swarm_notebook.checkpoint.parts.partial import LoadedBlocks, joined
 from swarm_notebook.net.wire import tensors
 from swarm_notebook.server.engine.quantising.loading import Quantised, load_within
 from swarm_notebook.server.engine.steps.compiled import import_ahead
@@ -29,11 +35,39 @@ class _GivenUp(Exception):
     """Nobody wants the blocks any more."""
 
 
+@dataclass(frozen=True)
+class Read:
+    """Blocks that were read.
+
+    Attributes:
+        quantised: what was done to their weights; None: nothing.
+    """
+
+    blocks: LoadedBlocks
+    quantised: Quantised | None
+
+    @property
+    def nbytes(self) -> int:
+        """What their weights take."""
+        layers = self.blocks.layers
+        found = {
+            storage.data_ptr(): storage.nbytes()
+            for tensor in (*layers.parameters(), *layers.buffers())
+            for storage in storages(tensor)
+        }
+        return sum(found.values())
+
+    def part(self, start: int, end: int) -> Read:
+        """Some of the blocks, with modules of their own; in the torch thread that runs these."""
+        return replace(self, blocks=self.blocks.part(start, end))
+
+
 class Reading:
     """Reads blocks in the torch thread.
 
     Args:
         tell: gets how much of the weights was read, in bytes; None: only the log says so.
+        kept: some of the blocks, which are used up; None: all are to be read.
     """
 
     def __init__(
@@ -41,13 +75,14 @@ class Reading:
         source: ModelSource,
         options: ServeOptions,
         tell: Callable[[dict[str, Any]], None] | None,
+        kept: Read | None,
     ) -> None:
-        self._source, self._options, self._tell = source, options, tell
+        self._source, self._options, self._tell, self._kept = source, options, tell, kept
         self._given_up = threading.Event()
         self._logged = self._told = 0.0
 
-    def run(self) -> tuple[LoadedBlocks, Quantised | None]:
-        """The blocks, and what was done to their weights; None if nothing was.
+    def run(self) -> Read:
+        """The blocks.
 
         Raises: as `load_within`.
         """
@@ -62,19 +97,33 @@ class Reading:
             if not options.reproducible:  # whose blocks are not compiled
                 import_ahead()
         start, end = options.blocks or (0, self._source.config().num_hidden_layers)
-        with heap.apart():
-            found = load_within(
-                self._source,
-                start,
-                end,
-                bits=options.bits,
-                memory=options.memory,
-                dtype=tensors.dtype_from_name(options.dtype),
-                device=options.device,
-                progress=self._progress,
+        if (kept := self._kept) is None:
+            found = self._load(start, end, options.memory)
+        else:
+            memory = None if options.memory is None else options.memory - kept.nbytes
+            sides = [(start, kept.blocks.start), (kept.blocks.end, end)]
+            before, after = (
+                [self._load(*side, memory).blocks] if side[0] < side[1] else [] for side in sides
             )
+            found = replace(kept, blocks=joined(self._source, [*before, kept.blocks, *after]))
         logger.info("loaded blocks %d:%d in %.1f s", start, end, time.monotonic() - started)
         return found
+
+    def _load(self, start: int, end: int, memory: int | None) -> Read:
+        options = self._options
+        with heap.apart():
+            return Read(
+                *load_within(
+                    self._source,
+                    start,
+                    end,
+                    bits=options.bits,
+                    memory=memory,
+                    dtype=tensors.dtype_from_name(options.dtype),
+                    device=options.device,
+                    progress=self._progress,
+                )
+            )
 
     def give_up(self) -> None:
         """Let `run` end soon, with an error."""

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from hivemind.utils import get_dht_time
 
@@ -35,6 +35,8 @@ from swarm_notebook.server.options import ServeOptions
 from swarm_notebook.server.presence.flow import Moves
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 # Records of a server that announces more often than every second and a half (in tests).
 MIN_EXPIRATION = 3.0
@@ -157,6 +159,19 @@ class Announcer:
     def keep(self, describe: Callable[[], Awaitable[ServerInfo]]) -> None:
         """From now on announce what ``describe`` says, once per period."""
         self._task = asyncio.create_task(self._keep(describe))
+
+    async def beside(self, work: Awaitable[_T], info: ServerInfo) -> _T:
+        """Keep announcing ``info`` while blocks load, which may take minutes: who chooses meanwhile
+        is to know of them.
+        """
+
+        async def still() -> ServerInfo:
+            return info
+
+        self.keep(still)
+        done = await work
+        await self.cancel()
+        return done
 
     async def stop(self, info: ServerInfo) -> None:
         """Announce a last record (offline) and stop."""

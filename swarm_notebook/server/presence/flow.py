@@ -32,7 +32,7 @@ class Moves(IntEnum):
 
     NEVER = 0  # somebody has told it which to serve
     AWAY = 1  # it leaves those that it has, and then loads the others
-    BESIDE = 2  # it has memory for both, and serves those that it has until it serves the others
+    BESIDE = 2  # it serves those that it has in both places all the time
 
 
 @dataclass(frozen=True, order=True)

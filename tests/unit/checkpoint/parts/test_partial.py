@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from swarm_notebook.checkpoint.anatomy import find_trunk
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.parts.partial import load_blocks, load_edges
+from swarm_notebook.checkpoint.parts.partial import LoadedBlocks, joined, load_blocks, load_edges
 from swarm_notebook.errors import Unsupported
+from swarm_notebook.server.engine.span import Span
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -46,6 +47,35 @@ def test_a_chain_of_spans_is_the_model(folder: Path, ids: torch.Tensor) -> None:
     whole = load_blocks(source, 0, count, dtype=torch.float32)
     chained = whole.model(inputs_embeds=states[0], use_cache=False).last_hidden_state
     assert torch.equal(hidden, chained)
+
+
+@torch.no_grad()
+def test_blocks_go_on_with_others_around_the_same_weights(folder: Path, ids: torch.Tensor) -> None:
+    source = resolve(folder)
+    count = source.config().num_hidden_layers
+    hidden = _whole(folder)(ids, output_hidden_states=True, use_cache=False).hidden_states[1]
+    first = load_blocks(source, 0, count - 1, dtype=torch.float32)
+    kept = first.part(1, count - 1)
+    assert [one.data_ptr() for one in kept.layers.parameters()] == [
+        one.data_ptr() for one in first.layers[1:].parameters()
+    ]
+    last = load_blocks(source, count - 1, count, dtype=torch.float32)
+    expected = load_blocks(source, 1, count, dtype=torch.float32)
+    assert _same(joined(source, [kept, last]), expected, hidden)
+    # And back again; the first ones are as they were.
+    again = load_blocks(source, 0, 1, dtype=torch.float32)
+    assert _same(joined(source, [again, expected.part(1, count - 1)]), first, hidden)
+
+
+def _same(ours: LoadedBlocks, theirs: LoadedBlocks, hidden: torch.Tensor) -> bool:
+    """Whether two give the same, all of them and without the first."""
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    found = []
+    for blocks in (ours, theirs):
+        span = Span(blocks.decoder, blocks.layers_name, blocks.start)
+        ranges = [(start, blocks.end) for start in (blocks.start, blocks.start + 1)]
+        found.append([span.run(*one, hidden)[0] for one in ranges])
+    return all(map(torch.equal, *found))
 
 
 @torch.no_grad()
@@ -216,6 +246,10 @@ def test_what_a_decoder_does_around_its_blocks_happens_once(tmp_path: Path) -> N
         blocks = load_blocks(resolve(tmp_path), start, end, dtype=torch.float32)
         hidden = blocks.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
         assert torch.equal(hidden, states[end])
+    source = resolve(tmp_path)
+    parts = [load_blocks(source, *one, dtype=torch.float32) for one in [(0, 1), (1, 3)]]
+    whole_span = load_blocks(source, 0, 3, dtype=torch.float32)
+    assert _same(joined(source, parts), whole_span, states[0])
 
 
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
