@@ -50,8 +50,6 @@ def parse_peers(addresses: Sequence[str]) -> list[Multiaddr]:
     Raises:
         AddressError: an address is malformed or lacks the peer's id.
     """
-    if isinstance(addresses, str):
-        addresses = [addresses]
     parsed = []
     for address in addresses:
         multiaddr = parse_address(

@@ -8,9 +8,7 @@ knows an architecture. Headers of safetensors files say in how many bits the wei
 from __future__ import annotations
 
 import copy
-import json
 import os
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.checkpoint.anatomy import find_trunk
 from swarm_notebook.checkpoint.files import hub
+from swarm_notebook.checkpoint.files.gguf import GgufWeights
 from swarm_notebook.checkpoint.files.source import ModelSource, resolve
-from swarm_notebook.checkpoint.files.weights import INDEX_FILE, SINGLE_FILE, block_index
-from swarm_notebook.errors import ModelNotFound, Unsupported
+from swarm_notebook.checkpoint.files.weights import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Weights,
+    block_index,
+    from_folder,
+)
+from swarm_notebook.errors import Unsupported
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# The longest header that a safetensors file may have, by the format's own reader.
-MAX_HEADER_BYTES = 100_000_000
 # What models call the number of experts that a token goes through.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
@@ -182,44 +185,18 @@ def _title(source: ModelSource) -> str:
 
 def _stored_bytes(source: ModelSource) -> dict[int, int] | None:
     """Bytes of each block in the files, if there are files to look at."""
-    if source.is_gguf and source.path is not None:
-        from swarm_notebook.checkpoint.files.gguf import GgufWeights
-
-        lazy = GgufWeights(source.path, source.config())
-        return _by_block((name, one.nbytes) for name, one in lazy.lazy(lazy.names()).items())
-    if source.path is not None:
-        return _in_folder(source.path)
-    return _on_the_hub(source.name)
-
-
-def _in_folder(folder: Path) -> dict[int, int] | None:
-    index = folder / INDEX_FILE
-    names = {SINGLE_FILE}
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelNotFound(f"{index} is not an index of safetensors files") from error
-    files = [folder / Path(name).name for name in names]
-    if not all(file.is_file() for file in files):
+    if source.path is None:
+        return _on_the_hub(source.name)
+    weights: Weights
+    if source.is_gguf:
+        weights = GgufWeights(source.path, source.config())
+    elif any((source.path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)):
+        weights = from_folder(source.path)
+        if not weights.here:
+            return None
+    else:
         return None
-    return _by_block(entry for file in files for entry in _header(file))
-
-
-def _header(path: Path) -> Iterable[tuple[str, int]]:
-    """(name, bytes) of every tensor of a safetensors file."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            yield name, end - begin
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ModelNotFound(f"{path} is not a readable safetensors file: {error}") from error
+    return _by_block((name, one.nbytes) for name, one in weights.lazy(weights.names()).items())
 
 
 def _on_the_hub(name: str) -> dict[int, int] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,12 +30,10 @@ SINGLE_FILE = "model.safetensors"
 
 # Of each tensor, from its middle: a page of a disk, about.
 SAMPLE_BYTES = 1024
-MAX_HEADER_BYTES = 100_000_000  # of safetensors' own reader
+_MAX_HEADER_BYTES = 100_000_000  # of safetensors' own reader
 
 # A tensor's name, dtype and shape, and some of its bytes.
 Sample = tuple[str, str, tuple[int, ...], bytes]
-
-_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class SafetensorsWeights:
     ) -> None:
         self._shards = shards
         self._locate = locate
-        self._here = here
+        self.here = here
 
     def names(self) -> list[str]:
         return list(self._shards)
@@ -122,7 +121,7 @@ class SafetensorsWeights:
         return found
 
     def samples(self) -> list[Sample] | None:
-        if not self._here:
+        if not self.here:
             return None
         paths = [self._locate(shard) for shard in sorted(set(self._shards.values()))]
         return [sample for path in paths for sample in _file_samples(path)]
@@ -134,7 +133,7 @@ def _file_samples(path: Path) -> list[Sample]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
             for name, entry in header.items():
                 if name != "__metadata__":
                     begin, end = entry["data_offsets"]
@@ -152,7 +151,8 @@ def middle(begin: int, end: int) -> int:
 
 
 def _lazy_slice(tensor: Any) -> LazyTensor:
-    bits = _BITS.get(tensor.get_dtype(), 8)
+    told = re.search(r"\d+", tensor.get_dtype())
+    bits = int(told[0]) if told else 8  # BOOL
     return LazyTensor(lambda: tensor[...], math.prod(tensor.get_shape()) * bits // 8, tensor)
 
 

@@ -110,13 +110,9 @@ class Span:
         """What an adapter adds, if that is all it does; None without one."""
         return None
 
-    @property
+    @cached_property
     def storages(self) -> frozenset[int]:
         """Where the weights and buffers of the blocks are in memory."""
-        return self._storages
-
-    @cached_property
-    def _storages(self) -> frozenset[int]:
         return frozenset(
             storage.data_ptr()
             for layer in self.layers
