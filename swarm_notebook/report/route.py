@@ -31,11 +31,16 @@ class RouteHop:
     end: int
     peer_id: str
     name: str
-    expected_ms: float  # per token: network and blocks; the last one's include the way back
+    expected_ms: float  # per token: network and blocks; the last one's include the way back; 0 here
 
     @property
     def blocks(self) -> str:
         return f"{self.start}:{self.end}"
+
+    @property
+    def time(self) -> str:
+        """Milliseconds, for people; nothing is expected of blocks at home."""
+        return f"{self.expected_ms:.1f}" if self.peer_id else ""
 
 
 @dataclass(frozen=True)
@@ -60,18 +65,20 @@ class RouteTable(ModelReport):
         return f"{self.title}: {hops or 'no route'}"
 
     def __str__(self) -> str:
-        rows = [[hop.blocks, hop.name, hop.peer_id, f"{hop.expected_ms:.1f}"] for hop in self.hops]
+        rows = [[hop.blocks, hop.name, hop.peer_id or None, hop.time or None] for hop in self.hops]
         table = text_table(["blocks", "server", "peer", "ms/token"], rows)
         return "\n".join([f"{self.title}: {self.expected_ms:.1f} ms/token expected", *table])
 
     def as_html(self) -> str:
         """The hops in order, each with its share of the blocks, as one static fragment."""
         expected = f"{self.expected_ms:.1f} ms per token expected"
+        if not all(hop.peer_id for hop in self.hops):
+            expected += ", beside the blocks at home"
         last = max((hop.end for hop in self.hops), default=1)
         rows = "".join(
             f"<tr><td>{block_bar(hop.start, hop.end, last)}{hop.blocks}</td>"
-            f"<td>{escape(hop.name)}</td>{peer_cell(hop.peer_id)}"
-            f"{number_cell(f'{hop.expected_ms:.1f}')}</tr>"
+            f"<td>{escape(hop.name)}</td>{peer_cell(hop.peer_id) if hop.peer_id else '<td></td>'}"
+            f"{number_cell(hop.time)}</tr>"
             for hop in self.hops
         )
         titles = ["blocks", "server", "peer"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from dataclasses import replace
 
@@ -157,3 +158,12 @@ def test_route() -> None:
     assert PEERS[1] in str(route)
     assert "right" in route._repr_mimebundle_()["text/html"]
     assert list(route.to_pandas()["expected_ms"]) == [2.5, 4.0]
+
+
+def test_a_route_says_no_time_of_blocks_at_home() -> None:
+    hops = (RouteHop(0, 6, PEERS[0], "left", 2.5), RouteHop(6, 10, "", "this notebook", 0.0))
+    route = RouteTable("tiny", hops)
+    assert re.fullmatch(r"  6:10 +this notebook +(\S) +\1", str(route).splitlines()[-1])
+    html = route._repr_mimebundle_()["text/html"]
+    assert "2.5 ms per token expected, beside the blocks at home" in html
+    assert ">0.0<" not in html
