@@ -139,6 +139,8 @@ class Subscription:
         before: tokens times sequences that had passed when it began.
     """
 
+    before: int
+
     def __init__(self, telemetry: Telemetry, size: int):
         self._telemetry, self.before = telemetry, telemetry.tokens
         self._waiting: deque[Event] = deque(maxlen=size)

@@ -60,6 +60,8 @@ class Watch:
         verdict: why the request was given up, or empty.
     """
 
+    verdict: str
+
     def __init__(
         self,
         directory: Directory,

@@ -27,6 +27,8 @@ class ServerFolder:
         ServerStartError: it cannot be made.
     """
 
+    path: Path
+
     def __init__(self) -> None:
         try:
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX))

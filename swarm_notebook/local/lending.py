@@ -70,6 +70,8 @@ class Lending:
     bits: float | None
     memory: int | str | None
 
+    num_blocks: Any
+
     def __init__(
         self,
         model: str | os.PathLike[str] | None = None,

@@ -61,6 +61,8 @@ class Arguments(argparse.ArgumentParser):
 class CommandLine:
     """All of ``%swarm`` (or ``%%swarm``, which takes the cell's text as the prompt)."""
 
+    top: Arguments
+
     def __init__(self, magic: str) -> None:
         self.top = Arguments(
             prog=magic,

@@ -89,6 +89,8 @@ class Simulation:
         tokens: when each token was there, by notebook.
     """
 
+    now: float
+
     def __init__(
         self,
         shape: ModelShape,

@@ -81,6 +81,8 @@ class Server:
         facts: what was told, but for the progress.
     """
 
+    known: Mapping[str, Sequence[str]]
+
     def __init__(
         self,
         options: ServeOptions,

@@ -36,6 +36,8 @@ class DeepPrompts(nn.Module):
         Unsupported: the model is not a remote one, or has deep prompts already.
     """
 
+    prompts: nn.Parameter
+
     def __init__(self, model: nn.Module, length: int, *, std: float = 0.02):
         super().__init__()
         self._runner: Any = getattr(model, "_runner", None)

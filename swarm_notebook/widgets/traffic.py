@@ -46,6 +46,8 @@ class NotebookTraffic:
         tokens: tokens times sequences that have passed, with those before the first event.
     """
 
+    tokens: int
+
     def __init__(self, tokens: int = 0) -> None:
         self._peers: dict[int, str] = {}
         self.losses: deque[LostServer] = deque(maxlen=MAX_FAILOVERS)

@@ -90,6 +90,9 @@ class _Cursor:
 class GgufFile:
     """The header of a GGUF file, and its tensors' values on request."""
 
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+
     def __init__(self, path: Path) -> None:
         self.path = path
         try:

@@ -47,6 +47,8 @@ class Adapters:
         injections: how often PEFT has changed the modules of the blocks.
     """
 
+    injections: int
+
     def __init__(self, model: nn.Module):
         # In a list, so that it is no attribute which copies of the model would follow.
         self._model = [model]

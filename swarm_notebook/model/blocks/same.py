@@ -15,6 +15,9 @@ class SameTensor:
             changes no version.
     """
 
+    tensor: torch.Tensor
+    version: int
+
     def __init__(self, tensor: torch.Tensor, *, closely: bool = False):
         self.tensor, self.version = tensor, tensor._version
         self._bits = _bits(tensor).clone() if closely else None

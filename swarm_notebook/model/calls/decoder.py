@@ -55,6 +55,12 @@ class DecoderCalls:
         recorded: what transformers records of modules inside of blocks.
     """
 
+    blocks: list[nn.Module]
+    connection: Connection
+    adapters: Adapters
+    kept: Kept
+    observer: Observer
+
     def __init__(
         self,
         decoder: nn.Module,

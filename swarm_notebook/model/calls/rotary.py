@@ -33,6 +33,8 @@ class Rotations:
         count: how often they were asked; compiled ones are not seen.
     """
 
+    count: int
+
     def __init__(self, decoder: nn.Module, blocks: Collection[nn.Module]):
         inside = {id(module) for block in blocks for module in block.modules()}
         self._owners: list[tuple[nn.Module, str, Any]] = [

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from swarm_notebook.checkpoint.states import input_state, with_input_state
+from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.request import Outputs
 from swarm_notebook.client.session.session import Given
 from swarm_notebook.errors import Unsupported
@@ -60,9 +61,12 @@ class Runner:
             positions of each block's input, or None.
     """
 
+    calls: DecoderCalls
+    returns_tuple: bool
+
     def __init__(self, calls: DecoderCalls, *, returns_tuple: bool):
         self.calls, self.returns_tuple = calls, returns_tuple
-        self.connection = calls.connection
+        self.connection: Connection = calls.connection
         self.deep_prompts: torch.Tensor | None = None
         self._told = False
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from swarm_notebook.client.connection import Connection
+from swarm_notebook.client.session.batch import BatchSession
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.model.blocks.layout import Layout
 
@@ -152,13 +153,13 @@ class RemoteCache(Cache):
         super().__init__(layers=list(self._held))
         self.connection = connection
         self._max_length = max_length
-        self.session = connection.session(max_length)
+        self.session: BatchSession = connection.session(max_length)
         self.lazy = lazy
         self.layout: Layout | None = None
         self.rows: int = -1
         self.mask: torch.Tensor | None = None
         # Garbage collection may run in any thread, so the streams are closed by their own loop.
-        self.leave = functools.partial(
+        self.leave: Callable[[], object] = functools.partial(
             connection.network.loop.call_soon_threadsafe, self.session.close
         )
         weakref.finalize(self, self.leave).atexit = False

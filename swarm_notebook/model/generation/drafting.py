@@ -102,6 +102,8 @@ class DraftLength:
 class AdaptiveLookup(PromptLookupCandidateGenerator):
     """transformers' prompt lookup with as many guesses as pay off."""
 
+    num_output_tokens: int
+
     def __init__(self, length: DraftLength, **options: Any):
         super().__init__(num_output_tokens=FIRST_GUESSES, **options)
         self._length = length

@@ -98,6 +98,8 @@ class Authority:
         InvitationError: the folder cannot be used.
     """
 
+    swarm: bytes
+
     def __init__(self, folder: Path) -> None:
         self._folder, self._book = folder, folder / "members.sqlite"
         try:

@@ -87,6 +87,8 @@ class Additions:
         version: another one as soon as other matrices have taken their places.
     """
 
+    version: int
+
     def __init__(self, layers: Mapping[Site, LowRank]):
         self._layers = layers
         self.names: frozenset[str] = frozenset(name for _, name in layers)

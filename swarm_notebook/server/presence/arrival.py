@@ -21,7 +21,7 @@ from swarm_notebook.server.presence.membership import MembershipKeeper
 from swarm_notebook.server.presence.residence import Residence
 from swarm_notebook.server.presence.reunion import Reunion
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # How long the record that says offline may take, and then the end of p2pd.
 GOODBYE_SECONDS = 5.0

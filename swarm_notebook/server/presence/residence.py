@@ -31,6 +31,8 @@ class Residence:
         identity: the file of the peer's private key, which may not be there yet.
     """
 
+    identity: Path
+
     def __init__(self, folder: Path) -> None:
         for number in itertools.count():
             self._lock = os.open(folder / f"server-{number}.lock", os.O_RDWR | os.O_CREAT, 0o600)

@@ -34,6 +34,8 @@ _EXTRA_BYTES = MAX_TEXT_BYTES + (48 << 20)
 class AdapterUploads:
     """Takes uploads in; `handle` serves one stream."""
 
+    traffic: Traffic
+
     def __init__(self, engine: Engine, compute: ComputeThread, limits: Limits):
         self._engine, self._compute, self._limits = engine, compute, limits
         self._accepted = engine.adapters.limits

@@ -60,6 +60,8 @@ class Inbox:
         session_id: the session's name; None before its first step, "" if it has none.
     """
 
+    filled: bool
+
     def __init__(self, pushes: PushChannel, limit: int, may_hold: Callable[[int], bool]):
         self._pushes, self._limit, self._may_hold = pushes, limit, may_hold
         self._held = 0

@@ -21,7 +21,7 @@ from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.net.wire.stream_server import MAX_SHOWN_BYTES, shown_in
 from swarm_notebook.net.wire.traffic import COPIES, Account, Traffic
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # A call that is answered takes so much besides its bytes: a task and a dozen objects.
 CALL_BYTES = 16 << 10

@@ -43,6 +43,12 @@ class StepCache(Cache):
 
     is_compileable = True
 
+    pool: PagePool
+    positions: torch.Tensor
+    table: torch.Tensor | None
+    new: torch.Tensor
+    visible: torch.Tensor
+
     def __init__(
         self,
         pool: PagePool,

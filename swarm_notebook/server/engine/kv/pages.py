@@ -53,6 +53,13 @@ class PagePool:
         keys, values: of every block, ``[heads, lines, head size]``.
     """
 
+    start: int
+    shapes: tuple[KVShape, ...]
+    lines: int
+    device: torch.device
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
     def __init__(
         self,
         start: int,

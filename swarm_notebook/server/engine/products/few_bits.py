@@ -64,6 +64,9 @@ class PackedProduct:
 
     __slots__ = ("_dtype", "_way", "bias", "packed")
 
+    bias: torch.Tensor | None
+    packed: Packed
+
     def __init__(self, packed: Packed, bias: torch.Tensor | None, dtype: torch.dtype, way: Way):
         self.packed, self.bias, self._dtype, self._way = packed, bias, dtype, way
 

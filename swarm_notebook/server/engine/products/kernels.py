@@ -51,6 +51,9 @@ class Product:
 
     __slots__ = ("_family", "bias", "pack", "weight")
 
+    bias: torch.Tensor | None
+    weight: torch.Tensor
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, family: _Family):
         self.weight, self.bias, self._family = weight, bias, family
         self.pack: torch.Tensor | None = None

@@ -24,7 +24,7 @@ from swarm_notebook.checkpoint.packed import Grid, PackedGrid
 if TYPE_CHECKING:
     from swarm_notebook.server.engine.products.packed_kernel import Tiling
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Tokens of which it is measured whether a kernel is faster than unpacking. Each is compiled anew,
 # which takes a second or two.

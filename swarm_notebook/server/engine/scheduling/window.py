@@ -111,6 +111,8 @@ class BatchWindow:
         awaited: for how many more steps it was to wait, when it was asked last.
     """
 
+    awaited: int
+
     def __init__(self) -> None:
         self.awaited = 0
         self._rhythms: dict[Hashable, _Rhythm] = {}

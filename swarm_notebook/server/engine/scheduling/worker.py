@@ -71,6 +71,10 @@ class Job:
         "task",
     )
 
+    future: asyncio.Future[Any]
+    settled: bool
+    task: Task
+
     def __init__(
         self,
         future: asyncio.Future[Any],

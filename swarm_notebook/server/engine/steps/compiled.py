@@ -102,6 +102,8 @@ class Compiler:
         why_not: why nothing is compiled any more; empty as long as all is well.
     """
 
+    why_not: str
+
     def __init__(
         self,
         span: Span,

@@ -69,6 +69,9 @@ class Decoding:
         compiled: blocks and numbers of rows whose steps run through compiled blocks.
     """
 
+    pool: PagePool
+    hidden_size: int
+
     def __init__(
         self,
         host: Span,

@@ -31,6 +31,8 @@ class ChunkedPrefill:
         outputs: what `run_one` gives for the whole step, complete when ``finished``.
     """
 
+    computed: int
+
     def __init__(self, state: SessionState, step: Step, position: int):
         self._state, self._step, self._position = state, step, position
         self.computed = 0

@@ -58,6 +58,12 @@ class Program:
         fused: attend by `attention.kernel`.
     """
 
+    bucket: Bucket
+    span: Span
+    plan: torch.Tensor
+    padding: torch.Tensor | None
+    hidden: torch.Tensor
+
     def __init__(
         self,
         bucket: Bucket,

@@ -38,6 +38,8 @@ class SessionState:
         span_for: ``choose``, or what gives ``span`` for all steps.
     """
 
+    span: Span
+
     def __init__(
         self,
         span: Span,
