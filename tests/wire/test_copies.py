@@ -16,7 +16,7 @@ from swarm_notebook.net.wire import protocol
 
 START, END, HIDDEN = 1, 4, 48
 UID = protocol.uid_chain("tiny-llama", START, END)
-CACHE_TOKENS = 256
+CACHE_TOKENS = 512  # for three sessions of two rows, which do not wait for each other
 
 
 class Bench:
@@ -133,8 +133,8 @@ def test_another_ones_session_is_not_copied(bench: Bench) -> None:
 
 def test_a_copy_takes_room_of_its_own(bench: Bench) -> None:
     one = bench.session()
-    bench.step(one, states(100), 0, "1", session_id="one")
+    bench.step(one, states(200), 0, "1", session_id="one")
     with pytest.raises(CacheFull):
-        bench.step(bench.session(), states(1), 100, "2", copy_of=["one", "1"], alloc_timeout=0.1)
-    bench.step(one, states(1), 100, "3")
+        bench.step(bench.session(), states(1), 200, "2", copy_of=["one", "1"], alloc_timeout=0.1)
+    bench.step(one, states(1), 200, "3")
     one.close()
