@@ -1,7 +1,6 @@
 # make demo   two server processes and a notebook that talks to them
 # make lab    the same notebook in JupyterLab
 # make test   all tests and the example notebooks      make lint   ruff and mypy
-#             (those of the browser, `make in-browser`, beside all `others`)
 # make unit   the tests that need no server, in a minute; of the other folders of tests/, each of
 #             which is a mark: .venv/bin/pytest -m wire (or swarm, notebook, browser, gpu)
 # make docs   the site, in build/site/
@@ -37,8 +36,8 @@ IN_ORDER := -n 2 $(BY_FILE) --no-loadscope-reorder
 # Tests use the demo model of the package, whose every token is known, and not the Hub's.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(CURDIR)/.venv/empty-hub-cache
 
-.PHONY: demo lab docs release trial replay test others in-browser unit foreign foreign-peft \
-  foreign-nnsight foreign-trl foreign-petals quantisers kernels chaos churn places simulated hostile lint format outputs clean
+.PHONY: demo lab docs release trial replay test unit foreign foreign-peft foreign-nnsight foreign-trl \
+  foreign-petals quantisers kernels chaos churn places simulated hostile lint format outputs clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -50,18 +49,10 @@ lab: $(READY)
 test: $(READY) $(NODE)
 	tests/browser/install-chromium
 	$(if $(NODE),npm --prefix js run --silent test)
-	$(MAKE) --no-print-directory --jobs=2 --keep-going others in-browser
-
-others: $(READY)
 	$(OFFLINE) $(BIN)/pytest $(IN_ORDER) --nbval --nbval-kernel-startup-timeout 180 \
 	  --nbval-sanitize-with examples/sanitize.cfg --ignore tests/browser tests examples
-
-# They wait for the most part, and for minutes if need be; so they take what others leave of the
-# processors. By themselves: where Playwright's loop runs, no other test can run one of its own.
-in-browser: $(READY)
-	@mkdir -p build
-	@$(OFFLINE) nice -n 10 $(BIN)/pytest tests/browser > build/browser.log 2>&1; \
-	  status=$$?; cat build/browser.log; exit $$status
+	# By themselves: in a process where Playwright's loop runs, no test can run one of its own.
+	$(OFFLINE) $(BIN)/pytest -n 2 $(BY_FILE) tests/browser
 
 unit: $(READY)
 	$(OFFLINE) $(BIN)/pytest -n 2 $(BY_FILE) -m unit tests/unit
