@@ -215,7 +215,9 @@ def test_the_middle_server_is_lost_in_a_long_prompt(
     finally:
         os.kill(middle.pid, signal.SIGCONT)
     stage.same(ours, generate(stage.reference, ids))
-    assert stage.sessions[-1].failovers == 1
+    # None if a ping that was due found it silent before the prompt was there.
+    assert stage.sessions[-1].failovers <= 1
+    assert middle.peer_id not in {hop.segment.peer for hop in stage.sessions[-1].hops}
 
 
 @pytest.mark.parametrize("fault", ["unknown session", "no such peer"])

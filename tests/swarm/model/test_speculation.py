@@ -90,7 +90,10 @@ def test_a_draft_that_is_none_of_these(demo_swarm: HostedSwarm) -> None:
 
 @pytest.mark.works('Generation: `draft="auto"`')
 def test_a_text_that_repeats_itself(demo_swarm: HostedSwarm) -> None:
-    """Copying a list out: the same text in a third of the passes."""
+    """Copying a list out: the same text in less than half of the passes, mostly in a third.
+
+    How many tokens are guessed at once depends on how long passes take.
+    """
     text = "\n".join(f"{name} = {name.upper()}_{size}" for size, name in enumerate(NAMES))
     prompt = f"{text}\n{text}\n{text[:40]}"
     with sn.connect(demo_swarm.initial_peers, model=demo_swarm.model) as swarm:
@@ -98,7 +101,7 @@ def test_a_text_that_repeats_itself(demo_swarm: HostedSwarm) -> None:
         plain = swarm.generate(prompt, **options)
         passes = len(swarm.trace().passes)
         assert swarm.generate(prompt, draft="auto", **options) == plain
-        assert 3 * len(swarm.trace().passes) <= passes
+        assert 2 * len(swarm.trace().passes) < passes
         options |= {"max_new_tokens": 8, "num_beams": 2}
         assert swarm.generate(prompt, draft="auto", **options) == swarm.generate(prompt, **options)
 

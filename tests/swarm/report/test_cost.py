@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -41,7 +42,9 @@ def test_a_preview_says_what_blocks_at_home_take(tiny_scene: Scene) -> None:
     assert not swarm.owned
     swarm.own(3)
     try:
-        assert swarm.preview(**asked) == before
+        # How long it takes is estimated anew whenever servers say how fast they are.
+        timeless = {"seconds": 0.0, "first_token_seconds": 0.0}
+        assert replace(swarm.preview(**asked), **timeless) == replace(before, **timeless)
     finally:
         swarm.release()
     assert swarm.preview(**asked).home_bytes == 0
