@@ -187,14 +187,16 @@ class HostedSwarm:
         self.model = str(source.path or source.name)
         self.servers: list[HostedServer] = []
         spans = plan_spans(source.config().num_hidden_layers, servers)
-        throughput.measure = _alike
+        found = throughput.measure
+        if found is _measure:  # no test has said how fast they are
+            throughput.measure = _alike
         try:
             _thread().run(self._start(spans, options))
         except BaseException:
             self.close()
             raise
         finally:
-            throughput.measure = _measure
+            throughput.measure = found
 
     async def _start(self, spans: list[tuple[int, int]], options: dict[str, Any]) -> None:
         """All at once; the others join the first as soon as it listens."""
