@@ -281,7 +281,7 @@ class ChunkSizer:
         self._least, self._most, self._first = least, most, first
         # By powers of two, those that came last at the end: the mean size, and the mean time.
         self._ran: dict[int, tuple[float, float]] = {}
-        self._line = None if cost is None else _Line(0.0, cost, most)
+        self._line = None if cost is None else _Line(0.0, cost, [(1.0, cost)])
 
     def ran(self, tokens: int, seconds: float) -> None:
         """A chunk of so many tokens took so many seconds."""
@@ -304,40 +304,37 @@ class _Line:
     """What a chunk takes: ``fixed + cost * tokens`` seconds.
 
     Attributes:
-        largest: tokens of the largest chunk that took hardly longer than the shortest possible.
+        known: the sizes and seconds that this is known from, the last of which is the newest.
     """
 
     fixed: float
     cost: float
-    largest: float
+    known: Sequence[tuple[float, float]]
 
     @classmethod
-    def through(cls, chunks: Sequence[tuple[float, float]]) -> _Line:
-        """That of least squares through sizes and seconds, the last of which is the newest."""
+    def through(cls, known: Sequence[tuple[float, float]]) -> _Line:
+        """That of least squares."""
         # One of nothing in no time, which decides where there is one size only.
-        points = [(0.01, 0.0, 0.0), *((1.0, *chunk) for chunk in chunks)]
+        points = [(0.01, 0.0, 0.0), *((1.0, *chunk) for chunk in known)]
         total = sum(weight for weight, _, _ in points)
         size = sum(weight * x for weight, x, _ in points) / total
         taken = sum(weight * y for weight, _, y in points) / total
         rise = sum(weight * (x - size) * (y - taken) for weight, x, y in points)
         slope = rise / sum(weight * (x - size) ** 2 for weight, x, _ in points)
-        fixed = max(0.0, min(taken - slope * size, *(seconds for _, seconds in chunks)))
+        fixed = max(0.0, min(taken - slope * size, *(seconds for _, seconds in known)))
         # The machine is as fast as it was for the newest.
-        newest_size, newest_taken = chunks[-1]
-        cost = max(newest_taken - fixed, 0.0) / newest_size
-        short = [tokens for tokens, seconds in chunks if seconds <= _WORTH * fixed]
-        return cls(fixed, cost, max(short, default=0.0))
+        newest_size, newest_taken = known[-1]
+        return cls(fixed, max(newest_taken - fixed, 0.0) / newest_size, known)
 
     def tokens(self, seconds: float) -> float:
         """Of a chunk that takes so long, or a little more than any does."""
-        room = seconds - self.fixed
-        if (worth := (_WORTH - 1) * self.fixed) > room:
-            # Beyond what was seen, only step by step: noise makes a line, too.
-            return min(self._in(worth), 2 * self.largest)
-        return self._in(room)
-
-    def _in(self, seconds: float) -> float:
-        return seconds / self.cost if self.cost > 0 else math.inf
+        allowed = max(seconds, _WORTH * self.fixed)
+        wanted = (allowed - self.fixed) / self.cost if self.cost > 0 else math.inf
+        # Beyond what costs by token alone would allow, only step by step: noise makes a line, too,
+        # and on a CPU it made one chunk in some hundreds ten times as long as it was to be.
+        size, taken = self.known[-1]
+        seen = max((tokens for tokens, took in self.known if took <= allowed), default=0.0)
+        return min(wanted, max(seconds * size / taken, 2 * seen))
 
 
 def _mean(known: float, newest: float) -> float:
