@@ -63,7 +63,8 @@ def show_output(cell: nbformat.NotebookNode, **_others: object) -> None:
 def tidy(notebook: nbformat.NotebookNode) -> None:
     """Drop what means nothing in a stored notebook: views of widgets that are gone.
 
-    Our own widgets leave a picture; progress bars leave nothing.
+    Our own widgets leave a picture; progress bars leave nothing. A library's warning goes, too: it
+    names the folder that the library lies in.
     """
     for cell in notebook.cells:
         if cell.cell_type != "code":
@@ -75,7 +76,9 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
         cell.outputs = [
             found
             for found in cell.outputs
-            if found.get("data") != {} and WIDGET not in found.get("data", {})
+            if found.get("data") != {}
+            and WIDGET not in found.get("data", {})
+            and "site-packages" not in found.get("text", "")
         ]
     notebook.metadata.pop("widgets", None)
     notebook.metadata.language_info = {"name": "python"}

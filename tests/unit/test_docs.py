@@ -147,3 +147,11 @@ def test_the_table_of_what_works_is_what_the_tests_say() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize(
+    "notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda one: one.stem
+)
+def test_stored_outputs_name_no_folder_of_a_machine(notebook: Path) -> None:
+    """Warnings of libraries do."""
+    assert not re.search(r"site-packages|/home/\w|/root/", notebook.read_text())

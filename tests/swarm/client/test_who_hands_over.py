@@ -63,42 +63,28 @@ def some_of(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda states: states.roll(1, -1) if next(calls) % count == 0 else states
 
 
-SENDERS: dict[str, Callable[[HostedServer], AbstractContextManager[None]]] = {
-    "hands over others": lambda it: liars.handing_over(it, lambda x: x.roll(1, -1)),
-    "now and then": lambda it: liars.handing_over(it, some_of(3)),
-}
-RECEIVERS: dict[str, Callable[[HostedServer], AbstractContextManager[None]]] = {
-    "says it got others": lambda it: liars.misprinting(it, lambda found: found ^ 1),
-    "does not say": lambda it: liars.misprinting(it, lambda _: None),
+# Who of the two lies, and how.
+LIES: dict[str, tuple[int, Callable[[HostedServer], AbstractContextManager[None]]]] = {
+    "hands over others": (0, lambda it: liars.handing_over(it, lambda x: x.roll(1, -1))),
+    "now and then": (0, lambda it: liars.handing_over(it, some_of(3))),
+    "says it got others": (1, lambda it: liars.misprinting(it, lambda found: found ^ 1)),
+    "does not say": (1, lambda it: liars.misprinting(it, lambda _: None)),
 }
 
 
-@pytest.mark.parametrize("lie", SENDERS)
-def test_who_hands_over_others_is_named(
-    pairs: HostedSwarm, swarm: Swarm, local: Any, lie: str
-) -> None:
-    sender, receiver = two_of(pairs, swarm)
-    with SENDERS[lie](sender):
+@pytest.mark.parametrize("lie", LIES)
+def test_who_lies_is_named_and_left(pairs: HostedSwarm, swarm: Swarm, local: Any, lie: str) -> None:
+    place, lying = LIES[lie]
+    both = two_of(pairs, swarm)
+    liar, other = both[place], both[1 - place]
+    with lying(liar):
         is_right(swarm, local)
         table = swarm.audit(wait=PATIENCE)
-    assert table.wrong == (sender.peer_id,)
+    assert table.wrong == (liar.peer_id,)
     (found,) = (one for one in table.verdicts if one.outcome == "wrong")
-    assert receiver.name in found.by
+    assert other.name in found.by
     assert len(found.by) == 2
-    assert swarm.route().hops[0].peer_id != sender.peer_id
-
-
-@pytest.mark.parametrize("lie", RECEIVERS)
-def test_who_says_that_it_got_others_is_named(
-    pairs: HostedSwarm, swarm: Swarm, local: Any, lie: str
-) -> None:
-    sender, receiver = two_of(pairs, swarm)
-    with RECEIVERS[lie](receiver):
-        is_right(swarm, local)
-        table = swarm.audit(wait=PATIENCE)
-    assert table.wrong == (receiver.peer_id,)
-    (found,) = (one for one in table.verdicts if one.outcome == "wrong")
-    assert sender.name in found.by
+    assert swarm.route().hops[place].peer_id != liar.peer_id
 
 
 def test_who_tells_the_notebook_others_than_it_hands_over_is_named(pairs: HostedSwarm) -> None:

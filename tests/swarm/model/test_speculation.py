@@ -89,11 +89,13 @@ def test_a_draft_that_is_none_of_these(demo_swarm: HostedSwarm) -> None:
 
 
 @pytest.mark.works('Generation: `draft="auto"`')
-def test_a_text_that_repeats_itself(demo_swarm: HostedSwarm) -> None:
-    """Copying a list out: the same text in less than half of the passes, mostly in a third.
-
-    How many tokens are guessed at once depends on how long passes take.
-    """
+def test_a_text_that_repeats_itself(
+    demo_swarm: HostedSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copying a list out: the same text in a third of the passes."""
+    # How many tokens are guessed follows from how long passes take, which is this machine's matter.
+    expected = drafting.DraftLength().cost()
+    monkeypatch.setattr(drafting.DraftLength, "cost", lambda _: expected)
     text = "\n".join(f"{name} = {name.upper()}_{size}" for size, name in enumerate(NAMES))
     prompt = f"{text}\n{text}\n{text[:40]}"
     with sn.connect(demo_swarm.initial_peers, model=demo_swarm.model) as swarm:
@@ -101,7 +103,7 @@ def test_a_text_that_repeats_itself(demo_swarm: HostedSwarm) -> None:
         plain = swarm.generate(prompt, **options)
         passes = len(swarm.trace().passes)
         assert swarm.generate(prompt, draft="auto", **options) == plain
-        assert 2 * len(swarm.trace().passes) < passes
+        assert 3 * len(swarm.trace().passes) <= passes
         options |= {"max_new_tokens": 8, "num_beams": 2}
         assert swarm.generate(prompt, draft="auto", **options) == swarm.generate(prompt, **options)
 

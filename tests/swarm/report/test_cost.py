@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,19 +33,22 @@ def test_a_preview_says_what_blocks_at_home_take(tiny_scene: Scene) -> None:
     swarm = tiny_scene.swarm
     asked = {"prompt_tokens": TOKENS, "max_new_tokens": NEW}
     weights = tiny_scene.reference.model.layers[3].parameters()
-    before = swarm.preview(**asked, own=3)
+    for _ in range(20):
+        before = swarm.preview(**asked, own=3)
+        assert not swarm.owned
+        swarm.own(3)
+        try:
+            there = swarm.preview(**asked)
+        finally:
+            swarm.release()
+        # Its seconds are of how fast servers say they are, which may change at any time.
+        if swarm.preview(**asked, own=3) == before:
+            break
+    assert there == before
     assert before.home == (3,)
     assert before.home_bytes == sum(weight.nbytes for weight in weights)
     assert before.requests == 3 * NEW  # one more stretch
     assert "at home block 3, " in str(before)
-    assert not swarm.owned
-    swarm.own(3)
-    try:
-        # How long it takes is estimated anew whenever servers say how fast they are.
-        timeless = {"seconds": 0.0, "first_token_seconds": 0.0}
-        assert replace(swarm.preview(**asked), **timeless) == replace(before, **timeless)
-    finally:
-        swarm.release()
     assert swarm.preview(**asked).home_bytes == 0
 
 
