@@ -133,6 +133,34 @@ def test_every_error_has_its_place_in_troubleshooting() -> None:
     assert sorted(headings) == sorted(errors.reference(kind) for kind in kinds)
 
 
+def texts() -> list[str]:
+    """All texts in the package, with … where a value stands."""
+
+    def text(node: ast.AST) -> str:
+        match node:
+            case ast.JoinedStr():
+                return "".join(map(text, node.values))
+            case ast.Constant(value=str(value)):
+                return value
+        return "…"
+
+    trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return [text(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant)]
+
+
+def test_troubleshooting_quotes_what_errors_say() -> None:
+    said = "\n".join(texts())
+    parts = re.split(
+        r"^### ", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE
+    )
+    for part in parts[1:]:
+        code, lines, _ = part.split("\n\n", 2)
+        quotes = re.findall(r"\*([^*]+)\*(?: · |$)", lines.replace("\n", " "))
+        assert quotes or code == "SN-remote-error", code
+        assert not [quote for quote in quotes if quote.strip("… ") not in said], code
+
+
 def test_an_error_says_where_it_is_explained() -> None:
     error = errors.MissingBlocks("no server holds block 3")
     shown = "".join(traceback.format_exception(error))
