@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,26 +21,17 @@ from typing import Any
 import peft
 import pytest
 import torch
+from foreign.petals_servers import PYTHON, PetalsServer, environment, petals
 from support.hosting import HostedServer, HostedSwarm
-from support.patience import wait_until
 from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
 from swarm_notebook.server.options import ServeOptions
 
-PYTHON = Path(os.environ["PETALS"]) / "bin" / "python"
 BLOCKS = 6
 LENGTH = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-ADDRESS = re.compile(r"/ip4/127\.0\.0\.1/tcp/\d+/p2p/\w+")
 CLIENT = Path(__file__).with_name("petals_client.py")
-
-
-def environment() -> dict[str, str]:
-    """That of Petals' processes: nothing of ours is imported there, and no card is used."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    return {**kept, **offline, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -59,57 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config |= {"rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": "float32"}
     (path / "config.json").write_text(json.dumps(config))
     return path
-
-
-class PetalsServer:
-    """A process of ``petals.cli.run_server``."""
-
-    def __init__(self, folder: Path, start: int, end: int, log: Path, *swarm: str):
-        command = [PYTHON, "-W", "ignore", "-m", "petals.cli.run_server", folder]
-        options = f"--dht_prefix {folder.name} --block_indices {start}:{end} --device cpu"
-        options += " --torch_dtype float32 --throughput 10 --no_auto_relay --num_handlers 1"
-        options += " --skip_reachability_check --attn_cache_tokens 65536"
-        self.log = log
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                [*command, *options.split(), *swarm],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=environment(),
-                start_new_session=True,
-            )
-
-    @property
-    def started(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()[-2000:]
-        return "[INFO] Started" in self.log.read_text()
-
-    @property
-    def address(self) -> str:
-        found = ADDRESS.search(self.log.read_text())
-        assert found is not None
-        return found[0]
-
-    def kill(self) -> None:
-        """It, and the processes that it has forked."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, 9)
-        self.process.wait()
-
-
-@contextmanager
-def petals(folder: Path, logs: Path, *spans: tuple[int, int]) -> Iterator[list[PetalsServer]]:
-    servers: list[PetalsServer] = []
-    try:
-        for start, end in spans:
-            swarm = ["--initial_peers", servers[0].address] if servers else ["--new_swarm"]
-            log = logs / f"petals-{len(servers)}.log"
-            servers.append(PetalsServer(folder, start, end, log, *swarm))
-            wait_until(lambda: servers[-1].started, "a Petals server")
-        yield servers
-    finally:
-        for server in servers:
-            server.kill()
 
 
 @dataclass

@@ -50,6 +50,13 @@ def test_binder_asks_for_extras_that_there_are() -> None:
     assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
 
 
+def test_the_quick_start_says_what_extras_there_are() -> None:
+    """But for those of who works on the project."""
+    text = (ROOT / "docs" / "quickstart.md").read_text()
+    told = re.findall(r"^\| `(\w+)` \| .* \| .* \|$", text.partition("## ")[0], re.MULTILINE)
+    assert set(told) == PROJECT["optional-dependencies"].keys() - {"dev", "docs", "release"}
+
+
 def test_each_example_can_be_run_on_colab_and_binder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first cell installs what it needs there, and does nothing elsewhere."""
     monkeypatch.setenv("GITHUB_REPOSITORY", "someone/swarm")
