@@ -193,12 +193,18 @@ def resolve(
 
     Raises:
         ModelNotFound: with what was looked for, what was found, and what to do.
+        TypeError: it is nothing of these, but a model or a swarm, say.
     """
     if dummy:
         return _dummy(model)
     if model is None or model == demo.DEMO_NAME:
         return _demo(progress)
-    text = os.fspath(model)
+    try:
+        text = os.fspath(model)
+    except TypeError:
+        raise TypeError(
+            f"model: a {type(model).__name__}, expected its folder, its .gguf file, or its Hub id"
+        ) from None
     path = Path(text).expanduser()
     if path.is_dir():
         return _folder(path)

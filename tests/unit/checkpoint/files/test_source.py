@@ -100,6 +100,11 @@ def test_a_name_that_exists_nowhere_says_what_was_tried(monkeypatch: pytest.Monk
         resolve("nobody/nothing")
 
 
+def test_a_model_itself_is_not_its_name() -> None:
+    with pytest.raises(TypeError, match=r"model: a Linear, expected its folder, .* Hub id"):
+        resolve(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("text", ["./nothing/here", "a/b/c", "missing.gguf", "~/nothing"])
 def test_a_path_that_does_not_exist_is_no_hub_name(text: str) -> None:
     with pytest.raises(ModelNotFound, match="no such folder or file"):
