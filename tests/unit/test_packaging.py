@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import sys
 import tomllib
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import check
 import pytest
@@ -18,6 +20,7 @@ import swarm_notebook
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
 CONDA = {"torch": "pytorch"}  # names that differ there
 
 
@@ -89,6 +92,33 @@ def test_the_notes_of_a_release_are_its_part_of_the_changelog() -> None:
     with pytest.raises(LookupError, match=r"0\.3\.0"):
         check.notes("# Changelog\n\n## 0.1.0\n\n- a\n", "0.3.0")
     assert check.version() == swarm_notebook.__version__
+
+
+def test_the_index_shows_a_readme_whose_links_lead_to_the_repository(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hatchling is there only while a package is built."""
+    interface = SimpleNamespace(MetadataHookInterface=object)
+    monkeypatch.setitem(sys.modules, "hatchling.metadata.plugin.interface", interface)
+    hook = runpy.run_path(str(ROOT / "release" / "metadata.py"))["ReleaseMetadata"]
+    hook.root = str(ROOT)
+
+    def metadata() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        hook().update(found)
+        return found
+
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    here = metadata()
+    assert here == {"readme": {"content-type": "text/markdown", "text": README}}
+    monkeypatch.setenv("GITHUB_REPOSITORY", "someone/swarm")
+    there = metadata()
+    text = there["readme"]["text"]
+    assert "](https://github.com/someone/swarm/blob/main/docs/protocol.md)" in text
+    assert 'src="https://github.com/someone/swarm/raw/main/docs/session-light.webp"' in text
+    assert not re.search(r'\]\((?!http|#)|(src|srcset)="(?!http)', text)
+    assert "](https://github.com/learning-at-home/hivemind)" in text
+    assert there["urls"]["Documentation"] == "https://someone.github.io/swarm/"
 
 
 def test_a_wheel_with_too_much_or_too_little_is_no_release(tmp_path: Path) -> None:
