@@ -22,6 +22,7 @@ from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.client.connection import Connection
 from swarm_notebook.client.loop import LoopThread
 from swarm_notebook.local.swarm import plan_spans
+from swarm_notebook.net.dht.records import ServerState
 from swarm_notebook.net.node import Node
 from swarm_notebook.server.app import Server
 from swarm_notebook.server.engine import throughput
@@ -131,6 +132,11 @@ class HostedServer:
     def forget_records(self) -> None:
         """As a keeper in the DHT, lose all that it keeps."""
         _thread().loop.call_soon_threadsafe(self.node.dht.protocol.storage.clear)
+
+    def announce(self) -> None:
+        """Say now what it says once per period."""
+        up: Any = self._server._up
+        assert _thread().run(up.announcer.announce(up.describe(ServerState.ONLINE)))
 
     def lose(self, other: HostedServer) -> None:
         """Be as after calls to another one that nobody answered, with no record of it."""
