@@ -50,14 +50,22 @@ CUT_SECONDS = 30.0
 # Of those that are up, the room for blocks that stays, as a part of the blocks.
 ROOM = 1.6
 START_SECONDS, LEAVE_SECONDS = 120.0, 45.0
-# Waits for a line of addresses, and then until the swarm tells of all servers through these.
+# Between two lines for whoever looks for the servers.
+LOOK_SECONDS = 1.0
+# Reads where servers are, line by line, as they may go elsewhere just then, until the swarm tells
+# of all of them through these.
 LOOK = """
 import sys, time, swarm_notebook as sn
 folder, names = sys.argv[1:]
-address = sys.stdin.readline().split()
-began = time.monotonic()
-while not set(names.split()) <= {row.name for row in sn.look(address, model=folder).servers}:
-    pass
+began = None
+for line in sys.stdin:
+    began = began or time.monotonic()
+    try:
+        found = sn.look(line.split(), model=folder)
+    except sn.errors.ConnectionFailed:
+        continue
+    if set(names.split()) <= {row.name for row in found.servers}:
+        break
 print(time.monotonic() - began)
 """
 
@@ -219,20 +227,25 @@ class Run:
         }
         return not set(range(*server.held or (0, 0))) <= others
 
-    def restore(self) -> None:
-        """All servers are there again, and ready."""
+    def restore(self, servers: Sequence[Chooser]) -> None:
+        """These servers are there again, and ready."""
 
         def ready() -> bool:
-            for server in self.servers:
+            for server in servers:
                 if not server.up:
                     self.join(server)
-            return all(server.held for server in self.servers)
+            return all(server.held for server in servers)
 
         wait(ready, self.servers)
 
     def cut(self) -> None:
-        """Half of the servers cannot be reached for a time, each by itself."""
+        """Half of the servers cannot be reached for a time, each by itself.
+
+        All of the other half are up before: notebooks, which are on that side, have room for all
+        blocks there.
+        """
         assert self.networks is not None
+        self.restore(self.servers[: len(self.servers) // 2])
         names = " ".join(f"server-{one.number}" for one in self.servers if one.up)
         command = [*self.networks.prefix(len(self.servers)), sys.executable, "-c", LOOK]
         command += [str(self.folder), names]
@@ -250,10 +263,18 @@ class Run:
         for server in lost:
             server.reached = True
         self.events["cut"] += 1
-        # Those that were never cut off, where they are now.
-        there = [one for server in self.servers[: -len(lost)] for one in server.addresses]
-        said, _ = looking.communicate(" ".join(there) + "\n", timeout=START_SECONDS)
-        self.healed = float(said)
+        deadline = time.monotonic() + START_SECONDS
+        assert looking.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            while looking.poll() is None and time.monotonic() < deadline:
+                # Those that were never cut off, where they are now.
+                there = [one for server in self.servers[: -len(lost)] for one in server.addresses]
+                looking.stdin.write(" ".join(there) + "\n")
+                looking.stdin.flush()
+                time.sleep(LOOK_SECONDS)
+        looking.kill()
+        said, _ = looking.communicate()
+        self.healed = float(said) if said else None
 
     def _places(self) -> list[tuple[int, int] | None]:
         return [server.held for server in self.servers if server.reached]
@@ -350,7 +371,7 @@ def main() -> int:
                 work(run, options.seconds, holes)
             retaken = []
             for _ in range(options.losses):
-                run.restore()
+                run.restore(servers)
                 retaken.append(run.lose())
             moves = sum(server.moves for server in servers) - sum(before)
     for text, times in Counter(told.errors).items():
@@ -378,6 +399,7 @@ def main() -> int:
         )
     )
     bad = told.counts["wrong"] or told.counts["lost"] or told.unclear
+    bad = bad or (networks is not None and run.healed is None)
     return 1 if bad or not told.counts["tokens"] else 0
 
 
