@@ -53,7 +53,8 @@ from gpu_local import (
 )
 from gpu_report import Facts, copied_bytes_per_second, say, summary, token_bytes
 
-PROCESSES = 8
+# Of sessions: a power of two, on half of the cores, as what they ask for needs the others.
+PROCESSES = 1 << max(3, ((os.cpu_count() or 1) // 2).bit_length() - 1)
 MANY, LORA_SESSIONS = 64, 8
 # A session that grows takes an eighth more than it needs.
 CACHE_TOKENS = MANY * (PROMPT + PROMPT // 8 + 64)
