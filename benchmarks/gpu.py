@@ -207,14 +207,17 @@ def crowd(
     peers = peers_of(made)
     inquiry = Inquiry(peers)
     try:
-        before = inquiry.info(made[0].peer_id) or {}
+        before = [inquiry.info(server.peer_id) or {} for server in made]
         told = clients.prefill(peers)
         marks = clients.decode()
-        after = inquiry.info(made[0].peer_id) or {}
+        after = [inquiry.info(server.peer_id) or {} for server in made]
     finally:
         inquiry.close()
         clients.end()
-    steps, calls = (after[name] - before[name] for name in ("steps", "step_calls"))
+    steps, calls = (
+        [new[name] - old[name] for new, old in zip(after, before, strict=True)]
+        for name in ("steps", "step_calls")
+    )
     seconds = max(mark[1] for mark in marks) - min(mark[0] for mark in marks)
     return {
         "servers": len(made),
@@ -223,9 +226,11 @@ def crowd(
         "tokens_per_s": round(sessions * STEPS / seconds, 1),
         "ms_per_step": round(1000 * seconds / STEPS, 2),
         "prefill_ms": round(1000 * max(one["prefill"] for one in told), 1),
-        "steps_per_call": round(steps / calls, 1) if calls else None,
-        "cache_tokens_total": after["cache_tokens_total"],
-        "engine": after["engine"],
+        "steps_per_call": [
+            round(each / max(own, 1), 1) for each, own in zip(steps, calls, strict=True)
+        ],
+        "cache_tokens_total": after[0]["cache_tokens_total"],
+        "engine": after[0]["engine"],
     }
 
 
