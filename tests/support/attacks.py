@@ -27,6 +27,7 @@ from support.attacking import (
     many,
 )
 
+from swarm_notebook.errors import SwarmError
 from swarm_notebook.net.dht.records import ServerInfo, ServerState
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol, streams, tensors
@@ -258,6 +259,35 @@ async def long_prompts(target: Target, at_once: int = 2) -> Errors:
     return await many(at_once, one)
 
 
+async def full_cache(target: Target, at_once: int = 64) -> Errors:
+    """Sessions that fill the cache, with steps in flight all the time; what is lost is begun anew.
+
+    A step repeats the last positions of its session, so that it goes on for ever.
+    """
+    # A cache has room for an eighth more than was asked for, in pages.
+    length, until, errors = target.tokens // at_once * 7 // 8, deadline(target), Errors()
+    prompt, token = torch.randn(1, length, target.hidden), torch.randn(1, 1, target.hidden)
+
+    async def go_on(stream: streams.Stream, number: int) -> None:
+        await stream.send(target.request(prompt, session_id=f"full {number}", max_length=length))
+        for _ in range(2):
+            await stream.send(target.request(token, start_from_position=length - 1))
+        while time.monotonic() < until:
+            await stream.receive()
+            await stream.send(target.request(token, start_from_position=length - 1))
+
+    async def one(number: int) -> None:
+        while time.monotonic() < until:
+            async with target.asking(protocol.RPC_INFERENCE) as stream:
+                try:
+                    async with asyncio.timeout(max(0.1, until - time.monotonic())):
+                        await go_on(stream, number)
+                except (SwarmError, *BARE) as error:
+                    errors.append(error)
+
+    return await many(at_once, one, at_once) + errors
+
+
 async def inner_modules(target: Target, at_once: int = 8) -> Errors:
     """Outputs of all modules inside of the blocks, of a pass that is as long as can be."""
     names = ["mlp", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj", "self_attn"]
@@ -319,5 +349,6 @@ ATTACKS: dict[str, Attack] = {
     "16 unread answers": unread_answers,
     "passes of 16,384 tokens": long_passes,
     "sessions with prompts of 4,096 tokens": long_prompts,
+    "64 busy sessions that fill the cache": full_cache,
     "outputs of all inner modules": inner_modules,
 }

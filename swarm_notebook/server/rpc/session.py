@@ -140,12 +140,15 @@ class ServerSession:
         self._stream.account.resize(held)
 
     def _drop(self) -> None:
-        """The pool takes the memory; no step is in flight."""
-        if self._state is not None:
+        """The pool takes the memory; where a step is in flight, `run` gives it back after that."""
+        if self._state is not None and not self.busy:
             self._state.cache.release()
-        self._state = None
+            self._state = None
         self._end(
-            SessionLost("the session was idle and its memory was needed, send its history again")
+            SessionLost(
+                "others needed the memory of this session, which was idle or beyond its client's "
+                "share; send its history again"
+            )
         )
 
     def _end(self, error: SwarmError) -> None:

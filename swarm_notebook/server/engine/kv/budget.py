@@ -12,6 +12,11 @@ may be dropped after `IDLE_SECONDS`; if nothing else helps, the request waits, a
 wait sessions may be dropped that have been idle all that time. Who gets nothing gets `CacheFull`
 with the numbers. A dropped session's notebook sees `SessionLost` and rebuilds from its history.
 
+Nobody is refused for what another client holds beyond its share, the same part for each who holds
+or wants some: sessions of whoever has most end at once for who has less than that, steps in flight
+or not. An identity costs nothing, and many could make everybody's share small: so nobody loses
+what is within a `PROTECTED_PART` of all.
+
 When memory comes free, those who wait look in order: first who holds some already (who goes on
 will end, and give it back), then the others, each as they came. A few may wait, beyond them is
 `ServerBusy`. Sessions themselves cost something, too, so their number is bounded, for one client
@@ -22,10 +27,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
-from swarm_notebook.errors import CacheFull, ServerBusy
+from swarm_notebook.errors import CacheFull, ServerBusy, SessionLost
 
 # Short, as a notebook whose session was dropped rebuilds it by itself, for the price of a prefill.
 IDLE_SECONDS = 30.0
@@ -38,17 +44,26 @@ WAITING = 64
 # Sessions cost two tasks and a stream each, even without a cache; one client cannot have them all.
 CLIENT_SESSIONS = 128
 SESSIONS = 1024
+# Of the cache, as one over this, at least is a client's share: eight that are at work fill it, and
+# a ninth waits as it would have without shares; with less, a flood of identities could end sessions
+# that need hardly more than a prompt.
+PROTECTED_PART = 8
 
 
 @dataclass(eq=False)
 class Reservation:
-    """One session's part of the budget."""
+    """One session's part of the budget.
+
+    Attributes:
+        closed: set when the session holds nothing any more.
+    """
 
     drop: Callable[[], None]
     client: str = ""
     tokens: int = 0
     busy: bool = False
     last_used: float = 0.0
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,14 @@ class KVBudget:
     def free(self) -> int:
         return self.total - sum(reservation.tokens for reservation in self.reservations)
 
+    def held(self) -> Counter[str]:
+        """What each client holds, of those who hold or want some."""
+        held = Counter[str]()
+        for reservation in self.reservations:
+            if reservation.tokens or reservation.busy:
+                held[reservation.client] += reservation.tokens
+        return held
+
     def decide(
         self,
         reservation: Reservation,
@@ -86,6 +109,11 @@ class KVBudget:
             return Grant(minimum)
         dropped = []
         for other in self._idle(reservation, now - idle_seconds):
+            dropped.append(other)
+            room += other.tokens
+            if minimum <= room:
+                return Grant(min(preferred, room), tuple(dropped))
+        for other in self._beyond_shares(reservation, minimum, dropped):
             dropped.append(other)
             room += other.tokens
             if minimum <= room:
@@ -120,6 +148,28 @@ class KVBudget:
             self.reservations.remove(other)
             other.tokens = 0
         reservation.tokens = grant.tokens
+
+    def _beyond_shares(
+        self, reservation: Reservation, minimum: int, dropped: Collection[Reservation]
+    ) -> Iterator[Reservation]:
+        """Sessions that end for one whose client has less than its share, the next one each time.
+
+        Of the client who has most, and of its sessions the longest unused.
+        """
+        held = self.held()
+        held[reservation.client] += minimum - reservation.tokens
+        share = self.total // min(len(held), PROTECTED_PART)
+        if held[reservation.client] > share:
+            return
+        for other in dropped:
+            held[other.client] -= other.tokens
+        left = [one for one in self.reservations if one.tokens and one not in dropped]
+        left.sort(key=lambda one: one.last_used)
+        while held[most := max(held, key=held.__getitem__)] > share:
+            found = next(one for one in left if one.client == most)
+            left.remove(found)
+            held[most] -= found.tokens
+            yield found
 
     def _idle(self, reservation: Reservation | None, since: float) -> list[Reservation]:
         """Other sessions that have been idle since then, the longest first.
@@ -162,6 +212,8 @@ class CachePool:
     def open(self, drop: Callable[[], None], client: str = "") -> Reservation:
         """A new session's reservation; ``drop`` is called when the session loses its memory.
 
+        Then it gives it back at once, or after a step in flight, when it is closed.
+
         Raises:
             ServerBusy: there are too many sessions.
         """
@@ -178,6 +230,7 @@ class CachePool:
         if reservation in self._budget.reservations:
             self._budget.reservations.remove(reservation)
         reservation.tokens = 0
+        reservation.closed.set()
         self._wake()
 
     def begin(self, reservation: Reservation) -> None:
@@ -196,6 +249,7 @@ class CachePool:
 
         Raises:
             CacheFull: more than the server has, or nothing became free within ``wait`` seconds.
+            SessionLost: the session was dropped meanwhile.
         """
         if minimum > self.total:
             raise CacheFull(
@@ -212,7 +266,7 @@ class CachePool:
                 idle = min(IDLE_SECONDS, max(now - begun, SHORT_IDLE_SECONDS))
             grant = self._budget.decide(reservation, min(preferred, self.total), minimum, now, idle)
             if grant is not None:
-                return self._apply(reservation, grant)
+                return await self._apply(reservation, grant)
             if now >= deadline:
                 raise CacheFull(
                     f"asked for {minimum} cache tokens (rows x positions), {self.free} of "
@@ -220,14 +274,27 @@ class CachePool:
                     "try again later or use another server"
                 )
             await self._changed(reservation, deadline - now)
+            if reservation not in self._budget.reservations:
+                raise SessionLost("others needed the memory of this session")
 
-    def _apply(self, reservation: Reservation, grant: Grant) -> int:
+    async def _apply(self, reservation: Reservation, grant: Grant) -> int:
         shrunk = grant.tokens < reservation.tokens
+        # The books first, so that nobody else takes what those in flight still give back.
         self._budget.apply(reservation, grant)
+        in_flight = [other for other in grant.dropped if other.busy]
         for other in grant.dropped:
             other.drop()
         if shrunk or grant.dropped:
             self._wake()
+        try:
+            async with asyncio.timeout(MAX_WAIT_SECONDS):
+                for other in in_flight:
+                    await other.closed.wait()
+        except TimeoutError:
+            raise CacheFull(
+                f"a step that is in flight has kept the memory of {grant.tokens} cache tokens for "
+                f"{MAX_WAIT_SECONDS:.0f} s; try again later or use another server"
+            ) from None
         return grant.tokens
 
     async def _changed(self, reservation: Reservation, seconds: float) -> None:

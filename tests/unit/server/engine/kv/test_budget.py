@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from swarm_notebook.errors import CacheFull, ServerBusy
+from swarm_notebook.errors import CacheFull, ServerBusy, SessionLost
 from swarm_notebook.server.engine.kv import budget as kv_budget
 from swarm_notebook.server.engine.kv.budget import CachePool, Grant, KVBudget, Reservation
 from swarm_notebook.server.engine.kv.cache import grown_capacity
@@ -47,6 +47,62 @@ def test_idle_sessions_go_the_longest_idle_first_and_no_more_than_needed() -> No
 def test_a_session_with_a_step_in_flight_is_never_dropped() -> None:
     books, (mine, _) = budget(100, (0, 0, True), (90, 0, True))
     assert books.decide(mine, 20, 20, now=1e6, idle_seconds=0) is None
+
+
+def shared(total: int, **held: list[int]) -> tuple[KVBudget, dict[str, list[Reservation]]]:
+    """A budget with busy sessions of each client; later ones are the longer unused."""
+    made = {
+        client: [
+            Reservation(lambda: None, client, tokens, busy=True, last_used=-number)
+            for number, tokens in enumerate(tokens)
+        ]
+        for client, tokens in held.items()
+    }
+    return KVBudget(total, [one for sessions in made.values() for one in sessions]), made
+
+
+def test_who_has_less_than_its_share_takes_from_who_has_most() -> None:
+    books, made = shared(120, most=[30, 30], more=[50], mine=[10])
+    (mine,), (newer, older), (more,) = made["mine"], made["most"], made["more"]
+    wanted = [
+        (11, Grant(20, (older,))),
+        (40, Grant(40, (older,))),  # exactly its share of three
+        (41, None),
+    ]
+    for minimum, grant in wanted:
+        assert books.decide(mine, max(20, minimum), minimum, now=0, idle_seconds=30) == grant
+    # The one that has most now loses its only session, as it is beyond its share.
+    older.tokens = 0
+    mine.tokens = 40
+    assert books.decide(more, 51, 51, now=0, idle_seconds=30) is None
+    other = Reservation(lambda: None, "other", busy=True)
+    books.reservations.append(other)
+    assert books.decide(other, 30, 30, now=0, idle_seconds=30) == Grant(30, (more,))
+    assert newer in books.reservations
+
+
+def test_what_is_free_and_who_is_idle_comes_before_shares() -> None:
+    books, made = shared(100, most=[50, 20], idle=[20], mine=[0])
+    (mine,), (idle,) = made["mine"], made["idle"]
+    idle.busy, idle.last_used = False, -100
+    assert books.decide(mine, 10, 10, now=0, idle_seconds=30) == Grant(10)
+    assert books.decide(mine, 30, 30, now=0, idle_seconds=30) == Grant(30, (idle,))
+    assert books.decide(mine, 33, 33, now=0, idle_seconds=30) == Grant(33, (idle, made["most"][1]))
+
+
+def test_many_identities_take_nothing_of_what_is_protected() -> None:
+    books, made = shared(800, honest=[60, 40], **{f"made up {n}": [35] for n in range(20)})
+    stranger = Reservation(lambda: None, "stranger", busy=True)
+    books.reservations.append(stranger)
+    assert books.free == 0
+    assert books.decide(stranger, 20, 20, now=0, idle_seconds=30) is None
+    made["made up 0"][0].tokens, made["honest"][0].tokens = 34, 61
+    assert books.decide(stranger, 20, 20, now=0, idle_seconds=30) == Grant(20, (made["honest"][1],))
+
+
+def test_a_client_takes_nothing_from_itself_by_shares() -> None:
+    books, made = shared(100, mine=[50, 50, 0])
+    assert books.decide(made["mine"][2], 10, 10, now=0, idle_seconds=30) is None
 
 
 def test_sessions_without_memory_are_not_dropped_in_vain() -> None:
@@ -189,6 +245,36 @@ def test_an_idle_notebook_keeps_its_memory_until_others_need_it() -> None:
         assert lost == []
         await pool.resize(other, 128, 41, wait=0)
         assert lost == ["idle"]
+
+    run(work())
+
+
+def test_memory_of_a_step_in_flight_is_had_when_that_is_done_and_by_nobody_else() -> None:
+    async def work() -> None:
+        pool, lost = CachePool(100), list[str]()
+        greedy = [pool.open(lambda: lost.append("one"), "greedy") for _ in range(2)]
+        for reservation in greedy:
+            pool.begin(reservation)
+            await pool.resize(reservation, 50, 50, wait=0)
+        grows = asyncio.create_task(pool.resize(greedy[1], 70, 70, wait=9))
+        other = pool.open(lambda: None, "other")
+        pool.begin(other)
+        getting = asyncio.create_task(pool.resize(other, 40, 40, wait=0))
+        await asyncio.sleep(0.01)
+        assert lost == ["one"]
+        assert not getting.done()
+        pool.close(greedy[0])
+        assert await getting == 40
+        await asyncio.sleep(0.01)
+        assert not grows.done()
+        assert (pool.free, pool.sessions) == (10, 2)
+        third = pool.open(lambda: None, "third")
+        pool.begin(third)
+        asking = asyncio.create_task(pool.resize(third, 30, 30, wait=0))
+        with pytest.raises(SessionLost):
+            await grows
+        pool.close(greedy[1])
+        assert await asking == 30
 
     run(work())
 
