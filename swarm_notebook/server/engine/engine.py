@@ -8,6 +8,7 @@ kept activations, is filed under its peer id, so that no two notebooks ever see 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -47,9 +48,7 @@ class Engine:
         self._span = span
         self.batching = batching
         self.adapters: AdapterStore[_Adapter] = AdapterStore(accepted)
-        self._activations: ActivationStore[tuple[str, str], AutogradPass] = ActivationStore(
-            activation_bytes
-        )
+        self._activations: ActivationStore[AutogradPass] = ActivationStore(activation_bytes)
         # By span and kind of pass, from how many rows x blocks on its activations are beyond the
         # budget: another adapter, length or mask leaves another number of bytes behind.
         self._oversized: WeakKeyDictionary[Span, dict[tuple[Any, ...], int]] = WeakKeyDictionary()
@@ -101,9 +100,11 @@ class Engine:
         if request.keep is None or not self._can_keep(span, request):
             return None
         try:
-            recorded = yield from record(span, request, self._activations.make_room)
-        except NoRoom:
-            self._learn_oversized(span, request)
+            make_room = partial(self._activations.make_room, peer)
+            recorded = yield from record(span, request, make_room)
+        except NoRoom as error:
+            if error.size > self._activations.total:
+                self._learn_oversized(span, request)
             return None
         if recorded is None:
             return None

@@ -17,50 +17,69 @@ class Clock:
         return self.now
 
 
-def activations(total: int = 100) -> tuple[ActivationStore[str, str], Clock]:
+def activations(total: int = 100) -> tuple[ActivationStore[str], Clock]:
     clock = Clock()
     return ActivationStore(total, clock), clock
+
+
+def of(name: str, peer: str = "one") -> tuple[str, str]:
+    return peer, name
 
 
 def test_the_least_recently_used_activations_go_first() -> None:
     kept, _ = activations()
     for name in "abc":
-        kept.put(name, name.upper(), 30)
-    assert kept.get("a") == "A"
-    kept.put("d", "D", 30)
-    assert [kept.get(name) for name in "abcd"] == ["A", None, "C", "D"]
+        kept.put(of(name), name.upper(), 30)
+    assert kept.get(of("a")) == "A"
+    kept.put(of("d"), "D", 30)
+    assert [kept.get(of(name)) for name in "abcd"] == ["A", None, "C", "D"]
     assert kept.held == 90
+
+
+def test_nobody_drives_out_activations_of_who_holds_less() -> None:
+    kept, _ = activations()
+    kept.put(of("a", "little"), "A", 20)
+    for name in "bcdefgh":
+        kept.put(of(name, "much"), name.upper(), 20)
+    assert [kept.get(of(name, "much")) for name in "bcdefgh"] == [*[None] * 3, *"EFGH"]
+    assert kept.get(of("a", "little")) == "A"
+    kept.put(of("z", "little"), "Z", 30)  # it holds 50 then, as much as the other at most
+    assert [kept.get(of(name, "much")) for name in "efgh"] == [None, None, "G", "H"]
+    assert kept.held == 90
+    kept.put(of("large", "much"), "L", 90)  # more than is left to it, whatever it gives up
+    assert kept.get(of("large", "much")) is None
+    assert [kept.get(of(name, "little")) for name in "az"] == ["A", "Z"]
 
 
 def test_activations_beyond_the_budget_are_not_kept_and_drive_nobody_out() -> None:
     kept, _ = activations()
-    kept.put("a", "A", 60)
-    kept.put("large", "L", 101)
-    assert (kept.get("a"), kept.get("large"), kept.held) == ("A", None, 60)
-    assert not kept.make_room(101)
-    assert kept.make_room(100)
+    kept.put(of("a"), "A", 60)
+    kept.put(of("large"), "L", 101)
+    assert (kept.get(of("a")), kept.get(of("large")), kept.held) == ("A", None, 60)
+    assert not kept.make_room("one", 101)
+    assert kept.make_room("one", 100)
     assert kept.held == 0
 
 
 def test_activations_grow_old() -> None:
     kept, clock = activations()
-    kept.put("old", "O", 10)
-    kept.put("used", "U", 10)
+    kept.put(of("old"), "O", 10)
+    kept.put(of("used"), "U", 10)
     clock.now += KEEP_SECONDS / 2
-    assert kept.get("used") == "U"
+    assert kept.get(of("used")) == "U"
     clock.now += KEEP_SECONDS / 2
     kept.expire()
-    assert (kept.held, kept.get("used"), kept.get("old")) == (10, "U", None)
+    assert (kept.held, kept.get(of("used")), kept.get(of("old"))) == (10, "U", None)
 
 
 def test_activations_are_replaced_and_dropped_by_what_they_are() -> None:
     kept, _ = activations()
-    kept.put("a", "A", 40)
-    kept.put("a", "B", 50)
-    assert (kept.held, kept.get("a")) == (50, "B")
-    kept.put("c", "C", 20)
+    kept.put(of("a"), "A", 40)
+    kept.put(of("a"), "B", 50)
+    assert (kept.held, kept.get(of("a"))) == (50, "B")
+    kept.put(of("c"), "C", 20)
     kept.remove_if(lambda key, value: value == "B")
-    assert (kept.held, kept.get("a"), kept.get("c")) == (20, None, "C")
+    assert (kept.held, kept.get(of("a")), kept.get(of("c"))) == (20, None, "C")
 
 
 LIMITS = AdapterLimits(bytes=100, number=3)

@@ -32,7 +32,15 @@ MAX_RECORDED = 1024
 
 
 class NoRoom(Exception):
-    """A forward pass would leave more behind than may be kept."""
+    """A forward pass would leave more behind than may be kept.
+
+    Attributes:
+        size: bytes that it has left until now.
+    """
+
+    def __init__(self, size: int):
+        super().__init__(f"no room for {size} bytes")
+        self.size = size
 
 
 @dataclass
@@ -203,4 +211,4 @@ class _SavedBytes:
                 self._seen.add(storage.data_ptr())
                 self.size += storage.nbytes()
         if not self._room(self.size):
-            raise NoRoom
+            raise NoRoom(self.size)
