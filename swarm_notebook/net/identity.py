@@ -11,8 +11,11 @@ programs write them, serve as well.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, TypeGuard
 
@@ -171,3 +174,18 @@ def _peer_of(packed: bytes) -> PeerID:
         return PeerID(bytes([_IDENTITY, len(packed)]) + packed)
     digest = hashlib.sha256(packed).digest()
     return PeerID(bytes([_SHA256, len(digest)]) + digest)
+
+
+@contextlib.contextmanager
+def identity_file(path: Path | None) -> Iterator[tuple[Identity, Path, bool]]:
+    """An identity, the file of it (without a wanted one, gone afterwards), and if it was there."""
+    if path is not None:
+        lasting = path.exists()
+        if not lasting:
+            Identity.new().write(path)
+        yield Identity.read(path), path, lasting
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        new = Identity.new()
+        new.write(Path(folder, "identity"))
+        yield new, Path(folder, "identity"), False

@@ -14,7 +14,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import psutil
@@ -28,7 +28,7 @@ from swarm_notebook.errors import ClocksDiffer, ConnectionFailed
 from swarm_notebook.net import bootstrap
 from swarm_notebook.net.addresses import LOOPBACK, addresses_of, parse_address, parse_peers
 from swarm_notebook.net.dht.storage import MembersOnly, bound_storage, prefer_signed
-from swarm_notebook.net.identity import Identity
+from swarm_notebook.net.identity import Identity, identity_file
 from swarm_notebook.net.membership.certificate import Credentials, Membership
 from swarm_notebook.net.membership.invitation import Invitation, is_invitation
 from swarm_notebook.net.membership.joining import join
@@ -94,10 +94,13 @@ class Node:
         dht: DHTNode,
         initial_peers: Sequence[Multiaddr],
         identity: Identity,
+        *,
         membership: Membership | None = None,
+        credentials: Credentials | None = None,
     ):
         self.p2p, self.dht, self.identity, self.membership = p2p, dht, identity, membership
         self._initial_peers = list(initial_peers)
+        self._credentials, self._reviving = credentials, asyncio.Lock()
         self.answers: Traffic = Traffic(max(LEAST_ANSWER_BYTES, psutil.virtual_memory().total // 4))
 
     @classmethod
@@ -139,7 +142,7 @@ class Node:
             parse_address("host_maddrs", address, "/ip4/<address>/tcp/<port>")
         deadline = time.monotonic() + patience
         try:
-            with _identity_file(identity) as (key, path, lasting):
+            with identity_file(identity) as (key, path, lasting):
                 p2p = await bootstrap.start_daemon(
                     lambda: P2P.create(
                         initial_peers=[str(peer) for peer in peers] or None,
@@ -147,8 +150,9 @@ class Node:
                         host_maddrs=None if client else list(host_maddrs),
                         no_listen=client,
                         identity_path=str(path),
-                        # A daemon is started for that; nobody else has an identity that is new.
-                        check_if_identity_free=lasting,
+                        # A daemon is started for that; nobody else has an identity that is new, or
+                        # a notebook's.
+                        check_if_identity_free=lasting and not client,
                         startup_timeout=START_TIMEOUT,
                         use_relay=not client or bool(peers),
                         auto_nat=not client,
@@ -162,6 +166,7 @@ class Node:
             raise _unreachable(initial_peers, error) from None
         mend_calls(p2p)
         use_loop_writers(p2p)
+        daemon.end_if_unheard(p2p)
         known = [PeerID.from_base58(peer["p2p"]) for peer in peers]
         try:
             if credentials is None and invitations:
@@ -193,7 +198,7 @@ class Node:
             await p2p.shutdown()
             raise
         bound_storage(dht)
-        return cls(p2p, dht, peers, key, membership)
+        return cls(p2p, dht, peers, key, membership=membership, credentials=credentials)
 
     @property
     def peer_id(self) -> PeerID:
@@ -341,26 +346,32 @@ class Node:
                     return True
         return False
 
+    async def revive(self) -> None:
+        """Where a notebook's daemon has ended, start another one, as the same peer.
+
+        Raises: as `start`.
+        """
+        async with self._reviving:
+            if daemon.lives(self.p2p):
+                return
+            logger.warning("the network daemon (p2pd) of this notebook has ended; starting anew")
+            with tempfile.TemporaryDirectory() as folder:
+                self.identity.write(Path(folder, "identity"))
+                new = await Node.start(
+                    [str(peer) for peer in self._initial_peers],
+                    client=True,
+                    identity=Path(folder, "identity"),
+                    credentials=self._credentials,
+                )
+            p2p, dht, self.p2p, self.dht = self.p2p, self.dht, new.p2p, new.dht
+            await dht.shutdown()
+            await daemon.clear_up(p2p)
+
     async def stop(self) -> None:
         """Leave the DHT and end the daemon."""
         await self.dht.shutdown()
         await daemon.end(self.p2p)
         await opening.settle(self.p2p)
-
-
-@contextlib.contextmanager
-def _identity_file(path: Path | None) -> Iterator[tuple[Identity, Path, bool]]:
-    """An identity, the file of it (without a wanted one, gone afterwards), and if it was there."""
-    if path is not None:
-        lasting = path.exists()
-        if not lasting:
-            Identity.new().write(path)
-        yield Identity.read(path), path, lasting
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        new = Identity.new()
-        new.write(Path(folder, "identity"))
-        yield new, Path(folder, "identity"), False
 
 
 def _unreachable(initial_peers: Sequence[str], error: Exception) -> ConnectionFailed:

@@ -16,7 +16,7 @@ from swarm_notebook.client.servers.routing import (
     describe_blocks,
 )
 from swarm_notebook.client.servers.snapshot import Shortage
-from swarm_notebook.errors import MissingBlocks, OtherCheckpoint
+from swarm_notebook.errors import ConnectionFailed, MissingBlocks, OtherCheckpoint
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ async def await_chain(
 
 async def _look(directory: Directory, start: int, end: int, exclude: Collection[str]) -> None:
     """Look for servers of these blocks, old and new ones."""
+    with contextlib.suppress(ConnectionFailed):
+        await directory.node.revive()
     # A known server that is back says so at once; a search of the DHT may be held up by many that
     # are gone. Meanwhile it is found out whether the connections are what is gone.
     silent = [peer for peer in directory.heard if directory.health.is_silent(peer)]

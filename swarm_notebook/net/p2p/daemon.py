@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import time
@@ -13,11 +14,34 @@ from pathlib import Path
 import psutil
 from hivemind.p2p import P2P
 
+logger: logging.Logger = logging.getLogger(__name__)
+
 # p2pd ends within 0.1 s of SIGTERM (measured); a busy machine may take much longer.
 STOP_SECONDS = 5.0
 EXIT_POLL_SECONDS = 0.01
 # A loop that gets SIGCHLD reaps its child within milliseconds.
 REAP_SECONDS = 0.5
+
+
+def end_if_unheard(p2p: P2P) -> None:
+    """From now on, a daemon ends that this process does not hear or read any more.
+
+    hivemind's tasks for that do not come back: what runs out of memory, or of a socket, leaves a
+    peer that is there for ever and answers nobody. A daemon that has died is noticed.
+    """
+
+    def unheard(task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        why = task.exception() or "the connection to it has broken"
+        if lives(p2p) and p2p._child is not None:
+            logger.error("the network daemon is not heard any more, so it ends: %r", why)
+            with contextlib.suppress(ProcessLookupError):
+                p2p._child.terminate()
+
+    control = p2p._client.control
+    for task in (control._read_task, control._write_task, p2p._reader_task):
+        task.add_done_callback(unheard)
 
 
 async def ended(p2p: P2P) -> None:

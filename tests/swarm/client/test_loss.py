@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -156,6 +158,23 @@ def test_idle_sessions_make_room_for_a_crowd_and_go_on_after_it(small: Scene) ->
         small.same(ours, generate(small.reference, longer_ids, past_key_values=one.past_key_values))
     assert sum(session.failovers for session in idle) >= 2
     assert busy.session.failovers == 0
+
+
+def test_a_notebook_whose_daemon_has_ended_goes_on(tiny_llama: Path) -> None:
+    """In a conversation and with a new one, as the same peer."""
+    with scene(tiny_llama, 1, hosted=True) as stage:
+        node = stage.swarm.connection.directory.node
+        ids, more = stage.ids(1, 9), stage.ids(1, 5, seed=1)
+        first = generate(stage.remote, ids)
+        peer, ended = node.peer_id, node.p2p._child.pid
+        os.kill(ended, signal.SIGKILL)
+        longer = torch.cat([first.sequences, more], dim=1)
+        ours = generate(stage.remote, longer, past_key_values=first.past_key_values)
+        cache = generate(stage.reference, ids).past_key_values
+        stage.same(ours, generate(stage.reference, longer, past_key_values=cache))
+        stage.same(generate(stage.remote, more), generate(stage.reference, more))
+        assert node.peer_id == peer
+        assert node.p2p._child.pid != ended
 
 
 @torch.no_grad()

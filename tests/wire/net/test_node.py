@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
 from hivemind.p2p import P2PDaemonError, PeerID
 from hivemind.proto import runtime_pb2
 from support.patience import PATIENCE
 
 from swarm_notebook.net.node import Node
+from swarm_notebook.net.p2p import daemon
 
 
 async def _echo(data: bytes, _peer: PeerID) -> bytes:
@@ -99,3 +101,20 @@ async def _forget_and_redial() -> tuple[int, int]:
 
 def test_peers_that_were_silent_are_found_again() -> None:
     assert asyncio.run(_forget_and_redial()) == (0, 1)
+
+
+@pytest.mark.parametrize("lost", ["connection", "output"])
+def test_a_daemon_that_is_not_heard_any_more_ends(lost: str) -> None:
+    """As when there was no memory for what it said; whoever has it waits for its end."""
+
+    async def work() -> None:
+        node = await Node.start(client=False)
+        if lost == "connection":
+            node.p2p._client.control._write_task.cancel()  # which closes it
+        else:
+            node.p2p._child.stdout.set_exception(MemoryError())
+        async with asyncio.timeout(PATIENCE):
+            await daemon.ended(node.p2p)
+        await daemon.clear_up(node.p2p)
+
+    asyncio.run(work())
