@@ -9,9 +9,11 @@ in several threads, and some are interrupted (SIGINT) and killed (SIGKILL). Mean
 servers with the same blocks has faults of its own, one at a time, so that the other one of the pair
 has its blocks; and the first notebook sleeps.
 
-A fault costs a pause: the longest time in which the first notebook has no token, or no step, from
-the fault's beginning to `AFTER_SECONDS` after its end, less the time that it slept. Faults of
-several pairs overlap, and a pause counts for each of them. A table at the end says what happened.
+A fault costs a pause: the longest time without a token, or without a step, in which the fault
+began, less the time that the notebook slept. Faults of several pairs may begin in one pause: it
+counts for each of them. One in which none began counts for the last one before it. A table at the
+end says what happened; faults of blocks that no other server had, because the other one of the pair
+had ended by itself, are told apart, and so is the time between two steps while nothing is wrong.
 
 First comes a fifth of the time as warm-up. Then, with no notebook there, memory and open files of
 the servers that are never restarted are noted; after the rest of the time they must be there again.

@@ -32,6 +32,7 @@ from chaos.told import AFTER_SECONDS, Told, say
 
 NOTEBOOK = len(SPANS)  # the number of its namespace
 START_SECONDS = 120.0
+QUIET_SECONDS = 10.0  # before the first fault
 KINDS = {
     "works": notebooks.work_without_a_break,
     "acts": notebooks.do_anything,
@@ -58,6 +59,9 @@ class Run:
             working = stack.enter_context(self._telling("works"))
             acting = stack.enter_context(self._telling("acts"))
             self._await_beats()
+            began = time.monotonic()
+            self._stop.wait(QUIET_SECONDS)
+            self.told.quiet = began, time.monotonic()
             lanes = self._lanes(working)
             threads = [threading.Thread(target=self._guarded, args=(lane,)) for lane in lanes]
             for thread in threads:
@@ -66,6 +70,8 @@ class Run:
             self._stop.set()
             for thread in threads:
                 thread.join()
+            for lane in lanes:
+                lane.prepare()
             time.sleep(AFTER_SECONDS)
             self.told.end()
             if any(child.poll() is not None for child in (working, acting)):
@@ -206,7 +212,7 @@ def main() -> int:
     told = run.told
     for text, times in Counter(told.errors).items():
         say(f"{times} x {text}")
-    grown = compare(before, after)
+    grown = compare(run.steady, before, after)
     for text in [*told.unclear, *grown]:
         say(text)
     print(told.table())

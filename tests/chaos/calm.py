@@ -20,10 +20,15 @@ HELD = ("sessions", "activation_bytes_held", "cache_tokens_held")
 
 
 def taken(servers: Sequence[Server], told: Mapping[str, Mapping[str, int]]) -> dict[int, Any]:
-    """What each server takes of the machine, with what it has told of itself by peer id."""
+    """What each server takes of the machine, with what it has told of itself by peer id.
+
+    Those that have told nothing, or have ended, are missing.
+    """
     time.sleep(TIDY)
     found = {}
     for server in servers:
+        if not server.running or server.peer_id not in told:
+            continue
         process, facts = psutil.Process(server.pid), told[server.peer_id]
         found[server.number] = {
             **{name: facts[name] for name in HELD},
@@ -34,11 +39,15 @@ def taken(servers: Sequence[Server], told: Mapping[str, Mapping[str, int]]) -> d
     return found
 
 
-def compare(before: Mapping[int, Any], after: Mapping[int, Any]) -> list[str]:
-    """What did not go back to where it was."""
-    wrong = []
-    for number, was in before.items():
-        now = after[number]
+def compare(
+    servers: Sequence[Server], before: Mapping[int, Any], after: Mapping[int, Any]
+) -> list[str]:
+    """What did not go back to where it was; after what `taken` has found of these servers."""
+    numbers = {server.number for server in servers}
+    silent = sorted(numbers - before.keys() | numbers - after.keys())
+    wrong = [f"server {number} did not answer when all was calm" for number in silent]
+    for number in sorted(numbers - {*silent}):
+        was, now = before[number], after[number]
         wrong += [f"server {number}: {name} is {now[name]}" for name in HELD if now[name]]
         if now["restarts"] > was["restarts"]:  # its memory ran out, and it is another process
             continue

@@ -40,9 +40,14 @@ class Lane:
 
     They come from a deck that is shuffled anew when it is used up: each comes as often as it is in
     the deck, and none is missing for long.
+
+    Attributes:
+        where: whom the present one befalls.
+        covered: whether another server has the blocks.
     """
 
     calm = CALM_SECONDS
+    where, covered = "the notebook", True
 
     def __init__(self, told: Told, seed: int):
         self.told, self.dice = told, random.Random(seed)
@@ -58,10 +63,15 @@ class Lane:
                 self._deck = self.deck()
                 self.dice.shuffle(self._deck)
             fault = self._deck.pop()
+            self.prepare()
             began = time.monotonic()
             fault()
+            done = Fault(fault.__name__, began, time.monotonic(), self.where, self.covered)
             with self.told.lock:
-                self.told.faults.append(Fault(fault.__name__, began, time.monotonic()))
+                self.told.faults.append(done)
+
+    def prepare(self) -> None:
+        """Before each fault."""
 
     def _a_while(self) -> None:
         time.sleep(self.dice.uniform(*FAULT_SECONDS))
@@ -93,6 +103,15 @@ class PairLane(Lane):
             if self.networks.shapes:
                 others += [self.loss, self.slow]
         return restarts + 2 * others
+
+    def prepare(self) -> None:
+        """Start servers again that have ended by themselves, as without memory they may."""
+        for server in self._both:
+            if not server.running:
+                with self.told.lock:
+                    self.told.counts["servers ended by themselves"] += 1
+                server.again()
+        self._befalls(self.restarted)
 
     def stop(self) -> None:
         """A machine that stands still: the connections stay, nobody answers."""
@@ -179,7 +198,12 @@ class PairLane(Lane):
             self._a_while()
 
     def _one(self) -> Server:
-        return self.dice.choice(self._both)
+        return self._befalls(self.dice.choice(self._both))
+
+    def _befalls(self, server: Server) -> Server:
+        self.where = f"server-{server.number}"
+        self.covered = all(other.running for other in self._both if other is not server)
+        return server
 
     @contextlib.contextmanager
     def _limited(self, server: Server, what: int, limit: int) -> Iterator[None]:
@@ -189,10 +213,8 @@ class PairLane(Lane):
         try:
             yield
         finally:
-            if server.process.poll() is None:
+            if server.running:
                 resource.prlimit(server.pid, what, before)
-            else:
-                server.again()
 
     def _again(self, ahead: int = 0) -> None:
         server = self.restarted

@@ -286,20 +286,27 @@ def be_interrupted(peers: Sequence[str], folder: str, seed: int) -> None:
 
 
 def look(peers: Sequence[str], folder: str, servers: Sequence[str]) -> None:
-    """Tell what each server says of itself once it holds nothing for anybody, or after a time."""
+    """Tell what each server says of itself once it holds nothing for anybody, or after a time.
+
+    What does not answer until then is left out.
+    """
     import swarm_notebook as sn
 
     with sn.connect(peers, model=folder) as swarm:
         deadline, found = time.monotonic() + CALM_SECONDS, {}
         for peer in servers:
             while True:
-                facts = swarm.info(peer)
-                told = {name: facts[name] for name in ("sessions", "activation_bytes_held")}
-                if not any(told.values()) or time.monotonic() > deadline:
+                try:
+                    facts = swarm.info(peer)
+                except SwarmError:
+                    facts = {}
+                told = {name: facts.get(name) for name in ("sessions", "activation_bytes_held")}
+                if (facts and not any(told.values())) or time.monotonic() > deadline:
                     break
                 time.sleep(0.5)
-            held = facts["cache_tokens_total"] - facts["cache_tokens_free"]
-            found[peer] = {**told, "cache_tokens_held": held}
+            if facts:
+                held = facts["cache_tokens_total"] - facts["cache_tokens_free"]
+                found[peer] = {**told, "cache_tokens_held": held}
     print(json.dumps(found), flush=True)
 
 

@@ -63,6 +63,10 @@ class Server:
         assert self.process is not None
         return self.process.pid
 
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def start(self, ahead: int = 0) -> None:
         """Start the process, with a clock that is so many seconds ahead."""
         self.ahead = ahead
