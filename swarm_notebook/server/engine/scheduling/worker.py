@@ -14,6 +14,7 @@ turn, and a job that was cancelled ends.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -32,6 +33,8 @@ from swarm_notebook.server.engine.scheduling.scheduler import (
 )
 from swarm_notebook.server.engine.scheduling.turns import Turns
 from swarm_notebook.server.engine.scheduling.window import BatchWindow
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Takes the one argument of each of several jobs; gives, for each, its result or its error.
 RunBatch = Callable[[Sequence[Any]], Sequence[Any]]
@@ -239,18 +242,32 @@ class ComputeThread:
         self._thread.join(timeout)
 
     def _work(self) -> None:
-        while jobs := self._take():
-            begun = time.monotonic()
-            outcomes = Job._run_all(jobs, self._room(jobs[0]))
-            ended = time.monotonic()
-            if isinstance(outcomes[0], _More):
-                self._schedule.add(jobs[0].task, jobs[0], begun=True)
-            else:
-                loop = jobs[0].future.get_loop()
-                loop.call_soon_threadsafe(_finish_all, jobs, outcomes)
+        while True:
+            jobs: Sequence[Job] = ()
+            try:
+                if not (jobs := self._take()):
+                    return
+                self._serve(jobs)
+            except Exception as error:
+                # Without memory anything may fail. Whoever waits hears of it, and others go on.
+                logger.exception("the torch thread failed between two jobs")
+                if jobs:
+                    loop = jobs[0].future.get_loop()
+                    loop.call_soon_threadsafe(_finish_all, jobs, [error] * len(jobs))
+
+    def _serve(self, jobs: Sequence[Job]) -> None:
+        begun = time.monotonic()
+        outcomes = Job._run_all(jobs, self._room(jobs[0]))
+        ended = time.monotonic()
+        if isinstance(outcomes[0], _More):
+            self._schedule.add(jobs[0].task, jobs[0], begun=True)
+        else:
+            loop = jobs[0].future.get_loop()
+            loop.call_soon_threadsafe(_finish_all, jobs, outcomes)
+        try:
             self._learn(jobs, outcomes[0], ended - begun, ended)
-            # While it waits for more, it holds nothing of sessions that may have ended.
-            del jobs, outcomes
+        except Exception:
+            logger.exception("nothing was learnt from a job")
 
     def _room(self, job: Job) -> int:
         """How much the next piece of a job may have, if it comes in pieces."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from typing import NoReturn
 
 import pytest
 
@@ -38,6 +39,26 @@ def test_an_error_belongs_to_its_job_alone() -> None:
         with pytest.raises(ZeroDivisionError):
             await failing.future
         assert await working.future == 2
+
+    in_loop(work)
+
+
+def test_a_thread_without_memory_goes_on_and_nobody_waits_in_vain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether it fails before a job, which hears of it, or behind one, which has its result."""
+
+    def fail(*_: object) -> NoReturn:
+        raise MemoryError
+
+    async def work(compute: ComputeThread) -> None:
+        compute.on_ran = fail
+        assert await compute.submit(lambda: 1).future == 1
+        with monkeypatch.context() as patched:
+            patched.setattr(compute, "_room", fail)
+            with pytest.raises(MemoryError):
+                await compute.submit(lambda: 2).future
+        assert await compute.submit(lambda: 3).future == 3
 
     in_loop(work)
 
