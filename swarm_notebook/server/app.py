@@ -399,4 +399,7 @@ async def _tell_engine(batching: Batching, announcer: Announcer) -> None:
 async def _keep_expiring(handler: Handler) -> None:
     while True:
         await asyncio.sleep(EXPIRE_SECONDS)
-        await handler.expire()
+        try:
+            await handler.expire()
+        except Exception:
+            logger.exception("letting go of what is old failed; trying again")
