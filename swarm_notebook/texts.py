@@ -1,8 +1,11 @@
-"""Texts of peers, made fit to be shown."""
+"""Names of peers, and texts of theirs made fit to be shown."""
 
 from __future__ import annotations
 
 import unicodedata
+
+# Stands in the place of a peer's name where that is this notebook.
+HERE = "this notebook"
 
 # Control characters (Cc), what has no width or turns the direction of a text (Cf), separators of
 # lines and paragraphs, halves of characters: a terminal may obey them, and a reader see other

@@ -28,8 +28,6 @@ MAX_REASON = 500
 MAX_INNER_BYTES = 512 << 20
 # Bytes of a value: nobody answers in more than the notebook computes in, or float32.
 _WIDEST = torch.float32.itemsize
-# Up to here reading takes less than going to a thread (measured, see `server.rpc.codec`).
-INLINE_BYTES = 128 << 10
 
 T = TypeVar("T")
 
@@ -196,7 +194,7 @@ def answer_bytes(request: Request) -> int:
 
 async def beside_loop(size: int, read: Callable[[], T]) -> T:
     """What ``read`` makes of tensors of so many bytes; in another thread if they are large."""
-    if size <= INLINE_BYTES:
+    if size <= tensors.INLINE_BYTES:
         return read()
     return await asyncio.to_thread(read)
 

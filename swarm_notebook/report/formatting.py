@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 Count = TypeVar("Count", bound=int | str | None)
 
 UNKNOWN = "-"
-# What stands in the place of a server's name for blocks at home.
-HERE = "this notebook"
 
 
 def runs(counts: Sequence[Count]) -> list[tuple[int, int, Count]]:

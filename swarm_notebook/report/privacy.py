@@ -7,10 +7,10 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from swarm_notebook.report.base import ModelReport
-from swarm_notebook.report.formatting import HERE, count, data_frame, text_table
+from swarm_notebook.report.formatting import count, data_frame, text_table
 from swarm_notebook.report.html import head, number_cell, table, view
 from swarm_notebook.report.plot import Line, LineChart
-from swarm_notebook.texts import clean
+from swarm_notebook.texts import HERE, clean
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from swarm_notebook.client.servers.routing import block_runs, token_seconds
 from swarm_notebook.report.base import ModelReport
-from swarm_notebook.report.formatting import HERE, data_frame, text_table
+from swarm_notebook.report.formatting import data_frame, text_table
 from swarm_notebook.report.html import block_bar, head, number_cell, peer_cell, table, view
-from swarm_notebook.texts import clean
+from swarm_notebook.texts import HERE, clean
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -27,7 +27,6 @@ from swarm_notebook.net.dht.records import ServerSpan, ServerState
 from swarm_notebook.net.wire.tensors import COMPRESSIONS
 from swarm_notebook.report.base import ModelReport
 from swarm_notebook.report.formatting import (
-    HERE,
     UNKNOWN,
     count,
     data_frame,
@@ -37,7 +36,7 @@ from swarm_notebook.report.formatting import (
     text_table,
 )
 from swarm_notebook.report.html import block_bar, head, number_cell, peer_cell, table, view
-from swarm_notebook.texts import clean
+from swarm_notebook.texts import HERE, clean
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -327,12 +327,7 @@ class Server:
             loading = self._begin_loading(compute, source)
         node = await start_node(options, self._stack, source.shared_name)
         self._reunion = await stay_together(
-            options,
-            self._stack,
-            node,
-            source.dht_prefix,
-            self._announce_soon,
-            known=self.known,
+            options, self._stack, node, source.dht_prefix, self._announce_soon, known=self.known
         )
         blocks = source.config().num_hidden_layers
         placing = Placing(node, source.dht_prefix, blocks)

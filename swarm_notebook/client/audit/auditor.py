@@ -27,7 +27,7 @@ from swarm_notebook.client.audit.comparison import Errors, Result, errors_of
 from swarm_notebook.client.audit.evidence import Evidence
 from swarm_notebook.client.audit.interface import Outcomes
 from swarm_notebook.client.audit.piece import Piece
-from swarm_notebook.client.audit.verdicts import AGREED, HERE, OPEN, WRONG, Verdict, Verdicts
+from swarm_notebook.client.audit.verdicts import AGREED, OPEN, WRONG, Verdict, Verdicts
 from swarm_notebook.client.audit.witnesses import Replay, Witnesses
 from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.client.passes.call import server_name
@@ -37,6 +37,7 @@ from swarm_notebook.client.servers.routing import RouteSegment
 from swarm_notebook.client.session.history import History
 from swarm_notebook.client.telemetry import Failover
 from swarm_notebook.errors import ModelNotFound, Unsupported
+from swarm_notebook.texts import HERE
 
 logger: logging.Logger = logging.getLogger(__name__)
 

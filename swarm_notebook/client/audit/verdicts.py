@@ -11,7 +11,6 @@ from swarm_notebook.client.audit.interface import Outcomes
 from swarm_notebook.client.audit.piece import Piece
 
 AGREED, WRONG, OPEN = "agreed", "wrong", "open"
-HERE = "this notebook"
 # Verdicts that are kept, the latest; those of wrong answers are kept apart, with what they are of.
 MAX_VERDICTS, MAX_PROOFS = 1024, 64
 

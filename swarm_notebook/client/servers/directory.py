@@ -52,13 +52,8 @@ REFRESH_PERIOD_MISSING = 1.0
 PATIENCE = 30.0
 # How long the first reading may take in any case: a DHT search gives up on a silent peer after 3 s.
 FIRST_READING = 4.0
-
-
 # Why a server has blocks and nobody is to ask for them, by what it has announced last.
-_AWAY = {
-    ServerState.OFFLINE: "has left",
-    ServerState.JOINING: "is just joining",
-}
+_AWAY = {ServerState.OFFLINE: "has left", ServerState.JOINING: "is just joining"}
 
 
 @dataclass

@@ -14,13 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from swarm_notebook.net.wire import tensors
 from swarm_notebook.net.wire.message import PackedTensor
 from swarm_notebook.server.rpc import messages
-
-# Measured on two cores of a shared x86 machine: up to here the slowest of all, packing as 8-bit
-# values, takes 0.2 ms, and going to a thread and back 0.06 to 0.13 ms; 1 MiB takes 1.4 to 3 ms,
-# and 16 MiB 100 ms.
-INLINE_BYTES = 128 << 10
 
 R = TypeVar("R")
 
@@ -36,7 +32,7 @@ class Codec:
 
         Raises: what the function raises.
         """
-        if size <= INLINE_BYTES:
+        if size <= tensors.INLINE_BYTES:
             return function(*arguments)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, function, *arguments)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from swarm_notebook.client.audit.comparison import Errors
-from swarm_notebook.client.audit.verdicts import AGREED, HERE, OPEN, WRONG, Verdict
+from swarm_notebook.client.audit.verdicts import AGREED, OPEN, WRONG, Verdict
 from swarm_notebook.report.audit import AuditTable
+from swarm_notebook.texts import HERE
 
 PEERS = ["12D3KooWA", "12D3KooWB", "12D3KooWC"]
 VERDICTS = (

@@ -70,10 +70,9 @@ class OfGrid(Packed):
         return [self.scales]
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
-        values = _integers(self.plane(), self.shape, self.group).sub_(8)
         scales, offsets = self.scales.to(torch.float32).permute(2, 1, 0)
-        values.mul_(scales[:, :, None]).add_(offsets[:, :, None])
-        return values.view(self.shape).to(dtype)
+        integers = _integers(self.plane(), self.shape, self.group).sub_(8)
+        return _unpacked(integers, scales, offsets).view(self.shape).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -110,10 +109,8 @@ class OfFile(Packed):
         return [high, (both - high).to(torch.bfloat16).contiguous()]
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
-        values = _integers(self.nibbles, self.shape, self.group)
-        scales, offsets = self.scales(*self.rest)
-        values.mul_(scales[:, :, None]).add_(offsets[:, :, None])
-        return values.view(self.shape).to(dtype)
+        integers = _integers(self.nibbles, self.shape, self.group)
+        return _unpacked(integers, *self.scales(*self.rest)).view(self.shape).to(dtype)
 
 
 def arranged(packed: Packed) -> Packed | None:
@@ -202,3 +199,8 @@ def _integers(plane: torch.Tensor, shape: torch.Size, group: int) -> torch.Tenso
     tiles = plane.view(rows // _TILE, columns, _TILE // 2)
     integers = torch.cat([tiles & 15, tiles >> 4], dim=2).transpose(1, 2)
     return integers.reshape(rows, -1, group).to(torch.float32)
+
+
+def _unpacked(integers: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """In the place of the integers; a scale and an offset for each group: ``[rows, groups]``."""
+    return integers.mul_(scales[:, :, None]).add_(offsets[:, :, None])
