@@ -102,11 +102,15 @@ def _what_was_seen(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def picture(notebook: Notebook) -> Callable[[Locator, str], None]:
-    """Keeps what a part of the screen looks like, in both themes, each of which axe looks at."""
+    """Keeps what a part of the screen looks like, in both themes, each of which axe looks at.
+
+    It leaves the other theme: to change it takes Lab some seconds.
+    """
     SCREENS.mkdir(parents=True, exist_ok=True)
 
     def take(part: Locator, name: str) -> None:
-        for dark in (True, False):
+        shown = notebook.dark
+        for dark in (shown, not shown):
             notebook.theme(dark)
             assert faults(part) == []
             part.screenshot(path=SCREENS / f"{name}-{'dark' if dark else 'light'}.png")

@@ -100,6 +100,11 @@ class Notebook:
     def output(self, number: int) -> Locator:
         return self.cells.nth(number).locator(".jp-Cell-outputArea")
 
+    @property
+    def dark(self) -> bool:
+        """Whether it is shown in the dark theme."""
+        return self.page.locator("body").get_attribute("data-jp-theme-light") == "false"
+
     def theme(self, dark: bool) -> None:
         self.command("apputils:change-theme", theme=f"JupyterLab {'Dark' if dark else 'Light'}")
         light = "false" if dark else "true"

@@ -148,7 +148,7 @@ def test_a_long_text_opens_on_its_end(notebook: Notebook) -> None:
     assert row.get_by_role("gridcell").last.evaluate(inside)
     assert row.get_by_role("rowheader").evaluate(inside)
     # Also after another theme and width; but where somebody has scrolled to stays.
-    notebook.theme(dark=True)
+    notebook.theme(not notebook.dark)
     notebook.page.set_viewport_size({"width": 600, "height": HEIGHT})
     notebook.page.wait_for_function(inside, arg=row.get_by_role("gridcell").last.element_handle())
     # What is said of a cell has no room beside the grid, and stands below it.
@@ -156,7 +156,6 @@ def test_a_long_text_opens_on_its_end(notebook: Notebook) -> None:
     assert grid is not None
     assert below is not None
     assert below["y"] >= grid["y"] + grid["height"]
-    notebook.theme(dark=False)
     box.hover()
     notebook.page.mouse.wheel(-9999, 0)
     first = row.get_by_role("gridcell").first.element_handle()
