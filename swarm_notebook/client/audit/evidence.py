@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from swarm_notebook.client.audit import limits
 from swarm_notebook.client.audit.comparison import Errors
 
-# Sums that are kept, each of up to 17 audits of 32 tokens: 10 MB at most, and more pairs of
-# servers and witnesses than a notebook audits in a day at 2 % of a request per second.
-MOST_SUMS = 2048
+# Sums that are kept, each of up to 65 audits of 32 tokens: 10 MB at most.
+MOST_SUMS = 512
 
 
 @dataclass

@@ -5,20 +5,20 @@ changes a limit measures again. Servers are honest in five ways: one pass, piece
 with a cache, beside another row, eager attention; on a card also step by step through CUDA graphs
 and compiled blocks. 29 November 2026, one H200 and its host's CPU, torch 2.11; audits of 32 tokens
 of blocks 0:3 of the demo model and of ten random blocks (hidden size 1,024, Llama and Qwen 3),
-largest of all:
+largest of all ways, by what the blocks are and what their answers are rounded to; a card against
+its host's CPU, both ways, and against itself:
 
-| answers in, by what / replayed by | audits | ratio | over 128 | over 512 | gain | a token |
-|---|---|---|---|---|---|---|
-| bfloat16 at 4.5 bits, card / CPU | 2,496 | 1.22 | 1.08 | 1.02 | 1.6e-3 | 9.1 |
-| the same, CPU / card | 2,240 | 1.15 | 1.06 | 1.03 | 1.3e-3 | 14.1 |
-| the same, card / card | 6,528 | 1.16 | 1.07 | 1.03 | 1.6e-3 | 7.7 |
-| bfloat16 at 8.5 bits, card / CPU | 5,568 | 1.18 | 1.09 | 1.03 | 1.4e-3 | 9.5 |
+| blocks, answers in | audits | ratio | over 128 | over 512 | over 2,048 | gain | a token |
+|---|---|---|---|---|---|---|---|
+| demo, bfloat16 | 42,560 | 1.24 | 1.11 | 1.064 | 1.047 | 2.3e-3 | 22.7 |
+| demo, float16 | 21,280 | 1.25 | 1.10 | 1.063 | 1.044 | 5.1e-4 | 15.5 |
+| demo, bfloat16 at 4.5 and 8.5 bits | 17,504 | 1.20 | 1.07 | 1.03 | 1.02 | 1.9e-3 | 13.0 |
+| random, the same and 4.5 bits | 22,144 | 1.08 | 1.06 | 1.04 | 1.04 | 6.4e-4 | 1.4 |
 
-With random blocks (bfloat16, float16, float32 and 4.5 bits between card and CPU both ways, and
-card and card: 26,192 audits) there was no alarm at all. So of 43,024 honest audits one would have
-been called wrong by the limit of then, of 12 for a token; it is 24 now, and of those over
-`comparison.OUTLIER` two are wanted. On CPUs alone there were 3,400 in bfloat16 and 3,300 in
-float32, blocks 10:20, by the mean of errors in the place of their geometric mean: none.
+With 30,912 audits of float32 they are 134,400, of which one was called wrong, by a ratio just over
+1.25, then the limit of a single audit; and in 8 of 30 runs several together were, by ratios over
+1.06 at 512 tokens, the limit then, all of the demo model's first blocks and of another way to
+attend (`eager`). Under the limits of now all of them are honest.
 
 There lies were found by the first audit, in 100 of 100 texts each, in float32, float16 and bfloat16
 (server on the CPU, replay on the card, or the other way round): states times 1.02, zeros, noise of
@@ -35,8 +35,9 @@ and 2.4e-4 of float16.
 
 Taken together, audits tell more. int8 in one block of ten has a ratio of 1.16 or more over 128
 tokens, noise of 0.3 % of 1.07 or more over 512 (bfloat16, blocks 10:20). So the limit falls with
-the tokens that are taken together (`evidence`): 1.25, from 128 on 1.12, which finds the one block,
-and from 512 on 1.06, which finds the noise.
+the tokens that are taken together (`evidence`), between what honest servers reach and what lies
+begin at: 1.4 for one audit (int8 weights begin at 1.67), from 128 on 1.135, which finds the one
+block, from 512 on 1.085, and from 2,048 on 1.06, which finds the noise.
 
 Gradients in halves, all of a pass as one vector (blocks 10:20, 0:5 and 0:30, two rows of 64 tokens,
 gradients of the output at all, at a tenth and at the last of the positions; in pieces, row by row,
@@ -67,7 +68,7 @@ from swarm_notebook.client.audit.comparison import Errors
 MIN_TOKENS = 32
 
 # From so many tokens on; see the second table.
-MAX_RATIOS = {MIN_TOKENS: 1.25, 128: 1.12, 512: 1.06}
+MAX_RATIOS = {MIN_TOKENS: 1.4, 128: 1.135, 512: 1.085, 2048: 1.06}
 MOST_TOKENS = max(MAX_RATIOS)  # more tell no more
 # Of the mean over 32 tokens, by what the answer's values were rounded to, where there is no twin.
 MAX_ERROR = {torch.float32: 3e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
@@ -75,7 +76,7 @@ MAX_ERROR = {torch.float32: 3e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 MAX_TOKEN = 30.0
 # Over the twin's error, the largest of one token; and in how many tokens there may be one with more
 # than `comparison.OUTLIER`, besides a first one.
-MAX_TOKEN_RATIO = 24.0
+MAX_TOKEN_RATIO = 40.0
 TOKENS_PER_OUTLIER = 256
 MAX_GAIN, MAX_GAIN_OF_ERROR = 2e-3, 0.06
 # Of gradients in halves as one vector.
