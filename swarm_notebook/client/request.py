@@ -19,6 +19,7 @@ from swarm_notebook.client.passes.call import ANSWER_SLACK
 from swarm_notebook.errors import BadRequest, ServerFailed, Unsupported
 from swarm_notebook.net.dht.records import ServerSpan
 from swarm_notebook.net.wire import protocol, tensors
+from swarm_notebook.net.wire.hand_overs import Signed
 from swarm_notebook.net.wire.message import PackedTensor
 from swarm_notebook.texts import clean
 
@@ -134,6 +135,12 @@ def travelling(hidden: torch.Tensor, span: ServerSpan) -> torch.Tensor:
     """Hidden states as they are sent: not more exactly than the server computes."""
     half = tensors.float_dtype(span.info.torch_dtype)
     return hidden if half is None or hidden.dtype != torch.float32 else hidden.to(half)
+
+
+def as_short_as_exact(hidden: torch.Tensor) -> torch.Tensor:
+    """The same values in half as many bytes, if they have all been rounded so before."""
+    halves = (hidden.to(half) for half in (torch.bfloat16, torch.float16))
+    return next((half for half in halves if torch.equal(half.to(hidden.dtype), hidden)), hidden)
 
 
 def refuse_extensions(span: ServerSpan, server: str, request: Request) -> None:
@@ -271,6 +278,17 @@ def read_report(metadata: bytes) -> ServerReport:
     printed = found.get(protocol.PRINT)
     report.print = printed if type(printed) is int else None
     return report
+
+
+def read_proof(metadata: bytes) -> Signed | None:
+    """What a server has to show for what was pushed to it; rubbish is nothing."""
+    try:
+        found = protocol.unpack_metadata(metadata).get(protocol.PROOF)
+    except BadRequest:
+        return None
+    if not isinstance(found, (list, tuple)) or len(found) != 3:
+        return None
+    return Signed(*found) if all(isinstance(part, bytes) for part in found) else None
 
 
 def read_tensor(

@@ -260,7 +260,7 @@ class Server:
         self._stack.push_async_callback(handler.close)
         run_beside(self._stack, _keep_expiring(handler))
         run_beside(self._stack, _tell_engine(batching, announcer))
-        await handler.register(node.p2p)
+        await handler.register(node.p2p, node.identity)
 
         def now(state: ServerState) -> ServerInfo:
             return about(

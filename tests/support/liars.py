@@ -6,13 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from support.hosting import HostedServer
 from torch import nn
 
-from swarm_notebook.net.wire import tensors
-from swarm_notebook.net.wire.message import PackedTensor
+from swarm_notebook.client.request import read_proof
+from swarm_notebook.net.wire import protocol, tensors
+from swarm_notebook.net.wire.hand_overs import Signed
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.net.wire.prints import Printer
+from swarm_notebook.server.rpc.session import ServerSession
 
 Lie = Callable[[list[nn.Module]], list[Any]]
 
@@ -132,15 +136,52 @@ def handing_over(
     pushes = server.handler._pushes
     push = pushes.push
 
-    async def other(peer: str, target: Any, step_id: str, tensor: PackedTensor) -> str:
+    async def other(peer: str, target: Any, step_id: str, tensor: PackedTensor, client: str) -> str:
         changed = change(tensors.unpack(tensor, tensors.layout(tensor)).clone())
-        return await push(peer, target, step_id, tensors.pack(changed))
+        return await push(peer, target, step_id, tensors.pack(changed), client)
 
     pushes.push = other
     try:
         yield
     finally:
         pushes.push = push
+
+
+@contextmanager
+def signing(server: HostedServer, signature: bytes) -> Iterator[None]:
+    """Within it, a server signs so whatever it pushes."""
+    pushes = server.handler._pushes
+    own = pushes._identity
+
+    class Signer:
+        stated_key = own.stated_key
+
+        def sign(self, _data: bytes) -> bytes:
+            return signature
+
+    pushes._identity = Signer()
+    try:
+        yield
+    finally:
+        pushes._identity = own
+
+
+@contextmanager
+def showing(shown: Callable[[Signed | None], Signed | None]) -> Iterator[None]:
+    """Within it, servers of this process show something else for what was pushed to them."""
+    proof = ServerSession._proof
+
+    def other(self: ServerSession, message: PackedMessage) -> PackedMessage | None:
+        answer = proof(self, message)
+        if answer is None:
+            return None
+        found = shown(read_proof(answer.metadata))
+        told = {protocol.PROOF: (found.digest, found.signature, found.key)} if found else {}
+        return PackedMessage(metadata=protocol.pack_metadata(told))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ServerSession, "_proof", other)
+        yield
 
 
 @contextmanager

@@ -20,14 +20,13 @@ from dataclasses import replace
 
 import torch
 
-from swarm_notebook.client.audit import borders, limits, piece
-from swarm_notebook.client.audit.borders import Dispute, Disputes
-from swarm_notebook.client.audit.choice import PieceSampler
+from swarm_notebook.client.audit import limits, piece
+from swarm_notebook.client.audit.choice import PieceSampler, share_asked
 from swarm_notebook.client.audit.comparison import Errors, Result, errors_of
 from swarm_notebook.client.audit.evidence import Evidence
 from swarm_notebook.client.audit.interface import Outcomes
 from swarm_notebook.client.audit.piece import Piece
-from swarm_notebook.client.audit.verdicts import AGREED, OPEN, WRONG, Verdict, Verdicts
+from swarm_notebook.client.audit.verdicts import AGREED, OPEN, SIGNED, WRONG, Verdict, Verdicts
 from swarm_notebook.client.audit.witnesses import Replay, Witnesses
 from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.client.passes.call import server_name
@@ -65,10 +64,7 @@ class Auditor:
 
     Attributes:
         verdicts: what was found.
-        positions: fewer answers of a pass are not compared.
     """
-
-    positions = limits.MIN_TOKENS
 
     rate: float
 
@@ -78,51 +74,70 @@ class Auditor:
         self._choice = PieceSampler(rate, self._source)
         # By peer, and whether it was a way back: who is new to gradients may lie in them alone.
         self._tried: set[tuple[str, bool]] = set()
-        self._waiting: list[Piece | Dispute] = []
+        self._waiting: list[Piece] = []
         self._working: asyncio.Task | None = None
-        self._evidence, self._disputes = Evidence(), Disputes()
+        self._evidence = Evidence()
         self._witnesses = Witnesses(directory, self._source)
         self.verdicts: Verdicts = Verdicts()
+
+    def more_asked(
+        self, segment: RouteSegment, rows: int, length: int, states: int
+    ) -> tuple[int, float]:
+        """Of how many of a prompt's last positions to ask for the answers, and how often."""
+        more = -(-limits.MIN_TOKENS // rows)
+        if more > length:
+            return 1, 1.0
+        if (segment.peer, False) not in self._tried:
+            return more, 1.0
+        return more, share_asked(states, more - 1)
+
+    def draw_asked(self, share: float) -> bool:
+        """Whether this prompt is among so many of them."""
+        return self._source.random() < share
 
     def step(self, history: History) -> None:
         """A step of a session has come back."""
         current = history.current
+        rows, travelled = current.rows, piece.travelled(current, self._directory.together)
         for end, computed in list(current.computed.items()):
             segment = replace(computed.segment, start=computed.start, end=end)
-            rows = next(iter(current.edits.values())).shape[0]
             tokens = rows * current.end
-            if tokens >= limits.MIN_TOKENS and self._drawn(segment, rows * current.length, tokens):
+            of_step = rows * current.length
+            cost = self._drawn(segment, of_step, tokens, travelled=travelled, asked=computed.asked)
+            if cost:
                 compression = self._directory.compression_for(segment.span)
-                self._take(piece.of_session(history, computed, end, compression))
+                self._take(piece.of_session(history, computed, end, compression), cost)
 
     def forwarded(
         self, segment: RouteSegment, request: Request, answer: torch.Tensor, kept: bool
     ) -> None:
         """A server has answered its part of a forward pass without a cache."""
         tokens = answer.shape[0] * answer.shape[1]
-        if tokens >= limits.MIN_TOKENS and self._drawn(segment, tokens, tokens):
+        cost = self._drawn(segment, tokens, tokens)
+        if cost:
             compression = self._directory.compression_for(segment.span)
             found = piece.of_pass(segment, request, answer, compression, kept=kept)
             if found is not None and found.request.prompts is not None:
                 # They may be trained before the audit.
                 found.request.prompts = found.request.prompts.clone()
-            self._take(found)
+            self._take(found, cost)
 
     def went_back(
         self, segment: RouteSegment, request: Request, grad: torch.Tensor, found: PassGradients
     ) -> None:
         """A server has answered its part of a backward pass."""
         tokens = grad.shape[0] * grad.shape[1]
-        if tokens >= limits.MIN_TOKENS and self._drawn(segment, tokens, tokens, back=True):
-            self._take(piece.of_backward(segment, request, grad, found))
+        cost = self._drawn(segment, tokens, tokens, back=True)
+        if cost:
+            self._take(piece.of_backward(segment, request, grad, found), cost)
 
     def disputed(
         self, sender: RouteSegment, receiver: RouteSegment, history: History, why: str
     ) -> None:
         """What one server says it has handed to another is not what that one says it got.
 
-        What the sender has answered is audited, and both are tried with others (`borders`). Both
-        count as new again: what they answer next is audited, and its input is known.
+        What the sender has answered is audited, and both count as new again: what they answer next
+        is audited, and its input is known.
         """
         for one in (sender, receiver):
             self._tried.discard((one.peer, False))
@@ -133,21 +148,44 @@ class Auditor:
         if computed is not None and computed.segment.peer == sender.peer:
             compression = self._directory.compression_for(sender.span)
             self._take(piece.of_session(history, computed, sender.end, compression))
-        dispute = Dispute.of(history, sender, receiver)
-        if dispute is not None:
-            self._wait_for(dispute)
 
-    def _drawn(self, segment: RouteSegment, tokens: int, total: int, *, back: bool = False) -> bool:
+    def convicted(self, liar: RouteSegment, why: str) -> None:
+        """A server has lied about a hand-over, and signatures say so."""
+        self.verdicts.add(
+            Verdict(liar.peer, liar.span.name, liar.start, liar.end, 0, WRONG, (SIGNED,), why)
+        )
+
+    def _drawn(
+        self,
+        segment: RouteSegment,
+        tokens: int,
+        total: int,
+        *,
+        travelled: float = 1.0,
+        asked: float = 1.0,
+        back: bool = False,
+    ) -> int:
+        """What an audit of a piece costs, if it is to be; else 0.
+
+        Args:
+            tokens, total: of the piece, and of what is replayed for it.
+            travelled: of the states that a replay as long would send, how many have.
+            asked: as in `PieceSampler.draw`.
+        """
         blocks, dtype = segment.end - segment.start, piece.dtype_of(segment)
         if segment.peer in self._directory.health.wrong:
-            return False
+            return 0
         if dtype is None:
             self._leave_open(segment)
-            return False
+            return 0
         replays = 1 if dtype == torch.float32 else 2
         stranger = (segment.peer, back) not in self._tried
-        done, cost = tokens * blocks, total * blocks * replays
-        return self._choice.draw(tokens, done, cost, stranger=stranger)
+        done, cost = tokens * blocks * travelled, total * blocks * replays
+        if total < limits.MIN_TOKENS:
+            self._choice.skip(done)
+            return 0
+        drawn = self._choice.draw(tokens, done, cost, stranger=stranger, asked=asked)
+        return cost if drawn else 0
 
     def _leave_open(self, segment: RouteSegment) -> None:
         """Say once of a server that it is not audited."""
@@ -160,11 +198,13 @@ class Auditor:
             Verdict(segment.peer, span.name, segment.start, segment.end, 0, OPEN, why=why)
         )
 
-    def _take(self, found: Piece | None) -> None:
+    def _take(self, found: Piece | None, cost: int = 0) -> None:
         if found is not None and found.tokens >= limits.MIN_TOKENS and self._wait_for(found):
             self._tried.add((found.segment.peer, found.grad is not None))
+        else:
+            self._choice.give_back(cost)
 
-    def _wait_for(self, found: Piece | Dispute) -> bool:
+    def _wait_for(self, found: Piece) -> bool:
         if len(self._waiting) >= MAX_WAITING:
             return False
         self._waiting.append(found)
@@ -176,27 +216,11 @@ class Auditor:
         while self._waiting:
             found = self._waiting[0]
             try:
-                if isinstance(found, Dispute):
-                    await self._try_with_others(found)
-                else:
-                    self.verdicts.add(await self.audit(found))
+                self.verdicts.add(await self.audit(found))
             except Exception:
                 logger.exception("an audit failed")
             finally:
                 self._waiting.pop(0)
-
-    async def _try_with_others(self, dispute: Dispute) -> None:
-        """Find out who lies about a hand-over, unless that is known by now."""
-        if self._directory.health.wrong.keys() & {dispute.sender.peer, dispute.receiver.peer}:
-            return
-        liar = await borders.who_lies(self._directory, dispute, self._source)
-        liar = liar or self._disputes.add(dispute)
-        if liar is None:
-            return
-        one, why = liar.segment, "what it says of hand-overs is not what others say, each time"
-        self._condemn(one, f"by {' and '.join(liar.by)}: {why}")
-        found = Verdict(one.peer, one.span.name, one.start, one.end, 0, WRONG, liar.by, why)
-        self.verdicts.add(found)
 
     def outcomes(self, peer: str) -> Outcomes:
         """What audits of a server have found so far."""
@@ -286,7 +310,6 @@ class Auditor:
 
     def _condemn(self, segment: RouteSegment, reason: str) -> None:
         self._directory.health.wrong[segment.peer] = reason
-        self._disputes.forget(segment.peer)
         said, telemetry = f"found wrong {reason}", self._directory.telemetry
         logger.warning("%s is never used again: %s", server_name(segment), said)
         telemetry.lost(telemetry.latest, Failover.of(segment, said))

@@ -18,13 +18,24 @@ class Outcomes(NamedTuple):
 
 
 class Audits(Protocol):
-    """Takes note of finished work, to audit some of it in the background (`client.audit`).
+    """Takes note of finished work, to audit some of it in the background (`client.audit`)."""
 
-    Attributes:
-        positions: of how many of the last positions of a pass it needs the answers at least.
-    """
+    def more_asked(
+        self, segment: RouteSegment, rows: int, length: int, states: int
+    ) -> tuple[int, float]:
+        """Of how many of a prompt's last positions to ask for the answers, and how often.
 
-    positions: int
+        Args:
+            segment: the last server of the chain.
+            rows, length: of the prompt.
+            states: that travel for each row anyhow.
+
+        Returns:
+            the number of positions, and in which share of such prompts to ask for them.
+        """
+
+    def draw_asked(self, share: float) -> bool:
+        """Whether this prompt is among so many of them."""
 
     def step(self, history: Any) -> None:
         """A step of the session with this history has come back."""
@@ -48,6 +59,9 @@ class Audits(Protocol):
             sender, receiver: with the blocks that they computed.
             history: of the session in whose latest pass it was.
         """
+
+    def convicted(self, liar: RouteSegment, why: str) -> None:
+        """A server has lied about a hand-over, and signatures say so."""
 
     def outcomes(self, peer: str) -> Outcomes:
         """What audits of a server have found so far; called from any thread."""

@@ -6,7 +6,9 @@ cache gives what the steps gave. Only what the server in question has answered i
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +17,8 @@ from swarm_notebook.client.passes.backward import PassGradients
 from swarm_notebook.client.request import Request, travelling
 from swarm_notebook.client.servers.bits import packing_of
 from swarm_notebook.client.servers.routing import RouteSegment
-from swarm_notebook.client.session.history import Computed, History
+from swarm_notebook.client.session.history import Computed, History, Pass
+from swarm_notebook.net.dht.records import ServerSpan
 from swarm_notebook.net.wire import tensors
 
 
@@ -117,6 +120,24 @@ def of_backward(
         gradients=kept,
         rounded=kept.input.dtype,
     )
+
+
+def travelled(latest: Pass, together: Callable[[ServerSpan, ServerSpan], bool]) -> float:
+    """Of the states that replays of a session's pass would send, how many it has sent itself.
+
+    What servers hand over to each other the notebook sends to none.
+
+    Args:
+        together: whether one server hands over to another.
+    """
+    parts = sorted(latest.computed.items(), key=lambda part: part[0])
+    handed = sum(
+        after.start == end
+        and end not in latest.edits
+        and together(before.segment.span, after.segment.span)
+        for (end, before), (_, after) in itertools.pairwise(parts)
+    )
+    return 1 - handed / (2 * len(parts)) if parts else 1.0
 
 
 def of_session(history: History, computed: Computed, end: int, compression: int) -> Piece | None:

@@ -11,6 +11,7 @@ from swarm_notebook.client.audit.interface import Outcomes
 from swarm_notebook.client.audit.piece import Piece
 
 AGREED, WRONG, OPEN = "agreed", "wrong", "open"
+SIGNED = "what was signed"
 # Verdicts that are kept, the latest; those of wrong answers are kept apart, with what they are of.
 MAX_VERDICTS, MAX_PROOFS = 1024, 64
 

@@ -27,6 +27,7 @@ from swarm_notebook.client.request import (
     Outputs,
     Request,
     answer_bytes,
+    as_short_as_exact,
     beside_loop,
     joined,
     read_outputs,
@@ -230,7 +231,11 @@ async def _forward_once(
     compression = tensors.NONE if true else directory.compression_for(segment.span)
     if compression:
         metadata["output_compression"] = (compression,)
-    hidden = part.hidden if true else travelling(part.hidden, segment.span)
+    hidden = part.hidden
+    if part.dtype:
+        hidden = as_short_as_exact(hidden)
+    elif not kept:
+        hidden = travelling(hidden, segment.span)
     slots = [hidden, part.prompts, part.mask, part.position_ids]
     answer = await call_with_adapter(
         directory,

@@ -119,7 +119,7 @@ class Directory:
     def __post_init__(self) -> None:
         membership = self.node.membership if self.node is not None else None
         self._announced = Announced(self.prefix, membership)
-        self.crowd = Crowd("" if self.node is None else self.node.peer_id.to_base58())
+        self.crowd = Crowd(self.own_peer)
         self.kept = KeptChain(self.crowd, self._is_strange)
         self.detector = FailureDetector(self.ping)
 
@@ -355,6 +355,11 @@ class Directory:
         """Avoid a peer from now on, for longer each time it fails again."""
         self.health.failed(peer, str(error), gone=isinstance(error, ServerGone))
 
+    @property
+    def own_peer(self) -> str:
+        """The notebook's peer id."""
+        return "" if self.node is None else self.node.peer_id.to_base58()
+
     def succeeded(self, peer: str) -> None:
         """A peer has answered a request: its failures before are forgotten."""
         self.heard[peer] = time.time()
@@ -363,7 +368,7 @@ class Directory:
     def compression_for(self, span: ServerSpan) -> int:
         """The compression of hidden states to and from a server, of those that it can read."""
         wanted = self.compression
-        return tensors.NONE if wanted == tensors.INT8 and not span.pushes else wanted
+        return tensors.NONE if wanted == tensors.INT8 and not span.takes_bytes else wanted
 
     def together(self, sender: ServerSpan, receiver: ServerSpan) -> bool:
         """Whether one of these servers can hand its output to the other, as far as is known."""

@@ -34,8 +34,14 @@ def loads(
 
 
 def answered(directory: Directory, chain: Sequence[RouteSegment], length: int) -> int:
-    """Of how many of a prompt's ``length`` positions the last server's output comes back."""
+    """Of how many of a prompt's ``length`` positions the last server's output comes back.
+
+    On average, where more are asked for in some prompts.
+    """
     ends = bool(chain) and chain[-1].end == directory.num_blocks
     if not ends or not chain[-1].span.shortens:
         return length
-    return min(length, 1 if directory.audits is None else directory.audits.positions)
+    if directory.audits is None:
+        return min(length, 1)
+    more, share = directory.audits.more_asked(chain[-1], 1, length, length * len(chain))
+    return round(share * more + (1 - share) * min(length, 1))

@@ -77,18 +77,34 @@ class FailoverPolicy:
             self._lose(stage.hop, error)
 
     def _part(self, dispute: HandOverDisputed, history: History) -> None:
-        """From now on, what one of two servers gives the other goes over the notebook."""
-        stage, source = dispute.stage, dispute.stage.source
-        stage.hop.reset()
-        if source is None:
-            return
-        before = replace(source.segment, end=stage.start)
-        after = replace(stage.hop.segment, start=stage.start, end=stage.end)
+        """Leave who has lied about a hand-over.
+
+        If nobody knows who has, what one gives the other goes over the notebook from now on.
+        """
+        dispute.receiver.hop.reset()
+        before, after = (
+            replace(stage.hop.segment, start=stage.start, end=stage.end)
+            for stage in (dispute.sender, dispute.receiver)
+        )
         self._directory.health.keep_apart(before.peer, after.peer, float("inf"))
-        said = f"{dispute}: one of them lies. From now on it goes over the notebook"
-        logger.warning("%s", said)
-        if self._directory.audits is not None:
-            self._directory.audits.disputed(before, after, history, said)
+        liar, audits = dispute.liar, self._directory.audits
+        if liar is None:
+            said = f"{dispute}: one of them lies. From now on it goes over the notebook"
+            logger.warning("%s", said)
+            if audits is not None:
+                audits.disputed(before, after, history, said)
+            return
+        segment = before if liar is dispute.sender else after
+        said = f"{dispute}: by what was signed {liar.hop} lies"
+        logger.warning("%s, and is never used again", said)
+        self._directory.health.wrong[segment.peer] = said
+        if liar is dispute.sender:
+            # What it has told of this pass is not to be built upon.
+            history.current.inputs.pop(liar.end, None)
+            history.current.computed.pop(liar.end, None)
+        if audits is not None:
+            audits.convicted(segment, said)
+        self._lose(liar.hop, dispute.error)
 
     def _lose(self, hop: Hop, error: RemoteError) -> None:
         self._chain.drop(hop)

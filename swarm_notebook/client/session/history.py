@@ -26,12 +26,15 @@ class Computed:
     Attributes:
         adapter: id and version of what it was run with.
         answered: from which position on the server's answer is known; zeros stand before it.
+        asked: in which share of such passes more answers were asked for than are needed, if they
+            were here; else 1.
     """
 
     segment: RouteSegment
     start: int
     adapter: tuple[str, int] | None
     answered: int = 0
+    asked: float = 1.0
 
     def same_work(self, other: Computed) -> bool:
         """Whether it is one server's work on the same blocks with the same adapter."""

@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 from swarm_notebook.client.adapters import Adapter, ensure_uploaded
-from swarm_notebook.client.passes.call import server_name
+from swarm_notebook.client.passes.call import ANSWER_SLACK, server_name
 from swarm_notebook.client.request import (
     Outputs,
     Request,
@@ -29,6 +29,7 @@ from swarm_notebook.client.request import (
     answer_bytes,
     beside_loop,
     read_outputs,
+    read_proof,
     read_report,
 )
 from swarm_notebook.client.servers.directory import Directory
@@ -37,7 +38,8 @@ from swarm_notebook.client.session.writer import StepRoute, StepWriter, new_step
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.client.watch import Watch, open_stream, seconds_elsewhere
 from swarm_notebook.errors import CacheFull, RemoteError, ServerFailed, ServerGone
-from swarm_notebook.net.wire import prints, protocol, streams
+from swarm_notebook.net.wire import hand_overs, prints, protocol, streams
+from swarm_notebook.net.wire.hand_overs import Signed
 from swarm_notebook.net.wire.message import PackedMessage
 
 # How Petals' servers end a refusal: with the most tokens that a session may reserve.
@@ -53,6 +55,7 @@ class HopAnswer:
         received: when it came.
         since: when the answer before it came; until then the server had other work of this session.
         print: of the output as it came, by the seed of the server that it is pushed to, too.
+        digest: of the same (`hand_overs.digest`).
     """
 
     outputs: Outputs
@@ -60,6 +63,7 @@ class HopAnswer:
     received: float
     since: float
     print: int | None = None
+    digest: bytes = b""
 
 
 @dataclass(eq=False)
@@ -290,7 +294,7 @@ class Hop:
         Args:
             request: the step.
             nudge: called once if the answer takes longer than a moment.
-            print_seed: of the answer's print; None for none.
+            print_seed: of the answer's print; None for neither print nor digest.
 
         Raises:
             BadRequest, CacheFull, SessionLost, AdapterMissing, ShuttingDown: the server says so.
@@ -302,21 +306,39 @@ class Hop:
         received = time.perf_counter()
         since, self._answered = self._answered, received
 
-        def read() -> tuple[int | None, Outputs]:
+        def read() -> tuple[int | None, bytes, Outputs]:
             # The print first: what is read may be written over.
-            told = None
+            told, digest = None, b""
             if print_seed is not None and answer.tensors:
                 told = prints.printer(print_seed).of(answer.tensors[0])
-            return told, read_outputs(answer.tensors, request, str(self))
+                digest = hand_overs.digest(answer.tensors[0])
+            return told, digest, read_outputs(answer.tensors, request, str(self))
 
         try:
-            printed, outputs = await beside_loop(stream.size, read)
+            printed, digest, outputs = await beside_loop(stream.size, read)
         finally:
             stream.account.close()
         self.position = request.position + request.hidden.shape[1]
         self._directory.succeeded(self.segment.peer)
         self._directory.telemetry.usage.received(self.segment)
-        return HopAnswer(outputs, read_report(answer.metadata), received, since, printed)
+        report = read_report(answer.metadata)
+        return HopAnswer(outputs, report, received, since, printed, digest)
+
+    async def proof(self, request: Request, step_id: str) -> Signed | None:
+        """What the server has to show for a step of this session that was pushed to it.
+
+        Raises: as `receive`.
+        """
+        asking = Hop(self.segment, self._directory, self._max_length)
+        try:
+            await asking.prepare(None)
+            with asking._watch(request) as stream:
+                await stream.send(asking._writer.ask_for_proof(request, (self.session_id, step_id)))
+                stream.max_frame = ANSWER_SLACK
+                answer = await stream.receive()
+        finally:
+            asking.close()
+        return None if answer is None else read_proof(answer.metadata)
 
     async def _next_answer(self, stream: streams.Stream) -> PackedMessage:
         stream.max_frame = answer_bytes(self._owed[0][0])

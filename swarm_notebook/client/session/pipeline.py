@@ -13,6 +13,7 @@ their order. So the parts of a long prompt keep all servers of a chain busy.
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from swarm_notebook.client.session.writer import StepRoute, new_step_id
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.errors import RemoteError, ServerFailed
 from swarm_notebook.net.dht.records import ServerSpan
+from swarm_notebook.net.wire.hand_overs import PushedStep
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 # p parts keep s servers busy for the time of p + s - 1 of them: at 16 parts, four servers take a
 # fifth longer than they would at best, and each part more costs a message per server.
@@ -70,8 +74,17 @@ class HopLost(Exception):
 class HandOverDisputed(HopLost):
     """What a server says was pushed to it is not what the server before says it has pushed.
 
-    One of both lies, and nobody else can tell which. What came of it is not used.
+    What came of it is not used. One of both lies: by what the sender has signed the notebook knows
+    who (`hand_overs`), unless the receiver is gone and shows nothing.
+
+    Attributes:
+        sender, receiver: the two stages.
+        liar: which of them.
     """
+
+    def __init__(self, sender: Stage, receiver: Stage, liar: Stage | None, error: RemoteError):
+        super().__init__(liar or receiver, error)
+        self.sender, self.receiver, self.liar = sender, receiver, liar
 
 
 async def run_pipeline(
@@ -135,7 +148,8 @@ class _PushGroup:
         """Send to all, then receive from all in order; the outputs of the last one."""
         began = time.perf_counter()
         packed, unsent = await self._send()
-        outputs, handed = Outputs({}, {}), None
+        outputs = Outputs({}, {})
+        handed: tuple[int | None, bytes] = None, b""
         for index, stage in enumerate(self._stages):
             if unsent is not None and unsent.stage is stage:
                 raise unsent
@@ -146,11 +160,10 @@ class _PushGroup:
                     nudge = self._nudge(index) if index else None
                     seed = None if last else self._stages[index + 1].hop.print_seed
                     answer = await hop.receive(request, nudge, seed)
-                    if handed is not None:
-                        self._compare(index, handed, answer.report)
+                    await self._compare(index, *handed, answer.report)
             except RemoteError as error:
                 raise HopLost(stage, error) from None
-            outputs, handed = answer.outputs, answer.print
+            outputs, handed = answer.outputs, (answer.print, answer.digest)
             times = hop.times(request, answer, began, packed, awaited=last)
             deliver(number + index, outputs, times)
             # What the next server took is counted from here: it began when this one answered.
@@ -165,23 +178,39 @@ class _PushGroup:
                         await self._resend(index + 1)
         return outputs
 
-    def _compare(self, index: int, handed: int, report: ServerReport) -> None:
+    async def _compare(
+        self, index: int, handed: int | None, digest: bytes, report: ServerReport
+    ) -> None:
         """See to it that a stage got what the one before says it has pushed.
 
         Args:
-            handed: the print of the latter.
+            handed, digest: print and digest of the latter; None: there is none.
             report: of the stage.
         """
-        if report.print == handed or (report.filled and index in self._resent):
+        same = handed is None or report.print == handed
+        if same or (report.filled and index in self._resent):
             return
-        stage = self._stages[index]
+        before, stage = self._stages[index - 1], self._stages[index]
+        liar = await self._liar(index, digest)
         # Answers to what follows are of no use, and nobody is to take one for another.
         stage.hop.close()
         said = "does not say what came from it" if report.print is None else "says something else"
-        before = self._stages[index - 1].hop
-        raise HandOverDisputed(
-            stage, ServerFailed(f"{before} says what it has handed to {stage.hop}, which {said}")
-        )
+        error = ServerFailed(f"{before.hop} says what it has handed to {stage.hop}, which {said}")
+        raise HandOverDisputed(before, stage, liar, error)
+
+    async def _liar(self, index: int, digest: bytes) -> Stage | None:
+        """Whose word is not what was signed: of a stage or of the one before; None: not known."""
+        before, stage = self._stages[index - 1], self._stages[index]
+        step_id = self._routes[index].step_id
+        try:
+            signed = await stage.hop.proof(self._requests[index], step_id)
+        except RemoteError as error:
+            logger.info("%s shows nothing of what was handed to it: %s", stage.hop, error)
+            return None
+        asked = PushedStep(self._directory.own_peer, stage.hop.session_id, step_id)
+        # It takes nothing that is not signed, so it has something to show.
+        given = signed if signed and signed.is_by(before.hop.segment.peer, asked) else None
+        return before if given is not None and given.digest != digest else stage
 
     async def _send(self) -> tuple[float, HopLost | None]:
         """Send to all in order; when the first was packed, and the stage at which that failed."""

@@ -54,8 +54,7 @@ class StepRun:
         self._chain, self._history, self._failover = chain, history, failover
         self._directory, self._current = chain.directory, history.current
         self._states, self._inner, self._last = states, inner, last
-        if last is not None and self._directory.audits is not None:
-            self._last = max(last, self._directory.audits.positions)
+        self._asked = 1.0
         self.times: list[HopTimes] = []
         self.passed = 0
 
@@ -64,6 +63,7 @@ class StepRun:
         block, outputs = first, Outputs({}, {})
         while block < stop:
             stages = await self._plan(block, stop)
+            self._ask_for_more(stages)
             done, lost = await self._attempt(stages, outputs, stop)
             block = done
             if lost is not None:
@@ -85,14 +85,22 @@ class StepRun:
             for start, end in itertools.pairwise(self._current.cuts(block, min(hop.end, stop))):
                 stage = Stage(hop, start, end, given=start in self._current.edits)
                 if stages and not stage.given:
-                    before, audited = stages[-1].hop, self._directory.audits is not None
-                    # What is audited must have come from somebody who is known.
-                    told = hop.segment.span.prints or not audited
-                    if told and self._directory.together(before.segment.span, hop.segment.span):
+                    before = stages[-1].hop
+                    if self._directory.together(before.segment.span, hop.segment.span):
                         stage.source = before
                 stages.append(stage)
             block = min(hop.end, stop)
         return stages
+
+    def _ask_for_more(self, stages: Sequence[Stage]) -> None:
+        """Now and then have more answers than are needed, so that they can be audited."""
+        audits, last, length = self._directory.audits, self._last, self._current.length
+        if audits is None or last is None or self._asked < 1 or last >= length:
+            return
+        segment, states = stages[-1].hop.segment, length * len(stages)
+        more, share = audits.more_asked(segment, self._current.rows, length, states)
+        if more > last and audits.draw_asked(share):
+            self._last, self._asked = more, share
 
     async def _attempt(
         self, stages: Sequence[Stage], outputs: Outputs, stop: int
@@ -120,7 +128,10 @@ class StepRun:
                 self._current.inputs[stage.end] = self._filled_up(whole.states[stage.end - 1])
             if audited:
                 known = whole.states[stage.end - 1].shape[1]
-                self._current.computed[stage.end] = self._computed(stage, self._current.end - known)
+                asked = stage.end == stop and stage.hop.segment.span.shortens
+                self._current.computed[stage.end] = self._computed(
+                    stage, self._current.end - known, asked=asked
+                )
                 peer, peers = stage.hop.segment.peer, self._current.peers
                 peers[peer] = min(peers.get(peer, stage.start), stage.start)
         return stages[-1].end, lost
@@ -130,13 +141,14 @@ class StepRun:
         missing = self._current.length - state.shape[1]
         return functional.pad(state, (0, 0, missing, 0)) if missing else state
 
-    def _computed(self, stage: Stage, answered: int) -> Computed:
+    def _computed(self, stage: Stage, answered: int, *, asked: bool) -> Computed:
         adapter = self._history.adapter
         return Computed(
             stage.hop.segment,
             stage.start,
             None if adapter is None else (adapter.id, adapter.version),
             answered,
+            self._asked if asked else 1.0,
         )
 
     async def _ready(self, stages: Sequence[Stage]) -> None:

@@ -57,7 +57,7 @@ class StepWriter:
     def __init__(self, segment: RouteSegment, directory: Directory, max_length: int):
         self._segment, self._directory, self._max_length = segment, directory, max_length
         self.session_id: str = str(uuid.uuid4())
-        self.print_seed: bytes | None = prints.new_seed() if segment.span.prints else None
+        self.print_seed: bytes | None = prints.new_seed() if segment.span.pushes else None
         self.copy_of: tuple[str, str] | None = None
         self._introduced = False
         self._named: tuple[int, int] | None = None
@@ -101,6 +101,17 @@ class StepWriter:
             ),
             metadata=protocol.pack_metadata(metadata),
         )
+
+    def ask_for_proof(self, request: Request, of: tuple[str, str]) -> PackedMessage:
+        """The message by which a server is asked what was pushed to it.
+
+        Args:
+            request: of the step.
+            of: another session of this notebook there, and the step.
+        """
+        metadata = protocol.pack_metadata({protocol.PROVE: of})
+        uid = protocol.uid_chain(self._directory.prefix, request.start, request.end)
+        return PackedMessage(uid=uid, metadata=metadata)
 
     def _uid(self, request: Request, again: bool) -> str:
         blocks = (request.start, request.end)

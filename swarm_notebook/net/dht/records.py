@@ -37,16 +37,17 @@ MAX_SECONDS = 600.0
 # Records under one key that are read, and the bytes of one. A large swarm has some hundred servers;
 # a record takes some hundred bytes, with pings of others a few thousand.
 MAX_SUBKEYS, MAX_RECORD_BYTES = 1024, 8 << 10
-# From which version of our protocol on servers push to each other (`protocol.PROTOCOL_VERSION`).
-PUSH_VERSION = 2
+# From which version of our protocol on servers take 8-bit values (`protocol.PROTOCOL_VERSION`).
+BYTES_VERSION = 2
 # From which version on they compute a pass in the dtype that is asked for.
 DTYPE_VERSION = 3
 # From which version on they answer with the last positions only, if no others are wanted.
 LAST_POSITIONS_VERSION = 4
-# From which version on they say what was pushed to them (`net.wire.prints`).
-PRINT_VERSION = 5
 # From which version on a session may begin with a copy of another one's cache.
 COPY_VERSION = 6
+# From which version on they push to each other, sign that and say what was pushed to them
+# (`net.wire.prints`, `net.wire.hand_overs`).
+PUSH_VERSION = 7
 
 # The record stands under every block, so what we announce is to stay small. Petals' servers ping
 # five neighbours per announcement and announce all that they pinged within five minutes.
@@ -334,8 +335,13 @@ class ServerSpan:
 
     @property
     def pushes(self) -> bool:
-        """Whether it hands its output to the next server, takes such input, and 8-bit values."""
+        """Whether it hands its output to the next server, signed, and says what it was handed."""
         return (self.info.swarm_notebook or 0) >= PUSH_VERSION
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether it takes 8-bit values."""
+        return (self.info.swarm_notebook or 0) >= BYTES_VERSION
 
     @property
     def casts(self) -> bool:
@@ -346,11 +352,6 @@ class ServerSpan:
     def shortens(self) -> bool:
         """Whether it answers a step with the last positions only, if no others are wanted."""
         return (self.info.swarm_notebook or 0) >= LAST_POSITIONS_VERSION
-
-    @property
-    def prints(self) -> bool:
-        """Whether it tells the print of what another server has pushed to it."""
-        return (self.info.swarm_notebook or 0) >= PRINT_VERSION
 
     @property
     def copies(self) -> bool:

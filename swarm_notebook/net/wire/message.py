@@ -52,6 +52,11 @@ class PackedTensor:
     compression: int = 0
     chunks: int = 0
 
+    @property
+    def header(self) -> bytes:
+        """By what its bytes are read: the same bytes are other values in another dtype."""
+        return f"{self.dtype} {self.compression} {[*self.size]}".encode()
+
     @classmethod
     def of(cls, found: runtime_pb2.Tensor, buffer: Buffer | None = None) -> PackedTensor:
         """The same as a protobuf.

@@ -10,7 +10,9 @@ one server of both spans, which audits find.
 It is a random projection in whole numbers, so that it is the same to the bit on every machine:
 two-level multiply-shift hashing (Dietzfelbinger et al., 1997, "A reliable randomized algorithm for
 the closest-pair problem"). Bytes are cut into rows of `ROW_WORDS` little-endian words of 32 bits,
-the last one filled up with zeros. With 64-bit numbers ``m`` and ``c`` from the seed, modulo 2**64,
+the last one filled up with zeros; row 0 is the tensor's header (`PackedTensor.header`): the same
+bytes are other states in another dtype. With 64-bit numbers ``m`` and ``c`` from the seed, modulo
+2**64,
 
     row_t = floor(sum_j m_j word_tj / 2**32),    print = c_0 * bytes + sum_t c_(t + 1) row_t
 
@@ -56,31 +58,38 @@ class Printer:
     def __init__(self, seed: bytes):
         self._seed = seed
         self._columns = _numbers(b"columns" + seed, ROW_WORDS)
-        self._rows = _numbers(b"rows" + seed, 2)
+        self._rows = _numbers(b"rows" + seed, 3)
 
     def of(self, packed: PackedTensor) -> int:
         """The print of a tensor's bytes as they travel, a whole number below 2**64."""
         found = np.frombuffer(packed.buffer, np.uint8)
         whole = len(found) // _ROW_BYTES
-        count = -(-len(found) // _ROW_BYTES)
+        count = 1 + -(-len(found) // _ROW_BYTES)
         if len(self._rows) <= count:
             self._rows = _numbers(b"rows" + self._seed, 2 * count + 1)
         rows = self._rows
         total = rows[:1] * np.uint64(len(found))
+        total += self._sum(_padded(np.frombuffer(packed.header, np.uint8)), rows[1:2])
         for begin in range(0, whole, _ROWS_AT_ONCE):
             end = min(begin + _ROWS_AT_ONCE, whole)
             words = found[begin * _ROW_BYTES : end * _ROW_BYTES].view("<u4")
-            total += self._sum(words.reshape(-1, ROW_WORDS), rows[1 + begin : 1 + end])
-        if count > whole:
-            last = np.zeros(_ROW_BYTES, np.uint8)
-            last[: len(found) - whole * _ROW_BYTES] = found[whole * _ROW_BYTES :]
-            total += self._sum(last.view("<u4")[None], rows[1 + whole : 2 + whole])
+            total += self._sum(words.reshape(-1, ROW_WORDS), rows[2 + begin : 2 + end])
+        if count > 1 + whole:
+            last = _padded(found[whole * _ROW_BYTES :])
+            total += self._sum(last, rows[2 + whole : 3 + whole])
         return int(total[0])
 
     def _sum(self, words: npt.NDArray[np.uint32], rows: _Words) -> np.uint64:
         each = np.einsum("tj,j->t", words, self._columns) >> np.uint64(32)
         found: np.uint64 = (each * rows).sum(dtype=np.uint64)
         return found
+
+
+def _padded(found: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    """A row of words that begins with these bytes."""
+    row = np.zeros(_ROW_BYTES, np.uint8)
+    row[: len(found)] = found[:_ROW_BYTES]
+    return row.view("<u4")[None]
 
 
 def _numbers(of: bytes, count: int) -> _Words:

@@ -19,6 +19,9 @@ only servers which announce ``swarm_notebook`` in their record are sent:
   output the client wants; all of them go on to the next server all the same;
 - ``print`` in a step's metadata is the seed by which the server says what was pushed to it: its
   print (`net.wire.prints`) comes under the same name in the answer's;
+- ``signature`` (and ``signature_key``) in a push's metadata are its sender's
+  (`net.wire.hand_overs`). A request with ``prove`` in its metadata, a session of the same client
+  and a step in it, is answered with ``proof``: hash, signature and key of what was pushed for it;
 - ``copy_of`` in the metadata of a session's first step names another session of the same client on
   this server, and the last step of it: the session begins with a copy of its cache;
 - ``compute_dtype`` in the metadata of a forward or backward request names the dtype to compute it
@@ -43,13 +46,16 @@ from swarm_notebook.net.wire.message import PackedTensor
 bound_nesting()
 
 # 1: masks, states, adapters; 2: pushes from server to server, 8-bit values; 3: `compute_dtype`;
-# 4: `last_positions`; 5: `print`; 6: `copy_of`
-PROTOCOL_VERSION = 6
+# 4: `last_positions`; 5: `print`; 6: `copy_of`; 7: signed pushes
+PROTOCOL_VERSION = 7
 EXTENSION_KEY = "swarm_notebook"
 TIMES_KEY = "times"
 PUSH_TO, PUSH_FROM = "push_to", "push_from"
 PUSH_FAILED, FILLED = "push_failed", "filled"
 PRINT = "print"
+# What goes along with a push, by which its receiver can show what it was given, and how it is
+# asked to (`net.wire.hand_overs`).
+SIGNATURE, SIGNATURE_KEY, PROVE, PROOF = "signature", "key", "prove", "proof"
 # In the first message of a streamed answer: how many tensors it has in all.
 TENSORS = "tensors"
 COMPUTE_DTYPE = "compute_dtype"

@@ -68,6 +68,14 @@ def seed_of_prints(metadata: dict[str, Any]) -> bytes | None:
     return value
 
 
+def some_bytes(metadata: dict[str, Any], name: str, most: int) -> bytes:
+    """So many bytes at most; none if they are not there."""
+    value = metadata.get(name, b"")
+    if isinstance(value, bytes) and len(value) <= most:
+        return value
+    raise BadRequest(f"{name}: expected at most {most} bytes")
+
+
 def target(metadata: dict[str, Any], name: str) -> tuple[str, str]:
     """A peer id and a session id."""
     return _two_texts(metadata, name, "a peer id and a session id")

@@ -21,6 +21,7 @@ from hivemind.utils.tensor_descr import BatchTensorDescriptor
 from swarm_notebook import __version__
 from swarm_notebook.errors import ShuttingDown
 from swarm_notebook.net.dht.records import to_petals_tokens
+from swarm_notebook.net.identity import Identity
 from swarm_notebook.net.membership.certificate import Membership, Role
 from swarm_notebook.net.wire import protocol, tensors
 from swarm_notebook.net.wire.conduct import Conduct
@@ -93,8 +94,8 @@ class Handler:
         self._counters = Counters()
         self._membership = membership
 
-    async def register(self, p2p: P2P) -> None:
-        """Offer the RPCs to the swarm."""
+    async def register(self, p2p: P2P, identity: Identity) -> None:
+        """Offer the RPCs to the swarm, as the peer of this key."""
         largest = self._limits.tokens * self._limits.hidden_size * 8
         frame = min(max(MIN_FRAME_BYTES, largest), self._traffic.share // COPIES)
         streams = {
@@ -104,7 +105,7 @@ class Handler:
             protocol.RPC_ADAPTER: self._adapter,
         }
         member = self._membership
-        self._pushes.start(p2p, member)
+        self._pushes.start(p2p, identity, self._codec, member)
         for name, stream_handler in streams.items():
             traffic = self._uploads.traffic if name == protocol.RPC_ADAPTER else self._traffic
             await add_stream_handler(

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from swarm_notebook.errors import BadRequest
 from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire.hand_overs import Claim
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.server.rpc import fields
 from swarm_notebook.server.rpc.push import Arrived, PushChannel
@@ -32,7 +33,16 @@ _ANNOUNCES = protocol.PUSH_FROM.encode()
 class _Announced:
     """A step whose hidden states are still to come, by push or (`filled`) from the client."""
 
-    __slots__ = ("arrived", "filled", "message", "size", "step_id", "tensor", "tensor_size")
+    __slots__ = (
+        "arrived",
+        "claim",
+        "filled",
+        "message",
+        "size",
+        "step_id",
+        "tensor",
+        "tensor_size",
+    )
 
     arrived: Arrived
 
@@ -40,6 +50,7 @@ class _Announced:
         self.message, self.size, self.step_id = message, size, step_id
         self.tensor: PackedTensor | None = None
         self.tensor_size = 0
+        self.claim: Claim | None = None
         self.filled = False
 
     @property
@@ -57,6 +68,7 @@ class Inbox:
 
     Attributes:
         filled: the step that was taken out last had to be filled in by its client.
+        claim: whose its input is said to be, if it was pushed.
         session_id: the session's name; None before its first step, "" if it has none.
     """
 
@@ -66,6 +78,7 @@ class Inbox:
         self._pushes, self._limit, self._may_hold = pushes, limit, may_hold
         self._held = 0
         self.filled = False
+        self.claim: Claim | None = None
         self.session_id: str | None = None
         self._steps: deque[tuple[PackedMessage, int] | _Announced] = deque()
         self._announced: dict[str, tuple[str, _Announced]] = {}
@@ -120,9 +133,9 @@ class Inbox:
         if not isinstance(first, _Announced):
             self._whole -= 1
             self._whole_bytes -= first[1]
-            self.filled = False
+            self.filled, self.claim = False, None
             return first
-        self.filled = first.filled
+        self.filled, self.claim = first.filled, first.claim
         del self._announced[first.step_id]
         self._known.append(first.step_id)
         self._held -= first.bytes
@@ -161,10 +174,11 @@ class Inbox:
             )
         announced = _Announced(message, size, step_id)
 
-        def arrived(tensor: PackedTensor, size: int) -> None:
+        def arrived(tensor: PackedTensor, size: int, claim: Claim) -> None:
             # What does not fit is left out: the client sends it when the step is next.
             fits = announced.tensor is None and self._held + size <= self._limit
             if fits and self._may_hold(size):
+                announced.claim = claim
                 self._hold(announced, tensor, size)
 
         announced.arrived = arrived
@@ -185,7 +199,7 @@ class Inbox:
         given_up = bool(message.tensors) and 0 in message.tensors[0].size
         if given_up and announced.tensor is not None:
             self._held -= announced.tensor_size
-            announced.tensor, announced.tensor_size = None, 0
+            announced.tensor, announced.tensor_size, announced.claim = None, 0, None
         if announced.tensor is None and message.tensors:
             self._pushes.forget(session_id, announced.step_id, announced.arrived)
             if self._held + size > self._limit:

@@ -27,13 +27,16 @@ from typing import Any
 from hivemind.p2p import P2P, PeerID
 
 from swarm_notebook.errors import BadRequest, RemoteError
+from swarm_notebook.net.identity import MAX_KEY_BYTES, Identity
 from swarm_notebook.net.membership.certificate import Membership
-from swarm_notebook.net.wire import protocol
+from swarm_notebook.net.wire import hand_overs, protocol
+from swarm_notebook.net.wire.hand_overs import MAX_SIGNATURE_BYTES, Claim, PushedStep
 from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.net.wire.opening import abort_opened, open_stream
 from swarm_notebook.net.wire.streams import TRANSPORT_ERRORS, Stream
 from swarm_notebook.net.wire.traffic import COPIES, Account, Traffic
 from swarm_notebook.server.rpc import fields
+from swarm_notebook.server.rpc.codec import Codec
 from swarm_notebook.server.rpc.petals_push import PetalsPush
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -53,8 +56,8 @@ EARLY_ENTRY_BYTES = 4096
 # All that a server which is pushed to may say is why it ends the stream.
 MAX_REPLY_BYTES = 64 << 10
 
-# Takes what was pushed, and how many bytes it had.
-Arrived = Callable[[PackedTensor, int], None]
+# Takes what was pushed, how many bytes it had, and whose it is said to be.
+Arrived = Callable[[PackedTensor, int, Claim], None]
 
 
 @dataclass
@@ -63,6 +66,7 @@ class _Early:
 
     tensor: PackedTensor
     size: int
+    claim: Claim
     account: Account
     when: float
 
@@ -72,6 +76,8 @@ class PushChannel:
 
     def __init__(self, traffic: Traffic) -> None:
         self._p2p: P2P | None = None
+        self._identity: Identity | None = None
+        self._codec: Codec | None = None
         self._membership: Membership | None = None
         self._traffic = traffic
         self._streams: OrderedDict[str, asyncio.Future[Stream]] = OrderedDict()
@@ -83,9 +89,18 @@ class PushChannel:
         self._early_bytes: Counter[str] = Counter()
         self._plain: dict[str, Callable[[PackedMessage], None]] = {}
 
-    def start(self, p2p: P2P, membership: Membership | None = None) -> None:
-        """From now on pushes can be sent, as a member of a private swarm if it is one."""
-        self._p2p, self._membership = p2p, membership
+    def start(
+        self, p2p: P2P, identity: Identity, codec: Codec, membership: Membership | None = None
+    ) -> None:
+        """From now on pushes can be sent.
+
+        Args:
+            identity: signs them.
+            codec: hashes what is large.
+            membership: in a private swarm.
+        """
+        self._p2p, self._identity, self._codec = p2p, identity, codec
+        self._membership = membership
 
     async def close(self) -> None:
         self._p2p = None
@@ -100,21 +115,29 @@ class PushChannel:
             self._pop_early(key)
 
     async def push(
-        self, peer: str, target: str | PetalsPush, step_id: str, tensor: PackedTensor
+        self, peer: str, target: str | PetalsPush, step_id: str, tensor: PackedTensor, client: str
     ) -> str:
         """Send hidden states to the server that is next; an empty text, or why that failed.
 
         Args:
             target: the session there; or what goes along in Petals' form, in which case nobody
                 waits for it, and nobody misses it.
+            client: the peer that has asked for it.
         """
         if isinstance(target, PetalsPush):
             self._call_petals(peer, target.message(tensor))
             return ""
         if self._avoided.get(peer, 0.0) > time.monotonic():
             return "it could not be reached a moment ago"
-        metadata = protocol.pack_metadata({"session_id": target, "step_id": step_id})
-        message = PackedMessage(tensors=[tensor], metadata=metadata)
+        metadata: dict[str, Any] = {"session_id": target, "step_id": step_id}
+        if self._identity is not None and self._codec is not None:
+            step = PushedStep(client, target, step_id)
+            size = len(tensor.buffer)
+            signed = await self._codec.run(size, hand_overs.sign, self._identity, step, tensor)
+            metadata[protocol.SIGNATURE] = signed.signature
+            if signed.key:
+                metadata[protocol.SIGNATURE_KEY] = signed.key
+        message = PackedMessage(tensors=[tensor], metadata=protocol.pack_metadata(metadata))
         try:
             async with asyncio.timeout(PUSH_SECONDS):
                 await (await self._stream(peer)).send(message)
@@ -163,7 +186,7 @@ class PushChannel:
             raise BadRequest(f"step_id: {step_id[:80]!r} of this session is announced already")
         early = self._pop_early((peer, *key))
         if early is not None:
-            arrived(early.tensor, early.size)
+            arrived(early.tensor, early.size, early.claim)
         else:
             self._expected[key] = peer, arrived
 
@@ -226,17 +249,24 @@ class PushChannel:
         session_id, step_id = fields.text(metadata, "session_id"), fields.text(metadata, "step_id")
         if not session_id or not step_id or len(message.tensors) != 1:
             raise BadRequest("a push has a session_id, a step_id and one tensor")
+        claim = Claim(
+            sender,
+            fields.some_bytes(metadata, protocol.SIGNATURE, MAX_SIGNATURE_BYTES),
+            fields.some_bytes(metadata, protocol.SIGNATURE_KEY, MAX_KEY_BYTES),
+        )
         expected = self._expected.get((session_id, step_id))
         if expected is None:
-            self._keep((sender, session_id, step_id), message.tensors[0], size, limit)
+            self._keep((sender, session_id, step_id), message.tensors[0], size, claim, limit)
             return
         named, arrived = expected
         if named != sender:
             raise BadRequest("a push into a session whose client has named another server")
         del self._expected[session_id, step_id]
-        arrived(message.tensors[0], size)
+        arrived(message.tensors[0], size, claim)
 
-    def _keep(self, key: tuple[str, str, str], tensor: PackedTensor, size: int, limit: int) -> None:
+    def _keep(
+        self, key: tuple[str, str, str], tensor: PackedTensor, size: int, claim: Claim, limit: int
+    ) -> None:
         """Hold a push until it is announced, if there is room."""
         self.expire()
         # Of each peer and of all: to add them up for every push would take a flood's square.
@@ -247,7 +277,7 @@ class PushChannel:
         if not fits or not account.try_take(size + EARLY_ENTRY_BYTES):
             logger.debug("a push of %s that nobody announced was dropped", key[0])
             return
-        self._early[key] = _Early(tensor, size, account, time.monotonic())
+        self._early[key] = _Early(tensor, size, claim, account, time.monotonic())
         self._early_bytes[key[0]] += account.held
 
     def _avoid(self, peer: str) -> None:

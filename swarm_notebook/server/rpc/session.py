@@ -19,14 +19,16 @@ A client that does not read its answers holds up nobody but itself, and is gone 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Collection, Hashable
 from typing import Any
 
 import torch
 
-from swarm_notebook.errors import SessionLost, ShuttingDown, SwarmError
-from swarm_notebook.net.wire import prints, protocol
-from swarm_notebook.net.wire.message import PackedMessage
+from swarm_notebook.errors import BadRequest, SessionLost, ShuttingDown, SwarmError
+from swarm_notebook.net.wire import hand_overs, prints, protocol
+from swarm_notebook.net.wire.hand_overs import PushedStep, Signed
+from swarm_notebook.net.wire.message import PackedMessage, PackedTensor
 from swarm_notebook.net.wire.streams import Stream
 from swarm_notebook.net.wire.traffic import COPIES
 from swarm_notebook.server.engine.kv.budget import CachePool
@@ -36,6 +38,7 @@ from swarm_notebook.server.engine.scheduling.worker import ComputeThread, Job
 from swarm_notebook.server.engine.steps.batching import FIXED_CHUNK, SHORT_TOKENS, Batching
 from swarm_notebook.server.engine.steps.prefill import ChunkedPrefill
 from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
+from swarm_notebook.server.rpc import fields
 from swarm_notebook.server.rpc.answers import allow_answer
 from swarm_notebook.server.rpc.codec import Codec
 from swarm_notebook.server.rpc.counters import Counters
@@ -46,6 +49,10 @@ from swarm_notebook.server.rpc.push import PushChannel
 # Seconds to wait for cache memory when the client does not say, and for it to read an answer.
 ALLOC_TIMEOUT = 10.0
 UNREAD_SECONDS = 60.0
+# Of the latest steps of a session: more parts of a long prompt are not under way at once.
+MAX_PROOFS = 64
+
+_PROVES = protocol.PROVE.encode()
 
 
 class ServerSession:
@@ -83,6 +90,7 @@ class ServerSession:
         self._step_id: str | None = None
         self._job: Job | None = None
         self._leaving = False
+        self._proofs: OrderedDict[str, Signed] = OrderedDict()
 
     async def run(self) -> None:
         """Serve the session until it ends.
@@ -170,7 +178,7 @@ class ServerSession:
             message, self._step_bytes = await self._inbox.get()
             self._pool.begin(self._reservation)
             try:
-                answer = await self._step(message)
+                answer = self._proof(message) or await self._step(message)
             finally:
                 self._pool.end(self._reservation)
             if answer is not None:
@@ -198,15 +206,8 @@ class ServerSession:
         position = state.check(step)
         self._answer_bytes = await allow_answer(self._stream.account, step)
         await self._make_room(state, step.rows, state.needs(step, position), parsed)
-        told: dict[str, Any] = {}
-        if self._inbox.filled:
-            told[protocol.FILLED] = True
-        elif parsed.print_seed is not None:
-            # Before the step: blocks may write over what they are given.
-            printed = prints.printer(parsed.print_seed).of
-            told[protocol.PRINT] = await self._codec.run(
-                self._step_bytes, printed, message.tensors[0]
-            )
+        # Before the step: blocks may write over what they are given.
+        told = await self._whence(parsed, message.tensors[0])
         outputs = await self._run(state, step, position)
         self._blocks, self._step_id = step.blocks, parsed.step_id
         self._counters.count(step)
@@ -220,7 +221,8 @@ class ServerSession:
             whole = packed[0]
             if wanted is not outputs:
                 (whole,) = await self._codec.pack(outputs[:1], parsed.compression)
-            failed = await self._pushes.push(*parsed.push_to, parsed.step_id, whole)
+            client = self._stream.peer
+            failed = await self._pushes.push(*parsed.push_to, parsed.step_id, whole, client)
             if failed:
                 told[protocol.PUSH_FAILED] = failed
             # The server that is next waits for all that shared a call: their pushes leave before
@@ -228,6 +230,44 @@ class ServerSession:
             await asyncio.sleep(0)
         metadata = protocol.pack_metadata(told)
         return PackedMessage(tensors=packed, metadata=metadata)
+
+    async def _whence(self, parsed: StepMessage, given: PackedTensor) -> dict[str, Any]:
+        """What is to be said of where the input of a step came from; keeps the proof of it.
+
+        Raises:
+            BadRequest: the server that has pushed it has not signed it.
+        """
+        if self._inbox.filled:
+            return {protocol.FILLED: True}
+        claim, seed = self._inbox.claim, parsed.print_seed
+        if claim is None or seed is None:
+            return {}
+        size = self._step_bytes
+        step = PushedStep(self._stream.peer, self._inbox.session_id or "", parsed.step_id or "")
+        told = {protocol.PRINT: await self._codec.run(size, prints.printer(seed).of, given)}
+        signed = await self._codec.run(size, hand_overs.checked, claim, step, given)
+        if signed is None:
+            raise BadRequest(f"{claim.sender} has not signed what it has pushed for this step")
+        self._proofs[step.step_id] = signed
+        if len(self._proofs) > MAX_PROOFS:
+            self._proofs.popitem(last=False)
+        return told
+
+    def _proof(self, message: PackedMessage) -> PackedMessage | None:
+        """What was pushed to another session of the client for a step, if that is asked."""
+        if _PROVES not in message.metadata:
+            return None
+        metadata = protocol.unpack_metadata(message.metadata)
+        if protocol.PROVE not in metadata:
+            return None
+        session_id, step_id = fields.session_and_step(metadata, protocol.PROVE)
+        told: dict[str, Any] = {}
+        for one in self._others:
+            if one._stream.peer == self._stream.peer and one._inbox.session_id == session_id:
+                found = one._proofs.get(step_id)
+                if found is not None:
+                    told[protocol.PROOF] = found.digest, found.signature, found.key
+        return PackedMessage(metadata=protocol.pack_metadata(told))
 
     async def _make_room(
         self, state: SessionState, rows: int, needed: tuple[int, int] | None, parsed: StepMessage

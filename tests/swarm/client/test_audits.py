@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import liars
 from support.hosting import HostedSwarm
 from support.patience import PATIENCE
+from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import swarm_notebook as sn
@@ -24,7 +27,10 @@ from swarm_notebook import cli
 from swarm_notebook.check import check
 from swarm_notebook.client.audit import limits
 from swarm_notebook.client.audit.verdicts import Verdict
-from swarm_notebook.errors import BadRequest
+from swarm_notebook.client.request import Request
+from swarm_notebook.client.session.hop import Hop
+from swarm_notebook.client.session.writer import StepRoute
+from swarm_notebook.errors import BadRequest, OtherCheckpoint
 from swarm_notebook.report.audit import AuditTable
 from swarm_notebook.swarm import Swarm
 from swarm_notebook.widgets import ChatWidget, GenerateWidget
@@ -74,6 +80,36 @@ def test_a_liar_is_found_while_only_a_part_of_its_answer_travels(trio: HostedSwa
         assert table.verdicts[0].tokens == limits.MIN_TOKENS
 
 
+def test_few_prompts_are_asked_for_more_than_they_need(
+    trio: HostedSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new server is, and then so many prompts that it adds a percent to what travels."""
+    asked: list[int] = []
+    send = Hop.send
+
+    async def counted(self: Hop, request: Request, route: StepRoute) -> float:
+        asked.append(request.output_shape[1])
+        return await send(self, request, route)
+
+    monkeypatch.setattr(Hop, "send", counted)
+    with connected(trio, verify=1.0) as swarm:
+        for seed in range(61):
+            swarm.model.generate(ids(seed), max_new_tokens=1, do_sample=False)
+            found(swarm)
+    assert asked[0] == limits.MIN_TOKENS
+    # Once in 60 prompts of 48 tokens; nine times are a chance of one in a million.
+    assert len(asked) == 61
+    assert sum(asked[1:]) - 60 < 9 * (limits.MIN_TOKENS - 1)
+
+
+def test_a_batch_needs_fewer_of_each_row(trio: HostedSwarm) -> None:
+    with connected(trio, verify=1.0) as swarm:
+        prompt = ids().expand(4, -1)
+        swarm.model.generate(prompt, max_new_tokens=1, do_sample=False)
+        (verdict,) = found(swarm).verdicts
+    assert (verdict.outcome, verdict.tokens) == ("agreed", limits.MIN_TOKENS)
+
+
 def test_a_wrong_answer_is_kept_and_replayed_by_others(
     trio: HostedSwarm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +126,11 @@ def test_a_wrong_answer_is_kept_and_replayed_by_others(
     said = capsys.readouterr().out
     assert liar.peer_id in said
     assert "confirmed: mean error" in said
+    # Somebody else has the weights elsewhere; with others nothing can be said.
+    elsewhere = shutil.copytree(trio.model, tmp_path / "elsewhere")
+    assert [one.outcome for one in check(file, str(elsewhere))] == ["confirmed"]
+    with pytest.raises(OtherCheckpoint, match="give the right checkpoint"):
+        check(file, str(tiny_model("llama", tmp_path / "other", seed=1)))
     with safe_open(file, framework="pt") as kept:
         metadata = kept.metadata()
         tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
@@ -110,8 +151,32 @@ def test_a_wrong_answer_is_kept_and_replayed_by_others(
     assert cli.main(["check", str(file)]) == 1
 
 
-def test_honest_servers_agree(trio: HostedSwarm) -> None:
+def changed_by(swarm: Swarm, what: str) -> None:
+    """What a user does to the model: a hook that edits, or an adapter."""
+    if what == "hook":
+        swarm.model.model.layers[2].register_forward_hook(lambda *given: 1.1 * given[2])
+    elif what == "adapter":
+        config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        get_peft_model(swarm.model, config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["hook", "adapter"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_liar_is_found_beside_hooks_and_adapters(
+    trio: HostedSwarm, what: str, cached: bool
+) -> None:
     with connected(trio, verify=1.0) as swarm:
+        changed_by(swarm, what)
+        liar = trio.next_of(swarm)
+        with liars.lying(liar, liars.weights(lambda weight: 1.02 * weight)):
+            swarm.model(ids(), use_cache=cached)
+            assert found(swarm).wrong == (liar.peer_id,)
+
+
+@pytest.mark.parametrize("what", ["", "hook", "adapter"])
+def test_honest_servers_agree(trio: HostedSwarm, what: str) -> None:
+    with connected(trio, verify=1.0) as swarm:
+        changed_by(swarm, what)
         for seed in range(4):
             swarm.model(ids(seed), use_cache=False)
             swarm.model.generate(ids(seed), max_new_tokens=8, do_sample=False)
@@ -250,8 +315,11 @@ def test_who_was_pushed_its_input_is_blamed_at_once(tiny_llama: Path) -> None:
         liar_id = swarm.route().hops[1].peer_id
         liar = next(server for server in local.servers if server.peer_id == liar_id)
         with liars.lying(liar, liars.LIES["stale"]):
-            swarm.model(ids(), use_cache=True)
-            assert found(swarm).wrong == (liar_id,)
+            for seed in range(20):  # three of four are audited, as less travels of them
+                swarm.model(ids(seed), use_cache=True)
+                if found(swarm).wrong:
+                    break
+        assert found(swarm).wrong == (liar_id,)
 
 
 def test_nothing_is_audited_unless_it_is_asked_for(trio: HostedSwarm) -> None:

@@ -13,10 +13,12 @@ from support import liars
 from support.gguf_files import write_gguf
 from support.hosting import HostedServer, HostedSwarm
 from support.patience import PATIENCE
+from support.quantised import WIDE, awq, gptq, written
 from support.tiny import build, tiny_model
 
 import swarm_notebook as sn
 from swarm_notebook.check import check
+from swarm_notebook.checkpoint.packed import PackedWeight
 from swarm_notebook.net.dht.records import ServerInfo
 from swarm_notebook.report.audit import AuditTable
 from swarm_notebook.server import app
@@ -28,7 +30,7 @@ from swarm_notebook.swarm import Swarm
 TOKENS = 48
 # In halves every second pass is audited, as each audit takes two: enough for one to be drawn.
 MANY = 40
-IN_GROUPS = {"hidden_size": 64, "intermediate_size": 96}
+IN_GROUPS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
 
 
 @pytest.fixture(scope="module")
@@ -137,16 +139,34 @@ def test_who_does_not_say_which_bits_it_has_is_left_open(
     assert "does not say which values its weights have" in one.why
 
 
+def as_published(folder: Path, method: str) -> Path:
+    """A checkpoint whose weights are quantised by a method that people publish."""
+    if method == "gguf":
+        path = folder / "tiny.gguf"
+        kind = gguf.GGMLQuantizationType.Q4_0
+        write_gguf(path, build("llama", num_hidden_layers=4, **IN_GROUPS), "llama", kind=kind)
+        return path
+    path = tiny_model("llama", folder, **WIDE)
+    config: dict[str, Any] = {"quant_method": method, "bits": 4, "group_size": 32}
+    if method == "awq":
+        written(path, awq, **config, version="gemm", zero_point=True)
+    else:
+        written(path, gptq(act_order=True), **config, desc_act=True, sym=False)
+    return path
+
+
+@pytest.mark.parametrize("method", ["gguf", "gptq", "awq"])
 def test_bits_as_they_were_published_are_those_of_unpacked_servers(
-    cache: pytest.MonkeyPatch, tmp_path: Path
+    cache: pytest.MonkeyPatch, tmp_path: Path, method: str
 ) -> None:
-    path = tmp_path / "tiny.gguf"
-    write_gguf(path, build("llama", **IN_GROUPS), "llama", kind=gguf.GGMLQuantizationType.Q4_0)
+    """One server holds the file's bits, the other one what they stand for."""
     free = 0
     cache.setattr(loading, "free_memory", lambda _device: free)
-    with HostedSwarm(path, [(0, 5)], dtype="bfloat16") as local:
+    with HostedSwarm(as_published(tmp_path, method), [(0, 4)], dtype="bfloat16") as local:
+        parameters = [one for layer in local.servers[0].layers for one in layer.parameters()]
+        assert any(isinstance(one, PackedWeight) for one in parameters)
         free = 1 << 40
-        other = ServeOptions(local.model, (0, 5), local.initial_peers, dtype="bfloat16")
+        other = ServeOptions(local.model, (0, 4), local.initial_peers, dtype="bfloat16")
         with HostedServer(other) as unpacked, connected(local, verify=1.0) as swarm:
             verdicts = asked_until(swarm, 3).verdicts
             assert {one.outcome for one in verdicts} == {"agreed"}

@@ -11,7 +11,7 @@ import torch
 from swarm_notebook.checkpoint.files.source import resolve
 from swarm_notebook.checkpoint.parts.partial import load_blocks
 from swarm_notebook.client.audit import limits
-from swarm_notebook.client.audit.choice import PieceSampler
+from swarm_notebook.client.audit.choice import PieceSampler, share_asked
 from swarm_notebook.client.audit.comparison import Errors, compare
 from swarm_notebook.client.request import Request
 from swarm_notebook.model.judge import HomeJudge
@@ -82,6 +82,35 @@ def test_audits_cost_no_more_than_the_rate() -> None:
         if choice.draw(1, 10, 10 * length, stranger=False):
             spent += 10 * length
     assert 0.015 * done < spent < 0.02 * done + 10 * 1000
+
+
+def test_what_is_asked_for_seldom_is_audited_as_often() -> None:
+    """Enough to compare in one of ten prompts: of those ten times the share is audited."""
+    source = random.Random(0)
+    choice, audited = PieceSampler(0.02, source), 0
+    for _ in range(50_000):
+        asked = source.random() < 0.1
+        drawn = choice.draw(100, 100, 100, stranger=False, asked=0.1 if asked else 1.0)
+        if drawn and not asked:
+            choice.give_back(100)
+        audited += drawn and asked
+    assert 0.7 < audited / (0.02 * 50_000) <= 1.05
+
+
+def test_what_cannot_be_audited_after_all_costs_nothing() -> None:
+    choice = PieceSampler(0.5, random.Random(0))
+    drawn = 0
+    for _ in range(1000):
+        if choice.draw(100, 100, 1000, stranger=False):
+            choice.give_back(1000)
+            drawn += 1
+    assert drawn > 50  # one in twenty, and more as nothing is spent
+
+
+def test_more_is_asked_for_within_a_percent_of_what_travels() -> None:
+    assert share_asked(1024, 31) == pytest.approx(0.01 * 1024 / 31)
+    assert share_asked(100_000, 31) == 1
+    assert share_asked(100, 0) == 1
 
 
 def test_a_stranger_is_audited_early_and_nobody_without_a_rate() -> None:

@@ -33,7 +33,7 @@ def tokens_until_doubted(evidence: Evidence, found: list[Errors], by: frozenset[
     return None
 
 
-@pytest.mark.parametrize(("ratio", "most"), [(1.17, 256), (1.07, 1024)])
+@pytest.mark.parametrize(("ratio", "most"), [(1.17, 256), (1.07, 3072)])
 def test_a_small_lie_is_found_over_some_audits(ratio: float, most: int) -> None:
     for seed in range(20):
         found = tokens_until_doubted(Evidence(), audits(ratio, seed=seed), ANN)
@@ -41,7 +41,7 @@ def test_a_small_lie_is_found_over_some_audits(ratio: float, most: int) -> None:
         assert found <= most
 
 
-@pytest.mark.parametrize("ratio", [0.985, 1.0, 1.021])
+@pytest.mark.parametrize("ratio", [0.985, 1.0, 1.021, 1.044])
 def test_honest_rounding_never_adds_up(ratio: float) -> None:
     for seed in range(20):
         assert tokens_until_doubted(Evidence(), audits(ratio, seed=seed), ANN) is None

@@ -13,7 +13,10 @@ from swarm_notebook.net.wire.message import PackedTensor
 SEED = bytes(range(prints.SEED_BYTES))
 
 
-def as_documented(data: bytes) -> int:
+HEADER = PackedTensor().header
+
+
+def as_documented(data: bytes, header: bytes = HEADER) -> int:
     """The print by its definition."""
 
     def numbers(of: bytes, count: int) -> list[int]:
@@ -22,7 +25,8 @@ def as_documented(data: bytes) -> int:
 
     columns = numbers(b"columns", prints.ROW_WORDS)
     size = 4 * prints.ROW_WORDS
-    rows = [data[i : i + size].ljust(size, b"\0") for i in range(0, len(data), size)]
+    rows = [header.ljust(size, b"\0")]
+    rows += [data[i : i + size].ljust(size, b"\0") for i in range(0, len(data), size)]
     factors = numbers(b"rows", len(rows) + 1)
     total = factors[0] * len(data)
     for row, factor in zip(rows, factors[1:], strict=True):
@@ -55,3 +59,16 @@ def test_any_changed_bit_and_any_other_length_and_order_is_seen() -> None:
     assert print_of(PackedTensor(bytes(data) + b"\0")) not in known
     assert print_of(PackedTensor(bytes(data[4096:] + data[:4096]))) not in known
     assert prints.printer(prints.new_seed()).of(PackedTensor(bytes(data))) not in known
+
+
+def test_the_same_bytes_in_another_dtype_or_shape_are_something_else() -> None:
+    print_of, data = prints.printer(SEED).of, random.Random(2).randbytes(96)
+    told = {
+        print_of(PackedTensor(data, size, dtype, compression))
+        for size in ((1, 3, 16), (3, 1, 16))
+        for dtype in ("bfloat16", "float16")
+        for compression in (0, 1)
+    }
+    assert len(told) == 8
+    one = PackedTensor(data, (1, 3, 16), "float16")
+    assert print_of(one) == as_documented(data, b"float16 0 [1, 3, 16]")
