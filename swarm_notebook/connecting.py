@@ -91,7 +91,8 @@ def connect(
         verify: how much of what servers answer is audited: replayed on other servers in the
             background, see `Swarm.audit`. ``"spot"`` computes `SPOT_RATE` more for it, ``"off"``
             nothing, a number such a share. None is ``"spot"`` for peers with public addresses,
-            else ``"off"``. It keeps one more hidden state per token of a text.
+            ``"off"`` for others and in private swarms. It keeps one more hidden state per token of
+            a text.
         verify_here: load blocks for a moment, one by one, to decide here what servers disagree on
             or what no other server can replay.
 
@@ -107,7 +108,7 @@ def connect(
     placed = device_named(device)
     if lan:
         initial_peers = _on_lan(initial_peers, model)
-    rate = _audit_rate(verify, initial_peers)
+    rate = audit_rate(verify, initial_peers)
     compressed = _compression(compression)
     local: LocalSwarm | None = None
     connection: Connection | None = None
@@ -261,18 +262,22 @@ def _compression(name: str | None) -> int:
     return COMPRESSIONS.get(name or "", NONE)
 
 
-def _audit_rate(
-    verify: str | float | None, peers: Sequence[str] | str | LocalSwarm | None
-) -> float:
+def audit_rate(verify: str | float | None, peers: Sequence[str] | str | LocalSwarm | None) -> float:
     """Which share of the work is audited.
+
+    Args:
+        verify, peers: as `connect` was given them.
 
     Raises:
         ValueError: ``verify`` says nothing of the kind.
     """
     if verify is None:
-        given = None if isinstance(peers, LocalSwarm) else peers
-        listed = addresses_of(given or [])
-        verify = "spot" if any(is_public(str(peer)) for peer in listed) else "off"
+        given: Sequence[str] | str = []
+        if peers is not None and not isinstance(peers, LocalSwarm):
+            given = peers
+        invited = any(map(is_invitation, [given] if isinstance(given, str) else given))
+        public = not invited and any(is_public(peer) for peer in addresses_of(given))
+        verify = "spot" if public else "off"
     if isinstance(verify, str) and verify in ("spot", "off"):
         return SPOT_RATE if verify == "spot" else 0.0
     if isinstance(verify, (int, float)) and not isinstance(verify, bool) and 0 <= verify <= 1:
