@@ -5,11 +5,12 @@ ways (one pass, short pieces with a cache, beside longer rows, eager attention, 
 by token through CUDA graphs and compiled blocks); each answer is compared, 32 tokens at a time,
 with a replay in float32 and one in the answer's own dtype, as an audit does. Who replays may be a
 server of another kind (`--replay`). `alarms` is to be 0, and so is `alarms_together`, of the audits
-of each way added up. `--evidence` shows servers that cheat a little, by how many tokens are taken
-together. `--gradients` audits backward passes instead, the gradients of states.
+of each way added up. `--evidence` sets the liars of the tests beside them, and two that cheat a
+little: how many audits find each, and its ratio by how many tokens are taken together (the lines
+that come last count). `--gradients` audits backward passes instead, the gradients of states.
 
     python benchmarks/audits.py [--audits 1000] [--blocks 10:20] [--gradients]
-                                [--server bfloat16@cpu] [--replay float32@cuda]
+                                [--server bfloat16@cpu] [--replay float32@cuda] [--model FOLDER]
 
 A kind is a dtype, ``@`` and a device, and ``/`` and bits if the weights are packed. Both servers
 then have the same packed weights if their dtype is the same.
@@ -20,7 +21,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -81,12 +84,17 @@ class Kind:
 
 @dataclass
 class Extremes:
-    """The largest of everything that was seen, and how many alarms there were."""
+    """The largest of everything that was seen, and how many alarms there were.
+
+    Attributes:
+        typical: mean and standard deviation of the logarithm of ratios over so many tokens.
+    """
 
     audits: int = 0
     alarms: int = 0
     alarms_together: int = 0
     most: dict[str, float] = field(default_factory=dict)
+    typical: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, errors: Errors, together: str = "", *, back: bool = False) -> None:
         """Take an audit of an answer; `together` says why several are wrong, if they are."""
@@ -101,10 +109,15 @@ class Extremes:
             self.most[name] = max(self.most.get(name, 0.0), value)
 
 
-def texts(length: int) -> Iterator[torch.Tensor]:
-    """Token ids ``[length]`` from the files of this repository, again and again."""
-    root, tokenizer = Path(__file__).parents[1], resolve(None).tokenizer()
-    assert tokenizer is not None
+def texts(source: ModelSource, length: int) -> Iterator[torch.Tensor]:
+    """Token ids ``[length]`` from the files of this repository, again and again.
+
+    Random ones for a model without a tokenizer.
+    """
+    root, tokenizer = Path(__file__).parents[1], source.tokenizer()
+    draw = torch.Generator().manual_seed(0)
+    while tokenizer is None:
+        yield torch.randint(source.config().vocab_size, (length,), generator=draw)
     files = sorted([*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("tests/**/*.py")])
     while True:
         for file in files:
@@ -116,8 +129,15 @@ def texts(length: int) -> Iterator[torch.Tensor]:
 class Bench:
     """Blocks ``[start, end)`` as one server has them and as a witness does, and what goes in."""
 
-    def __init__(self, start: int, end: int, kind: Kind, witness: Kind | None = None):
-        source = resolve(None)
+    def __init__(
+        self,
+        start: int,
+        end: int,
+        kind: Kind,
+        witness: Kind | None = None,
+        model: str | None = None,
+    ):
+        self.source = source = resolve(model)
         self.start, self.end, self.kind, self.dtype = start, end, kind, kind.dtype
         self._embed = load_edges(source, dtype=torch.float32)[0].get_input_embeddings()
         self._before = load_blocks(source, 0, start, dtype=torch.float32).model if start else None
@@ -127,6 +147,9 @@ class Bench:
         if witness is not None and witness != kind:
             self.witness = _span(source, start, end, witness)
         self._decoding: Decoding | None = None
+
+    def texts(self, length: int) -> Iterator[torch.Tensor]:
+        return texts(self.source, length)
 
     @torch.inference_mode()
     def inputs(self, ids: torch.Tensor) -> torch.Tensor:
@@ -219,7 +242,7 @@ def _span(source: ModelSource, start: int, end: int, kind: Kind) -> Span:
 def honest(bench: Bench, audits: int, rows: int, said: dict[str, Any]) -> None:
     """Audits of 32 tokens of honest answers; tells now and then what was found of each way."""
     found, parts = dict[str, Extremes](), dict[str, list[Errors]]()
-    source, together, told = texts(LENGTH), Evidence(), time.monotonic()
+    source, together, told = bench.texts(LENGTH), Evidence(), time.monotonic()
     done = 0
     while done < audits:
         hidden = bench.inputs(torch.stack(list(itertools.islice(source, rows))))
@@ -235,35 +258,58 @@ def honest(bench: Bench, audits: int, rows: int, said: dict[str, Any]) -> None:
             told = time.monotonic()
             for way, of_way in found.items():
                 for size in EVIDENCE if twin is not None else ():
-                    ratios = _ratios(parts[way], size // limits.MIN_TOKENS)
+                    ratios = list(_ratios(parts[way], size // limits.MIN_TOKENS))
                     of_way.most[f"ratio over {size}"] = max(ratios, default=0.0)
+                    of_way.typical[size] = typical(ratios)
             whole = {"audits": done, "alarms": sum(one.alarms for one in found.values())}
             whole["alarms_together"] = sum(one.alarms_together for one in found.values())
             ways = {way: vars(of_way) for way, of_way in found.items()}
             print(json.dumps(said | whole | {"ways": ways}), flush=True)
 
 
-def evidence(
-    bench: Any, lies: dict[str, liars.Lie], tokens: int
-) -> dict[str, dict[int, list[float]]]:
-    """Ratios of honest servers and of liars, over so many tokens of each taken together."""
-    totals: dict[str, list[Errors]] = {}
-    source = texts(LENGTH)
+def typical(ratios: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation of their logarithms."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return (statistics.mean(logs), statistics.stdev(logs)) if len(logs) > 1 else (0.0, 0.0)
+
+
+Found = dict[str, list[list[Errors]]]
+
+
+def evidence(bench: Any, lies: dict[str, liars.Lie], tokens: int) -> Iterator[Found]:
+    """Errors of honest servers and of liars: of each its texts, and of those their audits."""
+    found: Found = {}
+    source = bench.texts(LENGTH)
     for _ in range(tokens // LENGTH):
         hidden = bench.inputs(next(source)[None])
         reference, twin = bench.replays(hidden)
-        for name, answer in bench.answers(hidden):
-            parts = [compare(*part) for part in _windows(answer, reference, twin)]
-            totals.setdefault(f"honest, {name}", []).extend(parts)
+        answers = {f"honest, {way}": answer for way, answer in bench.answers(hidden)}
         for name, lie in lies.items():
             with liars.lying(bench, lie):
-                answer = bench._run(Forward((bench.start, bench.end), hidden))
+                answers[name] = bench._run(Forward((bench.start, bench.end), hidden))
+        for name, answer in answers.items():
             parts = [compare(*part) for part in _windows(answer, reference, twin)]
-            totals.setdefault(name, []).extend(parts)
-    return {
-        name: {size: list(_ratios(parts, size // limits.MIN_TOKENS)) for size in EVIDENCE}
-        for name, parts in totals.items()
-    }
+            found.setdefault(name, []).append(parts)
+        yield found
+
+
+def told(texts: list[list[Errors]]) -> dict[str, Any]:
+    """What audits make of them: one by one, in twos, and added up."""
+    every = [one for parts in texts for one in parts]
+    wrong = [bool(limits.what_is_wrong(one, torch.float32)) for one in every]
+    twos = [any(wrong[at : at + 2]) for at in range(0, len(wrong) - 1, 2)]
+    told: dict[str, Any] = {"audits": len(every), "found": sum(wrong)}
+    told |= {"twos": len(twos), "found_by_two": sum(twos)}
+    if every[0].ratio is not None:
+        ratios = {size: list(_ratios(every, size // limits.MIN_TOKENS)) for size in EVIDENCE}
+        known = {size: all_ for size, all_ in ratios.items() if all_}
+        told["ratios"] = {size: [min(all_), max(all_)] for size, all_ in known.items()}
+        told["typical"] = {size: typical(all_) for size, all_ in known.items()}
+        told["over"] = {
+            size: [sum(one > limits.max_ratio(size) for one in all_), len(all_)]
+            for size, all_ in known.items()
+        }
+    return told
 
 
 def _ratios(parts: list[Errors], count: int) -> Iterator[float]:
@@ -302,7 +348,7 @@ def gradients(bench: Bench, audits: int) -> Extremes:
 
 def backwards(bench: Bench) -> Iterator[Backward]:
     """Two rows of text, and a gradient of all of the output."""
-    source, draw = texts(LENGTH), torch.Generator().manual_seed(0)
+    source, draw = bench.texts(LENGTH), torch.Generator().manual_seed(0)
     while True:
         hidden = torch.cat([bench.inputs(next(source)[None]) for _ in range(2)])
         grad = torch.randn(hidden.shape, generator=draw)
@@ -331,18 +377,24 @@ def main() -> None:
     parser.add_argument("--replay", type=Kind.parse, default=None, metavar="KIND")
     parser.add_argument("--rows", type=int, default=1, help="texts at once")
     parser.add_argument("--blocks", default="10:20")
+    parser.add_argument("--model", default=None, help="a folder, file or name; else the demo")
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--evidence", type=int, default=0, help="of so many tokens")
     given = parser.parse_args()
     start, end = map(int, given.blocks.split(":"))
-    bench = Bench(start, end, given.server, given.replay)
+    bench = Bench(start, end, given.server, given.replay, given.model)
     said = {"server": str(given.server), "replay": str(given.replay or given.server)}
     said["blocks"] = given.blocks
     if given.evidence:
-        lies = {"int8 in one block": int8_block, "noise of 0.3 %": liars.noise(0.003)}
-        for name, by_size in evidence(bench, lies, given.evidence).items():
-            spans = {size: [min(all_), max(all_)] for size, all_ in by_size.items() if all_}
-            print(json.dumps(said | {"what": name, "ratios": spans}), flush=True)
+        small = {"int8 in one block": int8_block, "noise of 0.3 %": liars.noise(0.003)}
+        torch.manual_seed(0)
+        last = time.monotonic()
+        for number, found in enumerate(evidence(bench, liars.LIES | small, given.evidence), 1):
+            if number * LENGTH < given.evidence and time.monotonic() - last < 6 * TELL_SECONDS:
+                continue
+            last = time.monotonic()
+            for name, texts_ in found.items():
+                print(json.dumps(said | {"what": name} | told(texts_)), flush=True)
         return
     if given.gradients:
         found = gradients(bench, given.audits)

@@ -8,7 +8,7 @@ rate of audits, for a server that is not new (of a new one the first 128 tokens 
 `--gradients` is about poisoned backward passes, each of which is one audit.
 
     python benchmarks/lies.py [--seeds 100] [--server bfloat16] [--blocks 10:20]
-                              [--replay float32@cuda] [--curve | --gradients]
+                              [--replay float32@cuda] [--model FOLDER] [--curve | --gradients]
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import itertools
 import json
 import random
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
-from audits import Bench, Kind, backwards, gradient_replays, gradients_of, liars, texts
+from audits import Bench, Kind, backwards, gradient_replays, gradients_of, liars
 
 from swarm_notebook.client.audit import limits
 from swarm_notebook.client.audit.choice import PieceSampler
@@ -37,9 +37,14 @@ RATES = (0.005, 0.01, 0.02, 0.05, 0.1)
 RUNS = 2000
 
 
-def found(bench: Any, lie: liars.Lie, hidden: torch.Tensor, size: int) -> list[bool]:
+Replays = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def found(
+    bench: Any, lie: liars.Lie, hidden: torch.Tensor, replays: Replays, size: int
+) -> list[bool]:
     """Whether each audit of so many tokens of the answer finds the lie."""
-    reference, twin = bench.replays(hidden)
+    reference, twin = replays
     with liars.lying(bench, lie):
         answer = bench._run(Forward((bench.start, bench.end), hidden))
     cuts = [slice(begin, begin + size) for begin in range(0, answer.shape[1] - size + 1, size)]
@@ -64,10 +69,9 @@ def poisoned(bench: Bench, lie: liars.Lie, seeds: int) -> int:
 
 def curve(bench: Bench, seeds: int, said: dict[str, Any]) -> None:
     """How many passes it takes until one with an edited token is audited and found."""
-    source, edited = texts(PASS_TOKENS), liars.edited(100)
-    hits = [
-        found(bench, edited, bench.inputs(next(source)[None]), PASS_TOKENS)[0] for _ in range(seeds)
-    ]
+    source, edited = bench.texts(PASS_TOKENS), liars.edited(100)
+    inputs = (bench.inputs(next(source)[None]) for _ in range(seeds))
+    hits = [found(bench, edited, one, bench.replays(one), PASS_TOKENS)[0] for one in inputs]
     share, draw = sum(hits) / len(hits), random.Random(0)
     for rate in RATES:
         sampler, passes, counts = PieceSampler(rate, draw), 0, []
@@ -89,11 +93,12 @@ def main() -> None:
     parser.add_argument("--server", type=Kind.parse, default=Kind(), metavar="KIND")
     parser.add_argument("--replay", type=Kind.parse, default=None, metavar="KIND")
     parser.add_argument("--blocks", default="10:20")
+    parser.add_argument("--model", default=None, help="a folder, file or name; else the demo")
     parser.add_argument("--curve", action="store_true")
     parser.add_argument("--gradients", action="store_true")
     given = parser.parse_args()
     start, end = map(int, given.blocks.split(":"))
-    bench = Bench(start, end, given.server, given.replay)
+    bench = Bench(start, end, given.server, given.replay, given.model)
     said = {"server": str(given.server), "replay": str(given.replay or given.server)}
     said |= {"blocks": given.blocks, "seeds": given.seeds}
     if given.curve:
@@ -104,13 +109,16 @@ def main() -> None:
             hits = poisoned(bench, lie, given.seeds)
             print(json.dumps(said | {"lie": name, "first": hits}), flush=True)
         return
-    for name, lie in liars.LIES.items():
-        torch.manual_seed(0)
-        source, by = texts(AUDITS * TOKENS), Counter[str]()
-        for _ in range(given.seeds):
-            first, second = found(bench, lie, bench.inputs(next(source)[None]), TOKENS)
-            by["first" if first else "second" if second else "missed"] += 1
-        print(json.dumps(said | {"lie": name} | by), flush=True)
+    torch.manual_seed(0)
+    source, by = bench.texts(AUDITS * TOKENS), defaultdict[str, Counter[str]](Counter)
+    for _ in range(given.seeds):
+        hidden = bench.inputs(next(source)[None])
+        replays = bench.replays(hidden)
+        for name, lie in liars.LIES.items():
+            first, second = found(bench, lie, hidden, replays, TOKENS)
+            by[name]["first" if first else "second" if second else "missed"] += 1
+    for name, counts in by.items():
+        print(json.dumps(said | {"lie": name} | counts), flush=True)
 
 
 if __name__ == "__main__":
