@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from typing import Any, Self
 from common import be_quiet, local_model, say, seconds, summary
 
 THREADS = 1
-NEW_TOKENS = 48
+NEW_TOKENS = 32
 ROWS = 8
 PROMPT_TOKENS = 512
 TRAINED_ROWS, TRAINED_TOKENS = 4, 64
@@ -179,9 +181,11 @@ def measure(repeats: int) -> dict[str, dict[str, float]]:
             written = {who: ask(name)[1] for who, ask in asked.items()}  # warm-up
             if any(text != written["local transformers"] for text in written.values()):
                 raise SystemExit(f"{name}: not the same tokens: {written}")
-            turns = [{who: ask(name)[0] for who, ask in asked.items()} for _ in range(repeats)]
-            found[name] = {who: round(min(turn[who] for turn in turns), 4) for who in asked}
-            say(f"{name}: {json.dumps(found[name])}")
+            least = found[name] = dict.fromkeys(asked, math.inf)
+            for _ in range(repeats):
+                for who, ask in asked.items():
+                    least[who] = min(least[who], round(ask(name)[0], 4))
+                say(f"{name}, load {os.getloadavg()[0]:.1f}: {json.dumps(least)}")
         return found
 
 
