@@ -43,10 +43,12 @@ def compare(
     servers: Sequence[Server], before: Mapping[int, Any], after: Mapping[int, Any]
 ) -> list[str]:
     """What did not go back to where it was; after what `taken` has found of these servers."""
-    numbers = {server.number for server in servers}
-    silent = sorted(numbers - before.keys() | numbers - after.keys())
-    wrong = [f"server {number} did not answer when all was calm" for number in silent]
-    for number in sorted(numbers - {*silent}):
+    wrong = []
+    for server in servers:
+        number = server.number
+        if number not in before or number not in after:
+            wrong.append(f"server {number} did not answer when all was calm: {server.said()}")
+            continue
         was, now = before[number], after[number]
         wrong += [f"server {number}: {name} is {now[name]}" for name in HELD if now[name]]
         if now["restarts"] > was["restarts"]:  # its memory ran out, and it is another process

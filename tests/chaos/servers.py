@@ -91,6 +91,11 @@ class Server:
         log = (self.place / f"{self.number}.log").read_text()
         raise RuntimeError(f"server {self.number} ended: {log[-2000:]}")
 
+    def said(self) -> str:
+        """Whether it runs, and the end of its log."""
+        log = (self.place / f"{self.number}.log").read_text()
+        return f"{'it runs' if self.running else 'it has ended'}; {log[-2000:]}"
+
     def again(self, ahead: int = 0) -> None:
         """End it, if it lives, and start it anew."""
         self.kill()
