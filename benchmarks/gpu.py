@@ -45,6 +45,7 @@ from gpu_local import (
     KL_ROWS,
     KL_TOKENS,
     LORA_RANK,
+    NEVER,
     NEW_TOKENS,
     PROMPT,
     SHAPES,
@@ -249,7 +250,7 @@ def notebook(shape: str, folder: Path, made: Sequence[Any], device: str) -> None
             for _ in range(3):
                 marks = [time.perf_counter()]
                 for new in (1, NEW_TOKENS):
-                    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+                    options = {"max_new_tokens": new, "eos_token_id": NEVER, "do_sample": False}
                     model.generate(ids[:, :length], pad_token_id=0, **options)
                     marks.append(time.perf_counter())
                 first.append(marks[1] - marks[0])
