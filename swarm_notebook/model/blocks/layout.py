@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -33,12 +34,12 @@ class Layout:
     home: frozenset[int]
     cuts: frozenset[int]
 
-    @property
+    @cached_property
     def ascending(self) -> bool:
         """Whether each block comes at most once, and after those before it."""
         return all(one < two for one, two in zip(self.order, self.order[1:], strict=False))
 
-    @property
+    @cached_property
     def one_stretch(self) -> bool:
         """Whether all calls are one stretch of remote blocks."""
         return bool(self.order) and not self.home and len(self.cuts) == 2

@@ -78,6 +78,7 @@ class DecoderCalls:
         self._masks = hooks.Masks(decoder)
         self.recorded: hooks.RecordedOutputs = hooks.RecordedOutputs(decoder, self._masks)
         self._layers_name, self._context_length = layers_name, context_length
+        self._planned: tuple[list[nn.Module], frozenset[int], Layout] | None = None
         self._signature = inspect.signature(decoder.forward)
         self._forward_code = inspect.unwrap(type(decoder).forward).__code__
         self.here: ThreadState = ThreadState()
@@ -108,7 +109,7 @@ class DecoderCalls:
         layers = list(getattr(decoder, self._layers_name))
         # Many decoders stop at this number: so transformers leaves early to guess tokens.
         layers = layers[: config.num_hidden_layers]
-        layout = plan(layers, self.blocks, self.home)
+        layout, own = self._layout(layers)
         inputs.refuse_unknown(kwargs, config, layout)
         remote = [index for index in layout.order if index not in layout.home]
         injections, continued = self.adapters.injections, _continued(kwargs.get("past_key_values"))
@@ -139,7 +140,6 @@ class DecoderCalls:
             kwargs["past_key_values"], kwargs["use_cache"], cache = None, False, None
         recorded = self.recorded.asked(kwargs, modules)
         self.here.given = None  # of a call that did not come to its end
-        own = layers == [self.blocks[index] for index in layout.order]
         kept = self.kept.positions(new, self.blocks)
         last = len(self.blocks) - 1
         ends = own and layout.order[-1:] == (last,)
@@ -171,6 +171,17 @@ class DecoderCalls:
         if not layout.home:
             self._masks.leave_out()
         return (), kwargs
+
+    def _layout(self, layers: list[nn.Module]) -> tuple[Layout, bool]:
+        """The layout of the decoder's list, and whether there are blocks alone in it."""
+        planned = self._planned
+        if planned is not None and planned[:2] == (layers, self.home):
+            return planned[2], True  # as in nearly all calls
+        layout = plan(layers, self.blocks, self.home)
+        own = layers == [self.blocks[index] for index in layout.order]
+        # What else is in it may be another around the same block the next time.
+        self._planned = (layers, self.home, layout) if own else None
+        return layout, own
 
     def _cache(self, kwargs: dict[str, Any], config: Any) -> Any:
         """What the call fills, which is made here if the caller has none and wants one."""
