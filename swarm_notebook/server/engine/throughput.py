@@ -29,10 +29,10 @@ from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionS
 # Six runs of a tenth of a second: a server that starts beside takes the cores for longer than one.
 SECONDS = 0.1
 TRIES = 6
-# Of it on a card, where a neighbour can only make launches late, and somebody may be waiting: of
-# 4.4 s that a server of 32 blocks on an H200 took from its weights to its first answer, 2.3 went
-# into runs as long as on a CPU.
-CARD_SHARE = 0.2
+# On a card a neighbour can only make launches late, and somebody may be waiting: of 4.4 s that a
+# server of 32 blocks on an H200 took from its weights to its first answer, 2.3 went into runs as
+# long as on a CPU.
+CARD_SECONDS, CARD_TRIES = 0.02, 3
 MIN_RUNS = 2
 # Enough tokens for the speed of a long pass, and a context as of a conversation that begins.
 FORWARD_TOKENS = 128
@@ -44,6 +44,9 @@ FEWEST_TOKENS, MOST_TOKENS = 64, 1024
 PASS_TRIES = 3
 # The newest value's weight in a running mean: half is forgotten after 34 calls.
 _NEWEST = 0.02
+
+# Calls per second of some work.
+_Rate = Callable[[Callable[[], None]], float]
 
 
 @dataclass(frozen=True)
@@ -73,17 +76,18 @@ def measure(span: Span, hidden_size: int, batching: Batching | None = None) -> T
     Steps run as `batching` runs them, if it is given.
     """
     long = torch.zeros(1, FORWARD_TOKENS, hidden_size)
-    seconds = SECONDS if span.device.type == "cpu" else CARD_SHARE * SECONDS
+    on_card = span.device.type != "cpu"
+    rate = partial(_rate, *((CARD_SECONDS, CARD_TRIES) if on_card else (SECONDS, TRIES)))
 
     def forward() -> None:
         span.run(span.start, span.start + 1, long)[0].cpu()
 
     if batching is not None and batching.decoding is not None:
         # And not beside them: what a card loads for steps of one block took 0.7 s on an H200.
-        steps = _rate_of_graphs(span, long, batching, seconds)
+        steps = _rate_of_graphs(span, long, batching, rate)
     else:
-        steps = _rate_of_steps(span, long, seconds)
-    forwards = FORWARD_TOKENS * _rate(forward, seconds)
+        steps = _rate_of_steps(span, long, rate)
+    forwards = FORWARD_TOKENS * rate(forward)
     return Throughput(steps, forwards, bound_from(partial(_pass_seconds, span, hidden_size)))
 
 
@@ -123,7 +127,7 @@ def _pass_seconds(span: Span, hidden_size: int, tokens: int) -> float:
         return math.inf
 
 
-def _rate_of_steps(span: Span, long: torch.Tensor, seconds: float) -> float:
+def _rate_of_steps(span: Span, long: torch.Tensor, rate: _Rate) -> float:
     """Steps per second of the first block."""
     start, end = span.start, span.start + 1
     cache = SessionCache(start, span.end)
@@ -135,10 +139,10 @@ def _rate_of_steps(span: Span, long: torch.Tensor, seconds: float) -> float:
         cache.truncate(start, end, CONTEXT_TOKENS)
         span.run(start, end, long[:, :1], cache=cache)[0].cpu()
 
-    return _rate(step, seconds)
+    return rate(step)
 
 
-def _rate_of_graphs(span: Span, long: torch.Tensor, batching: Batching, seconds: float) -> float:
+def _rate_of_graphs(span: Span, long: torch.Tensor, batching: Batching, rate: _Rate) -> float:
     """Steps per second of one block, from those of all blocks together."""
     state = SessionState(span, None, cache=batching.new_cache())
     blocks = (span.start, span.end)
@@ -150,7 +154,7 @@ def _rate_of_graphs(span: Span, long: torch.Tensor, batching: Batching, seconds:
 
     step()  # captures
     try:
-        return _rate(step, seconds) * (span.end - span.start)
+        return rate(step) * (span.end - span.start)
     finally:
         state.cache.release()
 
@@ -179,10 +183,10 @@ class RateMeter:
             self._token_seconds += _NEWEST * (a_token - self._token_seconds)
 
 
-def _rate(work: Callable[[], None], seconds: float) -> float:
-    """Calls per second in the best of several runs of so many seconds, after one to warm up."""
+def _rate(seconds: float, tries: int, work: Callable[[], None]) -> float:
+    """Calls per second in the best of some runs of so many seconds, after one to warm up."""
     work()
-    return max(_run(work, seconds) for _ in range(TRIES))
+    return max(_run(work, seconds) for _ in range(tries))
 
 
 def _run(work: Callable[[], None], seconds: float) -> float:

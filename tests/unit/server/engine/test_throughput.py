@@ -20,8 +20,8 @@ def test_the_best_of_several_runs_counts(monkeypatch: pytest.MonkeyPatch) -> Non
         now += 0.002 if 0.2 < now < 0.35 else 0.02
 
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now)
-    assert throughput._rate(work, 0.1) == pytest.approx(500, rel=0.25)
-    assert throughput._rate(work, 0.1) == pytest.approx(50, rel=0.01)
+    assert throughput._rate(0.1, throughput.TRIES, work) == pytest.approx(500, rel=0.25)
+    assert throughput._rate(0.1, throughput.TRIES, work) == pytest.approx(50, rel=0.01)
 
 
 def test_steps_that_were_computed_take_the_place_of_the_first_guess() -> None:
