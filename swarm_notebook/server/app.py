@@ -35,6 +35,7 @@ from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.startup import leave_cores_alone, prepare
 from swarm_notebook.server.engine.steps.batching import Batching
 from swarm_notebook.server.engine.throughput import RateMeter
+from swarm_notebook.server.laps import Laps
 from swarm_notebook.server.loading.reading import Read, Reading
 from swarm_notebook.server.loading.room import room_for
 from swarm_notebook.server.memory import heap
@@ -205,6 +206,7 @@ class Server:
                 await self._up.compute.submit(heap.trim).future
 
     async def _start(self) -> None:
+        laps = Laps()
         source = resolve(self._options.model, dummy=self._options.dummy_weights)
         options = self._options = await self._settled(source)
         compute = ComputeThread()
@@ -223,14 +225,14 @@ class Server:
         joining = describe(blocks, options, told, None, ServerState.JOINING, moves=self._moves)
         await announcer.announce(joining)
         self._say(blocks=list(blocks))
-        read = await announcer.beside(loading.future, joining)
+        read = await laps.of("for the weights", announcer.beside(loading.future, joining))
         span = Span(read.blocks.decoder, read.blocks.layers_name, read.blocks.start)
         tokens = options.cache_tokens or CACHE_TOKENS
         preparing = self._prepare(compute, span, config.hidden_size, tokens)
         about = partial(describe, blocks, options, told, read.quantised)
         pings = NeighbourPings(node, source.dht_prefix, blocks, told)
         await pings.measure()
-        batching, rates = await preparing.future
+        batching, rates = await laps.of("to try the blocks", preparing.future)
         if span.device.type == "cuda" and options.threads is None:
             leave_cores_alone()
         meter = RateMeter(rates)
@@ -282,11 +284,13 @@ class Server:
         self._say(ready=True, model=source.name)
         await self._tell_invitation()
         logger.info(
-            "serving blocks %d:%d of %s: %.0f tokens/s through a block in steps, %.0f in passes",
+            "serving blocks %d:%d of %s: %.0f tokens/s through a block in steps, %.0f in passes; "
+            "ready after %s",
             *blocks,
             source.name,
             meter.rates.inference_rps,
             meter.rates.forward_rps,
+            laps,
         )
 
     async def _settled(self, source: ModelSource) -> ServeOptions:
