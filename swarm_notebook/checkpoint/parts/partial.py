@@ -107,6 +107,32 @@ def bare_layers(source: ModelSource) -> nn.ModuleList:
         return find_trunk(class_for(source, MODEL_MAPPING, "base model")(config)).layers
 
 
+def block_of_zeros(
+    source: ModelSource, index: int, *, dtype: torch.dtype, device: str | torch.device
+) -> LoadedBlocks:
+    """A block as large as the model's own, to run what its weights do not matter for."""
+    from transformers import MODEL_MAPPING
+
+    config = source.config()
+    without_quantizer(config)
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = class_for(source, MODEL_MAPPING, "base model")(config)
+    trunk = find_trunk(model)
+    trunk.set_layers(nn.ModuleList([trunk.layers[index]]))
+    silence_branches(trunk)
+    restrict_config(model.config, index, index + 1)
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                zeros = torch.zeros(weight.shape, dtype=dtype, device=device)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros_like(buffer, device=device)
+    return LoadedBlocks(model.eval(), trunk.decoder, trunk.layers_name, index)
+
+
 def load_blocks(
     source: ModelSource,
     start: int,

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from swarm_notebook.server.engine import throughput
 from swarm_notebook.server.engine.products import few_bits, kernels
+from swarm_notebook.server.engine.requests import Step
 from swarm_notebook.server.engine.span import Span
 from swarm_notebook.server.engine.steps.batching import Batching
+from swarm_notebook.server.engine.steps.decode import Decoding, Impossible
+from swarm_notebook.server.engine.steps.session_state import BatchItem, SessionState, run_one
+
+# Of the prompts that `rehearse` runs: other lengths need other kernels of products. And of its
+# sessions together.
+_REHEARSED_TOKENS, _REHEARSED_CACHE = (64, 128, 256, 512, 1024), 1024
 
 
 def prepare(
@@ -40,6 +48,23 @@ def prepare(
     if not reproducible:  # which product is faster is found out while others are served
         kernels.install(span.layers, later)
     return batching, rates
+
+
+def rehearse(span: Span, hidden_size: int) -> None:
+    """Run what a card is asked first, so that what it loads or Triton compiles for it is there.
+
+    In any thread, while the weights are read.
+
+    Args:
+        span: a block like those that are to be served.
+    """
+    Batching.try_out(span, hidden_size)
+    with suppress(Impossible):  # then the blocks themselves cannot, either
+        Decoding.try_out(span, hidden_size, _REHEARSED_CACHE, capture=False)
+    for tokens in _REHEARSED_TOKENS:
+        state = SessionState(span, None)
+        hidden = torch.zeros(1, tokens, hidden_size)
+        run_one(BatchItem(state, Step((span.start, span.end), hidden), 0, 0, tokens))
 
 
 def leave_cores_alone() -> None:

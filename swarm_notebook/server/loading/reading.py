@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +18,11 @@ import torch
 
 from swarm_notebook.checkpoint.files.source import ModelSource
 from swarm_notebook.checkpoint.packed import storages
-from swarm_notebook.checkpoint.parts.partial import LoadedBlocks, joined
+from swarm_notebook.checkpoint.parts.partial import LoadedBlocks, block_of_zeros, joined
 from swarm_notebook.net.wire import tensors
 from swarm_notebook.server.engine.quantising.loading import Quantised, load_within
+from swarm_notebook.server.engine.span import Span
+from swarm_notebook.server.engine.startup import rehearse
 from swarm_notebook.server.engine.steps.compiled import import_ahead
 from swarm_notebook.server.memory import heap
 from swarm_notebook.server.options import ServeOptions
@@ -89,25 +92,53 @@ class Reading:
         options = self._options
         started = self._logged = time.monotonic()
         device = torch.device(options.device)
-        if device.type == "cuda":
-            if device.index is not None:
-                # Kernels of Triton and captured graphs go where this thread is, not where tensors
-                # are.
-                torch.cuda.set_device(device)
-            if not options.reproducible:  # whose blocks are not compiled
-                import_ahead()
         start, end = options.blocks or (0, self._source.config().num_hidden_layers)
-        if (kept := self._kept) is None:
-            found = self._load(start, end, options.memory)
-        else:
-            memory = None if options.memory is None else options.memory - kept.nbytes
-            sides = [(start, kept.blocks.start), (kept.blocks.end, end)]
-            before, after = (
-                [self._load(*side, memory).blocks] if side[0] < side[1] else [] for side in sides
-            )
-            found = replace(kept, blocks=joined(self._source, [*before, kept.blocks, *after]))
+        with self._rehearsal(start, device):
+            if (kept := self._kept) is None:
+                found = self._load(start, end, options.memory)
+            else:
+                memory = None if options.memory is None else options.memory - kept.nbytes
+                sides = [(start, kept.blocks.start), (kept.blocks.end, end)]
+                before, after = (
+                    [self._load(*side, memory).blocks] if side[0] < side[1] else []
+                    for side in sides
+                )
+                blocks = joined(self._source, [*before, kept.blocks, *after])
+                found = replace(kept, blocks=blocks)
         logger.info("loaded blocks %d:%d in %.1f s", start, end, time.monotonic() - started)
         return found
+
+    @contextmanager
+    def _rehearsal(self, block: int, device: torch.device) -> Iterator[None]:
+        """On a card, run what its first requests will beside the reading, with a block of zeros."""
+        if device.type != "cuda":
+            yield
+            return
+        _to(device)
+        if not self._options.reproducible:  # whose blocks are not compiled
+            import_ahead()
+        if self._kept is not None:  # this process has served others
+            yield
+            return
+        thread = self._rehearsing(block, device)
+        try:
+            yield
+        finally:
+            if thread is not None:
+                thread.join()
+
+    def _rehearsing(self, block: int, device: torch.device) -> threading.Thread | None:
+        """A thread that is at it; its block takes memory until it is done, and nobody holds it."""
+        dtype = tensors.dtype_from_name(self._options.dtype)
+        try:
+            # Here: like all models, it is constructed by this thread.
+            one = block_of_zeros(self._source, block, dtype=dtype, device=device)
+        except Exception as error:  # the blocks themselves are made in another way
+            logger.info("no rehearsal beside the reading: %s", error)
+            return None
+        thread = threading.Thread(target=_rehearse, args=(one, device), name="rehearsal")
+        thread.start()
+        return thread
 
     def _load(self, start: int, end: int, memory: int | None) -> Read:
         options = self._options
@@ -139,3 +170,18 @@ class Reading:
         if now - self._logged > LOG_SECONDS:
             self._logged = now
             logger.info("read %d of %d MB of weights", done >> 20, total >> 20)
+
+
+def _to(device: torch.device) -> None:
+    """Kernels of Triton and captured graphs go where their thread is, not where tensors are."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def _rehearse(one: LoadedBlocks, device: torch.device) -> None:
+    """In a thread of its own."""
+    try:
+        _to(device)
+        rehearse(Span(one.decoder, one.layers_name, one.start), one.config.hidden_size)
+    except Exception as error:  # the blocks themselves are tried later
+        logger.info("a rehearsal beside the reading failed: %s", error)

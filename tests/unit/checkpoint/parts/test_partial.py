@@ -13,7 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from swarm_notebook.checkpoint.anatomy import find_trunk
 from swarm_notebook.checkpoint.files.source import resolve
-from swarm_notebook.checkpoint.parts.partial import LoadedBlocks, joined, load_blocks, load_edges
+from swarm_notebook.checkpoint.parts.partial import (
+    LoadedBlocks,
+    block_of_zeros,
+    joined,
+    load_blocks,
+    load_edges,
+)
 from swarm_notebook.errors import Unsupported
 from swarm_notebook.server.engine.span import Span
 
@@ -65,6 +71,22 @@ def test_blocks_go_on_with_others_around_the_same_weights(folder: Path, ids: tor
     # And back again; the first ones are as they were.
     again = load_blocks(source, 0, 1, dtype=torch.float32)
     assert _same(joined(source, [again, expected.part(1, count - 1)]), first, hidden)
+
+
+def test_a_block_of_zeros_is_built_as_the_models_own(folder: Path) -> None:
+    source = resolve(folder)
+    for dtype in (torch.float32, torch.bfloat16):
+        zeros = block_of_zeros(source, 1, dtype=dtype, device="cpu")
+        own = load_blocks(source, 1, 2, dtype=dtype)
+        assert zeros.config.to_dict() == own.config.to_dict()
+        assert repr(zeros.layers) == repr(own.layers)
+        assert [_built(one) for one in (zeros, own)] == [_built(own)] * 2
+        assert not any(one.any() for one in zeros.layers.parameters())
+
+
+def _built(blocks: LoadedBlocks) -> dict[str, Any]:
+    named = (*blocks.model.named_parameters(), *blocks.model.named_buffers())
+    return {name: (one.shape, one.dtype, one.device) for name, one in named}
 
 
 def _same(ours: LoadedBlocks, theirs: LoadedBlocks, hidden: torch.Tensor) -> bool:
