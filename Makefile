@@ -50,9 +50,7 @@ test: $(READY) $(NODE)
 	tests/browser/install-chromium
 	$(if $(NODE),npm --prefix js run --silent test)
 	$(OFFLINE) $(BIN)/pytest $(IN_ORDER) --nbval --nbval-kernel-startup-timeout 180 \
-	  --nbval-sanitize-with examples/sanitize.cfg --ignore tests/browser tests examples
-	# By themselves: in a process where Playwright's loop runs, no test can run one of its own.
-	$(OFFLINE) $(BIN)/pytest -n 2 $(BY_FILE) tests/browser
+	  --nbval-sanitize-with examples/sanitize.cfg tests examples
 
 unit: $(READY)
 	$(OFFLINE) $(BIN)/pytest -n 2 $(BY_FILE) -m unit tests/unit

@@ -120,8 +120,8 @@ def shell() -> Iterator[InteractiveShell]:
 
 
 # In the order in which they run: where several processes share a run file by file, long files come
-# first, and short ones are left for whoever is done.
-FOLDERS = ("swarm", "wire", "notebook", "browser", "gpu", "unit")
+# first. The browser's come last: where Playwright's loop runs, no other test can run its own.
+FOLDERS = ("swarm", "wire", "notebook", "gpu", "unit", "browser")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
