@@ -14,7 +14,7 @@ import pytest
 from browser.chromium import chromium
 from browser.lab import Lab, jupyter_lab
 from browser.notebook import Notebook
-from playwright.sync_api import Browser, Locator
+from playwright.sync_api import Browser, Locator, expect
 
 DESK = pytest.StashKey["Notebook"]()
 PACKAGES = Path(__file__).parents[2] / "js" / "node_modules"
@@ -87,6 +87,16 @@ def _connect(opened: Notebook) -> None:
         "swarm = sn.connect(local.initial_peers, model=local.model)\n"
         "model, tokenizer = swarm.model, swarm.tokenizer",
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _outputs_go_with_their_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Live views of all files that went before would take the browser's time."""
+    yield
+    opened: Notebook | None = request.session.stash.get(DESK, None)
+    if opened is not None:
+        opened.command("notebook:clear-all-cell-outputs")
+        expect(opened.page.locator(".jp-OutputArea-output")).to_have_count(0)
 
 
 @pytest.fixture(autouse=True)
