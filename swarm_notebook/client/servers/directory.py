@@ -79,6 +79,7 @@ class Directory:
         shortages: what calls wait for just now.
         refused: what a private swarm has said last to this notebook, if it is no member.
         bits: per weight of the blocks that are computed.
+        own_peer: this notebook's peer id.
         crowd: how busy servers are for others.
         kept: the servers that are used for single tokens.
         detector: whether servers are there.
@@ -106,6 +107,7 @@ class Directory:
     shortages: list[Shortage] = field(default_factory=list)
     refused: list[NotAMember] = field(default_factory=list)
     bits: BitsInUse = field(default_factory=BitsInUse)
+    own_peer: str = field(init=False)
     crowd: Crowd = field(init=False)
     kept: KeptChain = field(init=False)
     detector: FailureDetector = field(init=False)
@@ -119,6 +121,7 @@ class Directory:
     def __post_init__(self) -> None:
         membership = self.node.membership if self.node is not None else None
         self._announced = Announced(self.prefix, membership)
+        self.own_peer = "" if self.node is None else self.node.peer_id.to_base58()
         self.crowd = Crowd(self.own_peer)
         self.kept = KeptChain(self.crowd, self._is_strange)
         self.detector = FailureDetector(self.ping)
@@ -354,11 +357,6 @@ class Directory:
     def failed(self, peer: str, error: RemoteError) -> None:
         """Avoid a peer from now on, for longer each time it fails again."""
         self.health.failed(peer, str(error), gone=isinstance(error, ServerGone))
-
-    @property
-    def own_peer(self) -> str:
-        """The notebook's peer id."""
-        return "" if self.node is None else self.node.peer_id.to_base58()
 
     def succeeded(self, peer: str) -> None:
         """A peer has answered a request: its failures before are forgotten."""

@@ -25,7 +25,6 @@ from swarm_notebook.client.passes.call import ANSWER_SLACK, server_name
 from swarm_notebook.client.request import (
     Outputs,
     Request,
-    ServerReport,
     answer_bytes,
     beside_loop,
     read_outputs,
@@ -34,6 +33,7 @@ from swarm_notebook.client.request import (
 )
 from swarm_notebook.client.servers.directory import Directory
 from swarm_notebook.client.servers.routing import RouteSegment
+from swarm_notebook.client.session.answer import HopAnswer
 from swarm_notebook.client.session.writer import StepRoute, StepWriter, new_step_id
 from swarm_notebook.client.telemetry import HopTimes
 from swarm_notebook.client.watch import Watch, open_stream, seconds_elsewhere
@@ -44,26 +44,6 @@ from swarm_notebook.net.wire.message import PackedMessage
 
 # How Petals' servers end a refusal: with the most tokens that a session may reserve.
 _LIMIT = re.compile(r"max = (\d{1,9})$")
-
-
-@dataclass(slots=True)
-class HopAnswer:
-    """What a server answered to a step.
-
-    Attributes:
-        report: what the server says besides.
-        received: when it came.
-        since: when the answer before it came; until then the server had other work of this session.
-        print: of the output as it came, by the seed of the server that it is pushed to, too.
-        digest: of the same (`hand_overs.digest`).
-    """
-
-    outputs: Outputs
-    report: ServerReport
-    received: float
-    since: float
-    print: int | None = None
-    digest: bytes = b""
 
 
 @dataclass(eq=False)
@@ -217,7 +197,7 @@ class Hop:
         began = time.perf_counter()
         packed = await self.send(request, StepRoute(new_step_id()))
         answer = await self.receive(request)
-        return answer.outputs, self.times(request, answer, began, packed)
+        return answer.outputs, answer.times(self.segment, request, began, packed)
 
     def prepared(self, adapter: Adapter | None) -> bool:
         """Whether `prepare` would have nothing to do."""
@@ -347,37 +327,6 @@ class Hop:
             raise ServerGone(f"{self} ended the session")
         self._owed.popleft()
         return answer
-
-    def times(
-        self,
-        request: Request,
-        answer: HopAnswer,
-        began: float,
-        packed: float,
-        *,
-        awaited: bool = True,
-    ) -> HopTimes:
-        """Where the time of a step went: packed from ``began`` to ``packed``, then answered.
-
-        Args:
-            awaited: reading the answer was waited for. It was not where the next server's answer
-                was waited for meanwhile: that time counts there.
-
-        The parts of a long prompt wait for the server together, and are not counted while they do.
-        """
-        waited = max(answer.received - max(packed, answer.since), 0.0)
-        serialisation, queue, compute = answer.report.times_within(waited)
-        reading = time.perf_counter() - answer.received if awaited else 0.0
-        return HopTimes(
-            self.segment.peer,
-            self.segment.span.name,
-            request.start,
-            request.end,
-            serialisation + packed - began + reading,
-            max(waited - serialisation - queue - compute, 0.0),
-            queue,
-            compute,
-        )
 
     def close(self) -> None:
         """End the session on the server; the broken stream frees its cache there."""

@@ -164,7 +164,7 @@ class _PushGroup:
             except RemoteError as error:
                 raise HopLost(stage, error) from None
             outputs, handed = answer.outputs, (answer.print, answer.digest)
-            times = hop.times(request, answer, began, packed, awaited=last)
+            times = answer.times(hop.segment, request, began, packed, awaited=last)
             deliver(number + index, outputs, times)
             # What the next server took is counted from here: it began when this one answered.
             began = packed = answer.received
