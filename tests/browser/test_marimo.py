@@ -1,4 +1,4 @@
-"""The map and the lens in marimo, which has neither magics nor ipywidgets' front end."""
+"""The widgets in marimo, which has neither magics nor ipywidgets' front end."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 from support.forkserver import WARM
+from support.hosting import HostedSwarm
+from support.letter_tokenizer import add_tokenizer
 from support.patience import PATIENCE
-
-if TYPE_CHECKING:
-    from support.scene import Scene
+from support.tiny import tiny_model
 
 MARIMO = "from marimo._cli.cli import main; main(prog_name='marimo')"
 APP = """
@@ -25,30 +24,60 @@ app = marimo.App()
 @app.cell
 def _():
     import swarm_notebook as sn
-    from swarm_notebook.widgets import LensWidget, SwarmMap
+    from swarm_notebook import widgets
     swarm = sn.connect({peers!r}, model={model!r})
-    return LensWidget, SwarmMap, swarm
+    swarm.tokenizer.chat_template = "{{{{ messages[-1].content }}}}"
+    swarm.model.generation_config.eos_token_id = None
+    return swarm, widgets
 
 @app.cell
-def _(LensWidget, swarm):
-    lens = LensWidget(swarm, [5, 6, 7])
+def _(swarm, widgets):
+    lens = widgets.LensWidget(swarm, [5, 6, 7])
     lens
     return (lens,)
 
 @app.cell
-def _(SwarmMap, swarm):
-    SwarmMap(swarm)
+def _(swarm, widgets):
+    widgets.SwarmMap(swarm)
+
+@app.cell
+def _(swarm, widgets):
+    widgets.GenerateWidget(swarm, "Hello", max_new_tokens=12)
+
+@app.cell
+def _(swarm, widgets):
+    widgets.ChatWidget(swarm, max_new_tokens=8)
+
+@app.cell
+def _(widgets):
+    monitor = widgets.TrainingMonitor()
+    with monitor:
+        for loss in (3, 2, 1):
+            monitor.log(loss=loss)
+    monitor
+
+@app.cell
+def _(widgets):
+    widgets.ServePanel({model!r}, threads=1)
 """
 
 
 @pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostedSwarm]:
+    """Two of the tiny Llama, with a tokenizer."""
+    folder = add_tokenizer(tiny_model("llama", tmp_path_factory.mktemp("lettered")))
+    with HostedSwarm(folder, [(0, 2), (2, 5)]) as hosted:
+        yield hosted
+
+
+@pytest.fixture(scope="module")
 def page(
-    tiny_scene: Scene, browser: Browser, tmp_path_factory: pytest.TempPathFactory
+    servers: HostedSwarm, browser: Browser, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Page]:
     """The app in a window."""
     folder = tmp_path_factory.mktemp("marimo")
     app = folder / "app.py"
-    app.write_text(APP.format(peers=tiny_scene.local.initial_peers, model=tiny_scene.local.model))
+    app.write_text(APP.format(peers=servers.initial_peers, model=str(servers.model)))
     log = folder / "marimo.log"
     command = [*WARM, MARIMO, "run", str(app), "--headless", "--no-token", "--no-check"]
     with log.open("wb") as output:
@@ -86,3 +115,22 @@ def test_marimo_shows_the_map_and_the_lens(page: Page) -> None:
     expect(lens.get_by_test_id("details")).to_contain_text("block 4, token 1")
     expect(lens.get_by_role("gridcell", selected=True)).to_have_count(1)
     expect(page.get_by_test_id("map").get_by_test_id("server")).to_have_count(2)
+
+
+def test_texts_are_written_in_marimo(page: Page) -> None:
+    text = page.get_by_test_id("generate")
+    text.get_by_test_id("run").click()
+    expect(text.get_by_test_id("token")).to_have_count(12)
+    message = page.get_by_test_id("message")
+    message.fill("Hello")
+    message.press("Enter")
+    expect(page.get_by_test_id("turn")).to_have_count(2)
+
+
+def test_a_training_run_and_a_server_in_marimo(page: Page) -> None:
+    expect(page.get_by_test_id("monitor").get_by_test_id("state")).to_have_text("finished")
+    panel = page.get_by_test_id("serve")
+    panel.get_by_test_id("begin").click()
+    expect(panel.get_by_test_id("state")).to_have_text(re.compile("^serving"))
+    panel.get_by_test_id("stop").click()
+    expect(panel.get_by_test_id("state")).to_have_text("not serving")
