@@ -157,6 +157,13 @@ def test_interrupt_keeps_the_partial_text_and_the_model(connected: Kernel) -> No
     assert ANSWER in connected.run('%swarm generate "What is the capital of Germany?"').stdout
 
 
+def test_privacy_reads_a_text_back(connected: Kernel) -> None:
+    shown = connected.run('%swarm privacy --tokens 3 "The capital of France" -o found')
+    assert not shown.displayed
+    assert "servers can read 100% of 3 tokens" in connected.value("repr(found)")
+    assert connected.value("found.boundaries[1].text") == repr("The capital of")
+
+
 def test_blocks_come_home_and_go(connected: Kernel) -> None:
     assert connected.run("%swarm own 3 -1 5:7").stdout == "At home: blocks 3, 5, 6, 29\n"
     assert connected.value("swarm.owned") == "(3, 5, 6, 29)"
