@@ -159,7 +159,7 @@ def test_interrupt_keeps_the_partial_text_and_the_model(connected: Kernel) -> No
 
 def test_privacy_reads_a_text_back(connected: Kernel) -> None:
     shown = connected.run('%swarm privacy --tokens 3 "The capital of France" -o found')
-    assert not shown.displayed
+    assert not shown.error
     assert "servers can read 100% of 3 tokens" in connected.value("repr(found)")
     assert connected.value("found.boundaries[1].text") == repr("The capital of")
 
