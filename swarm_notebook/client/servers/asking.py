@@ -7,13 +7,14 @@ import logging
 from typing import Any
 
 from google.protobuf.message import DecodeError
-from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
 
 from swarm_notebook.errors import MAX_WIRE_TEXT, BadRequest, NotAMember, from_wire
 from swarm_notebook.net.node import Node
 from swarm_notebook.net.wire import protocol
 from swarm_notebook.net.wire.opening import show
+from swarm_notebook.net.wire.streams import TRANSPORT_ERRORS
 from swarm_notebook.texts import clean
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -23,15 +24,7 @@ PING_TIMEOUT = 3.0
 # Peers that are asked at once what they serve.
 MAX_ASKED = 64
 # What a ping may meet: silence, refusal, or an answer that is none.
-PING_ERRORS = (
-    TimeoutError,
-    P2PDaemonError,
-    P2PHandlerError,
-    OSError,
-    BadRequest,
-    NotAMember,
-    DecodeError,
-)
+PING_ERRORS = (*TRANSPORT_ERRORS, BadRequest, NotAMember, DecodeError)
 
 
 async def ask(node: Node, peer: str) -> dict[str, Any]:

@@ -55,8 +55,16 @@ _JOIN_BYTES = LARGE_BYTES
 # As much as uvloop reads at once.
 _READ_BYTES = 1 << 18
 
-# What opening or using a stream raises when the peer, the daemon or the way there fails.
-TRANSPORT_ERRORS = (P2PDaemonError, P2PHandlerError, ControlFailure, OSError, TimeoutError)
+# What opening or using a stream raises when the peer, the daemon or the way there fails; a daemon
+# that ends while it is asked something leaves an answer incomplete.
+TRANSPORT_ERRORS = (
+    P2PDaemonError,
+    P2PHandlerError,
+    ControlFailure,
+    OSError,
+    TimeoutError,
+    asyncio.IncompleteReadError,
+)
 
 
 class StreamClosed(ConnectionError):
