@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 
 import pytest
@@ -118,3 +119,25 @@ def test_a_daemon_that_is_not_heard_any_more_ends(lost: str) -> None:
         await daemon.clear_up(node.p2p)
 
     asyncio.run(work())
+
+
+async def _redial_through_a_daemon_that_ends() -> None:
+    """It is asked while it is stopped, and ends before it has answered."""
+    server = await Node.start(client=False)
+    client = await Node.start(await server.addresses(), client=True)
+    try:
+        child = client.p2p._child
+        assert child is not None
+        child.send_signal(signal.SIGSTOP)
+        redialling = asyncio.create_task(client.redial())
+        await asyncio.sleep(0.1)
+        child.kill()
+        async with asyncio.timeout(PATIENCE):
+            await redialling
+    finally:
+        await client.stop()
+        await server.stop()
+
+
+def test_a_daemon_that_ends_while_it_is_asked_is_one_that_does_not_answer() -> None:
+    asyncio.run(_redial_through_a_daemon_that_ends())
