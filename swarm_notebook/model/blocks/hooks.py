@@ -39,8 +39,6 @@ _NO_WRITES = (
 # An attention implementation without a mask function: transformers then makes no masks here,
 # where nobody would look at them.
 _NO_ATTENTION = "swarm"
-# Where a config has it (its property goes through all sub-configs besides).
-_ATTENTION = "_attn_implementation_internal"
 
 
 # What transformers' masks go by in a config (its `masking_utils`).
@@ -78,20 +76,16 @@ class Masks:
                     "all others home: swarm.own(slice(None))"
                 )
 
-    # Twice for every token: past what a config does for each attribute, and goes through for this.
-
     def leave_out(self) -> None:
         """From now on, until `restore`."""
-        attributes = vars(self._config)
-        if attributes[_ATTENTION] != _NO_ATTENTION:
-            self.attention = attributes[_ATTENTION]
-            attributes[_ATTENTION] = _NO_ATTENTION
+        if self._config._attn_implementation != _NO_ATTENTION:
+            self.attention = self._config._attn_implementation
+            self._config._attn_implementation = _NO_ATTENTION
 
     def restore(self) -> None:
         """Let the config say what it did."""
-        attributes = vars(self._config)
-        if attributes[_ATTENTION] == _NO_ATTENTION:
-            attributes[_ATTENTION] = self.attention
+        if self._config._attn_implementation == _NO_ATTENTION:
+            self._config._attn_implementation = self.attention
 
 
 def hooks_everywhere() -> bool:
